@@ -1,0 +1,43 @@
+"""Every exception kvtier raises, as one tree.
+
+KvtierError
+├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
+├── ClosedError                       a cache or store is used after ``close()``
+├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
+└── StoreError                        the folder of a store cannot be used
+    ├── StoreVersionError             written by a newer kvtier
+    └── BlockError                    one block is missing, damaged or not what it claims to be
+        └── RestoreError              the same, noticed while a turn was already reading it
+"""
+
+
+class KvtierError(Exception):
+    """Base of all exceptions of kvtier."""
+
+
+class ConfigurationError(KvtierError, ValueError):
+    """An argument cannot be used; the message names the argument and what to pass instead."""
+
+
+class ClosedError(KvtierError):
+    """The cache or store was closed."""
+
+
+class PromptError(KvtierError, ValueError):
+    """Token ids and attention mask contradict each other, or what the cache holds."""
+
+
+class StoreError(KvtierError):
+    """The folder of a store cannot be used."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer version of kvtier."""
+
+
+class BlockError(StoreError):
+    """A stored block is missing, damaged, or not what it claims to be."""
+
+
+class RestoreError(BlockError):
+    """A block failed while a turn was already reading it; the turn must start again without that block."""

@@ -1,0 +1,81 @@
+"""What the store asks of a tier, and the values that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvtier.geometry import Geometry
+from kvtier.store.chain import BlockId
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """K and V of one layer for the tokens of one block, on the host: ``[heads, tokens, dim]`` each."""
+
+    k_htd: torch.Tensor
+    v_htd: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.k_htd.nbytes + self.v_htd.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors."""
+
+    id: BlockId
+    pages: tuple[Page, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(page.nbytes for page in self.pages)
+
+
+class BlockReader(Protocol):
+    """One block of a tier, opened for reading layer by layer."""
+
+    id: BlockId
+    tier: str
+
+    def page(self, layer: int) -> Page:
+        """Return the page of ``layer``.
+
+        Raises:
+            BlockError: the bytes cannot be read or are not those that were written.
+        """
+
+    def close(self) -> None:
+        """Release what reading needs. Pages that were returned stay valid."""
+
+
+class Tier(Protocol):
+    """A place where blocks live, within a byte budget."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the block can be opened."""
+
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a block that lives here."""
+
+    def children(self, parent: str) -> Sequence[BlockId]:
+        """Return the blocks that follow ``parent``."""
+
+    def open(self, key: str, geometry: Geometry) -> BlockReader | None:
+        """Open a block for reading; None when it is not (or no longer) here.
+
+        Raises:
+            BlockError: it is here, but not usable.
+        """
+
+    def discard(self, key: str) -> None:
+        """Forget a block; unknown keys are ignored."""
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """Note that these blocks were used now."""

@@ -1,0 +1,40 @@
+"""Sequences as chains of blocks: keys, the identity of a block, and common runs of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int64]
+
+
+def block_key(parent: str, tokens: TokenIds) -> str:
+    """Return SHA-256 of the parent's key and the ids (little-endian int64), as hex."""
+    digest = hashlib.sha256(bytes.fromhex(parent))
+    digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def common_run(a: TokenIds, b: TokenIds) -> int:
+    """Return how many leading ids ``a`` and ``b`` share."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockId:
+    """Which tokens a block stands for: its own ids, after everything its parent stands for."""
+
+    key: str
+    parent: str
+    root: str
+    tokens: TokenIds
+
+    @classmethod
+    def of(cls, root: str, parent: str, tokens: TokenIds) -> BlockId:
+        """Name the block of ``tokens`` after ``parent``."""
+        return cls(block_key(parent, tokens), parent, root, tokens)

@@ -1,0 +1,82 @@
+"""Bytes of a tensor as they are stored: raw, or with the exponents of its floats compressed.
+
+The exponents of K and V repeat, their mantissas do not. The ``zstd`` codec rotates each word left by one bit, which
+puts the eight exponent bits of bf16 and fp32 into the top byte, compresses that byte of all words as one zstd frame,
+and leaves the others as they are. Payload: the frame's length (8 bytes, little-endian), the frame, the other bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zstandard
+
+from kvtier.errors import BlockError
+
+CODECS = ("raw", "zstd")
+_LEVEL = 1
+_WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
+_Bytes = npt.NDArray[np.uint8]
+
+
+def as_bytes(tensor: torch.Tensor) -> _Bytes:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    array: _Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def encode(tensor: torch.Tensor, codec: str) -> _Bytes:
+    """Return the payload of a CPU tensor."""
+    data = as_bytes(tensor.contiguous())
+    word = _WORDS.get(tensor.dtype.itemsize)
+    if codec == "raw":
+        return data
+    if word is None or not tensor.dtype.is_floating_point:
+        frame, rest = zstandard.ZstdCompressor(level=_LEVEL).compress(data.tobytes()), b""
+    else:
+        bits = 8 * tensor.dtype.itemsize
+        words = data.view(word)
+        rotated = ((words << word(1)) | (words >> word(bits - 1))).view(np.uint8).reshape(-1, tensor.dtype.itemsize)
+        frame = zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(rotated[:, -1]).tobytes())
+        rest = np.ascontiguousarray(rotated[:, :-1].T).tobytes()
+    return np.frombuffer(struct.pack("<Q", len(frame)) + frame + rest, dtype=np.uint8)
+
+
+def decode(payload: _Bytes, codec: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor of a payload. A raw tensor shares the payload's memory.
+
+    Raises:
+        BlockError: the payload does not hold a tensor of this shape and type.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if codec == "raw":
+        if payload.nbytes != size:
+            raise BlockError(f"payload has {payload.nbytes} bytes where {shape} of {dtype} takes {size}")
+        return torch.from_numpy(payload).view(dtype).view(shape)
+    word = _WORDS.get(dtype.itemsize)
+    split = word is not None and dtype.is_floating_point
+    plane = size // dtype.itemsize if split else size
+    if payload.nbytes < 8:
+        raise BlockError("compressed payload is cut short")
+    (frame_bytes,) = struct.unpack("<Q", payload[:8].tobytes())
+    frame, rest = payload[8 : 8 + frame_bytes], payload[8 + frame_bytes :]
+    if len(frame) != frame_bytes or rest.nbytes != size - plane:
+        raise BlockError("compressed payload is cut short")
+    try:
+        top = zstandard.ZstdDecompressor().decompress(frame.tobytes(), max_output_size=plane)
+    except zstandard.ZstdError as error:
+        raise BlockError(f"compressed payload cannot be read: {error}") from error
+    if len(top) != plane:
+        raise BlockError("compressed payload has another length than the tensor")
+    if word is None or not split:
+        return torch.from_numpy(np.frombuffer(bytearray(top), dtype=np.uint8)).view(dtype).view(shape)
+    bits = 8 * dtype.itemsize
+    planes = np.empty((plane, dtype.itemsize), dtype=np.uint8)
+    planes[:, -1] = np.frombuffer(top, dtype=np.uint8)
+    planes[:, :-1] = rest.reshape(dtype.itemsize - 1, plane).T
+    rotated = planes.reshape(-1).view(word)
+    words = (rotated >> word(1)) | (rotated << word(bits - 1))
+    return torch.from_numpy(words.view(np.uint8)).view(dtype).view(shape)

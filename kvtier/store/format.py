@@ -1,0 +1,175 @@
+"""Block files: valid safetensors, one block each, layers in order so that one can be read without the rest.
+
+``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
+checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
+``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtier.errors import BlockError
+from kvtier.geometry import Geometry, LayerGeometry
+from kvtier.store import codec as codecs
+from kvtier.store.base import Block, Page
+from kvtier.store.chain import BlockId, TokenIds, block_key
+
+FORMAT_VERSION = 1
+_FORMAT = f"kvtier/{FORMAT_VERSION}"
+_MAX_HEADER_BYTES = 64 * 2**20
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def encode_block(block: Block, codec: str) -> list[memoryview]:
+    """Return the bytes of a block file in pieces, header first."""
+    payloads: list[tuple[str, str, list[int], np.ndarray[Any, np.dtype[np.uint8]]]] = []
+    tokens = np.ascontiguousarray(block.id.tokens, dtype="<i8")
+    payloads.append(("tokens", "I64", [len(tokens)], tokens.view(np.uint8)))
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+    for layer, page in enumerate(block.pages):
+        for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
+            payload = codecs.encode(tensor, codec)
+            shapes[name], dtypes[name] = list(tensor.shape), _DTYPE_NAMES[tensor.dtype]
+            stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
+            payloads.append((name, *stored, payload))
+    header: dict[str, Any] = {}
+    offset = 0
+    checksums: dict[str, int] = {}
+    for name, dtype, shape, payload in payloads:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + payload.nbytes]}
+        checksums[name] = zlib.crc32(payload)
+        offset += payload.nbytes
+    metadata = {
+        "format": _FORMAT,
+        "codec": codec,
+        "key": block.id.key,
+        "parent": block.id.parent,
+        "root": block.id.root,
+        "crc32": json.dumps(checksums),
+        "shapes": json.dumps(shapes),
+        "dtypes": json.dumps(dtypes),
+    }
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(struct.pack("<Q", len(text)) + text), *(memoryview(p) for *_, p in payloads)]
+
+
+class BlockFile:
+    """A block file open for reading. Its header and ids are checked at once, each page when it is read.
+
+    Raises:
+        BlockError: the file cannot be read, or is not a whole block of this format.
+    """
+
+    tier = "disk"
+
+    def __init__(self, path: str, geometry: Geometry | None = None) -> None:
+        self.path = path
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            self._read_header()
+            if geometry is not None:
+                self._check_geometry(geometry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.close()
+            raise BlockError(f"{path}: {error}") from error
+        except BlockError:
+            self.close()
+            raise
+
+    def _read_header(self) -> None:
+        self.nbytes = os.fstat(self._fd).st_size
+        (header_bytes,) = struct.unpack("<Q", self._pread(0, 8).tobytes())
+        if header_bytes > min(_MAX_HEADER_BYTES, self.nbytes - 8):
+            raise BlockError(f"{self.path}: header is longer than the file")
+        self._header = json.loads(self._pread(8, header_bytes).tobytes())
+        self._data_start = 8 + header_bytes
+        metadata = self._header.pop("__metadata__")
+        if metadata["format"] != _FORMAT:
+            raise BlockError(f"{self.path}: format {metadata['format']!r}, this version reads {_FORMAT!r}")
+        self.codec = metadata["codec"]
+        if self.codec not in codecs.CODECS:
+            raise BlockError(f"{self.path}: unknown codec {self.codec!r}")
+        end = max(entry["data_offsets"][1] for entry in self._header.values())
+        if self._data_start + end != self.nbytes:
+            raise BlockError(f"{self.path}: {self.nbytes} bytes where the header tells {self._data_start + end}")
+        self._crc32 = json.loads(metadata["crc32"])
+        self._shapes = json.loads(metadata["shapes"])
+        self._dtypes = json.loads(metadata["dtypes"])
+        tokens: TokenIds = self._payload("tokens").view("<i8").astype(np.int64)
+        if block_key(metadata["parent"], tokens) != metadata["key"]:
+            raise BlockError(f"{self.path}: its ids do not give its key")
+        self.id = BlockId(metadata["key"], metadata["parent"], metadata["root"], tokens)
+
+    def _check_geometry(self, geometry: Geometry) -> None:
+        for name, shape, dtype in self._expected(geometry):
+            if self._shapes.get(name) != shape or self._dtypes.get(name) != _DTYPE_NAMES.get(dtype):
+                raise BlockError(f"{self.path}: {name} has other shapes than the model asks for")
+        if len(self._shapes) != 2 * len(geometry.layers):
+            raise BlockError(f"{self.path}: has other layers than the model asks for")
+        self._geometry = geometry
+
+    def _expected(self, geometry: Geometry) -> Iterator[tuple[str, list[int], torch.dtype]]:
+        tokens = len(self.id.tokens)
+        for i, layer in enumerate(geometry.layers):
+            yield f"k.{i}", [layer.k_heads, tokens, layer.k_dim], layer.dtype
+            yield f"v.{i}", [layer.v_heads, tokens, layer.v_dim], layer.dtype
+
+    def _pread(self, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        buffer = np.empty(size, dtype=np.uint8)
+        done = 0
+        while done < size:
+            count = os.preadv(self._fd, [memoryview(buffer)[done:]], offset + done)
+            if count == 0:
+                raise BlockError(f"{self.path}: cut short at {offset + done} bytes")
+            done += count
+        return buffer
+
+    def _payload(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        begin, end = self._header[name]["data_offsets"]
+        if not 0 <= begin <= end <= self.nbytes:
+            raise BlockError(f"{self.path}: {name} lies outside the file")
+        payload = self._pread(self._data_start + begin, end - begin)
+        if zlib.crc32(payload) != self._crc32[name]:
+            raise BlockError(f"{self.path}: checksum of {name} differs")
+        return payload
+
+    def page(self, layer: int) -> Page:
+        """Read the page of ``layer``.
+
+        Raises:
+            BlockError: it cannot be read, or its checksum differs.
+        """
+        layer_geometry: LayerGeometry = self._geometry.layers[layer]
+        tensors = []
+        try:
+            for name in (f"k.{layer}", f"v.{layer}"):
+                shape = tuple(self._shapes[name])
+                tensors.append(codecs.decode(self._payload(name), self.codec, shape, layer_geometry.dtype))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise BlockError(f"{self.path}: {error}") from error
+        return Page(*tensors)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
