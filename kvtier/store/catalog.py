@@ -1,0 +1,163 @@
+"""Which blocks the disk tier holds: a SQLite table that the files can always rebuild.
+
+A row is *reserved* (``writer`` is the process that is writing the file) before its file appears, so that the byte
+budget counts it, and *ready* (``writer`` is 0) after. Only ready rows are ever found.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.store.chain import BlockId
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS blocks (
+    key TEXT PRIMARY KEY, parent TEXT NOT NULL, root TEXT NOT NULL, tokens BLOB NOT NULL,
+    bytes INTEGER NOT NULL, last_use INTEGER NOT NULL, writer INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS blocks_parent ON blocks (parent);
+CREATE INDEX IF NOT EXISTS blocks_last_use ON blocks (last_use);
+CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL, clock INTEGER NOT NULL);
+INSERT OR IGNORE INTO total VALUES (0, 0, 0);
+CREATE TRIGGER IF NOT EXISTS blocks_added AFTER INSERT ON blocks
+    BEGIN UPDATE total SET bytes = bytes + NEW.bytes; END;
+CREATE TRIGGER IF NOT EXISTS blocks_removed AFTER DELETE ON blocks
+    BEGIN UPDATE total SET bytes = bytes - OLD.bytes; END;
+CREATE TRIGGER IF NOT EXISTS blocks_resized AFTER UPDATE OF bytes ON blocks
+    BEGIN UPDATE total SET bytes = bytes + NEW.bytes - OLD.bytes; END;
+"""
+_LEAVES = """
+SELECT key, root, bytes FROM blocks AS b
+WHERE writer = 0 AND key != ? AND NOT EXISTS (SELECT 1 FROM blocks AS c WHERE c.parent = b.key)
+ORDER BY last_use LIMIT 1
+"""
+
+
+class Catalog:
+    """The table of one store folder. Thread-safe; several processes may share the file (WAL).
+
+    Methods raise ``sqlite3.Error``; the disk tier translates.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.executescript(_SCHEMA)
+        except sqlite3.Error:
+            self._connection.close()
+            raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a ready block."""
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT key, parent, root, tokens FROM blocks WHERE key = ? AND writer = 0", (key,)
+            ).fetchone()
+        return _block_id(row) if row else None
+
+    def children(self, parent: str) -> list[BlockId]:
+        """Return the ready blocks that follow ``parent``."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT key, parent, root, tokens FROM blocks WHERE parent = ? AND writer = 0", (parent,)
+            ).fetchall()
+        return [_block_id(row) for row in rows]
+
+    def reserve(self, block: BlockId, size: int, budget: int) -> list[tuple[str, str]] | None:
+        """Reserve ``size`` bytes for ``block``, evicting ready leaves until the total fits ``budget``.
+
+        Returns:
+            ``(key, root)`` of the evicted blocks, whose files the caller deletes before it writes; None, with nothing
+            changed, when the block is there already or can never fit.
+        """
+        with self._transaction() as connection:
+            if connection.execute("SELECT 1 FROM blocks WHERE key = ?", (block.key,)).fetchone() or size > budget:
+                return None
+            evicted: list[tuple[str, str]] = []
+            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
+            while total + size > budget:
+                leaf = connection.execute(_LEAVES, (block.parent,)).fetchone()
+                if leaf is None:
+                    raise sqlite3.OperationalError("no block can be evicted: all are being written")
+                connection.execute("DELETE FROM blocks WHERE key = ?", (leaf[0],))
+                evicted.append((leaf[0], leaf[1]))
+                total -= leaf[2]
+            self._insert(connection, block, size, os.getpid())
+            return evicted
+
+    def _insert(self, connection: sqlite3.Connection, block: BlockId, size: int, writer: int) -> None:
+        connection.execute("UPDATE total SET clock = clock + 1")
+        connection.execute(
+            "INSERT OR REPLACE INTO blocks SELECT ?, ?, ?, ?, ?, clock, ? FROM total",
+            (block.key, block.parent, block.root, block.tokens.astype("<i8").tobytes(), size, writer),
+        )
+
+    def adopt(self, block: BlockId, size: int) -> None:
+        """Add a ready block whose file was found."""
+        with self._transaction() as connection:
+            self._insert(connection, block, size, 0)
+
+    def ready(self, key: str) -> None:
+        """Make a reserved block ready: its file is in place."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE blocks SET writer = 0 WHERE key = ?", (key,))
+
+    def remove(self, key: str) -> None:
+        """Forget a block."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM blocks WHERE key = ?", (key,))
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """Note that these blocks were used now."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE total SET clock = clock + 1")
+            connection.executemany(
+                "UPDATE blocks SET last_use = (SELECT clock FROM total) WHERE key = ?", [(key,) for key in keys]
+            )
+
+    def writers(self) -> list[tuple[str, int]]:
+        """Return ``(key, process id)`` of every reserved block."""
+        with self._lock:
+            return self._connection.execute("SELECT key, writer FROM blocks WHERE writer != 0").fetchall()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, those being written included."""
+        with self._lock:
+            (total,) = self._connection.execute("SELECT bytes FROM total").fetchone()
+        return int(total)
+
+    def __len__(self) -> int:
+        with self._lock:
+            (count,) = self._connection.execute("SELECT COUNT(*) FROM blocks WHERE writer = 0").fetchone()
+        return int(count)
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._connection.close()
+
+
+def _block_id(row: tuple[str, str, str, bytes]) -> BlockId:
+    return BlockId(row[0], row[1], row[2], np.frombuffer(row[3], dtype="<i8").astype(np.int64))

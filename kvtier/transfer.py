@@ -1,0 +1,81 @@
+"""Threads: the only place where kvtier makes them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Queue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Readers:
+    """A few threads that read pages in the order in which they are asked for. Started on first use."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def submit(self, task: Callable[[], T]) -> Future[T]:
+        """Run ``task`` soon, after those submitted before it have started."""
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():  # threads do not survive a fork
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kvtier-read")
+                self._pid = os.getpid()
+            return self._pool.submit(task)
+
+    def close(self) -> None:
+        """Let running tasks end, drop the others, join the threads."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None and self._pid == os.getpid():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Writer:
+    """One thread that runs tasks in order, behind the caller. At most ``depth`` tasks wait; more block the caller.
+
+    Tasks must not raise: whoever queues one handles its errors inside it.
+    """
+
+    def __init__(self, depth: int = 64) -> None:
+        self._queue: Queue[Callable[[], None] | None] = Queue(maxsize=depth)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Queue ``task``; block while the queue is full."""
+        with self._lock:
+            if self._pid != os.getpid():  # the parent's queue and thread are not ours after a fork
+                self._queue, self._thread, self._pid = Queue(maxsize=self._queue.maxsize), None, os.getpid()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvtier-write", daemon=True)
+                self._thread.start()
+        self._queue.put(task)
+
+    def _run(self) -> None:
+        while (task := self._queue.get()) is not None:
+            try:
+                task()
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def flush(self) -> None:
+        """Wait until every task queued so far has run."""
+        if self._thread is not None and self._pid == os.getpid():
+            self._queue.join()
+
+    def close(self) -> None:
+        """Run what is queued, then end the thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None and self._pid == os.getpid():
+            self._queue.put(None)
+            thread.join()
