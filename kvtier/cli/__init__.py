@@ -1,0 +1,23 @@
+"""The ``kvtier`` command."""
+
+from __future__ import annotations
+
+import typer
+
+from kvtier.cli.demo import demo
+
+app = typer.Typer(
+    name="kvtier",
+    help="Keep attention state across generate() calls and processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep attention state across generate() calls and processes."""
+
+
+app.command()(demo)

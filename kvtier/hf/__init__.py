@@ -1,0 +1,1 @@
+"""The hall: the only code that imports transformers."""

@@ -1,0 +1,53 @@
+"""Token ids and mask → one token row per sequence, padding removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvtier.errors import PromptError
+from kvtier.store.chain import TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A batch of sequences as the model sees them: ``columns`` wide, row ``r`` begins after ``pads[r]`` columns."""
+
+    rows: tuple[TokenIds, ...]
+    pads: tuple[int, ...]
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Why a prompt cannot be told apart from others by its tokens; reuse is off for its turn."""
+
+    reason: str
+
+
+def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt | Unreadable:
+    """Split ``input_ids [batch, columns]`` into rows without left padding.
+
+    Raises:
+        PromptError: the mask has another shape than the ids.
+    """
+    if input_ids.ndim != 2:
+        return Unreadable(f"input_ids have {input_ids.ndim} dimensions")
+    batch, columns = input_ids.shape
+    ids = input_ids.detach().to("cpu", torch.int64).numpy()
+    if attention_mask is None:
+        return Prompt(tuple(ids[r].copy() for r in range(batch)), (0,) * batch, columns)
+    if attention_mask.ndim != 2:
+        return Unreadable(f"the attention mask has {attention_mask.ndim} dimensions")
+    if tuple(attention_mask.shape) != (batch, columns):
+        raise PromptError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(batch, columns)}: pass the whole "
+            "conversation as input_ids with a mask of the same shape; the cache finds what it knows by itself"
+        )
+    mask = attention_mask.detach().to("cpu").numpy() != 0
+    pads = columns - mask.sum(axis=1)
+    if not all(mask[r, pads[r] :].all() for r in range(batch)):
+        return Unreadable("the attention mask has holes or padding on the right")
+    return Prompt(tuple(ids[r, pads[r] :].copy() for r in range(batch)), tuple(int(p) for p in pads), columns)
