@@ -1,0 +1,78 @@
+# Every target makes the environment it needs; none needs an activated one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
+NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
+LOWEST := .venv-lowest
+PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test check format wheel bench docs notebooks test-lowest clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# torch first and on its own: with it in place, no other package's range can pull in another build of it.
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[dev,demo]'
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
+$(NOTEBOOKS_STAMP): $(STAMP)
+	$(PIP_INSTALL) --editable '.[notebooks]'
+	touch $@
+
+demo: $(STAMP)  ## three turns on a long document, the last one in a new process
+	$(BIN)/kvtier demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP) wheel  ## lint, format, types, layering, and a wheel that imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The wheel is imported from an empty environment that borrows only the dependencies: a file that the wheel
+# forgot is missing there, although the editable install has it.
+wheel: $(STAMP)
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build/wheel/build.log \
+	    || { cat build/wheel/build.log; exit 1; }
+	$(BIN)/python -m venv --without-pip build/wheel/venv
+	$(BIN)/python -m pip --python build/wheel/venv/bin/python install --quiet --no-deps --no-index build/wheel/*.whl
+	cd build/wheel && PYTHONPATH="$$(../../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	    venv/bin/python -P -c 'import sys; \
+	sys.path[:] = [p for p in sys.path if "__editable__" not in p]; \
+	sys.path.sort(key=lambda p: "build/wheel/venv" not in p); \
+	import kvtier, kvtier.cli, pathlib; where = pathlib.Path(kvtier.__file__); \
+	assert "wheel/venv" in where.as_posix(), where; \
+	assert (where.parent / "py.typed").exists() and (where.parent / "cli" / "lighthouse.txt").exists(); \
+	print("wheel: kvtier imports from", where.parent.relative_to(pathlib.Path.cwd()))'
+
+bench: $(STAMP)
+	$(BIN)/kvtier bench
+
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict
+
+notebooks: $(NOTEBOOKS_STAMP)
+	$(BIN)/python notebooks/execute.py
+
+test-lowest: $(STAMP)  ## the oldest transformers that pyproject.toml admits
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint constraints.txt torch
+	grep -v '^transformers==' constraints.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==5.17.*' --editable '.[dev,demo]'
+	$(LOWEST)/bin/python -m pytest
+
+clean:
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
