@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -61,14 +62,14 @@ def _publish(source: Path, folder: Path) -> None:
 
 def _hub_snapshot(target: Path) -> Path | None:
     """Download the model from the hub, or return None where the hub is not reachable within seconds."""
-    import httpx
     from huggingface_hub import constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
         return None
     try:
         # One plain request first: the hub client retries for minutes where there is no network at all.
-        httpx.head(f"{constants.ENDPOINT}/{HUB_NAME}/resolve/main/config.json", timeout=_HUB_SECONDS)
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/{HUB_NAME}/raw/main/config.json", timeout=_HUB_SECONDS):
+            pass
         snapshot_download(HUB_NAME, local_dir=target, allow_patterns=["*.json", "*.txt", "model.safetensors"])
     except Exception as error:  # whatever went wrong, the package index is the answer
         _log.info("model hub not reachable (%s); using the package index", type(error).__name__)

@@ -46,11 +46,16 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identit
         "weights": fingerprint(model),
         "adapters": list(_adapters(model)),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
+        "autocast": _autocast(model.device.type),
         "namespace": namespace,
         "block_size": block_size,
     }
     text = json.dumps(manifest, sort_keys=True, default=str)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))
+
+
+def _autocast(device_type: str) -> str | None:
+    return str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
 
 
 def fingerprint(model: torch.nn.Module) -> str:

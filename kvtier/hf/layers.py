@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from kvtier.errors import RestoreError
 from kvtier.geometry import LayerGeometry
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
@@ -180,6 +181,7 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
                     v[row, :, : run.start] = 0
                 filled = max(filled, run.stop)
                 if isinstance(run, PageRun):
+                    _check_page(run, k, v)
                     k[row, :, run.start : run.stop].copy_(run.k_htd)
                     v[row, :, run.start : run.stop].copy_(run.v_htd)
                 elif not in_place:
@@ -277,6 +279,12 @@ class SlidingWindowLayer(WindowLayer):
     def get_max_length(self) -> int:
         """Return the columns that attention sees at most."""
         return self.sliding_window
+
+
+def _check_page(run: PageRun, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
+    for page, window in ((run.k_htd, k_bhtd), (run.v_htd, v_bhtd)):
+        if (page.dtype, page.shape[0], page.shape[2]) != (window.dtype, window.shape[1], window.shape[3]):
+            raise RestoreError(f"a stored page of {page.dtype} {tuple(page.shape)} does not fit the model's K and V")
 
 
 _WINDOW_LAYERS = {

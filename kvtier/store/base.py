@@ -43,6 +43,7 @@ class BlockReader(Protocol):
 
     id: BlockId
     tier: str
+    geometry: Geometry
 
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``.
@@ -67,7 +68,7 @@ class Tier(Protocol):
     def children(self, parent: str) -> Sequence[BlockId]:
         """Return the blocks that follow ``parent``."""
 
-    def open(self, key: str, geometry: Geometry) -> BlockReader | None:
+    def open(self, key: str) -> BlockReader | None:
         """Open a block for reading; None when it is not (or no longer) here.
 
         Raises:

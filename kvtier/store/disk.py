@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
-from kvtier.geometry import Geometry
 from kvtier.store.base import Block
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
@@ -129,23 +128,20 @@ class DiskTier:
         temporary = path.parent / f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            try:
-                with os.fdopen(fd, "wb", buffering=0) as file:
-                    for piece in pieces:
-                        while piece.nbytes:
-                            piece = piece[file.write(piece) :]
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            folder_fd = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder_fd)
-            finally:
-                os.close(folder_fd)
-        except OSError:
+            with os.fdopen(fd, "wb", buffering=0) as file:
+                for piece in pieces:
+                    while piece.nbytes:
+                        piece = piece[file.write(piece) :]
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
             raise
+        folder_fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
 
     def describe_root(self, root: str, manifest: Mapping[str, Any]) -> None:
         """Note in ``roots/`` what ``root`` stands for; a failure is warned about once."""
@@ -188,14 +184,14 @@ class DiskTier:
         """Return the blocks that follow ``parent``."""
         return self._ask(lambda: self._catalog.children(parent), [])
 
-    def open(self, key: str, geometry: Geometry) -> BlockFile | None:
+    def open(self, key: str) -> BlockFile | None:
         """Open a block for reading; None when the catalog does not know it.
 
         Raises:
-            BlockError: its file is missing, damaged, or of another geometry.
+            BlockError: its file is missing or damaged.
         """
         block = self.find(key)
-        return BlockFile(str(self._path(block.root, key)), geometry) if block else None
+        return BlockFile(str(self._path(block.root, key))) if block else None
 
     def discard(self, key: str) -> None:
         """Forget a block and delete its file; unknown keys are ignored."""

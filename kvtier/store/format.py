@@ -11,7 +11,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def encode_block(block: Block, codec: str) -> list[memoryview]:
@@ -80,14 +80,13 @@ class BlockFile:
 
     tier = "disk"
 
-    def __init__(self, path: str, geometry: Geometry | None = None) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             self._read_header()
-            if geometry is not None:
-                self._check_geometry(geometry)
+            self.geometry = self._read_geometry()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
@@ -119,19 +118,15 @@ class BlockFile:
             raise BlockError(f"{self.path}: its ids do not give its key")
         self.id = BlockId(metadata["key"], metadata["parent"], metadata["root"], tokens)
 
-    def _check_geometry(self, geometry: Geometry) -> None:
-        for name, shape, dtype in self._expected(geometry):
-            if self._shapes.get(name) != shape or self._dtypes.get(name) != _DTYPE_NAMES.get(dtype):
-                raise BlockError(f"{self.path}: {name} has other shapes than the model asks for")
-        if len(self._shapes) != 2 * len(geometry.layers):
-            raise BlockError(f"{self.path}: has other layers than the model asks for")
-        self._geometry = geometry
-
-    def _expected(self, geometry: Geometry) -> Iterator[tuple[str, list[int], torch.dtype]]:
-        tokens = len(self.id.tokens)
-        for i, layer in enumerate(geometry.layers):
-            yield f"k.{i}", [layer.k_heads, tokens, layer.k_dim], layer.dtype
-            yield f"v.{i}", [layer.v_heads, tokens, layer.v_dim], layer.dtype
+    def _read_geometry(self) -> Geometry:
+        layers = []
+        for i in range(len(self._shapes) // 2):
+            (k_heads, k_tokens, k_dim), (v_heads, v_tokens, v_dim) = self._shapes[f"k.{i}"], self._shapes[f"v.{i}"]
+            dtypes = {self._dtypes[f"k.{i}"], self._dtypes[f"v.{i}"]}
+            if {k_tokens, v_tokens} != {len(self.id.tokens)} or len(dtypes) != 1:
+                raise BlockError(f"{self.path}: layer {i} does not fit the block's tokens")
+            layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, _DTYPES[dtypes.pop()]))
+        return Geometry(tuple(layers))
 
     def _pread(self, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         buffer = np.empty(size, dtype=np.uint8)
@@ -158,12 +153,12 @@ class BlockFile:
         Raises:
             BlockError: it cannot be read, or its checksum differs.
         """
-        layer_geometry: LayerGeometry = self._geometry.layers[layer]
+        dtype = self.geometry.layers[layer].dtype
         tensors = []
         try:
             for name in (f"k.{layer}", f"v.{layer}"):
                 shape = tuple(self._shapes[name])
-                tensors.append(codecs.decode(self._payload(name), self.codec, shape, layer_geometry.dtype))
+                tensors.append(codecs.decode(self._payload(name), self.codec, shape, dtype))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise BlockError(f"{self.path}: {error}") from error
         return Page(*tensors)

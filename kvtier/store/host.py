@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvtier.errors import BlockError
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.store.base import Block, Page
 from kvtier.store.chain import BlockId
@@ -20,6 +19,7 @@ class HostReader:
 
     def __init__(self, block: Block) -> None:
         self.id = block.id
+        self.geometry = Geometry(tuple(LayerGeometry.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
         self._block = block
 
     def page(self, layer: int) -> Page:
@@ -102,19 +102,10 @@ class HostTier:
         with self._changed:
             return [self._blocks[key].id for key in self._children.get(parent, ())]
 
-    def open(self, key: str, geometry: Geometry) -> HostReader | None:
-        """Open a block for reading.
-
-        Raises:
-            BlockError: its shapes are not those of ``geometry``.
-        """
+    def open(self, key: str) -> HostReader | None:
+        """Open a block for reading; None when it is not here."""
         block = self._blocks.get(key)
-        if block is None:
-            return None
-        shapes = tuple(LayerGeometry.of(page.k_htd[None], page.v_htd[None]) for page in block.pages)
-        if shapes != geometry.layers:
-            raise BlockError(f"block {key[:12]} in RAM has other shapes than the model asks for")
-        return HostReader(block)
+        return HostReader(block) if block else None
 
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored."""

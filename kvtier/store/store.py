@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, RestoreError
-from kvtier.geometry import Geometry
 from kvtier.report import Divergence
 from kvtier.store.base import Block, BlockReader, Page, Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
@@ -77,6 +77,7 @@ class Restore:
     """
 
     def __init__(self, store: PrefixStore, matches: Sequence[PrefixMatch], readers: Mapping[str, BlockReader]) -> None:
+        self.geometry = next(iter(readers.values())).geometry
         self._store = store
         self._matches = matches
         self._readers = readers
@@ -84,10 +85,11 @@ class Restore:
         self._layers: list[Future[dict[str, Page]]] = []
         self._closed = False
 
-    def start(self, layers: int) -> None:
+    def start(self) -> None:
         """Begin to read ahead."""
         if self._on_disk:
-            self._layers = [self._store._reading.submit(lambda i=i: self._read(i)) for i in range(layers)]  # type: ignore[misc]
+            layers = range(len(self.geometry.layers))
+            self._layers = [self._store._reading.submit(partial(self._read, i)) for i in layers]
 
     def _read(self, layer: int) -> dict[str, Page]:
         pages = {}
@@ -205,6 +207,11 @@ class PrefixStore:
         self._closed = False
         _open_stores.add(self)
 
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the store was closed; make a new PrefixStore (or TieredCache) to use its folder again")
@@ -256,8 +263,8 @@ class PrefixStore:
                     best, best_run = child, run
         return best
 
-    def restore(self, matches: Sequence[PrefixMatch], geometry: Geometry) -> Restore:
-        """Open the blocks of ``matches`` and begin to read their pages ahead.
+    def restore(self, matches: Sequence[PrefixMatch]) -> Restore:
+        """Open the blocks of ``matches`` (at least one span among them) and begin to read their pages ahead.
 
         Raises:
             BlockError: a block cannot be used; it was discarded, so a new ``match`` finds what is left.
@@ -269,19 +276,25 @@ class PrefixStore:
             for match in matches:
                 for span in match.spans:
                     if span.block.key not in readers:
-                        readers[span.block.key] = self._open(span.block, geometry)
+                        readers[span.block.key] = self._open(span.block)
+            geometries = {reader.geometry for reader in readers.values()}
+            if len(geometries) > 1:
+                error = BlockError("its layers differ from those of the blocks beside it")
+                for key in readers:
+                    self._damaged(key, error)
+                raise error
         except BaseException:
             for reader in readers.values():
                 reader.close()
             raise
         restore = Restore(self, matches, readers)
-        restore.start(len(geometry.layers))
+        restore.start()
         return restore
 
-    def _open(self, block: BlockId, geometry: Geometry) -> BlockReader:
+    def _open(self, block: BlockId) -> BlockReader:
         for tier in self._tiers:
             try:
-                reader = tier.open(block.key, geometry)
+                reader = tier.open(block.key)
                 if reader is None:
                     continue
                 if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
@@ -362,11 +375,13 @@ class PrefixStore:
             return self._host.put(block)
         if not self._host.put(block, writing=True):
             return disk.put(block)  # larger than the RAM tier: nothing to write behind from
+
         def write() -> None:
             try:
                 disk.put(block)
             finally:
                 self._host.written(block.id.key)
+
         self._writing.submit(write)
         return True
 

@@ -1,0 +1,36 @@
+"""kvtier: attention keys and values that are never computed twice."""
+
+from importlib.metadata import version as _version
+
+from kvtier.errors import (
+    BlockError,
+    ClosedError,
+    ConfigurationError,
+    KvtierError,
+    PromptError,
+    RestoreError,
+    StoreError,
+    StoreVersionError,
+)
+from kvtier.hf.cache import TieredCache
+from kvtier.hf.generate import uninstall
+from kvtier.report import TurnReport
+from kvtier.store import PrefixStore
+
+__version__ = _version("kvtier")
+
+__all__ = [
+    "BlockError",
+    "ClosedError",
+    "ConfigurationError",
+    "KvtierError",
+    "PrefixStore",
+    "PromptError",
+    "RestoreError",
+    "StoreError",
+    "StoreVersionError",
+    "TieredCache",
+    "TurnReport",
+    "__version__",
+    "uninstall",
+]

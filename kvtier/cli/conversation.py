@@ -1,0 +1,127 @@
+"""A greedy chat at the level of tokens, timed: what the demo needs of transformers, and nothing of kvtier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+
+_PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole sequence after one call, how much of it is new, and how long the first new token took."""
+
+    sequence: tuple[int, ...]
+    prompt_tokens: int
+    first_token_seconds: float
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """The generated tokens alone."""
+        return self.sequence[self.prompt_tokens :]
+
+
+class _Clock(TextStreamer):
+    """Prints an answer as it is made and notes when its first token came."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self._puts = 0
+        self.first_token_at: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:  # generate() puts the prompt first
+            self.first_token_at = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._show(text + ("\n" if stream_end else ""))
+
+
+class ChatModel:
+    """A model and its tokenizer, always decoding greedily.
+
+    Conversations are lists of tokens, not of text: the tokens that a model generated need not be those that its
+    tokenizer makes of their text, and a prompt that differs in one token shares nothing after it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        # The first calls of a process pay for thread pools and kernel selection; no timing here should.
+        self.answer(tuple(self.tokenizer("Hello there.").input_ids), DynamicCache(config=self.model.config), 4)
+
+    def first_prompt(self, text: str) -> tuple[int, ...]:
+        """Return the prompt of a conversation that starts with ``text``."""
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+
+    def next_prompt(self, sequence: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Return the prompt that continues ``sequence``, token for token, with the user saying ``text``."""
+        rendered = self.tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": "-"},
+                {"role": "assistant", "content": _PLACEHOLDER},
+                {"role": "user", "content": text},
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        after_answer = rendered.split(_PLACEHOLDER)[1]
+        tail = tuple(self.tokenizer(after_answer, add_special_tokens=False).input_ids)
+        if sequence[-1] == tail[0]:  # the answer ended by itself; the template would end it again
+            tail = tail[1:]
+        return sequence + tail
+
+    def answer(
+        self, prompt: tuple[int, ...], cache: Any, max_new_tokens: int, show: Callable[[str], None] = lambda _: None
+    ) -> Answer:
+        """Generate on ``cache``. The clock runs from the call of ``generate()``: all that a cache does is inside."""
+        input_ids = torch.tensor([prompt], device=self.model.device)
+        clock = _Clock(self.tokenizer, show)
+        started_at = time.perf_counter()
+        sequences = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        assert clock.first_token_at is not None
+        return Answer(tuple(sequences[0].tolist()), len(prompt), clock.first_token_at - started_at)
+
+
+class PlainReference:
+    """One transformers ``DynamicCache`` kept through a conversation and fed the same forward calls as another cache.
+
+    The same calls matter: computing a prompt in other pieces selects other kernels, whose last bits differ.
+    """
+
+    def __init__(self, chat: ChatModel) -> None:
+        self._chat = chat
+        self._cache = DynamicCache(config=chat.model.config)
+
+    def answer(self, prompt: tuple[int, ...], cached_tokens: int, max_new_tokens: int) -> Answer:
+        """Answer ``prompt`` with exactly its first ``cached_tokens`` tokens taken from the cache."""
+        if self._cache.get_seq_length() < cached_tokens:
+            # The other cache knew more, from a store that was there before: compute it here as it was computed there.
+            self._chat.answer(prompt, self._cache, 1)
+        surplus = self._cache.get_seq_length() - cached_tokens
+        if surplus > 0:
+            self._cache.crop(-surplus)
+        return self._chat.answer(prompt, self._cache, max_new_tokens)
+
+    def cold(self, prompt: tuple[int, ...]) -> float:
+        """Return the seconds to the first token of ``prompt`` on a fresh cache."""
+        return self._chat.answer(prompt, DynamicCache(config=self._chat.model.config), 1).first_token_seconds
