@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -31,7 +32,7 @@ _shared: dict[str, tuple[PrefixStore, weakref.WeakSet[TieredCache]]] = {}
 _shared_lock = threading.Lock()
 
 
-class TieredCache(DynamicCache):  # type: ignore[misc]
+class TieredCache(DynamicCache):
     """A ``past_key_values`` that never computes a known prefix twice.
 
     Guarantees: what is reused was computed for the same tokens by the same model, compared id by id; K and V are the
@@ -193,7 +194,7 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         off = off or self._no_reuse or _unsound(model)
         prompt = read_prompt(input_ids, attention_mask) if input_ids is not None and not off else None
         if isinstance(prompt, Unreadable):
-            prompt, off = None, prompt.reason
+            off, prompt = prompt.reason, None
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn(None, None, None, off or "the prompt is empty"))
         started = time.perf_counter()
@@ -296,9 +297,7 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
                 new = sequences[:, turn.prompt.columns :].detach().to("cpu", torch.int64).numpy()
                 generated = [_until_eos(ids, eos_ids) for ids in new]
             tails = generated if by_row else [np.empty(0, np.int64)] * rows
-            tokens = [
-                np.concatenate([turn.prompt.rows[p], tail]) for p, tail in zip(row_of, tails, strict=False)
-            ]
+            tokens = [np.concatenate([turn.prompt.rows[p], tail]) for p, tail in zip(row_of, tails, strict=False)]
             pads = tuple(turn.prompt.pads[p] for p in row_of)
             self._keep(turn, tokens, pads)
         if turn.prefix is not None:
@@ -403,7 +402,9 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         return self is other
 
 
-def _open_store(target: str | os.PathLike[str] | PrefixStore | None, cache: TieredCache) -> tuple[PrefixStore, str | None]:
+def _open_store(
+    target: str | os.PathLike[str] | PrefixStore | None, cache: TieredCache
+) -> tuple[PrefixStore, str | None]:
     """Return the store to use, and the name it is shared under (None: it is the caller's own)."""
     if isinstance(target, PrefixStore):
         return target, None
@@ -411,7 +412,7 @@ def _open_store(target: str | os.PathLike[str] | PrefixStore | None, cache: Tier
         raise ConfigurationError(
             f"store={target!r} is neither a folder nor a PrefixStore (pass a model's config as config=…)."
         )
-    path = os.path.realpath(os.path.expanduser(target)) if target is not None else None
+    path = str(Path(target).expanduser().resolve()) if target is not None else None
     key = path or ""
     with _shared_lock:
         if key not in _shared or _shared[key][0].closed:
@@ -435,7 +436,8 @@ def _after(match: PrefixMatch, tokens: int) -> PrefixMatch:
 
 def _page(layer: WindowLayer, row: int, columns: slice) -> Page:
     k, v = layer.keys, layer.values
-    assert k is not None and v is not None
+    assert k is not None
+    assert v is not None
     return Page(*(t[row, :, columns].to("cpu", copy=True).contiguous() for t in (k, v)))
 
 
@@ -445,9 +447,7 @@ def _begins_with(sequences: torch.Tensor, prompt: Prompt) -> bool:
         return False
     repeats = rows // len(prompt.rows)
     ids = sequences[:, : prompt.columns].detach().to("cpu", torch.int64).numpy()
-    return all(
-        np.array_equal(ids[r, prompt.pads[r // repeats] :], prompt.rows[r // repeats]) for r in range(rows)
-    )
+    return all(np.array_equal(ids[r, prompt.pads[r // repeats] :], prompt.rows[r // repeats]) for r in range(rows))
 
 
 def _until_eos(ids: TokenIds, eos_ids: Iterable[int]) -> TokenIds:

@@ -17,7 +17,9 @@ from kvtier.hf.cache import TieredCache
 _lock = threading.Lock()
 _original: Callable[..., Any] | None = None
 # Tensors that generate() takes besides the prompt and that do not change its K and V.
-_HARMLESS = frozenset({"inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"})
+_HARMLESS = frozenset(
+    {"inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
+)
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
@@ -55,7 +57,11 @@ def uninstall() -> None:
 
 
 def _turn(
-    original: Callable[..., Any], model: PreTrainedModel, cache: TieredCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    cache: TieredCache,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     kwargs = dict(kwargs)
     input_ids = args[0] if args else kwargs.get("inputs")
@@ -96,7 +102,11 @@ def _turn(
 
 
 def _encoder_decoder(
-    original: Callable[..., Any], model: PreTrainedModel, past: EncoderDecoderCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    past: EncoderDecoderCache,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
     cache: TieredCache = past.self_attention_cache
@@ -154,7 +164,7 @@ def _other_inputs(input_ids: object, kwargs: dict[str, Any]) -> str | None:
     return None if isinstance(input_ids, torch.Tensor) else "no input_ids were given"
 
 
-class _WithoutPrompt(BaseStreamer):  # type: ignore[misc]
+class _WithoutPrompt(BaseStreamer):
     """A streamer that has seen the prompt already: the turn starts again."""
 
     def __init__(self, streamer: BaseStreamer) -> None:

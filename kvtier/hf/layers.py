@@ -53,10 +53,10 @@ class Prefix(Protocol):
         """Return where each known column of ``row`` comes from; columns not named are padding."""
 
     def filled(self, layer: int) -> None:
-        """The layer has taken its runs."""
+        """Note that the layer has taken its runs."""
 
 
-class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
+class WindowLayer(CacheLayerMixin):
     """Full attention. The window holds every token; appending writes in place.
 
     K and V are detached: the window is for inference. Tensors returned by ``update`` are views of the window and
@@ -130,7 +130,8 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         begin, end = self.length, self.length + new
         self._reserve(end)
-        assert self._k is not None and self._v is not None
+        assert self._k is not None
+        assert self._v is not None
         self._k[:, :, begin:end] = key_states
         self._v[:, :, begin:end] = value_states
         self.length = end
@@ -142,7 +143,8 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
         return 0
 
     def _reserve(self, columns: int) -> None:
-        assert self._k is not None and self._v is not None
+        assert self._k is not None
+        assert self._v is not None
         if columns <= self._k.shape[2]:
             return
         capacity = max(int(columns * _GROWTH), columns + _HEADROOM_TOKENS)
@@ -171,7 +173,8 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
             k = k_bhtd.new_empty(batch, k_bhtd.shape[1], capacity, k_bhtd.shape[3])
             v = v_bhtd.new_empty(batch, v_bhtd.shape[1], capacity, v_bhtd.shape[3])
         else:
-            assert old_k is not None and old_v is not None
+            assert old_k is not None
+            assert old_v is not None
             k, v = old_k, old_v
         for row in range(batch):
             filled = 0 if not in_place else prefix.columns
@@ -185,7 +188,8 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[misc]
                     k[row, :, run.start : run.stop].copy_(run.k_htd)
                     v[row, :, run.start : run.stop].copy_(run.v_htd)
                 elif not in_place:
-                    assert old_k is not None and old_v is not None
+                    assert old_k is not None
+                    assert old_v is not None
                     source = slice(run.source_start, run.source_start + run.stop - run.start)
                     k[row, :, run.start : run.stop] = old_k[run.source_row, :, source]
                     v[row, :, run.start : run.stop] = old_v[run.source_row, :, source]

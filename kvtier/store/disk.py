@@ -133,7 +133,7 @@ class DiskTier:
                     while piece.nbytes:
                         piece = piece[file.write(piece) :]
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
