@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli.demo import demo
+from kvtier.cli import demo
 
 app = typer.Typer(
     name="kvtier",
@@ -20,4 +20,4 @@ def _root() -> None:
     """Keep attention state across generate() calls and processes."""
 
 
-app.command()(demo)
+app.command()(demo.demo)
