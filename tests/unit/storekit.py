@@ -1,0 +1,108 @@
+"""What the tests of the store share: K and V that follow from the tokens before them, so that wrong bytes show."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvtier.store import PrefixStore
+from kvtier.store.base import Block, Page
+from kvtier.store.chain import BlockId, TokenIds
+
+ROOT = "a1" * 32
+OTHER_ROOT = "b2" * 32
+LAYERS = 2
+HEADS = 2
+DIM = 4
+
+
+def ids(*tokens: int) -> TokenIds:
+    return np.array(tokens, dtype=np.int64)
+
+
+def count(n: int, first: int = 0) -> TokenIds:
+    return np.arange(first, first + n, dtype=np.int64)
+
+
+def column(root: str, tokens: TokenIds, position: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V ``[heads, dim]`` of one token: random, and decided by the root and every token up to it."""
+    text = f"{root}:{layer}:{tokens[: position + 1].tolist()}".encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:6], "little")
+    both = torch.randn(2, HEADS, DIM, generator=torch.Generator().manual_seed(seed))
+    return both[0], both[1]
+
+
+def truth(root: str, tokens: TokenIds, start: int, stop: int) -> tuple[Page, ...]:
+    pages = []
+    for layer in range(LAYERS):
+        columns = [column(root, tokens, position, layer) for position in range(start, stop)]
+        pages.append(Page(torch.stack([k for k, _ in columns], 1), torch.stack([v for _, v in columns], 1)))
+    return tuple(pages)
+
+
+def commit(store: PrefixStore, tokens: TokenIds, root: str = ROOT) -> int:
+    return store.commit(root, tokens, lambda start, stop: truth(root, tokens, start, stop), {"of": "a test"})
+
+
+def block(tokens: TokenIds, parent: str = ROOT, root: str = ROOT) -> Block:
+    return Block(BlockId.of(root, parent, tokens), truth(root, tokens, 0, len(tokens)))
+
+
+def chain(tokens: TokenIds, size: int, root: str = ROOT) -> list[Block]:
+    blocks, parent = [], root
+    for start in range(0, len(tokens), size):
+        piece = tokens[start : start + size]
+        blocks.append(Block(BlockId.of(root, parent, piece), truth(root, tokens, start, start + len(piece))))
+        parent = blocks[-1].id.key
+    return blocks
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limit: int | None = None) -> int:
+    """Match and restore ``tokens``; check every byte; return how many tokens came back."""
+    match = store.match(root, tokens, limit)
+    if not match.spans:
+        return 0
+    restore = store.restore([match])
+    try:
+        for layer in range(LAYERS):
+            at = 0
+            for placed in restore.pages(layer, 0):
+                assert placed.start == at
+                expected = truth(root, tokens, placed.start, placed.stop)[layer]
+                assert same_bits(placed.page.k_htd, expected.k_htd)
+                assert same_bits(placed.page.v_htd, expected.v_htd)
+                at = placed.stop
+            assert at == match.length
+        restore.finish()
+    finally:
+        restore.close()
+    return match.length
+
+
+def block_files(folder: Path) -> list[Path]:
+    return sorted((folder / "blocks").rglob("*.safetensors"))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.tmp"))
+
+
+def commit_in_another_process(folder: str, tokens: list[int]) -> int:
+    """Open ``folder`` from a fresh process, commit ``tokens``; return how many were new."""
+    with PrefixStore(folder, block_size=4) as store:
+        return commit(store, ids(*tokens))
+
+
+def read_in_another_process(folder: str, tokens: list[int]) -> int:
+    """Open ``folder`` from a fresh process; return how many of ``tokens`` came back with the right bytes."""
+    with PrefixStore(folder, block_size=4) as store:
+        return restored_length(store, ids(*tokens))

@@ -1,0 +1,100 @@
+"""Threads that keep order, bounds and promises."""
+
+import threading
+
+import pytest
+
+from kvtier.transfer import Readers, Writer
+
+
+@pytest.fixture
+def writer():
+    writer = Writer(depth=2)
+    yield writer
+    writer.close()
+
+
+def test_the_writer_runs_tasks_in_order_and_flush_waits_for_them(writer):
+    done = []
+    for i in range(20):
+        writer.submit(lambda i=i: done.append(i))
+    writer.flush()
+    assert done == list(range(20))
+
+
+def test_the_writer_blocks_the_caller_when_its_queue_is_full(writer):
+    gate, running, submitted = threading.Event(), threading.Event(), []
+
+    def task():
+        running.set()
+        gate.wait()
+
+    def submit():
+        for i in range(5):
+            writer.submit(gate.wait)
+            submitted.append(i)
+
+    writer.submit(task)
+    assert running.wait(30)
+    caller = threading.Thread(target=submit)
+    caller.start()
+    caller.join(timeout=0.2)
+    assert caller.is_alive()
+    assert len(submitted) == 2
+    gate.set()
+    caller.join(timeout=30)
+    writer.flush()
+    assert len(submitted) == 5
+
+
+def test_closing_the_writer_drains_it_and_ends_its_thread():
+    writer, done = Writer(), []
+    before = threading.active_count()
+    for i in range(10):
+        writer.submit(lambda i=i: done.append(i))
+    assert threading.active_count() == before + 1
+    writer.close()
+    assert done == list(range(10))
+    assert threading.active_count() == before
+
+
+def test_a_writer_that_never_wrote_needs_no_thread():
+    before = threading.active_count()
+    writer = Writer()
+    writer.flush()
+    writer.close()
+    writer.close()
+    assert threading.active_count() == before
+
+
+def test_readers_return_results_and_errors():
+    readers = Readers()
+    assert [readers.submit(lambda i=i: i * i).result() for i in range(5)] == [0, 1, 4, 9, 16]
+    with pytest.raises(ZeroDivisionError):
+        readers.submit(lambda: 1 // 0).result()
+    readers.close()
+
+
+def test_closing_readers_drops_what_waits_and_joins_the_threads():
+    before = threading.active_count()
+    readers = Readers(threads=1)
+    gate, running = threading.Event(), threading.Event()
+
+    def task():
+        running.set()
+        return gate.wait(30)
+
+    first = readers.submit(task)
+    assert running.wait(30)
+    second = readers.submit(lambda: "never")
+    dropped = threading.Event()
+    second.add_done_callback(lambda _: dropped.set())
+    closing = threading.Thread(target=readers.close)
+    closing.start()
+    assert dropped.wait(30)
+    gate.set()
+    closing.join(timeout=30)
+    assert first.result() is True
+    assert second.cancelled()
+    assert threading.active_count() == before
+    readers.close()

@@ -1,0 +1,51 @@
+"""Byte counts as people write them."""
+
+import pytest
+
+from kvtier.errors import ConfigurationError
+from kvtier.units import default_host_budget_bytes, parse_bytes, physical_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [
+        (1, 1),
+        (1048576, 1048576),
+        ("17", 17),
+        ("17 b", 17),
+        ("2GiB", 2 * 2**30),
+        ("2gib", 2 * 2**30),
+        (" 500 MB ", 500 * 10**6),
+        ("1.5KiB", 1536),
+        ("0.5kb", 500),
+        ("3TB", 3 * 10**12),
+        ("1TiB", 2**40),
+    ],
+)
+def test_reads_what_people_write(written, count):
+    assert parse_bytes(written, "budget") == count
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["12 parsecs", "", "GiB", "two", "-1", "-2GiB", "1e9", "1,5GB", "1 GiB GiB", "0x10", True, False, None, 1.5, b"1"],
+)
+def test_refuses_what_is_no_byte_count_and_names_the_argument(wrong):
+    with pytest.raises(ConfigurationError, match=r"host_budget=.* is not a byte count"):
+        parse_bytes(wrong, "host_budget")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(2**40), "0", "0GiB", "0.1b"])
+def test_refuses_budgets_that_hold_nothing(wrong):
+    with pytest.raises(ConfigurationError, match=r"disk_budget=.* must be more than 0 bytes"):
+        parse_bytes(wrong, "disk_budget")
+
+
+def test_a_wrong_count_is_a_value_error_too():
+    with pytest.raises(ValueError, match="parsecs"):
+        parse_bytes("12 parsecs", "budget")
+
+
+def test_default_budget_is_a_quarter_of_the_memory_and_at_most_4_gib():
+    assert default_host_budget_bytes() == min(physical_memory_bytes() // 4, 4 * 2**30)
+    assert 0 < default_host_budget_bytes() <= 4 * 2**30
