@@ -227,10 +227,8 @@ class TieredCache(DynamicCache):
             if all(columns <= pad for pad in prompt.pads):
                 return Turn(prompt, identity, None, matches=matches)
             needed = [
-                m if max(pad, 0) + w < columns else PrefixMatch((), m.divergence)
-                for m, w, pad in zip(matches, window_tokens, prompt.pads, strict=True)
+                _between(m, w, columns - pad) for m, w, pad in zip(matches, window_tokens, prompt.pads, strict=True)
             ]
-            needed = [_after(m, w) for m, w in zip(needed, window_tokens, strict=True)]
             try:
                 restore = self._store.restore(needed) if any(m.spans for m in needed) else None
             except BlockError:
@@ -429,9 +427,9 @@ def _unsound(model: torch.nn.Module) -> str | None:
     return None
 
 
-def _after(match: PrefixMatch, tokens: int) -> PrefixMatch:
-    """Return ``match`` without the spans that end within the first ``tokens``: the windows hold those."""
-    return PrefixMatch(tuple(s for s in match.spans if s.start + s.used > tokens), match.divergence)
+def _between(match: PrefixMatch, begin: int, end: int) -> PrefixMatch:
+    """Return ``match`` with only the spans that say something about the tokens ``[begin, end)``."""
+    return PrefixMatch(tuple(s for s in match.spans if s.start < end and s.start + s.used > begin), match.divergence)
 
 
 def _page(layer: WindowLayer, row: int, columns: slice) -> Page:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvtier.hf.identity import Identity
-from kvtier.hf.layers import PageRun, WindowRun
 from kvtier.hf.prompt import Prompt
+from kvtier.hf.window import PageRun, WindowRun
 from kvtier.store.chain import TokenIds, common_run
 from kvtier.store.store import PrefixMatch, Restore
 
