@@ -34,10 +34,16 @@ _DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# What reading a damaged header runs into.
+_NOT_A_HEADER = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def encode_block(block: Block, codec: str) -> list[memoryview]:
-    """Return the bytes of a block file in pieces, header first."""
+    """Return the bytes of a block file in pieces, header first.
+
+    Raises:
+        BlockError: files have no name for the dtype of a page.
+    """
     payloads: list[tuple[str, str, list[int], np.ndarray[Any, np.dtype[np.uint8]]]] = []
     tokens = np.ascontiguousarray(block.id.tokens, dtype="<i8")
     payloads.append(("tokens", "I64", [len(tokens)], tokens.view(np.uint8)))
@@ -45,6 +51,8 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
     dtypes: dict[str, str] = {}
     for layer, page in enumerate(block.pages):
         for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
+            if tensor.dtype not in _DTYPE_NAMES:
+                raise BlockError(f"blocks of {tensor.dtype} cannot be kept in files")
             payload = codecs.encode(tensor, codec)
             shapes[name], dtypes[name] = list(tensor.shape), _DTYPE_NAMES[tensor.dtype]
             stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
@@ -87,7 +95,7 @@ class BlockFile:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             self._read_header()
             self.geometry = self._read_geometry()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _NOT_A_HEADER as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
         except BlockError:
@@ -120,6 +128,11 @@ class BlockFile:
 
     def _read_geometry(self) -> Geometry:
         layers = []
+        names = {f"{part}.{i}" for i in range(len(self._shapes) // 2) for part in "kv"}
+        if not names == set(self._shapes) == set(self._dtypes) == set(self._header) - {"tokens"}:
+            raise BlockError(f"{self.path}: its layers are not those that its header names")
+        if not all(type(n) is int and n >= 0 for shape in self._shapes.values() for n in shape):
+            raise BlockError(f"{self.path}: a shape is no shape")
         for i in range(len(self._shapes) // 2):
             (k_heads, k_tokens, k_dim), (v_heads, v_tokens, v_dim) = self._shapes[f"k.{i}"], self._shapes[f"v.{i}"]
             dtypes = {self._dtypes[f"k.{i}"], self._dtypes[f"v.{i}"]}
@@ -159,7 +172,7 @@ class BlockFile:
             for name in (f"k.{layer}", f"v.{layer}"):
                 shape = tuple(self._shapes[name])
                 tensors.append(codecs.decode(self._payload(name), self.codec, shape, dtype))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except _NOT_A_HEADER as error:
             raise BlockError(f"{self.path}: {error}") from error
         return Page(*tensors)
 
