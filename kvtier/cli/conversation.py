@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers.utils import logging as transformers_logging
 
 _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -54,6 +55,7 @@ class ChatModel:
     """
 
     def __init__(self, folder: str) -> None:
+        transformers_logging.disable_progress_bar()  # it would run into the answers
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
         # The first calls of a process pay for thread pools and kernel selection; no timing here should.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kvtier.cli.conversation import ChatModel
 
 _LIGHTHOUSE_QUESTIONS = (
-    "Which engineer designed the tower, and of what stone was it built?",
+    "When was the lamp lit for the first time?",
     "Who was the principal keeper when the great wave put out the light?",
     "What does the card in the museum say?",
 )
@@ -219,11 +220,16 @@ def _print_now(text: str) -> None:
 
 
 def _table(rows: list[_Row]) -> Table:
-    table = Table(title="Tokens of each prompt, and the seconds to the first new token (all of generate())")
-    table.add_column("turn")
-    for heading in ("prompt", "window", "RAM", "disk", "computed", "plain, cold", "kvtier", "faster"):
-        table.add_column(heading, justify="right")
-    table.add_column("tokens")
+    table = Table(
+        title="Tokens of each prompt by where they came from; seconds from calling generate() to its first token",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("turn", no_wrap=True)
+    for heading in ("prompt", "window", "RAM", "disk", "computed", "plain", "kvtier", "faster"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("tokens", no_wrap=True)
     for row in rows:
         result = row.result
         tiers = [str(result.cached_by_tier.get(tier, 0)) for tier in ("window", "host", "disk")]
@@ -232,9 +238,10 @@ def _table(rows: list[_Row]) -> Table:
             str(result.prompt_tokens),
             *tiers,
             str(result.computed_tokens),
-            f"{row.cold_seconds:.3f}",
-            f"{result.first_token_seconds:.3f}",
-            f"{row.cold_seconds / result.first_token_seconds:.1f}×",
+            f"{row.cold_seconds:.2f}",
+            f"{result.first_token_seconds:.2f}",
+            # Nothing reused, nothing to gain: the two times beside it show the overhead, and the noise.
+            f"{row.cold_seconds / result.first_token_seconds:.1f}×" if result.cached_tokens else "–",
             "equal" if row.equal else "[bold red]differ[/]",
         )
     return table
