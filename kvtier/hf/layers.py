@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    CacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtier.hf.window import PageRun, Window, WindowRun
 
@@ -192,21 +188,18 @@ class SlidingWindowLayer(WindowLayer):
         return self.sliding_window
 
 
-_WINDOW_LAYERS = {
-    "full_attention": WindowLayer,
-    "sliding_attention": SlidingWindowLayer,
-    "chunked_attention": SlidingWindowLayer,
-}
-
-
 def build_layers(config: PreTrainedConfig) -> tuple[list[Any], str | None]:
     """Return the layers of a model, and why its K and V cannot be reused if they cannot.
 
-    Kinds that kvtier does not keep yet are transformers' own layers.
+    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Kinds that kvtier does
+    not keep yet stay transformers' own layers.
     """
-    types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    other = sorted(set(types) - set(_WINDOW_LAYERS))
-    if other:
-        layers = [DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw) for kind, kw in zip(types, kwargs, strict=True)]
-        return layers, f"layers of kind {', '.join(other)} are not kept yet"
-    return [_WINDOW_LAYERS[kind](**kw) for kind, kw in zip(types, kwargs, strict=True)], None
+    upstream = DynamicCache(config=config).layers
+    kept = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = sorted({type(layer).__name__ for layer in upstream if type(layer) not in kept})
+    if others:
+        return upstream, f"layers of kind {', '.join(others)} are not kept yet"
+    return [
+        SlidingWindowLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else WindowLayer()
+        for layer in upstream
+    ], None

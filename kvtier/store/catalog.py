@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,10 @@ SELECT key, root, bytes FROM blocks AS b
 WHERE writer = 0 AND key != ? AND NOT EXISTS (SELECT 1 FROM blocks AS c WHERE c.parent = b.key)
 ORDER BY last_use LIMIT 1
 """
+
+
+class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
+    """A block does not fit: it is larger than the budget, or what fills the budget must stay."""
 
 
 class Catalog:
@@ -86,22 +90,42 @@ class Catalog:
             ).fetchall()
         return [_block_id(row) for row in rows]
 
+    def rebuild_once(self, found: Callable[[], Iterable[tuple[BlockId, int]]]) -> None:
+        """Fill a table that was just made with the ready blocks ``found``; other processes wait for it."""
+        with self._transaction() as connection:
+            (done,) = connection.execute("PRAGMA user_version").fetchone()
+            if not done:
+                for block, size in found():
+                    if not self._has(connection, block.key):
+                        self._insert(connection, block, size, 0)
+                connection.execute("PRAGMA user_version = 1")
+
+    @staticmethod
+    def _has(connection: sqlite3.Connection, key: str) -> bool:
+        return connection.execute("SELECT 1 FROM blocks WHERE key = ?", (key,)).fetchone() is not None
+
     def reserve(self, block: BlockId, size: int, budget: int) -> list[tuple[str, str]] | None:
         """Reserve ``size`` bytes for ``block``, evicting ready leaves until the total fits ``budget``.
 
         Returns:
             ``(key, root)`` of the evicted blocks, whose files the caller deletes before it writes; None, with nothing
-            changed, when the block is there already or can never fit.
+            changed, when the block is there already, or its parent is not: it could never be reached.
+
+        Raises:
+            NoRoom: it does not fit; nothing was changed.
         """
+        if size > budget:
+            raise NoRoom
         with self._transaction() as connection:
-            if connection.execute("SELECT 1 FROM blocks WHERE key = ?", (block.key,)).fetchone() or size > budget:
+            orphan = block.parent != block.root and not self._has(connection, block.parent)
+            if orphan or self._has(connection, block.key):
                 return None
             evicted: list[tuple[str, str]] = []
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             while total + size > budget:
                 leaf = connection.execute(_LEAVES, (block.parent,)).fetchone()
                 if leaf is None:
-                    raise sqlite3.OperationalError("no block can be evicted: all are being written")
+                    raise NoRoom
                 connection.execute("DELETE FROM blocks WHERE key = ?", (leaf[0],))
                 evicted.append((leaf[0], leaf[1]))
                 total -= leaf[2]
@@ -111,14 +135,9 @@ class Catalog:
     def _insert(self, connection: sqlite3.Connection, block: BlockId, size: int, writer: int) -> None:
         connection.execute("UPDATE total SET clock = clock + 1")
         connection.execute(
-            "INSERT OR REPLACE INTO blocks SELECT ?, ?, ?, ?, ?, clock, ? FROM total",
+            "INSERT INTO blocks SELECT ?, ?, ?, ?, ?, clock, ? FROM total",
             (block.key, block.parent, block.root, block.tokens.astype("<i8").tobytes(), size, writer),
         )
-
-    def adopt(self, block: BlockId, size: int) -> None:
-        """Add a ready block whose file was found."""
-        with self._transaction() as connection:
-            self._insert(connection, block, size, 0)
 
     def ready(self, key: str) -> None:
         """Make a reserved block ready: its file is in place."""
@@ -138,10 +157,15 @@ class Catalog:
                 "UPDATE blocks SET last_use = (SELECT clock FROM total) WHERE key = ?", [(key,) for key in keys]
             )
 
-    def writers(self) -> list[tuple[str, int]]:
-        """Return ``(key, process id)`` of every reserved block."""
+    def writers(self) -> list[tuple[str, str, int]]:
+        """Return ``(key, root, process id)`` of every reserved block."""
         with self._lock:
-            return self._connection.execute("SELECT key, writer FROM blocks WHERE writer != 0").fetchall()
+            return self._connection.execute("SELECT key, root, writer FROM blocks WHERE writer != 0").fetchall()
+
+    def keys(self) -> set[str]:
+        """Return the keys of all blocks, reserved ones included."""
+        with self._lock:
+            return {key for (key,) in self._connection.execute("SELECT key FROM blocks")}
 
     @property
     def total_bytes(self) -> int:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
 import sqlite3
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.store.base import Block
-from kvtier.store.catalog import Catalog
+from kvtier.store.catalog import Catalog, NoRoom
 from kvtier.store.chain import BlockId
 from kvtier.store.format import FORMAT_VERSION, BlockFile, encode_block
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,9})-[0-9a-f]{32}\.tmp")
+# Files that this process is writing. A restarted container often has the process id of the one that died: what bears
+# our own id and is not in here is a dead writer's.
+_in_flight: set[str] = set()
 
 
 class DiskTier:
@@ -37,6 +43,7 @@ class DiskTier:
         self.budget_bytes = budget_bytes
         self.codec = codec
         self._warned: set[str] = set()
+        self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not folder.is_dir():
@@ -55,8 +62,11 @@ class DiskTier:
         marker = self.folder / "kvtier.json"
         try:
             version = json.loads(marker.read_text())["format_version"]
+            if type(version) is not int:
+                raise ValueError(f"format_version {version!r}")
         except FileNotFoundError:
-            self._write(marker, [memoryview(json.dumps({"format_version": FORMAT_VERSION}).encode())])
+            with _claimed(marker):
+                self._write(marker, [memoryview(json.dumps({"format_version": FORMAT_VERSION}).encode())])
             return
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
@@ -68,43 +78,65 @@ class DiskTier:
 
     def _open_catalog(self) -> Catalog:
         path = self.folder / "catalog.sqlite"
-        existed = path.exists()
         try:
-            catalog = Catalog(path)
-            if existed:
-                catalog.total_bytes  # noqa: B018  a damaged file shows on the first read
+            catalog = self._connect(path)
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"cannot open {path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise StoreError(f"cannot open {path}: {error}") from error
             self._warn("catalog", f"{path} is damaged ({error}); it is made anew from the block files")
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
-            existed = False
-            catalog = Catalog(path)
-        if not existed:
-            self._rebuild(catalog)
-        self._sweep(catalog)
+            catalog = self._connect(path)
         return catalog
 
-    def _rebuild(self, catalog: Catalog) -> None:
-        for path in sorted((self.folder / "blocks").glob("*/*/*.safetensors")):
+    def _connect(self, path: Path) -> Catalog:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it holds token ids; SQLite would let others read
+        catalog = Catalog(path)
+        try:
+            catalog.rebuild_once(self._usable_files)
+            self._sweep(catalog)
+        except BaseException:
+            catalog.close()
+            raise
+        return catalog
+
+    def _block_files(self) -> list[Path]:
+        return sorted((self.folder / "blocks").glob("*/*/*.safetensors"))
+
+    def _usable_files(self) -> Iterator[tuple[BlockId, int]]:
+        """Yield the identity and size of every block file; remove those that cannot be used."""
+        for path in self._block_files():
             try:
                 file = BlockFile(str(path))
+                file.close()
+                if path != self._path(file.id.root, file.id.key):
+                    raise BlockError(f"{path} holds another block than its name says")
             except BlockError as error:
                 self._warn(str(path), f"{error}; removed")
                 path.unlink(missing_ok=True)
-                continue
-            file.close()
-            catalog.adopt(file.id, file.nbytes)
+            else:
+                yield file.id, file.nbytes
 
     def _sweep(self, catalog: Catalog) -> None:
-        """Drop what processes that died while writing have left."""
-        for key, writer in catalog.writers():
-            if writer != os.getpid() and not _alive(writer):
+        """Drop what processes that died while writing or evicting have left."""
+        for key, root, writer in catalog.writers():
+            if self._dead(writer, self._path(root, key)):
                 catalog.remove(key)
-        for path in (self.folder / "blocks").glob("*/*/.*.tmp"):
-            if not _alive(int(path.name.split("-")[1]) if path.name.count("-") >= 2 else 0):
+        files = self._block_files()
+        known = catalog.keys()  # asked after the files: whoever writes one has reserved it before
+        for path in files:
+            if path.stem not in known:
                 path.unlink(missing_ok=True)
+        for pattern in (".*.tmp", "roots/.*.tmp", "blocks/*/*/.*.tmp"):
+            for path in self.folder.glob(pattern):
+                name = _TEMPORARY.fullmatch(path.name)
+                if name and self._dead(int(name["pid"]), path.with_name(name["name"])):
+                    path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _dead(writer: int, path: Path) -> bool:
+        """Whether the process that was writing ``path`` is gone."""
+        return os.path.realpath(path) not in _in_flight if writer == os.getpid() else not _alive(writer)
 
     def _warn(self, subject: str, message: str) -> None:
         if subject not in self._warned:
@@ -124,7 +156,8 @@ class DiskTier:
 
     def _write(self, path: Path, pieces: Sequence[memoryview]) -> None:
         """Put ``pieces`` at ``path``: whole, or not at all."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in reversed([parent for parent in path.parents if parent.is_relative_to(self.folder)]):
+            folder.mkdir(mode=0o700, exist_ok=True)  # not parents=True: that makes those with the default mode
         temporary = path.parent / f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -148,41 +181,55 @@ class DiskTier:
         path = self.folder / "roots" / f"{root}.json"
         try:
             if not path.exists():
-                self._write(path, [memoryview(json.dumps(dict(manifest), indent=1, default=str).encode())])
+                with _claimed(path):
+                    self._write(path, [memoryview(json.dumps(dict(manifest), indent=1, default=str).encode())])
         except OSError as error:
             self._warn("write", f"cannot write to {self.folder} ({error}); what is computed now is not kept on disk")
 
     def put(self, block: Block) -> bool:
         """Write ``block`` unless it is there. Returns whether it is there afterwards."""
-        key, root = block.id.key, block.id.root
+        key, path = block.id.key, self._path(block.id.root, block.id.key)
         try:
             pieces = encode_block(block, self.codec)
-            evicted = self._catalog.reserve(block.id, sum(piece.nbytes for piece in pieces), self.budget_bytes)
-            if evicted is None:
-                return self._catalog.find(key) is not None
-            try:
-                for old_key, old_root in evicted:
-                    self._path(old_root, old_key).unlink(missing_ok=True)
-                self._write(self._path(root, key), pieces)
-                self._catalog.ready(key)
-            except BaseException:
-                self._ask(lambda: self._catalog.remove(key), None)
-                raise
+            size = sum(piece.nbytes for piece in pieces)
+            with _claimed(path):
+                evicted = self._catalog.reserve(block.id, size, self.budget_bytes)
+                if evicted is None:
+                    return self._catalog.find(key) is not None
+                try:
+                    for old_key, old_root in evicted:
+                        self._path(old_root, old_key).unlink(missing_ok=True)
+                    self._write(path, pieces)
+                    self._catalog.ready(key)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
+                    self._ask(lambda: self._catalog.remove(key), None)
+                    raise
+            self._lost.discard(key)
             return True
-        except (OSError, sqlite3.Error) as error:
+        except NoRoom:
+            self._warn(
+                "budget",
+                f"disk_budget={self.budget_bytes} has no room for a block of {size} bytes after those "
+                f"it follows; the rest of such sequences is not kept in {self.folder}",
+            )
+        except (BlockError, OSError, sqlite3.Error) as error:
             self._warn("write", f"cannot write to {self.folder} ({error}); what is computed now is not kept on disk")
-            return False
+        return False
 
     def __contains__(self, key: str) -> bool:
         return self.find(key) is not None
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a block that lives here."""
-        return self._ask(lambda: self._catalog.find(key), None)
+        return self._ask(lambda: self._catalog.find(key), None) if key not in self._lost else None
 
     def children(self, parent: str) -> Sequence[BlockId]:
         """Return the blocks that follow ``parent``."""
-        return self._ask(lambda: self._catalog.children(parent), [])
+        nothing: list[BlockId] = []
+        children = self._ask(lambda: self._catalog.children(parent), nothing)
+        return [child for child in children if child.key not in self._lost]
 
     def open(self, key: str) -> BlockFile | None:
         """Open a block for reading; None when the catalog does not know it.
@@ -191,18 +238,26 @@ class DiskTier:
             BlockError: its file is missing or damaged.
         """
         block = self.find(key)
-        return BlockFile(str(self._path(block.root, key))) if block else None
+        if block is None:
+            return None
+        file = BlockFile(str(self._path(block.root, key)))
+        if (file.id.key, file.id.parent, file.id.root) != (key, block.parent, block.root):
+            file.close()
+            raise BlockError(f"{file.path} holds another block than the catalog says")
+        return file
 
     def discard(self, key: str) -> None:
         """Forget a block and delete its file; unknown keys are ignored."""
         block = self.find(key)
         if block is None:
             return
-        self._ask(lambda: self._catalog.remove(key), None)
+        self._lost.add(key)  # even if the catalog cannot be written: a damaged block must not be found for ever
         try:
+            self._catalog.remove(key)
+            self._lost.discard(key)
             self._path(block.root, key).unlink(missing_ok=True)
-        except OSError as error:
-            self._warn(key, f"cannot delete a block file in {self.folder}: {error}")
+        except (OSError, sqlite3.Error) as error:
+            self._warn("discard", f"cannot delete a block in {self.folder}: {error}")
 
     def touch(self, keys: Sequence[str]) -> None:
         """Note that these blocks were used now."""
@@ -219,6 +274,17 @@ class DiskTier:
     def close(self) -> None:
         """Close the catalog."""
         self._catalog.close()
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Name ``path`` as one that this process is writing."""
+    place = os.path.realpath(path)
+    _in_flight.add(place)
+    try:
+        yield
+    finally:
+        _in_flight.discard(place)
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,395 @@
+"""Every mode of generate() gives the tokens of a fresh ``DynamicCache``, on a cache that already knows much."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+
+import kvtier
+from kvtier import PrefixStore, PromptError, TieredCache
+
+
+@pytest.fixture
+def turn(model, generate):
+    """``turn(cache, ids, **settings)``: run it on the cache and on a fresh ``DynamicCache``; sequences are equal."""
+
+    def run(cache, ids, **settings):
+        torch.manual_seed(7)
+        # transformers answers use_cache=False on a cache from tokens fed twice: that is no reference.
+        expected = generate(model, ids, **{**settings, "use_cache": True}).sequences
+        torch.manual_seed(7)
+        found = generate(model, ids, cache, **settings)
+        assert torch.equal(found.sequences, expected)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def used(model, generate, tokens, cache):
+    """A cache that holds a turn of 30 + 8 tokens, and a prompt that continues it by 6."""
+    sequences = generate(model, tokens(30), cache).sequences
+    return cache, torch.cat([sequences, tokens(6, seed=1)], 1)
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 50, "temperature": 1.5},
+    "beams": {"num_beams": 3},
+    "beam-sampling": {"num_beams": 3, "do_sample": True},
+    "many-beams-returned": {"num_beams": 4, "num_return_sequences": 3},
+    "many-samples": {"do_sample": True, "num_return_sequences": 3},
+    "prefill-chunks": {"prefill_chunk_size": 4},
+    "one-token": {"max_new_tokens": 1},
+    "no-cache-asked": {"use_cache": False},
+    "repetition-penalty": {"repetition_penalty": 1.3},
+    "end-of-sequence": {"eos_token_id": list(range(1, 60))},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_on_a_used_cache_and_the_turn_after_it(turn, used, tokens, store, mode):
+    cache, ids = used
+    found = turn(cache, ids, **MODES[mode])
+    assert cache.last_turn.cached_tokens == 37
+    ids = torch.cat([found.sequences[:1], tokens(3, seed=2)], 1)
+    turn(cache, ids)
+    assert cache.last_turn.cached_tokens >= 43  # at least the prompt of the turn in that mode but its last token
+    with TieredCache(store) as restored:
+        turn(restored, ids)
+        assert restored.last_turn.cached_tokens >= 43
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_on_a_restored_cache(turn, used, store, mode):
+    _, ids = used
+    with TieredCache(store) as cache:
+        turn(cache, ids, **MODES[mode])
+        assert cache.last_turn.cached_by_tier["host"] == 37
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_on_an_empty_cache(turn, cache, tokens, mode):
+    found = turn(cache, tokens(20), **MODES[mode])
+    assert cache.last_turn.cached_tokens == 0
+    turn(cache, torch.cat([found.sequences[-1:], tokens(4, seed=3)], 1))
+    assert cache.last_turn.cached_tokens >= 19
+
+
+@pytest.mark.parametrize("tier", ["window", "host"])
+def test_rows_of_a_padded_batch_come_from_different_chains(turn, cache, tokens, store, tier):
+    turn(cache, tokens(40, seed=1))
+    turn(cache, tokens(25, seed=2))
+    batch = torch.zeros(3, 43, dtype=torch.long)
+    batch[0] = torch.cat([tokens(40, seed=1), tokens(3, seed=5)], 1)
+    batch[1, 13:] = torch.cat([tokens(25, seed=2), tokens(5, seed=6)], 1)
+    batch[2, 40:] = tokens(3, seed=7)  # knows nothing, and is padding wherever the others are cached
+    with TieredCache(store) as restored:
+        target = cache if tier == "window" else restored
+        turn(target, batch)
+        assert [row.cached_tokens for row in target.last_turn.rows] == [38, 25, 0]
+        assert [row.prompt_tokens for row in target.last_turn.rows] == [43, 30, 3]
+        assert target.last_turn.cached_by_tier[tier] == (25 if tier == "window" else 63)
+
+
+def test_batch_sizes_change_from_turn_to_turn(turn, cache, tokens):
+    one, three = tokens(20, seed=1), tokens(24, rows=3, seed=2)
+    three[1, :9] = 0
+    for ids in (one, three, three[1:2, 9:], torch.cat([three[2:], three[:1]]), one, three):
+        turn(cache, ids)
+    assert cache.last_turn.cached_tokens == 23 + 14 + 23
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_expanded_padded_batch(turn, cache, tokens, store, settings):
+    ids = tokens(24, rows=2)
+    ids[1, :10] = 0
+    turn(cache, ids[:, :22])
+    turn(cache, ids, **settings)
+    assert [row.cached_tokens for row in cache.last_turn.rows] == [22, 12]
+    with TieredCache(store) as restored:
+        turn(restored, ids, **settings)
+        assert [row.cached_tokens for row in restored.last_turn.rows] == [23, 13]
+
+
+def test_plain_tensor_is_returned(model, used):
+    cache, ids = used
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(inputs=ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+    assert cache.last_turn.cached_tokens == ids.shape[1] - 1
+    assert cache.last_turn.generated_tokens == 5
+
+
+def test_output_carries_the_cache(model, used, generate):
+    cache, ids = used
+    assert generate(model, ids, cache).past_key_values is cache
+
+
+class Notes(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], 0
+
+    def put(self, value):
+        self.seen.extend(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamer_sees_the_prompt_once_and_every_token(model, used, generate):
+    cache, ids = used
+    notes = Notes()
+    found = generate(model, ids, cache, streamer=notes)
+    assert notes.seen == found.sequences[0].tolist()
+    assert notes.ended == 1
+
+
+# --- what can be done to a cache between turns ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [1, 10, 37, 100])
+def test_crop_between_turns(turn, used, tokens, removed):
+    cache, ids = used
+    cache.crop(-removed)
+    assert cache.get_seq_length() == max(0, 37 - removed)
+    turn(cache, ids)
+    assert cache.last_turn.cached_by_tier["window"] == max(0, 37 - removed)
+    assert cache.last_turn.cached_tokens == 37  # the store knows the rest
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
+        lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reset(),
+    ],
+    ids=["reorder", "select", "select-mask", "repeat", "reset"],
+)
+def test_rows_moved_between_turns(model, turn, cache, tokens, move):
+    ids = tokens(20, rows=3)
+    turn(cache, ids)
+    reference = DynamicCache(config=model.config)
+    model.generate(ids, past_key_values=reference, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
+    move(cache)
+    move(reference)
+    for ours, theirs in zip(cache.layers, reference.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if theirs.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+    turn(cache, ids)
+    turn(cache, ids.flip(0))
+
+
+def test_reset_keeps_the_store(turn, used):
+    cache, ids = used
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    turn(cache, ids)
+    assert cache.last_turn.cached_by_tier["host"] == 37
+
+
+def test_twins_continue_alike_and_apart(turn, used, tokens):
+    cache, ids = used
+    twin = copy.deepcopy(cache)
+    assert twin.store is cache.store
+    assert twin.get_seq_length() == cache.get_seq_length() == 37
+    turn(twin, ids)
+    assert twin.last_turn.cached_by_tier["window"] == 37
+    kept = [layer.keys.clone() for layer in cache.layers]
+    turn(twin, torch.cat([ids[:, :20], tokens(9, seed=9)], 1))  # overwrites what the twin held
+    for layer, before in zip(cache.layers, kept, strict=True):
+        assert torch.equal(layer.keys, before)
+    turn(cache, ids)
+    assert cache.last_turn.cached_by_tier["window"] == 37
+
+
+def test_closing_one_twin_leaves_the_other(turn, used):
+    cache, ids = used
+    twin = copy.deepcopy(cache)
+    twin.close()
+    turn(cache, ids)
+    assert cache.last_turn.cached_by_tier["window"] == 37
+
+
+# --- other ways to generate -------------------------------------------------------------------------------------------
+
+
+def test_prompt_lookup_on_a_used_cache(model, turn, used, generate):
+    cache, ids = used
+    ids = torch.cat([ids, ids[:, :12]], 1)  # something to look up
+    turn(cache, ids, prompt_lookup_num_tokens=3)
+    assert cache.last_turn.cached_tokens == 0
+    assert cache.last_turn.miss_reason == "assisted decoding starts cold"
+    turn(cache, ids)
+    assert cache.last_turn.cached_tokens == ids.shape[1] - 1
+
+
+def test_assistant_model(model, make_model, used, generate):
+    cache, ids = used
+    assistant = make_model("llama", num_hidden_layers=1)
+    expected = generate(model, ids).sequences
+    assert torch.equal(generate(model, ids, cache, assistant_model=assistant).sequences, expected)
+    assert torch.equal(generate(model, ids, cache).sequences, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_decoder_side_of_an_encoder_decoder(tokens, cache, settings):
+    config = transformers.T5Config(
+        vocab_size=200, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.shared.weight, std=0.5)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **settings}
+    both = EncoderDecoderCache(cache, DynamicCache())
+    for seed in (0, 1, 0):
+        ids = tokens(12, rows=2, seed=seed)
+        expected = model.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, past_key_values=both, **settings), expected)
+        assert cache.last_turn.cached_tokens == 0
+        assert cache.last_turn.miss_reason == "encoder-decoder models are not reused yet"
+
+
+def falcon_h1():
+    config = transformers.FalconH1Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
+        initializer_range=0.2,
+        eos_token_id=None,
+    )
+    return transformers.FalconH1ForCausalLM(config)
+
+
+def qwen3_next():
+    config = transformers.Qwen3NextConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention"],
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [falcon_h1, qwen3_next], ids=lambda build: build.__name__)
+def test_other_kinds_of_layers_are_right_without_reuse(build, generate, tokens, cache):
+    torch.manual_seed(0)
+    model = build().eval()
+    ids = tokens(20)
+    for turn in range(3):
+        expected = generate(model, ids).sequences
+        assert torch.equal(generate(model, ids, cache).sequences, expected)
+        assert cache.last_turn.cached_tokens == 0
+        assert "are not kept yet" in cache.last_turn.miss_reason
+        ids = torch.cat([expected, tokens(5, seed=turn + 1)], 1)
+
+
+# --- loops that call the model themselves -----------------------------------------------------------------------------
+
+
+def loop(model, cache, ids, steps=6):
+    """Greedy decoding by hand."""
+    report = cache.begin(model, ids)
+    known = cache.get_seq_length()
+    assert report.cached_tokens == known
+    sequences, feed = ids, ids[:, known:]
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(feed, past_key_values=cache).logits[:, -1]
+            feed = logits.argmax(-1, keepdim=True)
+            sequences = torch.cat([sequences, feed], 1)
+    return sequences, cache.commit(sequences)
+
+
+def test_custom_loop(model, cache, tokens, store):
+    ids = tokens(20)
+    for turn, known in enumerate((0, 25)):
+        found, report = loop(model, cache, ids)
+        assert torch.equal(found, model.generate(ids, max_new_tokens=6, do_sample=False))
+        assert (report.cached_tokens, report.generated_tokens) == (known, 6)
+        ids = torch.cat([found, tokens(4, seed=turn + 1)], 1)
+    with TieredCache(store) as restored:
+        found, report = loop(model, restored, ids)
+        assert torch.equal(found, model.generate(ids, max_new_tokens=6, do_sample=False))
+        assert report.cached_by_tier["host"] == 35
+
+
+def test_commit_wants_the_prompt_it_was_given(model, cache, tokens):
+    with pytest.raises(PromptError, match="without begin"):
+        cache.commit(tokens(5))
+    cache.begin(model, tokens(20))
+    with torch.no_grad():
+        model(tokens(20), past_key_values=cache)
+    with pytest.raises(PromptError, match="do not begin with the prompt"):
+        cache.commit(tokens(20, seed=1))
+    assert cache.commit(tokens(20)).computed_tokens == 20
+
+
+def test_tokens_that_nobody_named_are_not_kept(model, cache, turn, tokens):
+    """A bare forward pass appends K and V; the next turn must not take them for those of its prompt."""
+    turn(cache, tokens(20))
+    with torch.no_grad():
+        model(tokens(5, seed=9), past_key_values=cache)
+    turn(cache, torch.cat([tokens(20), tokens(8, seed=1)], 1))
+    assert cache.last_turn.cached_by_tier["window"] == 0
+
+
+def test_mask_of_another_width_is_refused(model, cache, tokens):
+    with pytest.raises(PromptError, match="whole conversation"):
+        model.generate(tokens(5), attention_mask=torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
+
+
+def test_holes_in_the_mask_turn_reuse_off(turn, used):
+    cache, ids = used
+    mask = torch.ones_like(ids)
+    mask[0, 5] = 0
+    turn(cache, ids, attention_mask=mask)
+    assert cache.last_turn.cached_tokens == 0
+    assert "holes" in cache.last_turn.miss_reason
+    turn(cache, ids)
+
+
+def test_uninstall_gives_generate_back(model, cache, tokens):
+    wrapped = GenerationMixin.generate
+    try:
+        kvtier.uninstall()
+        original = GenerationMixin.generate
+        assert original is not wrapped
+        assert wrapped.__wrapped__ is original
+        kvtier.uninstall()
+        assert GenerationMixin.generate is original
+    finally:
+        with PrefixStore() as store, TieredCache(store):
+            pass
+    assert GenerationMixin.generate.__wrapped__ is original
