@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Queue
 from typing import TypeVar
 
+_log = logging.getLogger("kvtier.transfer")
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class Readers:
 class Writer:
     """One thread that runs tasks in order, behind the caller. At most ``depth`` tasks wait; more block the caller.
 
-    Tasks must not raise: whoever queues one handles its errors inside it.
+    Whoever queues a task handles its errors inside it; one that raises all the same is logged, and the next one runs.
     """
 
     def __init__(self, depth: int = 64) -> None:
@@ -63,6 +65,8 @@ class Writer:
         while (task := self._queue.get()) is not None:
             try:
                 task()
+            except Exception:
+                _log.exception("a task behind generate() failed; what it was to write is not kept")
             finally:
                 self._queue.task_done()
         self._queue.task_done()

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvtier.hf.window import PageRun, Window, WindowRun
-
-
-class Prefix(Protocol):
-    """What a layer's window must hold before it takes the first tokens of a turn."""
-
-    columns: int
-    rows: int
-    in_place: bool
-    """The old window already holds every ``WindowRun`` where it belongs."""
-
-    def runs(self, layer: int, row: int) -> Sequence[WindowRun | PageRun]:
-        """Return where each known column of ``row`` comes from, in order; columns not named are padding."""
-
-    def filled(self, layer: int) -> None:
-        """Note that the layer has taken its runs."""
+from kvtier.hf.prefix import TurnPrefix
+from kvtier.hf.window import Window
 
 
 class WindowLayer(CacheLayerMixin):
@@ -42,8 +27,8 @@ class WindowLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Hold nothing."""
-        self._window: Window | None = None
-        self._prefix: tuple[Prefix, int] | None = None
+        self.window: Window | None = None
+        self._prefix: tuple[TurnPrefix, int] | None = None
         self.length = 0
         self.is_initialized = False
 
@@ -51,17 +36,17 @@ class WindowLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:
         """``[batch, k_heads, length, k_dim]``, or None before the first token."""
-        return None if self._window is None else self._window.k[:, :, : self.length]
+        return None if self.window is None else self.window.k[:, :, : self.length]
 
     @property
     def values(self) -> torch.Tensor | None:
         """``[batch, v_heads, length, v_dim]``, or None before the first token."""
-        return None if self._window is None else self._window.v[:, :, : self.length]
+        return None if self.window is None else self.window.v[:, :, : self.length]
 
     @property
     def rows(self) -> int:
         """Sequences in the window."""
-        return 0 if self._window is None else self._window.rows
+        return 0 if self.window is None else self.window.rows
 
     @property
     def complete(self) -> bool:
@@ -71,11 +56,11 @@ class WindowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make an empty window for K and V of these shapes."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._window = Window(key_states, value_states, 0)
+        self.window = Window.like(key_states, value_states, 0)
         self.is_initialized = True
 
-    def expect(self, prefix: Prefix, layer: int) -> None:
-        """Hold ``prefix`` from now on; its bytes move in the next ``update``."""
+    def expect(self, prefix: TurnPrefix, layer: int) -> None:
+        """Hold ``prefix`` from now on; the next ``update`` waits for it."""
         self.length = prefix.columns
         self._prefix = (prefix, layer)
 
@@ -90,10 +75,13 @@ class WindowLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         new = key_states.shape[-2]
         if self._prefix is not None:
-            self._take_prefix(*self._prefix, key_states, value_states)
-        elif self._window is None:
+            prefix, layer = self._prefix
+            self.window = prefix.take(layer, self.window, key_states, value_states)
+            self._prefix, self.is_initialized = None, True
+            self.dtype, self.device = key_states.dtype, key_states.device
+        elif self.window is None:
             self.lazy_initialization(key_states, value_states)
-        window = self._window
+        window = self.window
         assert window is not None
         begin, end = self.length, self.length + new
         window.reserve(end, live=begin)
@@ -105,32 +93,6 @@ class WindowLayer(CacheLayerMixin):
     def _first_visible(self, begin: int) -> int:
         """Return the first column that new tokens at column ``begin`` attend to."""
         return 0
-
-    def _take_prefix(self, prefix: Prefix, layer: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
-        """Move the expected prefix into the window, for as many rows as ``k_bhtd`` has."""
-        old, columns, batch = self._window, prefix.columns, k_bhtd.shape[0]
-        repeats = batch // prefix.rows  # beams and return sequences follow each other
-        in_place = prefix.in_place and repeats == 1 and old is not None and old.takes(k_bhtd, v_bhtd)
-        capacity = Window.capacity_for(columns + k_bhtd.shape[2])
-        window = old if in_place and old is not None else Window(k_bhtd, v_bhtd, capacity)
-        if window is old:
-            window.reserve(columns, live=min(columns, window.k.shape[2]))
-        for row in range(batch):
-            done = 0
-            for run in prefix.runs(layer, row // repeats):
-                if window is not old:
-                    window.clear(row, done, run.start)
-                if isinstance(run, PageRun):
-                    window.write_page(row, run)
-                elif window is not old:
-                    assert old is not None
-                    window.copy_run(row, run, old)
-                done = run.stop
-            if window is not old:
-                window.clear(row, done, columns)
-        self.dtype, self.device = k_bhtd.dtype, k_bhtd.device
-        self._window, self._prefix, self.is_initialized = window, None, True
-        prefix.filled(layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys the next ``query_length`` tokens see, and the column of the first."""
@@ -153,18 +115,18 @@ class WindowLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        if self._window is not None:
-            self._window.select(beam_idx, self.length)
+        if self.window is not None:
+            self.window.select(beam_idx, self.length)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
-        if self._window is not None:
-            self._window.select(indices, self.length)
+        if self.window is not None:
+            self.window.select(indices, self.length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
-        if self._window is not None:
-            self._window.select(torch.arange(self.rows).repeat_interleave(repeats), self.length)
+        if self.window is not None:
+            self.window.select(torch.arange(self.rows).repeat_interleave(repeats), self.length)
 
 
 class SlidingWindowLayer(WindowLayer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvtier.errors import PromptError
@@ -17,6 +18,15 @@ class Prompt:
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
     columns: int
+
+    def begins(self, sequences: torch.Tensor) -> bool:
+        """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""
+        rows = sequences.shape[0]
+        if rows % len(self.rows) or sequences.shape[1] < self.columns:
+            return False
+        repeats = rows // len(self.rows)
+        ids = sequences[:, : self.columns].detach().to("cpu", torch.int64).numpy()
+        return all(np.array_equal(ids[r, self.pads[r // repeats] :], self.rows[r // repeats]) for r in range(rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,19 @@
-"""One turn of a cache: what it starts from, and what happened to its rows since."""
+"""One turn of a cache: what it starts from, what happened to its rows since, and the report of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+import numpy as np
 import torch
 
 from kvtier.hf.identity import Identity
+from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
-from kvtier.hf.window import PageRun, WindowRun
+from kvtier.report import Divergence, RowReport, TurnReport
 from kvtier.store.chain import TokenIds, common_run
-from kvtier.store.store import PrefixMatch, Restore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,91 +29,25 @@ class Held:
         best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
         return best, runs[best]
 
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """Where the first tokens of one row come from: ``window_tokens`` of a held row, then the store up to the limit."""
-
-    pad: int
-    window_row: int
-    window_pad: int
-    window_tokens: int
-
-
-class TurnPrefix:
-    """The known prefix of a turn, ready to be moved into windows (a ``layers.Prefix``).
-
-    Rows share one column limit: transformers cuts a batch at one column for all rows.
-    """
-
-    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: Restore | None, held_rows: int) -> None:
-        self.columns = columns
-        self.rows = len(plans)
-        self.in_place = held_rows == len(plans) and all(
-            plan.window_row == row and plan.window_pad == plan.pad for row, plan in enumerate(plans)
-        )
-        self.restored_bytes = 0
-        self.seconds = 0.0
-        self._plans = plans
-        self._restore = restore
-        self._started = 0.0
-        self._left: set[int] = set()
-
-    def attach(self, layers: int) -> None:
-        """Expect ``layers`` layers to take the prefix."""
-        self._left = set(range(layers))
-
-    def runs(self, layer: int, row: int) -> Sequence[WindowRun | PageRun]:
-        """Return where each known column of ``row`` comes from."""
-        if not row:
-            self._started = time.perf_counter()
-        plan = self._plans[row]
-        stop = min(plan.pad + plan.window_tokens, self.columns)
-        runs: list[WindowRun | PageRun] = []
-        if stop > plan.pad:
-            runs.append(WindowRun(plan.pad, stop, plan.window_row, plan.window_pad))
-        if self._restore is None or max(stop, plan.pad) >= self.columns:
-            return runs
-        begin = max(stop, plan.pad)
-        for placed in self._restore.pages(layer, row):
-            first, last = max(placed.start + plan.pad, begin), min(placed.stop + plan.pad, self.columns)
-            if first < last:
-                cut = slice(first - plan.pad - placed.start, last - plan.pad - placed.start)
-                run = PageRun(first, last, placed.page.k_htd[:, cut], placed.page.v_htd[:, cut])
-                self.restored_bytes += run.k_htd.nbytes + run.v_htd.nbytes
-                runs.append(run)
-        return runs
-
-    def filled(self, layer: int) -> None:
-        """Note that a layer has its bytes; the last one lets go of the store's files."""
-        self.seconds += time.perf_counter() - self._started
-        self._left.discard(layer)
-        if not self._left and self._restore is not None:
-            self._restore.finish()
-
-    def wait(self) -> None:
-        """Wait for all pages.
-
-        Raises:
-            RestoreError: a page could not be read.
-        """
-        if self._restore is not None:
-            self._restore.wait()
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        if self._restore is not None:
-            self._restore.close()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> TurnPrefix:
-        return self  # its pages are immutable
+    def cut(self, columns: int) -> Held:
+        """Return the part within the first ``columns`` columns."""
+        return Held(tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True)), self.pads)
 
 
 @dataclass(slots=True, eq=False)
 class Turn:
     """A turn that has begun and is not committed.
 
-    ``row_of[i]`` is the prompt row that cache row ``i`` continues; ``None`` until rows are known to have moved.
+    Attributes:
+        prompt: its rows; None when it must neither reuse nor be kept.
+        identity: of the model it runs on.
+        prefix: what of the prompt is known; None when nothing is.
+        reason: why not more was reused.
+        prompt_only: whether generated tokens can no longer be told by row.
+        row_of: the prompt row that each cache row continues; None until rows are known to have moved.
+        match_seconds: time it took to find the prefix.
+        divergences: where each row left what was known.
+        cached_by_tier: tokens of the prefix by where they come from.
     """
 
     prompt: Prompt | None
@@ -122,8 +57,13 @@ class Turn:
     prompt_only: bool = False
     row_of: list[int] | None = None
     match_seconds: float = 0.0
-    matches: Sequence[PrefixMatch] = ()
+    divergences: Sequence[Divergence | None] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def off(cls, reason: str) -> Turn:
+        """Return a turn that neither reuses nor is kept."""
+        return cls(None, None, None, reason)
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
@@ -131,12 +71,65 @@ class Turn:
             return
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        before = self.row_of or self.expanded(held_rows)
+        before = self.row_of or self._expanded(held_rows)
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
 
-    def expanded(self, held_rows: int) -> list[int]:
+    def _expanded(self, held_rows: int) -> list[int]:
         """Return the prompt row of each of ``held_rows`` cache rows as ``generate`` expands them."""
         assert self.prompt is not None
         repeats = max(1, held_rows // len(self.prompt.rows))
         return [row // repeats for row in range(held_rows)]
+
+    def named(self, generated: Sequence[TokenIds], held_rows: int) -> Held | None:
+        """Return the tokens that stand in the ``held_rows`` rows of the windows; None when nobody can tell.
+
+        Args:
+            generated: the new tokens of each returned sequence.
+            held_rows: rows of the windows.
+        """
+        if self.prompt is None or not held_rows:
+            return None
+        row_of = self.row_of or self._expanded(held_rows)
+        by_row = not self.prompt_only and len(generated) == held_rows
+        tails = generated if by_row else [np.empty(0, np.int64)] * held_rows
+        rows = tuple(np.concatenate([self.prompt.rows[p], tail]) for p, tail in zip(row_of, tails, strict=True))
+        return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
+
+    def generated(self, sequences: torch.Tensor, eos_ids: Iterable[int]) -> list[TokenIds]:
+        """Return the new tokens of each of ``sequences [rows, columns]``, up to its end of sequence."""
+        if self.prompt is None:
+            return []
+        new = sequences[:, self.prompt.columns :].detach().to("cpu", torch.int64).numpy()
+        ends = list(eos_ids)
+        return [_until(ids, ends) for ids in new]
+
+    def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
+        """Return what was reused and why not more; ``generated`` are the new tokens of each returned sequence."""
+        if self.prompt is None:
+            return TurnReport(miss_reason=self.reason)
+        rows = []
+        repeats = max(1, len(generated) // len(self.prompt.rows))
+        for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
+            cached = max(0, self.prefix.columns - pad) if self.prefix else 0
+            made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
+            rows.append(RowReport(len(tokens), cached, made, self.divergences[r] if self.divergences else None))
+        prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
+        return TurnReport(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            computed_tokens=prompt_tokens - cached_tokens,
+            generated_tokens=sum(r.generated_tokens for r in rows),
+            cached_by_tier=MappingProxyType({"window": 0, "host": 0, "disk": 0} | dict(self.cached_by_tier)),
+            restored_bytes=self.prefix.restored_bytes if self.prefix else 0,
+            restore_seconds=self.match_seconds + (self.prefix.seconds if self.prefix else 0.0),
+            miss_reason=self.reason,
+            divergence=rows[0].divergence,
+            rows=tuple(rows),
+        )
+
+
+def _until(ids: TokenIds, ends: Sequence[int]) -> TokenIds:
+    """Cut ``ids`` after the first of ``ends``: what follows is filling."""
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: int(found[0]) + 1] if len(found) else ids

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from kvtier.errors import RestoreError
 from kvtier.geometry import LayerGeometry
+from kvtier.store.base import Landing, Page
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class WindowRun:
-    """Columns ``[start, stop)`` of a new window, taken from ``source_start`` on of row ``source_row`` of the old."""
-
-    start: int
-    stop: int
-    source_row: int
-    source_start: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageRun:
-    """Columns ``[start, stop)`` of a new window, taken from a page: ``[heads, tokens, dim]``."""
-
-    start: int
-    stop: int
-    k_htd: torch.Tensor
-    v_htd: torch.Tensor
-
-
 class Window:
     """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
 
-    Owns both buffers. Memory beyond what was written is only reserved:
-    on the CPU it costs address space.
+    Owns both buffers. Memory beyond what was written is only reserved: on the CPU it costs address space.
     """
 
-    def __init__(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> None:
-        """Make room for ``capacity`` columns of K and V like these."""
-        self.k = k_bhtd.new_empty(*k_bhtd.shape[:2], capacity, k_bhtd.shape[3])
-        self.v = v_bhtd.new_empty(*v_bhtd.shape[:2], capacity, v_bhtd.shape[3])
+    def __init__(self, rows: int, geometry: LayerGeometry, capacity: int, device: torch.device | str) -> None:
+        self.geometry = geometry
+        g = geometry
+        self.k = torch.empty(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
+        self.v = torch.empty(rows, g.v_heads, capacity, g.v_dim, dtype=g.dtype, device=device)
+
+    @classmethod
+    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> Window:
+        """Return an empty window for K and V like these."""
+        return cls(k_bhtd.shape[0], LayerGeometry.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
 
     @staticmethod
     def capacity_for(columns: int) -> int:
@@ -56,26 +39,30 @@ class Window:
         return self.k.shape[0]
 
     @property
-    def geometry(self) -> LayerGeometry:
-        """Shapes of K and V of one token."""
-        return LayerGeometry.of(self.k, self.v)
+    def capacity(self) -> int:
+        """Columns there is room for."""
+        return self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.k.device
 
     def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
         """Whether K and V like these can be appended as they are."""
         return (
             self.rows == k_bhtd.shape[0]
-            and self.k.device == k_bhtd.device
+            and self.device == k_bhtd.device
             and self.geometry == LayerGeometry.of(k_bhtd, v_bhtd)
         )
 
     def reserve(self, columns: int, live: int) -> None:
         """Have room for ``columns``; the first ``live`` keep their values."""
-        if columns <= self.k.shape[2]:
+        if columns <= self.capacity:
             return
-        old_k, old_v = self.k, self.v
-        grown = Window(old_k, old_v, self.capacity_for(columns))
-        grown.k[:, :, :live] = old_k[:, :, :live]
-        grown.v[:, :, :live] = old_v[:, :, :live]
+        grown = Window(self.rows, self.geometry, self.capacity_for(columns), self.device)
+        grown.k[:, :, :live] = self.k[:, :, :live]
+        grown.v[:, :, :live] = self.v[:, :, :live]
         self.k, self.v = grown.k, grown.v
 
     def write(self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
@@ -84,29 +71,26 @@ class Window:
         self.k[:, :, begin:end] = k_bhtd
         self.v[:, :, begin:end] = v_bhtd
 
-    def write_page(self, row: int, run: PageRun) -> None:
-        """Put a page into its columns of ``row``.
-
-        Raises:
-            RestoreError: the page has other heads, head sizes or another type.
-        """
-        for page, window in ((run.k_htd, self.k), (run.v_htd, self.v)):
-            if (page.dtype, page.shape[0], page.shape[2]) != (window.dtype, window.shape[1], window.shape[3]):
-                raise RestoreError(
-                    f"a stored page of {page.dtype} {tuple(page.shape)} does not fit the model's K and V"
-                )
-            window[row, :, run.start : run.stop].copy_(page)
-
-    def copy_run(self, row: int, run: WindowRun, source: Window) -> None:
-        """Put columns of another window into ``row``."""
-        columns = slice(run.source_start, run.source_start + run.stop - run.start)
-        self.k[row, :, run.start : run.stop] = source.k[run.source_row, :, columns]
-        self.v[row, :, run.start : run.stop] = source.v[run.source_row, :, columns]
+    def copy(self, row: int, begin: int, end: int, source: Window, source_row: int, source_begin: int) -> None:
+        """Put columns of another window into the columns ``[begin, end)`` of ``row``."""
+        if begin < end:
+            columns = slice(source_begin, source_begin + end - begin)
+            self.k[row, :, begin:end] = source.k[source_row, :, columns]
+            self.v[row, :, begin:end] = source.v[source_row, :, columns]
 
     def clear(self, row: int, begin: int, end: int) -> None:
         """Zero columns that stand for padding: masked out, but they must be finite."""
         self.k[row, :, begin:end] = 0
         self.v[row, :, begin:end] = 0
+
+    def landing(self, row: int, begin: int) -> Landing:
+        """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
+        return Landing.on(self.k[row, :, begin:], self.v[row, :, begin:])
+
+    def page(self, row: int, begin: int, end: int) -> Page:
+        """Return a host copy of the columns ``[begin, end)`` of ``row``."""
+        k, v = (buffer[row, :, begin:end].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))
+        return Page(k, v)
 
     def select(self, rows: torch.Tensor, live: int) -> None:
         """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns.

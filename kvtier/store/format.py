@@ -19,7 +19,7 @@ import torch
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.store import codec as codecs
-from kvtier.store.base import Block, Page
+from kvtier.store.base import Block, Landing, Page
 from kvtier.store.chain import BlockId, TokenIds, block_key
 
 FORMAT_VERSION = 1
@@ -34,6 +34,7 @@ _DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
 # What reading a damaged header runs into.
 _NOT_A_HEADER = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -175,6 +176,38 @@ class BlockFile:
         except _NOT_A_HEADER as error:
             raise BlockError(f"{self.path}: {error}") from error
         return Page(*tensors)
+
+    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+        """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
+
+        Raises:
+            BlockError: as ``page``; what the landing then holds is undefined.
+        """
+        whole = (first, last) == (0, len(self.id.tokens))
+        if not (whole and self.codec == "raw" and self._read_straight(layer, landing)):
+            landing.take(self.page(layer), first, last)
+
+    def _read_straight(self, layer: int, landing: Landing) -> bool:
+        """Read K and V of ``layer`` right into ``landing``; whether that was possible.
+
+        A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
+        """
+        heads = [*landing.k_htb, *landing.v_htb]
+        (begin, middle), (middle_v, end) = (self._header[f"{part}.{layer}"]["data_offsets"] for part in "kv")
+        if len(heads) > _MAX_PIECES or middle != middle_v or sum(head.nbytes for head in heads) != end - begin:
+            return False
+        try:
+            if os.preadv(self._fd, heads, self._data_start + begin) != end - begin:
+                return False
+        except OSError as error:
+            raise BlockError(f"{self.path}: {error}") from error
+        for name, heads_tb in ((f"k.{layer}", landing.k_htb), (f"v.{layer}", landing.v_htb)):
+            checksum = 0
+            for head_tb in heads_tb:
+                checksum = zlib.crc32(head_tb, checksum)
+            if checksum != self._crc32[name]:
+                raise BlockError(f"{self.path}: checksum of {name} differs")
+        return True
 
     def close(self) -> None:
         """Close the file."""

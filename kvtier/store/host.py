@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvtier.geometry import Geometry, LayerGeometry
-from kvtier.store.base import Block, Page
+from kvtier.store.base import Block, Landing, Page
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import leaf_first_lru
 
@@ -25,6 +25,10 @@ class HostReader:
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``; no bytes move."""
         return self._block.pages[layer]
+
+    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+        """Copy tokens ``[first, last)`` of the page of ``layer``."""
+        landing.take(self._block.pages[layer], first, last)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,8 +1,9 @@
 """PrefixStore: prefixes that were computed once, found again to the token.
 
-The story of this wing. A turn *matches* its tokens against the chains of its root (``match``), *opens* the blocks it
-found (``restore``) and receives their pages layer by layer, read ahead by threads. At its end it *commits* its tokens:
-blocks that are not known yet are copied out of the windows into the RAM tier and written behind to the disk tier.
+The story of this wing. A turn *matches* its tokens against the chains of its root (``match``), opens the blocks it
+found (``restore``) and has their pages put where they are to lie, layer by layer, by threads. At its end it *commits*
+its tokens: blocks that are not known yet are copied out of the windows into the RAM tier and written behind to the disk
+tier. What came from disk is not copied to the RAM tier: the page cache of the system has it already.
 A block that turns out to be damaged is discarded, warned about once, and from then on a miss.
 """
 
@@ -14,8 +15,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,135 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, RestoreError
-from kvtier.report import Divergence
+from kvtier.errors import BlockError, ClosedError, ConfigurationError
 from kvtier.store.base import Block, BlockReader, Page, Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.codec import CODECS
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
+from kvtier.store.match import PrefixMatch, Span, longest_match
+from kvtier.store.restore import Restore
 from kvtier.transfer import Readers, Writer
 from kvtier.units import default_host_budget_bytes, parse_bytes
 
 _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
-    """The first ``used`` tokens of a block, standing at ``start`` of a sequence."""
-
-    block: BlockId
-    start: int
-    used: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PrefixMatch:
-    """The longest known prefix of a sequence."""
-
-    spans: tuple[Span, ...]
-    divergence: Divergence | None
-
-    @property
-    def length(self) -> int:
-        """Tokens matched."""
-        return self.spans[-1].start + self.spans[-1].used if self.spans else 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlacedPage:
-    """A page and the tokens ``[start, stop)`` of the sequence it stands for, already cut to them."""
-
-    start: int
-    stop: int
-    page: Page
-
-
-class Restore:
-    """The pages of some matches, arriving layer by layer.
-
-    Pages on disk are read ahead, one task a layer, in layer order; pages in RAM are there at once. Each block is read
-    once, however many rows use it. ``close`` gives back files; pages already returned stay valid.
-    """
-
-    def __init__(self, store: PrefixStore, matches: Sequence[PrefixMatch], readers: Mapping[str, BlockReader]) -> None:
-        self.geometry = next(iter(readers.values())).geometry
-        self._store = store
-        self._matches = matches
-        self._readers = readers
-        self._on_disk = [reader for reader in readers.values() if reader.tier != "host"]
-        self._layers: list[Future[dict[str, Page]]] = []
-        self._closed = False
-
-    def start(self) -> None:
-        """Begin to read ahead."""
-        if self._on_disk:
-            layers = range(len(self.geometry.layers))
-            self._layers = [self._store._reading.submit(partial(self._read, i)) for i in layers]
-
-    def _read(self, layer: int) -> dict[str, Page]:
-        pages = {}
-        for reader in self._on_disk:
-            try:
-                pages[reader.id.key] = reader.page(layer)
-            except BlockError as error:
-                self._store._damaged(reader.id.key, error)
-                raise RestoreError(str(error)) from error
-        return pages
-
-    def tier(self, key: str) -> str:
-        """Return where a block comes from: ``host`` or ``disk``."""
-        return self._readers[key].tier
-
-    def pages(self, layer: int, row: int) -> list[PlacedPage]:
-        """Return the pages of ``layer`` for row ``row``, waiting for those on their way.
-
-        Raises:
-            RestoreError: a page could not be read; its block was discarded.
-        """
-        read = self._layers[layer].result() if self._on_disk else {}
-        placed = []
-        for span in self._matches[row].spans:
-            key = span.block.key
-            page = read[key] if key in read else self._readers[key].page(layer)
-            if span.used < len(span.block.tokens):
-                page = Page(page.k_htd[:, : span.used], page.v_htd[:, : span.used])
-            placed.append(PlacedPage(span.start, span.start + span.used, page))
-        return placed
-
-    def wait(self) -> None:
-        """Wait until every page is there.
-
-        Raises:
-            RestoreError: a page could not be read; its block was discarded.
-        """
-        for layer in self._layers:
-            layer.result()
-
-    def finish(self) -> None:
-        """Keep in RAM what was read from disk, then close. Call it when every layer has its pages."""
-        if not self._closed and self._layers and all(f.done() and not f.exception() for f in self._layers):
-            layers = [f.result() for f in self._layers]
-            for reader in self._on_disk:
-                block = Block(reader.id, tuple(layer[reader.id.key] for layer in layers))
-                self._store._host.put(block)
-        self.close()
-
-    def close(self) -> None:
-        """Stop reading ahead and close the files."""
-        if self._closed:
-            return
-        self._closed = True
-        for layer in self._layers:
-            layer.cancel()
-        for layer in self._layers:
-            if not layer.cancelled():
-                layer.exception()  # a task that runs still uses the files
-        for reader in self._readers.values():
-            reader.close()
-        self._layers = []
 
 
 class PrefixStore:
@@ -224,47 +108,10 @@ class PrefixStore:
         """
         self._check_open()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
-        spans: list[Span] = []
-        position, parent = 0, root
-        divergence = None
-        while position < limit:
-            expected = tokens[position : position + self.block_size]
-            block = self._next(root, parent, expected)
-            if block is None:
-                break
-            common = common_run(block.tokens, expected)
-            used = min(common, limit - position)
-            if used:
-                spans.append(Span(block, position, used))
-            if common < len(block.tokens) and common < len(expected):
-                divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common]))
-            if used < self.block_size:
-                break
-            position, parent = position + used, block.key
-        if spans:
-            used_keys = [span.block.key for span in spans]
-            for tier in self._tiers:
-                tier.touch(used_keys)
-        return PrefixMatch(tuple(spans), divergence)
+        return longest_match(self._tiers, root, tokens, limit, self.block_size)
 
-    def _next(self, root: str, parent: str, expected: TokenIds) -> BlockId | None:
-        """Return the block after ``parent`` that shares the longest run with ``expected``."""
-        if len(expected) == self.block_size:
-            key = BlockId.of(root, parent, expected).key
-            for tier in self._tiers:
-                block = tier.find(key)
-                if block is not None and block.root == root and np.array_equal(block.tokens, expected):
-                    return block
-        best, best_run = None, -1
-        for tier in self._tiers:
-            for child in tier.children(parent):
-                run = common_run(child.tokens, expected)
-                if child.root == root and run > best_run:
-                    best, best_run = child, run
-        return best
-
-    def restore(self, matches: Sequence[PrefixMatch]) -> Restore:
-        """Open the blocks of ``matches`` (at least one span among them) and begin to read their pages ahead.
+    def restore(self, rows: Sequence[Sequence[Span]]) -> Restore:
+        """Open the blocks of ``rows`` (at least one span among them); ``Restore.start`` lets their pages come.
 
         Raises:
             BlockError: a block cannot be used; it was discarded, so a new ``match`` finds what is left.
@@ -273,12 +120,10 @@ class PrefixStore:
         self._check_open()
         readers: dict[str, BlockReader] = {}
         try:
-            for match in matches:
-                for span in match.spans:
-                    if span.block.key not in readers:
-                        readers[span.block.key] = self._open(span.block)
-            geometries = {reader.geometry for reader in readers.values()}
-            if len(geometries) > 1:
+            for span in (span for spans in rows for span in spans):
+                if span.block.key not in readers:
+                    readers[span.block.key] = self._open(span.block)
+            if len({reader.geometry for reader in readers.values()}) > 1:
                 error = BlockError("its layers differ from those of the blocks beside it")
                 for key in readers:
                     self._damaged(key, error)
@@ -287,9 +132,7 @@ class PrefixStore:
             for reader in readers.values():
                 reader.close()
             raise
-        restore = Restore(self, matches, readers)
-        restore.start()
-        return restore
+        return Restore(rows, readers, self._reading, self._damaged)
 
     def _open(self, block: BlockId) -> BlockReader:
         for tier in self._tiers:
@@ -340,6 +183,7 @@ class PrefixStore:
         if self._disk is not None and manifest is not None:
             self._disk.describe_root(root, manifest)
         parent, new = root, 0
+        keys: list[str] = []
         for start in range(0, len(tokens), self.block_size):
             ids = tokens[start : start + self.block_size].copy()
             block = BlockId.of(root, parent, ids)
@@ -349,7 +193,15 @@ class PrefixStore:
                 new += len(ids)
                 self._drop_shorter(block)
             parent = block.key
+            keys.append(parent)
+        self._touch(keys)
         return new
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
+        self._host.touch(keys)
+        if self._disk is not None and keys:
+            self._writing.submit(partial(self._disk.touch, keys))
 
     def _known(self, block: BlockId) -> bool:
         if any(block.key in tier for tier in self._tiers):

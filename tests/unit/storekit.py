@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvtier.store import PrefixStore
-from kvtier.store.base import Block, Page
+from kvtier.store.base import Block, Landing, Page
 from kvtier.store.chain import BlockId, TokenIds
 
 ROOT = "a1" * 32
@@ -71,18 +71,17 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
     match = store.match(root, tokens, limit)
     if not match.spans:
         return 0
-    restore = store.restore([match])
+    windows = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
+    restore = store.restore([match.spans])
     try:
-        for layer in range(LAYERS):
-            at = 0
-            for placed in restore.pages(layer, 0):
-                assert placed.start == at
-                expected = truth(root, tokens, placed.start, placed.stop)[layer]
-                assert same_bits(placed.page.k_htd, expected.k_htd)
-                assert same_bits(placed.page.v_htd, expected.v_htd)
-                at = placed.stop
-            assert at == match.length
-        restore.finish()
+        restore.start(lambda layer, row: Landing.on(*windows[layer]))
+        for layer, (k_htd, v_htd) in enumerate(windows):
+            restore.wait(layer)
+            expected = truth(root, tokens, 0, match.length)[layer]
+            assert same_bits(k_htd[:, : match.length], expected.k_htd)
+            assert same_bits(v_htd[:, : match.length], expected.v_htd)
+            assert not k_htd[:, match.length :].any()
+            assert not v_htd[:, match.length :].any()
     finally:
         restore.close()
     return match.length

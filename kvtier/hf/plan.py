@@ -1,0 +1,73 @@
+"""The plan of a turn: the longest prefix that windows and store hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtier.errors import BlockError
+from kvtier.hf.identity import Identity
+from kvtier.hf.prefix import RowPlan, TurnPrefix
+from kvtier.hf.prompt import Prompt
+from kvtier.hf.turn import Held, Turn
+from kvtier.report import Divergence
+from kvtier.store import PrefixStore
+from kvtier.store.chain import TokenIds
+from kvtier.store.match import Span
+from kvtier.store.restore import Restore
+
+
+def plan_turn(prompt: Prompt, identity: Identity, held: Held | None, store: PrefixStore) -> Turn:
+    """Return the turn that reuses as much of ``prompt`` as can be, the windows first.
+
+    Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are discarded, and what
+    is left is planned with.
+    """
+    plans, from_window = [], []
+    for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
+        source, run = held.best(tokens, row) if held else (0, 0)
+        plans.append(RowPlan(pad, source, held.pads[source] if held else 0, run))
+        from_window.append(run)
+    while True:
+        matches = [store.match(identity.root, tokens, len(tokens) - 1) for tokens in prompt.rows]
+        known = [max(w, m.length) for w, m in zip(from_window, matches, strict=True)]
+        columns = min([prompt.columns - 1, *(pad + n for pad, n in zip(prompt.pads, known, strict=True))])
+        divergences = [
+            _divergence(held.rows[plan.source_row], tokens, plan.window_tokens)
+            if held and plan.window_tokens > match.length
+            else match.divergence
+            for plan, match, tokens in zip(plans, matches, prompt.rows, strict=True)
+        ]
+        if all(columns <= pad for pad in prompt.pads):
+            return Turn(prompt, identity, None, divergences=divergences)
+        wanted = [m.between(w, columns - pad) for m, w, pad in zip(matches, from_window, prompt.pads, strict=True)]
+        try:
+            restore = store.restore(wanted) if any(wanted) else None
+        except BlockError:
+            continue  # it was discarded
+        break
+    prefix = TurnPrefix(columns, plans, restore, len(held.rows) if held else 0)
+    turn = Turn(prompt, identity, prefix, divergences=divergences)
+    turn.cached_by_tier = _by_tier(prompt, columns, from_window, wanted, restore)
+    return turn
+
+
+def _divergence(known: TokenIds, tokens: TokenIds, common: int) -> Divergence | None:
+    """Return where ``tokens`` leave ``known`` after ``common`` tokens; None when one of them just ends."""
+    if common == min(len(known), len(tokens)):
+        return None
+    return Divergence(common, int(known[common]), int(tokens[common]))
+
+
+def _by_tier(
+    prompt: Prompt,
+    columns: int,
+    from_window: Sequence[int],
+    wanted: Sequence[Sequence[Span]],
+    restore: Restore | None,
+) -> dict[str, int]:
+    counts = {"window": sum(min(w, max(0, columns - pad)) for w, pad in zip(from_window, prompt.pads, strict=True))}
+    if restore is not None:
+        for span in (span for spans in wanted for span in spans):
+            tier = restore.tier(span.block.key)
+            counts[tier] = counts.get(tier, 0) + span.tokens
+    return counts

@@ -1,0 +1,151 @@
+"""The known prefix of a turn, on its way into the windows."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvtier.errors import RestoreError
+from kvtier.geometry import LayerGeometry
+from kvtier.hf.window import Window
+from kvtier.store.base import Landing
+from kvtier.store.restore import Restore
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Where the first tokens of one row come from: ``window_tokens`` of a held row, then the store.
+
+    ``pad`` is the column of the row's first token, ``source_pad`` that of the held row ``source_row``.
+    """
+
+    pad: int
+    source_row: int
+    source_pad: int
+    window_tokens: int
+
+
+class TurnPrefix:
+    """The first ``columns`` columns of a turn, as far as they are known.
+
+    Rows share one limit: transformers cuts a batch at one column for all rows. Where the windows already hold what
+    they are to hold, nothing is copied. Pages of the store land in host windows layer by layer; on a CPU these are
+    the windows themselves, so that a page is copied once, from its tier to its place.
+    """
+
+    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: Restore | None, held_rows: int) -> None:
+        self.columns = columns
+        self.restored_bytes = restore.nbytes if restore is not None else 0
+        self.seconds = 0.0
+        self._plans = tuple(plans)
+        self._restore = restore
+        self._in_place = held_rows == len(plans) and all(
+            plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
+        )
+        self._landed: list[Window] = []
+        self._left: set[int] = set()
+
+    def start(self, windows: Sequence[Window | None], columns: int) -> None:
+        """Give the pages of each layer a place and let them come.
+
+        Args:
+            windows: what the layers hold now.
+            columns: what the windows will need in this turn, as far as one can tell.
+
+        Raises:
+            RestoreError: the store's blocks are not of this model; they were discarded.
+        """
+        self._left = set(range(len(windows)))
+        restore = self._restore
+        if restore is None:
+            return
+        if len(windows) != len(restore.geometry.layers):
+            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {len(windows)}")
+        for window, geometry in zip(windows, restore.geometry.layers, strict=True):
+            if self._in_place and window is not None and window.device.type == "cpu" and window.geometry == geometry:
+                window.reserve(columns, live=min(self.columns, window.capacity))
+                self._landed.append(window)
+            else:
+                self._landed.append(Window(len(self._plans), geometry, Window.capacity_for(columns), "cpu"))
+        restore.start(self._place)
+
+    def _place(self, layer: int, row: int) -> Landing:
+        return self._landed[layer].landing(row, self._plans[row].pad)
+
+    def take(self, layer: int, old: Window | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+        """Return the window of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
+
+        Args:
+            layer: which layer.
+            old: what it held before the turn.
+            k_bhtd: the K that will be appended first; beams and return sequences of a row follow each other.
+            v_bhtd: the V.
+
+        Raises:
+            RestoreError: a page could not be read, or does not fit; its block was discarded.
+        """
+        started = time.perf_counter()
+        landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd))
+        repeats = k_bhtd.shape[0] // len(self._plans)
+        if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
+            window = old
+            window.reserve(self.columns, live=min(self.columns, window.capacity))
+        elif landed is not None and landed.takes(k_bhtd, v_bhtd):
+            window = landed
+        else:
+            window = Window.like(k_bhtd, v_bhtd, Window.capacity_for(self.columns + k_bhtd.shape[2]))
+        for row in range(window.rows):
+            source = row // repeats
+            plan = self._plans[source]
+            begin = min(plan.pad, self.columns)
+            held = max(begin, min(plan.pad + plan.window_tokens, self.columns))
+            if window is not old:
+                window.clear(row, 0, begin)
+                if old is not None:
+                    window.copy(row, begin, held, old, plan.source_row, plan.source_pad)
+            if landed is not None and landed is not window:
+                window.copy(row, held, self.columns, landed, source, held)
+        self._left.discard(layer)
+        if not self._left:
+            self.close()
+        self.seconds += time.perf_counter() - started
+        return window
+
+    def _wait(self, layer: int, geometry: LayerGeometry) -> Window | None:
+        if not self._landed:
+            return None
+        if self._restore is not None:
+            self._restore.wait(layer)
+        landed = self._landed[layer]
+        if landed.geometry != geometry:
+            reason = f"stored pages of {landed.geometry} do not fit the model's {geometry}"
+            raise self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
+        return landed
+
+    def wait(self) -> None:
+        """Wait for all pages.
+
+        Raises:
+            RestoreError: one could not be read; its block was discarded.
+        """
+        if self._restore is not None:
+            for layer in range(len(self._landed)):
+                self._restore.wait(layer)
+
+    def close(self) -> None:
+        """Stop what is on its way. May be called more than once."""
+        if self._restore is not None:
+            self._restore.close()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TurnPrefix:
+        """Copy what has landed, when all of it has."""
+        self.wait()
+        twin = copy.copy(self)
+        twin._restore = None
+        twin._landed = copy.deepcopy(self._landed, memo)
+        twin._left = set(self._left)
+        return twin

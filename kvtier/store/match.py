@@ -1,0 +1,97 @@
+"""Matching: the longest known prefix of a sequence, to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtier.report import Divergence
+from kvtier.store.base import Tier
+from kvtier.store.chain import BlockId, TokenIds, common_run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Tokens ``[first, last)`` of a block, which stand for tokens ``[start, stop)`` of a sequence."""
+
+    block: BlockId
+    start: int
+    first: int
+    last: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the span has."""
+        return self.last - self.first
+
+    @property
+    def stop(self) -> int:
+        """Index of the first token of the sequence after the span."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixMatch:
+    """The longest known prefix of a sequence, as spans in order and without gaps."""
+
+    spans: tuple[Span, ...]
+    divergence: Divergence | None
+
+    @property
+    def length(self) -> int:
+        """Tokens matched."""
+        return self.spans[-1].stop if self.spans else 0
+
+    def between(self, begin: int, end: int) -> tuple[Span, ...]:
+        """Return what the match says about the tokens ``[begin, end)``: spans, cut at both ends."""
+        cut = []
+        for span in self.spans:
+            start, stop = max(span.start, begin), min(span.stop, end)
+            if start < stop:
+                cut.append(Span(span.block, start, span.first + start - span.start, span.last + stop - span.stop))
+        return tuple(cut)
+
+
+def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
+    """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
+
+    Full blocks are found by their keys; after the last of them, the block that shares the longest run of ids counts as
+    far as it agrees. Ids are compared everywhere: a key alone is no hit.
+    """
+    spans: list[Span] = []
+    position, parent = 0, root
+    divergence = None
+    while position < limit:
+        expected = tokens[position : position + block_size]
+        block = _next(tiers, root, parent, expected, block_size)
+        if block is None:
+            break
+        common = common_run(block.tokens, expected)
+        used = min(common, limit - position)
+        if used:
+            spans.append(Span(block, position, 0, used))
+        if common < len(block.tokens) and common < len(expected):
+            divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common]))
+        if used < block_size:
+            break
+        position, parent = position + used, block.key
+    return PrefixMatch(tuple(spans), divergence)
+
+
+def _next(tiers: Sequence[Tier], root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
+    """Return the block after ``parent`` that shares the longest run with ``expected``."""
+    if len(expected) == block_size:
+        key = BlockId.of(root, parent, expected).key
+        for tier in tiers:
+            block = tier.find(key)
+            if block is not None and block.root == root and np.array_equal(block.tokens, expected):
+                return block
+    best, best_run = None, -1
+    for tier in tiers:
+        for child in tier.children(parent):
+            run = common_run(child.tokens, expected)
+            if child.root == root and run > best_run:
+                best, best_run = child, run
+    return best

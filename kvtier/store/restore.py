@@ -1,0 +1,99 @@
+"""Restore: the pages of some matches on their way, layer by layer, to where they are to lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from kvtier.errors import BlockError, RestoreError
+from kvtier.store.base import BlockReader, Landing
+from kvtier.store.match import Span
+from kvtier.transfer import Readers
+
+
+class Restore:
+    """The pages of ``rows``, one task a layer, in layer order.
+
+    Each page is read once, however many rows use it. A block that fails is reported through ``damaged``; its bytes are
+    never taken for K and V, since ``wait`` raises.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Span]],
+        readers: Mapping[str, BlockReader],
+        reading: Readers,
+        damaged: Callable[[str, BlockError], None],
+    ) -> None:
+        self.geometry = next(iter(readers.values())).geometry
+        self._readers = readers
+        self._reading = reading
+        self._damaged = damaged
+        self._uses: dict[str, list[tuple[int, Span]]] = {}
+        for row, spans in enumerate(rows):
+            for span in spans:
+                self._uses.setdefault(span.block.key, []).append((row, span))
+        self._layers: list[Future[None]] = []
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V that all rows take."""
+        return self.geometry.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
+
+    def tier(self, key: str) -> str:
+        """Return where a block comes from: ``host`` or ``disk``."""
+        return self._readers[key].tier
+
+    def start(self, place: Callable[[int, int], Landing]) -> None:
+        """Let the pages come.
+
+        Args:
+            place: ``(layer, row)`` → where K and V of that layer and row begin: token 0 of the sequence at index 0.
+        """
+        layers = range(len(self.geometry.layers))
+        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
+
+    def _land(self, layer: int, place: Callable[[int, int], Landing]) -> None:
+        for key, uses in self._uses.items():
+            reader = self._readers[key]
+            try:
+                if len(uses) == 1:
+                    ((row, span),) = uses
+                    reader.land(layer, span.first, span.last, place(layer, row).cut(span.start, span.stop))
+                else:
+                    page = reader.page(layer)
+                    for row, span in uses:
+                        place(layer, row).cut(span.start, span.stop).take(page, span.first, span.last)
+            except BlockError as error:
+                self._damaged(key, error)
+                raise RestoreError(str(error)) from error
+
+    def wait(self, layer: int) -> None:
+        """Wait until the pages of ``layer`` have landed.
+
+        Raises:
+            RestoreError: one could not be read; its block was discarded.
+        """
+        self._layers[layer].result()
+
+    def reject(self, reason: str) -> RestoreError:
+        """Discard all blocks: they do not fit the model. Returns what to raise."""
+        error = RestoreError(reason)
+        for key in self._readers:
+            self._damaged(key, error)
+        return error
+
+    def close(self) -> None:
+        """Stop, and close the files. Nothing is written to a landing afterwards. May be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        for layer in self._layers:
+            layer.cancel()
+        for layer in self._layers:
+            if not layer.cancelled():
+                layer.exception()  # a task that runs still uses files and landings
+        for reader in self._readers.values():
+            reader.close()

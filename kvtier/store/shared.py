@@ -1,0 +1,52 @@
+"""Stores that caches of one process share because they name the same folder, or none."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.store.store import PrefixStore
+
+_IN_RAM = ""  # the name of the store of those who name no folder; it stays for as long as the process
+
+
+@dataclass(slots=True)
+class _Shared:
+    store: PrefixStore
+    leases: weakref.WeakSet[Lease] = field(default_factory=weakref.WeakSet)
+
+
+_stores: dict[str, _Shared] = {}
+_lock = threading.Lock()
+
+
+class Lease:
+    """One user's hold on a shared store. The last one that is closed closes the store."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._name = str(Path(folder).expanduser().resolve()) if folder is not None else _IN_RAM
+        with _lock:
+            shared = _stores.get(self._name)
+            if shared is None or shared.store.closed:
+                shared = _stores[self._name] = _Shared(PrefixStore(self._name or None))
+            shared.leases.add(self)
+        self.store = shared.store
+
+    def twin(self) -> Lease:
+        """Return another hold on the same store."""
+        return Lease(self._name or None)
+
+    def close(self) -> None:
+        """Let go. May be called more than once."""
+        with _lock:
+            shared = _stores.get(self._name)
+            if shared is None or shared.store is not self.store or self not in shared.leases:
+                return
+            shared.leases.discard(self)
+            if shared.leases or self._name == _IN_RAM:
+                return
+            del _stores[self._name]
+        self.store.close()
