@@ -73,10 +73,11 @@ def decode(payload: _Bytes, codec: str, shape: tuple[int, ...], dtype: torch.dty
         raise BlockError("compressed payload has another length than the tensor")
     if word is None or not split:
         return torch.from_numpy(np.frombuffer(bytearray(top), dtype=np.uint8)).view(dtype).view(shape)
-    bits = 8 * dtype.itemsize
-    planes = np.empty((plane, dtype.itemsize), dtype=np.uint8)
-    planes[:, -1] = np.frombuffer(top, dtype=np.uint8)
-    planes[:, :-1] = rest.reshape(dtype.itemsize - 1, plane).T
-    rotated = planes.reshape(-1).view(word)
-    words = (rotated >> word(1)) | (rotated << word(bits - 1))
+    words = np.frombuffer(top, dtype=np.uint8).astype(word)
+    for lower in reversed(rest.reshape(dtype.itemsize - 1, plane)):
+        words <<= word(8)
+        words |= lower
+    lowest_bit = words << word(8 * dtype.itemsize - 1)
+    words >>= word(1)
+    words |= lowest_bit
     return torch.from_numpy(words.view(np.uint8)).view(dtype).view(shape)
