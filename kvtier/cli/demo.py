@@ -223,8 +223,8 @@ def _table(rows: list[_Row]) -> Table:
     table = Table(
         title="Tokens of each prompt by where they came from; seconds from calling generate() to its first token",
         box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
+        show_edge=False,
+        padding=0,  # so that the table fits into 80 columns
     )
     table.add_column("turn", no_wrap=True)
     for heading in ("prompt", "window", "RAM", "disk", "computed", "plain", "kvtier", "faster"):

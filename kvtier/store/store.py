@@ -87,6 +87,7 @@ class PrefixStore:
         self._reading = Readers()
         self._writing = Writer()
         self._warned: set[str] = set()
+        self._described: set[str] = set()
         self._lock = threading.Lock()
         self._closed = False
         _open_stores.add(self)
@@ -180,8 +181,9 @@ class PrefixStore:
             ClosedError: the store was closed.
         """
         self._check_open()
-        if self._disk is not None and manifest is not None:
-            self._disk.describe_root(root, manifest)
+        if self._disk is not None and manifest is not None and root not in self._described:
+            self._described.add(root)
+            self._writing.submit(partial(self._disk.describe_root, root, manifest))
         parent, new = root, 0
         keys: list[str] = []
         for start in range(0, len(tokens), self.block_size):
@@ -191,7 +193,6 @@ class PrefixStore:
                 if not self._keep(Block(block, read(start, start + len(ids)))):
                     break  # its children could never be reached
                 new += len(ids)
-                self._drop_shorter(block)
             parent = block.key
             keys.append(parent)
         self._touch(keys)
@@ -213,29 +214,35 @@ class PrefixStore:
             for child in tier.children(block.parent)
         )
 
-    def _drop_shorter(self, block: BlockId) -> None:
-        """Forget tails that ``block`` begins with: it answers for them."""
-        for tier in self._tiers:
-            for child in tier.children(block.parent):
-                n = len(child.tokens)
-                if n < len(block.tokens) and n < self.block_size and common_run(child.tokens, block.tokens) == n:
-                    tier.discard(child.key)
-
     def _keep(self, block: Block) -> bool:
         disk = self._disk
         if disk is None:
-            return self._host.put(block)
+            return self._put(self._host, block)
         if not self._host.put(block, writing=True):
-            return disk.put(block)  # larger than the RAM tier: nothing to write behind from
+            return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
+        self._drop_shorter(self._host, block.id)
 
         def write() -> None:
             try:
-                disk.put(block)
+                self._put(disk, block)
             finally:
                 self._host.written(block.id.key)
 
         self._writing.submit(write)
         return True
+
+    def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
+        if not tier.put(block):
+            return False
+        self._drop_shorter(tier, block.id)
+        return True
+
+    def _drop_shorter(self, tier: Tier, block: BlockId) -> None:
+        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it."""
+        for child in tier.children(block.parent):
+            n = len(child.tokens)
+            if n < len(block.tokens) and n < self.block_size and common_run(child.tokens, block.tokens) == n:
+                tier.discard(child.key)
 
     def flush(self) -> None:
         """Wait until everything committed so far is on disk."""
