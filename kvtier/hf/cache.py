@@ -233,15 +233,20 @@ class TieredCache(DynamicCache):
         return self._held.cut(lengths.pop())
 
     def _start(self, turn: Turn) -> TurnReport:
+        self._held = None  # first of all: from here on, pages may land in the windows
         if turn.prefix is None:
             self._lay_out(self._config)
         else:
-            windows = self._windows
+            layers = self._windows
             assert turn.prompt is not None
-            turn.prefix.start([layer.window for layer in windows], turn.prompt.columns)
-            for index, layer in enumerate(windows):
-                layer.expect(turn.prefix, index)
-        self._turn, self._held = turn, None
+            try:
+                turn.prefix.start([layer.window for layer in layers], turn.prompt.columns)
+                for index, layer in enumerate(layers):
+                    layer.expect(turn.prefix, index)
+            except BaseException:
+                turn.prefix.close()
+                raise
+        self._turn = turn
         self.last_turn = turn.report()
         return self.last_turn
 

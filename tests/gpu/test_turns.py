@@ -1,0 +1,54 @@
+"""Turns on an accelerator have the bits of ``DynamicCache``: windows live there, pages land on the host first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvtier import PrefixStore, TieredCache
+
+pytestmark = pytest.mark.gpu
+
+
+def assert_same(ours, theirs):
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for mine, reference in zip(ours.logits, theirs.logits, strict=True):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_every_turn_of_a_conversation(accelerator, make_model, generate, tokens, tmp_path, kind, dtype):
+    model = make_model(kind, dtype).to(accelerator)
+    reference = DynamicCache(config=model.config)
+    ids = tokens(40).to(accelerator)
+    with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
+        first = generate(model, ids, cache)
+        assert_same(first, generate(model, ids, reference))
+        assert all(layer.keys.device.type == accelerator.type for layer in cache.layers)
+        ids = torch.cat([first.sequences, tokens(5, seed=1).to(accelerator)], 1)
+        continued = generate(model, ids, cache)
+        assert cache.last_turn.cached_by_tier["window"] == 47
+        assert_same(continued, generate(model, ids, reference))
+        ids = torch.cat([continued.sequences, tokens(5, seed=2).to(accelerator)], 1)
+        with TieredCache(store) as other:
+            from_ram = generate(model, ids, other)
+            assert other.last_turn.cached_by_tier["host"] == 60
+            assert_same(from_ram, generate(model, ids, reference))
+    ids = torch.cat([from_ram.sequences, tokens(5, seed=3).to(accelerator)], 1)
+    with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
+        from_disk = generate(model, ids, cache)
+        assert cache.last_turn.cached_by_tier["disk"] == 73
+        assert_same(from_disk, generate(model, ids, reference))
+
+
+def test_windows_in_place_take_what_the_store_adds(accelerator, make_model, generate, tokens):
+    """A crop between turns leaves the windows shorter than what the store knows."""
+    model, ids = make_model("llama").to(accelerator), tokens(40).to(accelerator)
+    with PrefixStore(block_size=8) as store, TieredCache(store) as cache:
+        generate(model, ids, cache)
+        cache.crop(-30)
+        ours = generate(model, ids, cache)
+        assert dict(cache.last_turn.cached_by_tier) == {"window": 17, "host": 22, "disk": 0}
+        assert torch.equal(ours.sequences, generate(model, ids).sequences)

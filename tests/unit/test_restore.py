@@ -1,0 +1,122 @@
+"""Pages land where they are to lie, each read once, and nothing lands after close."""
+
+import threading
+
+import pytest
+import torch
+from storekit import DIM, HEADS, LAYERS, ROOT, commit, count, same_bits, truth
+
+from kvtier import BlockError, PrefixStore, RestoreError
+from kvtier.store.base import Landing
+from kvtier.store.format import BlockFile
+
+
+@pytest.fixture(params=["ram", "raw", "zstd"])
+def store(request, tmp_path):
+    """A store with blocks of 4 that knows 18 tokens, in RAM or on disk."""
+    if request.param == "ram":
+        with PrefixStore(block_size=4) as store:
+            commit(store, count(18))
+            yield store
+        return
+    with PrefixStore(tmp_path, block_size=4, compression=request.param) as store:
+        commit(store, count(18))
+    with PrefixStore(tmp_path, block_size=4, compression=request.param) as store:
+        yield store
+
+
+def windows(rows, columns):
+    return [tuple(torch.zeros(rows, HEADS, columns, DIM) for _ in "kv") for _ in range(LAYERS)]
+
+
+def test_rows_take_different_parts_of_the_same_blocks(store):
+    """Row 0 is padded by 3 columns and wants tokens 0..18, row 1 by 5 and wants 6..13."""
+    match = store.match(ROOT, count(18))
+    buffers = windows(2, 25)
+    pads = (3, 5)
+    restore = store.restore([match.between(0, 18), match.between(6, 13)])
+    restore.start(lambda layer, row: Landing.on(*(t[row, :, pads[row] :] for t in buffers[layer])))
+    for layer, (k_bhtd, v_bhtd) in enumerate(buffers):
+        restore.wait(layer)
+        expected = truth(ROOT, count(18), 0, 18)[layer]
+        for ours, theirs in ((k_bhtd, expected.k_htd), (v_bhtd, expected.v_htd)):
+            assert same_bits(ours[0, :, 3:21], theirs)
+            assert same_bits(ours[1, :, 11:18], theirs[:, 6:13])
+            assert not ours[0, :, :3].any()
+            assert not ours[0, :, 21:].any()
+            assert not ours[1, :, :11].any()
+            assert not ours[1, :, 18:].any()
+    assert restore.nbytes == (18 + 7) * LAYERS * 2 * HEADS * DIM * 4
+    restore.close()
+
+
+def test_spans_are_cut_at_both_ends(store):
+    match = store.match(ROOT, count(18))
+    assert match.length == 18
+    for begin in range(19):
+        for end in range(19):
+            spans = match.between(begin, end)
+            covered = [span.block.tokens[i] for span in spans for i in range(span.first, span.last)]
+            assert covered == list(range(begin, end))
+            assert [span.start for span in spans] == sorted(span.start for span in spans)
+
+
+def test_blocks_that_do_not_fit_are_forgotten(store, caplog):
+    match = store.match(ROOT, count(18))
+    restore = store.restore([match.spans])
+    assert isinstance(restore.reject("not of this model"), RestoreError)
+    restore.close()
+    assert store.match(ROOT, count(18)).length == 0
+
+
+def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatch, caplog):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+    read = BlockFile.land
+
+    def land(self, layer, first, last, landing):
+        if layer == 1:
+            raise BlockError("the platter is scratched")
+        read(self, layer, first, last, landing)
+
+    monkeypatch.setattr(BlockFile, "land", land)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: Landing.on(*(t[row] for t in buffers[layer])))
+        restore.wait(0)
+        with pytest.raises(RestoreError, match="scratched"):
+            restore.wait(1)
+        restore.close()
+        assert store.match(ROOT, count(8)).length < 8
+    assert len(caplog.records) == 1
+
+
+def test_nothing_lands_after_close(tmp_path, monkeypatch):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+    reading, go, landed = threading.Event(), threading.Event(), []
+    read = BlockFile.land
+
+    def land(self, *where):
+        reading.set()
+        assert go.wait(timeout=30)
+        read(self, *where)
+        landed.append(where)
+
+    monkeypatch.setattr(BlockFile, "land", land)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: Landing.on(*(t[row] for t in buffers[layer])))
+        assert reading.wait(timeout=30)
+        closing = threading.Thread(target=restore.close)
+        closing.start()
+        go.set()
+        closing.join(timeout=30)
+        assert not closing.is_alive()
+        after_close = len(landed)
+        store.flush()
+        assert len(landed) == after_close
+        for reader in restore._readers.values():
+            assert reader._fd == -1
