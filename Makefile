@@ -70,7 +70,7 @@ notebooks: $(NOTEBOOKS_STAMP)
 test-lowest: $(STAMP)  ## the oldest transformers that pyproject.toml admits
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --constraint constraints.txt torch
-	grep -v '^transformers==' constraints.txt > $(LOWEST)/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|hf-xet)==' constraints.txt > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==5.17.*' --editable '.[dev,demo]'
 	$(LOWEST)/bin/python -m pytest
 

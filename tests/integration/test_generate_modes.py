@@ -170,9 +170,8 @@ def test_crop_between_turns(turn, used, tokens, removed):
         lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
         lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
         lambda cache: cache.batch_repeat_interleave(2),
-        lambda cache: cache.reset(),
     ],
-    ids=["reorder", "select", "select-mask", "repeat", "reset"],
+    ids=["reorder", "select", "select-mask", "repeat"],
 )
 def test_rows_moved_between_turns(model, turn, cache, tokens, move):
     ids = tokens(20, rows=3)
