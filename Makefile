@@ -58,8 +58,8 @@ wheel: $(STAMP)
 	assert (where.parent / "py.typed").exists() and (where.parent / "cli" / "lighthouse.txt").exists(); \
 	print("wheel: kvtier imports from", where.parent.relative_to(pathlib.Path.cwd()))'
 
-bench: $(STAMP)
-	$(BIN)/kvtier bench
+bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
+	$(BIN)/python -m benchmarks
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict
