@@ -62,7 +62,7 @@ bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
 	$(BIN)/python -m benchmarks
 
 docs: $(DOCS_STAMP)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebooks: $(NOTEBOOKS_STAMP)
 	$(BIN)/python notebooks/execute.py
