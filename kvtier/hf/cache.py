@@ -20,6 +20,7 @@ from kvtier.hf.identity import Identity, identify
 from kvtier.hf.layers import WindowLayer, build_layers
 from kvtier.hf.plan import plan_turn
 from kvtier.hf.prompt import Unreadable, read_prompt
+from kvtier.hf.soundness import Unsound
 from kvtier.hf.turn import Held, Turn
 from kvtier.hf.window import Window
 from kvtier.report import TurnReport
@@ -197,7 +198,7 @@ class TieredCache(DynamicCache):
             off = off or "the model has no config"
         elif config is not self._config:
             self._lay_out(config)
-        off = off or self._no_reuse or _unsound(model)
+        off = off or self._no_reuse
         prompt = read_prompt(input_ids, attention_mask) if input_ids is not None and not off else None
         if isinstance(prompt, Unreadable):
             off, prompt = prompt.reason, None
@@ -205,6 +206,8 @@ class TieredCache(DynamicCache):
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
         identity = identify(model, self._store.namespace, self._store.block_size)
+        if isinstance(identity, Unsound):
+            return self._start(Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root
         if changed:
             self._lay_out(self._config)
@@ -367,13 +370,6 @@ class TieredCache(DynamicCache):
 
     def __eq__(self, other: object) -> bool:
         return self is other
-
-
-def _unsound(model: torch.nn.Module) -> str | None:
-    """Return why K and V of this model do not depend on tokens and weights alone."""
-    if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "the model is in training mode with dropout"
-    return None
 
 
 def _pages(windows: Sequence[Window], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +15,23 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import PromptError, RestoreError
 from kvtier.hf.cache import TieredCache
+from kvtier.hf.soundness import why_unsound_call
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+@dataclass(slots=True)
+class _Hook:
+    """A wrapper around ``generate``, and whether it does anything."""
+
+    original: Callable[..., Any]
+    wrapper: Callable[..., Any]
+    active: bool = True
+
 
 _lock = threading.Lock()
-_original: Callable[..., Any] | None = None
-# Tensors that generate() takes besides the prompt and that do not change its K and V.
-_HARMLESS = frozenset(
-    {"inputs", "input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
-)
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_hook: _Hook | None = None
+_running = threading.local()
 
 
 def install() -> None:
@@ -28,43 +39,69 @@ def install() -> None:
 
     Calls without a ``TieredCache`` pass through untouched.
     """
-    global _original
+    global _hook
     with _lock:
-        if _original is not None:
+        if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrapper):
+            _hook.active = True
             return
-        _original = original = GenerationMixin.generate
+        if _hook is not None:
+            _hook.active = False  # if someone still calls it, the new one is above it
+        original = GenerationMixin.generate
+        names = tuple(inspect.signature(original).parameters)[1:]
 
         @functools.wraps(original)
         def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             past = kwargs.get("past_key_values")
-            if isinstance(past, TieredCache):
-                return _turn(original, self, past, args, kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
+                return original(self, *args, **kwargs)
+            if isinstance(past, TieredCache) and past not in _caches_running():
+                return _turn(original, self, past, given)
             if isinstance(past, EncoderDecoderCache) and isinstance(past.self_attention_cache, TieredCache):
-                return _encoder_decoder(original, self, past, args, kwargs)
+                return _encoder_decoder(original, self, past, given)
             return original(self, *args, **kwargs)
 
-        generate._kvtier = True  # type: ignore[attr-defined]
+        hook = _hook = _Hook(original, generate)
         GenerationMixin.generate = generate
 
 
 def uninstall() -> None:
-    """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again."""
-    global _original
+    """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again.
+
+    Where another wrapper lies on top, that one stays, and this one passes every call through.
+    """
+    global _hook
     with _lock:
-        if _original is not None and getattr(GenerationMixin.generate, "_kvtier", False):
-            GenerationMixin.generate = _original
-            _original = None
+        if _hook is None:
+            return
+        _hook.active = False
+        if GenerationMixin.generate is _hook.wrapper:
+            GenerationMixin.generate = _hook.original
+            _hook = None
+
+
+def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
+    """Return whether ``function`` is ``wrapper`` or says that it wraps it."""
+    while function is not None and function is not wrapper:
+        function = getattr(function, "__wrapped__", None)
+    return function is wrapper
+
+
+def _caches_running() -> list[TieredCache]:
+    """Return the caches whose turn runs on this thread: some ways of decoding call ``generate`` again inside it."""
+    if not hasattr(_running, "caches"):
+        _running.caches = []
+    caches: list[TieredCache] = _running.caches
+    return caches
 
 
 def _turn(
     original: Callable[..., Any],
     model: PreTrainedModel,
     cache: TieredCache,
-    args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    kwargs = dict(kwargs)
-    input_ids = args[0] if args else kwargs.get("inputs")
+    input_ids = kwargs.get("inputs")
     input_ids = kwargs.get("input_ids") if input_ids is None else input_ids
     attention_mask = kwargs.get("attention_mask")
     if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
@@ -79,13 +116,17 @@ def _turn(
             )
     if _setting(model, kwargs, "use_cache") is False:
         kwargs["use_cache"] = True  # with a cache and without using it, transformers feeds all tokens at every step
-    off = _other_inputs(input_ids, kwargs)
+    unsound = why_unsound_call(kwargs, functools.partial(_setting, model, kwargs))
+    off = unsound.reason if unsound is not None else None
+    if off is None and not isinstance(input_ids, torch.Tensor):
+        off = "no input_ids were given"
     cold = "assisted decoding starts cold" if any(_setting(model, kwargs, name) for name in _ASSISTED) else None
     streamer = kwargs.get("streamer")
     while True:
         cache._begin(model, input_ids, attention_mask, off=off, cold=cold)
+        _caches_running().append(cache)
         try:
-            output = original(model, *args, **kwargs)
+            output = original(model, **kwargs)
         except RestoreError:
             # A block failed under the first forward pass: it is gone from the store, nothing was generated yet.
             cache.reset()
@@ -95,6 +136,8 @@ def _turn(
         except BaseException:
             cache._salvage()
             raise
+        finally:
+            _caches_running().pop()
         break
     sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
     cache._commit(sequences, _eos_ids(model, kwargs))
@@ -105,7 +148,6 @@ def _encoder_decoder(
     original: Callable[..., Any],
     model: PreTrainedModel,
     past: EncoderDecoderCache,
-    args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
@@ -114,7 +156,7 @@ def _encoder_decoder(
     past.cross_attention_cache = DynamicCache()
     past.is_updated.clear()
     try:
-        output = original(model, *args, **kwargs)
+        output = original(model, **kwargs)
     except BaseException:
         cache._salvage()
         raise
@@ -149,19 +191,6 @@ def _infer_mask(model: PreTrainedModel, input_ids: torch.Tensor, kwargs: dict[st
         return None
     padding = input_ids == int(pad)
     return (~padding).long() if bool(padding.any()) else None
-
-
-def _other_inputs(input_ids: object, kwargs: dict[str, Any]) -> str | None:
-    """Return why inputs besides tokens and mask forbid reuse."""
-    others = sorted(k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim and k not in _HARMLESS)
-    others = [name for name in others if name not in ("eos_token_id", "pad_token_id", "bos_token_id")]
-    if others:
-        return f"inputs besides tokens decide K and V: {', '.join(others)}"
-    if kwargs.get("token_healing"):
-        return "token healing rewrites the prompt"
-    if isinstance(kwargs.get("custom_generate"), str):
-        return "a custom generate from the hub may feed other tokens"
-    return None if isinstance(input_ids, torch.Tensor) else "no input_ids were given"
 
 
 class _WithoutPrompt(BaseStreamer):

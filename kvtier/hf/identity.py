@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvtier.hf.anatomy import Anatomy
+from kvtier.hf.description import config_values, describe, describe_code
+from kvtier.hf.soundness import Unsound, why_unsound
+from kvtier.hf.weights import Unread, digest_weights
 from kvtier.store.format import FORMAT_VERSION
-
-# Tensors up to this many elements are hashed whole; of larger ones, this many evenly spaced elements.
-SAMPLED_ELEMENTS = 256
-# What a config says about files and defaults, not about the computation.
-_VOLATILE = frozenset({"_name_or_path", "transformers_version", "use_cache", "pad_token_id", "bos_token_id"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +30,37 @@ class Identity:
     manifest: Mapping[str, Any]
 
 
-def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identity:
-    """Return the identity of ``model`` as it is now.
+def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identity | Unsound:
+    """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
-    Recomputed every turn, so that a training step or an adapter switch gives another root. Weights are *sampled*: an
-    edit that touches none of the sampled elements is not noticed.
+    Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
+    covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
+    tensors (``kvtier.hf.weights`` says which edits between two turns of a process can be missed); active adapters of
+    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and the
+    precision of matrix products; the minor version of transformers; namespace and block size. It is equal in every
+    process and on every device.
+
+    Of code, it covers where functions come from, and what those outside the well-known libraries do; not what they
+    call. Private attributes of modules that hold no tensors are not covered.
     """
-    config = model.config.to_dict()
-    for name in _VOLATILE:
-        config.pop(name, None)
+    anatomy = Anatomy(model)
+    unsound = why_unsound(model, anatomy)
+    if unsound is not None:
+        return unsound
+    weights = digest_weights(model, anatomy.tensors)
+    if isinstance(weights, Unread):
+        return Unsound(f"the values of {weights.name} cannot be read: {weights.error}")
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "model": type(model).__name__,
-        "config": config,
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "weights": fingerprint(model),
-        "adapters": list(_adapters(model)),
+        "config": config_values(model.config),
+        "attention": dict(_implementations(model.config)),
+        "modules": hashlib.sha256("\n".join(anatomy.text).encode()).hexdigest(),
+        "weights": weights,
+        "adapters": _adapters(anatomy),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "autocast": _autocast(model.device.type),
+        "matmul": torch.get_float32_matmul_precision(),
         "namespace": namespace,
         "block_size": block_size,
     }
@@ -58,41 +72,31 @@ def _autocast(device_type: str) -> str | None:
     return str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Return SHA-256 over names, shapes, dtypes and sampled values of all parameters and buffers, as hex."""
-    digest = hashlib.sha256()
-    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for name, tensor in _tensors(model):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.numel() == 0:
-            continue
-        samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor.detach()))
-    for group in samples.values():
-        digest.update(torch.cat(group).view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _implementations(config: PreTrainedConfig, name: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield how each config of a model computes attention, masks and experts."""
+    attention = getattr(config, "_attn_implementation", None)
+    functions = [
+        describe_code(registry[attention])
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+        if attention in registry
+    ]
+    yield name, [attention, *functions, getattr(config, "_experts_implementation", None)]
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _implementations(value, f"{name}.{key}")
 
 
-def _tensors(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
-    step = max(1, flat.numel() // SAMPLED_ELEMENTS)
-    return flat[::step]
-
-
-def _adapters(model: torch.nn.Module) -> Iterable[Any]:
-    """Yield name, active adapters, scaling and merge state of every adapted layer (PEFT's own attribute names)."""
-    for name, module in model.named_modules():
-        if not hasattr(module, "active_adapters") or not hasattr(module, "scaling"):
-            continue
-        active = module.active_adapters() if callable(module.active_adapters) else module.active_adapters
-        yield [
-            name,
-            list(active),
-            {key: str(value) for key, value in dict(module.scaling).items()},
-            bool(getattr(module, "disable_adapters", False)),
-            list(getattr(module, "merged_adapters", ())),
-        ]
+def _adapters(anatomy: Anatomy) -> list[str]:
+    """Return each combination of active, merged and disabled adapters and scaling (PEFT's attribute names)."""
+    found = set()
+    for part in anatomy.parts:
+        if "_active_adapter" in part.attributes or "_disable_adapters" in part.attributes:
+            module: Any = part.module
+            state = {
+                "active": getattr(module, "_active_adapter", None),
+                "scaling": getattr(module, "scaling", None),
+                "merged": getattr(module, "merged_adapters", None),
+                "disabled": getattr(module, "_disable_adapters", None),
+            }
+            found.add(f"{type(module).__name__} {describe(state, '', [])}")
+    return sorted(found)

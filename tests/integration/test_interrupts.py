@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,23 +13,37 @@ LAYERS = 3
 
 
 class Interrupt:
-    """Raises ``KeyboardInterrupt`` in the forward pass number ``at_pass`` of a module, before or after it ran."""
+    """Raises ``KeyboardInterrupt`` in the forward pass number ``at_pass`` of a module, before or after it ran.
+
+    The module's class is replaced by one of the same name: a hook would turn reuse off.
+    """
 
     def __init__(self, module, at_pass, before):
-        self._left = at_pass
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        self._hook = register(self)
+        self._module, self._class, self._left = module, type(module), at_pass
 
-    def __call__(self, *_):
+        @functools.wraps(self._class.forward)
+        def forward(module, *args, **kwargs):
+            if before:
+                self._count()
+            output = self._class.forward(module, *args, **kwargs)
+            if not before:
+                self._count()
+            return output
+
+        names = {"__module__": self._class.__module__, "__qualname__": self._class.__qualname__}
+        self._interrupting = type(self._class.__name__, (self._class,), {"forward": forward, **names})
+
+    def _count(self):
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
 
     def __enter__(self):
+        self._module.__class__ = self._interrupting
         return self
 
     def __exit__(self, *_):
-        self._hook.remove()
+        self._module.__class__ = self._class
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

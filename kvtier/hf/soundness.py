@@ -1,0 +1,174 @@
+"""Why a turn must not reuse: whatever decides K and V and is neither in the tokens nor in the root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from kvtier.hf.anatomy import Anatomy, Part
+from kvtier.hf.description import own_code, package_of
+
+# Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
+_TRUSTED = frozenset({"transformers", "accelerate"})
+_TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
+# Methods that may be replaced on a model without changing what a forward pass computes.
+_NOT_FORWARD = frozenset({"generate", "state_dict", "load_state_dict", "save_pretrained", "push_to_hub"})
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """Why K and V of a turn cannot be told by tokens and root."""
+
+    reason: str
+
+
+def why_unsound(model: torch.nn.Module, anatomy: Anatomy) -> Unsound | None:
+    """Return why ``model``, as it is now, computes K and V that nobody may reuse; None when they may."""
+    for reason in _reasons(model, anatomy):
+        return Unsound(reason)
+    return None
+
+
+def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
+    for name in anatomy.unreadable:
+        yield f"the values of {name} cannot be read"
+    prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt_learning and not getattr(model, "_adapters_disabled", False):
+        yield "prompt learning feeds virtual tokens that no prompt names"
+    yield from _global_hooks()
+    for part in anatomy.parts:
+        if part.attributes["training"]:
+            yield f"{_called(part)} is in training mode (call model.eval())"
+        hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
+        if hooks[0] or hooks[1]:
+            yield from _hooks(part, hooks)
+        if "_hf_hook" in part.attributes:
+            yield from _accelerate_hooks(part)
+        if "rope_type" in part.attributes:
+            yield from _lengths(part.attributes["rope_type"])
+    yield from _patches(anatomy)
+    yield from _config_lengths(getattr(model, "config", None))
+
+
+def _called(part: Part) -> str:
+    return part.name or "the model"
+
+
+def _trusted(function: Any) -> bool:
+    function = own_code(function)
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return package_of(function) in _TRUSTED or str(owner.__module__).startswith(_TRUSTED_MODULES)
+
+
+def _hook_name(hook: Any) -> str:
+    hook = own_code(hook)
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _hooks(part: Part, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
+    for registered in hooks:
+        for hook in registered.values():
+            if not _trusted(hook):
+                yield f"the hook {_hook_name(hook)} on {_called(part)} may change K and V"
+
+
+def _global_hooks() -> Iterable[str]:
+    where = torch.nn.modules.module
+    for registered in (where._global_forward_pre_hooks, where._global_forward_hooks):
+        for hook in registered.values():
+            if not _trusted(hook):
+                yield f"the hook {_hook_name(hook)} on all modules may change K and V"
+
+
+def _accelerate_hooks(part: Part) -> Iterable[str]:
+    hook = part.attributes["_hf_hook"]
+    for one in getattr(hook, "hooks", (hook,)):
+        if package_of(type(one)) not in _TRUSTED:
+            yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
+
+
+def _patches(anatomy: Anatomy) -> Iterable[str]:
+    """Find methods that were replaced on single modules."""
+    for part, key, value in anatomy.callables:
+        method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
+        own = getattr(type(part.module), method, None)
+        if not callable(own) or method in _NOT_FORWARD:
+            continue
+        if own_code(value) is not own_code(own) and not _trusted(value):
+            yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
+
+
+def _lengths(rope_type: Any) -> Iterable[str]:
+    for kind in rope_type.values() if isinstance(rope_type, Mapping) else (rope_type,):
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            yield f"rotary positions of type {kind} depend on the length of the sequence"
+
+
+def _config_lengths(config: Any) -> Iterable[str]:
+    """Find the same in configs, of this version's form and of older ones that remote code still uses."""
+    if not isinstance(config, PreTrainedConfig):
+        return
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None)
+        if isinstance(parameters, Mapping):
+            for one in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
+                yield from _lengths(one.get("rope_type", one.get("type")))
+    if getattr(config, "use_dynamic_ntk", False):
+        yield from _lengths("dynamic")
+    for value in vars(config).values():
+        yield from _config_lengths(value)
+
+
+# Arguments that generate() itself takes, and what it passes to models without changing K and V.
+_HARMLESS = frozenset(
+    {
+        "inputs",
+        "input_ids",
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "synced_gpus",
+        "assistant_model",
+        "streamer",
+        "negative_prompt_ids",
+        "negative_prompt_attention_mask",
+        "custom_generate",
+        "tokenizer",
+        "assistant_tokenizer",
+        "trust_remote_code",
+        "past_key_values",
+        "attention_mask",
+        "use_cache",
+        "logits_to_keep",
+        "output_router_logits",
+        "return_dict",
+        "debug_io",
+    }
+)
+_SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+
+
+def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> Unsound | None:
+    """Return why the arguments of a ``generate`` call forbid reuse.
+
+    Args:
+        arguments: all of them, by name.
+        setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
+    """
+    others = sorted(k for k, v in arguments.items() if v is not None and k not in _HARMLESS and k not in _SETTINGS)
+    if others:
+        return Unsound(f"inputs besides tokens may decide K and V: {', '.join(others)}")
+    if setting("token_healing"):
+        return Unsound("token healing rewrites the prompt")
+    if arguments.get("custom_generate") is not None:
+        return Unsound("a custom generate may feed other tokens")
+    if setting("penalty_alpha") or setting("dola_layers") or setting("constraints") or setting("force_words_ids"):
+        return Unsound("this way of decoding is a custom generate, which may feed other tokens")
+    if (setting("num_beam_groups") or 1) > 1:
+        return Unsound("this way of decoding is a custom generate, which may feed other tokens")
+    return None
