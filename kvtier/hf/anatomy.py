@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -84,32 +85,38 @@ class Anatomy:
                 offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
             self.text.append(f"{name}: {self._class_words(type(module))}")
             for tensors in (attributes["_parameters"], attributes["_buffers"]):
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        self._add_tensor(dot + key, tensor, offloaded)
-            for key, child in attributes["_modules"].items():
-                if child is not None:
-                    waiting.append((dot + key, child, offloaded))
-            for child_name, child in self._read_attributes(part, dot):
-                waiting.append((child_name, child, offloaded))
+                if tensors:
+                    for key, tensor in tensors.items():
+                        if tensor is not None:
+                            self._add_tensor(dot + key, tensor, offloaded)
+            if attributes["_modules"]:
+                for key, child in attributes["_modules"].items():
+                    if child is not None:
+                        waiting.append((dot + key, child, offloaded))
+            keys = _read_keys(tuple(attributes))
+            if keys:
+                for child_name, child in self._read_attributes(part, keys, dot):
+                    waiting.append((child_name, child, offloaded))
 
     def _class_words(self, kind: type) -> str:
         if kind not in self._classes:
             self._classes[kind] = f"{kind.__module__}.{kind.__qualname__} {describe_code(kind.forward)}"  # type: ignore[attr-defined]
         return self._classes[kind]
 
-    def _read_attributes(self, part: Part, dot: str) -> list[tuple[str, torch.nn.Module]]:
+    def _read_attributes(self, part: Part, keys: tuple[str, ...], dot: str) -> Iterable[tuple[str, torch.nn.Module]]:
         """Note what was set on a module besides tensors and children; return the modules found there."""
-        modules = []
-        for key, value in part.attributes.items():
-            if key in _SKIPPED:
-                continue
+        modules: list[tuple[str, torch.nn.Module]] = []
+        attributes, text = part.attributes, self.text
+        for key in keys:
+            value = attributes[key]
             if type(value) in PLAIN:
-                if key[0] != "_" or key in _TUNER:
-                    self.text.append(f"{key}={value!r}")
+                if key == "_active_adapter":
+                    value = [value]  # PEFT writes one name with and without a list
+                if key[0] != "_" or (key in _TUNER and value is not False):  # False is what the class says
+                    text.append(f"{key}={value!r}")
                 continue
             if id(value) in self._configs:
-                self.text.append(f"{key}={self._configs[id(value)]}")
+                text.append(f"{key}={self._configs[id(value)]}")
                 continue
             if key[0] == "_" and key not in _TUNER:
                 if isinstance(value, (torch.Tensor, torch.ScriptObject)):
@@ -121,7 +128,7 @@ class Anatomy:
                     continue
             else:
                 found = []
-                self.text.append(f"{key}={describe(value, dot + key, found)}")
+                text.append(f"{key}={describe(value, dot + key, found)}")
                 if callable(value):
                     self.callables.append((part, key, value))
             for path, inner in found:
@@ -152,6 +159,12 @@ class Anatomy:
             self.text.append(f"{name}: {type(tensor).__qualname__} {describe(vars(tensor), name, found)}")
             self.tensors.append((name, tensor))
             self.tensors.extend((path, inner) for path, inner in found if isinstance(inner, torch.Tensor))
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the attributes to read of a module that has ``keys``; most modules of a model have the same few sets."""
+    return tuple(key for key in keys if key not in _SKIPPED)
 
 
 class _Offloaded(NamedTuple):

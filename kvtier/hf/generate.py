@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import PromptError, RestoreError
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.soundness import why_unsound_call
+from kvtier.hf.soundness import POSITIONAL, why_unsound_call
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -47,12 +46,11 @@ def install() -> None:
         if _hook is not None:
             _hook.active = False  # if someone still calls it, the new one is above it
         original = GenerationMixin.generate
-        names = tuple(inspect.signature(original).parameters)[1:]
 
         @functools.wraps(original)
         def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             past = kwargs.get("past_key_values")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
             if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
                 return original(self, *args, **kwargs)
             if isinstance(past, TieredCache) and past not in _caches_running():

@@ -59,7 +59,7 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identit
         "weights": weights,
         "adapters": _adapters(anatomy),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
-        "autocast": _autocast(model.device.type),
+        "autocast": _autocast(),
         "matmul": torch.get_float32_matmul_precision(),
         "namespace": namespace,
         "block_size": block_size,
@@ -68,8 +68,11 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identit
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))
 
 
-def _autocast(device_type: str) -> str | None:
-    return str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
+def _autocast() -> dict[str, str]:
+    """Return the dtype of autocast on each kind of device where it is on."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
+    return {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
 def _implementations(config: PreTrainedConfig, name: str = "") -> Iterable[tuple[str, Any]]:

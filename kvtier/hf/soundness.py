@@ -123,33 +123,34 @@ def _config_lengths(config: Any) -> Iterable[str]:
         yield from _config_lengths(value)
 
 
-# Arguments that generate() itself takes, and what it passes to models without changing K and V.
-_HARMLESS = frozenset(
-    {
-        "inputs",
-        "input_ids",
-        "generation_config",
-        "logits_processor",
-        "stopping_criteria",
-        "prefix_allowed_tokens_fn",
-        "synced_gpus",
-        "assistant_model",
-        "streamer",
-        "negative_prompt_ids",
-        "negative_prompt_attention_mask",
-        "custom_generate",
-        "tokenizer",
-        "assistant_tokenizer",
-        "trust_remote_code",
-        "past_key_values",
-        "attention_mask",
-        "use_cache",
-        "logits_to_keep",
-        "output_router_logits",
-        "return_dict",
-        "debug_io",
-    }
+# What generate() takes by position, in order.
+POSITIONAL = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
 )
+# These, what generate() keeps for itself, and what it passes to models without changing K and V.
+_HARMLESS = frozenset(POSITIONAL) | {
+    "input_ids",
+    "tokenizer",
+    "assistant_tokenizer",
+    "trust_remote_code",
+    "past_key_values",
+    "attention_mask",
+    "use_cache",
+    "logits_to_keep",
+    "output_router_logits",
+    "return_dict",
+    "debug_io",
+}
 _SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 
 
