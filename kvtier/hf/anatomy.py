@@ -13,6 +13,7 @@ from kvtier.hf.description import PLAIN, Found, describe, describe_code
 
 # Attributes that every module has, and bookkeeping that no forward pass reads.
 _SKIPPED = frozenset(vars(torch.nn.Module())) | {
+    "_hf_hook",  # accelerate's: soundness judges it
     "_is_hf_initialized",
     "all_tied_weights_keys",
     "generation_config",
@@ -118,19 +119,12 @@ class Anatomy:
             if id(value) in self._configs:
                 text.append(f"{key}={self._configs[id(value)]}")
                 continue
-            if key[0] == "_" and key not in _TUNER:
-                if isinstance(value, (torch.Tensor, torch.ScriptObject)):
-                    found: Found = [(dot + key, value)]
-                elif callable(value):
-                    self.callables.append((part, key, value))
-                    continue
-                else:
-                    continue
-            else:
-                found = []
-                text.append(f"{key}={describe(value, dot + key, found)}")
-                if callable(value):
-                    self.callables.append((part, key, value))
+            found: Found = []
+            words = describe(value, dot + key, found)
+            if key[0] != "_" or key in _TUNER:
+                text.append(f"{key}={words}")
+            if callable(value):
+                self.callables.append((part, key, value))
             for path, inner in found:
                 if isinstance(inner, torch.Tensor):
                     self._add_tensor(path, inner, None)

@@ -7,7 +7,7 @@ import enum
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,14 @@ _RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels",
 _DEEPEST = 4
 
 Found = list[tuple[str, Any]]
-"""Tensors, modules, callables and opaque objects met inside a value, with the path to each."""
+"""Tensors, modules and script objects met inside a value, with the path to each."""
 
 
 def describe(value: Any, path: str, found: Found, depth: int = 0) -> str:
     """Return ``value`` in words; never an address, never an order that differs between processes.
 
-    Tensors, modules and script objects are only named: they are appended to ``found``, for the caller to read. So are
-    callables, which are described as well. Objects of unknown classes are described by their class and by what they
-    hold directly.
+    Tensors, modules and script objects are only named: they are appended to ``found``, for the caller to read.
+    Objects of unknown classes are described by their class and by what they hold directly.
     """
     kind = type(value)
     if kind in PLAIN:
@@ -46,11 +45,10 @@ def describe(value: Any, path: str, found: Found, depth: int = 0) -> str:
     if isinstance(value, PreTrainedConfig):
         return describe(config_values(value), path, found, depth)
     if callable(value):
-        found.append((path, value))
         return describe_code(value)
     if depth == _DEEPEST:
         return kind.__qualname__
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, types.MappingProxyType)):  # other mappings may load what they show
         items = [f"{k}:{describe(v, f'{path}.{k}', found, depth + 1)}" for k, v in value.items()]
         return "{" + ",".join(sorted(items)) + "}"
     if isinstance(value, (set, frozenset)):

@@ -1,0 +1,326 @@
+"""What the root is made of: digests of tensors, and words for everything else."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import gc
+import inspect
+import subprocess
+import sys
+import textwrap
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+from kvtier.hf import weights
+from kvtier.hf.anatomy import Anatomy
+from kvtier.hf.description import describe, describe_code
+from kvtier.hf.identity import Identity, identify
+from kvtier.hf.soundness import POSITIONAL, Unsound, why_unsound_call
+from kvtier.hf.weights import SAMPLED_ELEMENTS, _positions, digest_weights
+
+
+def digest(tensor):
+    """The digest of a model that has only this tensor, and that nobody has seen before."""
+    return digest_weights(torch.nn.Module(), [("weight", tensor)])
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3,), (129,), (100, 333)], ids=str)
+def test_every_element_counts(dtype, shape):
+    tensor = numbers(*shape, dtype=torch.float32).mul(9).to(dtype)
+    seen = {digest(tensor)}
+    for position in range(0, tensor.numel(), 997):
+        changed = tensor.clone().reshape(-1).view(torch.uint8)
+        changed[position * dtype.itemsize] ^= 1
+        seen.add(digest(changed.view(dtype).reshape(shape)))
+    assert len(seen) == 1 + len(range(0, tensor.numel(), 997))
+
+
+def test_same_values_same_digest():
+    tensor = numbers(300, 70)
+    expected = digest(tensor)
+    bytes_before = torch.zeros(300 * 70 * 4 + 4, dtype=torch.uint8)
+    bytes_before[4:] = tensor.reshape(-1).view(torch.uint8)
+    others = [
+        tensor.clone(),
+        tensor.t().contiguous().t(),
+        torch.cat([tensor, tensor])[300:],
+        torch.nn.Parameter(tensor),
+    ]
+    others.append(bytes_before[4:].view(torch.float32).view(300, 70))
+    with torch.inference_mode():
+        others.append(tensor.clone())
+    assert {digest(other) for other in others} == {expected}
+
+
+def test_order_counts():
+    tensor = numbers(512, 64)
+    rows, columns = tensor.clone(), tensor.clone()
+    rows[[1, 2]] = rows[[2, 1]]
+    columns[:, [0, 1, 2, 3]] = columns[:, [2, 3, 0, 1]]
+    assert len({digest(tensor), digest(rows), digest(columns), digest(tensor.reshape(64, 512))}) == 4
+    assert digest(tensor.view(torch.int32)) != digest(tensor)
+
+
+def test_empty_tensors():
+    assert digest(torch.empty(0, 4)) == digest(torch.empty(0, 4)) != digest(torch.empty(4, 0))
+
+
+def test_sums_are_the_same_where_numpy_does_not_add_them():
+    blocks = torch.randint(-(2**63), 2**63 - 1, (40, weights._BLOCK_WORDS))
+    elsewhere = (blocks * torch.from_numpy(weights._FACTORS)).sum(dim=1)
+    assert weights._block_sums(blocks) == elsewhere.numpy().tobytes()
+
+
+@pytest.mark.parametrize("width", [64, 576, 4096, 49152])
+def test_samples_keep_to_no_column(width):
+    """Samples at one distance would all lie in a few columns, and an edit of the others would never be met."""
+    positions = _positions(width * 4096, torch.device("cpu"))
+    assert len(positions) == SAMPLED_ELEMENTS
+    assert (positions.diff() > 0).all()
+    assert positions[0] >= 0
+    assert positions[-1] < width * 4096
+    assert len((positions % width).unique()) > SAMPLED_ELEMENTS / 3
+
+
+def test_a_large_edit_that_nobody_counted_is_sampled():
+    module, weight = torch.nn.Module(), numbers(500, 500)
+    before = digest_weights(module, [("weight", weight)])
+    weight.numpy()[:] *= 2
+    assert weight._version == 0
+    assert digest_weights(module, [("weight", weight)]) != before
+    weight.numpy()[:] /= 2
+    assert digest_weights(module, [("weight", weight)]) == before
+
+
+def test_an_edit_elsewhere_in_the_list_of_tensors():
+    module, tensors = torch.nn.Module(), [("a", numbers(200, 9)), ("b", numbers(200, 9) + 1)]
+    (_, a), (_, b) = tensors
+    seen = {digest_weights(module, tensors)}
+    for changed in ([("a", b), ("b", a)], tensors[:1], [("a", a), ("c", b)], [("a", a.view(9, 200)), ("b", b)]):
+        seen.add(digest_weights(module, changed))
+    assert len(seen) == 5
+    assert digest_weights(module, tensors) in seen
+
+
+def test_what_is_remembered_keeps_no_model_and_no_tensor_alive():
+    module = torch.nn.Linear(50, 50)
+    digest_weights(module, list(module.named_parameters()))
+    weight, gone = weakref.ref(module.weight), weakref.ref(module)
+    module.weight = torch.nn.Parameter(numbers(50, 50))
+    gc.collect()
+    assert weight() is None
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclass
+class Point:
+    x: int
+    inner: object = None
+
+
+class Thing:
+    def __init__(self, size):
+        self.size, self._used = size, object()
+
+
+def scaled(x, factor=2):
+    return x * factor
+
+
+SAME = [
+    ({"b", "a"}, {"a", "b"}),
+    ({"x": 1, "y": 2}, {"y": 2, "x": 1}),
+    (Point(1, Thing(2)), Point(1, Thing(2))),
+    (object(), object()),
+    (torch.device("cpu"), torch.device("meta")),
+    (functools.partial(scaled, 3), functools.partial(scaled, 3)),
+]
+DIFFERENT = [
+    (1, 2),
+    (1.0, 1.5),
+    (None, False),
+    ("1", 1),
+    ([1, 2], [2, 1]),
+    ({"a": 1}, {"a": 2}),
+    ({"a": {"b": [1]}}, {"a": {"b": [2]}}),
+    (Point(1), Point(2)),
+    (Thing(1), Thing(2)),
+    (torch.float16, torch.bfloat16),
+    (Point, Thing),
+    (torch.relu, torch.tanh),
+    (Colour.RED, None),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME, ids=str)
+def test_words_for_equal_values(one, other):
+    assert describe(one, "", []) == describe(other, "", [])
+    assert "0x" not in describe(one, "", [])
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=str)
+def test_words_for_different_values(one, other):
+    assert describe(one, "", []) != describe(other, "", [])
+
+
+def test_words_for_what_refers_to_itself():
+    loop = []
+    loop.append(loop)
+    thing = Thing(1)
+    thing.size = {"thing": thing}
+    assert describe(loop, "", []) == describe(loop, "", [])
+    assert "Thing" in describe(thing, "", [])
+
+
+def test_tensors_inside_values_are_found():
+    weight, found = torch.ones(2), []
+    describe({"meta": [Point(1, weight)]}, "layer", found)
+    assert [(path, value is weight) for path, value in found] == [("layer.meta.0.inner", True)]
+
+
+def function_of(source):
+    names = {"__name__": "notebook"}
+    exec(textwrap.dedent(source), names)
+    return names["f"]
+
+
+EDITS = [
+    "def f(x): return x * 3",
+    "def f(x): return x + 2",
+    "def f(x): return x.abs()",
+    "def f(x, y=1): return x * 2",
+    "def f(x, y=2): return x * 2",
+    "def f(x): return [i * 2 for i in x]",
+    "def f(x): return [i * 3 for i in x]",
+    "def f(x): return x in {'a', 'b'}",
+    "def f(x): return x in {'a', 'c'}",
+]
+
+
+def test_edited_code_of_ones_own():
+    words = [describe_code(function_of(source)) for source in ["def f(x): return x * 2", *EDITS]]
+    assert len(set(words)) == len(words)
+    assert words == [describe_code(function_of("\n\n" + source)) for source in ["def f(x): return x * 2", *EDITS]]
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Hiding(torch.nn.Module):
+    """Holds a module, a tensor and a loop where named_parameters() does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed = [torch.nn.Linear(3, 3)]
+        self._held = {"table": torch.zeros(3)}
+        self.parents = [self]
+
+
+def test_hidden_weights_are_found():
+    anatomy = Anatomy(Hiding())
+    assert sorted(name for name, _ in anatomy.tensors) == ["_held.table", "listed.0.bias", "listed.0.weight"]
+    assert [part.name for part in anatomy.parts] == ["", "listed.0"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_weights_are_unreadable(model):
+    """They lie in script objects that no parameter names."""
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+    unsound = identify(model, "", 8)
+    assert isinstance(unsound, Unsound)
+    assert "_packed_params cannot be read" in unsound.reason
+
+
+def test_compiled_forward_is_sound(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert isinstance(identify(model, "", 8), Identity)
+
+
+def test_identity_is_stable_and_says_what_it_stands_for(model, make_model):
+    first = identify(model, "mine", 8)
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.long))
+    assert identify(model, "mine", 8) == first == identify(make_model("llama"), "mine", 8)
+    assert identify(model, "mine", 16).root != first.root != identify(model, "yours", 8).root
+    assert first.manifest["model"] == "LlamaForCausalLM"
+    assert first.manifest["config"]["hidden_size"] == 64
+
+
+IN_ANOTHER_PROCESS = """
+import torch, transformers
+from kvtier.hf.identity import identify
+torch.manual_seed(0)
+shape = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+model.model.layers[0].tags = {str(i) for i in range(20)}
+print(identify(model, "", 8).root)
+"""
+
+
+def test_identity_is_the_same_in_every_process(monkeypatch):
+    """Python orders sets of strings differently in every process."""
+    with torch.random.fork_rng():
+        names = {}
+        exec(IN_ANOTHER_PROCESS.replace("print(", "root = ("), names)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == names["root"]
+
+
+# --- arguments of generate() ------------------------------------------------------------------------------------------
+
+
+def test_positional_arguments_are_those_of_transformers():
+    parameters = inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters.values()
+    assert tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:] == POSITIONAL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "reason"),
+    [
+        ({"pixel_values": torch.ones(1, 3)}, {}, "pixel_values"),
+        ({"token_type_ids": torch.ones(1, 3)}, {}, "token_type_ids"),
+        ({"interpolate_pos_encoding": True}, {}, "interpolate_pos_encoding"),
+        ({"images": ["a.png"], "position_ids": None}, {}, ": images"),
+        ({"custom_generate": "someone/something"}, {}, "custom generate"),
+        ({}, {"token_healing": True}, "token healing"),
+        ({}, {"penalty_alpha": 0.6}, "decoding"),
+        ({}, {"dola_layers": "low"}, "decoding"),
+        ({}, {"num_beam_groups": 2}, "decoding"),
+        ({}, {"force_words_ids": [[1]]}, "decoding"),
+        ({}, {"constraints": [1]}, "decoding"),
+    ],
+    ids=str,
+)
+def test_unsound_calls(arguments, settings, reason):
+    unsound = why_unsound_call({"inputs": torch.ones(1, 3), **arguments}, settings.get)
+    assert unsound is not None
+    assert reason in unsound.reason
+
+
+def test_sound_calls():
+    harmless = {"attention_mask": torch.ones(1, 3), "max_new_tokens": 3, "eos_token_id": torch.tensor([1]), "top_k": 5}
+    harmless |= {"streamer": object(), "output_hidden_states": True, "guidance_scale": 2.0, "position_ids": None}
+    assert why_unsound_call(harmless, {"num_beam_groups": 1}.get) is None
