@@ -111,8 +111,6 @@ class Anatomy:
         for key in keys:
             value = attributes[key]
             if type(value) in PLAIN:
-                if key == "_active_adapter":
-                    value = [value]  # PEFT writes one name with and without a list
                 if key[0] != "_" or (key in _TUNER and value is not False):  # False is what the class says
                     text.append(f"{key}={value!r}")
                 continue

@@ -63,6 +63,13 @@ def other_parameter(model):
     attention.k_proj.weight = torch.nn.Parameter(changed)
 
 
+def other_parameter_in_the_same_place(model):
+    attention = model.model.layers[0].self_attn
+    data = attention.k_proj.weight.data
+    data[3, 5] += 5
+    attention.k_proj.weight = torch.nn.Parameter(data)
+
+
 def other_angles(model):
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
@@ -79,6 +86,7 @@ def small_tensor_through_numpy(model):
         one_element_with_gradient,
         other_storage,
         other_parameter,
+        other_parameter_in_the_same_place,
         other_angles,
         small_tensor_through_numpy,
     ],
@@ -513,6 +521,26 @@ def test_adapter_disabled(model, generate, tokens, cache, kind):
     with model.disable_adapter():
         assert_turn(model, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 29)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("change", ["switched", "disabled"])
+def test_adapter_of_single_layers(model, generate, tokens, cache, kind, change):
+    """The same adapters in the same states, but in other layers."""
+    ids, model = tokens(30), adapted(model, kind)
+    model.set_adapter("one")
+    layers = [layer.self_attn.k_proj for layer in model.get_base_model().model.layers]
+
+    def change_layer(number):
+        for index, layer in enumerate(layers):
+            if change == "switched":
+                layer.set_adapter("two" if index == number else "one")
+            else:
+                layer.enable_adapters(index != number)
+
+    for number, cached in ((0, 0), (1, 0), (0, 29)):
+        change_layer(number)
+        assert_turn(model, ids, cache, generate, cached)
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
