@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from kvtier.errors import (
     BlockError,
+    BusyError,
     ClosedError,
     ConfigurationError,
     KvtierError,
@@ -21,6 +22,7 @@ __version__ = _version("kvtier")
 
 __all__ = [
     "BlockError",
+    "BusyError",
     "ClosedError",
     "ConfigurationError",
     "KvtierError",

@@ -3,6 +3,7 @@
 KvtierError
 ├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
 ├── ClosedError                       a cache or store is used after ``close()``
+├── BusyError                         a cache is asked for a second turn before its first one has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
@@ -21,6 +22,10 @@ class ConfigurationError(KvtierError, ValueError):
 
 class ClosedError(KvtierError):
     """The cache or store was closed."""
+
+
+class BusyError(KvtierError):
+    """The cache is having a turn on another thread."""
 
 
 class PromptError(KvtierError, ValueError):

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError
+from kvtier.hf.generate import TurnTaker, install
 from kvtier.hf.identity import Identity, identify
 from kvtier.hf.layers import WindowLayer, build_layers
 from kvtier.hf.plan import plan_turn
@@ -31,7 +32,7 @@ from kvtier.store.shared import Lease
 _log = logging.getLogger("kvtier.hf")
 
 
-class TieredCache(DynamicCache):
+class TieredCache(DynamicCache, TurnTaker):
     """A ``past_key_values`` that never computes a known prefix twice.
 
     Guarantees: what is reused was computed for the same tokens by the same model, compared id by id; K and V are the
@@ -73,8 +74,6 @@ class TieredCache(DynamicCache):
         self._root: str | None = None
         self._lay_out(config)
         self.last_turn: TurnReport | None = None
-        from kvtier.hf.generate import install  # here, because generate.py needs this class
-
         install()
 
     # --- layers -----------------------------------------------------------------------------------------------------
@@ -182,15 +181,6 @@ class TieredCache(DynamicCache):
         off: str | None = None,
         cold: str | None = None,
     ) -> TurnReport:
-        """Begin a turn whose pages may still be on their way.
-
-        Args:
-            model: the model that will be called.
-            input_ids: ``[batch, columns]``.
-            attention_mask: ``[batch, columns]``.
-            off: why this turn must neither reuse nor be kept.
-            cold: why this turn must not reuse, though its prompt may be kept.
-        """
         self._check_open()
         self._salvage()
         config = getattr(model, "config", None)
@@ -274,7 +264,6 @@ class TieredCache(DynamicCache):
         return self._commit(sequences, ())
 
     def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
-        """Keep prompt and generated tokens; ``sequences`` None keeps the prompt alone."""
         turn, self._turn = self._turn, None
         assert turn is not None
         generated = turn.generated(sequences, eos_ids) if sequences is not None else []
@@ -306,7 +295,6 @@ class TieredCache(DynamicCache):
         self._held = held
 
     def _salvage(self) -> None:
-        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
         turn = self._turn
         if turn is None:
             return

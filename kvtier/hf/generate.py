@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,45 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import PromptError, RestoreError
-from kvtier.hf.cache import TieredCache
-from kvtier.hf.soundness import POSITIONAL, why_unsound_call
+from kvtier.errors import BusyError, PromptError, RestoreError
+from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
+from kvtier.report import TurnReport
 
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+class TurnTaker(ABC):
+    """A cache that takes turns: what the hook asks of it."""
+
+    @abstractmethod
+    def _begin(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        off: str | None = None,
+        cold: str | None = None,
+    ) -> TurnReport:
+        """Begin a turn whose pages may still be on their way.
+
+        Args:
+            model: the model that will be called.
+            input_ids: ``[batch, columns]``.
+            attention_mask: ``[batch, columns]``.
+            off: why this turn must neither reuse nor be kept.
+            cold: why this turn must not reuse, though its prompt may be kept.
+        """
+
+    @abstractmethod
+    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
+        """End the turn: keep prompt and generated tokens; ``sequences`` None keeps the prompt alone."""
+
+    @abstractmethod
+    def _salvage(self) -> None:
+        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Hold nothing."""
 
 
 @dataclass(slots=True)
@@ -30,7 +66,8 @@ class _Hook:
 
 _lock = threading.Lock()
 _hook: _Hook | None = None
-_running = threading.local()
+_threads: dict[int, int] = {}
+"""``id`` of every cache that is having a turn → the thread it has it on."""
 
 
 def install() -> None:
@@ -53,11 +90,13 @@ def install() -> None:
             given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
             if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
                 return original(self, *args, **kwargs)
-            if isinstance(past, TieredCache) and past not in _caches_running():
-                return _turn(original, self, past, given)
-            if isinstance(past, EncoderDecoderCache) and isinstance(past.self_attention_cache, TieredCache):
-                return _encoder_decoder(original, self, past, given)
-            return original(self, *args, **kwargs)
+            decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+            if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
+                return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
+            with _occupied(decoder):
+                if isinstance(past, EncoderDecoderCache):
+                    return _encoder_decoder(original, self, past, given)
+                return _turn(original, self, decoder, given)
 
         hook = _hook = _Hook(original, generate)
         GenerationMixin.generate = generate
@@ -85,18 +124,26 @@ def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
     return function is wrapper
 
 
-def _caches_running() -> list[TieredCache]:
-    """Return the caches whose turn runs on this thread: some ways of decoding call ``generate`` again inside it."""
-    if not hasattr(_running, "caches"):
-        _running.caches = []
-    caches: list[TieredCache] = _running.caches
-    return caches
+@contextmanager
+def _occupied(cache: TurnTaker) -> Iterator[None]:
+    """Keep other threads from having a turn on ``cache``."""
+    with _lock:
+        if id(cache) in _threads:
+            raise BusyError(
+                "this TieredCache is serving generate() on another thread; give each thread a TieredCache of its own "
+                "over one PrefixStore"
+            )
+        _threads[id(cache)] = threading.get_ident()
+    try:
+        yield
+    finally:
+        del _threads[id(cache)]
 
 
 def _turn(
     original: Callable[..., Any],
     model: PreTrainedModel,
-    cache: TieredCache,
+    cache: TurnTaker,
     kwargs: dict[str, Any],
 ) -> Any:
     input_ids = kwargs.get("inputs")
@@ -114,15 +161,15 @@ def _turn(
             )
     if _setting(model, kwargs, "use_cache") is False:
         kwargs["use_cache"] = True  # with a cache and without using it, transformers feeds all tokens at every step
-    unsound = why_unsound_call(kwargs, functools.partial(_setting, model, kwargs))
+    setting = functools.partial(_setting, model, kwargs)
+    unsound = why_unsound_call(kwargs, setting)
     off = unsound.reason if unsound is not None else None
     if off is None and not isinstance(input_ids, torch.Tensor):
         off = "no input_ids were given"
-    cold = "assisted decoding starts cold" if any(_setting(model, kwargs, name) for name in _ASSISTED) else None
+    cold = why_cold(setting)
     streamer = kwargs.get("streamer")
     while True:
         cache._begin(model, input_ids, attention_mask, off=off, cold=cold)
-        _caches_running().append(cache)
         try:
             output = original(model, **kwargs)
         except RestoreError:
@@ -134,8 +181,6 @@ def _turn(
         except BaseException:
             cache._salvage()
             raise
-        finally:
-            _caches_running().pop()
         break
     sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
     cache._commit(sequences, _eos_ids(model, kwargs))
@@ -149,7 +194,7 @@ def _encoder_decoder(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
-    cache: TieredCache = past.self_attention_cache
+    cache: TurnTaker = past.self_attention_cache
     cache._begin(model, None, off="encoder-decoder models are not reused yet")
     past.cross_attention_cache = DynamicCache()
     past.is_updated.clear()

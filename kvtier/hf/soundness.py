@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import GenerationConfig, PreTrainedConfig
 
 from kvtier.hf.anatomy import Anatomy, Part
@@ -121,6 +122,25 @@ def _config_lengths(config: Any) -> Iterable[str]:
         yield from _lengths("dynamic")
     for value in vars(config).values():
         yield from _config_lengths(value)
+
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+# Before, a prompt that is computed in chunks was computed from its beginning, on top of what the cache held.
+_CHUNKS_CONTINUE = (5, 21)
+
+
+def why_cold(setting: Any) -> str | None:
+    """Return why transformers cannot generate in this way from a known prefix; None when it can.
+
+    Args:
+        setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
+    """
+    if any(setting(name) for name in _ASSISTED):
+        return "assisted decoding starts cold"
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if setting("prefill_chunk_size") and version < _CHUNKS_CONTINUE:
+        return "prefill in chunks starts cold in this version of transformers"
+    return None
 
 
 # What generate() takes by position, in order.
