@@ -113,8 +113,7 @@ def _config_lengths(config: Any) -> Iterable[str]:
     """Find the same in configs, of this version's form and of older ones that remote code still uses."""
     if not isinstance(config, PreTrainedConfig):
         return
-    for name in ("rope_parameters", "rope_scaling"):
-        parameters = getattr(config, name, None)
+    for parameters in (getattr(config, "rope_parameters", None), vars(config).get("rope_scaling")):
         if isinstance(parameters, Mapping):
             for one in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
                 yield from _lengths(one.get("rope_type", one.get("type")))

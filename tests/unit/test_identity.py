@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig
 
 from kvtier.hf import weights
 from kvtier.hf.anatomy import Anatomy
 from kvtier.hf.description import describe, describe_code
 from kvtier.hf.identity import Identity, identify
-from kvtier.hf.soundness import POSITIONAL, Unsound, why_unsound_call
+from kvtier.hf.soundness import POSITIONAL, Unsound, why_unsound, why_unsound_call
 from kvtier.hf.weights import SAMPLED_ELEMENTS, _positions, digest_weights
 
 
@@ -266,6 +266,39 @@ def test_identity_is_stable_and_says_what_it_stands_for(model, make_model):
     assert identify(model, "mine", 16).root != first.root != identify(model, "yours", 8).root
     assert first.manifest["model"] == "LlamaForCausalLM"
     assert first.manifest["config"]["hidden_size"] == 64
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": DYNAMIC},
+        {"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": {"rope_type": "default"}}},
+        {"rope_parameters": {"type": "longrope"}},
+        {"rope_scaling": {"type": "dynamic"}},
+        {"use_dynamic_ntk": True},
+        {"text_config": PreTrainedConfig(rope_parameters=DYNAMIC)},
+    ],
+    ids=str,
+)
+def test_configs_that_say_positions_depend_on_length(config):
+    module = torch.nn.Module().eval()
+    module.config = PreTrainedConfig()
+    assert why_unsound(module, Anatomy(module)) is None
+    vars(module.config).update(config)
+    unsound = why_unsound(module, Anatomy(module))
+    assert unsound is not None
+    assert "depend on the length" in unsound.reason
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", {"full_attention": "dynamic", "sliding": "default"}])
+def test_modules_whose_positions_depend_on_length(model, rope_type):
+    """Whatever the config says by now."""
+    assert isinstance(identify(model, "", 8), Identity)
+    model.model.rotary_emb.rope_type = rope_type
+    assert "depend on the length" in identify(model, "", 8).reason
 
 
 IN_ANOTHER_PROCESS = """
