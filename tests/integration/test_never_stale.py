@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_f
 from kvtier import PrefixStore, TieredCache, uninstall
 
 pytestmark = [
+    # Older transformers take offloaded models to be on the meta device.
+    pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate:UserWarning"),  # peft on IA3
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # asked for by peft
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # peft on its own LNTuning
