@@ -8,8 +8,9 @@ Later turns read a tensor again when it is another tensor, lies elsewhere, has a
 is written in place), holds a gradient, or when one of its sampled elements differs: the whole of a small tensor,
 ``SAMPLED_ELEMENTS`` of a large one, at irregular distances. PyTorch does not count what is written through
 ``.data``, NumPy or by fused optimizers. Of such an edit, made between two turns of one process, only the samples
-can tell: one that changes most of a tensor is noticed, one of a few elements may be missed. A process that starts
-afterwards notices it in any case.
+can tell: one that changes most of a tensor is noticed, one of a few elements may be missed, and the turns after it
+then go on under the root of the model as it was. Write in place under ``torch.no_grad()`` instead, or load the
+edited model anew: both are noticed in any case.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-SAMPLED_ELEMENTS = 128
+SAMPLED_ELEMENTS = 64
 # Samples gathered at once: so few that PyTorch does not wake other threads for them, which can take milliseconds.
-_GATHERED = 128
+_GATHERED = 256
 _BLOCK_WORDS = 256
 _BLOCKS_AT_ONCE = 64 * 1024 * 1024 // (_BLOCK_WORDS * 8)
 _FACTORS = (np.arange(1, 2 * _BLOCK_WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
