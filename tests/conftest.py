@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
+
+# A change must not fail for what another one broke: CI tries the same examples every time. New ones are looked for by
+# `pytest --hypothesis-profile=nightly`, or with HYPOTHESIS_PROFILE=nightly in the environment.
+_ANY_TIME = {
+    "deadline": None,  # a disk, a thread or a neighbour may be slow
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    "print_blob": True,
+}
+settings.register_profile("ci", max_examples=100, derandomize=True, **_ANY_TIME)
+settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 VOCABULARY = 200
 _SHAPE: dict[str, Any] = {

@@ -81,16 +81,25 @@ class DiskTier:
         try:
             catalog = self._connect(path)
         except sqlite3.OperationalError as error:
+            words = ("locked", "unable to open", "disk I/O", "full")
+            if os.access(path, os.W_OK) and not any(word in str(error) for word in words):  # its header says so
+                return self._made_anew(path, error)
             raise StoreError(f"cannot open {path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            self._warn("catalog", f"{path} is damaged ({error}); it is made anew from the block files")
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
-            catalog = self._connect(path)
+            return self._made_anew(path, error)
         return catalog
 
+    def _made_anew(self, path: Path, error: sqlite3.Error) -> Catalog:
+        self._warn("catalog", f"{path} is damaged ({error}); it is made anew from the block files")
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        return self._connect(path)
+
     def _connect(self, path: Path) -> Catalog:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it holds token ids; SQLite would let others read
+        with contextlib.suppress(FileExistsError):
+            # It holds token ids; SQLite would let others read. Only if it is new: to close a file ends all locks that
+            # this process has on it, those of another store too.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         catalog = Catalog(path)
         try:
             catalog.rebuild_once(self._usable_files)

@@ -83,7 +83,7 @@ class PrefixStore:
         self._host = HostTier(host_bytes)
         codec = "raw" if compression == "auto" else compression
         self._disk = DiskTier(self.path, disk_bytes, codec) if self.path is not None else None
-        self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk else (self._host,)
+        self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._reading = Readers()
         self._writing = Writer()
         self._warned: set[str] = set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kvtier.errors import BlockError
 from kvtier.store import PrefixStore
 from kvtier.store.base import Block, Landing, Page
 from kvtier.store.chain import BlockId, TokenIds
@@ -105,3 +106,45 @@ def read_in_another_process(folder: str, tokens: list[int]) -> int:
     """Open ``folder`` from a fresh process; return how many of ``tokens`` came back with the right bytes."""
     with PrefixStore(folder, block_size=4) as store:
         return restored_length(store, ids(*tokens))
+
+
+def restored_length_at_last(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limit: int | None = None) -> int:
+    """Like ``restored_length``, but match again when a block turns out to be damaged, as a turn does."""
+    for _ in range(len(tokens) + 1):  # each round costs the store a block
+        try:
+            return restored_length(store, tokens, root, limit)
+        except BlockError:
+            continue
+    raise AssertionError(f"a damaged block of {tokens.tolist()} is found again and again")
+
+
+def bytes_in_ram(store: PrefixStore) -> int:
+    """What the blocks in RAM take, counted anew."""
+    host = store._host
+    counted = sum(block.nbytes for block in list(host._blocks.values()))
+    assert counted == host.nbytes
+    return counted
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """What the block files take, half-written ones included."""
+    return sum(path.stat().st_size for path in (folder / "blocks").rglob("*") if path.is_file())
+
+
+DAMAGES = ("flip", "cut", "empty", "delete")
+
+
+def damage(path: Path, how: str, at: int = 0) -> None:
+    """Do to a file what disks and people do: ``flip`` a bit of byte ``at``, ``cut`` there, ``empty``, ``delete``."""
+    data = bytearray(path.read_bytes())
+    at %= max(1, len(data))
+    if how == "flip" and data:
+        data[at] ^= 1 << at % 8
+    elif how == "cut":
+        del data[at:]
+    elif how == "empty":
+        data.clear()
+    else:
+        path.unlink()
+        return
+    path.write_bytes(data)

@@ -1,0 +1,253 @@
+"""Several processes on one folder, and processes that end in every way there is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import storekit
+import torch
+import transformers
+from storekit import block_files, bytes_on_disk, commit, count, ids, leftovers, restored_length, restored_length_at_last
+from transformers import PreTrainedModel
+
+from kvtier import PrefixStore, TieredCache
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
+
+
+# --- what runs in other processes: importable, and without fixtures ---------------------------------------------------
+
+
+def work(folder: str, seed: int, rounds: int, settings: dict[str, Any]) -> list[list[int]]:
+    """Commit and read chains at random; return what was committed. Wrong bytes raise."""
+    dice, committed = random.Random(seed), []
+    with PrefixStore(folder, **settings) as store:
+        for _ in range(rounds):
+            begin = dice.choice(committed) if committed and dice.random() < 0.7 else []
+            tokens = begin[: dice.randint(0, len(begin))] + [dice.randint(1, 2) for _ in range(dice.randint(1, 9))]
+            tokens = tokens[:24]
+            if dice.random() < 0.6:
+                commit(store, ids(*tokens))
+                committed.append(tokens)
+            restored_length_at_last(store, ids(*tokens))
+    return committed
+
+
+def model_of_two_layers() -> PreTrainedModel:
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def say(folder: str, prompt: list[int]) -> tuple[list[int], dict[str, int], int]:
+    """A turn of a conversation: what it says, where the known tokens came from, in which process."""
+    torch.set_num_threads(1)
+    with TieredCache(folder) as cache:
+        found = model_of_two_layers().generate(
+            torch.tensor([prompt]), past_key_values=cache, max_new_tokens=6, do_sample=False, suppress_tokens=[0]
+        )
+        return found[0].tolist(), dict(cache.last_turn.cached_by_tier), os.getpid()
+
+
+@pytest.fixture(scope="module")
+def others():
+    """Two other processes."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def script(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``text`` in a new interpreter that can import what the tests can."""
+    path = os.pathsep.join([str(HERE), str(Path(storekit.__file__).parent), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", text, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+# --- at the same time -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"host_budget": 1}, {"compression": "zstd"}], ids=["warm", "cold", "zstd"])
+def test_two_processes_commit_and_read_at_the_same_time(tmp_path, others, settings):
+    settings = {"block_size": 4, **settings}
+    working = [others.submit(work, str(tmp_path), seed, 120, settings) for seed in (1, 2)]
+    committed = [tokens for each in working for tokens in each.result()]
+    assert leftovers(tmp_path) == []
+    with PrefixStore(tmp_path, **settings) as store:
+        for tokens in committed:
+            assert restored_length(store, ids(*tokens)) == len(tokens)
+
+
+def test_two_processes_share_a_budget(tmp_path, others):
+    settings = {"block_size": 4, "disk_budget": 8_000, "host_budget": 500}
+    working = [others.submit(work, str(tmp_path), seed, 120, settings) for seed in (1, 2)]
+    committed = [tokens for each in working for tokens in each.result()]
+    assert leftovers(tmp_path) == []
+    assert 0 < bytes_on_disk(tmp_path) <= 8_000
+    files = block_files(tmp_path)
+    with PrefixStore(tmp_path, **settings) as store:
+        assert block_files(tmp_path) == files, "files that no catalog knows"
+        known = [restored_length_at_last(store, ids(*tokens)) for tokens in committed]
+    assert 0 < sum(known) < sum(map(len, committed))
+
+
+def test_what_one_process_commits_the_other_finds_at_once(tmp_path, others):
+    chain = count(10).tolist()
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert others.submit(storekit.commit_in_another_process, str(tmp_path), chain).result() == 10
+        assert restored_length(store, ids(*chain)) == 10
+        assert commit(store, count(14)) == 6  # the tail of 2 grows to a block of 4, and 2 more
+        store.flush()
+        assert others.submit(storekit.read_in_another_process, str(tmp_path), count(14).tolist()).result() == 14
+        assert others.submit(storekit.commit_in_another_process, str(tmp_path), count(14).tolist()).result() == 0
+
+
+def test_a_second_store_in_this_process_takes_no_lock_from_the_first(tmp_path, others):
+    """Locks on a file are those of a process. Without them another process, ending, takes the catalog's log away."""
+    first, theirs, last = (count(8, first=n).tolist() for n in (0, 100, 200))
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, ids(*first))
+        store.flush()
+        PrefixStore(tmp_path, block_size=4).close()
+        others.submit(storekit.commit_in_another_process, str(tmp_path), theirs).result()
+        commit(store, ids(*last))
+        store.flush()
+        assert others.submit(storekit.read_in_another_process, str(tmp_path), last).result() == 8
+        assert restored_length(store, ids(*theirs)) == 8
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert [restored_length(store, ids(*tokens)) for tokens in (first, theirs, last)] == [8, 8, 8]
+
+
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_in_another_process(tmp_path, others):
+    said, reused, _ = say(str(tmp_path), list(range(1, 21)))
+    assert reused == {"window": 0, "host": 0, "disk": 0}
+    for turn in range(2):
+        prompt = [*said, 7, 8, 9 + turn]
+        (expected,) = model_of_two_layers().generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, suppress_tokens=[0]
+        )
+        said, reused, process = others.submit(say, str(tmp_path), prompt).result()
+        assert process != os.getpid()
+        assert said == expected.tolist()
+        assert reused == {"window": 0, "host": 0, "disk": len(prompt) - 4}
+
+
+FORGETFUL = """
+import sys
+from storekit import commit, count
+from kvtier import PrefixStore
+store = PrefixStore(sys.argv[1], block_size=4)
+commit(store, count(400))  # a hundred blocks: most are still to be written when the script ends
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("raise RuntimeError('the end')", 1)],
+    ids=["end", "exception"],
+)
+def test_a_process_that_ends_without_close(tmp_path, ending, code):
+    done = script(FORGETFUL.format(ending=ending), tmp_path)
+    assert done.returncode == code, done.stderr
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert restored_length(store, count(400)) == 400
+
+
+# Each call that changes a file or a folder is once the last thing a process does.
+MORTAL = """
+import os, signal, sys
+from pathlib import Path
+from storekit import commit, count
+from kvtier import PrefixStore
+
+os.fsync = lambda fd: None  # a killed process is no power cut: what was written is there
+
+def live(folder, budget, last, after):
+    calls = 0
+    def mortal(call):
+        def called(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*args, **kwargs)
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return called
+    for name in ("open", "mkdir", "fsync", "replace", "unlink"):
+        setattr(os, name, mortal(getattr(os, name)))
+    with PrefixStore(folder, block_size=4, disk_budget=budget) as store:
+        for tokens in (count(6), count(10), count(9, first=50)):
+            commit(store, tokens)
+            store.flush()
+
+for budget, after in ((10**9, False), (5_000, False), (5_000, True)):
+    last, status = 1, signal.SIGKILL
+    while status == signal.SIGKILL:
+        folder = Path(sys.argv[1]) / f"{budget}-{after}-{last}"
+        pid = os.fork()
+        if pid == 0:
+            try:
+                live(folder, budget, last, after)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        last += 1
+    assert status == 0, status
+"""
+
+
+def test_a_process_killed_at_any_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    done = script(MORTAL, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) > 90
+    chains = (count(6), count(10), count(9, first=50))
+    for folder in folders:
+        budget = int(folder.name.split("-")[0])
+        settings = {"block_size": 4, "disk_budget": budget}
+        with PrefixStore(folder, **settings) as store:
+            assert leftovers(folder) == [], folder.name
+            assert bytes_on_disk(folder) <= budget
+            for tokens in chains:
+                restored_length_at_last(store, tokens)  # what is there is right
+            for tokens in chains:
+                commit(store, tokens)
+                store.flush()
+                assert bytes_on_disk(folder) <= budget
+        with PrefixStore(folder, **settings) as store:
+            found = [restored_length_at_last(store, tokens) for tokens in chains]
+            assert found[-1] == 9
+            assert budget < 10**9 or found == [6, 10, 9]

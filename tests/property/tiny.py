@@ -1,0 +1,96 @@
+"""Two models of five words, and how the property tests ask them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel
+
+VOCABULARY = 6  # five words; 0 is padding
+HEAD_DIM = 8
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.6,  # far from zero: what is attended to must decide which word comes next
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+Tokens = tuple[int, ...]
+
+
+@functools.cache
+def tiny(family: str) -> PreTrainedModel:
+    """``llama``: two layers of full attention. ``gemma3``: windows of 6, which every longer prompt overflows."""
+    if family == "llama":
+        config = transformers.LlamaConfig(**_SHAPE, num_hidden_layers=2)
+        kind = transformers.LlamaForCausalLM
+    else:
+        layers = ["sliding_attention", "sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(**_SHAPE, num_hidden_layers=3, sliding_window=6, layer_types=layers)
+        kind = transformers.Gemma3ForCausalLM
+    config._attn_implementation = "sdpa" if family == "llama" else "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: PreTrainedModel = kind(config).eval()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
+    columns = max(map(len, rows)) + extra
+    return torch.tensor([(0,) * (columns - len(row)) + row for row in rows])
+
+
+def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, **settings: Any) -> Any:
+    """``generate`` with logits and always the same dice; on a fresh ``DynamicCache`` by default."""
+    torch.manual_seed(11)
+    return model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+        suppress_tokens=[0],
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{"do_sample": False, "max_new_tokens": 3, **settings},
+    )
+
+
+def with_columns_of(cache: Any, columns: int, model: PreTrainedModel) -> DynamicCache:
+    """A ``DynamicCache`` that holds copies of the first ``columns`` columns of ``cache``."""
+    copied = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        copied.update(layer.keys[:, :, :columns].clone(), layer.values[:, :, :columns].clone(), index)
+    return copied
+
+
+def columns_of(cache: Any, row: int) -> list[bytes]:
+    """K and V of all layers of each column of ``row``, as bytes."""
+    parts = [part[row].transpose(0, 1) for layer in cache.layers for part in (layer.keys, layer.values)]
+    assert len({len(part) for part in parts}) == 1, "layers of different lengths"
+    return [column.tobytes() for column in torch.cat([part.reshape(len(part), -1) for part in parts], 1).numpy()]
+
+
+def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:
+    """Equal tokens; logits equal, to the bit if ``exact``. Two words as likely as each other may change places."""
+    for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        if exact:
+            assert torch.equal(ours, theirs), f"step {step}: logits differ by {(ours - theirs).abs().max()}"
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-3), f"step {step}: by {(ours - theirs).abs().max()}"
+        column = step - len(found.logits)
+        if not torch.equal(found.sequences[:, column], expected.sequences[:, column]):
+            best, second = theirs[:, 1:].topk(2).values.unbind(1)
+            assert not exact, f"step {step}: other tokens"
+            assert bool((best - second < 1e-4).any()), f"step {step}: other tokens, and no draw"
+            return  # the rest follows from another token
+    assert torch.equal(found.sequences, expected.sequences)

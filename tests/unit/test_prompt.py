@@ -1,0 +1,106 @@
+"""From a batch to its rows: padding goes, holes are refused, shapes that contradict each other are an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier import PromptError
+from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
+
+
+def rows_of(prompt):
+    assert isinstance(prompt, Prompt)
+    return [row.tolist() for row in prompt.rows]
+
+
+def test_without_a_mask_every_id_counts():
+    prompt = read_prompt(torch.tensor([[0, 1, 2], [0, 0, 3]]), None)
+    assert rows_of(prompt) == [[0, 1, 2], [0, 0, 3]]
+    assert (prompt.pads, prompt.columns) == ((0, 0), 3)
+
+
+def test_padding_is_what_the_mask_says_not_the_ids():
+    ids = torch.tensor([[5, 5, 0, 5], [5, 0, 0, 7], [1, 2, 3, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
+    prompt = read_prompt(ids, mask)
+    assert rows_of(prompt) == [[5, 5, 0, 5], [0, 7], [4]]
+    assert (prompt.pads, prompt.columns) == ((0, 2, 3), 4)
+
+
+def test_a_row_may_be_all_padding():
+    prompt = read_prompt(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 0], [1, 1]]))
+    assert rows_of(prompt) == [[], [3, 4]]
+    assert prompt.pads == (2, 0)
+
+
+@pytest.mark.parametrize("mask", [[1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0, 1]], ids=str)
+def test_holes_and_padding_on_the_right_are_unreadable(mask):
+    ids = torch.ones(2, len(mask), dtype=torch.long)
+    found = read_prompt(ids, torch.tensor([[1] * len(mask), mask]))
+    assert isinstance(found, Unreadable)
+    assert "holes or padding on the right" in found.reason
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 6), (2, 5), (0, 5), (5, 1)], ids=str)
+def test_a_mask_of_another_shape_is_an_error(shape):
+    with pytest.raises(PromptError) as error:
+        read_prompt(torch.ones(1, 5, dtype=torch.long), torch.ones(shape))
+    assert str(shape) in str(error.value)
+    assert "(1, 5)" in str(error.value)
+    assert "pass the whole conversation as input_ids" in str(error.value)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3, 4])
+def test_other_dimensions_are_unreadable(dimensions):
+    odd = torch.ones([1] * (dimensions - 1) + [4], dtype=torch.long)
+    found = read_prompt(odd, None)
+    assert isinstance(found, Unreadable)
+    assert found.reason == f"input_ids have {dimensions} dimensions"
+    found = read_prompt(torch.ones(1, 4, dtype=torch.long), odd)
+    assert isinstance(found, Unreadable)
+    assert found.reason == f"the attention mask has {dimensions} dimensions"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
+def test_ids_and_masks_of_any_type(dtype, mask_dtype):
+    ids, mask = torch.tensor([[9, 1, 2], [3, 4, 5]], dtype=dtype), torch.tensor([[0, 1, 1], [1, 1, 1]]).to(mask_dtype)
+    prompt = read_prompt(ids, mask)
+    assert rows_of(prompt) == [[1, 2], [3, 4, 5]]
+    assert all(row.dtype == np.int64 for row in prompt.rows)
+
+
+def test_large_ids_keep_all_their_bits():
+    assert rows_of(read_prompt(torch.tensor([[2**40 + 1, 2**53 + 1]]), None)) == [[2**40 + 1, 2**53 + 1]]
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 3)], ids=["no mask", "mask"])
+def test_rows_are_copies(mask):
+    """The caller may write into its tensor afterwards; what is known must not change with it."""
+    ids = torch.tensor([[1, 2, 3]])
+    prompt = read_prompt(ids, mask)
+    ids.zero_()
+    assert rows_of(prompt) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4), (0, 0)], ids=str)
+def test_empty_batches(shape):
+    ids = torch.empty(shape, dtype=torch.long)
+    for mask in (None, torch.empty(shape, dtype=torch.long)):
+        prompt = read_prompt(ids, mask)
+        assert rows_of(prompt) == [[]] * shape[0]
+        assert (prompt.pads, prompt.columns) == ((0,) * shape[0], shape[1])
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=4), st.integers(0, 3))
+def test_padding_and_reading_are_inverse(rows, extra):
+    columns = max(map(len, rows)) + extra
+    ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], dtype=torch.long).view(len(rows), columns)
+    mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows]).view(len(rows), columns)
+    prompt = read_prompt(ids, mask)
+    assert rows_of(prompt) == rows
+    assert list(prompt.pads) == [columns - len(row) for row in rows]
