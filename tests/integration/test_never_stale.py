@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -638,34 +639,63 @@ def test_rope_that_changes_with_length(make_model, generate, tokens, store, kind
 # --- the hook itself --------------------------------------------------------------------------------------------------
 
 
-def test_uninstall_below_another_wrapper(model, generate, tokens, store):
-    """It lets every call through, and the next cache wakes it up: one turn, not two."""
-    original = GenerationMixin.generate
+@pytest.fixture
+def unhooked():
+    """Leave ``GenerationMixin.generate`` as transformers made it, before and after the test."""
     uninstall()
     plain = GenerationMixin.generate
-    calls = []
-    try:
-        with TieredCache(store):
-            below = GenerationMixin.generate
+    yield plain
+    GenerationMixin.generate = plain
+    uninstall()
 
-        def counting(self, *args, **kwargs):
-            calls.append(1)
-            return below(self, *args, **kwargs)
 
-        GenerationMixin.generate = counting
+def wrap_generate(wraps):
+    """Put a wrapper on top of whatever generate() is now; return the list of its calls."""
+    below, calls = GenerationMixin.generate, []
+
+    def counting(self, *args, **kwargs):
+        calls.append(kwargs)
+        return below(self, *args, **kwargs)
+
+    GenerationMixin.generate = functools.wraps(below)(counting) if wraps else counting
+    return calls
+
+
+def test_uninstall(unhooked, model, generate, tokens, store):
+    with TieredCache(store) as cache:
+        assert GenerationMixin.generate is not unhooked
         uninstall()
-        assert GenerationMixin.generate is counting
-        with TieredCache(store) as cache:
-            ids = tokens(30)
-            assert_turn(model, ids, cache, generate, 0)
-            assert_turn(model, ids, cache, generate, 29)
-        assert len(calls) == 4
+        assert GenerationMixin.generate is unhooked
+        generate(model, tokens(30), cache)
+        assert cache.last_turn is None
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_uninstall_below_another_wrapper(unhooked, model, generate, tokens, store, wraps):
+    """The hook lets every call through, and the next cache wakes it up: one turn, not two."""
+    ids = tokens(30)
+    with TieredCache(store) as cache:
+        calls = wrap_generate(wraps)
+        top = GenerationMixin.generate
         uninstall()
-        assert GenerationMixin.generate is counting
-    finally:
-        GenerationMixin.generate = plain
+        assert GenerationMixin.generate is top
+        generate(model, ids, cache)
+        assert cache.last_turn is None
+    with TieredCache(store) as cache:
+        assert_turn(model, ids, cache, generate, 0)
+        assert_turn(model, ids, cache, generate, 29)
         uninstall()
-    assert GenerationMixin.generate is plain
+        assert GenerationMixin.generate is top
+    assert len(calls) == 5
+
+
+def test_uninstall_above_and_below_another_wrapper(unhooked, model, generate, tokens, store):
     with TieredCache(store):
-        assert GenerationMixin.generate is not plain
-    assert original is not None
+        wrap_generate(wraps=False)
+        top = GenerationMixin.generate
+        with TieredCache(store) as cache:
+            assert GenerationMixin.generate is not top  # it cannot know that it is below already
+            uninstall()
+            assert GenerationMixin.generate is top
+            generate(model, tokens(30), cache)
+            assert cache.last_turn is None

@@ -308,6 +308,10 @@ torch.manual_seed(0)
 shape = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
 model.model.layers[0].tags = {str(i) for i in range(20)}
+class Own(torch.nn.Module):
+    def forward(self, x, kind="a"):
+        return x if kind in {"a", "b", "c", "d", "e", "f"} else -x
+model.own = Own().eval()
 print(identify(model, "", 8).root)
 """
 
@@ -315,7 +319,7 @@ print(identify(model, "", 8).root)
 def test_identity_is_the_same_in_every_process(monkeypatch):
     """Python orders sets of strings differently in every process."""
     with torch.random.fork_rng():
-        names = {}
+        names = {"__name__": "__main__"}
         exec(IN_ANOTHER_PROCESS.replace("print(", "root = ("), names)
     monkeypatch.setenv("PYTHONHASHSEED", "7")
     done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
