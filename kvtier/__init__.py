@@ -12,6 +12,7 @@ from kvtier.errors import (
     RestoreError,
     StoreError,
     StoreVersionError,
+    UninstalledError,
 )
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.generate import uninstall
@@ -33,6 +34,7 @@ __all__ = [
     "StoreVersionError",
     "TieredCache",
     "TurnReport",
+    "UninstalledError",
     "__version__",
     "uninstall",
 ]

@@ -5,6 +5,7 @@ KvtierError
 ├── ClosedError                       a cache or store is used after ``close()``
 ├── BusyError                         a cache is asked for a second turn before its first one has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
+├── UninstalledError                  a cache is used in generate() after ``uninstall()``
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
     └── BlockError                    one block is missing, damaged or not what it claims to be
@@ -30,6 +31,10 @@ class BusyError(KvtierError):
 
 class PromptError(KvtierError, ValueError):
     """Token ids and attention mask contradict each other, or what the cache holds."""
+
+
+class UninstalledError(KvtierError):
+    """``generate`` is not wrapped any more: the cache cannot know its tokens."""
 
 
 class StoreError(KvtierError):

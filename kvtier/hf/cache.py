@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError
-from kvtier.hf.generate import TurnTaker, install
+from kvtier.hf.generate import TurnTaker, check_installed, install
 from kvtier.hf.identity import Identity, identify
 from kvtier.hf.layers import WindowLayer, build_layers
 from kvtier.hf.plan import plan_turn
@@ -45,7 +45,7 @@ class TieredCache(DynamicCache, TurnTaker):
         config: the model's config, to lay out layers before the first turn; otherwise the first turn does it.
 
     Raises:
-        ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``.
+        ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, or ``config`` no config.
         StoreError: the folder cannot be used.
     """
 
@@ -56,6 +56,8 @@ class TieredCache(DynamicCache, TurnTaker):
         config: PreTrainedConfig | None = None,
     ) -> None:
         Cache.__init__(self, layers=[])
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
         self._closed = False
         self._lease: Lease | None = None  # on a store that others share; a PrefixStore is its owner's
         if isinstance(store, PrefixStore):
@@ -65,7 +67,8 @@ class TieredCache(DynamicCache, TurnTaker):
             self._store = self._lease.store
         else:
             raise ConfigurationError(
-                f"store={store!r} is neither a folder nor a PrefixStore (pass a model's config as config=…)."
+                f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
+                "config=…)."
             )
         self._config = config
         self._no_reuse: str | None = None
@@ -94,9 +97,11 @@ class TieredCache(DynamicCache, TurnTaker):
 
         Raises:
             ClosedError: the cache was closed.
+            UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         if self._turn is None:
             self._check_open()
+            check_installed()
             self._held = None  # tokens that nobody named
         while len(self.layers) <= layer_idx:
             self.layers.append(WindowLayer())
@@ -347,6 +352,7 @@ class TieredCache(DynamicCache, TurnTaker):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Copy the windows; share the store."""
+        self._check_open()
         twin = TieredCache(self._store, config=self._config)
         twin._lease = self._lease.twin() if self._lease is not None else None
         twin.layers = copy.deepcopy(self.layers, memo)

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import BusyError, PromptError, RestoreError
+from kvtier.errors import BusyError, PromptError, RestoreError, UninstalledError
 from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
@@ -105,6 +105,7 @@ def install() -> None:
 def uninstall() -> None:
     """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again.
 
+    Until then, caches that are there take turns only through ``begin`` and ``commit``.
     Where another wrapper lies on top, that one stays, and this one passes every call through.
     """
     global _hook
@@ -115,6 +116,19 @@ def uninstall() -> None:
         if GenerationMixin.generate is _hook.wrapper:
             GenerationMixin.generate = _hook.original
             _hook = None
+
+
+def check_installed() -> None:
+    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
+
+    Raises:
+        UninstalledError: it is not.
+    """
+    if _hook is None or not _hook.active:
+        raise UninstalledError(
+            "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
+            "TieredCache, or call begin() first"
+        )
 
 
 def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:

@@ -6,9 +6,8 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from kvtier.store.store import PrefixStore
+from kvtier.store.store import PrefixStore, folder_path
 
 _IN_RAM = ""  # the name of the store of those who name no folder; it stays for as long as the process
 
@@ -24,10 +23,15 @@ _lock = threading.Lock()
 
 
 class Lease:
-    """One user's hold on a shared store. The last one that is closed closes the store."""
+    """One user's hold on a shared store. The last one that is closed closes the store.
+
+    Raises:
+        ConfigurationError: ``folder`` is empty.
+        StoreError: the folder cannot be used.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._name = str(Path(folder).expanduser().resolve()) if folder is not None else _IN_RAM
+        self._name = str(folder_path(folder, "store").resolve()) if folder is not None else _IN_RAM
         with _lock:
             shared = _stores.get(self._name)
             if shared is None or shared.store.closed:

@@ -38,6 +38,17 @@ DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 
 
+def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
+    """Return ``value`` as the path of a folder.
+
+    Raises:
+        ConfigurationError: it is no path, or empty, which would be the current folder; the message names ``argument``.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ConfigurationError(f"{argument}={value!r} is not the path of a folder.")
+    return Path(value).expanduser()
+
+
 class PrefixStore:
     """Prefixes of conversations, kept in RAM and, given a path, on disk.
 
@@ -79,7 +90,7 @@ class PrefixStore:
         disk_bytes = parse_bytes(disk_budget, "disk_budget")
         self.block_size = block_size
         self.namespace = namespace
-        self.path = Path(path).expanduser() if path is not None else None
+        self.path = folder_path(path, "path") if path is not None else None
         self._host = HostTier(host_bytes)
         codec = "raw" if compression == "auto" else compression
         self._disk = DiskTier(self.path, disk_bytes, codec) if self.path is not None else None

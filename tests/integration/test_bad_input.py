@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 from kvtier import ClosedError, ConfigurationError, PrefixStore, PromptError, StoreError, StoreVersionError, TieredCache
 
@@ -173,10 +173,14 @@ def test_a_store_closed_under_its_cache(model, generate, tokens, store):
 
 def test_a_store_closed_in_the_middle_of_a_turn(model, generate, tokens, store, caplog):
     """The answer is there: it must not be lost because it cannot be kept."""
+
+    class CloseStore(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            store.close()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
     cache, ids = TieredCache(store), tokens(12)
-    hook = model.register_forward_hook(lambda *_: store.close())
-    found = generate(model, ids, cache)
-    hook.remove()
+    found = generate(model, ids, cache, stopping_criteria=[CloseStore()])
     assert torch.equal(found.sequences, generate(model, ids).sequences)
     assert [r.levelname for r in caplog.records if r.name.startswith("kvtier")] == ["WARNING"]
     cache.close()

@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 import kvtier
-from kvtier import BusyError, PrefixStore, PromptError, TieredCache
+from kvtier import BusyError, PrefixStore, PromptError, TieredCache, UninstalledError
 
 
 @pytest.fixture
@@ -427,6 +427,23 @@ def test_holes_in_the_mask_turn_reuse_off(turn, used):
     assert cache.last_turn.cached_tokens == 0
     assert "holes" in cache.last_turn.miss_reason
     turn(cache, ids)
+
+
+@pytest.mark.parametrize("length", [20, 40])
+def test_after_uninstall_a_cache_is_not_taken_for_a_prompt_it_does_not_know(model, cache, tokens, length):
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    model.generate(tokens(30), past_key_values=cache, **settings)
+    try:
+        kvtier.uninstall()
+        with pytest.raises(UninstalledError, match="make a new TieredCache"):
+            model.generate(tokens(length, seed=3), past_key_values=cache, **settings)
+        found, _ = loop(model, cache, tokens(length, seed=3))
+        assert torch.equal(found, model.generate(tokens(length, seed=3), max_new_tokens=6, do_sample=False))
+    finally:
+        with PrefixStore() as store, TieredCache(store):
+            pass
+    expected = model.generate(tokens(length, seed=3), **settings)
+    assert torch.equal(model.generate(tokens(length, seed=3), past_key_values=cache, **settings), expected)
 
 
 def test_uninstall_gives_generate_back(model, cache, tokens):
