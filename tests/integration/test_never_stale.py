@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 
-from kvtier import PrefixStore, TieredCache, uninstall
+from kvtier import PrefixStore, TieredCache, UninstalledError, uninstall
 
 pytestmark = [
     # Older transformers take offloaded models to be on the meta device.
@@ -666,8 +666,8 @@ def test_uninstall(unhooked, model, generate, tokens, store):
         assert GenerationMixin.generate is not unhooked
         uninstall()
         assert GenerationMixin.generate is unhooked
-        generate(model, tokens(30), cache)
-        assert cache.last_turn is None
+        with pytest.raises(UninstalledError):
+            generate(model, tokens(30), cache)
 
 
 @pytest.mark.parametrize("wraps", [True, False])
@@ -679,8 +679,8 @@ def test_uninstall_below_another_wrapper(unhooked, model, generate, tokens, stor
         top = GenerationMixin.generate
         uninstall()
         assert GenerationMixin.generate is top
-        generate(model, ids, cache)
-        assert cache.last_turn is None
+        with pytest.raises(UninstalledError):
+            generate(model, ids, cache)
     with TieredCache(store) as cache:
         assert_turn(model, ids, cache, generate, 0)
         assert_turn(model, ids, cache, generate, 29)
@@ -697,5 +697,5 @@ def test_uninstall_above_and_below_another_wrapper(unhooked, model, generate, to
             assert GenerationMixin.generate is not top  # it cannot know that it is below already
             uninstall()
             assert GenerationMixin.generate is top
-            generate(model, tokens(30), cache)
-            assert cache.last_turn is None
+            with pytest.raises(UninstalledError):
+                generate(model, tokens(30), cache)
