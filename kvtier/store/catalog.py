@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ CREATE TRIGGER IF NOT EXISTS blocks_removed AFTER DELETE ON blocks
 CREATE TRIGGER IF NOT EXISTS blocks_resized AFTER UPDATE OF bytes ON blocks
     BEGIN UPDATE total SET bytes = bytes + NEW.bytes - OLD.bytes; END;
 """
+_LOCKED_SECONDS = 30.0  # how long to wait for other processes
+_RETRY_SECONDS = 0.01
 _LEAVES = """
 SELECT key, root, bytes FROM blocks AS b
 WHERE writer = 0 AND key != ? AND NOT EXISTS (SELECT 1 FROM blocks AS c WHERE c.parent = b.key)
@@ -54,14 +57,27 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(path, timeout=_LOCKED_SECONDS, isolation_level=None, check_same_thread=False)
         try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._switch_to_wal()
             self._connection.executescript(_SCHEMA)
         except sqlite3.Error:
             self._connection.close()
             raise
+
+    def _switch_to_wal(self) -> None:
+        """Switch to WAL; while another process opens or closes the same file, SQLite refuses without waiting."""
+        give_up_at = time.monotonic() + _LOCKED_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
