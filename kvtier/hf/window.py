@@ -40,8 +40,8 @@ class Window:
 
     @property
     def capacity(self) -> int:
-        """Columns there is room for."""
-        return self.k.shape[2]
+        """Columns there is room for, in both buffers: an interrupt may come between the growth of one and the other."""
+        return min(self.k.shape[2], self.v.shape[2])
 
     @property
     def device(self) -> torch.device:

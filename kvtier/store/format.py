@@ -7,10 +7,12 @@ checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encod
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,50 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
     return [memoryview(struct.pack("<Q", len(text)) + text), *(memoryview(p) for *_, p in payloads)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What the headers of all blocks of one model and length say alike."""
+
+    geometry: Geometry
+    tokens: frozenset[int]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_geometry(shapes_text: str, dtypes_text: str) -> tuple[_Layers, tuple[str, ...]]:
+    """Return the layers that a header tells, and the names of its tensors in the order of ``_k`` and ``_v``.
+
+    Raises:
+        BlockError: it contradicts itself.
+    """
+    shapes, dtypes = json.loads(shapes_text), json.loads(dtypes_text)
+    names = tuple(f"{part}.{i}" for i in range(len(shapes) // 2) for part in "kv")
+    if not set(names) == set(shapes) == set(dtypes):
+        raise BlockError("shapes and dtypes are not those of the same layers")
+    if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
+        raise BlockError("a shape is no shape")
+    layers, tokens = [], set()
+    for i in range(len(shapes) // 2):
+        (k_heads, k_tokens, k_dim), (v_heads, v_tokens, v_dim) = shapes[f"k.{i}"], shapes[f"v.{i}"]
+        dtype, v_dtype = dtypes[f"k.{i}"], dtypes[f"v.{i}"]
+        if dtype != v_dtype:
+            raise BlockError(f"K and V of layer {i} differ in type")
+        layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, _DTYPES[dtype]))
+        tokens |= {k_tokens, v_tokens}
+    return _Layers(Geometry(tuple(layers)), frozenset(tokens)), ("tokens", *names)
+
+
+# Where tensors stand in the order of a header's names.
+_TOKENS = 0
+
+
+def _k(layer: int) -> int:
+    return 1 + 2 * layer
+
+
+def _v(layer: int) -> int:
+    return 2 + 2 * layer
+
+
 class BlockFile:
     """A block file open for reading. Its header and ids are checked at once, each page when it is read.
 
@@ -95,7 +141,6 @@ class BlockFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             self._read_header()
-            self.geometry = self._read_geometry()
         except _NOT_A_HEADER as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
@@ -104,43 +149,37 @@ class BlockFile:
             raise
 
     def _read_header(self) -> None:
+        # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
+        # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
         self.nbytes = os.fstat(self._fd).st_size
         (header_bytes,) = struct.unpack("<Q", self._pread(0, 8).tobytes())
         if header_bytes > min(_MAX_HEADER_BYTES, self.nbytes - 8):
             raise BlockError(f"{self.path}: header is longer than the file")
-        self._header = json.loads(self._pread(8, header_bytes).tobytes())
+        header = json.loads(self._pread(8, header_bytes).tobytes())
         self._data_start = 8 + header_bytes
-        metadata = self._header.pop("__metadata__")
+        metadata = header.pop("__metadata__")
         if metadata["format"] != _FORMAT:
             raise BlockError(f"{self.path}: format {metadata['format']!r}, this version reads {_FORMAT!r}")
         self.codec = metadata["codec"]
         if self.codec not in codecs.CODECS:
             raise BlockError(f"{self.path}: unknown codec {self.codec!r}")
-        end = max(entry["data_offsets"][1] for entry in self._header.values())
+        end = max(entry["data_offsets"][1] for entry in header.values())
         if self._data_start + end != self.nbytes:
             raise BlockError(f"{self.path}: {self.nbytes} bytes where the header tells {self._data_start + end}")
-        self._crc32 = json.loads(metadata["crc32"])
-        self._shapes = json.loads(metadata["shapes"])
-        self._dtypes = json.loads(metadata["dtypes"])
-        tokens: TokenIds = self._payload("tokens").view("<i8").astype(np.int64)
+        layers, names = _read_geometry(metadata["shapes"], metadata["dtypes"])
+        if set(names) != set(header):
+            raise BlockError(f"{self.path}: its layers are not those that its header names")
+        checksums = json.loads(metadata["crc32"])
+        self._begins = [header[name]["data_offsets"][0] for name in names]
+        self._ends = [header[name]["data_offsets"][1] for name in names]
+        self._crc32 = [checksums[name] for name in names]
+        tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
         if block_key(metadata["parent"], tokens) != metadata["key"]:
             raise BlockError(f"{self.path}: its ids do not give its key")
+        if layers.tokens != {len(tokens)}:
+            raise BlockError(f"{self.path}: a layer does not fit the block's tokens")
+        self.geometry = layers.geometry
         self.id = BlockId(metadata["key"], metadata["parent"], metadata["root"], tokens)
-
-    def _read_geometry(self) -> Geometry:
-        layers = []
-        names = {f"{part}.{i}" for i in range(len(self._shapes) // 2) for part in "kv"}
-        if not names == set(self._shapes) == set(self._dtypes) == set(self._header) - {"tokens"}:
-            raise BlockError(f"{self.path}: its layers are not those that its header names")
-        if not all(type(n) is int and n >= 0 for shape in self._shapes.values() for n in shape):
-            raise BlockError(f"{self.path}: a shape is no shape")
-        for i in range(len(self._shapes) // 2):
-            (k_heads, k_tokens, k_dim), (v_heads, v_tokens, v_dim) = self._shapes[f"k.{i}"], self._shapes[f"v.{i}"]
-            dtypes = {self._dtypes[f"k.{i}"], self._dtypes[f"v.{i}"]}
-            if {k_tokens, v_tokens} != {len(self.id.tokens)} or len(dtypes) != 1:
-                raise BlockError(f"{self.path}: layer {i} does not fit the block's tokens")
-            layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, _DTYPES[dtypes.pop()]))
-        return Geometry(tuple(layers))
 
     def _pread(self, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         buffer = np.empty(size, dtype=np.uint8)
@@ -152,13 +191,13 @@ class BlockFile:
             done += count
         return buffer
 
-    def _payload(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        begin, end = self._header[name]["data_offsets"]
+    def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        begin, end = self._begins[index], self._ends[index]
         if not 0 <= begin <= end <= self.nbytes:
-            raise BlockError(f"{self.path}: {name} lies outside the file")
+            raise BlockError(f"{self.path}: tensor {index} lies outside the file")
         payload = self._pread(self._data_start + begin, end - begin)
-        if zlib.crc32(payload) != self._crc32[name]:
-            raise BlockError(f"{self.path}: checksum of {name} differs")
+        if zlib.crc32(payload) != self._crc32[index]:
+            raise BlockError(f"{self.path}: checksum of tensor {index} differs")
         return payload
 
     def page(self, layer: int) -> Page:
@@ -167,15 +206,13 @@ class BlockFile:
         Raises:
             BlockError: it cannot be read, or its checksum differs.
         """
-        dtype = self.geometry.layers[layer].dtype
-        tensors = []
+        g, tokens = self.geometry.layers[layer], len(self.id.tokens)
         try:
-            for name in (f"k.{layer}", f"v.{layer}"):
-                shape = tuple(self._shapes[name])
-                tensors.append(codecs.decode(self._payload(name), self.codec, shape, dtype))
+            k = codecs.decode(self._payload(_k(layer)), self.codec, (g.k_heads, tokens, g.k_dim), g.dtype)
+            v = codecs.decode(self._payload(_v(layer)), self.codec, (g.v_heads, tokens, g.v_dim), g.dtype)
         except _NOT_A_HEADER as error:
             raise BlockError(f"{self.path}: {error}") from error
-        return Page(*tensors)
+        return Page(k, v)
 
     def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
         """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
@@ -193,20 +230,21 @@ class BlockFile:
         A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
         """
         heads = [*landing.k_htb, *landing.v_htb]
-        (begin, middle), (middle_v, end) = (self._header[f"{part}.{layer}"]["data_offsets"] for part in "kv")
-        if len(heads) > _MAX_PIECES or middle != middle_v or sum(head.nbytes for head in heads) != end - begin:
+        begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
+        adjacent = self._ends[_k(layer)] == self._begins[_v(layer)]
+        if len(heads) > _MAX_PIECES or not adjacent or sum(head.nbytes for head in heads) != end - begin:
             return False
         try:
             if os.preadv(self._fd, heads, self._data_start + begin) != end - begin:
                 return False
         except OSError as error:
             raise BlockError(f"{self.path}: {error}") from error
-        for name, heads_tb in ((f"k.{layer}", landing.k_htb), (f"v.{layer}", landing.v_htb)):
+        for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):
             checksum = 0
             for head_tb in heads_tb:
                 checksum = zlib.crc32(head_tb, checksum)
-            if checksum != self._crc32[name]:
-                raise BlockError(f"{self.path}: checksum of {name} differs")
+            if checksum != self._crc32[index]:
+                raise BlockError(f"{self.path}: checksum of tensor {index} differs")
         return True
 
     def close(self) -> None:

@@ -56,16 +56,18 @@ class Restore:
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
     def _land(self, layer: int, place: Callable[[int, int], Landing]) -> None:
+        rows = {row for uses in self._uses.values() for row, _ in uses}
+        landings = {row: place(layer, row) for row in rows}
         for key, uses in self._uses.items():
             reader = self._readers[key]
             try:
                 if len(uses) == 1:
                     ((row, span),) = uses
-                    reader.land(layer, span.first, span.last, place(layer, row).cut(span.start, span.stop))
+                    reader.land(layer, span.first, span.last, landings[row].cut(span.start, span.stop))
                 else:
                     page = reader.page(layer)
                     for row, span in uses:
-                        place(layer, row).cut(span.start, span.stop).take(page, span.first, span.last)
+                        landings[row].cut(span.start, span.stop).take(page, span.first, span.last)
             except BlockError as error:
                 self._damaged(key, error)
                 raise RestoreError(str(error)) from error
