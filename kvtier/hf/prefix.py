@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from kvtier.geometry import LayerGeometry
 from kvtier.hf.window import Window
 from kvtier.store.base import Landing
 from kvtier.store.restore import Restore
+
+# Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
+# gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.
+_HEAD_START_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class TurnPrefix:
         )
         self._landed: list[Window] = []
         self._left: set[int] = set()
+        self._begun = False
 
     def start(self, windows: Sequence[Window | None], columns: int) -> None:
         """Give the pages of each layer a place and let them come.
@@ -89,7 +95,7 @@ class TurnPrefix:
             RestoreError: a page could not be read, or does not fit; its block was discarded.
         """
         started = time.perf_counter()
-        landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd))
+        landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self._plans)
         if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
             window = old
@@ -115,10 +121,13 @@ class TurnPrefix:
         self.seconds += time.perf_counter() - started
         return window
 
-    def _wait(self, layer: int, geometry: LayerGeometry) -> Window | None:
+    def _wait(self, layer: int, geometry: LayerGeometry, computes_on_host: bool) -> Window | None:
         if not self._landed:
             return None
         if self._restore is not None:
+            if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
+                self._restore.give_head_start(self.restored_bytes / _HEAD_START_BYTES_PER_SECOND)
+            self._begun = True
             self._restore.wait(layer)
         landed = self._landed[layer]
         if landed.geometry != geometry:

@@ -180,7 +180,7 @@ def _block_sums(blocks: torch.Tensor) -> bytes:
     """
     if blocks.device.type == "cpu":
         # One thread of NumPy reads nearly as fast as memory delivers; PyTorch would wake its threads for each tensor.
-        sums: bytes = (blocks.numpy() @ _FACTORS).tobytes()
+        sums: bytes = np.einsum("bw,w->b", blocks.numpy(), _FACTORS).tobytes()  # twice as fast as @ on integers
         return sums
     factors = torch.from_numpy(_FACTORS).to(blocks.device)
     begins = range(0, len(blocks), _BLOCKS_AT_ONCE)

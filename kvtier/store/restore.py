@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 
 from kvtier.errors import BlockError, RestoreError
@@ -79,6 +79,10 @@ class Restore:
             RestoreError: one could not be read; its block was discarded.
         """
         self._layers[layer].result()
+
+    def give_head_start(self, seconds: float) -> None:
+        """Wait until all pages have landed or failed, but not longer than ``seconds``."""
+        wait(self._layers, timeout=seconds)
 
     def reject(self, reason: str) -> RestoreError:
         """Discard all blocks: they do not fit the model. Returns what to raise."""
