@@ -91,6 +91,8 @@ class Store(RuleBasedStateMachine):
             whole_blocks = known - known % self.settings["block_size"]
             assert len(new) - known <= written <= len(new) - whole_blocks
         self.flush()
+        for store in self.stores:
+            self.check(store, root, new, len(new))
         return new
 
     @rule(target=sequences, which=places, sequence=sequences, at=places, more=tokens, root=roots)
@@ -100,7 +102,9 @@ class Store(RuleBasedStateMachine):
 
     @rule(which=places, sequence=sequences, more=st.just(()) | tokens, root=roots, limit=st.none() | st.integers(0, 20))
     def ask(self, which, sequence, more, root, limit):
-        store, question = self.store(which), sequence + more
+        self.check(self.store(which), root, sequence + more, limit)
+
+    def check(self, store, root, question, limit):
         known = self.known(root, question)
         if limit is not None:
             known = min(known, limit)
@@ -130,7 +134,7 @@ class Store(RuleBasedStateMachine):
         if self.folder is None:
             self.committed.clear()
         elif damage_one:
-            self.damage_a_file(how, which, at, False)
+            self.damage_files(how, which, at, False)
         self.stores = [PrefixStore(self.folder, **self.settings)]
 
     @precondition(lambda self: self.folder is not None and len(self.stores) == 1)
@@ -139,16 +143,19 @@ class Store(RuleBasedStateMachine):
         self.stores.append(PrefixStore(self.folder, **self.settings))
 
     @precondition(lambda self: self.folder is not None)
-    @rule(how=st.sampled_from(DAMAGES), which=places, at=bytes_of_files, look=st.booleans())
-    def damage_a_file(self, how, which, at, look):
+    @rule(how=st.sampled_from(["flip", *DAMAGES]), which=st.none() | places, at=bytes_of_files, look=st.booleans())
+    def damage_files(self, how, which, at, look):
+        """Damage one file, or all of them."""
         files = block_files(self.folder)
-        if files:
-            self.all_is_kept = False
-            damage(files[which % len(files)], how, at)
+        if files and which is not None:
+            files = [files[which % len(files)]]
+        self.all_is_kept = self.all_is_kept and not files
+        for path in files:
+            damage(path, how, at)
         if look:  # through a store that holds nothing in RAM yet
             with PrefixStore(self.folder, **self.settings) as store:
                 for root, sequence in sorted(self.committed):
-                    assert restored_length_at_last(store, np.array(sequence), root) <= len(sequence)
+                    self.check(store, root, sequence, None)
 
     @precondition(lambda self: self.folder is not None)
     @rule(how=st.sampled_from(DAMAGES), at=places)
@@ -176,4 +183,4 @@ class Store(RuleBasedStateMachine):
 
 
 TestStore = Store.TestCase
-TestStore.settings = settings(stateful_step_count=25)
+TestStore.settings = settings(stateful_step_count=40)

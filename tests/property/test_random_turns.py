@@ -206,7 +206,13 @@ class Turns(RuleBasedStateMachine):
             assert cache.last_turn.cached_by_tier["window"] == len(prompt) - 1
         return multiple(*ended)
 
-    @rule(target=known, which=places, rows=st.lists(known | prompts, min_size=2, max_size=3), extra=counts, mode=modes)
+    @rule(
+        target=known,
+        which=places,
+        rows=st.lists(known | prompts, min_size=2, max_size=3),
+        extra=counts,
+        mode=modes | st.just({"eos_token_id": 3}),  # rows that end before others are filled up
+    )
     def ask_several_at_once(self, which, rows, extra, mode):
         return multiple(*self.turn(self.cache(which), rows, extra=extra - 1, **mode))
 
@@ -287,6 +293,17 @@ class Turns(RuleBasedStateMachine):
         if len(self.caches) > 3:
             self.caches.pop(0).close()
 
+    @rule(target=known, which=places, sequence=known, more=additions, other=additions)
+    def go_on_apart_with_a_copy(self, which, sequence, more, other):
+        cache = self.cache(which)
+        ended = self.turn(cache, [sequence])
+        self.caches.append(copy.deepcopy(cache))
+        ended += self.turn(self.caches[-1], [sequence + more]) + self.turn(cache, [sequence + other])
+        ended += self.turn(self.caches[-1], [sequence + more])
+        if len(self.caches) > 3:
+            self.caches.pop(0).close()
+        return multiple(*ended)
+
     @precondition(lambda self: self.folder is not None)
     @rule(target=known, sequence=known, more=additions)
     def ask_through_another_store_on_the_folder(self, sequence, more):
@@ -304,26 +321,36 @@ class Turns(RuleBasedStateMachine):
         if self.folder is None:
             self.kept.clear()
         elif lose == "a file":
-            self.damage_a_file(how, at, at)
+            self.damage_files(how, at, at)
         elif lose == "the catalog":
             damage(self.folder / "catalog.sqlite", how, at)
         self.store = PrefixStore(self.folder, **self.settings)
         self.caches = [TieredCache(self.store)]
 
     @precondition(lambda self: self.folder is not None)
-    @rule(target=known, sequence=known, more=additions, how=st.sampled_from(DAMAGES), which=places, at=places)
-    def damage_a_file_and_ask_for_it(self, sequence, more, how, which, at):
-        self.damage_a_file(how, which, at)
-        for cache in self.caches:
-            cache.reset()
+    @rule(
+        target=known,
+        which=places,
+        sequence=known,
+        more=additions,
+        how=st.sampled_from(["flip", *DAMAGES]),
+        files=st.none() | places,
+        at=places,
+    )
+    def damage_files_and_ask_for_them(self, which, sequence, more, how, files, at):
+        self.damage_files(how, files, at)
+        self.cache(which).reset()
         return multiple(*self.turn(self.cache(which), [sequence + more]))
 
-    def damage_a_file(self, how, which, at):
+    def damage_files(self, how, which, at):
+        """Damage one file, or all of them."""
         self.store.flush()
         files = block_files(self.folder)
-        if files:
-            self.all_is_kept = False
-            damage(files[which % len(files)], how, -1 - at * 4)  # from the end: payloads rather than the header
+        if files and which is not None:
+            files = [files[which % len(files)]]
+        self.all_is_kept = self.all_is_kept and not files
+        for path in files:
+            damage(path, how, -1 - at * 2)  # from the end: payloads rather than headers
 
     # --- always -------------------------------------------------------------------------------------------------------
 
