@@ -23,11 +23,11 @@ from kvtier.hf.plan import plan_turn
 from kvtier.hf.prompt import Unreadable, read_prompt
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.turn import Held, Turn
-from kvtier.hf.window import Window
+from kvtier.pages import Page
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
-from kvtier.store.base import Page
 from kvtier.store.shared import Lease
+from kvtier.window import Window
 
 _log = logging.getLogger("kvtier.hf")
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtier.hf.prefix import TurnPrefix
-from kvtier.hf.window import Window
+from kvtier.window import Window
 
 
 class WindowLayer(CacheLayerMixin):

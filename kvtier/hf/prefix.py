@@ -12,9 +12,9 @@ import torch
 
 from kvtier.errors import RestoreError
 from kvtier.geometry import LayerGeometry
-from kvtier.hf.window import Window
-from kvtier.store.base import Landing
+from kvtier.pages import Landing
 from kvtier.store.restore import Restore
+from kvtier.window import Window
 
 # Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
 # gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.

@@ -20,8 +20,9 @@ import torch
 
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry, LayerGeometry
+from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
-from kvtier.store.base import Block, Landing, Page
+from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
 
 FORMAT_VERSION = 1

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvtier.geometry import Geometry, LayerGeometry
-from kvtier.store.base import Block, Landing, Page
+from kvtier.pages import Landing, Page
+from kvtier.store.base import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import leaf_first_lru
 

@@ -7,7 +7,8 @@ from concurrent.futures import Future, wait
 from functools import partial
 
 from kvtier.errors import BlockError, RestoreError
-from kvtier.store.base import BlockReader, Landing
+from kvtier.pages import Landing
+from kvtier.store.base import BlockReader
 from kvtier.store.match import Span
 from kvtier.transfer import Readers
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError
-from kvtier.store.base import Block, BlockReader, Page, Tier
+from kvtier.pages import Page
+from kvtier.store.base import Block, BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.codec import CODECS
 from kvtier.store.disk import DiskTier

@@ -12,7 +12,8 @@ from storekit import OTHER_ROOT, ROOT, ids, same_bits
 
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry, LayerGeometry
-from kvtier.store.base import Block, Page
+from kvtier.pages import Page
+from kvtier.store.base import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.codec import CODECS, decode, encode
 from kvtier.store.format import BlockFile, encode_block

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from kvtier.errors import BlockError
+from kvtier.pages import Landing, Page
 from kvtier.store import PrefixStore
-from kvtier.store.base import Block, Landing, Page
+from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds
 
 ROOT = "a1" * 32

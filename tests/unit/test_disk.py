@@ -271,7 +271,7 @@ def test_a_catalog_that_fails_costs_one_warning(tmp_path, caplog):
 def test_a_dtype_that_files_cannot_hold_stays_out(tmp_path, caplog):
     import torch
 
-    from kvtier.store.base import Page
+    from kvtier.pages import Page
 
     pages = (Page(torch.zeros(1, 4, 2, dtype=torch.int8), torch.zeros(1, 4, 2, dtype=torch.int8)),)
     with opened(tmp_path) as tier:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from storekit import LAYERS, block, chain, count, ids, same_bits
 
 from kvtier.errors import BlockError
-from kvtier.store.base import Block, Page
+from kvtier.pages import Page
+from kvtier.store.base import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format import BlockFile, encode_block
 

@@ -7,7 +7,7 @@ import torch
 from storekit import DIM, HEADS, LAYERS, ROOT, commit, count, same_bits, truth
 
 from kvtier import BlockError, PrefixStore, RestoreError
-from kvtier.store.base import Landing
+from kvtier.pages import Landing
 from kvtier.store.format import BlockFile
 
 

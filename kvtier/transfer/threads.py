@@ -1,4 +1,4 @@
-"""Threads: the only place where kvtier makes them."""
+"""Threads that read, and a thread that writes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvtier.geometry import LayerGeometry
-from kvtier.store.base import Landing, Page
+from kvtier.pages import Landing, Page
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256

@@ -1,0 +1,50 @@
+"""Pages: K and V of one layer on the host, and places for them to land."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """K and V of one layer for the tokens of one block, on the host: ``[heads, tokens, dim]`` each."""
+
+    k_htd: torch.Tensor
+    v_htd: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.k_htd.nbytes + self.v_htd.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Landing:
+    """Where K and V of one layer and one sequence are to be put: ``[heads, tokens, bytes]`` each, on the host.
+
+    ``bytes`` are those of one token in one head. The tokens of a head lie next to each other; heads may lie apart, so
+    that a landing can be a part of a window.
+    """
+
+    k_htb: Bytes
+    v_htb: Bytes
+
+    @classmethod
+    def on(cls, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Landing:
+        """Return a landing on host tensors ``[heads, tokens, dim]``."""
+        return cls(k_htd.view(torch.uint8).numpy(), v_htd.view(torch.uint8).numpy())
+
+    def cut(self, first: int, last: int) -> Landing:
+        """Return the part for the tokens ``[first, last)``."""
+        return Landing(self.k_htb[:, first:last], self.v_htb[:, first:last])
+
+    def take(self, page: Page, first: int, last: int) -> None:
+        """Copy the tokens ``[first, last)`` of ``page`` here."""
+        np.copyto(self.k_htb, page.k_htd.view(torch.uint8).numpy()[:, first:last])
+        np.copyto(self.v_htb, page.v_htd.view(torch.uint8).numpy()[:, first:last])

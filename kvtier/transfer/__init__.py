@@ -1,0 +1,17 @@
+"""Everything that runs beside the caller: threads, and copies ordered against compute. Nothing else makes any."""
+
+from kvtier.transfer.accelerator import StreamEngine, engine_for
+from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine
+from kvtier.transfer.host import ThreadEngine
+from kvtier.transfer.threads import Readers, Writer
+
+__all__ = [
+    "CopyEngine",
+    "Fence",
+    "InlineEngine",
+    "Readers",
+    "StreamEngine",
+    "ThreadEngine",
+    "Writer",
+    "engine_for",
+]

@@ -1,0 +1,125 @@
+"""The engine of an accelerator: side streams, events, pinned memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import torch
+
+from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine, Task
+from kvtier.transfer.host import ThreadEngine
+from kvtier.transfer.threads import Readers
+
+_log = logging.getLogger("kvtier.transfer")
+
+_Event = torch.Event | None  # None: passed already
+
+
+class StreamEngine:
+    """One stream up, one stream down, ordered against the *current* stream of whoever marks or waits.
+
+    A fence is the future of an event: the event exists as soon as the copy has been enqueued on its stream, which for a
+    copy that comes after a host task is when that task is done. Nothing here blocks the host but ``settle``, and
+    ``wait`` as long as a host task before the copy has not ended. Memory of the device that a side stream uses is
+    recorded with that stream, so that freeing it early does not give it away.
+    """
+
+    device_is_host = False
+
+    def __init__(self, device: torch.device, threads: int = 2) -> None:
+        self._device = device
+        self._up = torch.Stream(device)
+        self._down = torch.Stream(device)
+        self._threads = Readers(threads)
+        self._pinned = True
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
+        """Copy on a side stream: enqueued now, or, after host tasks that still run, by a thread when they are done."""
+        stream = self._up if dst.device == self._device else self._down
+
+        def enqueue() -> _Event:
+            with stream:
+                for fence in after:
+                    before = fence.result()
+                    if before is not None:
+                        stream.wait_event(before)
+                dst.copy_(src, non_blocking=True)
+                for tensor in (dst, src):
+                    if tensor.device == self._device:
+                        tensor.record_stream(stream)  # type: ignore[arg-type]  # torch names the CUDA one only
+                return stream.record_event()
+
+        if all(fence.done() for fence in after):
+            done: Future[_Event] = Future()
+            try:
+                done.set_result(enqueue())
+            except Exception as error:
+                done.set_exception(error)
+            return done
+        return self._threads.submit(enqueue)
+
+    def call(
+        self,
+        task: Task,
+        *,
+        reads: Sequence[torch.Tensor] = (),
+        writes: Sequence[torch.Tensor] = (),
+        after: Sequence[Fence] = (),
+    ) -> Fence:
+        """Run ``task`` on a thread; that thread blocks until the copies before it are done."""
+
+        def run() -> _Event:
+            for fence in after:
+                self.settle(fence)
+            task()
+            return None
+
+        return self._threads.submit(run)
+
+    def mark(self) -> Fence:
+        """Record an event on the current stream."""
+        marked: Future[_Event] = Future()
+        marked.set_result(self._current().record_event())
+        return marked
+
+    def wait(self, fence: Fence) -> None:
+        """Let the current stream wait for the event of ``fence``."""
+        event = fence.result()
+        if event is not None:
+            self._current().wait_event(event)
+
+    def settle(self, fence: Fence) -> None:
+        """Block the caller."""
+        event = fence.result()
+        if event is not None:
+            event.synchronize()
+
+    def host_empty(self, nbytes: int) -> torch.Tensor:
+        """Return pinned memory; pageable, with one warning, where no more can be pinned."""
+        if self._pinned:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._pinned = False
+                _log.warning("cannot pin host memory (%s); copies to and from %s will be slow", error, self._device)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Let threads end; what is on the streams completes by itself."""
+        self._threads.close()
+
+    def _current(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self._device)
+
+
+def engine_for(device: torch.device) -> CopyEngine:
+    """Return the engine that fits ``device``: threads for a CPU, streams where there are some, else inline."""
+    if device.type == "cpu":
+        return ThreadEngine()
+    try:
+        return StreamEngine(device)
+    except (RuntimeError, NotImplementedError) as error:  # MPS, for one, has no side streams
+        _log.info("%s has no usable side streams (%s): copies run inline", device, error)
+        return InlineEngine()
