@@ -2,10 +2,12 @@
 
 KvtierError
 ├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
+│   └── BudgetError                   ``device_budget`` is too small: the message names the smallest that works
 ├── ClosedError                       a cache or store is used after ``close()``
 ├── BusyError                         a cache is asked for a second turn before its first one has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
 ├── UninstalledError                  a cache is used in generate() after ``uninstall()``
+├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
     └── BlockError                    one block is missing, damaged or not what it claims to be
@@ -19,6 +21,14 @@ class KvtierError(Exception):
 
 class ConfigurationError(KvtierError, ValueError):
     """An argument cannot be used; the message names the argument and what to pass instead."""
+
+
+class BudgetError(ConfigurationError):
+    """K and V do not fit into ``device_budget``, however many layers are cold."""
+
+
+class StreamError(KvtierError):
+    """K and V of a cold layer cannot be written, or were lost below: the message names the file and the cause."""
 
 
 class ClosedError(KvtierError):

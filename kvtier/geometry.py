@@ -27,6 +27,11 @@ class LayerGeometry:
         """Bytes of V for one token."""
         return self.v_heads * self.v_dim * self.dtype.itemsize
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V for one token."""
+        return self.k_bytes + self.v_bytes
+
     @classmethod
     def of(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerGeometry:
         """Return the geometry of ``[batch, heads, tokens, dim]`` K and V."""
@@ -42,4 +47,4 @@ class Geometry:
     @property
     def token_bytes(self) -> int:
         """Bytes of K and V for one token in all layers."""
-        return sum(layer.k_bytes + layer.v_bytes for layer in self.layers)
+        return sum(layer.token_bytes for layer in self.layers)

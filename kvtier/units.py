@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 
+import psutil
+import torch
+
 from kvtier.errors import ConfigurationError
 
 _FACTORS = {
@@ -54,3 +57,17 @@ def physical_memory_bytes() -> int:
 def default_host_budget_bytes() -> int:
     """Return the RAM a store may use when nobody said: a quarter of the machine's, at most 4 GiB."""
     return min(physical_memory_bytes() // 4, 4 * 2**30)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes that may still be taken on ``device``, less a reserve of a tenth of it, at least 512 MiB.
+
+    Where kernels read host memory, that is RAM that other programs do not use.
+    """
+    if device.type == "cpu":
+        free, total = psutil.virtual_memory().available, physical_memory_bytes()
+    else:
+        module = torch.get_device_module(device)
+        free, total = module.mem_get_info(device)
+        free += module.memory_reserved(device) - module.memory_allocated(device)  # PyTorch's own, not handed out
+    return max(0, int(free) - max(int(total) // 10, 512 * 2**20))

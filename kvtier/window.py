@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from kvtier.geometry import LayerGeometry
@@ -9,6 +11,39 @@ from kvtier.pages import Landing, Page
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256
+_SELECTED_TOGETHER = 512
+
+
+class LayerMemory(Protocol):
+    """K and V of one layer for all rows, wherever they are."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where attention reads."""
+
+    def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
+        """Whether K and V like these can be appended as they are."""
+
+    def append(
+        self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put K and V into the columns from ``begin`` on; return all K and V from column ``first`` on."""
+
+    def select(self, rows: torch.Tensor, live: int) -> None:
+        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns."""
+
+    def page(self, row: int, begin: int, end: int) -> Page:
+        """Return a host copy of the columns ``[begin, end)`` of ``row``."""
+
+    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the first ``columns`` columns."""
+
+    def close(self) -> None:
+        """Hold nothing."""
 
 
 class Window:
@@ -22,6 +57,16 @@ class Window:
         g = geometry
         self.k = torch.empty(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
         self.v = torch.empty(rows, g.v_heads, capacity, g.v_dim, dtype=g.dtype, device=device)
+
+    @classmethod
+    def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerGeometry, capacity: int) -> Window:
+        """Return an empty window whose buffers lie in ``memory``, ``[bytes]``, which must be large enough."""
+        g, k_bytes, v_bytes = geometry, rows * capacity * geometry.k_bytes, rows * capacity * geometry.v_bytes
+        window = cls.__new__(cls)
+        window.geometry = geometry
+        window.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
+        window.v = memory[k_bytes : k_bytes + v_bytes].view(g.dtype).view(rows, g.v_heads, capacity, g.v_dim)
+        return window
 
     @classmethod
     def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> Window:
@@ -58,12 +103,28 @@ class Window:
 
     def reserve(self, columns: int, live: int) -> None:
         """Have room for ``columns``; the first ``live`` keep their values."""
-        if columns <= self.capacity:
-            return
-        grown = Window(self.rows, self.geometry, self.capacity_for(columns), self.device)
+        if columns > self.capacity:
+            self.grow(self.capacity_for(columns), live)
+
+    def grow(self, capacity: int, live: int) -> None:
+        """Have room for ``capacity`` columns; the first ``live`` keep their values."""
+        grown = Window(self.rows, self.geometry, capacity, self.device)
         grown.k[:, :, :live] = self.k[:, :, :live]
         grown.v[:, :, :live] = self.v[:, :, :live]
         self.k, self.v = grown.k, grown.v
+
+    def append(
+        self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put K and V into the columns from ``begin`` on, and have room for them; return those from ``first`` on."""
+        end = begin + k_bhtd.shape[2]
+        self.reserve(end, live=begin)
+        self.write(begin, k_bhtd, v_bhtd)
+        return self.k[:, :, first:end], self.v[:, :, first:end]
+
+    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the first ``columns`` columns, as views."""
+        return self.k[:, :, :columns], self.v[:, :, :columns]
 
     def write(self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
         """Put K and V into the columns from ``begin`` on."""
@@ -83,6 +144,16 @@ class Window:
         self.k[row, :, begin:end] = 0
         self.v[row, :, begin:end] = 0
 
+    def put(self, row: int, begin: int, page: Page) -> None:
+        """Put a page into the columns of ``row`` from ``begin`` on."""
+        end = begin + page.k_htd.shape[1]
+        self.k[row, :, begin:end] = page.k_htd.to(self.device)
+        self.v[row, :, begin:end] = page.v_htd.to(self.device)
+
+    def is_host(self, geometry: LayerGeometry) -> bool:
+        """Whether pages of ``geometry`` can land here."""
+        return self.device.type == "cpu" and self.geometry == geometry
+
     def landing(self, row: int, begin: int) -> Landing:
         """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
         return Landing.on(self.k[row, :, begin:], self.v[row, :, begin:])
@@ -101,10 +172,13 @@ class Window:
             rows = rows.nonzero().flatten()
         self.k, self.v = (_select(buffer, rows.to(buffer.device), live) for buffer in (self.k, self.v))
 
+    def close(self) -> None:
+        """Nothing but memory to let go of."""
+
 
 def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int) -> torch.Tensor:
-    selected = buffer[:, :, :live].index_select(0, rows)
-    if len(rows) != buffer.shape[0]:
-        buffer = buffer.new_empty(len(rows), *buffer.shape[1:])
-    buffer[:, :, :live] = selected
-    return buffer
+    target = buffer if len(rows) == buffer.shape[0] else buffer.new_empty(len(rows), *buffer.shape[1:])
+    for begin in range(0, live, _SELECTED_TOGETHER):  # in pieces: a second copy of all would need as much memory again
+        columns = slice(begin, min(begin + _SELECTED_TOGETHER, live))
+        target[:, :, columns] = buffer[:, :, columns].index_select(0, rows)
+    return target

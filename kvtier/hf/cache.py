@@ -15,19 +15,24 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
 from kvtier.hf.generate import TurnTaker, check_installed, install
 from kvtier.hf.identity import Identity, identify
-from kvtier.hf.layers import WindowLayer, build_layers
-from kvtier.hf.plan import plan_turn
+from kvtier.hf.layers import WindowLayer, build_layer, build_layers
+from kvtier.hf.plan import MakePrefix, plan_turn
+from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Unreadable, read_prompt
 from kvtier.hf.soundness import Unsound
+from kvtier.hf.streamed import StreamedPrefix
+from kvtier.hf.streaming import Streaming
 from kvtier.hf.turn import Held, Turn
 from kvtier.pages import Page
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.shared import Lease
-from kvtier.window import Window
+from kvtier.stream.streams import MakeEngine
+from kvtier.transfer import engine_for
+from kvtier.window import LayerMemory
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -43,9 +48,17 @@ class TieredCache(DynamicCache, TurnTaker):
         store: a folder (one store for all caches of the process that name it), a ``PrefixStore``, or None for the
             process-wide store in RAM.
         config: the model's config, to lay out layers before the first turn; otherwise the first turn does it.
+        device_budget: bytes for K and V on each device that computes, e.g. ``"6GiB"``, or ``"auto"`` for what is free
+            there less a reserve; layers that do not fit are cold. None: all are hot. On a machine without accelerator
+            that device is the RAM.
+        host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
+            machine's. Without accelerator, cold layers go to disk at once.
+        spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
+        engine: ``device`` → what moves bytes there; for tests and new kinds of devices.
 
     Raises:
-        ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, or ``config`` no config.
+        ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
+            count, or ``spill_dir`` no path.
         StoreError: the folder cannot be used.
     """
 
@@ -54,11 +67,16 @@ class TieredCache(DynamicCache, TurnTaker):
         store: str | os.PathLike[str] | PrefixStore | None = None,
         *,
         config: PreTrainedConfig | None = None,
+        device_budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        spill_dir: str | os.PathLike[str] | None = None,
+        engine: MakeEngine = engine_for,
     ) -> None:
         Cache.__init__(self, layers=[])
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
         self._closed = False
+        self._streaming = Streaming(device_budget, host_budget, spill_dir, engine)
         self._lease: Lease | None = None  # on a store that others share; a PrefixStore is its owner's
         if isinstance(store, PrefixStore):
             self._store = store
@@ -72,6 +90,7 @@ class TieredCache(DynamicCache, TurnTaker):
             )
         self._config = config
         self._no_reuse: str | None = None
+        self._streams = self._streaming.open(self._store, lambda: len(self.layers))
         self._turn: Turn | None = None
         self._held: Held | None = None
         self._root: str | None = None
@@ -83,7 +102,10 @@ class TieredCache(DynamicCache, TurnTaker):
 
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
         self._config = config
-        self.layers, self._no_reuse = build_layers(config) if config is not None else ([], None)
+        for layer in self._windows:
+            layer.reset()
+        make = self._streams.layer if self._streams is not None else None
+        self.layers, self._no_reuse = build_layers(config, make) if config is not None else ([], None)
         self._held = None
 
     @property
@@ -104,7 +126,8 @@ class TieredCache(DynamicCache, TurnTaker):
             check_installed()
             self._held = None  # tokens that nobody named
         while len(self.layers) <= layer_idx:
-            self.layers.append(WindowLayer())
+            make = self._streams.layer if self._streams is not None else None
+            self.layers.append(build_layer(len(self.layers), None, make))
         states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
             key_states, value_states, *args, **kwargs
         )
@@ -210,7 +233,7 @@ class TieredCache(DynamicCache, TurnTaker):
         if cold:
             return self._start(Turn(prompt, identity, None, cold, prompt_only=True))
         while True:
-            turn = plan_turn(prompt, identity, self._held_now(), self._store)
+            turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model))
             turn.match_seconds = time.perf_counter() - started
             if turn.prefix is None:
                 turn.reason = (
@@ -220,6 +243,12 @@ class TieredCache(DynamicCache, TurnTaker):
                 return self._start(turn)
             except BlockError:
                 continue  # blocks that do not fit the model: they were discarded
+
+    def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
+        if self._streams is None:
+            return TurnPrefix
+        devices = set(getattr(model, "hf_device_map", None) or ()) and set(model.hf_device_map.values())
+        return partial(StreamedPrefix, self._streams, model.device if len(devices) <= 1 else None)
 
     def _held_now(self) -> Held | None:
         """Return what all windows hold, cut to their length: a crop between turns shortens it."""
@@ -294,6 +323,10 @@ class TieredCache(DynamicCache, TurnTaker):
         try:
             for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
                 self._store.commit(identity.root, tokens, partial(_pages, windows, row, pad), identity.manifest)
+        except StreamError as error:
+            _log.warning("this turn is not kept: %s", error)
+            self._lay_out(self._config)
+            return
         except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept in the store: %s", error)
@@ -336,6 +369,8 @@ class TieredCache(DynamicCache, TurnTaker):
             return
         self._end_turn()
         self.layers, self._held, self._closed = [], None, True
+        if self._streams is not None:
+            self._streams.close()
         if not self._store.closed:
             self._store.flush()
         if self._lease is not None:
@@ -353,11 +388,23 @@ class TieredCache(DynamicCache, TurnTaker):
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Copy the windows; share the store."""
         self._check_open()
-        twin = TieredCache(self._store, config=self._config)
+        twin = TieredCache(self._store, config=self._config, **self._streaming.arguments)
         twin._lease = self._lease.twin() if self._lease is not None else None
-        twin.layers = copy.deepcopy(self.layers, memo)
+        if twin._streams is None:
+            twin.layers = copy.deepcopy(self.layers, memo)
+        else:
+            self._copy_streamed(twin)
         twin._held, twin._root, twin.last_turn = self._held, self._root, self.last_turn
         return twin
+
+    def _copy_streamed(self, twin: TieredCache) -> None:
+        streams = twin._streams
+        assert streams is not None
+        while len(twin.layers) < len(self.layers):
+            twin.layers.append(build_layer(len(twin.layers), None, streams.layer))
+        for ours, theirs in zip(self.layers, twin.layers, strict=True):
+            if isinstance(ours, WindowLayer):
+                ours.copy_to(theirs, streams)
 
     def __hash__(self) -> int:
         return id(self)
@@ -366,6 +413,6 @@ class TieredCache(DynamicCache, TurnTaker):
         return self is other
 
 
-def _pages(windows: Sequence[Window], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
+def _pages(windows: Sequence[LayerMemory], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
     """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host."""
     return tuple(window.page(row, pad + start, pad + stop) for window in windows)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvtier.hf.prefix import TurnPrefix
-from kvtier.window import Window
+from kvtier.hf.prefix import MakeMemory, TurnPrefix
+from kvtier.hf.streamed import StreamedPrefix
+from kvtier.stream.layer import StreamedLayer
+from kvtier.stream.streams import Streams
+from kvtier.window import LayerMemory, Window
+
+
+def _new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+    return Window.like(k_bhtd, v_bhtd, 0)
 
 
 class WindowLayer(CacheLayerMixin):
@@ -22,12 +29,16 @@ class WindowLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, make: MakeMemory = _new_window, **kwargs: Any) -> None:
+        self.make = make
+        self.window: LayerMemory | None = None
         self.reset()
 
     def reset(self) -> None:
         """Hold nothing."""
-        self.window: Window | None = None
+        if self.window is not None:
+            self.window.close()
+        self.window = None
         self._prefix: tuple[TurnPrefix, int] | None = None
         self.length = 0
         self.is_initialized = False
@@ -36,12 +47,12 @@ class WindowLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:
         """``[batch, k_heads, length, k_dim]``, or None before the first token."""
-        return None if self.window is None else self.window.k[:, :, : self.length]
+        return None if self.window is None else self.window.contents(self.length)[0]
 
     @property
     def values(self) -> torch.Tensor | None:
         """``[batch, v_heads, length, v_dim]``, or None before the first token."""
-        return None if self.window is None else self.window.v[:, :, : self.length]
+        return None if self.window is None else self.window.contents(self.length)[1]
 
     @property
     def rows(self) -> int:
@@ -56,7 +67,7 @@ class WindowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make an empty window for K and V of these shapes."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.window = Window.like(key_states, value_states, 0)
+        self.window = self.make(key_states, value_states)
         self.is_initialized = True
 
     def expect(self, prefix: TurnPrefix, layer: int) -> None:
@@ -71,28 +82,38 @@ class WindowLayer(CacheLayerMixin):
 
         Raises:
             RestoreError: a page of the expected prefix could not be read.
+            BudgetError: the budget of the device is too small.
+            StreamError: a page of a cold layer is lost, or cannot be written.
         """
         key_states, value_states = key_states.detach(), value_states.detach()
-        new = key_states.shape[-2]
         if self._prefix is not None:
             prefix, layer = self._prefix
-            self.window = prefix.take(layer, self.window, key_states, value_states)
+            self.window = prefix.take(layer, self.window, key_states, value_states, self.make)
             self._prefix, self.is_initialized = None, True
             self.dtype, self.device = key_states.dtype, key_states.device
         elif self.window is None:
             self.lazy_initialization(key_states, value_states)
-        window = self.window
-        assert window is not None
-        begin, end = self.length, self.length + new
-        window.reserve(end, live=begin)
-        window.write(begin, key_states, value_states)
-        self.length = end
-        first = self._first_visible(begin)
-        return window.k[:, :, first:end], window.v[:, :, first:end]
+        assert self.window is not None
+        begin = self.length
+        states = self.window.append(begin, key_states, value_states, self._first_visible(begin))
+        self.length = begin + key_states.shape[-2]
+        return states
 
     def _first_visible(self, begin: int) -> int:
         """Return the first column that new tokens at column ``begin`` attend to."""
         return 0
+
+    def copy_to(self, twin: WindowLayer, streams: Streams) -> None:
+        """Let ``twin`` hold the same on other streams."""
+        if self._prefix is not None:  # the twin has no turn in which it could come
+            prefix, layer = self._prefix
+            assert isinstance(prefix, StreamedPrefix)
+            self.window = prefix.complete(layer, self.window, self.make)
+            self._prefix = None
+        if isinstance(self.window, StreamedLayer):
+            twin.window = self.window.twin(streams.deck(self.window.device))
+            twin.length, twin.is_initialized = self.length, self.is_initialized
+            twin.dtype, twin.device = self.dtype, self.device
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys the next ``query_length`` tokens see, and the column of the first."""
@@ -137,8 +158,8 @@ class SlidingWindowLayer(WindowLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, **kwargs: Any) -> None:
-        super().__init__()
+    def __init__(self, sliding_window: int, make: MakeMemory = _new_window, **kwargs: Any) -> None:
+        super().__init__(make)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
 
@@ -150,18 +171,50 @@ class SlidingWindowLayer(WindowLayer):
         return self.sliding_window
 
 
-def build_layers(config: PreTrainedConfig) -> tuple[list[Any], str | None]:
+class MakeLayerMemory(Protocol):
+    """Makes places for K and V that know which layer they are of."""
+
+    def __call__(
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+    ) -> LayerMemory:
+        """Return an empty place; ``may_be_cold``: nobody reads views of it after the next layer's update."""
+
+
+def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) -> tuple[list[Any], str | None]:
     """Return the layers of a model, and why its K and V cannot be reused if they cannot.
 
     ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Kinds that kvtier does
     not keep yet stay transformers' own layers.
+
+    Args:
+        config: of the model.
+        make: makes places for K and V; by default, windows.
     """
     upstream = DynamicCache(config=config).layers
     kept = (DynamicLayer, DynamicSlidingWindowLayer)
     others = sorted({type(layer).__name__ for layer in upstream if type(layer) not in kept})
     if others:
         return upstream, f"layers of kind {', '.join(others)} are not kept yet"
-    return [
-        SlidingWindowLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else WindowLayer()
-        for layer in upstream
-    ], None
+    windows = [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in upstream]
+    shared = _read_by_others(config, windows)
+    return [build_layer(index, window, make, index not in shared) for index, window in enumerate(windows)], None
+
+
+def build_layer(
+    index: int, sliding_window: int | None = None, make: MakeLayerMemory | None = None, may_be_cold: bool = True
+) -> WindowLayer:
+    """Return layer ``index``, sliding if it has a ``sliding_window``."""
+    memory: MakeMemory = _new_window
+    if make is not None:
+
+        def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
+            return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
+
+    return WindowLayer(memory) if sliding_window is None else SlidingWindowLayer(sliding_window, memory)
+
+
+def _read_by_others(config: PreTrainedConfig, windows: list[int | None]) -> set[int]:
+    """Return the layers whose K and V later layers read again: the last one of each kind, if any are shared."""
+    if not getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        return set()
+    return {max(i for i, w in enumerate(windows) if (w is None) == full) for full in {w is None for w in windows}}

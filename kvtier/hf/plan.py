@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvtier.errors import BlockError
 from kvtier.hf.identity import Identity
@@ -15,8 +15,12 @@ from kvtier.store.chain import TokenIds
 from kvtier.store.match import Span
 from kvtier.store.restore import Restore
 
+MakePrefix = Callable[[int, Sequence[RowPlan], Restore | None, int], TurnPrefix]
 
-def plan_turn(prompt: Prompt, identity: Identity, held: Held | None, store: PrefixStore) -> Turn:
+
+def plan_turn(
+    prompt: Prompt, identity: Identity, held: Held | None, store: PrefixStore, make_prefix: MakePrefix = TurnPrefix
+) -> Turn:
     """Return the turn that reuses as much of ``prompt`` as can be, the windows first.
 
     Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are discarded, and what
@@ -45,7 +49,7 @@ def plan_turn(prompt: Prompt, identity: Identity, held: Held | None, store: Pref
         except BlockError:
             continue  # it was discarded
         break
-    prefix = TurnPrefix(columns, plans, restore, len(held.rows) if held else 0)
+    prefix = make_prefix(columns, plans, restore, len(held.rows) if held else 0)
     turn = Turn(prompt, identity, prefix, divergences=divergences)
     turn.cached_by_tier = _by_tier(prompt, columns, from_window, wanted, restore)
     return turn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,15 @@ from kvtier.errors import RestoreError
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing
 from kvtier.store.restore import Restore
-from kvtier.window import Window
+from kvtier.window import LayerMemory, Window
 
 # Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
 # gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.
 _HEAD_START_BYTES_PER_SECOND = 1e9
+
+
+MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
+"""``(K, V)`` → an empty place for K and V like these, ``[batch, heads, tokens, dim]`` each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class TurnPrefix:
         self._left: set[int] = set()
         self._begun = False
 
-    def start(self, windows: Sequence[Window | None], columns: int) -> None:
+    def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
         """Give the pages of each layer a place and let them come.
 
         Args:
@@ -69,20 +73,26 @@ class TurnPrefix:
         restore = self._restore
         if restore is None:
             return
-        if len(windows) != len(restore.geometry.layers):
-            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {len(windows)}")
+        self._check_layers(len(windows))
         for window, geometry in zip(windows, restore.geometry.layers, strict=True):
-            if self._in_place and window is not None and window.device.type == "cpu" and window.geometry == geometry:
+            if self._in_place and isinstance(window, Window) and window.is_host(geometry):
                 window.reserve(columns, live=min(self.columns, window.capacity))
                 self._landed.append(window)
             else:
                 self._landed.append(Window(len(self._plans), geometry, Window.capacity_for(columns), "cpu"))
         restore.start(self._place)
 
-    def _place(self, layer: int, row: int) -> Landing:
-        return self._landed[layer].landing(row, self._plans[row].pad)
+    def _check_layers(self, layers: int) -> None:
+        restore = self._restore
+        if restore is not None and layers != len(restore.geometry.layers):
+            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {layers}")
 
-    def take(self, layer: int, old: Window | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+    def _place(self, layer: int, row: int) -> tuple[Landing, int]:
+        return self._landed[layer].landing(row, self._plans[row].pad), 0
+
+    def take(
+        self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
+    ) -> LayerMemory:
         """Return the window of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
 
         Args:
@@ -90,11 +100,23 @@ class TurnPrefix:
             old: what it held before the turn.
             k_bhtd: the K that will be appended first; beams and return sequences of a row follow each other.
             v_bhtd: the V.
+            make: returns an empty place for K and V like these.
 
         Raises:
             RestoreError: a page could not be read, or does not fit; its block was discarded.
         """
         started = time.perf_counter()
+        memory = self._fill(layer, old, k_bhtd, v_bhtd, make)
+        self._left.discard(layer)
+        if not self._left:
+            self.close()
+        self.seconds += time.perf_counter() - started
+        return memory
+
+    def _fill(
+        self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
+    ) -> LayerMemory:
+        assert old is None or isinstance(old, Window)
         landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self._plans)
         if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
@@ -115,10 +137,6 @@ class TurnPrefix:
                     window.copy(row, begin, held, old, plan.source_row, plan.source_pad)
             if landed is not None and landed is not window:
                 window.copy(row, held, self.columns, landed, source, held)
-        self._left.discard(layer)
-        if not self._left:
-            self.close()
-        self.seconds += time.perf_counter() - started
         return window
 
     def _wait(self, layer: int, geometry: LayerGeometry, computes_on_host: bool) -> Window | None:
@@ -131,9 +149,12 @@ class TurnPrefix:
             self._restore.wait(layer)
         landed = self._landed[layer]
         if landed.geometry != geometry:
-            reason = f"stored pages of {landed.geometry} do not fit the model's {geometry}"
-            raise self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
+            raise self._misfit(landed.geometry, geometry)
         return landed
+
+    def _misfit(self, stored: LayerGeometry, wanted: LayerGeometry) -> RestoreError:
+        reason = f"stored pages of {stored} do not fit the model's {wanted}"
+        return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
 
     def wait(self) -> None:
         """Wait for all pages.

@@ -31,6 +31,10 @@ class BlockReader(Protocol):
     tier: str
     geometry: Geometry
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether landing a page is copying it, with nothing to decode."""
+
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``.
 
@@ -38,8 +42,10 @@ class BlockReader(Protocol):
             BlockError: the bytes cannot be read or are not those that were written.
         """
 
-    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``, which has their size.
+
+        Without ``check`` the bytes are taken for those that were checked before.
 
         Raises:
             BlockError: as ``page``; what the landing then holds is undefined.

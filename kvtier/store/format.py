@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry, LayerGeometry
+from kvtier.headers import DTYPE_NAMES, DTYPES, encode_header
 from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
 from kvtier.store.base import Block
@@ -28,15 +28,6 @@ from kvtier.store.chain import BlockId, TokenIds, block_key
 FORMAT_VERSION = 1
 _FORMAT = f"kvtier/{FORMAT_VERSION}"
 _MAX_HEADER_BYTES = 64 * 2**20
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
 # What reading a damaged header runs into.
 _NOT_A_HEADER = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -55,19 +46,13 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
     dtypes: dict[str, str] = {}
     for layer, page in enumerate(block.pages):
         for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
-            if tensor.dtype not in _DTYPE_NAMES:
+            if tensor.dtype not in DTYPE_NAMES:
                 raise BlockError(f"blocks of {tensor.dtype} cannot be kept in files")
             payload = codecs.encode(tensor, codec)
-            shapes[name], dtypes[name] = list(tensor.shape), _DTYPE_NAMES[tensor.dtype]
+            shapes[name], dtypes[name] = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
             stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
             payloads.append((name, *stored, payload))
-    header: dict[str, Any] = {}
-    offset = 0
-    checksums: dict[str, int] = {}
-    for name, dtype, shape, payload in payloads:
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + payload.nbytes]}
-        checksums[name] = zlib.crc32(payload)
-        offset += payload.nbytes
+    checksums = {name: zlib.crc32(payload) for name, *_, payload in payloads}
     metadata = {
         "format": _FORMAT,
         "codec": codec,
@@ -78,9 +63,8 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
         "shapes": json.dumps(shapes),
         "dtypes": json.dumps(dtypes),
     }
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(struct.pack("<Q", len(text)) + text), *(memoryview(p) for *_, p in payloads)]
+    header = encode_header([(name, dtype, shape, data.nbytes) for name, dtype, shape, data in payloads], metadata)
+    return [memoryview(header), *(memoryview(p) for *_, p in payloads)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +94,7 @@ def _read_geometry(shapes_text: str, dtypes_text: str) -> tuple[_Layers, tuple[s
         dtype, v_dtype = dtypes[f"k.{i}"], dtypes[f"v.{i}"]
         if dtype != v_dtype:
             raise BlockError(f"K and V of layer {i} differ in type")
-        layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, _DTYPES[dtype]))
+        layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, DTYPES[dtype]))
         tokens |= {k_tokens, v_tokens}
     return _Layers(Geometry(tuple(layers)), frozenset(tokens)), ("tokens", *names)
 
@@ -215,17 +199,24 @@ class BlockFile:
             raise BlockError(f"{self.path}: {error}") from error
         return Page(k, v)
 
-    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+    @property
+    def is_plain(self) -> bool:
+        """Whether pages are stored as they are."""
+        return bool(self.codec == "raw")
+
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
         """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
+
+        Without ``check``, a checksum is only looked at where the page must be read as a whole.
 
         Raises:
             BlockError: as ``page``; what the landing then holds is undefined.
         """
         whole = (first, last) == (0, len(self.id.tokens))
-        if not (whole and self.codec == "raw" and self._read_straight(layer, landing)):
+        if not (whole and self.codec == "raw" and self._read_straight(layer, landing, check)):
             landing.take(self.page(layer), first, last)
 
-    def _read_straight(self, layer: int, landing: Landing) -> bool:
+    def _read_straight(self, layer: int, landing: Landing, check: bool) -> bool:
         """Read K and V of ``layer`` right into ``landing``; whether that was possible.
 
         A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
@@ -240,6 +231,8 @@ class BlockFile:
                 return False
         except OSError as error:
             raise BlockError(f"{self.path}: {error}") from error
+        if not check:
+            return True
         for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):
             checksum = 0
             for head_tb in heads_tb:

@@ -17,6 +17,7 @@ class HostReader:
     """A block in RAM, open for reading. Holds the tensors, so an eviction cannot take them away."""
 
     tier = "host"
+    is_plain = True
 
     def __init__(self, block: Block) -> None:
         self.id = block.id
@@ -27,7 +28,7 @@ class HostReader:
         """Return the page of ``layer``; no bytes move."""
         return self._block.pages[layer]
 
-    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
         """Copy tokens ``[first, last)`` of the page of ``layer``."""
         landing.take(self._block.pages[layer], first, last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
@@ -11,6 +12,9 @@ from kvtier.pages import Landing
 from kvtier.store.base import BlockReader
 from kvtier.store.match import Span
 from kvtier.transfer import Readers
+
+Place = Callable[[int, int], tuple[Landing, int]]
+"""``(layer, row)`` → where K and V of that layer and row are to lie, and the token of the row that index 0 is for."""
 
 
 class Restore:
@@ -36,6 +40,7 @@ class Restore:
             for span in spans:
                 self._uses.setdefault(span.block.key, []).append((row, span))
         self._layers: list[Future[None]] = []
+        self._lent: set[str] = set()
         self._closed = False
 
     @property
@@ -47,31 +52,72 @@ class Restore:
         """Return where a block comes from: ``host`` or ``disk``."""
         return self._readers[key].tier
 
-    def start(self, place: Callable[[int, int], Landing]) -> None:
-        """Let the pages come.
+    def start(self, place: Place) -> None:
+        """Let the pages of all layers come.
 
         Args:
-            place: ``(layer, row)`` → where K and V of that layer and row begin: token 0 of the sequence at index 0.
+            place: says where they are to lie.
         """
         layers = range(len(self.geometry.layers))
-        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
+        self._layers = [self._reading.submit(partial(self.land, layer, place)) for layer in layers]
 
-    def _land(self, layer: int, place: Callable[[int, int], Landing]) -> None:
+    def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
+        """Put the pages of ``layer`` where they are to lie, now, in the caller.
+
+        Args:
+            layer: which layer.
+            place: says where they are to lie.
+            begin: spans whose first token is before this token of their sequence are left out.
+            end: so are spans whose first token is not before this one.
+
+        Raises:
+            RestoreError: a page could not be read; its block was discarded.
+        """
         rows = {row for uses in self._uses.values() for row, _ in uses}
         landings = {row: place(layer, row) for row in rows}
-        for key, uses in self._uses.items():
+        for key, all_uses in self._uses.items():
+            uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
+            if not uses:
+                continue
             reader = self._readers[key]
             try:
                 if len(uses) == 1:
                     ((row, span),) = uses
-                    reader.land(layer, span.first, span.last, landings[row].cut(span.start, span.stop))
+                    reader.land(layer, span.first, span.last, _at(landings[row], span))
                 else:
                     page = reader.page(layer)
                     for row, span in uses:
-                        landings[row].cut(span.start, span.stop).take(page, span.first, span.last)
+                        _at(landings[row], span).take(page, span.first, span.last)
             except BlockError as error:
                 self._damaged(key, error)
                 raise RestoreError(str(error)) from error
+
+    def check(self) -> None:
+        """Read all pages once, to see that they can be read.
+
+        Raises:
+            RestoreError: one could not; its block was discarded.
+        """
+        for key, reader in self._readers.items():
+            try:
+                for layer in range(len(self.geometry.layers)):
+                    reader.page(layer)
+            except BlockError as error:
+                self._damaged(key, error)
+                raise RestoreError(str(error)) from error
+
+    def spans(self, row: int) -> list[Span]:
+        """Return what comes of ``row``, in order."""
+        return [span for uses in self._uses.values() for r, span in uses if r == row]
+
+    def reader(self, key: str) -> BlockReader:
+        """Return the open block ``key``."""
+        return self._readers[key]
+
+    def lend(self, key: str) -> BlockReader:
+        """Return the open block ``key``. From now on it is the borrower's to close."""
+        self._lent.add(key)
+        return self._readers[key]
 
     def wait(self, layer: int) -> None:
         """Wait until the pages of ``layer`` have landed.
@@ -102,5 +148,11 @@ class Restore:
         for layer in self._layers:
             if not layer.cancelled():
                 layer.exception()  # a task that runs still uses files and landings
-        for reader in self._readers.values():
-            reader.close()
+        for key, reader in self._readers.items():
+            if key not in self._lent:
+                reader.close()
+
+
+def _at(place: tuple[Landing, int], span: Span) -> Landing:
+    landing, origin = place
+    return landing.cut(span.start - origin, span.stop - origin)

@@ -48,7 +48,7 @@ class StreamEngine:
                 dst.copy_(src, non_blocking=True)
                 for tensor in (dst, src):
                     if tensor.device == self._device:
-                        tensor.record_stream(stream)  # type: ignore[arg-type]  # torch names the CUDA one only
+                        tensor.record_stream(stream)
                 return stream.record_event()
 
         if all(fence.done() for fence in after):

@@ -1,0 +1,91 @@
+"""Slabs: host memory in a few large pieces, handed out in small ones and used again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtier.stream.traffic import Ledger
+from kvtier.transfer import Fence
+
+_SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a power of two, which allocators round to
+_ALIGNMENT = 256
+
+
+@dataclass(slots=True, eq=False)
+class _Slab:
+    memory: torch.Tensor
+    begin: int = 0
+    live: int = 0
+    before: tuple[Fence, ...] = ()  # what used the memory in its last life
+    users: list[Fence] = field(default_factory=list)  # what uses that which was given back in this one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """``memory``: bytes of a slab. Whoever writes to them first comes after ``after``."""
+
+    memory: torch.Tensor
+    after: tuple[Fence, ...]
+    slab: _Slab
+
+
+class Slabs:
+    """Host memory within a budget.
+
+    A slab is used again from its beginning when all of its slices were given back; whoever gets them then comes after
+    the copies that used them. Memory is counted by slabs, not by slices.
+
+    Args:
+        make: returns that many bytes of host memory, pinned where that helps.
+        ledger: counts them, and limits them.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], ledger: Ledger, slab_bytes: int = _SLAB_BYTES) -> None:
+        self._make = make
+        self._ledger = ledger
+        self._slab_bytes = slab_bytes
+        self._slabs: list[_Slab] = []
+        self._given: deque[tuple[_Slab, Sequence[Fence]]] = deque()
+
+    def take(self, nbytes: int) -> Slice | None:
+        """Return ``nbytes``; None when the budget has no room for them."""
+        self._collect()
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        for slab in self._slabs:
+            if slab.begin + size <= slab.memory.nbytes:
+                break
+        else:
+            fresh = max(size, self._slab_bytes)
+            if not self._ledger.fits(fresh):
+                fresh = size  # the last piece of the budget
+            if not self._ledger.fits(fresh):
+                return None
+            slab = _Slab(self._make(fresh))
+            self._slabs.append(slab)
+            self._count()
+        memory = slab.memory[slab.begin : slab.begin + nbytes]
+        slab.begin += size
+        slab.live += 1
+        return Slice(memory, slab.before, slab)
+
+    def give(self, piece: Slice, users: Sequence[Fence]) -> None:
+        """Take ``piece`` back, which the copies ``users`` may still be using. May be called by a garbage collector."""
+        self._given.append((piece.slab, users))
+
+    def _collect(self) -> None:
+        while self._given:
+            slab, users = self._given.popleft()
+            slab.users.extend(users)
+            slab.live -= 1
+            if slab.live == 0:
+                slab.begin, slab.before, slab.users = 0, tuple(slab.users), []
+                if slab.memory.nbytes != self._slab_bytes:
+                    self._slabs.remove(slab)
+                    self._count()
+
+    def _count(self) -> None:
+        self._ledger.set("slabs", sum(slab.memory.nbytes for slab in self._slabs))

@@ -1,0 +1,56 @@
+"""Staging: a little host memory through which files and a device exchange pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kvtier.errors import BudgetError
+from kvtier.geometry import LayerGeometry
+from kvtier.stream.slabs import Slabs
+from kvtier.transfer import Fence
+from kvtier.window import Window
+
+_PIECES = 3  # one is read into, one is copied from, one is between
+_PIECE_BYTES = 4 * 2**20
+
+
+class Staging:
+    """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
+
+    def __init__(self, slabs: Slabs) -> None:
+        self._slabs = slabs
+        self._pieces: list[torch.Tensor | None] = [None] * _PIECES
+        self._users: list[Sequence[Fence]] = [()] * _PIECES
+        self._turn = 0
+
+    def chunks(self, first: int, last: int, token_bytes: int) -> Iterator[tuple[int, int]]:
+        """Return the tokens ``[first, last)`` in steps that fit into one piece."""
+        step = max(1, _PIECE_BYTES // token_bytes)
+        return ((begin, min(begin + step, last)) for begin in range(first, last, step))
+
+    def next(self, rows: int, tokens: int, geometry: LayerGeometry) -> tuple[Window, Sequence[Fence]]:
+        """Return a window on host memory, and what its first user must come after. ``used`` must follow.
+
+        Raises:
+            BudgetError: ``host_budget`` has no room for it.
+        """
+        nbytes = rows * tokens * geometry.token_bytes
+        piece = self._pieces[self._turn]
+        after: Sequence[Fence] = self._users[self._turn]
+        if piece is None or piece.nbytes < nbytes:
+            taken = self._slabs.take(max(nbytes, _PIECE_BYTES))  # a smaller one that it replaces is not given back
+            if taken is None:
+                raise BudgetError(
+                    f"host_budget has no room for {_PIECES} pieces of {max(nbytes, _PIECE_BYTES)} bytes, through which "
+                    "files reach the device; pass a larger host_budget"
+                )
+            piece = self._pieces[self._turn] = taken.memory
+            after = taken.after
+        return Window.on_bytes(piece, rows, geometry, tokens), after
+
+    def used(self, fences: Sequence[Fence]) -> None:
+        """Note who uses the window that ``next`` returned last."""
+        self._users[self._turn] = fences
+        self._turn = (self._turn + 1) % _PIECES

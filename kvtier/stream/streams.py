@@ -1,0 +1,114 @@
+"""Streams: the decks of all devices that a cache lives on, and what they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from kvtier.geometry import LayerGeometry
+from kvtier.stream.below import LowerTiers
+from kvtier.stream.deck import Deck
+from kvtier.stream.layer import StreamedLayer
+from kvtier.stream.spill import SpillFolder
+from kvtier.stream.traffic import Ledger, Traffic
+from kvtier.transfer import CopyEngine
+from kvtier.units import free_device_bytes
+
+MakeEngine = Callable[[torch.device], CopyEngine]
+AUTO = "auto"
+
+
+class Streams:
+    """Cold and hot layers of one cache, on as many devices as its layers arrive on.
+
+    Owns engines, host memory and page files; ``close`` lets go of them.
+
+    Args:
+        device_budget: bytes on each device, ``"auto"`` for what is free there less a reserve, None for no limit.
+        host_budget_bytes: bytes of host memory for cold pages, of all devices together; None for no limit.
+        spill_folder: where page files go.
+        page_tokens: tokens of a page.
+        total_layers: returns how many layers the model has.
+        make_engine: returns the engine of a device.
+    """
+
+    def __init__(
+        self,
+        device_budget: int | str | None,
+        host_budget_bytes: int | None,
+        spill_folder: Path,
+        page_tokens: int,
+        total_layers: Callable[[], int],
+        make_engine: MakeEngine,
+    ) -> None:
+        self.traffic = Traffic()
+        self.host = Ledger(host_budget_bytes)
+        self._device_budget = device_budget
+        self._folder = SpillFolder(spill_folder)
+        self.page_tokens = page_tokens
+        self._total_layers = total_layers
+        self._make_engine = make_engine
+        self._decks: dict[torch.device, Deck] = {}
+
+    def deck(self, device: torch.device) -> Deck:
+        """Return the deck of ``device``, made when it is first asked for."""
+        deck = self._decks.get(device)
+        if deck is None:
+            engine = self._make_engine(device)
+            ledger = Ledger(None)
+            below = LowerTiers(engine, self.host, self._folder, self.traffic, self.page_tokens)
+            deck = self._decks[device] = Deck(
+                device,
+                engine,
+                ledger,
+                lambda: self._limit(device, ledger),
+                below,
+                self.traffic,
+                self.page_tokens,
+                self._total_layers,
+            )
+        return deck
+
+    def _limit(self, device: torch.device, ledger: Ledger) -> int | None:
+        if isinstance(self._device_budget, str):
+            return ledger.used_bytes + free_device_bytes(device)
+        return self._device_budget
+
+    def layer(
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+    ) -> StreamedLayer:
+        """Return an empty layer for K and V like these.
+
+        Raises:
+            BudgetError: there is no room even for one page of it.
+        """
+        return StreamedLayer(
+            self.deck(k_bhtd.device),
+            index,
+            k_bhtd.shape[0],
+            LayerGeometry.of(k_bhtd, v_bhtd),
+            sliding_window=sliding_window,
+            may_be_cold=may_be_cold,
+        )
+
+    @property
+    def decks(self) -> Sequence[Deck]:
+        """All decks."""
+        return tuple(self._decks.values())
+
+    def close(self) -> None:
+        """Let go of threads, streams, host memory and page files. May be called more than once."""
+        for deck in self._decks.values():
+            deck.close()
+        self._decks.clear()
+        self._folder.close()
+
+
+def default_spill_folder(store_folder: Path | None) -> Path:
+    """Return where page files go if nobody said: beside the blocks of the store, else in the user's cache folder."""
+    if store_folder is not None:
+        return store_folder / "spill"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvtier" / "spill"
