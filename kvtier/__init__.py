@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from kvtier.errors import (
     BlockError,
+    BudgetError,
     BusyError,
     ClosedError,
     ConfigurationError,
@@ -12,6 +13,7 @@ from kvtier.errors import (
     RestoreError,
     StoreError,
     StoreVersionError,
+    StreamError,
     UninstalledError,
 )
 from kvtier.hf.cache import TieredCache
@@ -23,6 +25,7 @@ __version__ = _version("kvtier")
 
 __all__ = [
     "BlockError",
+    "BudgetError",
     "BusyError",
     "ClosedError",
     "ConfigurationError",
@@ -32,6 +35,7 @@ __all__ = [
     "RestoreError",
     "StoreError",
     "StoreVersionError",
+    "StreamError",
     "TieredCache",
     "TurnReport",
     "UninstalledError",

@@ -45,6 +45,15 @@ class TurnReport:
         miss_reason: why not more was reused; None when all that can be was.
         divergence: the first token at which row 0 left the best known prefix.
         rows: the same, row by row.
+        hot_layers: layers whose K and V are on the device that computes. This one and what follows are 0 without a
+            ``device_budget``, and until the turn is committed.
+        cold_layers: layers whose pages lie below it.
+        bytes_down: bytes of K and V that went to lower tiers.
+        bytes_up: bytes of K and V that were fetched from there, some of them for the step after the last.
+        waits: how often attention had to have pages that were fetched.
+        wait_seconds: time that this held the caller up.
+        peak_device_bytes: the most that windows, unfinished pages and prefetch slots held on any one device.
+        peak_host_bytes: the most that pages held in RAM below the devices.
     """
 
     prompt_tokens: int = 0
@@ -57,3 +66,11 @@ class TurnReport:
     miss_reason: str | None = None
     divergence: Divergence | None = None
     rows: tuple[RowReport, ...] = ()
+    hot_layers: int = 0
+    cold_layers: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
+    peak_device_bytes: int = 0
+    peak_host_bytes: int = 0

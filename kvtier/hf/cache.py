@@ -274,6 +274,8 @@ class TieredCache(DynamicCache, TurnTaker):
                 turn.prefix.close()
                 raise
         self._turn = turn
+        if self._streams is not None:
+            self._streams.begin_turn()
         self.last_turn = turn.report()
         return self.last_turn
 
@@ -306,7 +308,8 @@ class TieredCache(DynamicCache, TurnTaker):
             self._keep(named, turn.identity)
         if turn.prefix is not None:
             turn.prefix.close()
-        self.last_turn = turn.report(generated)
+        report = turn.report(generated)
+        self.last_turn = self._streams.account(report) if self._streams is not None else report
         return self.last_turn
 
     def _keep(self, named: Held, identity: Identity) -> None:
@@ -341,6 +344,9 @@ class TieredCache(DynamicCache, TurnTaker):
             self._commit(None, ())
         else:
             self.reset()
+
+    def _can_start_again(self) -> bool:
+        return any(not layer.complete for layer in self._windows)
 
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, None

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import BusyError, PromptError, RestoreError, UninstalledError
+from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
 from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
@@ -49,6 +49,10 @@ class TurnTaker(ABC):
     @abstractmethod
     def _salvage(self) -> None:
         """End a turn that was interrupted: keep the part of its prompt that every layer has."""
+
+    @abstractmethod
+    def _can_start_again(self) -> bool:
+        """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -182,12 +186,18 @@ def _turn(
         off = "no input_ids were given"
     cold = why_cold(setting)
     streamer = kwargs.get("streamer")
+    stream_failed = False
     while True:
         cache._begin(model, input_ids, attention_mask, off=off, cold=cold)
         try:
             output = original(model, **kwargs)
-        except RestoreError:
-            # A block failed under the first forward pass: it is gone from the store, nothing was generated yet.
+        except (RestoreError, StreamError) as error:
+            # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
+            # Cold pages that are lost may fail for a reason that stays, such as a full disk.
+            if isinstance(error, StreamError) and (stream_failed or not cache._can_start_again()):
+                cache._salvage()
+                raise
+            stream_failed = isinstance(error, StreamError)
             cache.reset()
             if streamer is not None:
                 kwargs["streamer"] = _WithoutPrompt(streamer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kvtier.geometry import LayerGeometry
+from kvtier.report import TurnReport
 from kvtier.stream.below import LowerTiers
 from kvtier.stream.deck import Deck
 from kvtier.stream.layer import StreamedLayer
@@ -45,6 +47,7 @@ class Streams:
         make_engine: MakeEngine,
     ) -> None:
         self.traffic = Traffic()
+        self._before = Traffic()
         self.host = Ledger(host_budget_bytes)
         self._device_budget = device_budget
         self._folder = SpillFolder(spill_folder)
@@ -92,6 +95,28 @@ class Streams:
             LayerGeometry.of(k_bhtd, v_bhtd),
             sliding_window=sliding_window,
             may_be_cold=may_be_cold,
+        )
+
+    def begin_turn(self) -> None:
+        """Count from here on."""
+        self._before = self.traffic.copy()
+        for ledger in (self.host, *(deck.ledger for deck in self._decks.values())):
+            ledger.begin_peak()
+
+    def account(self, report: TurnReport) -> TurnReport:
+        """Return ``report`` with what streaming did in the turn."""
+        counts = self.traffic.since(self._before)
+        decks = self._decks.values()
+        return replace(
+            report,
+            hot_layers=sum(deck.hot_layers for deck in decks),
+            cold_layers=sum(deck.cold_layers for deck in decks),
+            bytes_down=counts.bytes_down,
+            bytes_up=counts.bytes_up,
+            waits=counts.waits,
+            wait_seconds=counts.wait_seconds,
+            peak_device_bytes=max((deck.ledger.peak_bytes for deck in decks), default=0),
+            peak_host_bytes=self.host.peak_bytes,
         )
 
     @property
