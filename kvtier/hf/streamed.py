@@ -119,6 +119,7 @@ class StreamedPrefix(TurnPrefix):
             old.page(row, begin, end) if old is window and end > begin else None
             for row, end in enumerate(self._held_ends())
         ]
+        window.crop(begin)
         filled = begin
         for span in self._whole_pages(window):
             if span.start < filled or span.start % self._streams.page_tokens:

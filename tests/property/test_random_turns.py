@@ -84,6 +84,7 @@ def up_to(end: int | None, generated: list[int]) -> Tokens:
 
 class Turns(RuleBasedStateMachine):
     family: str
+    layers: int
     known = Bundle("known")  # sequences that a turn ended with
 
     @initialize(
@@ -94,7 +95,7 @@ class Turns(RuleBasedStateMachine):
         disk_blocks=st.sampled_from([None, None, 2, 6]),
     )
     def open(self, on_disk, block_size, compression, host_blocks, disk_blocks):
-        self.model = tiny(self.family)
+        self.model = tiny(self.family, self.layers)
         self.folder = Path(tempfile.mkdtemp(prefix="kvtier-turns-")) if on_disk else None
         block = block_size * 2 * 4 * HEAD_DIM * self.model.config.num_hidden_layers
         self.settings = {
@@ -107,9 +108,14 @@ class Turns(RuleBasedStateMachine):
         self.kept: set[Tokens] = set()  # what the store must know as long as all_is_kept
         self.computed: dict[Tokens, set[bytes]] = {}  # tokens → columns that the model gave the last of them
         self.store = PrefixStore(self.folder, **self.settings)
-        self.caches = [TieredCache(self.store)]
+        self.caches: list[TieredCache] = []
+
+    def new_cache(self, store: PrefixStore) -> TieredCache:
+        return TieredCache(store)
 
     def cache(self, which: int) -> TieredCache:
+        if not self.caches:
+            self.caches.append(self.new_cache(self.store))
         return self.caches[which % len(self.caches)]
 
     # --- one turn and what must be true of it -------------------------------------------------------------------------
@@ -289,7 +295,7 @@ class Turns(RuleBasedStateMachine):
 
     @rule(which=places, alike=st.booleans())
     def add_a_cache(self, which, alike):
-        self.caches.append(copy.deepcopy(self.cache(which)) if alike else TieredCache(self.store))
+        self.caches.append(copy.deepcopy(self.cache(which)) if alike else self.new_cache(self.store))
         if len(self.caches) > 3:
             self.caches.pop(0).close()
 
@@ -308,7 +314,7 @@ class Turns(RuleBasedStateMachine):
     @rule(target=known, sequence=known, more=additions)
     def ask_through_another_store_on_the_folder(self, sequence, more):
         self.store.flush()
-        with PrefixStore(self.folder, **self.settings) as store, TieredCache(store) as cache:
+        with PrefixStore(self.folder, **self.settings) as store, self.new_cache(store) as cache:
             return multiple(*self.turn(cache, [sequence + more]))
 
     @rule(
@@ -325,7 +331,7 @@ class Turns(RuleBasedStateMachine):
         elif lose == "the catalog":
             damage(self.folder / "catalog.sqlite", how, at)
         self.store = PrefixStore(self.folder, **self.settings)
-        self.caches = [TieredCache(self.store)]
+        self.caches = []
 
     @precondition(lambda self: self.folder is not None)
     @rule(
@@ -371,11 +377,11 @@ class Turns(RuleBasedStateMachine):
 
 
 class LlamaTurns(Turns):
-    family = "llama"
+    family, layers = "llama", 2
 
 
 class GemmaTurns(Turns):
-    family = "gemma3"
+    family, layers = "gemma3", 3
 
 
 # A tenth of the steps interrupts or damages something: shorter runs would seldom see what comes of it.

@@ -28,14 +28,14 @@ Tokens = tuple[int, ...]
 
 
 @functools.cache
-def tiny(family: str) -> PreTrainedModel:
-    """``llama``: two layers of full attention. ``gemma3``: windows of 6, which every longer prompt overflows."""
+def tiny(family: str, layers: int) -> PreTrainedModel:
+    """``llama``: full attention. ``gemma3``: windows of 6, which every longer prompt overflows, but in the last layer."""
     if family == "llama":
-        config = transformers.LlamaConfig(**_SHAPE, num_hidden_layers=2)
+        config = transformers.LlamaConfig(**_SHAPE, num_hidden_layers=layers)
         kind = transformers.LlamaForCausalLM
     else:
-        layers = ["sliding_attention", "sliding_attention", "full_attention"]
-        config = transformers.Gemma3TextConfig(**_SHAPE, num_hidden_layers=3, sliding_window=6, layer_types=layers)
+        kinds = [*["sliding_attention"] * (layers - 1), "full_attention"]
+        config = transformers.Gemma3TextConfig(**_SHAPE, num_hidden_layers=layers, sliding_window=6, layer_types=kinds)
         kind = transformers.Gemma3ForCausalLM
     config._attn_implementation = "sdpa" if family == "llama" else "eager"
     with torch.random.fork_rng():

@@ -76,7 +76,7 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
     windows = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
     restore = store.restore([match.spans])
     try:
-        restore.start(lambda layer, row: Landing.on(*windows[layer]))
+        restore.start(lambda layer, row: (Landing.on(*windows[layer]), 0))
         for layer, (k_htd, v_htd) in enumerate(windows):
             restore.wait(layer)
             expected = truth(root, tokens, 0, match.length)[layer]

@@ -35,7 +35,7 @@ def test_rows_take_different_parts_of_the_same_blocks(store):
     buffers = windows(2, 25)
     pads = (3, 5)
     restore = store.restore([match.between(0, 18), match.between(6, 13)])
-    restore.start(lambda layer, row: Landing.on(*(t[row, :, pads[row] :] for t in buffers[layer])))
+    restore.start(lambda layer, row: (Landing.on(*(t[row, :, pads[row] :] for t in buffers[layer])), 0))
     for layer, (k_bhtd, v_bhtd) in enumerate(buffers):
         restore.wait(layer)
         expected = truth(ROOT, count(18), 0, 18)[layer]
@@ -83,7 +83,7 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = windows(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
-        restore.start(lambda layer, row: Landing.on(*(t[row] for t in buffers[layer])))
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
         restore.wait(0)
         with pytest.raises(RestoreError, match="scratched"):
             restore.wait(1)
@@ -108,7 +108,7 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = windows(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
-        restore.start(lambda layer, row: Landing.on(*(t[row] for t in buffers[layer])))
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
         assert reading.wait(timeout=30)
         closing = threading.Thread(target=restore.close)
         closing.start()
