@@ -1,0 +1,50 @@
+"""Every engine keeps the contract."""
+
+import random
+
+import pytest
+
+from kvtier.testing import EngineChecks, Recorder, SimulatedEngine
+from kvtier.transfer import InlineEngine, ThreadEngine
+
+
+class TestInlineEngine(EngineChecks):
+    @pytest.fixture
+    def engine(self):
+        return InlineEngine()
+
+
+class TestThreadEngine(EngineChecks):
+    @pytest.fixture(params=[1, 4])
+    def engine(self, request):
+        engine = ThreadEngine(request.param)
+        yield engine
+        engine.close()
+
+    @pytest.mark.xfail(raises=RuntimeError, reason="the threads that copy are not in inference mode")
+    def test_tensors_of_inference_mode_can_be_copied(self, engine):
+        super().test_tensors_of_inference_mode_can_be_copied(engine)
+
+
+class TestSimulatedEngine(EngineChecks):
+    @pytest.fixture(params=range(20), ids=lambda seed: f"seed{seed}")
+    def engine(self, request):
+        engine = SimulatedEngine(random.Random(request.param))
+        with engine.watching():
+            yield engine
+        engine.close()
+
+
+class TestLazyEngine(EngineChecks):
+    @pytest.fixture
+    def engine(self):
+        engine = SimulatedEngine(lazy=True)
+        with engine.watching():
+            yield engine
+        engine.close()
+
+
+class TestRecorder(EngineChecks):
+    @pytest.fixture
+    def engine(self):
+        return Recorder(SimulatedEngine(lazy=True))
