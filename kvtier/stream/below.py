@@ -36,7 +36,7 @@ class LowerTiers:
         self._folder = folder
         self._traffic = traffic
         self._slabs = None if engine.device_is_host else Slabs(engine.host_empty, host)
-        self.staging = Staging(self._slabs) if self._slabs is not None else None
+        self.staging = Staging(self._slabs, host.limit_bytes) if self._slabs is not None else None
 
     def lower(
         self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]
@@ -73,7 +73,7 @@ class LowerTiers:
         return parts, fences
 
     def _host_run(self, rows: int, tokens: int, geometry: LayerGeometry) -> HostRun | None:
-        if self._slabs is None:
+        if self._slabs is None or self.staging is None:
             return None
-        piece = self._slabs.take(rows * tokens * geometry.token_bytes)
+        piece = self._slabs.take(rows * tokens * geometry.token_bytes, leave=self.staging.reserve_bytes)
         return None if piece is None else HostRun(self._engine, self._slabs, piece, rows, tokens, geometry)

@@ -51,8 +51,8 @@ class Slabs:
         self._slabs: list[_Slab] = []
         self._given: deque[tuple[_Slab, Sequence[Fence]]] = deque()
 
-    def take(self, nbytes: int) -> Slice | None:
-        """Return ``nbytes``; None when the budget has no room for them."""
+    def take(self, nbytes: int, leave: int = 0) -> Slice | None:
+        """Return ``nbytes``; None when the budget has no room for them and ``leave`` more."""
         self._collect()
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         for slab in self._slabs:
@@ -60,9 +60,9 @@ class Slabs:
                 break
         else:
             fresh = max(size, self._slab_bytes)
-            if not self._ledger.fits(fresh):
+            if not self._ledger.fits(fresh + leave):
                 fresh = size  # the last piece of the budget
-            if not self._ledger.fits(fresh):
+            if not self._ledger.fits(fresh + leave):
                 return None
             slab = _Slab(self._make(fresh))
             self._slabs.append(slab)

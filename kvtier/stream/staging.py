@@ -14,20 +14,27 @@ from kvtier.window import Window
 
 _PIECES = 3  # one is read into, one is copied from, one is between
 _PIECE_BYTES = 4 * 2**20
+_SHARE = 6  # of a small budget, a sixth for each piece leaves half for pages
 
 
 class Staging:
     """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
 
-    def __init__(self, slabs: Slabs) -> None:
+    def __init__(self, slabs: Slabs, limit_bytes: int | None) -> None:
         self._slabs = slabs
+        self._piece_bytes = _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, limit_bytes // _SHARE)
         self._pieces: list[torch.Tensor | None] = [None] * _PIECES
         self._users: list[Sequence[Fence]] = [()] * _PIECES
         self._turn = 0
 
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes that it may still have to take."""
+        return sum(self._piece_bytes for piece in self._pieces if piece is None)
+
     def chunks(self, first: int, last: int, token_bytes: int) -> Iterator[tuple[int, int]]:
         """Return the tokens ``[first, last)`` in steps that fit into one piece."""
-        step = max(1, _PIECE_BYTES // token_bytes)
+        step = max(1, self._piece_bytes // token_bytes)
         return ((begin, min(begin + step, last)) for begin in range(first, last, step))
 
     def next(self, rows: int, tokens: int, geometry: LayerGeometry) -> tuple[Window, Sequence[Fence]]:
@@ -40,11 +47,11 @@ class Staging:
         piece = self._pieces[self._turn]
         after: Sequence[Fence] = self._users[self._turn]
         if piece is None or piece.nbytes < nbytes:
-            taken = self._slabs.take(max(nbytes, _PIECE_BYTES))  # a smaller one that it replaces is not given back
+            taken = self._slabs.take(max(nbytes, self._piece_bytes))  # a smaller one that it replaces is not given back
             if taken is None:
                 raise BudgetError(
-                    f"host_budget has no room for {_PIECES} pieces of {max(nbytes, _PIECE_BYTES)} bytes, through which "
-                    "files reach the device; pass a larger host_budget"
+                    f"host_budget has no room for {_PIECES} pieces of {max(nbytes, self._piece_bytes)} bytes, through "
+                    "which files reach the device; pass a larger host_budget"
                 )
             piece = self._pieces[self._turn] = taken.memory
             after = taken.after
