@@ -374,6 +374,8 @@ class TieredCache(DynamicCache, TurnTaker):
         if self._closed:
             return
         self._end_turn()
+        for layer in self._windows:
+            layer.reset()
         self.layers, self._held, self._closed = [], None, True
         if self._streams is not None:
             self._streams.close()

@@ -64,7 +64,7 @@ class LowerTiers:
                     count = count // 2 // self.page_tokens * self.page_tokens
             if run is None:
                 count = tokens - begin
-                run = FileRun(self._engine, self.staging, PageFile(self._folder.new_file(), rows, count, geometry))
+                run = FileRun(self._engine, self.staging, PageFile(self._folder, rows, count, geometry))
             end = begin + count
             fences += run.fill(k_bhtd[:, :, begin:end], v_bhtd[:, :, begin:end], after)
             parts.append(Part(run, 0, count, tuple(range(rows))))

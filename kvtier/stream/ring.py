@@ -176,11 +176,7 @@ class Ring:
         before = slot.free_after + slot.arriving
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
         if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
-            for fence in before:
-                self._engine.settle(fence)
-            before = []
-            slot.memory, slot.arriving, slot.free_after = None, [], []
-            self._ledger.set(id(slot), 0)
+            self._give_up(slot, before)
             self._make_room(wanted.nbytes)
             self._ledger.set(id(slot), wanted.nbytes)
             slot.memory = torch.empty(wanted.nbytes, dtype=torch.uint8, device=self._device)
@@ -199,6 +195,13 @@ class Ring:
         self._traffic.bytes_up += wanted.page_bytes
         slot.arriving, slot.free_after = fences or before, []
         slot.holds = wanted
+
+    def _give_up(self, slot: Slot, users: Sequence[Fence]) -> None:
+        """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
+        for fence in users:
+            self._engine.settle(fence)
+        slot.memory, slot.arriving, slot.free_after = None, [], []
+        self._ledger.set(id(slot), 0)
 
     def close(self) -> None:
         """Forget everything; what is on its way arrives in memory that nobody looks at."""

@@ -16,6 +16,7 @@ from kvtier.stream.slabs import Slabs, Slice
 from kvtier.stream.spill import PageFile
 from kvtier.stream.staging import Staging
 from kvtier.transfer import CopyEngine, Fence
+from kvtier.transfer.engine import Pair
 from kvtier.window import Window
 
 
@@ -100,44 +101,30 @@ class HostRun:
 
     def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
         """Copy K and V of all rows from the device when ``after`` has passed; return the fences."""
-        before = [*after, *self._after]
-        self._written = [
-            self._engine.copy(dst, src, after=before)
-            for row in range(self._pages.rows)
-            for dst, src in _heads(self._pages, row, 0, self.tokens, k_bhtd[row], v_bhtd[row])
+        pages = self._pages
+        pairs = [
+            pair for row in range(pages.rows) for pair in _heads(pages, row, 0, self.tokens, k_bhtd[row], v_bhtd[row])
         ]
-        self._users.extend(self._written)
-        return self._written
+        self._users.append(self._engine.copy_all(pairs, after=[*after, *self._after]))
+        return list(self._users)
 
     def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Copy up, head by head: what is contiguous on both sides is one large copy."""
-        before = [*after, *self._written]
-        fences = [
-            self._engine.copy(dst, src, after=before)
-            for i, row in enumerate(part.rows)
-            for dst, src in _heads(
-                into,
-                i,
-                begin,
-                begin + part.tokens,
-                self._pages.k[row, :, part.first : part.last],
-                self._pages.v[row, :, part.first : part.last],
-            )
-        ]
-        # Copies up are in the order of their stream: the last one passes after all before it.
-        self._users[len(self._written) :] = fences
-        return fences
+        k, v = self._pages.k[:, :, part.first : part.last], self._pages.v[:, :, part.first : part.last]
+        end = begin + part.tokens
+        pairs = [pair for i, row in enumerate(part.rows) for pair in _heads(into, i, begin, end, k[row], v[row])]
+        # Each use comes after the one before, so that the last fence stands for all of them.
+        self._users[:] = [self._engine.copy_all(pairs, after=[*after, *self._users])]
+        return list(self._users)
 
     def read(self, row: int, first: int, last: int, landing: Landing) -> None:
         """Copy to ``landing``."""
-        for fence in self._written:
+        for fence in self._users:
             self._engine.settle(fence)
         landing.take(self._pages.page(row, first, last), 0, last - first)
 
 
-def _heads(
-    into: Window, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _heads(into: Window, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Iterator[Pair]:
     """Pair the columns ``[begin, end)`` of each head of a row with its source."""
     for buffer, source in ((into.k, k_htd), (into.v, v_htd)):
         for head in range(buffer.shape[1]):
@@ -169,18 +156,14 @@ class FileRun:
         rows = self._file.rows
         for first, last in self._staging.chunks(0, self.tokens, rows * self.geometry.token_bytes):
             stage, free = self._staging.next(rows, last - first, self.geometry)
-            copies = [
-                self._engine.copy(dst, src, after=[*after, *free])
-                for row in range(rows)
-                for dst, src in _heads(
-                    stage, row, 0, last - first, k_bhtd[row, :, first:last], v_bhtd[row, :, first:last]
-                )
-            ]
+            k, v = k_bhtd[:, :, first:last], v_bhtd[:, :, first:last]
+            pairs = [pair for row in range(rows) for pair in _heads(stage, row, 0, last - first, k[row], v[row])]
+            copied = self._engine.copy_all(pairs, after=[*after, *free])
             write = partial(self._file.write, first, stage.k, stage.v)
-            written = self._engine.call(write, reads=(stage.k, stage.v), after=copies)
+            written = self._engine.call(write, reads=(stage.k, stage.v), after=[copied])
             self._staging.used([written])
             self._written.append(written)
-            freed += copies
+            freed.append(copied)
         return freed
 
     def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
@@ -249,13 +232,11 @@ def _lift_by_host(
         task = partial(_read_rows, read, part.rows, first, last, stage, 0)
         arrived = engine.call(task, writes=(stage.k, stage.v), after=[*written, *free])
         at = begin + first - part.first
-        copies = [
-            engine.copy(dst, src, after=[*after, arrived])
-            for row in range(rows)
-            for dst, src in _heads(into, row, at, at + last - first, stage.k[row], stage.v[row])
-        ]
-        staging.used(copies)
-        fences += copies
+        to = at + last - first
+        pairs = [pair for row in range(rows) for pair in _heads(into, row, at, to, stage.k[row], stage.v[row])]
+        copied = engine.copy_all(pairs, after=[*after, arrived])
+        staging.used([copied])
+        fences.append(copied)
     return fences
 
 

@@ -15,6 +15,11 @@ _SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a po
 _ALIGNMENT = 256
 
 
+def aligned_down(nbytes: int) -> int:
+    """Return the most of ``nbytes`` that a slab hands out without waste."""
+    return nbytes // _ALIGNMENT * _ALIGNMENT
+
+
 @dataclass(slots=True, eq=False)
 class _Slab:
     memory: torch.Tensor

@@ -45,6 +45,9 @@ class SpillFolder:
         self.parent = parent
         self._path: Path | None = None
         self._remove: weakref.finalize[[Path, int, int], SpillFolder] | None = None
+        self._closed = False
+        self._files: set[str] = set()
+        self._pid = os.getpid()
 
     def new_file(self) -> str:
         """Return a path that no file has."""
@@ -55,7 +58,19 @@ class SpillFolder:
                 raise StreamError(
                     f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
                 ) from error
-        return f"{self._path}/{uuid.uuid4().hex}.safetensors"
+        path = f"{self._path}/{uuid.uuid4().hex}.safetensors"
+        self._files.add(path)
+        return path
+
+    def forget(self, path: str) -> None:
+        """Delete a file that nobody reads any more; with the last one of a closed folder, the folder."""
+        if os.getpid() != self._pid:
+            return  # a forked child lets go of copies; the files are its parent's
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        self._files.discard(path)
+        if self._closed:
+            self.close()
 
     def _make(self) -> None:
         self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,9 +85,9 @@ class SpillFolder:
         self._path = path
 
     def close(self) -> None:
-        """Delete the folder and all files in it. May be called more than once."""
-        self._path = None
-        if self._remove is not None:
+        """Delete the folder, as soon as no other cache reads a file in it. May be called more than once."""
+        self._closed = True
+        if self._remove is not None and not self._files:
             self._remove()
 
 
@@ -108,13 +123,14 @@ class PageFile:
     Written once, piece by piece; read in pieces by any thread. The file is deleted when the object is.
     """
 
-    def __init__(self, path: str, rows: int, tokens: int, geometry: LayerGeometry) -> None:
+    def __init__(self, folder: SpillFolder, rows: int, tokens: int, geometry: LayerGeometry) -> None:
         g = geometry
-        self.path, self.rows, self.tokens, self.geometry = path, rows, tokens, geometry
+        self.rows, self.tokens, self.geometry = rows, tokens, geometry
         name = DTYPE_NAMES.get(g.dtype)
         if name is None:
             raise StreamError(f"cold pages of {g.dtype} cannot be kept in files")
         k_bytes, v_bytes = rows * tokens * g.k_bytes, rows * tokens * g.v_bytes
+        self.path = path = folder.new_file()
         self._header = encode_header(
             [
                 ("k", name, (rows, g.k_heads, tokens, g.k_dim), k_bytes),
@@ -125,7 +141,7 @@ class PageFile:
         self._k_begin = len(self._header)
         self._v_begin = self._k_begin + k_bytes
         self.nbytes = self._v_begin + v_bytes
-        weakref.finalize(self, _unlink, path, os.getpid())
+        weakref.finalize(self, folder.forget, path).atexit = False
 
     def write(self, first: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
         """Write the tokens from ``first`` on; both tensors are on the host.
@@ -193,9 +209,3 @@ def _transfer_all(transfer: _Transfer, fd: int, pieces: Sequence[memoryview], of
             count -= left.pop(0).nbytes
         if left:
             left[0] = left[0][count:]
-
-
-def _unlink(path: str, pid: int) -> None:
-    if os.getpid() == pid:
-        with contextlib.suppress(OSError):
-            Path(path).unlink()

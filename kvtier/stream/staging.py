@@ -8,7 +8,7 @@ import torch
 
 from kvtier.errors import BudgetError
 from kvtier.geometry import LayerGeometry
-from kvtier.stream.slabs import Slabs
+from kvtier.stream.slabs import Slabs, aligned_down
 from kvtier.transfer import Fence
 from kvtier.window import Window
 
@@ -22,7 +22,9 @@ class Staging:
 
     def __init__(self, slabs: Slabs, limit_bytes: int | None) -> None:
         self._slabs = slabs
-        self._piece_bytes = _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, limit_bytes // _SHARE)
+        self._piece_bytes = (
+            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, aligned_down(limit_bytes // _SHARE))
+        )
         self._pieces: list[torch.Tensor | None] = [None] * _PIECES
         self._users: list[Sequence[Fence]] = [()] * _PIECES
         self._turn = 0

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from kvtier.testing.sites import Site
-from kvtier.transfer.engine import CopyEngine, Fence, Task
+from kvtier.transfer.engine import CopyEngine, Fence, Pair, Task
 
 
 class Drop(NamedTuple):
-    """One thing to leave out at one site: ``wait``, ``settle``, all of ``after``, or the element ``after[i]``."""
+    """One thing to leave out at one site: ``wait``, ``settle``, all of ``after``, or the element ``after[i]``.
+
+    A negative ``i`` counts from the end.
+    """
 
     site: Site
     what: str
@@ -36,6 +39,10 @@ class Recorder:
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Pass it on."""
         return self._engine.copy(dst, src, after=self._after(after))
+
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Pass it on."""
+        return self._engine.copy_all(pairs, after=self._after(after))
 
     def call(
         self,
@@ -77,7 +84,12 @@ class Recorder:
         if not after:
             return after
         everything = self._keeps("after")
-        kept = [fence for index, fence in enumerate(after) if self._keeps(f"after[{index}]")]
+        count = len(after)
+        kept = [
+            fence
+            for index, fence in enumerate(after)
+            if self._keeps(f"after[{index}]") and self._keeps(f"after[{index - count}]")
+        ]
         return kept if everything else ()
 
     def _keeps(self, what: str) -> bool:

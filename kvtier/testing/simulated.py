@@ -12,7 +12,7 @@ from kvtier.testing.kernels import Watch
 from kvtier.testing.races import Detector, Past
 from kvtier.testing.regions import Region
 from kvtier.testing.sites import Site
-from kvtier.transfer.engine import Fence, Task
+from kvtier.transfer.engine import Fence, Pair, Task, copy_pairs
 
 Fail = Callable[[str, int], None]
 
@@ -81,16 +81,23 @@ class SimulatedEngine:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Enqueue a copy. Raises ``ValueError`` for other shapes or dtypes: not every engine converts."""
-        if dst.shape != src.shape or dst.dtype != src.dtype:
-            raise ValueError(f"dst is {dst.dtype} {list(dst.shape)}, src {src.dtype} {list(src.shape)}: must be equal")
+        return self.copy_all([(dst, src)], after)
+
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Enqueue copies as one operation."""
+        for dst, src in pairs:
+            if dst.shape != src.shape or dst.dtype != src.dtype:
+                raise ValueError(
+                    f"dst is {dst.dtype} {list(dst.shape)}, src {src.dtype} {list(src.shape)}: must be equal"
+                )
 
         def task() -> None:
             with torch.inference_mode():
-                dst.copy_(src)
+                copy_pairs(pairs)
 
-        fence = self._enqueue("copy", task, (src,), (dst,), after)
+        fence = self._enqueue("copy", task, [src for _, src in pairs], [dst for dst, _ in pairs], after)
         self.copies += 1
-        self.bytes_copied += dst.nbytes
+        self.bytes_copied += sum(dst.nbytes for dst, _ in pairs)
         return fence
 
     def call(

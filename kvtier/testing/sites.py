@@ -14,6 +14,7 @@ class Site(NamedTuple):
 
     file: str
     line: int
+    function: str = ""
 
     @classmethod
     def of_caller(cls) -> Site:
@@ -21,7 +22,7 @@ class Site(NamedTuple):
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
             frame = frame.f_back
-        return cls(frame.f_code.co_filename, frame.f_lineno)
+        return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
     def __str__(self) -> str:
         path = Path(self.file)

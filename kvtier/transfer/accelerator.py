@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import torch
 
-from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine, Task
+from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine, Pair, Task
 from kvtier.transfer.host import ThreadEngine
 from kvtier.transfer.threads import Readers
 
@@ -37,7 +37,11 @@ class StreamEngine:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Copy on a side stream: enqueued now, or, after host tasks that still run, by a thread when they are done."""
-        stream = self._up if dst.device == self._device else self._down
+        return self.copy_all([(dst, src)], after)
+
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Copy on a side stream, all of ``pairs`` in one direction; one event stands for all."""
+        stream = self._up if pairs[0][0].device == self._device else self._down
 
         def enqueue() -> _Event:
             with stream:
@@ -45,10 +49,11 @@ class StreamEngine:
                     before = fence.result()
                     if before is not None:
                         stream.wait_event(before)
-                dst.copy_(src, non_blocking=True)
-                for tensor in (dst, src):
-                    if tensor.device == self._device:
-                        tensor.record_stream(stream)
+                for dst, src in pairs:
+                    dst.copy_(src, non_blocking=True)
+                    for tensor in (dst, src):
+                        if tensor.device == self._device:
+                            tensor.record_stream(stream)
                 return stream.record_event()
 
         if all(fence.done() for fence in after):

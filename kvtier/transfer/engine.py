@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 Fence = Any
 """A point that something can be ordered after. Opaque: only the engine that made it can wait for it."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Where to, and what."""
 
 Task = Callable[[], None]
 
@@ -29,6 +33,9 @@ class CopyEngine(Protocol):
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Copy ``src`` to ``dst``, of the same shape and dtype, when ``after`` has passed."""
+
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Copy the second of each pair to the first, as ``copy`` does; one fence stands for all."""
 
     def call(
         self,
@@ -82,7 +89,11 @@ class InlineEngine:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Copy now."""
-        return self.call(lambda: _copy(dst, src), after=after)
+        return self.copy_all([(dst, src)], after)
+
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Copy now."""
+        return self.call(partial(copy_pairs, pairs), after=after)
 
     def call(
         self,
@@ -122,5 +133,7 @@ class InlineEngine:
         """Nothing to let go of."""
 
 
-def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
-    dst.copy_(src)
+def copy_pairs(pairs: Sequence[Pair]) -> None:
+    """Copy the second of each pair to the first."""
+    for dst, src in pairs:
+        dst.copy_(src)

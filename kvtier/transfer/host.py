@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 
-from kvtier.transfer.engine import Fence, Task
+from kvtier.transfer.engine import Fence, Pair, Task, copy_pairs
 from kvtier.transfer.threads import Readers
 
 
@@ -27,11 +28,11 @@ class ThreadEngine:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Copy on a thread."""
+        return self.copy_all([(dst, src)], after)
 
-        def task() -> None:
-            dst.copy_(src)
-
-        return self.call(task, after=after)
+    def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
+        """Copy on a thread."""
+        return self.call(partial(copy_pairs, pairs), after=after)
 
     def call(
         self,

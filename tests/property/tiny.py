@@ -29,7 +29,7 @@ Tokens = tuple[int, ...]
 
 @functools.cache
 def tiny(family: str, layers: int) -> PreTrainedModel:
-    """``llama``: full attention. ``gemma3``: windows of 6, which every longer prompt overflows, but in the last layer."""
+    """``llama``: full attention. ``gemma3``: windows of 6, which longer prompts overflow, but in the last layer."""
     if family == "llama":
         config = transformers.LlamaConfig(**_SHAPE, num_hidden_layers=layers)
         kind = transformers.LlamaForCausalLM

@@ -1,0 +1,146 @@
+"""Streaming on a device where every order happens that fences allow: equal bits, and no race."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import HEAD_DIM, answer, assert_same_answer, left_padded, tiny, with_columns_of
+from transformers import DynamicCache
+
+from kvtier import PrefixStore, TieredCache
+from kvtier.stream.streams import Streams
+from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
+
+LAYERS = 4
+PAGE = 4
+TOKEN_BYTES = 2 * HEAD_DIM * 4 * LAYERS
+words = st.integers(1, 5)
+modes = st.sampled_from(
+    [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}]
+)
+
+
+def budget(rows: int, columns: int, share: float) -> int:
+    return int(share * rows * (columns + 2 * PAGE) * TOKEN_BYTES)
+
+
+@settings(max_examples=2 * settings().max_examples)
+@given(
+    family=st.sampled_from(["llama", "gemma3"]),
+    prompt=st.lists(words, min_size=9, max_size=24),
+    more=st.lists(words, min_size=1, max_size=5),
+    mode=modes,
+    share=st.sampled_from([0.8, 1.0, 1.2]),
+    host_bytes=st.sampled_from([2**30, 12_000, 4_000]),
+    lazy=st.booleans(),
+    removed=st.integers(0, 9),
+    choices=st.randoms(use_true_random=False),
+)
+def test_every_schedule_gives_the_bits_of_a_dynamic_cache(
+    family, prompt, more, mode, share, host_bytes, lazy, removed, choices, tmp_path_factory
+):
+    """A turn, a crop between turns, a continuation, and a restore into another cache."""
+    model, rows = tiny(family, LAYERS), 2 if mode.get("num_beams") or mode.get("num_return_sequences") else 1
+    engine = SimulatedEngine(choices, lazy=lazy)
+    arguments = {
+        "device_budget": budget(rows, len(prompt) + len(more) + 6, share),
+        "host_budget": host_bytes,
+        "spill_dir": tmp_path_factory.getbasetemp() / "spill",
+        "engine": lambda device: engine,
+    }
+    ids = left_padded([tuple(prompt)])
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, **arguments) as cache, engine.watching():
+        first = answer(model, ids, cache, **mode)
+        assert_same_answer(first, answer(model, ids, **mode), exact=True)
+        if removed:
+            cache.crop(-min(removed, cache.get_seq_length()))
+        ids = torch.cat([first.sequences[:1], torch.tensor([more])], 1)
+        check_turn(model, ids, cache)
+        with TieredCache(store, **arguments) as other:
+            check_turn(model, ids, other)
+    assert engine.pending == 0
+
+
+def check_turn(model, ids, cache):
+    found = answer(model, ids, cache)
+    known = cache.last_turn.cached_tokens
+    fed_alike = answer(model, ids, with_columns_of(cache, known, model) if known else DynamicCache(config=model.config))
+    assert_same_answer(found, fed_alike, exact=True)
+    assert_same_answer(found, answer(model, ids), exact=False)
+    assert 0 < cache.last_turn.peak_device_bytes <= cache._streaming.arguments["device_budget"]
+    assert cache.last_turn.peak_host_bytes <= cache._streaming.arguments["host_budget"]
+
+
+def play(engine, folder, *, host_bytes, share):
+    """Turns that meet every kind of copy: growing slots, pages that fill, files, a crop, layers that turn cold."""
+    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3)])
+    arguments = {
+        "device_budget": budget(1, 40, share),
+        "host_budget": host_bytes,
+        "spill_dir": folder,
+        "engine": lambda device: engine,
+    }
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, **arguments) as cache, engine.watching():
+        found = answer(model, ids, cache, max_new_tokens=20)
+        assert_same_answer(found, answer(model, ids, max_new_tokens=20), exact=True)
+        assert cache.last_turn.cold_layers > 2
+        more = torch.cat([found.sequences, ids[:, :2]], 1)
+        with copy.deepcopy(cache) as twin, TieredCache(store) as other:  # pages that other rings and the store read
+            check_turn(model, more, twin)
+            assert_same_answer(answer(model, more, other), answer(model, more), exact=False)
+        cache.crop(-6)
+        check_turn(model, torch.cat([found.sequences[:, :24], ids], 1), cache)
+
+
+# What comes first and last in ``after`` are the expressions that it is put together from.
+ORDERING = ("wait", "settle", "after", "after[0]", "after[-1]")
+# These wait so that memory which the budget counts as free is free: see test_memory_that_is_given_up_is_free.
+FREES_MEMORY = ("turn_cold", "_give_up")
+SCENES = {"host": {"host_bytes": 2**30, "share": 0.7}, "disk": {"host_bytes": 2_000, "share": 0.7}}
+
+
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+def test_every_wait_and_every_fence_is_needed(scene, tmp_path):
+    """Without any one of them a turn fails: by a race, by other bits, or by an error."""
+    recorder = Recorder(SimulatedEngine(random.Random(0), lazy=True))
+    play(recorder, tmp_path, **scene)
+    found = [drop for drop in drops(recorder) if drop.what in ORDERING and drop.site.function not in FREES_MEMORY]
+    assert found
+    survived = [drop for drop in found if survives(drop, tmp_path, scene)]
+    assert not survived, "\n".join(map(str, survived))
+
+
+def survives(drop: Drop, folder, scene) -> bool:
+    for seed, lazy in ((0, True), (1, False)):
+        mutant = Mutant(SimulatedEngine(random.Random(seed), lazy=lazy), drop)
+        try:
+            play(mutant, folder, **scene)
+        except (AssertionError, RaceError, RuntimeError, OSError):
+            return False
+        assert mutant.dropped, drop
+    return True
+
+
+def test_memory_that_is_given_up_is_free(tmp_path):
+    """Nothing that is on its way keeps a window that turned cold, or a slot that was replaced."""
+    engine = SimulatedEngine(random.Random(0), lazy=True)
+    streams = Streams(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
+    deck = streams.deck(torch.device("cpu"))
+    with engine.watching():
+        k = torch.randn(1, 1, 3 * PAGE, 2)
+        layer = streams.layer(0, k, k, None, True)
+        deck.keep_hot(layer, 0)
+        layer.append(0, k, k, 0)
+        layer.turn_cold()
+        assert engine.pending == 0, "a window is still being copied"
+        deck.ring.prefetch(1)
+        assert engine.pending > 0
+        layer.append(3 * PAGE, k[:, :, :1].repeat(1, 1, 5 * PAGE, 1), k[:, :, :1].repeat(1, 1, 5 * PAGE, 1), 0)
+        at_once = engine.pending
+        assert at_once == len(layer.wanted_next().pages) - 1, "pages went down, and nothing else is on its way"
+    streams.close()
