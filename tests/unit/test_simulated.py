@@ -154,8 +154,20 @@ class TestScheduling:
         engine.call(lambda: counts.fill_(1), writes=(counts,))
         assert counts.view(torch.uint8).tolist() == [255] * 16
         assert engine.pending == 1
+        truths = torch.zeros(4, dtype=torch.bool)
+        engine.copy(truths, torch.zeros(4, dtype=torch.bool))
+        assert truths.tolist() == [True] * 4
         engine.close()
         assert counts.tolist() == [1] * 4
+
+    def test_what_an_operation_changes_in_place_is_not_poisoned(self):
+        engine = SimulatedEngine(lazy=True)
+        memory, other = torch.ones(4), torch.ones(4)
+        fence = engine.call(lambda: memory.mul_(3), reads=(memory[:1],), writes=(memory, other))
+        assert memory.tolist() == [1] * 4
+        assert other.isnan().all()
+        engine.settle(fence)
+        assert memory.tolist() == [3] * 4
 
     def test_a_source_is_read_when_the_operation_runs(self):
         engine = SimulatedEngine(lazy=True)
@@ -242,6 +254,26 @@ class TestScheduling:
 
 
 class TestFailures:
+    def test_what_a_failed_operation_came_after_may_still_be_pending(self):
+        ran = set()
+        for seed in range(20):
+            engine, done = SimulatedEngine(random.Random(seed), lazy=True), []
+            slow = engine.call(lambda done=done: done.append(1))
+            broken = engine.call(lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.wait(engine.call(lambda: None, after=(slow, broken)))
+            ran.add(len(done))
+        assert ran == {0, 1}
+
+    def test_a_failed_operation_has_ended_when_its_error_was_raised(self):
+        engine, target = SimulatedEngine(lazy=True), torch.zeros(4)
+        with engine.watching():
+            fence = engine.call(lambda: 1 // 0, writes=(target,), after=(engine.mark(),))
+            with pytest.raises(ZeroDivisionError):
+                engine.wait(fence)
+            target.zero_()
+            engine.copy(target, torch.zeros(4), after=(engine.mark(),))
+
     @pytest.mark.parametrize("lazy", [True, False])
     def test_every_step_can_be_made_to_fail(self, lazy):
         """Seven engine calls; those of the caller raise there and then, those of operations at their wait."""
@@ -317,6 +349,8 @@ class TestRules:
             target[4:].sum()  # other bytes of the same memory
             target.view(2, 4).t()  # a view
             torch.empty_like(target)
+            target.new_zeros(8)
+            target.view(8).unsqueeze_(0)
             engine.wait(fence)
             target.sum()
 
@@ -332,6 +366,30 @@ class TestRules:
         with engine.watching(), grad():
             target.reshape(16)
         assert rule_of(run) == "R1"
+
+    @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_r1_attention_reads_k_and_v(self, engine, grad, attention):
+        q = torch.randn(1, 4, 1, 8)
+        window = torch.randn(2, 1, 2, 32, 8)
+        page = torch.randn(2, 6, 8)
+
+        def attend(columns):
+            k, v = window[:, :, :, :columns]
+            with engine.watching(), grad():
+                if attention == "sdpa":
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+                k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(1, 4, columns, 8) for x in (k, v))
+                return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), -1), v)
+
+        fence = engine.copy(window[1, 0, :, 20:26], page)
+        before = attend(20)
+        assert rule_of(lambda: attend(21)) == "R1"
+        engine = SimulatedEngine(lazy=True)
+        engine.wait(engine.copy(window[1, 0, :, 20:26], page))
+        assert attend(26).isfinite().all()
+        assert torch.equal(before, attend(20))
+        del fence
 
     def test_r2_kernels_write_sources_after_their_wait(self, engine):
         source = torch.zeros(4)
