@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,24 +13,33 @@ from kvtier.transfer.engine import CopyEngine, Fence, Pair, Task
 
 
 class Drop(NamedTuple):
-    """One thing to leave out at one site: ``wait``, ``settle``, all of ``after``, or the element ``after[i]``.
+    """One thing to leave out.
 
-    A negative ``i`` counts from the end.
+    Attributes:
+        site: the line that calls the engine.
+        what: ``wait``, ``settle``, ``after`` for all fences of that argument, ``after[0]`` or ``after[-1]``.
+        origin: only fences that were made there, such as ``copy at stream/ring.py:80``; empty for all.
     """
 
     site: Site
     what: str
+    origin: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what} at {self.site}"
+        return f"{self.what} ({self.origin or 'all'}) at {self.site}"
 
 
 class Recorder:
-    """Passes everything to ``engine`` and notes what could be dropped. Other attributes are the engine's own."""
+    """Passes everything to ``engine`` and notes what could be dropped. Other attributes are the engine's own.
+
+    Attributes:
+        seen: how often each thing that could be dropped was asked for.
+    """
 
     def __init__(self, engine: CopyEngine) -> None:
-        self.seen: dict[Drop, int] = {}
+        self.seen: Counter[Drop] = Counter()
         self._engine = engine
+        self._origins: dict[int, tuple[Fence, str]] = {}  # with the fence, so that no other one gets its id
 
     @property
     def device_is_host(self) -> bool:
@@ -38,11 +48,11 @@ class Recorder:
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Pass it on."""
-        return self._engine.copy(dst, src, after=self._after(after))
+        return self._made("copy", self._engine.copy(dst, src, after=self._after(after)))
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
         """Pass it on."""
-        return self._engine.copy_all(pairs, after=self._after(after))
+        return self._made("copy", self._engine.copy_all(pairs, after=self._after(after)))
 
     def call(
         self,
@@ -53,20 +63,20 @@ class Recorder:
         after: Sequence[Fence] = (),
     ) -> Fence:
         """Pass it on."""
-        return self._engine.call(task, reads=reads, writes=writes, after=self._after(after))
+        return self._made("call", self._engine.call(task, reads=reads, writes=writes, after=self._after(after)))
 
     def mark(self) -> Fence:
         """Pass it on."""
-        return self._engine.mark()
+        return self._made("mark", self._engine.mark())
 
     def wait(self, fence: Fence) -> None:
         """Pass it on."""
-        if self._keeps("wait"):
+        if self._keeps("wait", fence):
             self._engine.wait(fence)
 
     def settle(self, fence: Fence) -> None:
         """Pass it on."""
-        if self._keeps("settle"):
+        if self._keeps("settle", fence):
             self._engine.settle(fence)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
@@ -80,22 +90,33 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def _after(self, after: Sequence[Fence]) -> Sequence[Fence]:
-        if not after:
-            return after
-        everything = self._keeps("after")
-        count = len(after)
-        kept = [
-            fence
-            for index, fence in enumerate(after)
-            if self._keeps(f"after[{index}]") and self._keeps(f"after[{index - count}]")
-        ]
-        return kept if everything else ()
+    def _made(self, kind: str, fence: Fence) -> Fence:
+        self._origins.setdefault(id(fence), (fence, f"{kind} at {Site.of_caller()}"))
+        return fence
 
-    def _keeps(self, what: str) -> bool:
-        drop = Drop(Site.of_caller(), what)
-        self.seen[drop] = self.seen.get(drop, 0) + 1
-        return True
+    def _after(self, after: Sequence[Fence]) -> Sequence[Fence]:
+        kept = []
+        for index, fence in enumerate(after):
+            keeps = self._keeps("after", fence)
+            if index == 0:
+                keeps &= self._keeps("after[0]")
+            if index == len(after) - 1:
+                keeps &= self._keeps("after[-1]")
+            if keeps:
+                kept.append(fence)
+        return kept
+
+    def _keeps(self, what: str, fence: Fence = None) -> bool:
+        """Return whether this use of ``fence`` is passed on."""
+        site = Site.of_caller()
+        uses = [Drop(site, what)]
+        if fence is not None:
+            uses.append(Drop(site, what, self._origins[id(fence)][1]))
+        self.seen.update(uses)
+        return not any(self._drops(use) for use in uses)
+
+    def _drops(self, use: Drop) -> bool:
+        return False
 
 
 class Mutant(Recorder):
@@ -110,18 +131,25 @@ class Mutant(Recorder):
         self.drop = drop
         self.dropped = 0
 
-    def _keeps(self, what: str) -> bool:
-        super()._keeps(what)
-        if Drop(Site.of_caller(), what) != self.drop:
-            return True
-        self.dropped += 1
-        return False
+    def _drops(self, use: Drop) -> bool:
+        drops = use == self.drop
+        self.dropped += drops
+        return drops
 
 
-def drops(recorder: Recorder) -> list[Drop]:
-    """Return everything that could be dropped in a recorded run, by file, line and kind.
+def drops(*recorders: Recorder) -> list[Drop]:
+    """Return what could be dropped in recorded runs, by file, line and kind, each mutant once.
 
-    All of ``after`` is left out where it never had more than one element: that element stands for it.
+    Fences of one origin are not told apart where there is no other origin, nor elements where there is only one.
     """
-    several = {drop.site for drop in recorder.seen if drop.what == "after[1]"}
-    return sorted(drop for drop in recorder.seen if drop.what != "after" or drop.site in several)
+    seen = sum((recorder.seen for recorder in recorders), Counter[Drop]())
+    origins = Counter((drop.site, drop.what) for drop in seen if drop.origin)
+    found = []
+    for drop, count in seen.items():
+        if drop.origin:
+            tells = origins[drop.site, drop.what] > 1
+        else:
+            tells = drop.what in ("wait", "settle", "after") or count < seen[Drop(drop.site, "after")]
+        if tells:
+            found.append(drop)
+    return sorted(found)

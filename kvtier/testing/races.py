@@ -21,15 +21,12 @@ comes before everything that it enqueues later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from kvtier.testing.accesses import Access, KernelLog, OperationLog, Past, weak
 from kvtier.testing.regions import Region
-
-_weak: Any = StorageWeakRef  # torch gives it no types
 
 
 class RaceError(AssertionError):
@@ -40,114 +37,55 @@ class RaceError(AssertionError):
         self.rule = rule
 
 
-class Past(NamedTuple):
-    """What is known to have ended at some point.
+class Detector:
+    """Knows what is ordered, and raises :class:`RaceError` at the first two accesses that are not.
 
     Attributes:
-        operations: bit *n* is set when operation *n* is among it.
-        kernels: how many kernels are, counted from the first one.
+        races: all that were raised.
     """
-
-    operations: int = 0
-    kernels: int = 0
-
-    def joined(self, others: Iterable[Past]) -> Past:
-        """Return the past of a point that comes after this one and ``others``."""
-        operations, kernels = self
-        for other in others:
-            operations |= other.operations
-            kernels = max(kernels, other.kernels)
-        return Past(operations, kernels)
-
-    def has(self, number: int) -> bool:
-        """Whether operation ``number`` has ended."""
-        return bool(self.operations >> number & 1)
-
-
-@dataclass(slots=True, eq=False)
-class _Access:
-    """One tensor of one operation. Holds the tensor until compute has waited, so that its address stays taken."""
-
-    number: int
-    operation: str
-    region: Region
-    writes: bool
-    storage: Any
-    tensor: torch.Tensor | None
-
-    def alive(self) -> bool:
-        return self.tensor is not None or not self.storage.expired()
-
-
-class _Log:
-    """When kernels last read and wrote the regions of one storage; of each kind, the latest come last."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage = _weak(storage)
-        self.low = storage.data_ptr()
-        self.high = self.low + storage.nbytes()
-        self.reads: dict[Region, tuple[int, str]] = {}
-        self.writes: dict[Region, tuple[int, str]] = {}
-
-    def latest(self, region: Region, *, writes: bool, since: int) -> tuple[str, str] | None:
-        """Return a kernel later than ``since`` that conflicts with an access to ``region``, and what it did."""
-        for did, log in (("wrote", self.writes), ("read", self.reads)):
-            if did == "read" and not writes:
-                continue
-            for touched, (time, kernel) in reversed(log.items()):
-                if time <= since:
-                    break
-                if touched.overlaps(region):
-                    return kernel, did
-        return None
-
-
-class Detector:
-    """Knows what is ordered, and raises :class:`RaceError` at the first two accesses that are not."""
 
     def __init__(self) -> None:
         self.races: list[RaceError] = []
-        self._operations = 0
-        self._kernels = 0
-        self._compute = Past()  # includes what the host has settled
+        self._time = 0  # kernels so far
+        self._number = 0  # operations so far
+        self._compute = Past()  # what compute has waited for; it includes what the host has settled
         self._host = Past()
-        self._accesses: list[_Access] = []  # of operations that the host has not settled
-        self._open: list[_Access] = []  # of operations that compute has not waited for
-        self._logs: dict[int, _Log] = {}
-        self._purge_at = 256
+        self._kernels = KernelLog()
+        self._operations = OperationLog()
+        # Tensors of operations that compute has not waited for: as long as they run, their memory is not given away.
+        self._held: dict[int, tuple[torch.Tensor, ...]] = {}
         self._host_memory: dict[int, Any] = {}
 
     # The host and the fences
 
     def mark(self) -> Past:
         """Return the past of a mark that is taken now."""
-        return Past(self._compute.operations, self._kernels)
+        return Past(self._compute.operations, self._time)
 
     def waited(self, past: Past) -> None:
         """Let compute wait for a point with ``past``."""
         self._compute = self._compute.joined((past,))
-        for access in self._open:
-            if self._compute.has(access.number):
-                access.tensor = None
-        self._open = [access for access in self._open if access.tensor is not None]
+        for number in [number for number in self._held if self._compute.has(number)]:
+            del self._held[number]
 
     def settled(self, past: Past) -> None:
         """Let the host wait for a point with ``past``: everything that is enqueued from now on comes after it."""
         self._host = self._host.joined((past,))
+        self._operations.forget(past)
         self.waited(past)
-        self._accesses = [access for access in self._accesses if not self._host.has(access.number)]
 
     def owns(self, host: torch.Tensor) -> None:
         """Note that ``host`` is new memory of the host: what touches nothing else is work of the host."""
         storage = host.untyped_storage()
-        self._host_memory[storage._cdata] = _weak(storage)
+        self._host_memory = {key: memory for key, memory in self._host_memory.items() if not memory.expired()}
+        self._host_memory[storage._cdata] = weak(storage)
 
     # Operations
 
     def enqueue(
         self, operation: str, after: Iterable[Past], reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
     ) -> Past:
-        """Return the past of the fence of a new operation.
+        """Judge a new operation; return the past of its fence.
 
         Args:
             operation: what to call it in errors.
@@ -155,69 +93,57 @@ class Detector:
             reads: its sources.
             writes: its targets.
         """
-        number = self._operations
-        before = self._host.joined(after)
-        new = [
-            _Access(number, operation, Region.of(tensor), written, _weak(tensor.untyped_storage()), tensor)
-            for written, tensors in ((False, reads), (True, writes))
-            for tensor in tensors
-            if tensor.numel()
+        number, before = self._number, self._host.joined(after)
+        touched = [
+            (tensor.untyped_storage(), Access(number, operation, region, written))
+            for tensor, region, written in _touched(reads, writes)
         ]
-        for access in new:
-            self._check_kernels(access, before)
-            self._check_operations(access, before)
-        self._operations += 1
-        self._accesses = [old for old in self._accesses if not _replaced(old, new, before)] + new
-        self._open += new
+        for _, access in touched:
+            self._judge(access, before)
+        self._number += 1
+        for storage, access in touched:
+            self._operations.add(storage, access, before)
+        self._held[number] = (*reads, *writes)
         return before.joined((Past(1 << number),))
 
-    def _check_kernels(self, access: _Access, before: Past) -> None:
-        low, high = access.region.bounds()
-        for log in self._logs.values():
-            if log.low >= high or low >= log.high:
-                continue
-            late = log.latest(access.region, writes=access.writes, since=before.kernels)
-            if late is not None and not log.storage.expired():
-                kernel, did = late
-                does = "writes" if access.writes else "reads"
-                self._race(
-                    "R3",
-                    f"{access.operation} {does} memory that the kernel {kernel} {did}, "
-                    "and comes after no mark that was taken after that kernel",
-                )
-
-    def _check_operations(self, access: _Access, before: Past) -> None:
-        for old in self._accesses:
-            if (
-                (access.writes or old.writes)
-                and not before.has(old.number)
-                and old.region.overlaps(access.region)
-                and old.alive()
-            ):
-                does, did = ("writes" if one.writes else "reads" for one in (access, old))
-                self._race(
-                    "R4", f"{access.operation} {does} bytes that {old.operation} {did}, and does not come after it"
-                )
+    def _judge(self, access: Access, before: Past) -> None:
+        does = "writes" if access.writes else "reads"
+        late = self._kernels.later(access.region, before.kernels, writes=access.writes)
+        if late is not None:
+            kernel, did = late
+            self._race(
+                "R3",
+                f"{access.operation} {does} memory that the kernel {kernel} {did}, "
+                "and comes after no mark that was taken after that kernel",
+            )
+        other = self._operations.unordered(access.region, before, writes=access.writes)
+        if other is not None:
+            did = "writes" if other.writes else "reads"
+            self._race("R4", f"{access.operation} {does} bytes that {other.operation} {did}, and is not after it")
 
     # Kernels
 
     def kernel(self, name: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> bool:
         """Judge a kernel that is about to run; return whether it is work of the host, on memory of the host alone."""
-        touched = [
-            (tensor, Region.of(tensor), written)
-            for written, tensors in ((False, reads), (True, writes))
-            for tensor in tensors
-            if tensor.numel()
-        ]
-        on_host = bool(touched) and all(self._is_host(tensor) for tensor, _, _ in touched)
-        for _, region, written in touched:
-            for access in self._accesses if on_host else self._open:
-                if (access.writes or written) and access.region.overlaps(region) and access.alive():
-                    self._race_of_kernel(name, written, access, "the host has not settled" if on_host else None)
+        touched = _touched(reads, writes)
+        on_host = bool(touched) and all(
+            tensor.untyped_storage()._cdata in self._host_memory for tensor, _, _ in touched
+        )
+        who, past = ("the host", self._host) if on_host else ("compute", self._compute)
+        if on_host or self._held:
+            for _, region, written in touched:
+                access = self._operations.unordered(region, past, writes=written)
+                if access is not None:
+                    does, did = ("writes" if one else "reads" for one in (written, access.writes))
+                    self._race(
+                        "R1" if access.writes else "R2",
+                        f"the kernel {name} {does} memory that {access.operation} {did}, "
+                        f"and {who} has not waited for that operation",
+                    )
         if not on_host:
-            self._kernels += 1
+            self._time += 1
             for tensor, region, written in touched:
-                self._touch(tensor.untyped_storage(), region, name, written=written)
+                self._kernels.add(tensor.untyped_storage(), region, self._time, name, writes=written)
         return on_host
 
     def produced(self, name: str, outputs: Sequence[torch.Tensor], *, on_host: bool) -> None:
@@ -227,34 +153,7 @@ class Detector:
             if on_host:
                 self.owns(tensor)
             else:
-                self._touch(storage, Region.whole(storage), name, written=True)
-
-    def _race_of_kernel(self, name: str, written: bool, access: _Access, why: str | None) -> None:
-        does, did = ("writes" if one else "reads" for one in (written, access.writes))
-        why = why or "compute has not waited for"
-        self._race(
-            "R1" if access.writes else "R2",
-            f"the kernel {name} {does} memory that {access.operation} {did}, and {why} that operation",
-        )
-
-    def _touch(self, storage: torch.UntypedStorage, region: Region, name: str, *, written: bool) -> None:
-        log = self._logs.get(storage._cdata)  # weakly referenced: no other storage can have this number meanwhile
-        if log is None:
-            self._purge()
-            log = self._logs[storage._cdata] = _Log(storage)
-        times = log.writes if written else log.reads
-        times.pop(region, None)
-        times[region] = (self._kernels, name)
-
-    def _is_host(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._host_memory
-
-    def _purge(self) -> None:
-        if len(self._logs) + len(self._host_memory) < self._purge_at:
-            return
-        self._logs = {key: log for key, log in self._logs.items() if not log.storage.expired()}
-        self._host_memory = {key: weak for key, weak in self._host_memory.items() if not weak.expired()}
-        self._purge_at = 2 * (len(self._logs) + len(self._host_memory)) + 256
+                self._kernels.add(storage, Region.whole(storage), self._time, name, writes=True)
 
     def _race(self, rule: str, what: str) -> None:
         race = RaceError(rule, what)
@@ -262,8 +161,11 @@ class Detector:
         raise race
 
 
-def _replaced(old: _Access, new: Sequence[_Access], before: Past) -> bool:
-    """Whether whatever races with ``old`` from now on also races with an access that comes after it, or cannot be."""
-    if not old.alive():
-        return True
-    return before.has(old.number) and any(one.region == old.region and (one.writes or not old.writes) for one in new)
+def _touched(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Region, bool]]:
+    """Return all tensors that have bytes, their regions, and whether they are written."""
+    return [
+        (tensor, Region.of(tensor), written)
+        for written, tensors in ((False, reads), (True, writes))
+        for tensor in tensors
+        if tensor.numel()
+    ]

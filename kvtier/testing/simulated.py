@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from kvtier.testing.accesses import Past
 from kvtier.testing.kernels import Watch
-from kvtier.testing.races import Detector, Past
+from kvtier.testing.races import Detector
 from kvtier.testing.regions import Region
 from kvtier.testing.sites import Site
 from kvtier.transfer.engine import Fence, Pair, Task, copy_pairs
