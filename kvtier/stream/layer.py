@@ -174,7 +174,7 @@ class StreamedLayer:
         if full > paged:
             k, v = window.k[:, :, paged - base : full - base], window.v[:, :, paged - base : full - base]
             parts, fences = self._deck.below.lower(k, v, [self._deck.engine.mark()])
-            slot.free_after += fences
+            slot.leaving += fences
             self._parts = [*self._parts, *parts]
             begin = full
         assert self._tail is not None

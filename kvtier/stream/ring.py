@@ -65,8 +65,9 @@ class Slot:
     memory: torch.Tensor | None = None
     holds: Wanted | None = None
     in_use: bool = False
-    arriving: list[Fence] = field(default_factory=list)
-    free_after: list[Fence] = field(default_factory=list)
+    arriving: list[Fence] = field(default_factory=list)  # what fills it
+    leaving: list[Fence] = field(default_factory=list)  # copies of it to below
+    seen: list[Fence] = field(default_factory=list)  # marks after the kernels that used it
 
     def window(self, rows: int, geometry: LayerGeometry) -> Window:
         """Return the whole slot as a window of a layer."""
@@ -120,7 +121,7 @@ class Ring:
             return
         mark = self._engine.mark()
         for slot in used:
-            slot.free_after.append(mark)
+            slot.seen.append(mark)
             slot.in_use, slot.holds = False, None
 
     def take(self, wanted: Wanted) -> Slot:
@@ -173,7 +174,7 @@ class Ring:
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
     def _fill(self, slot: Slot, wanted: Wanted) -> None:
-        before = slot.free_after + slot.arriving
+        before = slot.seen + slot.leaving + slot.arriving
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
         if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
             self._give_up(slot, before)
@@ -189,18 +190,19 @@ class Ring:
                 begin += part.tokens
         except BaseException:
             # Copies may be on their way that nobody knows of: let them have the memory.
-            slot.memory, slot.arriving, slot.free_after = None, [], []
+            slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
             self._ledger.set(id(slot), 0)
             raise
         self._traffic.bytes_up += wanted.page_bytes
-        slot.arriving, slot.free_after = fences or before, []
+        # Without pages, kernels are the first to write there; among themselves they are ordered.
+        slot.arriving, slot.leaving, slot.seen = fences or slot.leaving + slot.arriving, [], []
         slot.holds = wanted
 
     def _give_up(self, slot: Slot, users: Sequence[Fence]) -> None:
         """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
         for fence in users:
             self._engine.settle(fence)
-        slot.memory, slot.arriving, slot.free_after = None, [], []
+        slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
         self._ledger.set(id(slot), 0)
 
     def close(self) -> None:
