@@ -275,7 +275,7 @@ class TieredCache(DynamicCache, TurnTaker):
                 raise
         self._turn = turn
         if self._streams is not None:
-            self._streams.begin_turn()
+            self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0)
         self.last_turn = turn.report()
         return self.last_turn
 
@@ -408,6 +408,8 @@ class TieredCache(DynamicCache, TurnTaker):
     def _copy_streamed(self, twin: TieredCache) -> None:
         streams = twin._streams
         assert streams is not None
+        if self._streams is not None:
+            streams.keep_files_of(self._streams)
         while len(twin.layers) < len(self.layers):
             twin.layers.append(build_layer(len(twin.layers), None, streams.layer))
         for ours, theirs in zip(self.layers, twin.layers, strict=True):

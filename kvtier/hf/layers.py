@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtier.hf.prefix import MakeMemory, TurnPrefix
@@ -13,6 +13,9 @@ from kvtier.hf.streamed import StreamedPrefix
 from kvtier.stream.layer import StreamedLayer
 from kvtier.stream.streams import Streams
 from kvtier.window import LayerMemory, Window
+
+# Stands for layers that keep nothing; older versions of transformers leave them out.
+_Place: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 def _new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
@@ -191,13 +194,16 @@ def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) 
         make: makes places for K and V; by default, windows.
     """
     upstream = DynamicCache(config=config).layers
+    places = [layer for layer in upstream if type(layer) is _Place]  # of layers that read the K and V of others
+    upstream = [layer for layer in upstream if type(layer) is not _Place]
     kept = (DynamicLayer, DynamicSlidingWindowLayer)
     others = sorted({type(layer).__name__ for layer in upstream if type(layer) not in kept})
     if others:
-        return upstream, f"layers of kind {', '.join(others)} are not kept yet"
+        return DynamicCache(config=config).layers, f"layers of kind {', '.join(others)} are not kept yet"
     windows = [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in upstream]
-    shared = _read_by_others(config, windows)
-    return [build_layer(index, window, make, index not in shared) for index, window in enumerate(windows)], None
+    read_by_others = _last_of_each_kind(windows) if places else set()
+    layers = [build_layer(index, window, make, index not in read_by_others) for index, window in enumerate(windows)]
+    return [*layers, *places], None
 
 
 def build_layer(
@@ -213,8 +219,6 @@ def build_layer(
     return WindowLayer(memory) if sliding_window is None else SlidingWindowLayer(sliding_window, memory)
 
 
-def _read_by_others(config: PreTrainedConfig, windows: list[int | None]) -> set[int]:
-    """Return the layers whose K and V later layers read again: the last one of each kind, if any are shared."""
-    if not getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
-        return set()
+def _last_of_each_kind(windows: list[int | None]) -> set[int]:
+    """Return the layers whose K and V later layers read again, where any do: the last sliding one, the last full one."""
     return {max(i for i, w in enumerate(windows) if (w is None) == full) for full in {w is None for w in windows}}

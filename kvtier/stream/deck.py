@@ -49,6 +49,7 @@ class Deck:
         self.page_tokens = page_tokens
         self.ledger = ledger
         self.ring = Ring(engine, device, ledger, traffic, self.make_room, self._in_order)
+        self.expected_columns = 0
         self._limit = limit
         self._total_layers = total_layers
         self._layers: dict[int, StreamedLayer] = {}
@@ -86,6 +87,8 @@ class Deck:
         if self._layers.get(layer.index) is layer:
             del self._layers[layer.index]
             self._sorted.remove(layer.index)
+        if not self._layers:  # what was prefetched is of no use to those that come
+            self.ring.close()
 
     def count(self, layer: StreamedLayer, more: int = 0) -> None:
         """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
@@ -171,7 +174,7 @@ class Deck:
     def _too_small(self, limit: int, growing: StreamedLayer | None) -> BudgetError:
         layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
         rows = max(layer.rows for layer in layers.values())
-        columns = max(layer.wants for layer in layers.values())
+        columns = max(self.expected_columns, *(layer.wants for layer in layers.values()))
         movable = [layer.geometry.token_bytes for layer in layers.values() if layer.may_be_cold]
         fixed = [layer for layer in layers.values() if not layer.may_be_cold]
         # Layers that have not been seen yet are taken for such as were.

@@ -56,7 +56,7 @@ class StreamedLayer:
         # window is of no meaning, so that giving up the window is the one step that turns it cold.
         self._tail: Window | None = None
         self._parts: list[Part] = []
-        self._chunk = 1  # columns of the last update: the next one is likely to have as many
+        self._chunk = 1  # columns of the last update
         deck.join(self)
 
     # --- what is held -----------------------------------------------------------------------------------------------
@@ -188,10 +188,11 @@ class StreamedLayer:
         return Wanted(self.index, base, pages, columns, self._rows, self.geometry)
 
     def wanted_next(self) -> Wanted:
-        """Return what the next update will want, if it has as many columns as the last one."""
+        """Return what the next update will want: another piece of the prompt, or one token."""
         page = self._deck.page_tokens
         base = min(self._first_visible(self.length) // page * page, self.paged)
-        return self._wanted(base, self.length + self._chunk)
+        rest = self._deck.expected_columns - self.length
+        return self._wanted(base, self.length + (min(self._chunk, rest) if rest > 0 else 1))
 
     def _pages(self, begin: int, end: int) -> Iterator[Part]:
         """Return the parts of the columns ``[begin, end)`` that are below."""

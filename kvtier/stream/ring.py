@@ -7,6 +7,7 @@ moment is what the next pages in it come after.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from kvtier.errors import BudgetError
+from kvtier.errors import BudgetError, KvtierError
 from kvtier.geometry import LayerGeometry
 from kvtier.stream.residency import PREFETCH_DEPTH
 from kvtier.stream.runs import Part
@@ -138,8 +139,12 @@ class Ring:
         slot.in_use = True
         self.prefetch(wanted.layer)
         started = time.perf_counter()
-        for fence in slot.arriving:
-            self._engine.wait(fence)
+        try:
+            for fence in slot.arriving:
+                self._engine.wait(fence)
+        except BaseException:
+            self._give_up(slot)
+            raise
         if wanted.pages:
             self._traffic.waits += 1
             self._traffic.wait_seconds += time.perf_counter() - started
@@ -174,10 +179,11 @@ class Ring:
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
     def _fill(self, slot: Slot, wanted: Wanted) -> None:
-        before = slot.seen + slot.leaving + slot.arriving
+        self._settle(slot.arriving)  # of a prefetch that nobody wants any more
+        before, slot.arriving = slot.seen + slot.leaving, []
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
         if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
-            self._give_up(slot, before)
+            self._give_up(slot)
             self._make_room(wanted.nbytes)
             self._ledger.set(id(slot), wanted.nbytes)
             slot.memory = torch.empty(wanted.nbytes, dtype=torch.uint8, device=self._device)
@@ -190,23 +196,29 @@ class Ring:
                 begin += part.tokens
         except BaseException:
             # Copies may be on their way that nobody knows of: let them have the memory.
-            slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
+            slot.memory, slot.leaving, slot.seen = None, [], []
             self._ledger.set(id(slot), 0)
             raise
         self._traffic.bytes_up += wanted.page_bytes
         # Without pages, kernels are the first to write there; among themselves they are ordered.
-        slot.arriving, slot.leaving, slot.seen = fences or slot.leaving + slot.arriving, [], []
+        slot.arriving, slot.leaving, slot.seen = fences or slot.leaving, [], []
         slot.holds = wanted
 
-    def _give_up(self, slot: Slot, users: Sequence[Fence]) -> None:
+    def _give_up(self, slot: Slot) -> None:
         """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
-        for fence in users:
-            self._engine.settle(fence)
+        users = slot.seen + slot.leaving + slot.arriving
+        slot.holds, slot.in_use = None, False
         slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
+        self._settle(users)
         self._ledger.set(id(slot), 0)
 
+    def _settle(self, fences: Sequence[Fence]) -> None:
+        """Wait for copies to end, however they end: what they were for is not wanted any more."""
+        for fence in fences:
+            with contextlib.suppress(KvtierError):
+                self._engine.settle(fence)
+
     def close(self) -> None:
-        """Forget everything; what is on its way arrives in memory that nobody looks at."""
+        """Forget everything."""
         for slot in self.slots:
-            self._ledger.set(id(slot), 0)
-        self.slots = [Slot() for _ in range(PREFETCH_DEPTH)]
+            self._give_up(slot)

@@ -158,10 +158,13 @@ class FileRun:
             stage, free = self._staging.next(rows, last - first, self.geometry)
             k, v = k_bhtd[:, :, first:last], v_bhtd[:, :, first:last]
             pairs = [pair for row in range(rows) for pair in _heads(stage, row, 0, last - first, k[row], v[row])]
-            copied = self._engine.copy_all(pairs, after=[*after, *free])
             write = partial(self._file.write, first, stage.k, stage.v)
-            written = self._engine.call(write, reads=(stage.k, stage.v), after=[copied])
-            self._staging.used([written])
+            users = list(free)
+            try:
+                users = [copied := self._engine.copy_all(pairs, after=[*after, *free])]
+                users = [written := self._engine.call(write, reads=(stage.k, stage.v), after=users)]
+            finally:
+                self._staging.used(users)
             self._written.append(written)
             freed.append(copied)
         return freed
@@ -230,12 +233,15 @@ def _lift_by_host(
     for first, last in staging.chunks(part.first, part.last, rows * part.run.geometry.token_bytes):
         stage, free = staging.next(rows, last - first, part.run.geometry)
         task = partial(_read_rows, read, part.rows, first, last, stage, 0)
-        arrived = engine.call(task, writes=(stage.k, stage.v), after=[*written, *free])
         at = begin + first - part.first
         to = at + last - first
         pairs = [pair for row in range(rows) for pair in _heads(into, row, at, to, stage.k[row], stage.v[row])]
-        copied = engine.copy_all(pairs, after=[*after, arrived])
-        staging.used([copied])
+        users = list(free)
+        try:
+            users = [engine.call(task, writes=(stage.k, stage.v), after=[*written, *free])]
+            users = [copied := engine.copy_all(pairs, after=[*after, *users])]
+        finally:
+            staging.used(users)
         fences.append(copied)
     return fences
 

@@ -45,8 +45,7 @@ class SpillFolder:
         self.parent = parent
         self._path: Path | None = None
         self._remove: weakref.finalize[[Path, int, int], SpillFolder] | None = None
-        self._closed = False
-        self._files: set[str] = set()
+        self._users = 1
         self._pid = os.getpid()
 
     def new_file(self) -> str:
@@ -58,19 +57,19 @@ class SpillFolder:
                 raise StreamError(
                     f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
                 ) from error
-        path = f"{self._path}/{uuid.uuid4().hex}.safetensors"
-        self._files.add(path)
-        return path
+        return f"{self._path}/{uuid.uuid4().hex}.safetensors"
+
+    def share(self) -> SpillFolder:
+        """Return the folder for another user, who closes it too."""
+        self._users += 1
+        return self
 
     def forget(self, path: str) -> None:
-        """Delete a file that nobody reads any more; with the last one of a closed folder, the folder."""
+        """Delete a file that nobody reads any more."""
         if os.getpid() != self._pid:
             return  # a forked child lets go of copies; the files are its parent's
         with contextlib.suppress(OSError):
             Path(path).unlink()
-        self._files.discard(path)
-        if self._closed:
-            self.close()
 
     def _make(self) -> None:
         self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,9 +84,9 @@ class SpillFolder:
         self._path = path
 
     def close(self) -> None:
-        """Delete the folder, as soon as no other cache reads a file in it. May be called more than once."""
-        self._closed = True
-        if self._remove is not None and not self._files:
+        """Delete the folder and what is in it, when the last of its users closes it."""
+        self._users -= 1
+        if self._users == 0 and self._remove is not None:
             self._remove()
 
 

@@ -60,6 +60,6 @@ class Staging:
         return Window.on_bytes(piece, rows, geometry, tokens), after
 
     def used(self, fences: Sequence[Fence]) -> None:
-        """Note who uses the window that ``next`` returned last."""
+        """Note who uses the window that ``next`` returned last; also when an interrupt came in between."""
         self._users[self._turn] = fences
         self._turn = (self._turn + 1) % _PIECES

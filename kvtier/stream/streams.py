@@ -48,9 +48,11 @@ class Streams:
     ) -> None:
         self.traffic = Traffic()
         self._before = Traffic()
+        self._columns = 0
         self.host = Ledger(host_budget_bytes)
         self._device_budget = device_budget
         self._folder = SpillFolder(spill_folder)
+        self._kept: list[SpillFolder] = [self._folder]
         self.page_tokens = page_tokens
         self._total_layers = total_layers
         self._make_engine = make_engine
@@ -73,6 +75,7 @@ class Streams:
                 self.page_tokens,
                 self._total_layers,
             )
+            deck.expected_columns = self._columns
         return deck
 
     def _limit(self, device: torch.device, ledger: Ledger) -> int | None:
@@ -97,8 +100,15 @@ class Streams:
             may_be_cold=may_be_cold,
         )
 
-    def begin_turn(self) -> None:
-        """Count from here on."""
+    def keep_files_of(self, other: Streams) -> None:
+        """Let the files of ``other`` live as long as these streams, which share pages with it."""
+        self._kept.extend(folder.share() for folder in other._kept)
+
+    def begin_turn(self, columns: int) -> None:
+        """Count from here on; a prompt of ``columns`` columns comes."""
+        self._columns = columns
+        for deck in self._decks.values():
+            deck.expected_columns = columns
         self._before = self.traffic.copy()
         for ledger in (self.host, *(deck.ledger for deck in self._decks.values())):
             ledger.begin_peak()
@@ -129,7 +139,8 @@ class Streams:
         for deck in self._decks.values():
             deck.close()
         self._decks.clear()
-        self._folder.close()
+        while self._kept:
+            self._kept.pop().close()
 
 
 def default_spill_folder(store_folder: Path | None) -> Path:
