@@ -41,6 +41,14 @@ class EngineChecks:
         assert not window[:, :, :3].any()
         assert not window[:, :, 5:].any()
 
+    def test_several_copies_have_one_fence(self, engine: CopyEngine) -> None:
+        """All are done when it has passed, and none begins before ``after``."""
+        host = self._host(engine, 4 * _LENGTH).view(4, _LENGTH)
+        there = torch.zeros(4, _LENGTH, device=self.device)
+        filled = engine.call(_filling(host, 3), writes=(host,))
+        engine.wait(engine.copy_all([(there[i], host[i]) for i in range(4)], after=(filled, engine.mark())))
+        assert (there == 3).all()
+
     def test_kernels_see_what_they_waited_for(self, engine: CopyEngine) -> None:
         """A host task fills a buffer, a copy takes it to the device, a kernel uses it."""
         host = self._host(engine, _LENGTH)

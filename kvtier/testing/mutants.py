@@ -111,7 +111,8 @@ class Recorder:
         site = Site.of_caller()
         uses = [Drop(site, what)]
         if fence is not None:
-            uses.append(Drop(site, what, self._origins[id(fence)][1]))
+            known = self._origins.get(id(fence))
+            uses.append(Drop(site, what, "elsewhere" if known is None else known[1]))
         self.seen.update(uses)
         return not any(self._drops(use) for use in uses)
 

@@ -190,7 +190,8 @@ class SimulatedEngine:
         if isinstance(last, _Operation):
             needed = last.unfinished()
             while not last.ended:
-                self._run_one_of([operation for operation in needed if not operation.ended])
+                self._run_one_of(needed)
+                needed = [operation for operation in needed if not operation.ended]
             if last.error is not None:
                 tell(Past(last.number_bit))  # it has ended; what it came after need not have
                 raise last.error
@@ -267,10 +268,10 @@ class _Operation:
         found, queue = {self: None}, [self]
         while queue:
             for before in queue.pop()._after:
-                if not before.ended and before not in found:
+                if before not in found:
                     found[before] = None
                     queue.append(before)
-        return [] if self.ended else list(found)
+        return [operation for operation in found if not operation.ended]
 
     def shares_with(self, later: _Operation) -> bool:
         """Whether it uses memory that ``later`` writes."""
