@@ -37,6 +37,7 @@ _EXACTNESS_TOKENS = 160
 _RACE_TOKENS = 240
 _PAGE_TOKENS = 8
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SMALL_HOST_BYTES = 2**18  # beside an accelerator, some pages go on to files
 _LOAD_BYTES = 4 * 2**20
 
 
@@ -98,8 +99,8 @@ class SelfTest:
                 model = self._model(_DTYPES[name])
                 script, page_tokens = random_script(chance, _RACE_TOKENS), chance.choice((4, 8, 16))
                 least, *_, most = budgets(model, longest_sequence(script), page_tokens)
-                budget = chance.randint(least, most)
-                yield self._trial(f"script {number} in {name}", model, script, budget, page_tokens)
+                budget, host_budget = chance.randint(least, most), chance.choice((None, _SMALL_HOST_BYTES))
+                yield self._trial(f"script {number} in {name}", model, script, budget, page_tokens, host_budget)
                 number += 1
 
     def _model(self, dtype: torch.dtype) -> Any:
@@ -107,8 +108,10 @@ class SelfTest:
             self._models[dtype] = tiny_model(self.device, dtype)
         return self._models[dtype]
 
-    def _trial(self, name: str, model: Any, script: Script, budget: int, page_tokens: int) -> Trial:
-        setting = f"{name}, device_budget={budget}, pages of {page_tokens} tokens"
+    def _trial(
+        self, name: str, model: Any, script: Script, budget: int, page_tokens: int, host_budget: int | None = None
+    ) -> Trial:
+        setting = f"{name}, device_budget={budget}, host_budget={host_budget}, pages of {page_tokens} tokens"
         report = None
         try:
             with (
@@ -117,6 +120,7 @@ class SelfTest:
                     store,
                     config=model.config,
                     device_budget=budget,
+                    host_budget=host_budget,
                     spill_dir=self.spill_dir,
                     engine=self.engine,
                 ) as cache,
