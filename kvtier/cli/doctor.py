@@ -83,9 +83,9 @@ def examine(folder: Path, seconds: float, engine: MakeEngine) -> Generator[Findi
         yield Finding("problem", "self-test", "not run: it needs a folder for cold pages")
         return
     computing = found or [torch.device("cpu")]
-    with spill_check.made(folder):
+    with spill_check.made_inside(folder) as scratch:
         for device in computing:
-            yield from _tried("self-test", partial(SelfTest(device, folder, engine).run, seconds / len(computing)))
+            yield from _tried("self-test", partial(SelfTest(device, scratch, engine).run, seconds / len(computing)))
 
 
 def _tried(subject: str, check: Check) -> Iterator[Finding]:

@@ -98,6 +98,16 @@ def random_script(chance: random.Random, longest: int, rows: int = 1) -> Script:
     return turns
 
 
+def steady_script() -> Script:
+    """Return three turns that have everything: a prompt at once and in chunks, an edit, and a crop."""
+    chance = random.Random(0)
+    return (
+        ScriptedTurn(cut=0, crop=0, prompt=(_ids(chance, 60, ()),), chunk=None, new_tokens=8),
+        ScriptedTurn(cut=13, crop=0, prompt=(_ids(chance, 30, (1,)),), chunk=7, new_tokens=8),
+        ScriptedTurn(cut=0, crop=40, prompt=(_ids(chance, 30, (2,)),), chunk=None, new_tokens=8),
+    )
+
+
 def _ids(chance: random.Random, count: int, mark: tuple[int, ...]) -> tuple[int, ...]:
     return mark + tuple(chance.randrange(_MARKS, _VOCABULARY) for _ in range(count))
 

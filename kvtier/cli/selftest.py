@@ -23,6 +23,7 @@ from kvtier.cli.scripts import (
     random_script,
     run_plain,
     run_tiered,
+    steady_script,
     tiny_model,
 )
 from kvtier.hf.cache import TieredCache
@@ -33,7 +34,6 @@ from kvtier.transfer import CopyEngine, Readers, engine_for
 
 _log = logging.getLogger("kvtier.cli")
 
-_EXACTNESS_TOKENS = 160
 _RACE_TOKENS = 240
 _PAGE_TOKENS = 8
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,7 +82,7 @@ class SelfTest:
 
     def exactness(self) -> Iterator[Trial]:
         """Yield one trial for each budget, from every layer cold to every layer hot, in fp32 and bf16."""
-        script = random_script(random.Random(0), _EXACTNESS_TOKENS)
+        script = steady_script()
         for name, dtype in _DTYPES.items():
             model = self._model(dtype)
             for budget in budgets(model, longest_sequence(script), _PAGE_TOKENS):

@@ -34,21 +34,25 @@ class Partition(Protocol):
 def check_spill_folder(folder: Path) -> Iterator[Finding]:
     """Yield findings about ``folder`` and the disk under it. What was made is deleted, whatever happens."""
     try:
-        with made(folder), tempfile.TemporaryDirectory(prefix="kvtier-doctor-", dir=folder) as scratch:
+        with made_inside(folder) as scratch:
             yield _space(folder)
-            yield _speed(Path(scratch) / "pages", folder)
+            yield _speed(scratch / "pages", folder)
     except OSError as error:
         text = f"cannot keep files in {folder}: {error}; name a folder you can write to (spill_dir, --spill-dir)"
         yield Finding("problem", "spill folder", text, {"folder": str(folder)})
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Have ``folder`` exist; afterwards delete those folders that were made for that and are still empty."""
+def made_inside(folder: Path) -> Iterator[Path]:
+    """Yield a new folder in ``folder``, and delete it afterwards with all that is in it.
+
+    ``folder`` and those above it are made where they are missing, and deleted afterwards if nobody else uses them.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        yield
+        with tempfile.TemporaryDirectory(prefix="kvtier-doctor-", dir=folder) as scratch:
+            yield Path(scratch)
     finally:
         for path in missing:
             with contextlib.suppress(OSError):  # never made, or someone else is using it by now

@@ -129,22 +129,49 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
     assert "problem  self-test    not run" in done.output
 
 
-@pytest.mark.usefixtures("without_accelerator")
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(self, *arguments):
-        assert (tmp_path / "spill").exists()
+class Interrupted(ThreadEngine):
+    """Somebody presses Ctrl-C while a layer waits for its pages."""
+
+    def wait(self, fence):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selftest.SelfTest, "_trial", interrupted)
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_an_interrupt_while_pages_move_leaves_nothing(tmp_path, monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setattr(doctor, "engine_for", lambda device: Interrupted())
     assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
     assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_an_interrupt_while_the_disk_is_measured_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(path, piece):
+        assert path.exists()
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(spill_check, "_read", interrupted)
     assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("without_accelerator")
+def test_an_interrupt_beside_the_busy_load_ends_it(tmp_path, monkeypatch):
+    def interrupted(self, *arguments):
+        assert threading.active_count() > threads
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    monkeypatch.setattr(selftest.SelfTest, "exactness", lambda self: [trial()])
+    monkeypatch.setattr(selftest.SelfTest, "_trial", interrupted)
+    assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+@pytest.mark.usefixtures("without_accelerator")
 def test_an_interrupt_between_two_findings_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "accelerators", list)
     shown = []
 
     def interrupted(console, finding):
@@ -158,8 +185,8 @@ def test_an_interrupt_between_two_findings_leaves_nothing(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("without_accelerator")
 def test_a_check_that_fails_is_a_problem_and_the_next_one_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "accelerators", list)
     monkeypatch.setattr(selftest.SelfTest, "run", lambda self, seconds: iter(()))
 
     def broken():
@@ -311,10 +338,12 @@ def test_a_disk_that_forgets_is_a_problem(tmp_path, monkeypatch):
 
 def test_only_folders_that_were_made_and_are_empty_are_deleted(tmp_path):
     mine = tmp_path / "mine"
-    with spill_check.made(mine / "a" / "b"):
+    with spill_check.made_inside(mine / "a" / "b") as scratch:
+        assert scratch.parent == mine / "a" / "b"
+        (scratch / "left").write_text("by whoever was interrupted")
         (mine / "theirs").write_text("someone else's")
     assert sorted(tmp_path.rglob("*")) == [mine, mine / "theirs"]
-    with spill_check.made(mine):
+    with spill_check.made_inside(mine):
         pass
     assert mine.exists()
 
@@ -336,6 +365,20 @@ def test_scripts_are_of_every_kind():
     assert any(turn.crop for turn in turns)
     assert any(turn.chunk for turn in turns)
     assert any(turn.chunk is None for turn in turns)
+
+
+def test_the_steady_script_is_answered_alike_by_a_dynamic_cache_alone():
+    """What a plain run knows at the beginning of each turn must be what it is told, whatever it computed before."""
+    model, script = scripts.tiny_model(CPU, torch.float32), scripts.steady_script()
+    known = [0, 55, 93]
+    first = scripts.run_plain(model, script, known)
+    for turn, count in enumerate(known[1:], 1):
+        prompt = first[turn].sequences[:, : first[turn].sequences.shape[1] - script[turn].new_tokens]
+        assert count < prompt.shape[1]
+        assert torch.equal(prompt[:, :count], first[turn - 1].sequences[:, :count])
+    with torch.no_grad():
+        whole = model(first[2].sequences[:, :-1]).logits[:, -8:]
+    torch.testing.assert_close(first[2].logits, whole, atol=1e-3, rtol=1e-3)
 
 
 def answer(token=1, logit=0.5):
