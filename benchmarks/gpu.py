@@ -97,7 +97,8 @@ def _models(device: torch.device) -> Iterator[tuple[str, Any]]:
     config._attn_implementation = "eager"  # the one whose kernels do not depend on how K and V lie in memory
     torch.manual_seed(0)
     with device:
-        yield "random Llama", LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    yield "random Llama", model
     if (demo_model_folder() / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype="auto", attn_implementation="eager")
         yield "SmolLM2-135M", model.to(device).eval()
