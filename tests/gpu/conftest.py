@@ -21,5 +21,4 @@ def place(request: pytest.FixtureRequest) -> Place:
     """The current accelerator, and a CPU in its place."""
     if request.param == "stand-in":
         return Place(torch.device("cpu"), real=False)
-    device = request.getfixturevalue("accelerator")
-    return Place(torch.device(device.type, torch.accelerator.current_device_index()), real=True)
+    return Place.on(request.getfixturevalue("accelerator"))

@@ -26,6 +26,11 @@ class Place:
     real: bool
     host_memory: list[torch.Tensor] = field(default_factory=list)
 
+    @classmethod
+    def on(cls, accelerator: torch.device) -> Place:
+        """Return the current device of the kind of ``accelerator``, with its number: so devices of tensors read."""
+        return cls(torch.device(accelerator.type, torch.accelerator.current_device_index()), real=True)
+
     def engine(self, device: torch.device) -> CopyEngine:
         """Return an engine of ``device``, for ``TieredCache(engine=…)``."""
         engine: Any = engine_for(device) if self.real else StandIn()
