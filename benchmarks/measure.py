@@ -14,6 +14,10 @@ class BenchmarkError(Exception):
     """A competitor did not do what its name says, so that its figure would mean something else."""
 
 
+class SkippedError(Exception):
+    """The machine has not what a benchmark needs; the message says what that is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What one competitor did in one round: its figures by name, and the tokens it answered with (None: no answer)."""

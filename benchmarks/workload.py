@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -182,9 +182,17 @@ class _TokenTimes(BaseStreamer):
         pass
 
 
-def timed_turn(chat: ChatModel, prompt: Tokens, cache: Any, new_tokens: int) -> TimedTurn:
+class HasModel(Protocol):
+    """Something with a model to generate with."""
+
+    @property
+    def model(self) -> Any:
+        """A transformers model, which knows its device."""
+
+
+def timed_turn(chat: HasModel, prompt: Tokens, cache: Any, new_tokens: int) -> TimedTurn:
     """Generate exactly ``new_tokens`` tokens greedily, with nothing in the loop but a clock."""
-    input_ids = torch.tensor([prompt])
+    input_ids = torch.tensor([prompt], device=chat.model.device)
     mask = torch.ones_like(input_ids)
     times = _TokenTimes()
     started = time.perf_counter()

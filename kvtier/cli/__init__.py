@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli import demo
+from kvtier.cli import demo, doctor
 
 app = typer.Typer(
     name="kvtier",
@@ -21,3 +21,4 @@ def _root() -> None:
 
 
 app.command()(demo.demo)
+app.command()(doctor.doctor)

@@ -1,9 +1,10 @@
-"""These tests need an accelerator; elsewhere they skip themselves."""
+"""These tests need an accelerator; elsewhere they skip themselves, or a CPU stands in for it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from places import Place
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +14,11 @@ def accelerator() -> torch.device:
     if device is None:
         pytest.skip("no accelerator")
     return device
+
+
+@pytest.fixture(params=[pytest.param("accelerator", marks=pytest.mark.gpu), "stand-in"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """The current accelerator, and a CPU in its place."""
+    if request.param == "stand-in":
+        return Place(torch.device("cpu"), real=False)
+    return Place.on(request.getfixturevalue("accelerator"))

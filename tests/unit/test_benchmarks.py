@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from benchmarks import decode, first_turn, fresh_turn, imports, page_cache, restore
+from benchmarks import decode, first_turn, fresh_turn, gpu, imports, page_cache, restore
 from benchmarks.__main__ import NAMES, app
 from benchmarks.import_probe import replaced
 from benchmarks.machine import CHECKOUT, Machine, commit, describe_machine
@@ -30,6 +31,7 @@ from benchmarks.result import Result, Target, as_json, make_case, write_json
 from benchmarks.table import format_value
 from benchmarks.workload import copied, expect_source, keys_values, reported, running_text, seeded, timed_turn
 from kvtier import PrefixStore, TieredCache
+from kvtier.transfer import InlineEngine
 
 VOCABULARY = 200  # of the tiny models
 needs_dropping = pytest.mark.skipif(not page_cache.can_drop(), reason="this system cannot drop pages")
@@ -341,6 +343,44 @@ def test_decode_targets():
     assert decode._target(7900, 1.01).met
 
 
+@pytest.fixture
+def streaming_setup(make_model, monkeypatch):
+    """The CPU stands in for an accelerator: pages go to host memory there, and come back."""
+    monkeypatch.setattr(gpu, "PrefixStore", partial(PrefixStore, block_size=8))
+    monkeypatch.setattr(gpu, "_CHUNK", 32)
+    model = make_model("llama", num_hidden_layers=12)
+    return gpu.set_up("tiny", model, torch.device("cpu"), 512, lambda device: InlineEngine())
+
+
+def test_streaming_and_plain_decode_the_same_tokens(streaming_setup):
+    setup = streaming_setup
+    case = gpu.measure(setup, 2, Options(), offloading=False)
+    assert {row.answer for row in case.rows} == {"equal"}
+    assert [row.also.get("cold_layers", 0) > 0 for row in case.rows] == [False, False, True, True]
+    half, quarter = (case.row(name).also for name in gpu._FRACTIONS)
+    up = [row["bytes_up_per_call"] for row in (half, quarter)]
+    assert (
+        0 < up[0] < up[1] < 1.1 * case.facts["keys_values_bytes"]
+    )  # a little more: what is prefetched last is not used
+    for row in (half, quarter):
+        assert row["floor_s"] == pytest.approx(row["bytes_up_per_call"] / case.facts["link_up_bytes_per_second"])
+    assert len(gpu._movements(case)) == 2
+
+
+def test_a_budget_that_leaves_all_hot_is_no_measurement_of_streaming(streaming_setup, monkeypatch):
+    monkeypatch.setattr(gpu, "_FRACTIONS", {"half": 9.0})
+    with pytest.raises(BenchmarkError, match="0 layers were cold"):
+        gpu.measure(streaming_setup, 1, Options(), offloading=False)
+
+
+def test_a_benchmark_that_cannot_be_run_here_is_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "accelerators", list)
+    done = CliRunner().invoke(app, ["gpu", "--output", str(tmp_path)])
+    assert done.exit_code == 0
+    assert "gpu skipped: no accelerator" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_first_turns_are_cold_and_compare_the_same_tokens(model):
     turn, first_token = first_turn._measure(Chat(model), 32, 2, Options())
     for case in (turn, first_token):
@@ -358,7 +398,7 @@ def test_a_first_turn_that_is_not_cold_is_refused(model, monkeypatch):
 
 def test_a_turn_that_stops_early_is_refused(model):
     class Short:
-        config = model.config
+        config, device = model.config, model.device
 
         def generate(self, **settings):
             return model.generate(**(settings | {"max_new_tokens": 2, "min_new_tokens": 2}))

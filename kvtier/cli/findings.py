@@ -1,0 +1,54 @@
+"""What ``kvtier doctor`` finds: one line each, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+
+Level = Literal["ok", "note", "problem"]
+
+_STYLES: Mapping[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
+_SUBJECT_WIDTH = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``ok``; ``note``, worth knowing but nothing is wrong; ``problem``, something does not work.
+        subject: what was looked at, in a word or two.
+        text: what was found, and what to do where that is not obvious.
+        facts: the same as numbers and names, ready for JSON; units are in their names.
+    """
+
+    level: Level
+    subject: str
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def print_finding(console: Console, finding: Finding) -> None:
+    """Print one line."""
+    style = _STYLES[finding.level]
+    line = f"[{style}]{finding.level:<8}[/] {finding.subject:<{_SUBJECT_WIDTH}} {escape(finding.text)}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def has_problem(findings: Sequence[Finding]) -> bool:
+    """Whether anything does not work."""
+    return any(finding.level == "problem" for finding in findings)
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return ``findings`` ready for ``json.dumps``."""
+    return {"ok": not has_problem(findings), "findings": [asdict(finding) for finding in findings]}
+
+
+def gigabytes(nbytes: float) -> str:
+    """Return a byte count in GB, or in MB below one."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
