@@ -63,11 +63,18 @@ def free_device_bytes(device: torch.device) -> int:
     """Return the bytes that may still be taken on ``device``, less a reserve of a tenth of it, at least 512 MiB.
 
     Where kernels read host memory, that is RAM that other programs do not use.
+
+    Raises:
+        ConfigurationError: the device does not tell.
     """
     if device.type == "cpu":
         free, total = psutil.virtual_memory().available, physical_memory_bytes()
     else:
         module = torch.get_device_module(device)
+        if not hasattr(module, "mem_get_info"):
+            raise ConfigurationError(
+                f'{device.type} devices do not tell how much memory is free: pass device_budget as bytes, not "auto".'
+            )
         free, total = module.mem_get_info(device)
         free += module.memory_reserved(device) - module.memory_allocated(device)  # PyTorch's own, not handed out
     return max(0, int(free) - max(int(total) // 10, 512 * 2**20))

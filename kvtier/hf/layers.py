@@ -220,5 +220,5 @@ def build_layer(
 
 
 def _last_of_each_kind(windows: list[int | None]) -> set[int]:
-    """Return the layers whose K and V later layers read again, where any do: the last sliding one, the last full one."""
+    """Return the layers whose K and V later ones read again, where any do: the last sliding one, the last full one."""
     return {max(i for i, w in enumerate(windows) if (w is None) == full) for full in {w is None for w in windows}}

@@ -29,7 +29,8 @@ class StreamEngine:
     device_is_host = False
 
     def __init__(self, device: torch.device, threads: int = 2) -> None:
-        self._device = device
+        # Tensors name their device with its index.
+        self._device = torch.empty(0, device=device).device
         self._up = torch.Stream(device)
         self._down = torch.Stream(device)
         self._threads = Readers(threads)

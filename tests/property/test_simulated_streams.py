@@ -79,7 +79,6 @@ def check_turn(model, ids, cache):
     known = cache.last_turn.cached_tokens
     fed_alike = answer(model, ids, with_columns_of(cache, known, model) if known else DynamicCache(config=model.config))
     assert_same_answer(found, fed_alike, exact=True)
-    assert_same_answer(found, answer(model, ids), exact=False)
     assert 0 < cache.last_turn.peak_device_bytes <= cache._streaming.arguments["device_budget"]
     assert cache.last_turn.peak_host_bytes <= cache._streaming.arguments["host_budget"]
 
@@ -104,6 +103,7 @@ def play_turns(engine, folder, host_bytes):
         more = torch.cat([found.sequences, ids[:, :2]], 1)
         with copy.deepcopy(cache) as twin, TieredCache(store) as other:
             check_turn(model, more, twin)
+            assert_same_answer(answer(model, more, twin), answer(model, more), exact=False)
             assert_same_answer(answer(model, more, other), answer(model, more), exact=False)
         cache.crop(-6)
         check_turn(model, torch.cat([found.sequences[:, :24], ids], 1), cache)
