@@ -29,18 +29,18 @@ class Region(NamedTuple):
         return cls(storage.data_ptr(), 1, (storage.nbytes(),), (1,))
 
     def bounds(self) -> tuple[int, int]:
-        """Return the first address and the one after the last; no address for no bytes."""
+        """Return the first address and the one after the last; 0 and 0 for no bytes."""
         span = self.itemsize
         for size, stride in zip(self.sizes, self.strides, strict=True):
             if size == 0:
-                return self.address, self.address
+                return 0, 0
             span += (size - 1) * stride * self.itemsize
         return self.address, self.address + span
 
     def overlaps(self, other: Region) -> bool:
         """Whether a byte belongs to both."""
         (low, high), (other_low, other_high) = self.bounds(), other.bounds()
-        if low == high or other_low == other_high or low >= other_high or other_low >= high:
+        if low >= other_high or other_low >= high:
             return False
         ours, theirs = _runs(self), _runs(other)
         if len(ours.starts) == len(theirs.starts) == 1:
@@ -61,9 +61,7 @@ class _Runs(NamedTuple):
 @lru_cache(maxsize=4096)
 def _runs(region: Region) -> _Runs:
     axes = sorted(
-        (stride * region.itemsize, size)
-        for stride, size in zip(region.strides, region.sizes, strict=True)
-        if stride and size > 1
+        (stride * region.itemsize, size) for stride, size in zip(region.strides, region.sizes, strict=True) if size > 1
     )
     length = region.itemsize
     while axes and axes[0][0] <= length:  # the next piece begins where this one ends, or inside it
