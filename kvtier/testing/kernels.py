@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, between a look at its arguments and one at its results."""
         kwargs = kwargs or {}
-        if self._is_paused() or torch.Tag.inplace_view in func.tags:
+        operator = _operator(func)
+        if operator.is_no_access or self._is_paused():
             return func(*args, **kwargs)
-        name = str(func)
-        reads, writes, viewed = _arguments(func, args, kwargs)
+        reads, writes, viewed = operator.tensors(args, kwargs)
         if reads or writes:
-            on_host = self._detector.kernel(name, reads, writes)
+            on_host = self._detector.kernel(operator.name, reads, writes)
             result = func(*args, **kwargs)
             new = _new(result, (*reads, *writes, *viewed))
         else:
@@ -42,31 +43,37 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
             if not new:
                 return result
             # a view that became a copy has been read; without arguments, memory was allocated
-            on_host = self._detector.kernel(name, viewed, ())
-        self._detector.produced(name, new, on_host=on_host)
+            on_host = self._detector.kernel(operator.name, viewed, ())
+        self._detector.produced(operator.name, new, on_host=on_host)
         return result
 
 
-def _arguments(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return the tensors that ``func`` reads, those that it writes, and those that it may return views of."""
-    reads: list[torch.Tensor] = []
-    writes: list[torch.Tensor] = []
-    viewed: list[torch.Tensor] = []
-    shape_only = func._opname.startswith(_SHAPE_ONLY)
-    for position, argument in enumerate(func._schema.arguments):
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        tensors = list(_tensors(value))
-        if not tensors or shape_only:
-            continue
-        if argument.alias_info is None:
-            reads += tensors
-        elif not argument.alias_info.is_write:
-            viewed += tensors
-        else:
-            writes += tensors
-    return reads, writes, viewed
+class _Operator:
+    """What an operator's schema says of its arguments."""
+
+    def __init__(self, func: Any) -> None:
+        self.name = str(func)
+        self.is_no_access = torch.Tag.inplace_view in func.tags
+        self._arguments = [
+            (position, argument.name, argument.alias_info)
+            for position, argument in enumerate(func._schema.arguments)
+            if "Tensor" in str(argument.type) and not func._opname.startswith(_SHAPE_ONLY)
+        ]
+
+    def tensors(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Return the tensors that a call reads, those that it writes, and those that it may return views of."""
+        reads: list[torch.Tensor] = []
+        writes: list[torch.Tensor] = []
+        viewed: list[torch.Tensor] = []
+        for position, name, alias in self._arguments:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            (reads if alias is None else writes if alias.is_write else viewed).extend(_tensors(value))
+        return reads, writes, viewed
+
+
+_operator = lru_cache(maxsize=None)(_Operator)
 
 
 def _new(result: Any, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -75,9 +82,9 @@ def _new(result: Any, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in known]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        return [tensor for one in value for tensor in _tensors(one)]
+    return ()

@@ -29,15 +29,20 @@ class Region(NamedTuple):
         return cls(storage.data_ptr(), 1, (storage.nbytes(),), (1,))
 
     def bounds(self) -> tuple[int, int]:
-        """Return the first address and the one after the last."""
-        runs = _runs(self)
-        return runs.low, runs.high
+        """Return the first address and the one after the last; 0 and 0 for no bytes."""
+        span = self.itemsize
+        for size, stride in zip(self.sizes, self.strides, strict=True):
+            if size == 0:
+                return 0, 0
+            span += (size - 1) * stride * self.itemsize
+        return self.address, self.address + span
 
     def overlaps(self, other: Region) -> bool:
         """Whether a byte belongs to both."""
-        ours, theirs = _runs(self), _runs(other)
-        if ours.low >= theirs.high or theirs.low >= ours.high:
+        (low, high), (other_low, other_high) = self.bounds(), other.bounds()
+        if low >= other_high or other_low >= high:
             return False
+        ours, theirs = _runs(self), _runs(other)
         if len(ours.starts) == len(theirs.starts) == 1:
             return True
         # A run of theirs that begins after ``start - their length`` and before ``start + our length`` meets ours.
@@ -47,22 +52,16 @@ class Region(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Runs of contiguous bytes, all of one length, in the order of their addresses; ``[low, high)`` bounds them."""
+    """Runs of contiguous bytes, all of one length, in the order of their addresses."""
 
     starts: npt.NDArray[np.int64]
     length: int
-    low: int
-    high: int
 
 
 @lru_cache(maxsize=4096)
 def _runs(region: Region) -> _Runs:
-    if 0 in region.sizes:
-        return _Runs(np.empty(0, np.int64), 0, 0, 0)
     axes = sorted(
-        (stride * region.itemsize, size)
-        for stride, size in zip(region.strides, region.sizes, strict=True)
-        if stride and size > 1
+        (stride * region.itemsize, size) for stride, size in zip(region.strides, region.sizes, strict=True) if size > 1
     )
     length = region.itemsize
     while axes and axes[0][0] <= length:  # the next piece begins where this one ends, or inside it
@@ -72,4 +71,4 @@ def _runs(region: Region) -> _Runs:
     for step, size in axes:
         starts = (starts[:, None] + step * np.arange(size, dtype=np.int64)).ravel()
     starts.sort()
-    return _Runs(starts, length, int(starts[0]), int(starts[-1]) + length)
+    return _Runs(starts, length)

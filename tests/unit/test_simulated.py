@@ -526,6 +526,7 @@ class TestRules:
             with engine.watching():
                 wait(engine.copy(host, torch.zeros(16, dtype=torch.uint8), after=(engine.mark(),)))
                 other = host.clone()
+                other.add_(1)
                 engine.settle(engine.call(lambda: None, reads=(host,), writes=(other,)))  # the host has done with both
 
         run(engine.settle)
