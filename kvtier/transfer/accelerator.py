@@ -45,7 +45,7 @@ class StreamEngine:
         stream = self._up if pairs[0][0].device == self._device else self._down
 
         def enqueue() -> _Event:
-            with stream:
+            with stream, torch.inference_mode():  # which is per thread
                 for fence in after:
                     before = fence.result()
                     if before is not None:
@@ -113,8 +113,10 @@ class StreamEngine:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Let threads end; what is on the streams completes by itself."""
+        """Let threads and copies end."""
         self._threads.close()
+        for stream in (self._up, self._down):
+            stream.synchronize()
 
     def _current(self) -> torch.Stream:
         return torch.accelerator.current_stream(self._device)

@@ -134,6 +134,7 @@ class InlineEngine:
 
 
 def copy_pairs(pairs: Sequence[Pair]) -> None:
-    """Copy the second of each pair to the first."""
-    for dst, src in pairs:
-        dst.copy_(src)
+    """Copy the second of each pair to the first, whatever mode they were made in."""
+    with torch.inference_mode():
+        for dst, src in pairs:
+            dst.copy_(src)

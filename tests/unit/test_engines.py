@@ -21,10 +21,6 @@ class TestThreadEngine(EngineChecks):
         yield engine
         engine.close()
 
-    @pytest.mark.xfail(raises=RuntimeError, reason="the threads that copy are not in inference mode")
-    def test_tensors_of_inference_mode_can_be_copied(self, engine):
-        super().test_tensors_of_inference_mode_can_be_copied(engine)
-
 
 class TestSimulatedEngine(EngineChecks):
     @pytest.fixture(params=range(20), ids=lambda seed: f"seed{seed}")
