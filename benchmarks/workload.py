@@ -113,7 +113,11 @@ def seeded(store: PrefixStore, chat: ChatModel, sequence: Tokens, known: KeysVal
         sequence: the whole turn, at least one token longer than ``known``.
         known: its K and V.
     """
-    cache = TieredCache(store)
+    return seeded_cache(TieredCache(store), chat, sequence, known)
+
+
+def seeded_cache(cache: TieredCache, chat: ChatModel, sequence: Tokens, known: KeysValues) -> TieredCache:
+    """Return ``cache``, which has held nothing yet, after such a turn."""
     ids = torch.tensor([sequence])
     report = cache.begin(chat.model, ids)
     if report.cached_tokens:

@@ -31,6 +31,7 @@ from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.shared import Lease
 from kvtier.stream.streams import MakeEngine
+from kvtier.stream.traffic import Traffic
 from kvtier.transfer import engine_for
 from kvtier.window import LayerMemory
 
@@ -358,6 +359,11 @@ class TieredCache(DynamicCache, TurnTaker):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this TieredCache was closed; make a new one")
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What streaming has moved since the cache was made; None without a ``device_budget``."""
+        return self._streams.traffic.copy() if self._streams is not None else None
 
     @property
     def store(self) -> PrefixStore:
