@@ -137,3 +137,20 @@ def test_every_turn_of_a_conversation(plain, tmp_path, compression):
 def codec_of(file: Path) -> str:
     with safe_open(file, "pt") as opened:
         return opened.metadata()["codec"]
+
+
+@pytest.mark.parametrize("share", [0.12, 0.3, 0.6])
+def test_turns_under_a_budget(plain, tmp_path, share):
+    """Nearly all layers cold, most, some: continued turns, and one that comes from files, which cold layers borrow."""
+    columns = plain.answers[3].sequences.shape[1]
+    everything = columns * 30 * 2 * 3 * 64 * plain.model.dtype.itemsize
+    arguments = {"device_budget": int(share * everything * 1.5), "spill_dir": tmp_path / "spill"}
+    with PrefixStore(tmp_path / "store", block_size=64) as store, TieredCache(store, **arguments) as cache:
+        for turn in (0, 1, 2):
+            assert_same(answer(plain.model, plain.prompts[turn], cache), plain.answers[turn])
+            assert cache.last_turn.cold_layers > 2
+            assert cache.last_turn.peak_device_bytes <= arguments["device_budget"]
+    with PrefixStore(tmp_path / "store", block_size=64) as store, TieredCache(store, **arguments) as cache:
+        assert_same(answer(plain.model, plain.prompts[3], cache), plain.answers[3])
+        assert cache.last_turn.cached_by_tier["disk"] == plain.known(3)
+        assert cache.last_turn.bytes_up > 0
