@@ -70,7 +70,10 @@ def free_device_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         free, total = psutil.virtual_memory().available, physical_memory_bytes()
     else:
-        module = torch.get_device_module(device)
+        try:
+            module = torch.get_device_module(device)
+        except RuntimeError:
+            module = None
         if not hasattr(module, "mem_get_info"):
             raise ConfigurationError(
                 f'{device.type} devices do not tell how much memory is free: pass device_budget as bytes, not "auto".'

@@ -91,10 +91,12 @@ class TieredCache(DynamicCache, TurnTaker):
             )
         self._config = config
         self._no_reuse: str | None = None
+        self._warned_of: PreTrainedConfig | None = None
         self._streams = self._streaming.open(self._store, lambda: len(self.layers))
         self._turn: Turn | None = None
         self._held: Held | None = None
         self._root: str | None = None
+        self._longest_answer = 0
         self._lay_out(config)
         self.last_turn: TurnReport | None = None
         install()
@@ -107,6 +109,9 @@ class TieredCache(DynamicCache, TurnTaker):
             layer.reset()
         make = self._streams.layer if self._streams is not None else None
         self.layers, self._no_reuse = build_layers(config, make) if config is not None else ([], None)
+        if self._no_reuse and self._streams is not None and config is not self._warned_of:
+            self._warned_of = config
+            _log.warning("device_budget has no effect on this model: %s", self._no_reuse)
         self._held = None
 
     @property
@@ -209,8 +214,10 @@ class TieredCache(DynamicCache, TurnTaker):
         *,
         off: str | None = None,
         cold: str | None = None,
+        longest_answer: int = 0,
     ) -> TurnReport:
         self._check_open()
+        self._longest_answer = longest_answer
         self._salvage()
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -276,7 +283,7 @@ class TieredCache(DynamicCache, TurnTaker):
                 raise
         self._turn = turn
         if self._streams is not None:
-            self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0)
+            self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
         self.last_turn = turn.report()
         return self.last_turn
 

@@ -31,6 +31,7 @@ class TurnTaker(ABC):
         *,
         off: str | None = None,
         cold: str | None = None,
+        longest_answer: int = 0,
     ) -> TurnReport:
         """Begin a turn whose pages may still be on their way.
 
@@ -40,6 +41,7 @@ class TurnTaker(ABC):
             attention_mask: ``[batch, columns]``.
             off: why this turn must neither reuse nor be kept.
             cold: why this turn must not reuse, though its prompt may be kept.
+            longest_answer: new tokens at most, as far as one can tell.
         """
 
     @abstractmethod
@@ -186,9 +188,10 @@ def _turn(
         off = "no input_ids were given"
     cold = why_cold(setting)
     streamer = kwargs.get("streamer")
+    longest_answer = int(setting("max_new_tokens") or 0)
     stream_failed = False
     while True:
-        cache._begin(model, input_ids, attention_mask, off=off, cold=cold)
+        cache._begin(model, input_ids, attention_mask, off=off, cold=cold, longest_answer=longest_answer)
         try:
             output = original(model, **kwargs)
         except (RestoreError, StreamError) as error:

@@ -124,6 +124,8 @@ class StreamedPrefix(TurnPrefix):
         for span in self._whole_pages(window):
             if span.start < filled or span.start % self._streams.page_tokens:
                 continue
+            if not self._has_room(span, window):
+                continue
             if filled < span.start:
                 self._fill_columns(layer, window, old, kept, filled, span.start, repeats)
             run = self._borrow(span, layer, window)
@@ -146,13 +148,24 @@ class StreamedPrefix(TurnPrefix):
             and self._restore.tier(span.block.key) in tiers
         ]
 
+    def _has_room(self, span: Span, window: StreamedLayer) -> bool:
+        """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
+        assert self._restore is not None
+        on_disk = self._restore.tier(span.block.key) == "disk"
+        return on_disk or window.has_host_room(span.tokens * window.geometry.token_bytes)
+
     def _borrow(self, span: Span, layer: int, window: StreamedLayer) -> BorrowedRun:
         assert self._restore is not None
         key = span.block.key
         loan = self._loans.get(key)
         if loan is None:
             loan = self._loans[key] = Loan(self._restore.lend(key))
-        return window.borrowed_run(loan, layer, span.tokens, loan.reader.tier)
+        run = window.borrowed_run(loan, layer, span.tokens, loan.reader.tier)
+        if run.tier == "host":
+            owner = object()
+            self._streams.host.set(owner, span.tokens * window.geometry.token_bytes)
+            weakref.finalize(run, self._streams.host.set, owner, 0).atexit = False
+        return run
 
     def _fill_columns(
         self,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.geometry import LayerGeometry
+from kvtier.stream.page_file import PageFile
 from kvtier.stream.runs import FileRun, HostRun, Part
 from kvtier.stream.slabs import Slabs
-from kvtier.stream.spill import PageFile, SpillFolder
+from kvtier.stream.spill import SpillFolder
 from kvtier.stream.staging import Staging
 from kvtier.stream.traffic import Ledger, Traffic
 from kvtier.transfer import CopyEngine, Fence
@@ -26,17 +27,25 @@ class LowerTiers:
         folder: for files.
         traffic: counts the bytes.
         page_tokens: tokens of a page.
+        devices: how many devices may share ``host``: the staging memory of each is left free.
     """
 
     def __init__(
-        self, engine: CopyEngine, host: Ledger, folder: SpillFolder, traffic: Traffic, page_tokens: int
+        self,
+        engine: CopyEngine,
+        host: Ledger,
+        folder: SpillFolder,
+        traffic: Traffic,
+        page_tokens: int,
+        devices: int = 1,
     ) -> None:
         self.page_tokens = page_tokens
         self._engine = engine
+        self._host = host
         self._folder = folder
         self._traffic = traffic
         self._slabs = None if engine.device_is_host else Slabs(engine.host_empty, host)
-        self.staging = Staging(self._slabs, host.limit_bytes) if self._slabs is not None else None
+        self.staging = Staging(self._slabs, host.limit_bytes, devices) if self._slabs is not None else None
 
     def lower(
         self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]
@@ -71,6 +80,10 @@ class LowerTiers:
             begin = end
         self._traffic.bytes_down += rows * tokens * geometry.token_bytes
         return parts, fences
+
+    def has_host_room(self, nbytes: int) -> bool:
+        """Whether host memory has room for ``nbytes`` more, and for what files need."""
+        return self.staging is not None and self._host.fits(nbytes + self.staging.reserve_bytes)
 
     def _host_run(self, rows: int, tokens: int, geometry: LayerGeometry) -> HostRun | None:
         if self._slabs is None or self.staging is None:

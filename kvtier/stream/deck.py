@@ -21,6 +21,10 @@ class Deck:
 
     Layers turn cold when a budget would break, in an order that keeps them spread evenly, and stay cold.
 
+    Attributes:
+        expected_columns: those of the prompt of this turn.
+        final_columns: and of its longest answer; for what an error says.
+
     Args:
         device: where attention reads.
         engine: moves bytes to and from it.
@@ -50,6 +54,7 @@ class Deck:
         self.ledger = ledger
         self.ring = Ring(engine, device, ledger, traffic, self.make_room, self._in_order)
         self.expected_columns = 0
+        self.final_columns = 0
         self._limit = limit
         self._total_layers = total_layers
         self._layers: dict[int, StreamedLayer] = {}
@@ -87,8 +92,9 @@ class Deck:
         if self._layers.get(layer.index) is layer:
             del self._layers[layer.index]
             self._sorted.remove(layer.index)
-        if not self._layers:  # what was prefetched is of no use to those that come
+        if not self._layers:  # what was prefetched, and what had to be cold, is of no meaning to those that come
             self.ring.close()
+            self._cold.clear()
 
     def count(self, layer: StreamedLayer, more: int = 0) -> None:
         """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
@@ -174,7 +180,7 @@ class Deck:
     def _too_small(self, limit: int, growing: StreamedLayer | None) -> BudgetError:
         layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
         rows = max(layer.rows for layer in layers.values())
-        columns = max(self.expected_columns, *(layer.wants for layer in layers.values()))
+        columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))
         movable = [layer.geometry.token_bytes for layer in layers.values() if layer.may_be_cold]
         fixed = [layer for layer in layers.values() if not layer.may_be_cold]
         # Layers that have not been seen yet are taken for such as were.
@@ -183,8 +189,8 @@ class Deck:
         smallest = smallest_budget_bytes(movable, rows, columns, self.page_tokens, hot)
         return BudgetError(
             f"device_budget={limit} bytes is too small for {rows} × {columns} tokens on {self.device}, even with every "
-            f"layer cold: the prefetch ring and one page per layer need {smallest} bytes. Pass at least that many"
-            + (", feed long prompts with prefill_chunk_size, or shorten the context." if columns > 1 else ".")
+            f"layer cold: the prefetch ring and one page per layer need {smallest} bytes. Pass at least that many, or "
+            "shorten the context."
         )
 
     def close(self) -> None:

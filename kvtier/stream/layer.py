@@ -258,6 +258,10 @@ class StreamedLayer:
         deck = self._deck
         return BorrowedRun(deck.engine, deck.below.staging, source, layer, tokens, self.geometry, tier)
 
+    def has_host_room(self, nbytes: int) -> bool:
+        """Whether host memory below the device has room for ``nbytes`` more."""
+        return self._deck.below.has_host_room(nbytes)
+
     def crop(self, columns: int) -> None:
         """Hold the first ``columns`` columns, if there were more.
 

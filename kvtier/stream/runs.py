@@ -12,8 +12,8 @@ import torch
 
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing
+from kvtier.stream.page_file import PageFile
 from kvtier.stream.slabs import Slabs, Slice
-from kvtier.stream.spill import PageFile
 from kvtier.stream.staging import Staging
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.engine import Pair

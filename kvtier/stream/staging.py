@@ -20,10 +20,11 @@ _SHARE = 6  # of a small budget, a sixth for each piece leaves half for pages
 class Staging:
     """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
 
-    def __init__(self, slabs: Slabs, limit_bytes: int | None) -> None:
+    def __init__(self, slabs: Slabs, limit_bytes: int | None, devices: int = 1) -> None:
         self._slabs = slabs
+        self._devices = devices
         self._piece_bytes = (
-            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, aligned_down(limit_bytes // _SHARE))
+            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, aligned_down(limit_bytes // _SHARE // devices))
         )
         self._pieces: list[torch.Tensor | None] = [None] * _PIECES
         self._users: list[Sequence[Fence]] = [()] * _PIECES
@@ -31,8 +32,9 @@ class Staging:
 
     @property
     def reserve_bytes(self) -> int:
-        """Bytes that it may still have to take."""
-        return sum(self._piece_bytes for piece in self._pieces if piece is None)
+        """Bytes that it, and as many of the same on other devices, may still have to take."""
+        missing = sum(piece is None for piece in self._pieces)
+        return (missing + _PIECES * (self._devices - 1)) * self._piece_bytes
 
     def chunks(self, first: int, last: int, token_bytes: int) -> Iterator[tuple[int, int]]:
         """Return the tokens ``[first, last)`` in steps that fit into one piece."""

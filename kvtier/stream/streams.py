@@ -48,7 +48,7 @@ class Streams:
     ) -> None:
         self.traffic = Traffic()
         self._before = Traffic()
-        self._columns = 0
+        self._columns = self._final_columns = 0
         self.host = Ledger(host_budget_bytes)
         self._device_budget = device_budget
         self._folder = SpillFolder(spill_folder)
@@ -64,7 +64,7 @@ class Streams:
         if deck is None:
             engine = self._make_engine(device)
             ledger = Ledger(None)
-            below = LowerTiers(engine, self.host, self._folder, self.traffic, self.page_tokens)
+            below = LowerTiers(engine, self.host, self._folder, self.traffic, self.page_tokens, _devices_like(device))
             deck = self._decks[device] = Deck(
                 device,
                 engine,
@@ -75,7 +75,7 @@ class Streams:
                 self.page_tokens,
                 self._total_layers,
             )
-            deck.expected_columns = self._columns
+            deck.expected_columns, deck.final_columns = self._columns, self._final_columns
         return deck
 
     def _limit(self, device: torch.device, ledger: Ledger) -> int | None:
@@ -104,11 +104,11 @@ class Streams:
         """Let the files of ``other`` live as long as these streams, which share pages with it."""
         self._kept.extend(folder.share() for folder in other._kept)
 
-    def begin_turn(self, columns: int) -> None:
-        """Count from here on; a prompt of ``columns`` columns comes."""
-        self._columns = columns
+    def begin_turn(self, columns: int, new_columns: int = 0) -> None:
+        """Count from here on; a prompt of ``columns`` columns comes, and at most ``new_columns`` after it."""
+        self._columns, self._final_columns = columns, columns + new_columns
         for deck in self._decks.values():
-            deck.expected_columns = columns
+            deck.expected_columns, deck.final_columns = columns, columns + new_columns
         self._before = self.traffic.copy()
         for ledger in (self.host, *(deck.ledger for deck in self._decks.values())):
             ledger.begin_peak()
@@ -141,6 +141,12 @@ class Streams:
         self._decks.clear()
         while self._kept:
             self._kept.pop().close()
+
+
+def _devices_like(device: torch.device) -> int:
+    """Return how many devices of this kind may come to share the host budget."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 1
 
 
 def default_spill_folder(store_folder: Path | None) -> Path:

@@ -259,6 +259,36 @@ def test_cold_layers_borrow_the_pages_of_a_store_on_disk(make_model, generate, t
         assert torch.equal(ours.sequences, generate(model, ids, max_new_tokens=2).sequences)
 
 
+def test_pages_that_are_borrowed_from_ram_count(make_model, generate, tokens, spill):
+    """On an accelerator a block of the store stays where it is, but the store may forget it before the layer does."""
+    model, ids = make_model("llama", num_hidden_layers=8), tokens(64)
+    with PrefixStore(block_size=PAGE) as store:
+        sequences = generate(model, ids, TieredCache(store)).sequences
+        ids = torch.cat([sequences, tokens(3, seed=1)], 1)
+        for host_bytes in (2**30, 12_000):
+            engine = SimulatedEngine(random.Random(0))
+            arguments = {"host_budget": host_bytes, "spill_dir": spill, "engine": lambda device, e=engine: e}
+            budget = int(0.7 * everything(model, 90))
+            with TieredCache(store, device_budget=budget, **arguments) as cache, engine.watching():
+                ours = generate(model, ids, cache)
+                report = cache.last_turn
+                assert report.cached_by_tier["host"] == 71
+                assert 0 < report.peak_host_bytes <= host_bytes
+            assert torch.equal(ours.sequences, generate(model, ids).sequences)
+
+
+def test_a_budget_that_a_model_cannot_keep_is_said(caplog):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=2)
+    model, ids = MambaForCausalLM(config).eval(), torch.ones(1, 4, dtype=torch.long)
+    with TieredCache(PrefixStore(block_size=PAGE), config=config, device_budget=10**6) as cache:
+        for _ in range(2):
+            model.generate(ids, cache_params=cache, max_new_tokens=2, do_sample=False)
+        cache.store.close()
+    assert caplog.text.count("device_budget has no effect") == 1
+
+
 def test_the_auto_budget_keeps_everything_hot_where_there_is_room(make_model, generate, tokens, spill):
     model, ids = make_model("llama"), tokens(40)
     with TieredCache(PrefixStore(block_size=PAGE), device_budget="auto", spill_dir=spill) as cache:
@@ -314,8 +344,11 @@ def test_the_smallest_budget_is_named_and_works(make_model, generate, tokens, sp
         cache.store.close()
     smallest = int(str(refused.value).split("need ")[1].split()[0])
     with TieredCache(PrefixStore(block_size=PAGE), device_budget=smallest, spill_dir=spill) as cache:
-        assert_same(generate(model, ids, cache, max_new_tokens=2), generate(model, ids, max_new_tokens=2))
+        assert_same(generate(model, ids, cache), generate(model, ids))  # the whole answer, though not one byte more
         assert cache.last_turn.cold_layers == 6
+        short = tokens(5, seed=9)
+        assert_same(generate(model, short, cache), generate(model, short))
+        assert cache.last_turn.cold_layers == 0, "layers stay cold where there is room for them"
         cache.store.close()
 
 
