@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvtier.geometry import LayerGeometry
-from kvtier.pages import Landing, Page
+from kvtier.pages import Page
+from kvtier.stream.cold import ColdPages
 from kvtier.stream.residency import round_up
 from kvtier.stream.ring import Slot, Wanted
 from kvtier.stream.runs import BorrowedRun, PageSource, Part
@@ -52,10 +53,8 @@ class StreamedLayer:
         self._rows = rows
         self._sliding_window = sliding_window
         self._window: Window | None = None
-        # A cold layer has no window, but a tail: the columns after its last full page. What a hot one has beside its
-        # window is of no meaning, so that giving up the window is the one step that turns it cold.
-        self._tail: Window | None = None
-        self._parts: list[Part] = []
+        # What a hot layer has beside its window is of no meaning: giving up the window is what turns it cold.
+        self._cold: ColdPages | None = None
         self._chunk = 1  # columns of the last update
         deck.join(self)
 
@@ -69,7 +68,7 @@ class StreamedLayer:
     @property
     def is_cold(self) -> bool:
         """Whether its full pages are below."""
-        return self._window is None and self._tail is not None
+        return self._window is None and self._cold is not None
 
     @property
     def device(self) -> torch.device:
@@ -88,8 +87,8 @@ class StreamedLayer:
 
     @property
     def paged(self) -> int:
-        """Columns of a cold layer that are below."""
-        return sum(part.tokens for part in self._parts)
+        """Columns that are below."""
+        return self._cold.paged if self._window is None and self._cold is not None else 0
 
     @property
     def device_bytes(self) -> int:
@@ -157,34 +156,31 @@ class StreamedLayer:
 
     def _open(self, begin: int, end: int, first: int) -> tuple[Slot, Window, int]:
         """Return a slot as a window whose column 0 is column ``base``, with all columns from there to ``begin``."""
-        paged = self.paged
-        base = min(first // self._deck.page_tokens * self._deck.page_tokens, paged)
+        page = self._deck.page_tokens
+        base = min(first // page * page, self.paged)
         slot = self._deck.ring.take(self._wanted(base, end))
         window = slot.window(self._rows, self.geometry)
-        if paged < begin:
-            assert self._tail is not None
-            tail = self._tail
-            window.write(paged - base, tail.k[:, :, : begin - paged], tail.v[:, :, : begin - paged])
+        assert self._cold is not None
+        self._cold.put_tail(window, base, begin)
         return slot, window, base
 
     def _close(self, slot: Slot, window: Window, base: int, begin: int, end: int) -> None:
         """Keep the columns ``[begin, end)`` that were written: full pages go down, once; the rest stays."""
+        assert self._cold is not None
         paged, page = self.paged, self._deck.page_tokens
         full = end // page * page
         if full > paged:
             k, v = window.k[:, :, paged - base : full - base], window.v[:, :, paged - base : full - base]
             parts, fences = self._deck.below.lower(k, v, [self._deck.engine.mark()])
             slot.leaving += fences
-            self._parts = [*self._parts, *parts]
-            begin = full
-        assert self._tail is not None
-        k, v = window.k[:, :, begin - base : end - base], window.v[:, :, begin - base : end - base]
-        self._tail.write(begin - full, k, v)
+            self._cold.add(parts)
+        self._cold.keep_tail(window, base, begin, end)
         self.length = end
 
     def _wanted(self, base: int, end: int) -> Wanted:
         columns = round_up(end - base, self._deck.page_tokens)
-        pages = tuple(self._pages(base, self.paged))
+        assert self._cold is not None
+        pages = tuple(self._cold.between(base, self.paged))
         return Wanted(self.index, base, pages, columns, self._rows, self.geometry)
 
     def wanted_next(self) -> Wanted:
@@ -193,16 +189,6 @@ class StreamedLayer:
         base = min(self._first_visible(self.length) // page * page, self.paged)
         rest = self._deck.expected_columns - self.length
         return self._wanted(base, self.length + (min(self._chunk, rest) if rest > 0 else 1))
-
-    def _pages(self, begin: int, end: int) -> Iterator[Part]:
-        """Return the parts of the columns ``[begin, end)`` that are below."""
-        at = 0
-        for part in self._parts:
-            first, last = max(begin - at, 0), min(end - at, part.tokens)
-            if first < last:
-                whole = (first, last) == (0, part.tokens)
-                yield part if whole else Part(part.run, part.first + first, part.first + last, part.rows)
-            at += part.tokens
 
     # --- turning cold, and everything that is not appending ---------------------------------------------------------
 
@@ -213,16 +199,16 @@ class StreamedLayer:
             StreamError: they cannot be written; the layer stays hot.
         """
         window, engine, page = self._window, self._deck.engine, self._deck.page_tokens
-        tail = Window(self._rows, self.geometry, page, self.device)
-        parts: list[Part] = []
+        cold = ColdPages(self._rows, self.geometry, page, self.device)
         if window is not None and self.length:
             full = self.length // page * page
             if full:
                 parts, fences = self._deck.below.lower(window.k[:, :, :full], window.v[:, :, :full], [engine.mark()])
                 for fence in fences:  # the memory is wanted now
                     engine.settle(fence)
-            tail.write(0, window.k[:, :, full : self.length], window.v[:, :, full : self.length])
-        self._parts, self._tail = parts, tail
+                cold.add(parts)
+            cold.keep_tail(window, 0, full, self.length)
+        self._cold = cold
         self._window = None
         self._deck.count(self)
 
@@ -248,9 +234,9 @@ class StreamedLayer:
 
     def borrow(self, parts: Sequence[Part]) -> None:
         """Take full pages of someone else after those that are held, which must be whole pages of a cold layer."""
-        assert self.is_cold
+        assert self._cold is not None
         assert self.length == self.paged
-        self._parts = [*self._parts, *parts]
+        self._cold.add(parts)
         self.length = self.paged
 
     def borrowed_run(self, source: PageSource, layer: int, tokens: int, tier: str) -> BorrowedRun:
@@ -268,15 +254,8 @@ class StreamedLayer:
         Raises:
             StreamError: a page that is cut is lost.
         """
-        if self.is_cold and columns < self.paged:
-            page = self._deck.page_tokens
-            keep = columns // page * page
-            if columns > keep:  # the page that is cut becomes the unfinished one again
-                assert self._tail is not None
-                tail = self._tail
-                for row in range(self._rows):
-                    tail.put(row, 0, self.page(row, keep, columns))
-            self._parts = list(self._pages(0, keep))
+        if self._window is None and self._cold is not None:
+            self._cold.crop(columns)
         self.length = min(self.length, columns)
 
     def select(self, rows: torch.Tensor, live: int) -> None:
@@ -287,18 +266,18 @@ class StreamedLayer:
         self.crop(live)
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        order = rows.tolist()
-        if len(order) != self._rows:
+        count = len(rows)
+        if count != self._rows:
             # The new buffers lie beside the old ones until everything is copied.
-            token_bytes = len(order) * self.geometry.token_bytes
+            token_bytes = count * self.geometry.token_bytes
             if self._window is not None and not self._deck.keep_hot(self, token_bytes * self._window.capacity):
                 self.turn_cold()
             self._deck.make_room(token_bytes * self._deck.page_tokens, keep=self)
-        for window in (self._window, self._tail):
-            if window is not None:
-                window.select(rows, min(live, window.capacity))
-        self._parts = [Part(p.run, p.first, p.last, tuple(p.rows[r] for r in order)) for p in self._parts]
-        self._rows = len(order)
+        if self._window is not None:
+            self._window.select(rows, live)
+        elif self._cold is not None:
+            self._cold.select(rows, live)
+        self._rows = count
         self._deck.count(self)
 
     def page(self, row: int, begin: int, end: int) -> Page:
@@ -309,18 +288,8 @@ class StreamedLayer:
         """
         if self._window is not None:
             return self._window.page(row, begin, end)
-        g, paged = self.geometry, self.paged
-        k = torch.empty(g.k_heads, end - begin, g.k_dim, dtype=g.dtype)
-        v = torch.empty(g.v_heads, end - begin, g.v_dim, dtype=g.dtype)
-        landing, at = Landing.on(k, v), 0
-        for part in self._pages(begin, min(end, paged)):
-            part.run.read(part.rows[row], part.first, part.last, landing.cut(at, at + part.tokens))
-            at += part.tokens
-        if at < end - begin:
-            assert self._tail is not None
-            rest = self._tail.page(row, begin + at - paged, end - paged)
-            landing.cut(at, end - begin).take(rest, 0, end - begin - at)
-        return Page(k, v)
+        assert self._cold is not None
+        return self._cold.page(row, begin, end)
 
     def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of the first ``columns`` columns: views of a hot layer, a copy of a cold one."""
@@ -347,12 +316,15 @@ class StreamedLayer:
                 for row, page in enumerate(pages):
                     window.put(row, 0, page)
             return twin
-        twin.length, twin._parts = self.length, self._parts
-        twin._window, twin._tail = copy.deepcopy(self._window), copy.deepcopy(self._tail)
+        twin.length = self.length
+        if self._window is not None:
+            twin._window = copy.deepcopy(self._window)
+        elif self._cold is not None:
+            twin._cold = self._cold.twin()
         deck.count(twin)
         return twin
 
     def close(self) -> None:
         """Hold nothing."""
-        self._window, self._tail, self._parts, self.length = None, None, [], 0
+        self._window, self._cold, self.length = None, None, 0
         self._deck.leave(self)

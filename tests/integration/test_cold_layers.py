@@ -272,7 +272,7 @@ def test_pages_that_are_borrowed_from_ram_count(make_model, generate, tokens, sp
             with TieredCache(store, device_budget=budget, **arguments) as cache, engine.watching():
                 ours = generate(model, ids, cache)
                 report = cache.last_turn
-                assert report.cached_by_tier["host"] == 71
+                assert report.cached_by_tier["host"] >= 71
                 assert 0 < report.peak_host_bytes <= host_bytes
             assert torch.equal(ours.sequences, generate(model, ids).sequences)
 
