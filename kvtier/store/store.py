@@ -29,7 +29,7 @@ from kvtier.store.codec import CODECS
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
 from kvtier.store.match import PrefixMatch, Span, longest_match
-from kvtier.store.restore import Restore
+from kvtier.store.restore import Restore, summary
 from kvtier.transfer import Readers, Writer
 from kvtier.units import default_host_budget_bytes, parse_bytes
 
@@ -126,49 +126,66 @@ class PrefixStore:
         """Open the blocks of ``rows`` (at least one span among them); ``Restore.start`` lets their pages come.
 
         Raises:
-            BlockError: a block cannot be used; it was discarded, so a new ``match`` finds what is left.
+            BlockError: blocks cannot be used. Every one of them was found out and discarded, so a new ``match`` finds
+                what is left, and one ``commit`` puts back what was lost.
             ClosedError: the store was closed.
         """
         self._check_open()
+        blocks = {span.block.key: span.block for spans in rows for span in spans}
         readers: dict[str, BlockReader] = {}
+        missing: dict[str, BlockError] = {}
+        damaged: dict[str, BlockError] = {}
         try:
-            for span in (span for spans in rows for span in spans):
-                if span.block.key not in readers:
-                    readers[span.block.key] = self._open(span.block)
-            if len({reader.geometry for reader in readers.values()}) > 1:
-                error = BlockError("its layers differ from those of the blocks beside it")
-                for key in readers:
-                    self._damaged(key, error)
-                raise error
+            for key, block in blocks.items():
+                try:
+                    reader = self._open(block)
+                except BlockError as error:
+                    missing[key] = damaged[key] = error
+                    continue
+                if reader is None:  # evicted since it was matched
+                    missing[key] = BlockError(f"block {key[:12]} is gone")
+                else:
+                    readers[key] = reader
+            if not missing and len({reader.geometry for reader in readers.values()}) > 1:
+                missing = damaged = dict.fromkeys(
+                    readers, BlockError("layers differ from those of the blocks beside it")
+                )
+            self._damaged(damaged)
+            if missing:
+                raise BlockError(summary(missing)) from next(iter(missing.values()))
         except BaseException:
             for reader in readers.values():
                 reader.close()
             raise
         return Restore(rows, readers, self._reading, self._damaged)
 
-    def _open(self, block: BlockId) -> BlockReader:
+    def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
-            try:
-                reader = tier.open(block.key)
-                if reader is None:
-                    continue
-                if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
-                    reader.close()
-                    raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
-                return reader
-            except BlockError as error:
-                self._damaged(block.key, error)
-                raise
-        raise BlockError(f"block {block.key[:12]} is gone")
+            reader = tier.open(block.key)
+            if reader is None:
+                continue
+            if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
+                reader.close()
+                raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
+            return reader
+        return None
 
-    def _damaged(self, key: str, error: BlockError) -> None:
-        for tier in self._tiers:
-            tier.discard(key)
+    def _damaged(self, errors: Mapping[str, BlockError]) -> None:
+        """Discard blocks, given by key with what is wrong with them, and warn of those not warned of before."""
+        for key in errors:
+            for tier in self._tiers:
+                tier.discard(key)
         with self._lock:
-            first = key not in self._warned
-            self._warned.add(key)
-        if first:
-            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", error)
+            news = {key: error for key, error in errors.items() if key not in self._warned}
+            self._warned.update(news)
+        if len(news) == 1:
+            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
+        elif news:
+            _log.warning(
+                "%d stored blocks cannot be used and were removed: %s; their tokens are recomputed",
+                len(news),
+                summary(news),
+            )
 
     def commit(
         self,
