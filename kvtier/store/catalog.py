@@ -82,13 +82,14 @@ class Catalog:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # left open, it would keep every process from writing
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a ready block."""
@@ -164,6 +165,12 @@ class Catalog:
         """Forget a block."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM blocks WHERE key = ?", (key,))
+
+    def withdraw(self, key: str) -> bool:
+        """Forget a block if this process has reserved it and it is not ready. Returns whether."""
+        with self._transaction() as connection:
+            rows = connection.execute("DELETE FROM blocks WHERE key = ? AND writer = ?", (key, os.getpid()))
+            return rows.rowcount > 0
 
     def touch(self, keys: Sequence[str]) -> None:
         """Note that these blocks were used now."""

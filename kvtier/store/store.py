@@ -210,8 +210,8 @@ class PrefixStore:
         """
         self._check_open()
         if self._disk is not None and manifest is not None and root not in self._described:
-            self._described.add(root)
             self._writing.submit(partial(self._disk.describe_root, root, manifest))
+            self._described.add(root)
         parent, new = root, 0
         keys: list[str] = []
         for start in range(0, len(tokens), self.block_size):
@@ -246,17 +246,24 @@ class PrefixStore:
         disk = self._disk
         if disk is None:
             return self._put(self._host, block)
-        if not self._host.put(block, writing=True):
-            return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
-        self._drop_shorter(self._host, block.id)
+        key = block.id.key
 
         def write() -> None:
             try:
                 self._put(disk, block)
             finally:
-                self._host.written(block.id.key)
+                self._host.written(key)
 
-        self._writing.submit(write)
+        try:
+            if not self._host.put(block, writing=True):
+                return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
+            self._drop_shorter(self._host, block.id)
+            self._writing.submit(write)
+        except BaseException:
+            # An interrupt: whether the block is put, and queued, is unknown. Protected, it might never be evicted;
+            # known, it might never be written.
+            self._host.discard(key)
+            raise
         return True
 
     def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
