@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.store.chain import BlockId
+from kvtier.store.fork import take_part
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (
@@ -56,15 +57,61 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(path, timeout=_LOCKED_SECONDS, isolation_level=None, check_same_thread=False)
+        self._open: sqlite3.Connection | None = None
+        self._closed = False
+        take_part(self)
+        with self._lock:
+            self._open = self._connect("rwc")
+            try:
+                self._switch_to_wal()
+                self._open.executescript(_SCHEMA)
+            except sqlite3.Error:
+                self._open.close()
+                raise
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self._path.as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_LOCKED_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         try:
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._switch_to_wal()
-            self._connection.executescript(_SCHEMA)
+            connection.execute("PRAGMA synchronous=NORMAL")
         except sqlite3.Error:
-            self._connection.close()
+            connection.close()
             raise
+        return connection
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """The connection of this process; made anew after a fork. Whoever asks holds the lock."""
+        if self._open is None:
+            if self._closed:
+                raise sqlite3.ProgrammingError("the catalog was closed")
+            self._open = self._connect("rw")  # a file that is gone by now is not made anew, and empty
+        return self._open
+
+    def before_fork(self) -> None:
+        """Close the connection, once no thread uses it."""
+        self._lock.acquire()
+        try:
+            self._disconnect()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def after_fork(self, in_child: bool) -> None:
+        """Let threads connect again."""
+        self._lock.release()
+
+    def _disconnect(self) -> None:
+        connection, self._open = self._open, None
+        if connection is not None:
+            connection.close()
 
     def _switch_to_wal(self) -> None:
         """Switch to WAL; while another process opens or closes the same file, SQLite refuses without waiting."""
@@ -205,7 +252,8 @@ class Catalog:
     def close(self) -> None:
         """Close the database."""
         with self._lock:
-            self._connection.close()
+            self._closed = True
+            self._disconnect()
 
 
 def _block_id(row: tuple[str, str, str, bytes]) -> BlockId:

@@ -10,6 +10,7 @@ from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.store.base import Block, Landing, Page
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import leaf_first_lru
+from kvtier.store.fork import take_part
 
 
 class HostReader:
@@ -49,6 +50,18 @@ class HostTier:
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on. A child forgets the blocks that its parent is writing: it cannot know when, or whether, they are."""
+        if in_child:
+            for key in list(self._writing):
+                self.discard(key)
+        self._lock.release()
 
     def __contains__(self, key: str) -> bool:
         return key in self._blocks

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from kvtier.store.base import Block, BlockReader, Page, Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.codec import CODECS
 from kvtier.store.disk import DiskTier
+from kvtier.store.fork import take_part
 from kvtier.store.host import HostTier
 from kvtier.store.match import PrefixMatch, Span, longest_match
 from kvtier.store.restore import Restore, summary
@@ -102,6 +104,17 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._closed = False
         _open_stores.add(self)
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on; in a child with threads of its own and nothing queued, since its parent does what it has queued."""
+        if in_child:
+            self._reading, self._writing = Readers(), Writer()
+        self._lock.release()
 
     @property
     def closed(self) -> bool:
@@ -210,7 +223,7 @@ class PrefixStore:
         """
         self._check_open()
         if self._disk is not None and manifest is not None and root not in self._described:
-            self._writing.submit(partial(self._disk.describe_root, root, manifest))
+            self._write_behind(partial(self._disk.describe_root, root, manifest))
             self._described.add(root)
         parent, new = root, 0
         keys: list[str] = []
@@ -230,7 +243,7 @@ class PrefixStore:
         """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
         self._host.touch(keys)
         if self._disk is not None and keys:
-            self._writing.submit(partial(self._disk.touch, keys))
+            self._write_behind(partial(self._disk.touch, keys))
 
     def _known(self, block: BlockId) -> bool:
         if any(block.key in tier for tier in self._tiers):
@@ -258,13 +271,17 @@ class PrefixStore:
             if not self._host.put(block, writing=True):
                 return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
             self._drop_shorter(self._host, block.id)
-            self._writing.submit(write)
+            self._write_behind(write)
         except BaseException:
             # An interrupt: whether the block is put, and queued, is unknown. Protected, it might never be evicted;
             # known, it might never be written.
             self._host.discard(key)
             raise
         return True
+
+    def _write_behind(self, task: Callable[[], None]) -> None:
+        _drain_at_the_end()
+        self._writing.submit(task)
 
     def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
         if not tier.put(block):
@@ -304,9 +321,18 @@ class PrefixStore:
 
 
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
+_drained_at_the_end = 0  # the process that has called Finalize
 
 
 @atexit.register
 def _drain_open_stores() -> None:
     for store in list(_open_stores):
         store.close()
+
+
+def _drain_at_the_end() -> None:
+    """See to it that stores are drained when this process ends: some children of multiprocessing skip ``atexit``."""
+    global _drained_at_the_end
+    if _drained_at_the_end != os.getpid():
+        Finalize(None, _drain_open_stores, exitpriority=0)
+        _drained_at_the_end = os.getpid()
