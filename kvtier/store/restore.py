@@ -12,11 +12,17 @@ from kvtier.store.match import Span
 from kvtier.transfer import Readers
 
 
+def summary(errors: Mapping[str, BlockError]) -> str:
+    """Say what is wrong with the first of some blocks (key → what is wrong with it), and how many others there are."""
+    first, *others = errors.values()
+    return f"{first} (and {len(others)} more)" if others else str(first)
+
+
 class Restore:
     """The pages of ``rows``, one task a layer, in layer order.
 
-    Each page is read once, however many rows use it. A block that fails is reported through ``damaged``; its bytes are
-    never taken for K and V, since ``wait`` raises.
+    Each page is read once, however many rows use it. Blocks that fail are reported together through ``damaged``, by
+    ``wait`` or at the latest by ``close``; their bytes are never taken for K and V, since ``wait`` raises.
     """
 
     def __init__(
@@ -24,7 +30,7 @@ class Restore:
         rows: Sequence[Sequence[Span]],
         readers: Mapping[str, BlockReader],
         reading: Readers,
-        damaged: Callable[[str, BlockError], None],
+        damaged: Callable[[Mapping[str, BlockError]], None],
     ) -> None:
         self.geometry = next(iter(readers.values())).geometry
         self._readers = readers
@@ -34,7 +40,9 @@ class Restore:
         for row, spans in enumerate(rows):
             for span in spans:
                 self._uses.setdefault(span.block.key, []).append((row, span))
-        self._layers: list[Future[None]] = []
+        self._layers: list[Future[bool]] = []
+        self._failed: dict[str, BlockError] = {}
+        self._reported: set[str] = set()
         self._closed = False
 
     @property
@@ -55,10 +63,15 @@ class Restore:
         layers = range(len(self.geometry.layers))
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
-    def _land(self, layer: int, place: Callable[[int, int], Landing]) -> None:
+    def _land(self, layer: int, place: Callable[[int, int], Landing]) -> bool:
+        """Let the pages of ``layer`` land, but for those that cannot; return whether all have."""
         rows = {row for uses in self._uses.values() for row, _ in uses}
         landings = {row: place(layer, row) for row in rows}
+        complete = True
         for key, uses in self._uses.items():
+            if key in self._failed:
+                complete = False
+                continue
             reader = self._readers[key]
             try:
                 if len(uses) == 1:
@@ -69,16 +82,29 @@ class Restore:
                     for row, span in uses:
                         landings[row].cut(span.start, span.stop).take(page, span.first, span.last)
             except BlockError as error:
-                self._damaged(key, error)
-                raise RestoreError(str(error)) from error
+                self._failed[key] = error
+                complete = False
+        return complete
 
     def wait(self, layer: int) -> None:
         """Wait until the pages of ``layer`` have landed.
 
         Raises:
-            RestoreError: one could not be read; its block was discarded.
+            RestoreError: one could not be read. The other layers were then waited for too, and every block that failed
+                was discarded: all that is lost is found out at once, not one block an attempt.
         """
-        self._layers[layer].result()
+        if not self._layers[layer].result():
+            wait(self._layers)
+            failed = self._report()
+            raise RestoreError(summary(failed)) from next(iter(failed.values()))
+
+    def _report(self) -> Mapping[str, BlockError]:
+        """Report the blocks that failed, each once: what is stored under its key later may be good. Return them all."""
+        failed = {key: self._failed[key] for key in self._uses if key in self._failed}
+        news = {key: error for key, error in failed.items() if key not in self._reported}
+        self._reported.update(news)
+        self._damaged(news)
+        return failed
 
     def give_head_start(self, seconds: float) -> None:
         """Wait until all pages have landed or failed, but not longer than ``seconds``."""
@@ -87,8 +113,7 @@ class Restore:
     def reject(self, reason: str) -> RestoreError:
         """Discard all blocks: they do not fit the model. Returns what to raise."""
         error = RestoreError(reason)
-        for key in self._readers:
-            self._damaged(key, error)
+        self._damaged(dict.fromkeys(self._readers, error))
         return error
 
     def close(self) -> None:
@@ -103,3 +128,4 @@ class Restore:
                 layer.exception()  # a task that runs still uses files and landings
         for reader in self._readers.values():
             reader.close()
+        self._report()
