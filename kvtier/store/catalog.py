@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.store.chain import BlockId
+from kvtier.store.fork import take_part
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (
@@ -56,15 +57,61 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(path, timeout=_LOCKED_SECONDS, isolation_level=None, check_same_thread=False)
+        self._open: sqlite3.Connection | None = None
+        self._closed = False
+        take_part(self)
+        with self._lock:
+            self._open = self._connect("rwc")
+            try:
+                self._switch_to_wal()
+                self._open.executescript(_SCHEMA)
+            except sqlite3.Error:
+                self._open.close()
+                raise
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self._path.as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_LOCKED_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         try:
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._switch_to_wal()
-            self._connection.executescript(_SCHEMA)
+            connection.execute("PRAGMA synchronous=NORMAL")
         except sqlite3.Error:
-            self._connection.close()
+            connection.close()
             raise
+        return connection
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """The connection of this process; made anew after a fork. Whoever asks holds the lock."""
+        if self._open is None:
+            if self._closed:
+                raise sqlite3.ProgrammingError("the catalog was closed")
+            self._open = self._connect("rw")  # a file that is gone by now is not made anew, and empty
+        return self._open
+
+    def before_fork(self) -> None:
+        """Close the connection, once no thread uses it."""
+        self._lock.acquire()
+        try:
+            self._disconnect()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def after_fork(self, in_child: bool) -> None:
+        """Let threads connect again."""
+        self._lock.release()
+
+    def _disconnect(self) -> None:
+        connection, self._open = self._open, None
+        if connection is not None:
+            connection.close()
 
     def _switch_to_wal(self) -> None:
         """Switch to WAL; while another process opens or closes the same file, SQLite refuses without waiting."""
@@ -82,13 +129,14 @@ class Catalog:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # left open, it would keep every process from writing
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a ready block."""
@@ -165,6 +213,12 @@ class Catalog:
         with self._transaction() as connection:
             connection.execute("DELETE FROM blocks WHERE key = ?", (key,))
 
+    def withdraw(self, key: str) -> bool:
+        """Forget a block if this process has reserved it and it is not ready. Returns whether."""
+        with self._transaction() as connection:
+            rows = connection.execute("DELETE FROM blocks WHERE key = ? AND writer = ?", (key, os.getpid()))
+            return rows.rowcount > 0
+
     def touch(self, keys: Sequence[str]) -> None:
         """Note that these blocks were used now."""
         with self._transaction() as connection:
@@ -198,7 +252,8 @@ class Catalog:
     def close(self) -> None:
         """Close the database."""
         with self._lock:
-            self._connection.close()
+            self._closed = True
+            self._disconnect()
 
 
 def _block_id(row: tuple[str, str, str, bytes]) -> BlockId:

@@ -202,18 +202,18 @@ class DiskTier:
             pieces = encode_block(block, self.codec)
             size = sum(piece.nbytes for piece in pieces)
             with _claimed(path):
-                evicted = self._catalog.reserve(block.id, size, self.budget_bytes)
-                if evicted is None:
-                    return self._catalog.find(key) is not None
                 try:
+                    evicted = self._catalog.reserve(block.id, size, self.budget_bytes)
+                    if evicted is None:
+                        return self._catalog.find(key) is not None
                     for old_key, old_root in evicted:
                         self._path(old_root, old_key).unlink(missing_ok=True)
                     self._write(path, pieces)
                     self._catalog.ready(key)
                 except BaseException:
-                    with contextlib.suppress(OSError):
-                        path.unlink(missing_ok=True)
-                    self._ask(lambda: self._catalog.remove(key), None)
+                    if self._ask(lambda: self._catalog.withdraw(key), True):
+                        with contextlib.suppress(OSError):
+                            path.unlink(missing_ok=True)
                     raise
             self._lost.discard(key)
             return True

@@ -11,6 +11,7 @@ from kvtier.pages import Landing, Page
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import leaf_first_lru
+from kvtier.store.fork import take_part
 
 
 class HostReader:
@@ -39,7 +40,7 @@ class HostReader:
 class HostTier:
     """Blocks in RAM. ``nbytes`` never exceeds ``budget_bytes``; a block that is being written is not evicted.
 
-    Thread-safe.
+    Thread-safe. An interrupt may end a call at any point: a block is then here, or not, and the bytes are counted anew.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -48,7 +49,21 @@ class HostTier:
         self._blocks: OrderedDict[str, Block] = OrderedDict()
         self._children: dict[str, set[str]] = {}
         self._writing: set[str] = set()
-        self._changed = threading.Condition(threading.RLock())
+        # Entered rather than the condition: only a lock itself is taken and released without a step between.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on. A child forgets the blocks that its parent is writing: it cannot know when, or whether, they are."""
+        if in_child:
+            for key in list(self._writing):
+                self.discard(key)
+        self._lock.release()
 
     def __contains__(self, key: str) -> bool:
         return key in self._blocks
@@ -66,35 +81,46 @@ class HostTier:
         Returns:
             False when there is no room for it, however much were evicted.
         """
-        key, size = block.id.key, block.nbytes
-        with self._changed:
-            if key in self._blocks:
-                return True
-            if size > self.budget_bytes:
-                return False
-            while self.nbytes + size > self.budget_bytes:
-                victim = leaf_first_lru(
-                    self._blocks,
-                    lambda k: bool(self._children.get(k)),
-                    # the parent of the new block would be left without its child's reason to be kept
-                    lambda k: k in self._writing or k == block.id.parent,
-                )
-                if victim is not None:
-                    self.discard(victim)
-                elif writing and self._writing:
-                    self._changed.wait()
-                else:
-                    return False
-            self._blocks[key] = block
-            self._children.setdefault(block.id.parent, set()).add(key)
-            self.nbytes += size
-            if writing:
-                self._writing.add(key)
+        with self._lock:
+            try:
+                return self._put(block, block.id.key, block.nbytes, writing)
+            except BaseException:
+                if self._blocks.get(block.id.key) is block:
+                    self.discard(block.id.key)  # half put: it might not be listed
+                self._recount()
+                raise
+
+    def _put(self, block: Block, key: str, size: int, writing: bool) -> bool:
+        if key in self._blocks:
             return True
+        if size > self.budget_bytes:
+            return False
+        while self.nbytes + size > self.budget_bytes:
+            victim = leaf_first_lru(
+                self._blocks,
+                lambda k: bool(self._children.get(k)),
+                # the parent of the new block would be left without its child's reason to be kept
+                lambda k: k in self._writing or k == block.id.parent,
+            )
+            if victim is not None:
+                self.discard(victim)
+            elif writing and self._writing:
+                self._changed.wait()
+            else:
+                return False
+        self._blocks[key] = block
+        self.nbytes += size
+        self._children.setdefault(block.id.parent, set()).add(key)
+        if writing:
+            self._writing.add(key)
+        return True
+
+    def _recount(self) -> None:
+        self.nbytes = sum(block.nbytes for block in self._blocks.values())
 
     def written(self, key: str) -> None:
-        """Allow the eviction of a block that was put with ``writing=True``."""
-        with self._changed:
+        """Allow the eviction of a block that was put with ``writing=True``. May be called more than once."""
+        with self._lock:
             self._writing.discard(key)
             self._changed.notify_all()
 
@@ -105,7 +131,7 @@ class HostTier:
 
     def children(self, parent: str) -> Sequence[BlockId]:
         """Return the blocks that follow ``parent``."""
-        with self._changed:
+        with self._lock:
             return [self._blocks[key].id for key in self._children.get(parent, ())]
 
     def open(self, key: str) -> HostReader | None:
@@ -115,21 +141,26 @@ class HostTier:
 
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored."""
-        with self._changed:
-            block = self._blocks.pop(key, None)
+        with self._lock:
+            block = self._blocks.get(key)
             if block is None:
                 return
-            self.nbytes -= block.nbytes
-            self._writing.discard(key)
-            siblings = self._children[block.id.parent]
-            siblings.discard(key)
+            siblings = self._children.get(block.id.parent, set())
+            siblings.discard(key)  # first: what is listed is here
             if not siblings:
-                del self._children[block.id.parent]
+                self._children.pop(block.id.parent, None)
+            self._writing.discard(key)
+            try:
+                del self._blocks[key]
+                self.nbytes -= block.nbytes
+            except BaseException:
+                self._recount()
+                raise
             self._changed.notify_all()
 
     def touch(self, keys: Sequence[str]) -> None:
         """Note that these blocks were used now."""
-        with self._changed:
+        with self._lock:
             for key in keys:
                 if key in self._blocks:
                     self._blocks.move_to_end(key)

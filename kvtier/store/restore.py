@@ -17,11 +17,17 @@ Place = Callable[[int, int], tuple[Landing, int]]
 """``(layer, row)`` → where K and V of that layer and row are to lie, and the token of the row that index 0 is for."""
 
 
+def summary(errors: Mapping[str, BlockError]) -> str:
+    """Say what is wrong with the first of some blocks (key → what is wrong with it), and how many others there are."""
+    first, *others = errors.values()
+    return f"{first} (and {len(others)} more)" if others else str(first)
+
+
 class Restore:
     """The pages of ``rows``, one task a layer, in layer order.
 
-    Each page is read once, however many rows use it. A block that fails is reported through ``damaged``; its bytes are
-    never taken for K and V, since ``wait`` raises.
+    Each page is read once, however many rows use it. Blocks that fail are reported together through ``damaged``, by
+    ``wait`` or at the latest by ``close``; their bytes are never taken for K and V, since ``wait`` raises.
     """
 
     def __init__(
@@ -29,7 +35,7 @@ class Restore:
         rows: Sequence[Sequence[Span]],
         readers: Mapping[str, BlockReader],
         reading: Readers,
-        damaged: Callable[[str, BlockError], None],
+        damaged: Callable[[Mapping[str, BlockError]], None],
     ) -> None:
         self.geometry = next(iter(readers.values())).geometry
         self._readers = readers
@@ -39,7 +45,9 @@ class Restore:
         for row, spans in enumerate(rows):
             for span in spans:
                 self._uses.setdefault(span.block.key, []).append((row, span))
-        self._layers: list[Future[None]] = []
+        self._layers: list[Future[bool]] = []
+        self._failed: dict[str, BlockError] = {}
+        self._reported: set[str] = set()
         self._lent: set[str] = set()
         self._closed = False
 
@@ -59,7 +67,7 @@ class Restore:
             place: says where they are to lie.
         """
         layers = range(len(self.geometry.layers))
-        self._layers = [self._reading.submit(partial(self.land, layer, place)) for layer in layers]
+        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
     def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
         """Put the pages of ``layer`` where they are to lie, now, in the caller.
@@ -73,11 +81,20 @@ class Restore:
         Raises:
             RestoreError: a page could not be read; its block was discarded.
         """
+        if not self._land(layer, place, begin, end):
+            raise self._lost()
+
+    def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
+        """Let the pages of ``layer`` land, but for those that cannot; return whether all have."""
         rows = {row for uses in self._uses.values() for row, _ in uses}
         landings = {row: place(layer, row) for row in rows}
+        complete = True
         for key, all_uses in self._uses.items():
             uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
             if not uses:
+                continue
+            if key in self._failed:
+                complete = False
                 continue
             reader = self._readers[key]
             try:
@@ -89,8 +106,9 @@ class Restore:
                     for row, span in uses:
                         _at(landings[row], span).take(page, span.first, span.last)
             except BlockError as error:
-                self._damaged(key, error)
-                raise RestoreError(str(error)) from error
+                self._failed[key] = error
+                complete = False
+        return complete
 
     def check(self) -> None:
         """Read all pages once, to see that they can be read.
@@ -103,8 +121,9 @@ class Restore:
                 for layer in range(len(self.geometry.layers)):
                     reader.page(layer)
             except BlockError as error:
-                self._damaged(key, error)
-                raise RestoreError(str(error)) from error
+                self._failed[key] = error
+        if self._failed:
+            raise self._lost()
 
     def spans(self, row: int) -> list[Span]:
         """Return what comes of ``row``, in order."""
@@ -123,9 +142,27 @@ class Restore:
         """Wait until the pages of ``layer`` have landed.
 
         Raises:
-            RestoreError: one could not be read; its block was discarded.
+            RestoreError: one could not be read. The other layers were then waited for too, and every block that failed
+                was discarded: all that is lost is found out at once, not one block an attempt.
         """
-        self._layers[layer].result()
+        if not self._layers[layer].result():
+            wait(self._layers)
+            raise self._lost()
+
+    def _lost(self) -> RestoreError:
+        """Report the blocks that failed; return what to raise."""
+        failed = self._report()
+        error = RestoreError(summary(failed))
+        error.__cause__ = next(iter(failed.values()))
+        return error
+
+    def _report(self) -> Mapping[str, BlockError]:
+        """Report the blocks that failed, each once: what is stored under its key later may be good. Return them all."""
+        failed = {key: self._failed[key] for key in self._uses if key in self._failed}
+        news = {key: error for key, error in failed.items() if key not in self._reported}
+        self._reported.update(news)
+        self._damaged(news)
+        return failed
 
     def give_head_start(self, seconds: float) -> None:
         """Wait until all pages have landed or failed, but not longer than ``seconds``."""
@@ -134,8 +171,7 @@ class Restore:
     def reject(self, reason: str) -> RestoreError:
         """Discard all blocks: they do not fit the model. Returns what to raise."""
         error = RestoreError(reason)
-        for key in self._readers:
-            self._damaged(key, error)
+        self._damaged(dict.fromkeys(self._readers, error))
         return error
 
     def close(self) -> None:
@@ -151,6 +187,7 @@ class Restore:
         for key, reader in self._readers.items():
             if key not in self._lent:
                 reader.close()
+        self._report()
 
 
 def _at(place: tuple[Landing, int], span: Span) -> Landing:

@@ -20,6 +20,8 @@ class _Shared:
 
 _stores: dict[str, _Shared] = {}
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not find it taken by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Lease:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,9 +29,10 @@ from kvtier.store.base import Block, BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.codec import CODECS
 from kvtier.store.disk import DiskTier
+from kvtier.store.fork import take_part
 from kvtier.store.host import HostTier
 from kvtier.store.match import PrefixMatch, Span, longest_match
-from kvtier.store.restore import Restore
+from kvtier.store.restore import Restore, summary
 from kvtier.transfer import Readers, Writer
 from kvtier.units import default_host_budget_bytes, parse_bytes
 
@@ -103,6 +105,17 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._closed = False
         _open_stores.add(self)
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on; in a child with threads of its own and nothing queued, since its parent does what it has queued."""
+        if in_child:
+            self._reading, self._writing = Readers(), Writer()
+        self._lock.release()
 
     @property
     def closed(self) -> bool:
@@ -127,49 +140,66 @@ class PrefixStore:
         """Open the blocks of ``rows`` (at least one span among them); ``Restore.start`` lets their pages come.
 
         Raises:
-            BlockError: a block cannot be used; it was discarded, so a new ``match`` finds what is left.
+            BlockError: blocks cannot be used. Every one of them was found out and discarded, so a new ``match`` finds
+                what is left, and one ``commit`` puts back what was lost.
             ClosedError: the store was closed.
         """
         self._check_open()
+        blocks = {span.block.key: span.block for spans in rows for span in spans}
         readers: dict[str, BlockReader] = {}
+        missing: dict[str, BlockError] = {}
+        damaged: dict[str, BlockError] = {}
         try:
-            for span in (span for spans in rows for span in spans):
-                if span.block.key not in readers:
-                    readers[span.block.key] = self._open(span.block)
-            if len({reader.geometry for reader in readers.values()}) > 1:
-                error = BlockError("its layers differ from those of the blocks beside it")
-                for key in readers:
-                    self._damaged(key, error)
-                raise error
+            for key, block in blocks.items():
+                try:
+                    reader = self._open(block)
+                except BlockError as error:
+                    missing[key] = damaged[key] = error
+                    continue
+                if reader is None:  # evicted since it was matched
+                    missing[key] = BlockError(f"block {key[:12]} is gone")
+                else:
+                    readers[key] = reader
+            if not missing and len({reader.geometry for reader in readers.values()}) > 1:
+                missing = damaged = dict.fromkeys(
+                    readers, BlockError("layers differ from those of the blocks beside it")
+                )
+            self._damaged(damaged)
+            if missing:
+                raise BlockError(summary(missing)) from next(iter(missing.values()))
         except BaseException:
             for reader in readers.values():
                 reader.close()
             raise
         return Restore(rows, readers, self._reading, self._damaged)
 
-    def _open(self, block: BlockId) -> BlockReader:
+    def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
-            try:
-                reader = tier.open(block.key)
-                if reader is None:
-                    continue
-                if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
-                    reader.close()
-                    raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
-                return reader
-            except BlockError as error:
-                self._damaged(block.key, error)
-                raise
-        raise BlockError(f"block {block.key[:12]} is gone")
+            reader = tier.open(block.key)
+            if reader is None:
+                continue
+            if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
+                reader.close()
+                raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
+            return reader
+        return None
 
-    def _damaged(self, key: str, error: BlockError) -> None:
-        for tier in self._tiers:
-            tier.discard(key)
+    def _damaged(self, errors: Mapping[str, BlockError]) -> None:
+        """Discard blocks, given by key with what is wrong with them, and warn of those not warned of before."""
+        for key in errors:
+            for tier in self._tiers:
+                tier.discard(key)
         with self._lock:
-            first = key not in self._warned
-            self._warned.add(key)
-        if first:
-            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", error)
+            news = {key: error for key, error in errors.items() if key not in self._warned}
+            self._warned.update(news)
+        if len(news) == 1:
+            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
+        elif news:
+            _log.warning(
+                "%d stored blocks cannot be used and were removed: %s; their tokens are recomputed",
+                len(news),
+                summary(news),
+            )
 
     def commit(
         self,
@@ -194,8 +224,8 @@ class PrefixStore:
         """
         self._check_open()
         if self._disk is not None and manifest is not None and root not in self._described:
+            self._write_behind(partial(self._disk.describe_root, root, manifest))
             self._described.add(root)
-            self._writing.submit(partial(self._disk.describe_root, root, manifest))
         parent, new = root, 0
         keys: list[str] = []
         for start in range(0, len(tokens), self.block_size):
@@ -214,7 +244,7 @@ class PrefixStore:
         """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
         self._host.touch(keys)
         if self._disk is not None and keys:
-            self._writing.submit(partial(self._disk.touch, keys))
+            self._write_behind(partial(self._disk.touch, keys))
 
     def _known(self, block: BlockId) -> bool:
         if any(block.key in tier for tier in self._tiers):
@@ -230,18 +260,29 @@ class PrefixStore:
         disk = self._disk
         if disk is None:
             return self._put(self._host, block)
-        if not self._host.put(block, writing=True):
-            return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
-        self._drop_shorter(self._host, block.id)
+        key = block.id.key
 
         def write() -> None:
             try:
                 self._put(disk, block)
             finally:
-                self._host.written(block.id.key)
+                self._host.written(key)
 
-        self._writing.submit(write)
+        try:
+            if not self._host.put(block, writing=True):
+                return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
+            self._drop_shorter(self._host, block.id)
+            self._write_behind(write)
+        except BaseException:
+            # An interrupt: whether the block is put, and queued, is unknown. Protected, it might never be evicted;
+            # known, it might never be written.
+            self._host.discard(key)
+            raise
         return True
+
+    def _write_behind(self, task: Callable[[], None]) -> None:
+        _drain_at_the_end()
+        self._writing.submit(task)
 
     def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
         if not tier.put(block):
@@ -281,9 +322,18 @@ class PrefixStore:
 
 
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
+_drained_at_the_end = 0  # the process that has called Finalize
 
 
 @atexit.register
 def _drain_open_stores() -> None:
     for store in list(_open_stores):
         store.close()
+
+
+def _drain_at_the_end() -> None:
+    """See to it that stores are drained when this process ends: some children of multiprocessing skip ``atexit``."""
+    global _drained_at_the_end
+    if _drained_at_the_end != os.getpid():
+        Finalize(None, _drain_open_stores, exitpriority=0)
+        _drained_at_the_end = os.getpid()

@@ -56,7 +56,7 @@ class Writer:
         with self._lock:
             if self._pid != os.getpid():  # the parent's queue and thread are not ours after a fork
                 self._queue, self._thread, self._pid = Queue(maxsize=self._queue.maxsize), None, os.getpid()
-            if self._thread is None:
+            if self._thread is None or self._thread.ident is None:  # made but never started: an interrupt came between
                 self._thread = threading.Thread(target=self._run, name="kvtier-write", daemon=True)
                 self._thread.start()
         self._queue.put(task)

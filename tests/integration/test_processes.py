@@ -182,6 +182,163 @@ def test_a_process_that_ends_without_close(tmp_path, ending, code):
         assert restored_length(store, count(400)) == 400
 
 
+# Children that fork: none of them closes its store, and each ends in another way.
+FORKED = """
+import multiprocessing, os, signal, sys
+from storekit import commit, count
+from kvtier import PrefixStore
+from kvtier.store.disk import DiskTier
+
+os.fsync = lambda fd: None
+folder, whose, log = sys.argv[1:4]
+put = DiskTier.put
+
+def logged(tier, block):
+    with open(log, "a") as file:
+        print(os.getpid(), block.id.key, file=file)
+    return put(tier, block)
+
+DiskTier.put = logged
+settings = {"block_size": 4, "host_budget": 200_000}
+store = PrefixStore(folder, **settings)
+
+def child():
+    signal.alarm(60)  # a child that hangs is a failure, not a test that never ends
+    if whose == "its own":
+        child.store = PrefixStore(folder, **settings)
+    commit(child.store, count(200, first=1000))
+
+child.store = store
+commit(store, count(200))  # fifty blocks: most are still to be written when the process forks
+"""
+BY_MULTIPROCESSING = """
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+assert process.exitcode == 0, process.exitcode
+"""
+BY_OS = """
+pid = os.fork()
+if pid == 0:
+    child()
+    sys.exit()
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("whose", ["its own", "its parent's"])
+@pytest.mark.parametrize("fork", [BY_MULTIPROCESSING, BY_OS], ids=["multiprocessing", "os.fork"])
+def test_a_forked_child_that_ends_without_close(tmp_path, fork, whose):
+    log = tmp_path / "log"
+    done = script(FORKED + fork, tmp_path / "store", whose, log)
+    assert done.returncode == 0, done.stderr
+    with PrefixStore(tmp_path / "store", block_size=4) as store:
+        assert restored_length(store, count(200)) == 200
+        assert restored_length(store, count(200, first=1000)) == 200
+    written = [line.split() for line in log.read_text().splitlines()]
+    assert len({process for process, _ in written}) == 2
+    assert len({key for _, key in written}) == len(written) == 100, "a child that wrote what its parent had queued"
+
+
+# A thread is inside of something when another one forks.
+BUSY = """
+import os, signal, sys, threading
+from functools import partial
+from storekit import commit, count, restored_length
+from kvtier import PrefixStore
+from kvtier.store.catalog import Catalog
+from kvtier.store.disk import DiskTier
+from kvtier.store.shared import Lease
+
+folder = sys.argv[1]
+busy, go_on = threading.Event(), threading.Event()
+
+def hold_up(owner, name):
+    original = getattr(owner, name)
+    def held_up(*arguments):
+        busy.set()
+        assert go_on.wait(60)
+        return original(*arguments)
+    setattr(owner, name, held_up)
+
+# What a fork waits for goes on just before it; what it does not wait for, after.
+when = ("after_in_parent", "after_in_child") if sys.argv[2] == "the start of a writer" else ("before",)
+os.register_at_fork(**dict.fromkeys(when, go_on.set))
+store = PrefixStore(folder, block_size=4)
+if sys.argv[2] == "a transaction":
+    hold_up(Catalog, "_insert")
+    commit(store, count(4))
+elif sys.argv[2] == "the start of a writer":
+    committing = threading.Thread(target=commit, args=(store, count(4)))
+    committing.start = partial(committing.start)  # itself, not the one that is held up
+    hold_up(threading.Thread, "start")
+    committing.start()
+else:
+    hold_up(DiskTier, "_check_version")
+    threading.Thread(target=Lease, args=(folder,)).start()
+assert busy.wait(60)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    commit(Lease(folder).store, count(20, first=2000))
+    commit(store, count(20, first=1000))
+    sys.exit()
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("what", ["a transaction", "the start of a writer", "the making of a shared store"])
+def test_a_process_that_forks_while_a_thread_is_busy(tmp_path, what):
+    done = script(BUSY, tmp_path, what)
+    assert done.returncode == 0, done.stderr
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert restored_length(store, count(20, first=1000)) == 20
+    with PrefixStore(tmp_path) as store:  # blocks as large as those of a shared store
+        assert restored_length(store, count(20, first=2000)) == 20
+
+
+# SQLite must not take the locks of the parent for the child's: closing last, the parent would take the log away.
+OUTLIVED = """
+import multiprocessing, sys
+from storekit import commit, count
+from kvtier import PrefixStore
+
+context = multiprocessing.get_context("fork")
+began, alone = context.Event(), context.Event()
+
+def child(whose, store):
+    if whose == "its own":
+        store = PrefixStore(sys.argv[1], block_size=4)
+    commit(store, count(20, first=1000))
+    store.flush()
+    began.set()
+    assert alone.wait(60)
+    commit(store, count(20, first=2000))
+
+store = PrefixStore(sys.argv[1], block_size=4)
+commit(store, count(20))
+process = context.Process(target=child, args=(sys.argv[2], store))
+process.start()
+assert began.wait(60)
+store.close()
+with PrefixStore(sys.argv[1], block_size=4) as store:
+    commit(store, count(20, first=3000))
+    store.flush()
+    alone.set()
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    commit(store, count(20, first=4000))
+"""
+
+
+@pytest.mark.parametrize("whose", ["its own", "its parent's"])
+def test_a_forked_child_outlives_the_store_of_its_parent(tmp_path, whose):
+    done = script(OUTLIVED, tmp_path, whose)
+    assert done.returncode == 0, done.stderr
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert [restored_length(store, count(20, first=n)) for n in range(0, 5000, 1000)] == [20] * 5
+
+
 # Each call that changes a file or a folder is once the last thing a process does.
 MORTAL = """
 import os, signal, sys

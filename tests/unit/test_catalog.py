@@ -2,7 +2,9 @@
 
 import os
 import sqlite3
+import tempfile
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -89,7 +91,7 @@ def test_the_parent_of_the_new_block_and_blocks_being_written_stay(catalog):
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 40)), max_size=15))
 def test_the_total_is_the_sum_and_holds_to_the_budget(puts):
-    with closing(Catalog(":memory:")) as catalog:
+    with tempfile.TemporaryDirectory() as folder, closing(Catalog(Path(folder) / "catalog.sqlite")) as catalog:
         for tokens, size in puts:
             for each in chain(ids(*tokens), 4):
                 if each.id.parent != ROOT and catalog.find(each.id.parent) is None:
@@ -143,3 +145,31 @@ def test_what_is_no_database_is_an_error(tmp_path):
     (tmp_path / "other.sqlite").write_text("this is a letter to my mother\n" * 100)
     with pytest.raises(sqlite3.DatabaseError):
         Catalog(tmp_path / "other.sqlite")
+
+
+def test_a_fork_leaves_no_connection_and_the_catalog_goes_on(tmp_path, catalog):
+    put(catalog, block(count(4)))
+    catalog.before_fork()
+    assert not (tmp_path / "catalog.sqlite-wal").exists(), "SQLite removes it when the last connection is closed"
+    catalog.after_fork(in_child=False)
+    assert catalog.find(block(count(4)).id.key) is not None
+    put(catalog, block(count(4, first=9)))
+    assert len(catalog) == 2
+
+
+def test_a_catalog_that_is_lost_when_the_process_forks_is_not_made_anew_and_empty(tmp_path, catalog):
+    put(catalog, block(count(4)))
+    catalog.before_fork()
+    (tmp_path / "catalog.sqlite").unlink()
+    catalog.after_fork(in_child=False)
+    with pytest.raises(sqlite3.OperationalError):
+        catalog.find(block(count(4)).id.key)
+    assert not (tmp_path / "catalog.sqlite").exists()
+
+
+def test_a_closed_catalog_stays_closed(catalog):
+    catalog.close()
+    catalog.before_fork()
+    catalog.after_fork(in_child=False)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        catalog.find("any")

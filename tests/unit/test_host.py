@@ -100,3 +100,16 @@ def test_putting_a_block_twice_counts_it_once():
     tier.discard(block(count(4)).id.key)
     assert tier.nbytes == 0
     assert tier.children(ROOT) == []
+
+
+def test_a_forked_child_waits_for_no_block_that_its_parent_is_writing():
+    tier = HostTier(SIZE)
+    first, second = block(count(4)), block(count(4, first=9))
+    tier.put(first, writing=True)
+    tier.before_fork()
+    tier.after_fork(in_child=False)
+    assert first.id.key in tier
+    tier.before_fork()
+    tier.after_fork(in_child=True)
+    assert first.id.key not in tier
+    assert tier.put(second, writing=True)

@@ -4,10 +4,24 @@ import threading
 
 import pytest
 import torch
-from storekit import DIM, HEADS, LAYERS, ROOT, commit, count, same_bits, truth
+from storekit import (
+    DAMAGES,
+    DIM,
+    HEADS,
+    LAYERS,
+    ROOT,
+    block_files,
+    commit,
+    count,
+    damage,
+    restored_length,
+    same_bits,
+    truth,
+)
 
 from kvtier import BlockError, PrefixStore, RestoreError
 from kvtier.pages import Landing
+from kvtier.store import restore as restore_module
 from kvtier.store.format import BlockFile
 
 
@@ -72,10 +86,11 @@ def test_blocks_that_do_not_fit_are_forgotten(store, caplog):
 def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatch, caplog):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
-    read = BlockFile.land
+    read, landed = BlockFile.land, threading.Event()
 
     def land(self, layer, first, last, landing):
         if layer == 1:
+            assert landed.wait(timeout=30)
             raise BlockError("the platter is scratched")
         read(self, layer, first, last, landing)
 
@@ -85,11 +100,112 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
         restore = store.restore([store.match(ROOT, count(8)).spans])
         restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
         restore.wait(0)
+        landed.set()
         with pytest.raises(RestoreError, match="scratched"):
             restore.wait(1)
         restore.close()
         assert store.match(ROOT, count(8)).length < 8
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_all_blocks_that_cannot_be_opened_are_found_out_at_once(tmp_path, caplog, how):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(20))
+    files = {path.stem: path for path in block_files(tmp_path)}
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        spans = store.match(ROOT, count(20)).spans
+        for index in (1, 2, 4):
+            damage(files[spans[index].block.key], how, at=30)
+        with pytest.raises(BlockError) as raised:
+            store.restore([spans])
+        assert files[spans[1].block.key].name in str(raised.value)
+        assert str(raised.value).endswith("(and 2 more)")
+        assert restored_length(store, count(20)) == 4
+        assert commit(store, count(20)) == 12  # those that were damaged, and no other
+        store.flush()
+        assert restored_length(store, count(20)) == 20
+    assert [record.getMessage()[:49] for record in caplog.records] == [
+        "3 stored blocks cannot be used and were removed: "
+    ]
+
+
+def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch, caplog):
+    """In two layers, the second of which is still to be read when the first is known to have failed."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(20))
+    read, wait, waiting = BlockFile.land, restore_module.wait, threading.Event()
+
+    def wait_for_all(layers):
+        waiting.set()
+        return wait(layers)
+
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        spans = store.match(ROOT, count(20)).spans
+        bad = {(spans[i].block.key, layer) for i, layer in ((3, 0), (2, 0), (1, LAYERS - 1))}
+
+        def land(self, layer, first, last, landing):
+            if layer == LAYERS - 1:
+                assert waiting.wait(timeout=30)
+            if (self.id.key, layer) in bad:
+                raise BlockError(f"{self.path} is scratched")
+            read(self, layer, first, last, landing)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockFile, "land", land)
+            patched.setattr(restore_module, "wait", wait_for_all)
+            buffers = windows(1, 20)
+            restore = store.restore([spans])
+            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            with pytest.raises(RestoreError, match=rf"{spans[1].block.key}.* is scratched \(and 2 more\)"):
+                restore.wait(0)
+            restore.close()
+        assert restored_length(store, count(20)) == 4
+        assert commit(store, count(20)) == 12
+        store.flush()
+        assert restored_length(store, count(20)) == 20
+    assert len(caplog.records) == 1
+
+
+def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch, caplog):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+
+    def land(self, *where):
+        raise BlockError("the platter is scratched")
+
+    with PrefixStore(tmp_path, block_size=4) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockFile, "land", land)
+            buffers = windows(1, 8)
+            restore = store.restore([store.match(ROOT, count(8)).spans])
+            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            restore.give_head_start(30)
+            restore.close()
+        assert store.match(ROOT, count(8)).length == 0
+    assert len(caplog.records) == 1
+
+
+def test_a_failure_is_reported_once(tmp_path, monkeypatch):
+    """What is committed under the key of a damaged block afterwards is good, and stays."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+
+    def land(self, *where):
+        raise BlockError("the platter is scratched")
+
+    with PrefixStore(tmp_path, block_size=4) as store:
+        monkeypatch.setattr(BlockFile, "land", land)
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        with pytest.raises(RestoreError):
+            restore.wait(0)
+        assert commit(store, count(8)) == 8
+        with pytest.raises(RestoreError):
+            restore.wait(1)
+        restore.close()
+        assert store.match(ROOT, count(8)).length == 8
 
 
 def test_nothing_lands_after_close(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Threads that keep order, bounds and promises."""
 
+import contextlib
+import itertools
 import threading
 
 import pytest
+from interrupts import InterruptAtLine
 
 from kvtier.transfer import Readers, Writer
 
@@ -56,6 +59,19 @@ def test_closing_the_writer_drains_it_and_ends_its_thread():
     writer.close()
     assert done == list(range(10))
     assert threading.active_count() == before
+
+
+def test_a_writer_whose_first_task_was_interrupted_anywhere_runs_the_next():
+    for at in itertools.count():
+        writer, interrupt, ran = Writer(), InterruptAtLine(at, {Writer.submit.__code__.co_filename}), threading.Event()
+        with contextlib.suppress(KeyboardInterrupt), interrupt:
+            writer.submit(lambda: None)
+        writer.submit(ran.set)
+        assert ran.wait(30)
+        writer.close()
+        if not interrupt.came:
+            break
+    assert at > 3
 
 
 def test_a_writer_that_never_wrote_needs_no_thread():

@@ -1,0 +1,55 @@
+"""Forks: a child has a copy of all memory, but no other thread, and none of its parent's locks on files.
+
+What another thread holds, or has half done, would stay so in the child for ever. And SQLite, which remembers the locks
+of its process, would take the parent's for the child's: it forbids to carry a connection, even an idle one, across a
+fork. So whoever has either comes to rest before a fork, and goes on after it, in both processes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Protocol
+
+
+class Forkable(Protocol):
+    """Something that must be at rest when the process forks."""
+
+    def before_fork(self) -> None:
+        """Come to rest; let no other thread begin before ``after_fork``, which is not called if this one raises."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on."""
+
+
+_members: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_resting: list[Forkable] = []
+_lock = threading.Lock()
+
+
+def take_part(member: Forkable) -> None:
+    """Have ``member`` told of every fork, for as long as it lives."""
+    with _lock:
+        _members.add(member)
+
+
+def _before() -> None:
+    _lock.acquire()
+    for member in list(_members):
+        member.before_fork()
+        _resting.append(member)
+
+
+def _after(in_child: bool) -> None:
+    try:
+        while _resting:
+            _resting.pop().after_fork(in_child)
+    finally:
+        _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before, after_in_parent=lambda: _after(in_child=False), after_in_child=lambda: _after(in_child=True)
+    )
