@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
 from kvtier.hf.generate import TurnTaker, check_installed, install
 from kvtier.hf.identity import Identity, identify
-from kvtier.hf.layers import WindowLayer, build_layer, build_layers
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Unreadable, read_prompt
@@ -26,19 +23,17 @@ from kvtier.hf.soundness import Unsound
 from kvtier.hf.streamed import StreamedPrefix
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turn import Held, Turn
-from kvtier.pages import Page
+from kvtier.hf.windows import WindowCache, host_pages
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.shared import Lease
 from kvtier.stream.streams import MakeEngine
-from kvtier.stream.traffic import Traffic
 from kvtier.transfer import engine_for
-from kvtier.window import LayerMemory
 
 _log = logging.getLogger("kvtier.hf")
 
 
-class TieredCache(DynamicCache, TurnTaker):
+class TieredCache(WindowCache, TurnTaker):
     """A ``past_key_values`` that never computes a known prefix twice.
 
     Guarantees: what is reused was computed for the same tokens by the same model, compared id by id; K and V are the
@@ -73,7 +68,6 @@ class TieredCache(DynamicCache, TurnTaker):
         spill_dir: str | os.PathLike[str] | None = None,
         engine: MakeEngine = engine_for,
     ) -> None:
-        Cache.__init__(self, layers=[])
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
         self._closed = False
@@ -89,10 +83,7 @@ class TieredCache(DynamicCache, TurnTaker):
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
             )
-        self._config = config
-        self._no_reuse: str | None = None
-        self._warned_of: PreTrainedConfig | None = None
-        self._streams = self._streaming.open(self._store, lambda: len(self.layers))
+        super().__init__(partial(self._streaming.open, self._store))
         self._turn: Turn | None = None
         self._held: Held | None = None
         self._root: str | None = None
@@ -104,19 +95,8 @@ class TieredCache(DynamicCache, TurnTaker):
     # --- layers -----------------------------------------------------------------------------------------------------
 
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
-        self._config = config
-        for layer in self._windows:
-            layer.reset()
-        make = self._streams.layer if self._streams is not None else None
-        self.layers, self._no_reuse = build_layers(config, make) if config is not None else ([], None)
-        if self._no_reuse and self._streams is not None and config is not self._warned_of:
-            self._warned_of = config
-            _log.warning("device_budget has no effect on this model: %s", self._no_reuse)
+        super()._lay_out(config)
         self._held = None
-
-    @property
-    def _windows(self) -> list[WindowLayer]:
-        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -124,20 +104,16 @@ class TieredCache(DynamicCache, TurnTaker):
         """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
 
         Raises:
+            BudgetError: ``device_budget`` is too small for so many tokens.
             ClosedError: the cache was closed.
+            StreamError: a page of a cold layer is lost, or cannot be written.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         if self._turn is None:
             self._check_open()
             check_installed()
             self._held = None  # tokens that nobody named
-        while len(self.layers) <= layer_idx:
-            make = self._streams.layer if self._streams is not None else None
-            self.layers.append(build_layer(len(self.layers), None, make))
-        states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
-            key_states, value_states, *args, **kwargs
-        )
-        return states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
         """Hold nothing. The store keeps what it has."""
@@ -150,29 +126,11 @@ class TieredCache(DynamicCache, TurnTaker):
         if self._turn is not None:
             self._turn.prompt_only = True
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        self._move_rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._move_rows(indices, lambda layer: layer.batch_select_indices(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, copies next to each other."""
-        rows = torch.arange(self._row_count).repeat_interleave(repeats)
-        self._move_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
-
-    @property
-    def _row_count(self) -> int:
-        return max((layer.rows for layer in self._windows), default=0)
-
-    def _move_rows(self, rows: torch.Tensor, move: Any) -> None:
+    def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         before, turn = self._row_count, self._turn
         # Until every layer has moved, an interrupt leaves rows that differ between layers: nothing of it can be kept.
         self._turn, self._held = (Turn.off("rows were being moved") if turn else None), None
-        for layer in self.layers:
-            move(layer)
+        super()._move_rows(rows, move)
         self._turn = turn
         if turn is not None:
             turn.rows_moved(rows, before)
@@ -333,7 +291,7 @@ class TieredCache(DynamicCache, TurnTaker):
         windows = [layer.window for layer in layers if layer.window is not None]
         try:
             for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
-                self._store.commit(identity.root, tokens, partial(_pages, windows, row, pad), identity.manifest)
+                self._store.commit(identity.root, tokens, partial(host_pages, windows, row, pad), identity.manifest)
         except StreamError as error:
             _log.warning("this turn is not kept: %s", error)
             self._lay_out(self._config)
@@ -368,11 +326,6 @@ class TieredCache(DynamicCache, TurnTaker):
             raise ClosedError("this TieredCache was closed; make a new one")
 
     @property
-    def traffic(self) -> Traffic | None:
-        """What streaming has moved since the cache was made; None without a ``device_budget``."""
-        return self._streams.traffic.copy() if self._streams is not None else None
-
-    @property
     def store(self) -> PrefixStore:
         """The store behind this cache."""
         return self._store
@@ -387,9 +340,8 @@ class TieredCache(DynamicCache, TurnTaker):
         if self._closed:
             return
         self._end_turn()
-        for layer in self._windows:
-            layer.reset()
-        self.layers, self._held, self._closed = [], None, True
+        self._let_go()
+        self._held, self._closed = None, True
         if self._streams is not None:
             self._streams.close()
         if not self._store.closed:
@@ -411,31 +363,12 @@ class TieredCache(DynamicCache, TurnTaker):
         self._check_open()
         twin = TieredCache(self._store, config=self._config, **self._streaming.arguments)
         twin._lease = self._lease.twin() if self._lease is not None else None
-        if twin._streams is None:
-            twin.layers = copy.deepcopy(self.layers, memo)
-        else:
-            self._copy_streamed(twin)
+        self._copy_layers_to(twin, memo)
         twin._held, twin._root, twin.last_turn = self._held, self._root, self.last_turn
         return twin
-
-    def _copy_streamed(self, twin: TieredCache) -> None:
-        streams = twin._streams
-        assert streams is not None
-        if self._streams is not None:
-            streams.keep_files_of(self._streams)
-        while len(twin.layers) < len(self.layers):
-            twin.layers.append(build_layer(len(twin.layers), None, streams.layer))
-        for ours, theirs in zip(self.layers, twin.layers, strict=True):
-            if isinstance(ours, WindowLayer):
-                ours.copy_to(theirs, streams)
 
     def __hash__(self) -> int:
         return id(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other
-
-
-def _pages(windows: Sequence[LayerMemory], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
-    """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host."""
-    return tuple(window.page(row, pad + start, pad + stop) for window in windows)

@@ -1,0 +1,120 @@
+"""The windows of a cache: its layers, their rows, and the budget they live under. Nothing here knows of turns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from kvtier.hf.layers import MakeLayerMemory, WindowLayer, build_layer, build_layers
+from kvtier.pages import Page
+from kvtier.stream.streams import Streams
+from kvtier.stream.traffic import Traffic
+from kvtier.window import LayerMemory
+
+_log = logging.getLogger("kvtier.hf")
+
+OpenStreams = Callable[[Callable[[], int]], Streams | None]
+"""``how many layers there are`` → the streams of a cache; None when nothing is ever cold."""
+
+
+class WindowCache(DynamicCache):
+    """A transformers cache of windows.
+
+    Args:
+        open_streams: opens what its layers live on.
+    """
+
+    def __init__(self, open_streams: OpenStreams) -> None:
+        Cache.__init__(self, layers=[])
+        self._streams = open_streams(lambda: len(self.layers))
+        self._config: PreTrainedConfig | None = None
+        self._no_reuse: str | None = None
+        self._warned_of: PreTrainedConfig | None = None
+
+    @property
+    def _make(self) -> MakeLayerMemory | None:
+        return self._streams.layer if self._streams is not None else None
+
+    def _lay_out(self, config: PreTrainedConfig | None) -> None:
+        """Let go of what is held, and have empty layers for a model."""
+        self._config = config
+        self._let_go()
+        self.layers, self._no_reuse = build_layers(config, self._make) if config is not None else ([], None)
+        if self._no_reuse and self._streams is not None and config is not self._warned_of:
+            self._warned_of = config
+            _log.warning("device_budget has no effect on this model: %s", self._no_reuse)
+
+    def _let_go(self) -> None:
+        for layer in self._windows:
+            layer.reset()
+        self.layers = []
+
+    @property
+    def _windows(self) -> list[WindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
+
+        Raises:
+            BudgetError: ``device_budget`` is too small for so many tokens.
+            StreamError: a page of a cold layer is lost, or cannot be written.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(build_layer(len(self.layers), None, self._make))
+        states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
+            key_states, value_states, *args, **kwargs
+        )
+        return states
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        self._move_rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._move_rows(indices, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        rows = torch.arange(self._row_count).repeat_interleave(repeats)
+        self._move_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    @property
+    def _row_count(self) -> int:
+        return max((layer.rows for layer in self._windows), default=0)
+
+    def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
+        """Let row ``i`` of every layer be its former row ``rows[i]``."""
+        for layer in self.layers:
+            move(layer)
+
+    def _copy_layers_to(self, twin: WindowCache, memo: dict[int, Any]) -> None:
+        """Let ``twin`` hold the same. Under a budget, pages below are shared; the budget is the twin's own."""
+        if twin._streams is None or self._streams is None:
+            twin.layers = copy.deepcopy(self.layers, memo)
+            return
+        twin._streams.keep_files_of(self._streams)
+        while len(twin.layers) < len(self.layers):
+            twin.layers.append(build_layer(len(twin.layers), None, twin._make))
+        for ours, theirs in zip(self.layers, twin.layers, strict=True):
+            if isinstance(ours, WindowLayer):
+                ours.copy_to(theirs, twin._streams)
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What streaming has moved since the cache was made; None without a ``device_budget``."""
+        return self._streams.traffic.copy() if self._streams is not None else None
+
+
+def host_pages(windows: Iterable[LayerMemory], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
+    """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host."""
+    return tuple(window.page(row, pad + start, pad + stop) for window in windows)
