@@ -124,10 +124,11 @@ class StreamedPrefix(TurnPrefix):
         for span in self._whole_pages(window):
             if span.start < filled or span.start % self._streams.page_tokens:
                 continue
-            if not self._has_room(span, window):
-                continue
             if filled < span.start:
                 self._fill_columns(layer, window, old, kept, filled, span.start, repeats)
+                filled = span.start
+            if not self._has_room(span, window):
+                continue
             run = self._borrow(span, layer, window)
             window.borrow([Part(run, 0, span.tokens, (0,) * window.rows)])
             self.restored_bytes -= span.tokens * window.geometry.token_bytes

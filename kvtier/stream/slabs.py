@@ -12,6 +12,7 @@ from kvtier.stream.traffic import Ledger
 from kvtier.transfer import Fence
 
 _SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a power of two, which allocators round to
+_FIRST_SLAB_BYTES = 2**20
 _ALIGNMENT = 256
 
 
@@ -60,22 +61,30 @@ class Slabs:
         """Return ``nbytes``; None when the budget has no room for them and ``leave`` more."""
         self._collect()
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        for slab in self._slabs:
-            if slab.begin + size <= slab.memory.nbytes:
-                break
-        else:
-            fresh = max(size, self._slab_bytes)
-            if not self._ledger.fits(fresh + leave):
-                fresh = size  # the last piece of the budget
-            if not self._ledger.fits(fresh + leave):
-                return None
-            slab = _Slab(self._make(fresh))
-            self._slabs.append(slab)
-            self._count()
+        slab = self._with_room(size) or self._fresh(size, leave)
+        if slab is None:
+            return None
         memory = slab.memory[slab.begin : slab.begin + nbytes]
         slab.begin += size
         slab.live += 1
         return Slice(memory, slab.before, slab)
+
+    def _with_room(self, size: int) -> _Slab | None:
+        return next((slab for slab in self._slabs if slab.begin + size <= slab.memory.nbytes), None)
+
+    def _fresh(self, size: int, leave: int) -> _Slab | None:
+        """Return a new slab: as large as all before it, so that few are made and little is taken for little."""
+        held = sum(slab.memory.nbytes for slab in self._slabs)
+        for nbytes in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
+            if not self._ledger.fits(nbytes + leave):  # empty ones are too small, or they would have been used
+                self._slabs = [slab for slab in self._slabs if slab.begin]
+                self._count()
+            if self._ledger.fits(nbytes + leave):
+                slab = _Slab(self._make(nbytes))
+                self._slabs.append(slab)
+                self._count()
+                return slab
+        return None
 
     def give(self, piece: Slice, users: Sequence[Fence]) -> None:
         """Take ``piece`` back, which the copies ``users`` may still be using. May be called by a garbage collector."""
@@ -88,9 +97,6 @@ class Slabs:
             slab.live -= 1
             if slab.live == 0:
                 slab.begin, slab.before, slab.users = 0, tuple(slab.users), []
-                if slab.memory.nbytes != self._slab_bytes:
-                    self._slabs.remove(slab)
-                    self._count()
 
     def _count(self) -> None:
-        self._ledger.set("slabs", sum(slab.memory.nbytes for slab in self._slabs))
+        self._ledger.set(id(self), sum(slab.memory.nbytes for slab in self._slabs))

@@ -26,8 +26,8 @@ _LOCK = "owner.lock"
 class SpillFolder:
     """A private folder (0700) below ``parent``, made when it is first needed, deleted by ``close`` and at exit.
 
-    Its owner holds a lock on a file in it. Folders without a living owner were left by killed processes: whoever makes
-    a folder beside them deletes them.
+    Its owner holds a lock on a file in it. Folders beside it without a living owner were left by killed processes, and
+    are deleted at once.
 
     Raises:
         StreamError: the folder cannot be made.
@@ -38,6 +38,7 @@ class SpillFolder:
         self._path: Path | None = None
         self._remove: weakref.finalize[[Path, int, int], SpillFolder] | None = None
         self._users = 1
+        _sweep(parent)
         self._pid = os.getpid()
 
     def new_file(self) -> str:
@@ -65,7 +66,6 @@ class SpillFolder:
 
     def _make(self) -> None:
         self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _sweep(self.parent)
         path = self.parent / f"{os.getpid()}-{uuid.uuid4().hex}"
         path.mkdir(mode=0o700)
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

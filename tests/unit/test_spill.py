@@ -139,7 +139,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(fo
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert Path(left).exists()
-    filled(folder)
+    SpillFolder(tmp_path / "spill").close()  # the next one that starts
     assert not Path(left).parent.exists()
     assert Path(kept).exists()
     end.send(None)

@@ -90,7 +90,16 @@ def test_the_last_piece_of_a_budget_may_be_smaller_than_a_slab():
     assert ledger.used_bytes == 1280
     slabs.give(piece, ())
     assert slabs.take(9999) is None
-    assert ledger.used_bytes == 1024, "a piece of odd size is given back to the system"
+    assert ledger.used_bytes == 1024, "what is empty and too small is given back to the system"
+
+
+def test_slabs_grow_with_what_is_asked_of_them():
+    slabs, ledger = slabs_of(None, 64 * 2**20)
+    held = []
+    for _ in range(9):
+        slabs.take(2**20)
+        held.append(ledger.used_bytes // 2**20)
+    assert held == [1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
 def test_pages_that_nobody_has_are_given_back():
