@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 
-import psutil
 import torch
 
 from kvtier.errors import ConfigurationError
@@ -68,6 +67,8 @@ def free_device_bytes(device: torch.device) -> int:
         ConfigurationError: the device does not tell.
     """
     if device.type == "cpu":
+        import psutil  # only "auto" needs it; kvtier should be imported fast
+
         free, total = psutil.virtual_memory().available, physical_memory_bytes()
     else:
         try:

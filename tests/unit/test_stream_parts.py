@@ -175,7 +175,7 @@ def test_free_memory_leaves_a_reserve(monkeypatch):
     class Memory:
         available = 10 * 2**30
 
-    monkeypatch.setattr("kvtier.units.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
     monkeypatch.setattr("kvtier.units.physical_memory_bytes", lambda: 20 * 2**30)
     assert free_device_bytes(torch.device("cpu")) == 8 * 2**30
     Memory.available = 2**20
