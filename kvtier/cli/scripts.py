@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtier.geometry import LayerGeometry
 from kvtier.hf.cache import TieredCache
+from kvtier.hf.soundness import chunks_continue
 from kvtier.stream.residency import round_up, smallest_budget_bytes
 
 LAYERS = 6
@@ -167,7 +168,8 @@ def _prompt(model: Any, answers: Sequence[Answer], turn: ScriptedTurn) -> torch.
 
 
 def _generate(model: Any, ids: torch.Tensor, cache: Any, turn: ScriptedTurn) -> tuple[torch.Tensor, torch.Tensor]:
-    chunked = {"prefill_chunk_size": turn.chunk} if turn.chunk is not None else {}
+    # Where chunks do not continue, plain transformers would be no measure for later turns.
+    chunked = {"prefill_chunk_size": turn.chunk} if turn.chunk is not None and chunks_continue() else {}
     done = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

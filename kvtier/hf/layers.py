@@ -201,8 +201,8 @@ def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) 
     if others:
         return DynamicCache(config=config).layers, f"layers of kind {', '.join(others)} are not kept yet"
     windows = [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in upstream]
-    shared = places or getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-    read_by_others = _last_of_each_kind(windows) if shared else set()
+    shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    read_by_others = _last_of_each_kind(windows) if places or shared else set()
     layers = [build_layer(index, window, make, index not in read_by_others) for index, window in enumerate(windows)]
     return [*layers, *places], None
 

@@ -128,6 +128,11 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exi
 _CHUNKS_CONTINUE = (5, 21)
 
 
+def chunks_continue() -> bool:
+    """Whether this version of transformers computes a prompt in chunks from where a cache ends."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= _CHUNKS_CONTINUE
+
+
 def why_cold(setting: Any) -> str | None:
     """Return why transformers cannot generate in this way from a known prefix; None when it can.
 
@@ -136,8 +141,7 @@ def why_cold(setting: Any) -> str | None:
     """
     if any(setting(name) for name in _ASSISTED):
         return "assisted decoding starts cold"
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if setting("prefill_chunk_size") and version < _CHUNKS_CONTINUE:
+    if setting("prefill_chunk_size") and not chunks_continue():
         return "prefill in chunks starts cold in this version of transformers"
     return None
 
