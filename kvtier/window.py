@@ -14,6 +14,11 @@ _HEADROOM_TOKENS = 256
 _SELECTED_TOGETHER = 512
 
 
+def first_visible(begin: int, sliding_window: int) -> int:
+    """Return the first column that new tokens at column ``begin`` see through a sliding window."""
+    return max(0, begin - sliding_window + 1)
+
+
 class LayerMemory(Protocol):
     """K and V of one layer for all rows, wherever they are."""
 

@@ -12,7 +12,7 @@ from kvtier.hf.prefix import MakeMemory, TurnPrefix
 from kvtier.hf.streamed import StreamedPrefix
 from kvtier.stream.layer import StreamedLayer
 from kvtier.stream.streams import Streams
-from kvtier.window import LayerMemory, Window
+from kvtier.window import LayerMemory, Window, first_visible
 
 # Stands for layers that keep nothing; older versions of transformers leave them out.
 _Place: Any = getattr(cache_utils, "DummyLayer", None)
@@ -167,7 +167,7 @@ class SlidingWindowLayer(WindowLayer):
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
 
     def _first_visible(self, begin: int) -> int:
-        return max(0, begin - self.sliding_window + 1)
+        return first_visible(begin, self.sliding_window)
 
     def get_max_length(self) -> int:
         """Return the columns that attention sees at most."""

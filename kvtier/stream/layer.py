@@ -15,7 +15,7 @@ from kvtier.stream.cold import ColdPages
 from kvtier.stream.residency import round_up
 from kvtier.stream.ring import Slot, Wanted
 from kvtier.stream.runs import BorrowedRun, PageSource, Part
-from kvtier.window import Window
+from kvtier.window import Window, first_visible
 
 if TYPE_CHECKING:
     from kvtier.stream.deck import Deck
@@ -109,7 +109,7 @@ class StreamedLayer:
         )
 
     def _first_visible(self, begin: int) -> int:
-        return 0 if self._sliding_window is None else max(0, begin - self._sliding_window + 1)
+        return 0 if self._sliding_window is None else first_visible(begin, self._sliding_window)
 
     # --- appending --------------------------------------------------------------------------------------------------
 

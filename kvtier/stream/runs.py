@@ -94,7 +94,6 @@ class HostRun:
         self._engine = engine
         self._pages = Window.on_bytes(piece.memory, rows, g, tokens)
         self._after = piece.after
-        self._written: list[Fence] = []
         self._users: list[Fence] = []
         self.tokens, self.geometry = tokens, g
         weakref.finalize(self, slabs.give, piece, self._users)

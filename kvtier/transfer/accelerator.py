@@ -17,7 +17,7 @@ _log = logging.getLogger("kvtier.transfer")
 _Event = torch.Event | None  # None: passed already
 
 
-class StreamEngine:
+class StreamEngine(CopyEngine):
     """One stream up, one stream down, ordered against the *current* stream of whoever marks or waits.
 
     A fence is the future of an event: the event exists as soon as the copy has been enqueued on its stream, which for a
@@ -36,12 +36,11 @@ class StreamEngine:
         self._threads = Readers(threads)
         self._pinned = True
 
-    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
-        """Copy on a side stream: enqueued now, or, after host tasks that still run, by a thread when they are done."""
-        return self.copy_all([(dst, src)], after)
-
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
-        """Copy on a side stream, all of ``pairs`` in one direction; one event stands for all."""
+        """Copy on a side stream, all of ``pairs`` in one direction; one event stands for all.
+
+        Enqueued now, or, after host tasks that still run, by a thread when they are done.
+        """
         stream = self._up if pairs[0][0].device == self._device else self._down
 
         def enqueue() -> _Event:

@@ -33,6 +33,7 @@ class CopyEngine(Protocol):
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
         """Copy ``src`` to ``dst``, of the same shape and dtype, when ``after`` has passed."""
+        return self.copy_all([(dst, src)], after)
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
         """Copy the second of each pair to the first, as ``copy`` does; one fence stands for all."""
@@ -81,15 +82,11 @@ class _Passed:
             raise self.error
 
 
-class InlineEngine:
+class InlineEngine(CopyEngine):
     """Everything happens at once, in the caller: for devices without side streams. Nothing can be out of order."""
 
     def __init__(self, *, device_is_host: bool = False) -> None:
         self.device_is_host = device_is_host
-
-    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
-        """Copy now."""
-        return self.copy_all([(dst, src)], after)
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
         """Copy now."""

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from kvtier.transfer.engine import Fence, Pair, Task, copy_pairs
+from kvtier.transfer.engine import CopyEngine, Fence, Pair, Task, copy_pairs
 from kvtier.transfer.threads import Readers
 
 
-class ThreadEngine:
+class ThreadEngine(CopyEngine):
     """Operations run on a few threads, in the order in which they were enqueued as far as threads are free.
 
     A kernel has run when the call that launched it returns: ``mark`` has always passed. An operation waits on its
@@ -25,10 +25,6 @@ class ThreadEngine:
         self._threads = Readers(threads)
         self._passed: Future[None] = Future()
         self._passed.set_result(None)
-
-    def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
-        """Copy on a thread."""
-        return self.copy_all([(dst, src)], after)
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
         """Copy on a thread."""
