@@ -146,6 +146,11 @@ class Catalog:
             ).fetchone()
         return _block_id(row) if row else None
 
+    def has(self, key: str) -> bool:
+        """Whether a block is ready or reserved."""
+        with self._lock:
+            return self._has(self._connection, key)
+
     def children(self, parent: str) -> list[BlockId]:
         """Return the ready blocks that follow ``parent``."""
         with self._lock:

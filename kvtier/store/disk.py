@@ -196,7 +196,7 @@ class DiskTier:
             self._warn("write", f"cannot write to {self.folder} ({error}); what is computed now is not kept on disk")
 
     def put(self, block: Block) -> bool:
-        """Write ``block`` unless it is there. Returns whether it is there afterwards."""
+        """Write ``block`` unless it is there. Returns whether it is there afterwards, or will be in a moment."""
         key, path = block.id.key, self._path(block.id.root, block.id.key)
         try:
             pieces = encode_block(block, self.codec)
@@ -205,7 +205,7 @@ class DiskTier:
                 try:
                     evicted = self._catalog.reserve(block.id, size, self.budget_bytes)
                     if evicted is None:
-                        return self._catalog.find(key) is not None
+                        return self._catalog.has(key)  # another process may be writing it this moment
                     for old_key, old_root in evicted:
                         self._path(old_root, old_key).unlink(missing_ok=True)
                     self._write(path, pieces)

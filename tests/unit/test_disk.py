@@ -339,6 +339,20 @@ def test_what_this_process_is_writing_is_not_swept(tmp_path, monkeypatch):
         assert_reads(tier, block(count(4)))
 
 
+def test_what_another_process_is_writing_may_be_followed(tmp_path):
+    """Otherwise a commit would end at a block only because two processes keep it at once."""
+    first, second = chain(count(8), 4)
+    with opened(tmp_path) as tier, opened(tmp_path) as other:
+        other._catalog.reserve(first.id, SIZE, ROOMY)
+        assert tier.put(first)
+        assert tier.put(second)
+        assert first.id.key not in tier
+        other._catalog.withdraw(first.id.key)
+        assert tier.put(first)
+        assert_reads(tier, first)
+        assert_reads(tier, second)
+
+
 def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, caplog):
     """What a full disk does: reading works, writing does not. A match that finds it again would never end."""
     with opened(tmp_path) as tier:
