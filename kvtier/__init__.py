@@ -15,6 +15,7 @@ from kvtier.errors import (
     StoreVersionError,
     StreamError,
     UninstalledError,
+    UnknownNameError,
 )
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.generate import uninstall
@@ -39,6 +40,7 @@ __all__ = [
     "TieredCache",
     "TurnReport",
     "UninstalledError",
+    "UnknownNameError",
     "__version__",
     "uninstall",
 ]

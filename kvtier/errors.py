@@ -6,6 +6,7 @@ KvtierError
 ├── ClosedError                       a cache or store is used after ``close()``
 ├── BusyError                         a cache is asked for a second turn before its first one has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
+├── UnknownNameError (KeyError)       nothing in the store is called so
 ├── UninstalledError                  a cache is used in generate() after ``uninstall()``
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
@@ -41,6 +42,13 @@ class BusyError(KvtierError):
 
 class PromptError(KvtierError, ValueError):
     """Token ids and attention mask contradict each other, or what the cache holds."""
+
+
+class UnknownNameError(KvtierError, KeyError):
+    """Nothing in the store is called so."""
+
+    def __str__(self) -> str:  # a KeyError would show the message as Python writes strings
+        return str(self.args[0]) if self.args else ""
 
 
 class UninstalledError(KvtierError):

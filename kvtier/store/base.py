@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
-from kvtier.store.chain import BlockId
+from kvtier.store.chain import BlockId, TokenIds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,11 +17,44 @@ class Block:
 
     id: BlockId
     pages: tuple[Page, ...]
+    depth_tokens: int = 0
+    """Tokens before it in its chain."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
         return sum(page.nbytes for page in self.pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a tier knows of a block that can be found.
+
+    Attributes:
+        key: its key.
+        parent: the key of the block before it, or its root.
+        root: what else decides its K and V.
+        tokens: its token ids.
+        depth_tokens: tokens before it in its chain.
+        nbytes: what it takes.
+        children: blocks of the tier that follow it.
+        uses: turns that used it.
+        hits: how often it was restored.
+        used_at: Unix time of its last use.
+        pinned: whether it is never evicted.
+    """
+
+    key: str
+    parent: str
+    root: str
+    tokens: int
+    depth_tokens: int
+    nbytes: int
+    children: int
+    uses: int
+    hits: int
+    used_at: float
+    pinned: bool
 
 
 class BlockReader(Protocol):
@@ -51,24 +84,30 @@ class BlockReader(Protocol):
             BlockError: as ``page``; what the landing then holds is undefined.
         """
 
+    def detach(self) -> None:
+        """Stay open for long: hold nothing in memory on behalf of this reader."""
+
     def close(self) -> None:
-        """Release what reading needs. Pages that were returned stay valid."""
+        """Release what reading needs, the lease too. Pages that were returned stay valid."""
 
 
 class Tier(Protocol):
-    """A place where blocks live, within a byte budget."""
+    """A place where blocks live, within a byte budget. Blocks that are being read are not evicted."""
 
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
 
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block that lives here."""
+    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
 
-    def children(self, parent: str) -> Sequence[BlockId]:
-        """Return the blocks that follow ``parent``."""
+    def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
 
-    def open(self, key: str) -> BlockReader | None:
-        """Open a block for reading; None when it is not (or no longer) here.
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a block that lives here."""
+
+    def open(self, block: BlockId) -> BlockReader | None:
+        """Open a block for reading, with a lease on it until it is closed; None when it is not (or no longer) here.
 
         Raises:
             BlockError: it is here, but not usable.
@@ -77,5 +116,5 @@ class Tier(Protocol):
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored."""
 
-    def touch(self, keys: Sequence[str]) -> None:
-        """Note that these blocks were used now."""
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used these blocks now, and how often blocks were restored."""

@@ -1,265 +1,494 @@
-"""Which blocks the disk tier holds: a SQLite table that the files can always rebuild.
+"""Which blocks the disk tier holds: the rows of ``blocks`` and ``ids``, and every change of their state.
 
-A row is *reserved* (``writer`` is the process that is writing the file) before its file appears, so that the byte
-budget counts it, and *ready* (``writer`` is 0) after. Only ready rows are ever found.
+A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Only
+ready rows are ever found. States and moves are those of ``lifecycle``; a move that a row cannot make changes nothing.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 
-from kvtier.store.chain import BlockId
-from kvtier.store.fork import take_part
+from kvtier.store.base import Entry
+from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.database import SCHEMA_VERSION, Database
+from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.lifecycle import Move, State, after, sources
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS blocks (
-    key TEXT PRIMARY KEY, parent TEXT NOT NULL, root TEXT NOT NULL, tokens BLOB NOT NULL,
-    bytes INTEGER NOT NULL, last_use INTEGER NOT NULL, writer INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS blocks_parent ON blocks (parent);
-CREATE INDEX IF NOT EXISTS blocks_last_use ON blocks (last_use);
-CREATE TABLE IF NOT EXISTS total (
-    id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL, clock INTEGER NOT NULL
-);
-INSERT OR IGNORE INTO total VALUES (0, 0, 0);
-CREATE TRIGGER IF NOT EXISTS blocks_added AFTER INSERT ON blocks
-    BEGIN UPDATE total SET bytes = bytes + NEW.bytes; END;
-CREATE TRIGGER IF NOT EXISTS blocks_removed AFTER DELETE ON blocks
-    BEGIN UPDATE total SET bytes = bytes - OLD.bytes; END;
-CREATE TRIGGER IF NOT EXISTS blocks_resized AFTER UPDATE OF bytes ON blocks
-    BEGIN UPDATE total SET bytes = bytes + NEW.bytes - OLD.bytes; END;
-"""
-_LOCKED_SECONDS = 30.0  # how long to wait for other processes
-_RETRY_SECONDS = 0.01
-_LEAVES = """
-SELECT key, root, bytes FROM blocks AS b
-WHERE writer = 0 AND key != ? AND NOT EXISTS (SELECT 1 FROM blocks AS c WHERE c.parent = b.key)
-ORDER BY last_use LIMIT 1
-"""
+_FOREVER = float("-inf")
+_PINNED = "EXISTS (SELECT 1 FROM links WHERE links.key = blocks.key AND links.pinned)"
+_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {_PINNED})"
+_MIN_GHOSTS = 1024
 
 
-class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
-    """A block does not fit: it is larger than the budget, or what fills the budget must stay."""
+class Prepared(Enum):
+    """What came of preparing a store."""
+
+    RESERVED = auto()
+    """The caller writes the file, then completes or aborts the store."""
+    PRESENT = auto()
+    """It is there."""
+    ELSEWHERE = auto()
+    """Another owner is writing it."""
+    LEAVING = auto()
+    """What was there is being deleted."""
+    ORPHAN = auto()
+    """Its parent is not there: it could never be found."""
+    NO_ROOM = auto()
+    """The budget has no room for it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What names the file of a block, and what it takes."""
+
+    key: str
+    root: str
+    nbytes: int
+
+
+class _NotEnoughError(Exception):
+    """Less can be evicted than is needed: what was begun is rolled back."""
 
 
 class Catalog:
-    """The table of one store folder. Thread-safe; several processes may share the file (WAL).
+    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``."""
 
-    Methods raise ``sqlite3.Error``; the disk tier translates.
-    """
+    def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._policy = policy
+        self._clock = clock
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.absolute()
-        self._lock = threading.RLock()
-        self._open: sqlite3.Connection | None = None
-        self._closed = False
-        take_part(self)
-        with self._lock:
-            self._open = self._connect("rwc")
-            try:
-                self._switch_to_wal()
-                self._open.executescript(_SCHEMA)
-            except sqlite3.Error:
-                self._open.close()
-                raise
+    # --- finding ----------------------------------------------------------------------------------------------------
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"{self._path.as_uri()}?mode={mode}",
-            uri=True,
-            timeout=_LOCKED_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        try:
-            connection.execute("PRAGMA synchronous=NORMAL")
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
+    def contains(self, key: str, since: float = _FOREVER) -> bool:
+        """Whether a block is ready, and was used at ``since`` (Unix time) or later, or is pinned."""
+        with self._database.reading() as connection:
+            found = connection.execute(
+                f"SELECT 1 FROM blocks WHERE key = :key AND {_FOUND}", {"key": bytes.fromhex(key), "since": since}
+            ).fetchone()
+        return found is not None
 
-    @property
-    def _connection(self) -> sqlite3.Connection:
-        """The connection of this process; made anew after a fork. Whoever asks holds the lock."""
-        if self._open is None:
-            if self._closed:
-                raise sqlite3.ProgrammingError("the catalog was closed")
-            self._open = self._connect("rw")  # a file that is gone by now is not made anew, and empty
-        return self._open
-
-    def before_fork(self) -> None:
-        """Close the connection, once no thread uses it."""
-        self._lock.acquire()
-        try:
-            self._disconnect()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def after_fork(self, in_child: bool) -> None:
-        """Let threads connect again."""
-        self._lock.release()
-
-    def _disconnect(self) -> None:
-        connection, self._open = self._open, None
-        if connection is not None:
-            connection.close()
-
-    def _switch_to_wal(self) -> None:
-        """Switch to WAL; while another process opens or closes the same file, SQLite refuses without waiting."""
-        give_up_at = time.monotonic() + _LOCKED_SECONDS
-        while True:
-            try:
-                self._connection.execute("PRAGMA journal_mode=WAL")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > give_up_at:
-                    raise
-                time.sleep(_RETRY_SECONDS)
-            else:
-                return
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # left open, it would keep every process from writing
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a ready block."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT key, parent, root, tokens FROM blocks WHERE key = ? AND writer = 0", (key,)
+    def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
+        """Return the identity of such a block."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                "SELECT blocks.key, blocks.parent, root, ids FROM blocks JOIN ids ON ids.parent = blocks.parent "
+                f"AND ids.key = blocks.key WHERE blocks.key = :key AND {_FOUND}",
+                {"key": bytes.fromhex(key), "since": since},
             ).fetchone()
         return _block_id(row) if row else None
 
-    def has(self, key: str) -> bool:
-        """Whether a block is ready or reserved."""
-        with self._lock:
-            return self._has(self._connection, key)
+    def nearest(self, parent: str, tokens: TokenIds, since: float = _FOREVER) -> list[BlockId]:
+        """Return, of the blocks after ``parent``, the two beside ``tokens`` in the order of their bytes.
 
-    def children(self, parent: str) -> list[BlockId]:
-        """Return the ready blocks that follow ``parent``."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT key, parent, root, tokens FROM blocks WHERE parent = ? AND writer = 0", (parent,)
-            ).fetchall()
-        return [_block_id(row) for row in rows]
-
-    def rebuild_once(self, found: Callable[[], Iterable[tuple[BlockId, int]]]) -> None:
-        """Fill a table that was just made with the ready blocks ``found``; other processes wait for it."""
-        with self._transaction() as connection:
-            (done,) = connection.execute("PRAGMA user_version").fetchone()
-            if not done:
-                for block, size in found():
-                    if not self._has(connection, block.key):
-                        self._insert(connection, block, size, 0)
-                connection.execute("PRAGMA user_version = 1")
-
-    @staticmethod
-    def _has(connection: sqlite3.Connection, key: str) -> bool:
-        return connection.execute("SELECT 1 FROM blocks WHERE key = ?", (key,)).fetchone() is not None
-
-    def reserve(self, block: BlockId, size: int, budget: int) -> list[tuple[str, str]] | None:
-        """Reserve ``size`` bytes for ``block``, evicting ready leaves until the total fits ``budget``.
-
-        Returns:
-            ``(key, root)`` of the evicted blocks, whose files the caller deletes before it writes; None, with nothing
-            changed, when the block is there already, or its parent is not: it could never be reached.
-
-        Raises:
-            NoRoom: it does not fit; nothing was changed.
+        One of them shares the longest run with ``tokens`` that any does: in that order, what two sequences share can
+        only shrink with the distance between them.
         """
-        if size > budget:
-            raise NoRoom
-        with self._transaction() as connection:
-            orphan = block.parent != block.root and not self._has(connection, block.parent)
-            if orphan or self._has(connection, block.key):
-                return None
-            evicted: list[tuple[str, str]] = []
-            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
-            while total + size > budget:
-                leaf = connection.execute(_LEAVES, (block.parent,)).fetchone()
-                if leaf is None:
-                    raise NoRoom
-                connection.execute("DELETE FROM blocks WHERE key = ?", (leaf[0],))
-                evicted.append((leaf[0], leaf[1]))
-                total -= leaf[2]
-            self._insert(connection, block, size, os.getpid())
-            return evicted
+        found = []
+        values = {"parent": bytes.fromhex(parent), "ids": _as_bytes(tokens), "since": since}
+        with self._database.reading() as connection:
+            for side, order in (("<=", "DESC"), (">", "ASC")):
+                row = connection.execute(
+                    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key "
+                    f"WHERE ids.parent = :parent AND ids {side} :ids AND {_FOUND} ORDER BY ids {order} LIMIT 1",
+                    values,
+                ).fetchone()
+                if row is not None:
+                    found.append(_block_id(row))
+        return found
 
-    def _insert(self, connection: sqlite3.Connection, block: BlockId, size: int, writer: int) -> None:
-        connection.execute("UPDATE total SET clock = clock + 1")
+    def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        found: list[BlockId] = []
+        bound, shared = tokens, len(tokens) - 1
+        with self._database.reading() as connection:
+            while shared > 0:
+                # All that is left to find is no longer than what the last neighbour shares with ``tokens``.
+                bound = tokens[:shared]
+                row = connection.execute(
+                    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key WHERE "
+                    f"ids.parent = ? AND ids <= ? AND state = {State.READY:d} ORDER BY ids DESC LIMIT 1",
+                    (bytes.fromhex(parent), _as_bytes(bound)),
+                ).fetchone()
+                if row is None:
+                    break
+                block = _block_id(row)
+                shared = common_run(block.tokens, tokens)
+                if shared == len(block.tokens):
+                    found.append(block)
+                    shared -= 1
+        return found
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a ready block."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                f"SELECT {_ENTRY} FROM blocks WHERE key = ? AND state = {State.READY:d}", (bytes.fromhex(key),)
+            ).fetchone()
+        return _entry(row) if row else None
+
+    def entries(self) -> list[Entry]:
+        """Return what is known of every ready block."""
+        with self._database.reading() as connection:
+            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
+        return [_entry(row) for row in rows]
+
+    # --- storing ----------------------------------------------------------------------------------------------------
+
+    def prepare_store(self, block: BlockId, nbytes: int, budget_bytes: int, owner: str) -> Prepared:
+        """Reserve ``nbytes`` for ``block`` when all blocks then fit ``budget_bytes``; ``owner`` writes its file."""
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT state FROM blocks WHERE key = ?", (bytes.fromhex(block.key),)).fetchone()
+            if row is not None:
+                return _OUTCOMES[State(row[0])]
+            if block.parent != block.root and self._depth(connection, block) is None:
+                return Prepared.ORPHAN
+            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
+            if total + nbytes > budget_bytes:
+                return Prepared.NO_ROOM
+            self._insert(connection, block, nbytes, after(State.ABSENT, Move.PREPARE_STORE), owner)
+            return Prepared.RESERVED
+
+    def complete_store(self, key: str, owner: str) -> bool:
+        """Make a prepared block ready: its file is in place. Returns whether ``owner`` had prepared it."""
+        with self._database.transaction() as connection:
+            return self._move(connection, key, Move.COMPLETE_STORE, owner)
+
+    def abort_store(self, key: str, owner: str) -> bool:
+        """Take a prepared block back. Returns whether ``owner`` had prepared it."""
+        with self._database.transaction() as connection:
+            return self._move(connection, key, Move.ABORT_STORE, owner)
+
+    def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
+        """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
+        with self._database.transaction() as connection:
+            return self._adopt(connection, found)
+
+    def _adopt(self, connection: sqlite3.Connection, found: Iterable[tuple[BlockId, int, float]]) -> int:
+        new = 0
+        for block, nbytes, used_at in found:
+            key = bytes.fromhex(block.key)
+            row = connection.execute("SELECT state FROM blocks WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                self._insert(connection, block, nbytes, after(State.ABSENT, Move.ADOPT), "", used_at)
+            elif row[0] == State.WRITING:
+                connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, key))
+                self._move(connection, block.key, Move.ADOPT)
+            else:
+                continue
+            new += 1
+        if new:
+            connection.execute(_SET_DEPTHS)
+        return new
+
+    def rebuild_once(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> bool:
+        """Fill tables that were just made with the blocks ``found``; other processes wait for it. Returns whether."""
+        with self._database.transaction() as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == SCHEMA_VERSION:
+                return False
+            self._adopt(connection, found())
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            return True
+
+    def _depth(self, connection: sqlite3.Connection, block: BlockId) -> int | None:
+        """Return how many tokens precede ``block``; None when its parent is not there, or leaving."""
+        if block.parent == block.root:
+            return 0
+        row = connection.execute(
+            f"SELECT depth + tokens FROM blocks WHERE key = ? AND state != {State.LEAVING:d}",
+            (bytes.fromhex(block.parent),),
+        ).fetchone()
+        return int(row[0]) if row else None
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        block: BlockId,
+        nbytes: int,
+        state: State,
+        owner: str,
+        used_at: float | None = None,
+    ) -> None:
+        key, policy = bytes.fromhex(block.key), self._policy_state(connection)
+        ghost = connection.execute("SELECT uses, last_use FROM ghosts WHERE key = ?", (key,)).fetchone()
+        uses, last_use = ghost or (0, policy.clock)
+        depth = self._depth(connection, block) or 0
+        usage = Usage(uses, last_use, len(block.tokens), depth, nbytes)
+        if ghost is not None:
+            policy = self._policy.returned(usage, policy)
+            self._set_policy_state(connection, policy)
+            connection.execute("DELETE FROM ghosts WHERE key = ?", (key,))
+        priority = self._policy.priority(usage, policy)
         connection.execute(
-            "INSERT INTO blocks SELECT ?, ?, ?, ?, ?, clock, ? FROM total",
-            (block.key, block.parent, block.root, block.tokens.astype("<i8").tobytes(), size, writer),
+            "INSERT INTO ids VALUES (?, ?, ?)", (bytes.fromhex(block.parent), _as_bytes(block.tokens), key)
+        )
+        connection.execute(
+            "INSERT INTO blocks SELECT :key, :parent, :root, :state, :owner, :tokens, :depth, :bytes, "
+            f"(SELECT COUNT(*) FROM ids JOIN blocks AS c ON c.key = ids.key WHERE ids.parent = :key "
+            f"AND c.state != {State.LEAVING:d}), :uses, 0, :last_use, :priority, :used_at",
+            {
+                "key": key,
+                "parent": bytes.fromhex(block.parent),
+                "root": bytes.fromhex(block.root),
+                "state": state,
+                "owner": owner,
+                "tokens": len(block.tokens),
+                "depth": depth,
+                "bytes": nbytes,
+                "uses": uses,
+                "last_use": policy.clock,
+                "priority": priority,
+                "used_at": self._clock() if used_at is None else used_at,
+            },
         )
 
-    def ready(self, key: str) -> None:
-        """Make a reserved block ready: its file is in place."""
-        with self._transaction() as connection:
-            connection.execute("UPDATE blocks SET writer = 0 WHERE key = ?", (key,))
+    def _move(self, connection: sqlite3.Connection, key: str, move: Move, owner: str | None = None) -> bool:
+        """Change the state of a block, if its state allows; with ``owner``, only what that one has begun."""
+        # A lease is no state of a row: what is leased is ready here.
+        states = [state for state in sources(move) if state not in (State.ABSENT, State.LEASED)]
+        (target,) = {after(state, move) for state in states}
+        change = "DELETE FROM blocks" if target is State.ABSENT else f"UPDATE blocks SET state = {target:d}"
+        where = f"WHERE key = ? AND state IN ({', '.join(f'{state:d}' for state in states)})"
+        values: list[object] = [bytes.fromhex(key)]
+        if owner is not None:
+            where += " AND owner = ?"
+            values.append(owner)
+        return connection.execute(f"{change} {where}", values).rowcount > 0
 
-    def remove(self, key: str) -> None:
-        """Forget a block."""
-        with self._transaction() as connection:
-            connection.execute("DELETE FROM blocks WHERE key = ?", (key,))
+    # --- leaving ----------------------------------------------------------------------------------------------------
 
-    def withdraw(self, key: str) -> bool:
-        """Forget a block if this process has reserved it and it is not ready. Returns whether."""
-        with self._transaction() as connection:
-            rows = connection.execute("DELETE FROM blocks WHERE key = ? AND writer = ?", (key, os.getpid()))
-            return rows.rowcount > 0
+    def evict(
+        self,
+        nbytes: int,
+        owner: str,
+        keep: str,
+        leased: Callable[[Place], bool],
+        *,
+        at_most: int,
+        all_or_nothing: bool = True,
+    ) -> list[Place]:
+        """Let ``nbytes`` leave, leaves first, those that the policy values least.
 
-    def touch(self, keys: Sequence[str]) -> None:
-        """Note that these blocks were used now."""
-        with self._transaction() as connection:
-            connection.execute("UPDATE total SET clock = clock + 1")
-            connection.executemany(
-                "UPDATE blocks SET last_use = (SELECT clock FROM total) WHERE key = ?", [(key,) for key in keys]
+        Args:
+            nbytes: how much should go.
+            owner: who deletes the files.
+            keep: a block that must stay (the parent of what needs the room).
+            leased: whether a block is being read.
+            at_most: how many blocks may go at once; whoever needs more asks again.
+            all_or_nothing: change nothing when less can go.
+
+        Returns:
+            What leaves.
+        """
+        try:
+            with self._database.transaction() as connection:
+                return self._evict(connection, nbytes, owner, {keep}, leased, at_most, all_or_nothing)
+        except _NotEnoughError:
+            return []
+
+    def _evict(
+        self,
+        connection: sqlite3.Connection,
+        nbytes: int,
+        owner: str,
+        passed: set[str],
+        leased: Callable[[Place], bool],
+        at_most: int,
+        all_or_nothing: bool,
+    ) -> list[Place]:
+        policy = self._policy_state(connection)
+        gone: list[Place] = []
+        freed = 0
+        while freed < nbytes and len(gone) < at_most:
+            row = self._least_valued(connection, passed)
+            if row is None:
+                if all_or_nothing:
+                    raise _NotEnoughError
+                break
+            place, usage, priority = (
+                Place(row[0].hex(), row[1].hex(), row[2]),
+                Usage(row[3], row[4], row[5], row[6], row[2]),
+                row[7],
+            )
+            if leased(place):
+                passed.add(place.key)
+                continue
+            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
+            self._move(connection, place.key, Move.EVICT)
+            policy = self._policy.evicted(usage, priority, policy)
+            connection.execute("INSERT OR REPLACE INTO ghosts VALUES (?, ?, ?)", (row[0], usage.uses, policy.clock))
+            gone.append(place)
+            freed += place.nbytes
+        self._set_policy_state(connection, policy)
+        self._trim_ghosts(connection)
+        return gone
+
+    @staticmethod
+    def _least_valued(connection: sqlite3.Connection, passed: set[str]) -> tuple[Any, ...] | None:
+        rows = connection.execute(
+            "SELECT key, root, bytes, uses, last_use, tokens, depth, priority FROM blocks INDEXED BY leaves "
+            f"WHERE state = {State.READY:d} AND children = 0 AND NOT {_PINNED} ORDER BY priority"
+        )
+        for row in rows:
+            if row[0].hex() not in passed:
+                return tuple(row)
+        return None
+
+    @staticmethod
+    def _trim_ghosts(connection: sqlite3.Connection) -> None:
+        """Remember no more blocks that are gone than there are blocks."""
+        (ghosts,) = connection.execute("SELECT COUNT(*) FROM ghosts").fetchone()
+        if ghosts > _MIN_GHOSTS:
+            (blocks,) = connection.execute("SELECT COUNT(*) FROM blocks").fetchone()
+            connection.execute(
+                "DELETE FROM ghosts WHERE key IN (SELECT key FROM ghosts ORDER BY last_use LIMIT ?)",
+                (max(0, ghosts - max(_MIN_GHOSTS, blocks)),),
             )
 
-    def writers(self) -> list[tuple[str, str, int]]:
-        """Return ``(key, root, process id)`` of every reserved block."""
-        with self._lock:
-            return self._connection.execute("SELECT key, root, writer FROM blocks WHERE writer != 0").fetchall()
+    def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
+        """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
+        gone = []
+        with self._database.transaction() as connection:
+            for key in keys:
+                row = connection.execute(
+                    "SELECT key, root, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                ).fetchone()
+                if row is not None and self._move(connection, key, Move.DISCARD):
+                    connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
+                    gone.append(Place(row[0].hex(), row[1].hex(), row[2]))
+        return gone
 
-    def keys(self) -> set[str]:
-        """Return the keys of all blocks, reserved ones included."""
-        with self._lock:
-            return {key for (key,) in self._connection.execute("SELECT key FROM blocks")}
+    def complete_delete(self, keys: Iterable[str]) -> None:
+        """Forget blocks whose files are gone."""
+        with self._database.transaction() as connection:
+            for key in keys:
+                self._move(connection, key, Move.COMPLETE_DELETE)
+
+    def unused_since(self, since: float) -> list[str]:
+        """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND NOT {_PINNED} "
+                "ORDER BY depth DESC",
+                (since,),
+            ).fetchall()
+        return [row[0].hex() for row in rows]
+
+    def moving(self, state: State) -> list[tuple[Place, str]]:
+        """Return the blocks that are ``WRITING`` or ``LEAVING``, each with its owner."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT key, root, bytes, owner FROM blocks WHERE state = ?", (int(state),)
+            ).fetchall()
+        return [(Place(row[0].hex(), row[1].hex(), row[2]), row[3]) for row in rows]
+
+    # --- using ------------------------------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
+        now = self._clock()
+        with self._database.transaction() as connection:
+            policy = self._policy_state(connection).tick()
+            for key in keys:
+                row = connection.execute(
+                    "SELECT uses, last_use, tokens, depth, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                ).fetchone()
+                if row is None:
+                    continue
+                usage = Usage(*row).used(policy)
+                connection.execute(
+                    "UPDATE blocks SET uses = ?, last_use = ?, priority = ?, used_at = ? WHERE key = ?",
+                    (usage.uses, usage.last_use, self._policy.priority(usage, policy), now, bytes.fromhex(key)),
+                )
+            connection.executemany(
+                "UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, bytes.fromhex(key)) for key, n in hits.items()]
+            )
+            self._set_policy_state(connection, policy)
+
+    @staticmethod
+    def _policy_state(connection: sqlite3.Connection) -> PolicyState:
+        (text,) = connection.execute("SELECT policy FROM total").fetchone()
+        return PolicyState.from_text(text)
+
+    @staticmethod
+    def _set_policy_state(connection: sqlite3.Connection, state: PolicyState) -> None:
+        connection.execute("UPDATE total SET policy = ?", (state.to_text(),))
+
+    # --- counting ---------------------------------------------------------------------------------------------------
+
+    def files(self) -> dict[str, int]:
+        """Return the bytes of every block whose file may exist, by key."""
+        with self._database.reading() as connection:
+            return {row[0].hex(): row[1] for row in connection.execute("SELECT key, bytes FROM blocks")}
+
+    def set_bytes(self, key: str, nbytes: int) -> None:
+        """Correct what a block is counted for."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, bytes.fromhex(key)))
+
+    def recount(self) -> tuple[int, int]:
+        """Count all bytes anew; return what the total was and is."""
+        with self._database.transaction() as connection:
+            (before,) = connection.execute("SELECT bytes FROM total").fetchone()
+            connection.execute("UPDATE total SET bytes = (SELECT COALESCE(SUM(bytes), 0) FROM blocks)")
+            (now,) = connection.execute("SELECT bytes FROM total").fetchone()
+        return before, now
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files, those being written included."""
-        with self._lock:
-            (total,) = self._connection.execute("SELECT bytes FROM total").fetchone()
+        """Bytes of all files, those being written or deleted included."""
+        with self._database.reading() as connection:
+            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
         return int(total)
 
-    def __len__(self) -> int:
-        with self._lock:
-            (count,) = self._connection.execute("SELECT COUNT(*) FROM blocks WHERE writer = 0").fetchone()
-        return int(count)
+    def counts(self) -> tuple[int, int]:
+        """Return the number of ready blocks, and of those that are pinned and not followed by another."""
+        with self._database.reading() as connection:
+            (ready,) = connection.execute(f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d}").fetchone()
+            (pinned,) = connection.execute(
+                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND children = 0 AND {_PINNED}"
+            ).fetchone()
+        return int(ready), int(pinned)
 
-    def close(self) -> None:
-        """Close the database."""
-        with self._lock:
-            self._closed = True
-            self._disconnect()
+    def begin_boot(self, boot: str) -> bool:
+        """Note which boot of the machine this is; return whether it is the one of before."""
+        with self._database.transaction() as connection:
+            (before,) = connection.execute("SELECT boot FROM total").fetchone()
+            connection.execute("UPDATE total SET boot = ?", (boot,))
+        return bool(boot) and before == boot
 
 
-def _block_id(row: tuple[str, str, str, bytes]) -> BlockId:
-    return BlockId(row[0], row[1], row[2], np.frombuffer(row[3], dtype="<i8").astype(np.int64))
+_OUTCOMES = {
+    State.READY: Prepared.PRESENT,
+    State.WRITING: Prepared.ELSEWHERE,
+    State.LEAVING: Prepared.LEAVING,
+}
+_ENTRY = f"key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, {_PINNED}"
+_SET_DEPTHS = """
+WITH RECURSIVE walk(key, depth, tokens) AS (
+    SELECT key, 0, tokens FROM blocks WHERE parent = root
+    UNION ALL
+    SELECT c.key, walk.depth + walk.tokens, c.tokens
+    FROM walk JOIN ids ON ids.parent = walk.key JOIN blocks AS c ON c.key = ids.key
+)
+UPDATE blocks SET depth = walk.depth FROM walk WHERE walk.key = blocks.key AND blocks.depth != walk.depth
+"""
+
+
+def _as_bytes(tokens: TokenIds) -> bytes:
+    return np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+
+
+def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
+    return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), np.frombuffer(row[3], dtype="<i8").astype(np.int64))
+
+
+def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:
+    return Entry(row[0].hex(), row[1].hex(), row[2].hex(), *row[3:10], pinned=bool(row[10]))

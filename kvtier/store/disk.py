@@ -3,306 +3,408 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
-import re
 import sqlite3
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kvtier.errors import BlockError, StoreError, StoreVersionError
-from kvtier.store.base import Block
-from kvtier.store.catalog import Catalog, NoRoom
-from kvtier.store.chain import BlockId
-from kvtier.store.format import FORMAT_VERSION, BlockFile, encode_block
+from kvtier.errors import BlockError
+from kvtier.store.base import Block, Entry
+from kvtier.store.catalog import Catalog, Place, Prepared
+from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.folder import StoreFolder
+from kvtier.store.format import BlockFile, encode_block
+from kvtier.store.lifecycle import Leases, State
+from kvtier.store.loads import SharedLoads, SharedReader
+from kvtier.store.owners import Owner, lock_alone, lock_shared
+from kvtier.store.pause import Pause, is_full
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
-_TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,9})-[0-9a-f]{32}\.tmp")
-# Files that this process is writing. A restarted container often has the process id of the one that died: what bears
-# our own id and is not in here is a dead writer's.
-_in_flight: set[str] = set()
+_ATTEMPTS = 3  # to write a block to a drive that is full, each after making more room
+_BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSettings:
+    """What a disk tier keeps to.
+
+    Attributes:
+        budget_bytes: what all block files take at most, in whole allocation units of the drive.
+        codec: how tensors are stored.
+        floor_bytes: what stays free on the drive.
+        ttl_seconds: how long a block is kept after its last use; None for ever.
+    """
+
+    budget_bytes: int
+    codec: str = "raw"
+    floor_bytes: int = 0
+    ttl_seconds: float | None = None
+
+
+class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
+    """A block does not fit: it is larger than the budget, or what fills the drive must stay."""
 
 
 class DiskTier:
-    """Blocks as files below ``folder``. Only the user can read them (0700, 0600).
+    """Blocks as files of ``folder``, as ``settings`` say.
 
-    A write is: reserve in the catalog → temporary file → fsync → rename → ready in the catalog. Whatever fails on the
-    way is warned about once, undone, and the block stays out; nothing is raised to whoever was generating.
+    A write is: prepare in the catalog, write the file, complete in the catalog. Whatever fails on the way is warned
+    about once, undone, and the block stays out; nothing is raised to whoever was generating. A block that is being
+    read, by any process, is not evicted. Counts of what happened are in ``counts``.
 
-    Raises:
-        StoreError: the folder cannot be used.
-        StoreVersionError: a newer kvtier wrote it.
+    Args:
+        folder: the files.
+        catalog: the rows.
+        owner: marks what this tier has begun.
+        settings: what it keeps to.
+        clock: Unix time.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int, codec: str) -> None:
+    def __init__(
+        self, folder: StoreFolder, catalog: Catalog, owner: Owner, settings: DiskSettings, clock: Callable[[], float]
+    ) -> None:
         self.folder = folder
-        self.budget_bytes = budget_bytes
-        self.codec = codec
+        self.settings = settings
+        self.catalog = catalog
+        self.counts: Counter[str] = Counter()
+        self.leases = Leases()
+        self._owner = owner
+        self._clock = clock
+        self._loads = SharedLoads(self.leases)
+        self._pause = Pause(clock)
         self._warned: set[str] = set()
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is not a folder")
-            self._check_version()
-            for name in ("blocks", "roots"):
-                (folder / name).mkdir(mode=0o700, exist_ok=True)
-            probe = folder / f".probe-{uuid.uuid4().hex}"
-            probe.touch(mode=0o600)
-            probe.unlink()
-        except OSError as error:
-            raise StoreError(f"cannot keep a store in {folder}: {error}; pass a folder you can write to") from error
-        self._catalog = self._open_catalog()
+        self._stuck: set[str] = set()  # blocks whose files could not be deleted
+        self._counting = threading.Lock()
 
-    def _check_version(self) -> None:
-        marker = self.folder / "kvtier.json"
-        try:
-            version = json.loads(marker.read_text())["format_version"]
-            if type(version) is not int:
-                raise ValueError(f"format_version {version!r}")
-        except FileNotFoundError:
-            with _claimed(marker):
-                self._write(marker, [memoryview(json.dumps({"format_version": FORMAT_VERSION}).encode())])
-            return
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
-        if version > FORMAT_VERSION:
-            raise StoreVersionError(
-                f"{self.folder} was written by a newer kvtier (format {version}, this one reads {FORMAT_VERSION}); "
-                "update kvtier or pass another folder"
-            )
+    # --- failures ---------------------------------------------------------------------------------------------------
 
-    def _open_catalog(self) -> Catalog:
-        path = self.folder / "catalog.sqlite"
-        try:
-            catalog = self._connect(path)
-        except sqlite3.OperationalError as error:
-            words = ("locked", "unable to open", "disk I/O", "full")
-            if os.access(path, os.W_OK) and not any(word in str(error) for word in words):  # its header says so
-                return self._made_anew(path, error)
-            raise StoreError(f"cannot open {path}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            return self._made_anew(path, error)
-        return catalog
-
-    def _made_anew(self, path: Path, error: sqlite3.Error) -> Catalog:
-        self._warn("catalog", f"{path} is damaged ({error}); it is made anew from the block files")
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
-        return self._connect(path)
-
-    def _connect(self, path: Path) -> Catalog:
-        with contextlib.suppress(FileExistsError):
-            # It holds token ids; SQLite would let others read. Only if it is new: to close a file ends all locks that
-            # this process has on it, those of another store too.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        catalog = Catalog(path)
-        try:
-            catalog.rebuild_once(self._usable_files)
-            self._sweep(catalog)
-        except BaseException:
-            catalog.close()
-            raise
-        return catalog
-
-    def _block_files(self) -> list[Path]:
-        return sorted((self.folder / "blocks").glob("*/*/*.safetensors"))
-
-    def _usable_files(self) -> Iterator[tuple[BlockId, int]]:
-        """Yield the identity and size of every block file; remove those that cannot be used."""
-        for path in self._block_files():
-            try:
-                file = BlockFile(str(path))
-                file.close()
-                if path != self._path(file.id.root, file.id.key):
-                    raise BlockError(f"{path} holds another block than its name says")
-            except BlockError as error:
-                self._warn(str(path), f"{error}; removed")
-                path.unlink(missing_ok=True)
-            else:
-                yield file.id, file.nbytes
-
-    def _sweep(self, catalog: Catalog) -> None:
-        """Drop what processes that died while writing or evicting have left."""
-        for key, root, writer in catalog.writers():
-            if self._dead(writer, self._path(root, key)):
-                catalog.remove(key)
-        files = self._block_files()
-        known = catalog.keys()  # asked after the files: whoever writes one has reserved it before
-        for path in files:
-            if path.stem not in known:
-                path.unlink(missing_ok=True)
-        for pattern in (".*.tmp", "roots/.*.tmp", "blocks/*/*/.*.tmp"):
-            for path in self.folder.glob(pattern):
-                name = _TEMPORARY.fullmatch(path.name)
-                if name and self._dead(int(name["pid"]), path.with_name(name["name"])):
-                    path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _dead(writer: int, path: Path) -> bool:
-        """Whether the process that was writing ``path`` is gone."""
-        return os.path.realpath(path) not in _in_flight if writer == os.getpid() else not _alive(writer)
-
-    def _warn(self, subject: str, message: str) -> None:
+    def warn(self, subject: str, message: str) -> None:
+        """Warn, the first time."""
         if subject not in self._warned:
             self._warned.add(subject)
             _log.warning("%s", message)
 
-    def _ask(self, question: Callable[[], T], otherwise: T) -> T:
+    def count(self, what: str, n: int = 1) -> None:
+        """Count something that happened."""
+        with self._counting:
+            self.counts[what] += n
+
+    def ask(self, question: Callable[[], T], otherwise: T) -> T:
         """Answer from the catalog; when it fails, warn once and answer ``otherwise``."""
         try:
             return question()
         except sqlite3.Error as error:
-            self._warn("catalog", f"the catalog of {self.folder} fails ({error}); its blocks are recomputed")
+            self.count("errors.catalog")
+            self._mark_damage(error)
+            self.warn("catalog", f"the catalog of {self.folder.path} fails ({error}); its blocks are recomputed")
             return otherwise
 
-    def _path(self, root: str, key: str) -> Path:
-        return self.folder / "blocks" / root / key[:2] / f"{key}.safetensors"
+    def _mark_damage(self, error: sqlite3.Error) -> None:
+        """Have a catalog that is damaged made anew at the next open."""
+        if isinstance(error, sqlite3.DatabaseError) and ("malformed" in str(error) or "not a database" in str(error)):
+            with contextlib.suppress(OSError):
+                self.folder.damage_mark.touch(0o600)
 
-    def _write(self, path: Path, pieces: Sequence[memoryview]) -> None:
-        """Put ``pieces`` at ``path``: whole, or not at all."""
-        for folder in reversed([parent for parent in path.parents if parent.is_relative_to(self.folder)]):
-            folder.mkdir(mode=0o700, exist_ok=True)  # not parents=True: that makes those with the default mode
-        temporary = path.parent / f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(fd, "wb", buffering=0) as file:
-                for piece in pieces:
-                    while piece.nbytes:
-                        piece = piece[file.write(piece) :]
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        folder_fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder_fd)
-        finally:
-            os.close(folder_fd)
+    @property
+    def paused(self) -> str | None:
+        """Why nothing is written at the moment; None when writing goes on."""
+        return self._pause.reason
+
+    # --- storing ----------------------------------------------------------------------------------------------------
 
     def describe_root(self, root: str, manifest: Mapping[str, Any]) -> None:
-        """Note in ``roots/`` what ``root`` stands for; a failure is warned about once."""
-        path = self.folder / "roots" / f"{root}.json"
+        """Note in ``roots/`` what ``root`` stands for; a failure is warned about once.
+
+        What is noted there already is compared; what differs is damaged, since a root is made from what it stands for.
+        """
+        path = self.folder.root(root)
+        wanted = json.loads(json.dumps(dict(manifest), default=str))
         try:
-            if not path.exists():
-                with _claimed(path):
-                    self._write(path, [memoryview(json.dumps(dict(manifest), indent=1, default=str).encode())])
+            try:
+                if json.loads(path.read_text(encoding="utf-8")) == wanted:
+                    return
+                self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
+            except FileNotFoundError:
+                pass
+            except (ValueError, RecursionError) as error:
+                self.warn(str(path), f"{path} is damaged ({error}); written anew")
+            self.folder.write_json(path, manifest)
         except OSError as error:
-            self._warn("write", f"cannot write to {self.folder} ({error}); what is computed now is not kept on disk")
+            self._cannot_write(error)
+
+    def _cannot_write(self, error: BaseException) -> None:
+        self.count("errors.write")
+        self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
 
     def put(self, block: Block) -> bool:
         """Write ``block`` unless it is there. Returns whether it is there afterwards, or will be in a moment."""
-        key, path = block.id.key, self._path(block.id.root, block.id.key)
+        if self._pause.holds() and not self._has_room_again():
+            return False
+        size = 0
         try:
-            pieces = encode_block(block, self.codec)
-            size = sum(piece.nbytes for piece in pieces)
-            with _claimed(path):
-                try:
-                    evicted = self._catalog.reserve(block.id, size, self.budget_bytes)
-                    if evicted is None:
-                        return self._catalog.has(key)  # another process may be writing it this moment
-                    for old_key, old_root in evicted:
-                        self._path(old_root, old_key).unlink(missing_ok=True)
-                    self._write(path, pieces)
-                    self._catalog.ready(key)
-                except BaseException:
-                    if self._ask(lambda: self._catalog.withdraw(key), True):
-                        with contextlib.suppress(OSError):
-                            path.unlink(missing_ok=True)
-                    raise
-            self._lost.discard(key)
-            return True
-        except NoRoom:
-            self._warn(
-                "budget",
-                f"disk_budget={self.budget_bytes} has no room for a block of {size} bytes after those "
-                f"it follows; the rest of such sequences is not kept in {self.folder}",
-            )
+            pieces = encode_block(block, self.settings.codec)
+            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces))
+            kept = self._put(block.id, pieces, size)
+        except NoRoom as error:
+            self.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
+            return False
         except (BlockError, OSError, sqlite3.Error) as error:
-            self._warn("write", f"cannot write to {self.folder} ({error}); what is computed now is not kept on disk")
-        return False
+            if is_full(error):
+                self._pause.begin(f"the drive is full ({error})")
+            self._cannot_write(error)
+            return False
+        if self._pause.end():
+            _log.info("writing to %s goes on", self.folder.path)
+        self._lost.discard(block.id.key)
+        return kept
+
+    def _has_room_again(self) -> bool:
+        """Whether a drive that was full has room now, as far as it tells."""
+        try:
+            return self.folder.free_bytes() > self.settings.floor_bytes
+        except OSError:
+            return False
+
+    def _put(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> bool:
+        try:
+            prepared = self._prepare_store(block, size)
+            if prepared is not Prepared.RESERVED:
+                return prepared in (Prepared.PRESENT, Prepared.ELSEWHERE)
+            self._write(block, pieces, size)
+            return self.catalog.complete_store(block.key, self._owner.name)
+        except BaseException:
+            self._abort_store(block)
+            raise
+
+    def _prepare_store(self, block: BlockId, size: int) -> Prepared:
+        """Reserve ``size`` bytes, once others have made room for them.
+
+        Raises:
+            NoRoom: they cannot.
+        """
+        budget, floor = self.settings.budget_bytes, self.settings.floor_bytes
+        if size > budget:
+            raise NoRoom(f"disk_budget={budget} is less than a block of {size} bytes")
+        self._delete_again()
+        while True:
+            prepared = self.catalog.prepare_store(block, size, budget, self._owner.name)
+            if prepared is not Prepared.NO_ROOM:
+                break
+            if not self._make_room(self.catalog.total_bytes + size - budget, block.parent):
+                raise NoRoom(f"disk_budget={budget} has no room for a block of {size} bytes after those it follows")
+        if prepared is Prepared.RESERVED:
+            short = size + floor - self.folder.free_bytes()
+            if short > 0 and not self._make_room(short, block.parent):
+                raise NoRoom(f"free_space_floor={floor} leaves no room on the drive for a block of {size} bytes")
+        return prepared
+
+    def _write(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> None:
+        path = self.folder.block(block.key, block.root)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self.folder.write(path, pieces)
+                return
+            except OSError as error:
+                if not is_full(error) or attempt == _ATTEMPTS or not self._make_room(attempt * size, block.parent):
+                    raise
+
+    def _abort_store(self, block: BlockId) -> None:
+        """Take back what ``_put`` has begun."""
+        if self.ask(lambda: self.catalog.abort_store(block.key, self._owner.name), True):
+            with contextlib.suppress(OSError):
+                self.folder.filesystem.delete(self.folder.block(block.key, block.root))
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, nbytes: int, keep: str) -> bool:
+        """Evict at least ``nbytes``; return whether so much could go, and is gone."""
+        while nbytes > 0:
+            with self._claims() as is_leased:
+                gone = self.catalog.evict(nbytes, self._owner.name, keep, is_leased, at_most=_BATCH)
+                if not gone:
+                    return False
+                self.count("evictions", len(gone))
+                nbytes -= self._delete(gone)
+        return True
+
+    @contextmanager
+    def _claims(self) -> Iterator[Callable[[Place], bool]]:
+        """Give what tells whether a block is being read; one that is not cannot be, until this ends."""
+        claims: list[int] = []
+
+        def is_leased(place: Place) -> bool:
+            if place.key in self.leases:
+                return True
+            try:
+                fd = self.folder.open(self.folder.block(place.key, place.root))
+            except OSError:
+                return False  # it is missing, or not to be read by anyone
+            claims.append(fd)
+            return not lock_alone(fd)
+
+        try:
+            yield is_leased
+        finally:
+            for fd in claims:
+                os.close(fd)
+
+    def _delete(self, places: Iterable[Place]) -> int:
+        """Delete the files of blocks that are leaving; return how many bytes that gave back."""
+        gone: list[str] = []
+        freed = 0
+        for place in places:
+            path = self.folder.block(place.key, place.root)
+            try:
+                self.folder.filesystem.delete(path)
+            except OSError as error:
+                # It stays a leaving block, and counts: the budget is about real bytes.
+                self._stuck.add(place.key)
+                self.count("errors.delete")
+                self.warn("delete", f"cannot delete {path} ({error}); it is tried again later")
+                continue
+            gone.append(place.key)
+            freed += place.nbytes
+        self.catalog.complete_delete(gone)
+        self._stuck.difference_update(gone)
+        return freed
+
+    def _delete_again(self) -> None:
+        """Try once more to delete what could not be deleted."""
+        if self._stuck:
+            mine = [place for place, _ in self.catalog.moving(State.LEAVING) if place.key in self._stuck]
+            self._stuck.intersection_update(place.key for place in mine)
+            self._delete(mine)
+
+    def discard(self, key: str) -> None:
+        """Forget a block and delete its file; unknown keys are ignored."""
+        self.discard_all([key])
+
+    def discard_all(self, keys: Sequence[str]) -> list[Place]:
+        """Forget blocks and delete their files; return those that were there."""
+        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
+        try:
+            gone = self.catalog.discard(keys, self._owner.name)
+            self._lost.difference_update(keys)
+            self._delete(gone)
+            return gone
+        except (OSError, sqlite3.Error) as error:
+            self.count("errors.delete")
+            self.warn("discard", f"cannot delete a block in {self.folder.path}: {error}")
+            return []
+
+    def expire(self) -> list[Place]:
+        """Forget what nobody has used for as long as ``settings.ttl_seconds``."""
+        if self.settings.ttl_seconds is None:
+            return []
+        gone = self.discard_all(self.unused_since(self._since))
+        self.count("expirations", len(gone))
+        return gone
+
+    def unused_since(self, since: float) -> list[str]:
+        """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
+        nothing: list[str] = []
+        return self.ask(lambda: self.catalog.unused_since(since), nothing)
+
+    @property
+    def _since(self) -> float:
+        """Unix time before which a block must not have been used last to be found."""
+        ttl = self.settings.ttl_seconds
+        return self._clock() - ttl if ttl is not None else float("-inf")
+
+    def shrink(self, to_bytes: int) -> list[Place]:
+        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went.
+
+        Raises:
+            sqlite3.Error: the catalog fails.
+        """
+        all_gone: list[Place] = []
+        while (excess := self.catalog.total_bytes - to_bytes) > 0:
+            with self._claims() as is_leased:
+                gone = self.catalog.evict(excess, self._owner.name, "", is_leased, at_most=_BATCH, all_or_nothing=False)
+                if not self._delete(gone):
+                    break
+                self.count("evictions", len(gone))
+                all_gone += gone
+        return all_gone
+
+    # --- finding ----------------------------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
-        return self.find(key) is not None
+        return key not in self._lost and self.ask(lambda: self.catalog.contains(key, self._since), False)
 
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block that lives here."""
-        return self._ask(lambda: self._catalog.find(key), None) if key not in self._lost else None
-
-    def children(self, parent: str) -> Sequence[BlockId]:
-        """Return the blocks that follow ``parent``."""
+    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
         nothing: list[BlockId] = []
-        children = self._ask(lambda: self._catalog.children(parent), nothing)
-        return [child for child in children if child.key not in self._lost]
+        found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since), nothing)
+        return [block for block in found if block.key not in self._lost]
 
-    def open(self, key: str) -> BlockFile | None:
-        """Open a block for reading; None when the catalog does not know it.
+    def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        nothing: list[BlockId] = []
+        return self.ask(lambda: self.catalog.tails(parent, tokens), nothing)
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a block that lives here."""
+        return self.ask(lambda: self.catalog.entry(key), None) if key not in self._lost else None
+
+    def open(self, block: BlockId) -> SharedReader | None:
+        """Open a block for reading, with a lease on it; None when it is not (or no longer) here.
 
         Raises:
             BlockError: its file is missing or damaged.
         """
-        block = self.find(key)
-        if block is None:
+        if block.key not in self:
             return None
-        file = BlockFile(str(self._path(block.root, key)))
-        if (file.id.key, file.id.parent, file.id.root) != (key, block.parent, block.root):
+        try:
+            return self._loads.open(block, lambda: self._open(block))
+        except _GoneError:
+            return None
+
+    def _open(self, block: BlockId) -> BlockFile:
+        path = self.folder.block(block.key, block.root)
+        try:
+            fd = self.folder.open(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT and block.key not in self:
+                raise _GoneError from error
+            self.count("errors.read")
+            raise BlockError(f"{path}: {error}") from error
+        if not lock_shared(fd):
+            os.close(fd)
+            raise _GoneError
+        try:
+            file = BlockFile(str(path), fd)
+        except BlockError:
+            self.count("errors.read")
+            raise
+        if (file.id.key, file.id.parent, file.id.root) != (block.key, block.parent, block.root):
             file.close()
-            raise BlockError(f"{file.path} holds another block than the catalog says")
+            raise BlockError(f"{path} holds another block than the catalog says")
         return file
 
-    def discard(self, key: str) -> None:
-        """Forget a block and delete its file; unknown keys are ignored."""
-        block = self.find(key)
-        if block is None:
-            return
-        self._lost.add(key)  # even if the catalog cannot be written: a damaged block must not be found for ever
-        try:
-            self._catalog.remove(key)
-            self._lost.discard(key)
-            self._path(block.root, key).unlink(missing_ok=True)
-        except (OSError, sqlite3.Error) as error:
-            self._warn("discard", f"cannot delete a block in {self.folder}: {error}")
+    # --- counting ---------------------------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[str]) -> None:
-        """Note that these blocks were used now."""
-        self._ask(lambda: self._catalog.touch(keys), None)
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that these blocks were used now, and how often blocks were restored."""
+        self.ask(lambda: self.catalog.touch(keys, hits), None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all block files, those being written included."""
-        return self._ask(lambda: self._catalog.total_bytes, 0)
+        """Bytes of all block files, those being written or deleted included."""
+        return self.ask(lambda: self.catalog.total_bytes, 0)
 
     def __len__(self) -> int:
-        return self._ask(lambda: len(self._catalog), 0)
-
-    def close(self) -> None:
-        """Close the catalog."""
-        self._catalog.close()
+        return self.ask(self.catalog.counts, (0, 0))[0]
 
 
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Name ``path`` as one that this process is writing."""
-    place = os.path.realpath(path)
-    _in_flight.add(place)
-    try:
-        yield
-    finally:
-        _in_flight.discard(place)
-
-
-def _alive(pid: int) -> bool:
-    if pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+class _GoneError(BlockError):
+    """A block was evicted after it was found."""

@@ -114,17 +114,22 @@ def _v(layer: int) -> int:
 class BlockFile:
     """A block file open for reading. Its header and ids are checked at once, each page when it is read.
 
+    Args:
+        path: where it lies.
+        fd: a descriptor that is open already; it is closed with the file, and when this raises.
+
     Raises:
         BlockError: the file cannot be read, or is not a whole block of this format.
     """
 
     tier = "disk"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
-        self._fd = -1
+        self._fd = -1 if fd is None else fd
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            if fd is None:
+                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             self._read_header()
         except _NOT_A_HEADER as error:
             self.close()
@@ -240,6 +245,21 @@ class BlockFile:
             if checksum != self._crc32[index]:
                 raise BlockError(f"{self.path}: checksum of tensor {index} differs")
         return True
+
+    def check(self) -> None:
+        """Read every byte once.
+
+        Raises:
+            BlockError: a checksum differs.
+        """
+        for index in range(len(self._begins)):
+            try:
+                self._payload(index)
+            except OSError as error:
+                raise BlockError(f"{self.path}: {error}") from error
+
+    def detach(self) -> None:
+        """Nothing is held in memory for it."""
 
     def close(self) -> None:
         """Close the file."""

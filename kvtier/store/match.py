@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvtier.report import Divergence
 from kvtier.store.base import Tier
 from kvtier.store.chain import BlockId, TokenIds, common_run
@@ -81,16 +79,17 @@ def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int
 
 
 def _next(tiers: Sequence[Tier], root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
-    """Return the block after ``parent`` that shares the longest run with ``expected``."""
+    """Return the block after ``parent`` that shares the longest run with ``expected``.
+
+    A block of exactly these ids is found by its key, which no other ids have; whoever opens it compares them.
+    """
     if len(expected) == block_size:
-        key = BlockId.of(root, parent, expected).key
-        for tier in tiers:
-            block = tier.find(key)
-            if block is not None and block.root == root and np.array_equal(block.tokens, expected):
-                return block
+        block = BlockId.of(root, parent, expected)
+        if any(block.key in tier for tier in tiers):
+            return block
     best, best_run = None, -1
     for tier in tiers:
-        for child in tier.children(parent):
+        for child in tier.nearest(parent, expected):
             run = common_run(child.tokens, expected)
             if child.root == root and run > best_run:
                 best, best_run = child, run

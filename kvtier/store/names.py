@@ -1,9 +1,24 @@
-"""Names of prefixes: what a person called a conversation, and which chain that is."""
+"""Names of prefixes: what a person called a conversation, and which chain that is.
+
+A name is a small file (its truth) and rows of the catalog (to find it fast, and to know what is pinned). A named chain
+is kept as its keys: blocks may come and go, the name stays until it is removed or expires.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import ConfigurationError, UnknownNameError
+from kvtier.store.database import Database
+from kvtier.store.folder import StoreFolder
+
+_LONGEST = 200
+_MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +52,261 @@ class NamedPrefix:
     hits: int
     pinned: bool
     expires_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What is written down of a name.
+
+    Attributes:
+        name: what the chain is called.
+        root: the root of the chain.
+        keys: its blocks, the first one first.
+        tokens: how many tokens it has; its last block may have more.
+        pinned: whether its blocks are never evicted.
+        ttl_seconds: after how long without use it is forgotten; None for never.
+        created_at: Unix time at which it was named.
+    """
+
+    name: str
+    root: str
+    keys: tuple[str, ...]
+    tokens: int
+    pinned: bool
+    ttl_seconds: float | None
+    created_at: float
+
+
+def checked_name(name: object) -> str:
+    """Return ``name`` if it may be one.
+
+    Raises:
+        ConfigurationError: it is no string of 1 to 200 printable characters that neither begins nor ends with a space.
+    """
+    if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST or not name.isprintable() or name != name.strip():
+        raise ConfigurationError(
+            f"name={name!r:.80} cannot be a name; pass 1 to {_LONGEST} printable characters without spaces around them."
+        )
+    return name
+
+
+def checked_ttl(ttl: object) -> float | None:
+    """Return ``ttl`` in seconds.
+
+    Raises:
+        ConfigurationError: it is no positive number.
+    """
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < float("inf"):
+        raise ConfigurationError(f"ttl={ttl!r:.80} must be a number of seconds greater than 0, or None.")
+    return float(ttl)
+
+
+class Names:
+    """The names of one store. Thread-safe; processes that share a folder see each other's.
+
+    Methods raise ``OSError`` and ``sqlite3.Error``; the store translates.
+    """
+
+    def __init__(self, database: Database, folder: StoreFolder | None, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._folder = folder
+        self._clock = clock
+
+    def assign(self, name: Name, used_at: float | None = None) -> None:
+        """Give a chain a name; what bore it before loses it."""
+        if self._folder is not None:
+            self._folder.write_json(self._folder.name(name.name), asdict(name))
+        self._set_rows(name, self._clock() if used_at is None else used_at)
+
+    def _set_rows(self, name: Name, used_at: float) -> None:
+        with self._database.transaction() as connection:
+            self._remove_rows(connection, name.name)
+            connection.execute(
+                "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    name.name,
+                    bytes.fromhex(name.root),
+                    name.tokens,
+                    name.pinned,
+                    name.ttl_seconds,
+                    name.created_at,
+                    used_at,
+                    None if name.ttl_seconds is None else used_at + name.ttl_seconds,
+                ),
+            )
+            connection.executemany(
+                "INSERT INTO links VALUES (?, ?, ?, ?)",
+                [(name.name, place, bytes.fromhex(key), name.pinned) for place, key in enumerate(name.keys)],
+            )
+
+    def get(self, name: str) -> Name:
+        """Return what is written down of ``name``.
+
+        Raises:
+            UnknownNameError: nothing bears it.
+        """
+        return self.details(name)[0]
+
+    def details(self, name: str) -> tuple[Name, float, float | None]:
+        """Return the same, with the Unix times of its last use and of its end.
+
+        Raises:
+            UnknownNameError: nothing bears it.
+        """
+        found = self._rows("WHERE name = ?", (name,))
+        if not found:
+            raise UnknownNameError(f"nothing is called {name!r:.80} here; names() lists what has a name")
+        return found[0]
+
+    def all(self) -> list[tuple[Name, float, float | None]]:
+        """Return every name, with the Unix times of its last use and of its end."""
+        return self._rows("ORDER BY name", ())
+
+    def _rows(self, which: str, values: tuple[object, ...]) -> list[tuple[Name, float, float | None]]:
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                f"SELECT name, root, tokens, pinned, ttl, created_at, used_at, expires_at FROM names {which}", values
+            ).fetchall()
+            found = []
+            for name, root, tokens, pinned, ttl, created_at, used_at, expires_at in rows:
+                links = connection.execute("SELECT key FROM links WHERE name = ? ORDER BY place", (name,)).fetchall()
+                keys = tuple(key.hex() for (key,) in links)
+                written = Name(name, root.hex(), keys, tokens, bool(pinned), ttl, created_at)
+                found.append((written, used_at, expires_at))
+        return found
+
+    def __len__(self) -> int:
+        with self._database.reading() as connection:
+            (count,) = connection.execute("SELECT COUNT(*) FROM names").fetchone()
+        return int(count)
+
+    def set_pinned(self, name: str, pinned: bool) -> None:
+        """Pin what bears ``name``, or let it go.
+
+        Raises:
+            UnknownNameError: nothing bears it.
+        """
+        written, used_at, _ = self.details(name)
+        self.assign(replace(written, pinned=pinned), used_at)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give what bears ``old`` the name ``new`` instead.
+
+        Raises:
+            UnknownNameError: nothing bears ``old``.
+            ConfigurationError: something bears ``new`` already.
+        """
+        written, used_at, _ = self.details(old)
+        if self._rows("WHERE name = ?", (new,)):
+            raise ConfigurationError(f"{new!r} is the name of something else already; unname or forget that first.")
+        self.assign(replace(written, name=new), used_at)
+        self.remove(old)
+
+    def remove(self, name: str) -> None:
+        """Take a name away; its blocks become ordinary. Unknown names are ignored."""
+        if self._folder is not None:
+            self._folder.filesystem.delete(self._folder.name(name))
+        with self._database.transaction() as connection:
+            self._remove_rows(connection, name)
+
+    @staticmethod
+    def _remove_rows(connection: sqlite3.Connection, name: str) -> None:
+        connection.execute("DELETE FROM names WHERE name = ?", (name,))
+        connection.execute("DELETE FROM links WHERE name = ?", (name,))
+
+    def of_blocks(self, keys: Iterable[str]) -> set[str]:
+        """Return the names whose chains have one of the blocks ``keys``."""
+        found: set[str] = set()
+        with self._database.reading() as connection:
+            for key in keys:
+                found.update(
+                    n for (n,) in connection.execute("SELECT name FROM links WHERE key = ?", (bytes.fromhex(key),))
+                )
+        return found
+
+    def pinned_blocks(self) -> set[str]:
+        """Return the keys of all blocks that are pinned."""
+        with self._database.reading() as connection:
+            return {key.hex() for (key,) in connection.execute("SELECT key FROM links WHERE pinned")}
+
+    def touched(self, keys: Sequence[str]) -> None:
+        """Note that a turn used the blocks ``keys``: chains that end in one of them were used now."""
+        if not len(self):
+            return
+        now = self._clock()
+        with self._database.transaction() as connection:
+            connection.executemany(
+                "UPDATE names SET used_at = :now, expires_at = :now + ttl WHERE name IN (SELECT l.name FROM links AS l "
+                "WHERE l.key = :key AND NOT EXISTS "
+                "(SELECT 1 FROM links AS after WHERE after.name = l.name AND after.place > l.place))",
+                [{"now": now, "key": bytes.fromhex(key)} for key in keys],
+            )
+
+    def replaced(self, old: str, new: str) -> None:
+        """Note that block ``new`` now answers for block ``old``, which it begins with."""
+        for name in self.of_blocks([old]):
+            for written, used_at, _ in self._rows("WHERE name = ?", (name,)):
+                keys = tuple(new if key == old else key for key in written.keys)
+                self.assign(replace(written, keys=keys), used_at)
+
+    def due(self) -> list[str]:
+        """Return the names whose time is over."""
+        with self._database.reading() as connection:
+            rows = connection.execute("SELECT name FROM names WHERE expires_at <= ?", (self._clock(),)).fetchall()
+        return [name for (name,) in rows]
+
+    def sync(self) -> list[tuple[Path, str]]:
+        """Make the rows agree with the files; return the files that cannot be read, with what is wrong."""
+        if self._folder is None:
+            return []
+        damaged = []
+        known = {self._folder.name(name.name): name for name, *_ in self.all()}
+        files = self._folder.names()
+        for path in files:
+            try:
+                name = _read(path)
+                if self._folder.name(name.name) != path:
+                    raise ValueError("it is the file of another name")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, RecursionError) as error:
+                damaged.append((path, str(error)))
+                continue
+            if known.get(path) != name:
+                self._set_rows(name, path.stat().st_mtime)
+        for path in known.keys() - set(files):
+            if not path.exists():
+                with self._database.transaction() as connection:
+                    self._remove_rows(connection, known[path].name)
+        return damaged
+
+
+def _read(path: Path) -> Name:
+    """Read the file of a name.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of a name.
+    """
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError("it is too large")
+    values: Any = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        name = Name(
+            checked_name(values["name"]),
+            values["root"],
+            tuple(values["keys"]),
+            values["tokens"],
+            values["pinned"],
+            checked_ttl(values["ttl_seconds"]),
+            values["created_at"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no file of a name ({error!r})") from error
+    keys_are_keys = all(isinstance(key, str) and len(bytes.fromhex(key)) == 32 for key in (name.root, *name.keys))
+    numbers = type(name.tokens) is int and name.tokens > 0 and isinstance(name.created_at, (int, float))
+    if not (keys_are_keys and numbers and isinstance(name.pinned, bool)):
+        raise ValueError("it is no file of a name")
+    return name

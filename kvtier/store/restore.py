@@ -136,6 +136,7 @@ class Restore:
     def lend(self, key: str) -> BlockReader:
         """Return the open block ``key``. From now on it is the borrower's to close."""
         self._lent.add(key)
+        self._readers[key].detach()
         return self._readers[key]
 
     def wait(self, layer: int) -> None:

@@ -3,42 +3,60 @@
 The story of this wing. A turn *matches* its tokens against the chains of its root (``match``), opens the blocks it
 found (``restore``) and has their pages put where they are to lie, layer by layer, by threads. At its end it *commits*
 its tokens: blocks that are not known yet are copied out of the windows into the RAM tier and written behind to the disk
-tier. What came from disk is not copied to the RAM tier: the page cache of the system has it already.
+tier (``commits``). What came from disk is not copied to the RAM tier: the page cache of the system has it already.
 A block that turns out to be damaged is discarded, warned about once, and from then on a miss.
+
+What its owner does with it (names, pins, forgetting, verification) is in ``PrefixStore``'s second half.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
+import sqlite3
 import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError
-from kvtier.pages import Page
-from kvtier.store.base import Block, BlockReader, Tier
-from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError
+from kvtier.store.base import BlockReader, Tier
+from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.codec import CODECS
-from kvtier.store.disk import DiskTier
+from kvtier.store.commits import Commits, Read, chain_keys
+from kvtier.store.database import Connect, Database, connect
+from kvtier.store.disk import DiskSettings, DiskTier
+from kvtier.store.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvtier.store.filesystem import LOCAL, Filesystem
+from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import take_part
 from kvtier.store.host import HostTier
+from kvtier.store.inventory import Chain, Forgotten, Inventory
 from kvtier.store.match import PrefixMatch, Span, longest_match
+from kvtier.store.names import Name, NamedPrefix, Names, checked_name, checked_ttl
+from kvtier.store.owners import Owner
+from kvtier.store.recovery import open_catalog
 from kvtier.store.restore import Restore, summary
+from kvtier.store.stats import StoreStats, TierStats
+from kvtier.store.verify import Progress, VerifyReport, verify
 from kvtier.transfer import Readers, Writer
 from kvtier.units import default_host_budget_bytes, parse_bytes
 
 _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
+DEFAULT_FREE_SPACE_FLOOR = "1GiB"
+_EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
 
 
 def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
@@ -56,8 +74,8 @@ class PrefixStore:
     """Prefixes of conversations, kept in RAM and, given a path, on disk.
 
     Guarantees: token ids are compared on every hit; RAM and disk stay within their budgets; a disk that fails costs
-    a warning and a recompute, never an exception from ``match``, ``restore`` or ``commit``. Thread-safe. Several
-    processes may use one folder at once.
+    a warning and a recompute, never an exception from ``match``, ``restore`` or ``commit``; what is being read is not
+    evicted. Thread-safe. Several processes may use one folder at once.
 
     Args:
         path: folder of the disk tier, created if missing; None keeps everything in RAM, for this process only.
@@ -67,6 +85,14 @@ class PrefixStore:
         compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
             restores fastest where files come from the page cache or a fast drive.
         namespace: stores with different namespaces never share a prefix.
+        free_space_floor: bytes of the drive that are left free, by default 1 GiB.
+        durability: ``"full"``: what ``flush`` has confirmed outlives a power cut; ``"lazy"``: the system writes it out
+            when it likes, and a power cut may cost blocks, which are then recomputed.
+        ttl: seconds after its last use at which a block expires, unless it is pinned; None for never.
+        policy: which blocks go first when there is no room.
+        filesystem: what touches the folder; for tests and unusual drives.
+        connect: what connects to the catalog; for tests.
+        clock: Unix time; for tests.
 
     Raises:
         ConfigurationError: an argument cannot be used.
@@ -82,6 +108,13 @@ class PrefixStore:
         block_size: int = DEFAULT_BLOCK_SIZE,
         compression: str = "auto",
         namespace: str = "",
+        free_space_floor: int | str = DEFAULT_FREE_SPACE_FLOOR,
+        durability: str = "full",
+        ttl: float | None = None,
+        policy: EvictionPolicy | None = None,
+        filesystem: Filesystem = LOCAL,
+        connect: Connect = connect,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
             raise ConfigurationError(f"block_size={block_size!r} must be a whole number of tokens, 1 or more.")
@@ -89,23 +122,65 @@ class PrefixStore:
             raise ConfigurationError(f"compression={compression!r} is unknown; pass 'auto', 'raw' or 'zstd'.")
         if not isinstance(namespace, str):
             raise ConfigurationError(f"namespace={namespace!r} must be a string.")
+        if durability not in ("full", "lazy"):
+            raise ConfigurationError(f"durability={durability!r} is unknown; pass 'full' or 'lazy'.")
+        ttl = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
-        disk_bytes = parse_bytes(disk_budget, "disk_budget")
+        settings = DiskSettings(
+            budget_bytes=parse_bytes(disk_budget, "disk_budget"),
+            codec="raw" if compression == "auto" else compression,
+            floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
+            ttl_seconds=ttl,
+        )
         self.block_size = block_size
         self.namespace = namespace
         self.path = folder_path(path, "path") if path is not None else None
-        self._host = HostTier(host_bytes)
-        codec = "raw" if compression == "auto" else compression
-        self._disk = DiskTier(self.path, disk_bytes, codec) if self.path is not None else None
+        self._clock = clock
+        policy = policy or LeastRecentlyUsed()
+        self._pinned: frozenset[str] = frozenset()  # in a store without folder
+        self._disk: DiskTier | None = None
+        self._owner: Owner | None = None
+        if self.path is None:
+            self._database = Database(None)
+            self._names = Names(self._database, None, clock)
+        else:
+            self._open_folder(StoreFolder(self.path, filesystem, durability == "full"), settings, policy, connect)
+        self._host = HostTier(host_bytes, policy, clock, lambda key: key in self._pinned, ttl)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
+        self._inventory = Inventory(self._host, self._disk, self._names)
+        self._commits = Commits(self._host, self._disk, self._names, self._write_behind)
         self._reading = Readers()
         self._writing = Writer()
+        self._expire_at = clock() + _EXPIRE_SECONDS
         self._warned: set[str] = set()
-        self._described: set[str] = set()
+        self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closed = False
         _open_stores.add(self)
         take_part(self)
+
+    def _open_folder(
+        self, folder: StoreFolder, settings: DiskSettings, policy: EvictionPolicy, connect: Connect
+    ) -> None:
+        """Open the disk tier.
+
+        Raises:
+            StoreError: it cannot be opened.
+        """
+        try:
+            owner = Owner(folder.owners)
+        except OSError as error:
+            raise StoreError(
+                f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to"
+            ) from error
+        try:
+            opened = open_catalog(folder, owner, policy, self._clock, connect)
+        except BaseException:
+            owner.close()
+            raise
+        self._owner, self._database, self._names, self._audit = owner, opened.database, opened.names, opened.audit
+        self._disk = DiskTier(folder, opened.catalog, owner, settings, self._clock)
+        self._disk.expire()
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""
@@ -126,6 +201,12 @@ class PrefixStore:
         if self._closed:
             raise ClosedError("the store was closed; make a new PrefixStore (or TieredCache) to use its folder again")
 
+    def _count(self, what: str, n: int = 1) -> None:
+        with self._lock:
+            self._tally[what] += n
+
+    # --- a turn -----------------------------------------------------------------------------------------------------
+
     def match(self, root: str, tokens: TokenIds, limit: int | None = None) -> PrefixMatch:
         """Return the longest known prefix of ``tokens``, to the token, of at most ``limit`` tokens.
 
@@ -133,8 +214,15 @@ class PrefixStore:
             ClosedError: the store was closed.
         """
         self._check_open()
+        self._forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
-        return longest_match(self._tiers, root, tokens, limit, self.block_size)
+        match = longest_match(self._tiers, root, tokens, limit, self.block_size)
+        with self._lock:
+            self._tally.update(lookups=1, lookup_tokens=len(tokens), hit_tokens=match.length)
+            if match.length < limit:
+                reason = "diverged" if match.divergence else "shorter" if match.length else "unknown"
+                self._tally[f"misses.{reason}"] += 1
+        return match
 
     def restore(self, rows: Sequence[Sequence[Span]]) -> Restore:
         """Open the blocks of ``rows`` (at least one span among them); ``Restore.start`` lets their pages come.
@@ -158,6 +246,7 @@ class PrefixStore:
                     continue
                 if reader is None:  # evicted since it was matched
                     missing[key] = BlockError(f"block {key[:12]} is gone")
+                    self._count("misses.gone")
                 else:
                     readers[key] = reader
             if not missing and len({reader.geometry for reader in readers.values()}) > 1:
@@ -171,11 +260,14 @@ class PrefixStore:
             for reader in readers.values():
                 reader.close()
             raise
+        self._commits.hit(list(readers))
+        with self._lock:
+            self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
         return Restore(rows, readers, self._reading, self._damaged)
 
     def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
-            reader = tier.open(block.key)
+            reader = tier.open(block)
             if reader is None:
                 continue
             if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
@@ -186,10 +278,13 @@ class PrefixStore:
 
     def _damaged(self, errors: Mapping[str, BlockError]) -> None:
         """Discard blocks, given by key with what is wrong with them, and warn of those not warned of before."""
+        if not errors:
+            return
         for key in errors:
             for tier in self._tiers:
                 tier.discard(key)
         with self._lock:
+            self._tally["misses.damaged"] += len(errors)
             news = {key: error for key, error in errors.items() if key not in self._warned}
             self._warned.update(news)
         if len(news) == 1:
@@ -201,13 +296,7 @@ class PrefixStore:
                 summary(news),
             )
 
-    def commit(
-        self,
-        root: str,
-        tokens: TokenIds,
-        read: Callable[[int, int], tuple[Page, ...]],
-        manifest: Mapping[str, Any] | None = None,
-    ) -> int:
+    def commit(self, root: str, tokens: TokenIds, read: Read, manifest: Mapping[str, Any] | None = None) -> int:
         """Keep the K and V of ``tokens``; only blocks that are not known yet are read.
 
         Args:
@@ -223,83 +312,356 @@ class PrefixStore:
             ClosedError: the store was closed.
         """
         self._check_open()
-        if self._disk is not None and manifest is not None and root not in self._described:
-            self._write_behind(partial(self._disk.describe_root, root, manifest))
-            self._described.add(root)
-        parent, new = root, 0
-        keys: list[str] = []
-        for start in range(0, len(tokens), self.block_size):
-            ids = tokens[start : start + self.block_size].copy()
-            block = BlockId.of(root, parent, ids)
-            if not self._known(block):
-                if not self._keep(Block(block, read(start, start + len(ids)))):
-                    break  # its children could never be reached
-                new += len(ids)
-            parent = block.key
-            keys.append(parent)
-        self._touch(keys)
+        new = self._commits.commit(root, tokens, read, manifest, self.block_size)
+        self._count("committed_tokens", new)
+        if self._clock() >= self._expire_at:
+            self._expire_at = self._clock() + _EXPIRE_SECONDS
+            self._host.expire()
+            if self._disk is not None:
+                self._write_behind(self._expire_on_disk)
         return new
 
-    def _touch(self, keys: Sequence[str]) -> None:
-        """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
-        self._host.touch(keys)
-        if self._disk is not None and keys:
-            self._write_behind(partial(self._disk.touch, keys))
-
-    def _known(self, block: BlockId) -> bool:
-        if any(block.key in tier for tier in self._tiers):
-            return True
-        partial = len(block.tokens) < self.block_size
-        return partial and any(
-            common_run(child.tokens, block.tokens) == len(block.tokens) and child.root == block.root
-            for tier in self._tiers
-            for child in tier.children(block.parent)
-        )
-
-    def _keep(self, block: Block) -> bool:
-        disk = self._disk
-        if disk is None:
-            return self._put(self._host, block)
-        key = block.id.key
-
-        def write() -> None:
-            try:
-                self._put(disk, block)
-            finally:
-                self._host.written(key)
-
-        try:
-            if not self._host.put(block, writing=True):
-                return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
-            self._drop_shorter(self._host, block.id)
-            self._write_behind(write)
-        except BaseException:
-            # An interrupt: whether the block is put, and queued, is unknown. Protected, it might never be evicted;
-            # known, it might never be written.
-            self._host.discard(key)
-            raise
-        return True
+    def _expire_on_disk(self) -> None:
+        if self._disk is not None:
+            self._disk.expire()
 
     def _write_behind(self, task: Callable[[], None]) -> None:
         _drain_at_the_end()
         self._writing.submit(task)
 
-    def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
-        if not tier.put(block):
-            return False
-        self._drop_shorter(tier, block.id)
-        return True
-
-    def _drop_shorter(self, tier: Tier, block: BlockId) -> None:
-        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it."""
-        for child in tier.children(block.parent):
-            n = len(child.tokens)
-            if n < len(block.tokens) and n < self.block_size and common_run(child.tokens, block.tokens) == n:
-                tier.discard(child.key)
-
     def flush(self) -> None:
         """Wait until everything committed so far is on disk."""
         self._writing.flush()
+
+    # --- what its owner does ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Do what the owner asked for: unlike in a turn, a failing disk is told.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._check_open()
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the store in {self.path} cannot do that: {error}") from error
+        finally:
+            if self._disk is None:
+                self._pinned = frozenset(self._names.pinned_blocks())
+
+    def name(
+        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
+    ) -> NamedPrefix:
+        """Give a name to a chain that was committed; what bore it before loses it.
+
+        Args:
+            name: 1 to 200 printable characters.
+            root: the root it was committed under.
+            tokens: its ids, as they were committed.
+            pin: never evict it, nor let it expire.
+            ttl: seconds after its last use at which it is forgotten, pinned or not.
+
+        Raises:
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the store does not have all of it, or the disk fails.
+        """
+        checked_name(name)
+        keys = []
+        with self._asked():
+            for block in chain_keys(root, tokens, self.block_size):
+                key = self._commits.stands_for(block, self.block_size)
+                if key is None:
+                    break
+                keys.append(key)
+        if not keys or len(keys) * self.block_size < len(tokens):
+            raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
+        return self._set_name(name, root, keys, len(tokens), pin, ttl)
+
+    def _set_name(
+        self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
+    ) -> NamedPrefix:
+        with self._asked():
+            written = Name(checked_name(name), root, tuple(keys), tokens, bool(pin), checked_ttl(ttl), self._clock())
+            self._names.assign(written)
+        return self.named(name)
+
+    def names(self) -> tuple[NamedPrefix, ...]:
+        """Return everything that has a name.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return tuple(self._inventory.described(*each) for each in self._names.all())
+
+    def named(self, name: str) -> NamedPrefix:
+        """Return what is called ``name``.
+
+        Raises:
+            UnknownNameError: nothing is.
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return self._inventory.described(*self._names.details(name))
+
+    def pin(self, name: str) -> None:
+        """Never evict what is called ``name``, nor let its blocks expire.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Treat what is called ``name`` like everything else again.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, False)
+
+    def _set_pinned(self, name: str, pinned: bool) -> None:
+        with self._asked():
+            self._names.set_pinned(name, pinned)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call ``new`` what is called ``old``.
+
+        Raises:
+            UnknownNameError: nothing is called ``old``.
+            ConfigurationError: ``new`` cannot be a name, or is one already.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.rename(old, checked_name(new))
+
+    def unname(self, name: str) -> None:
+        """Take a name away; what bore it is kept like everything else.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.get(name)
+            self._names.remove(name)
+
+    def tokens_of(self, name: str) -> TokenIds:
+        """Return the ids of what is called ``name``, as far as the store has it.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            written = self._names.get(name)
+            blocks = self._kept_blocks(written)
+        ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
+        return ids[: written.tokens]
+
+    def _kept_blocks(self, name: Name) -> list[BlockId]:
+        blocks: list[BlockId] = []
+        for key in name.keys:
+            block = self._inventory.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def chains(self) -> tuple[Chain, ...]:
+        """Return every chain that no other goes beyond, named or not, the last used first.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            return self._inventory.chains()
+
+    def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+        """Give a name to the chain whose last block's key begins with ``key_prefix``.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            root, keys, tokens = self._inventory.keys_to(key_prefix)
+        return self._set_name(name, root, keys, tokens, pin, ttl)
+
+    def forget(self, what: str | Sequence[int] | TokenIds) -> Forgotten:
+        """Remove a conversation for good, from RAM and disk.
+
+        By name: the name, and the blocks that no other sequence uses. By token ids: every block that begins with
+        them or goes beyond them, and those that lead only there, whatever is named or pinned. Files are deleted and
+        the rows overwritten; drives may keep what was on them, and other processes what they have in RAM.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            ConfigurationError: ``what`` is neither a name nor ids.
+            StoreError: the disk fails.
+        """
+        if isinstance(what, str):
+            self.flush()
+            with self._asked():
+                return self._forget_name(what)
+        try:
+            tokens = np.asarray(what)
+        except ValueError:
+            tokens = np.empty(0)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
+            raise ConfigurationError("forget() takes a name, or the token ids of one sequence, e.g. a list of int.")
+        self.flush()
+        with self._asked():
+            keys = self._inventory.holding(tokens.astype(np.int64))
+            for name in self._names.of_blocks(keys):
+                self._names.remove(name)
+            return self._remove(keys)
+
+    def forget_chain(self, key_prefix: str) -> Forgotten:
+        """Remove the chain whose last block's key begins with ``key_prefix``, as ``forget`` does by name.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            _, keys, _ = self._inventory.keys_to(key_prefix)
+            return self._remove(self._inventory.own(keys, set()))
+
+    def _forget_name(self, name: str) -> Forgotten:
+        written = self._names.get(name)
+        keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
+        self._names.remove(name)
+        return self._remove(keys)
+
+    def _remove(self, keys: Sequence[str]) -> Forgotten:
+        sums = self._inventory.nbytes(keys)
+        for key in keys:
+            self._host.discard(key)
+        if self._disk is not None and keys:
+            self._disk.discard_all(keys)
+            self._database.truncate_log()
+        return Forgotten(sums["blocks"], sums["bytes"])
+
+    def _forget_what_is_due(self) -> None:
+        """Forget names whose time is over. In a turn, so a failing disk is no error."""
+        try:
+            due = self._names.due()
+        except sqlite3.Error:
+            return  # the tier that asks next warns of it
+        for name in due:
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error):  # another process does it, or the next turn
+                self._forget_name(name)
+
+    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
+        """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.
+
+        What is pinned, or being read, stays. Without folder it is RAM that is pruned, otherwise disk.
+
+        Raises:
+            ConfigurationError: an argument cannot be used.
+            StoreError: the disk fails.
+        """
+        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
+        seconds = checked_ttl(unused_for)
+        self.flush()
+        self._forget_what_is_due()
+        tier = self._disk if self._disk is not None else self._host
+        before, blocks = tier.nbytes, len(tier)
+        with self._asked():
+            tier.expire()
+            if seconds is not None:
+                since = self._clock() - seconds
+                self._remove(tier.unused_since(since))
+            if limit is not None:
+                tier.shrink(limit)
+        return Forgotten(blocks - len(tier), before - tier.nbytes)
+
+    def verify(self, *, repair: bool = False, progress: Progress | None = None) -> VerifyReport:
+        """Read every file, and compare files, catalog and accounting.
+
+        Args:
+            repair: put right what can be: damaged blocks are removed, unknown ones taken in.
+            progress: called now and then with the bytes that were read, and all there are.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            if self._disk is None:
+                return VerifyReport(len(self._host), self._host.nbytes, 0.0, ())
+            return verify(
+                self._disk.folder, self._database, self._disk.catalog, self._audit, repair=repair, progress=progress
+            )
+
+    def stats(self) -> StoreStats:
+        """Return what the store holds, and what it has done since it was opened.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._check_open()
+        with self._lock:
+            tally = Counter(self._tally)
+        host, disk = self._host, self._disk
+        tiers = [
+            TierStats(
+                "host",
+                nbytes=host.nbytes,
+                budget_bytes=host.budget_bytes,
+                blocks=len(host),
+                pinned_blocks=sum(key in self._pinned for key in self._pinned if key in host),
+                leased_blocks=len(host.leases),
+                hits=tally["hits.host"],
+                evictions=host.counts["evictions"],
+                expirations=host.counts["expirations"],
+            )
+        ]
+        errors: dict[str, int] = {}
+        if disk is not None:
+            blocks, pinned = disk.ask(disk.catalog.counts, (0, 0))
+            tiers.append(
+                TierStats(
+                    "disk",
+                    nbytes=disk.nbytes,
+                    budget_bytes=disk.settings.budget_bytes,
+                    blocks=blocks,
+                    pinned_blocks=pinned,
+                    leased_blocks=len(disk.leases),
+                    hits=tally["hits.disk"],
+                    evictions=disk.counts["evictions"],
+                    expirations=disk.counts["expirations"],
+                )
+            )
+            errors = _named(disk.counts, "errors.")
+        try:
+            names = len(self._names)
+        except sqlite3.Error:
+            names = 0
+        return StoreStats(
+            path=str(self.path) if self.path is not None else None,
+            tiers=tuple(tiers),
+            lookups=tally["lookups"],
+            lookup_tokens=tally["lookup_tokens"],
+            hit_tokens=tally["hit_tokens"],
+            misses=MappingProxyType(_named(tally, "misses.")),
+            committed_tokens=tally["committed_tokens"],
+            queued_writes=self._writing.queued,
+            errors=MappingProxyType(errors),
+            paused=disk.paused if disk is not None else None,
+            names=names,
+        )
+
+    # --- resources --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Write what is queued and let go of threads and files. May be called more than once."""
@@ -308,8 +670,9 @@ class PrefixStore:
         self._closed = True
         self._writing.close()
         self._reading.close()
-        if self._disk is not None:
-            self._disk.close()
+        self._database.close()
+        if self._owner is not None:
+            self._owner.close()
 
     def __enter__(self) -> PrefixStore:
         self._check_open()
@@ -319,6 +682,10 @@ class PrefixStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _named(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    return {what.removeprefix(prefix): n for what, n in sorted(counts.items()) if what.startswith(prefix)}
 
 
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvtier.errors import BlockError
+from kvtier.store.audit import Audit, Discrepancy
+from kvtier.store.catalog import Catalog
+from kvtier.store.database import Database
+from kvtier.store.folder import StoreFolder
+from kvtier.store.format import BlockFile
+
+_log = logging.getLogger("kvtier.store.verify")
+_READERS = 2
+Progress = Callable[[int, int], None]
+"""``(bytes done, bytes in all)``, called now and then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,8 +30,8 @@ class Problem:
 
     Attributes:
         kind: ``damaged`` (a block's bytes), ``missing`` (a row without its file), ``orphan`` (a file without its row),
-            ``unreachable`` (a block whose parent is gone), ``accounting``, ``leftover`` (of a writer that died),
-            ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it damaged).
+            ``accounting``, ``leftover`` (of a writer that died), ``name`` (its file is damaged), ``permissions``
+            (others can read), ``catalog`` (SQLite finds it damaged; it is made anew at the next open).
         subject: the file, or what else it is about.
         text: what is wrong.
         repaired: whether it was put right.
@@ -44,3 +63,95 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is wrong (any more)."""
         return all(problem.repaired for problem in self.problems)
+
+
+def verify(
+    folder: StoreFolder,
+    database: Database,
+    catalog: Catalog,
+    audit: Audit,
+    *,
+    repair: bool,
+    progress: Progress | None,
+) -> VerifyReport:
+    """Look at everything in ``folder``; with ``repair`` put right what can be.
+
+    Blocks that others evict meanwhile are no problem.
+    """
+    started = time.perf_counter()
+    problems: list[Problem] = []
+
+    def note(found: Iterable[Discrepancy]) -> None:
+        for each in found:
+            repaired = repair and _mended(each)
+            problems.append(Problem(each.kind, each.subject, each.text, repaired))
+
+    problems += [Problem("catalog", str(folder.catalog), text) for text in database.problems()]
+    note(audit.unfinished())
+    note(audit.leftovers())
+    note(audit.files())
+    note(audit.names())
+    blocks, nbytes = 0, 0
+    for size, damage in _read_all(folder, catalog, audit, progress):
+        if damage is None:
+            blocks, nbytes = blocks + 1, nbytes + size
+        else:
+            note([damage])
+    note(audit.total())
+    note(audit.permissions())
+    return VerifyReport(blocks, nbytes, time.perf_counter() - started, tuple(problems))
+
+
+def _mended(discrepancy: Discrepancy) -> bool:
+    try:
+        discrepancy.mend()
+    except BlockError:
+        return True  # it was no block at all, and is gone
+    except (OSError, sqlite3.Error) as error:
+        _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
+        return False
+    return True
+
+
+def _read_all(
+    folder: StoreFolder, catalog: Catalog, audit: Audit, progress: Progress | None
+) -> Iterator[tuple[int, Discrepancy | None]]:
+    """Read every block file; yield its size, and what is wrong with it."""
+    files = [(path, _size(path)) for path in folder.block_files()]
+    total, done = sum(size for _, size in files), 0
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
+        try:
+            for (path, size), error in zip(
+                files, pool.map(partial(_damage, folder), [p for p, _ in files]), strict=True
+            ):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+                if error is None:
+                    yield size, None
+                elif catalog.entry(path.stem) is not None:  # or it was evicted, or is being written
+                    yield size, Discrepancy("damaged", str(path), error, partial(audit.drop, path.stem))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _damage(folder: StoreFolder, path: Path) -> str | None:
+    """Read a block file whole; return what is wrong with it."""
+    try:
+        file = BlockFile(str(path), folder.open(path))
+        try:
+            file.check()
+        finally:
+            file.close()
+    except (OSError, BlockError) as error:
+        return str(error)
+    if path != folder.block(file.id.key, file.id.root):
+        return f"{path} holds another block than its place says"
+    return None

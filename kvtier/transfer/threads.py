@@ -71,6 +71,11 @@ class Writer:
                 self._queue.task_done()
         self._queue.task_done()
 
+    @property
+    def queued(self) -> int:
+        """How many tasks wait to be run, or run."""
+        return self._queue.unfinished_tasks if self._pid == os.getpid() else 0
+
     def flush(self) -> None:
         """Wait until every task queued so far has run."""
         if self._thread is not None and self._pid == os.getpid():

@@ -16,6 +16,7 @@ from kvtier.store.chain import BlockId, TokenIds
 
 ROOT = "a1" * 32
 OTHER_ROOT = "b2" * 32
+UNIT = 4096  # bytes
 LAYERS = 2
 HEADS = 2
 DIM = 4
@@ -57,7 +58,7 @@ def chain(tokens: TokenIds, size: int, root: str = ROOT) -> list[Block]:
     blocks, parent = [], root
     for start in range(0, len(tokens), size):
         piece = tokens[start : start + size]
-        blocks.append(Block(BlockId.of(root, parent, piece), truth(root, tokens, start, start + len(piece))))
+        blocks.append(Block(BlockId.of(root, parent, piece), truth(root, tokens, start, start + len(piece)), start))
         parent = blocks[-1].id.key
     return blocks
 
@@ -122,14 +123,19 @@ def restored_length_at_last(store: PrefixStore, tokens: TokenIds, root: str = RO
 def bytes_in_ram(store: PrefixStore) -> int:
     """What the blocks in RAM take, counted anew."""
     host = store._host
-    counted = sum(block.nbytes for block in list(host._blocks.values()))
+    counted = sum(resident.block.nbytes for resident in list(host._blocks.values()))
     assert counted == host.nbytes
     return counted
 
 
+def allocated(nbytes: int) -> int:
+    """What a file of ``nbytes`` takes, in the allocation units that this machine's drives have."""
+    return -(-nbytes // UNIT) * UNIT
+
+
 def bytes_on_disk(folder: Path) -> int:
     """What the block files take, half-written ones included."""
-    return sum(path.stat().st_size for path in (folder / "blocks").rglob("*") if path.is_file())
+    return sum(allocated(path.stat().st_size) for path in (folder / "blocks").rglob("*") if path.is_file())
 
 
 DAMAGES = ("flip", "cut", "empty", "delete")

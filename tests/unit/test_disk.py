@@ -8,27 +8,67 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
-from storekit import ROOT, block, block_files, chain, count, leftovers, same_bits
+import torch
+from storekit import ROOT, allocated, block, block_files, chain, count, leftovers, same_bits
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
+from kvtier.pages import Landing
+from kvtier.store import recovery
 from kvtier.store.base import Block
-from kvtier.store.disk import DiskTier
-from kvtier.store.format import FORMAT_VERSION, encode_block
+from kvtier.store.catalog import Prepared
+from kvtier.store.database import connect
+from kvtier.store.disk import DiskSettings, DiskTier
+from kvtier.store.eviction import LeastRecentlyUsed
+from kvtier.store.filesystem import LOCAL, LocalFilesystem
+from kvtier.store.folder import StoreFolder
+from kvtier.store.format import FORMAT_VERSION, BlockFile, encode_block
+from kvtier.store.loads import HELD_BYTES
+from kvtier.store.owners import Owner
+from kvtier.store.recovery import open_catalog
 
-SIZE = sum(piece.nbytes for piece in encode_block(block(count(4, first=10)), "raw"))
+SIZE = allocated(sum(piece.nbytes for piece in encode_block(block(count(4, first=10)), "raw")))
 ROOMY = 100 * SIZE
 
 
+class Opened(DiskTier):
+    """A tier with what it stands on."""
+
+    def __init__(self, path, budget=ROOMY, codec="raw", *, clock=time.time, filesystem=LOCAL, **settings):
+        folder = StoreFolder(path, filesystem, durable=True)
+        self.owner = Owner(folder.owners)
+        opened = open_catalog(folder, self.owner, LeastRecentlyUsed(), clock, connect)
+        self.database, self.names, self.audit = opened.database, opened.names, opened.audit
+        super().__init__(folder, opened.catalog, self.owner, DiskSettings(budget, codec, **settings), clock)
+
+    def rows(self, statement, *values):
+        with self.database.transaction() as connection:
+            return connection.execute(statement, values).fetchall()
+
+    def die(self):
+        """End as a killed process does: the system takes the lock, and nothing is tidied up."""
+        self.database.close()
+        os.close(self.owner._fd)
+
+    def close(self):
+        self.database.close()
+        self.owner.close()
+
+
 @contextmanager
-def opened(folder, budget=ROOMY, codec="raw"):
-    tier = DiskTier(folder, budget, codec)
+def opened(path, budget=ROOMY, codec="raw", **more):
+    tier = Opened(path, budget, codec, **more)
     try:
         yield tier
     finally:
         tier.close()
+
+
+def refused(path):
+    Opened(path).close()
 
 
 def warnings(caplog):
@@ -36,7 +76,7 @@ def warnings(caplog):
 
 
 def assert_reads(tier, original):
-    file = tier.open(original.id.key)
+    file = tier.open(original.id)
     assert file is not None
     assert file.id.tokens.tolist() == original.id.tokens.tolist()
     for layer, page in enumerate(original.pages):
@@ -46,7 +86,7 @@ def assert_reads(tier, original):
 
 
 def real_bytes(folder):
-    return sum(path.stat().st_size for path in block_files(folder))
+    return sum(allocated(path.stat().st_size) for path in block_files(folder))
 
 
 def dead_process():
@@ -65,7 +105,7 @@ def test_blocks_outlive_the_tier(tmp_path, codec):
         for each in blocks:
             assert each.id.key in tier
             assert_reads(tier, each)
-        assert [child.key for child in tier.children(blocks[0].id.key)] == [blocks[1].id.key]
+        assert [child.key for child in tier.nearest(blocks[0].id.key, count(4, first=4))] == [blocks[1].id.key]
 
 
 def test_only_the_user_can_read_what_is_stored(tmp_path):
@@ -97,9 +137,9 @@ def test_the_budget_counts_real_bytes_and_evicts_leaves(tmp_path):
         for first in range(0, 200, 10):
             for each in chain(count(8, first=first), 4):
                 tier.put(each)
-                assert real_bytes(tmp_path) == tier.nbytes <= tier.budget_bytes
+                assert real_bytes(tmp_path) == tier.nbytes <= tier.settings.budget_bytes
             for path in block_files(tmp_path):
-                parent = tier.find(path.stem).parent
+                parent = tier.entry(path.stem).parent
                 assert parent == ROOT or parent in tier
         assert len(block_files(tmp_path)) == len(tier) == 3
 
@@ -123,9 +163,9 @@ def test_discarded_blocks_leave_no_file(tmp_path):
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         tier.discard(block(count(4)).id.key)
-        tier.discard("unknown")
+        tier.discard("ab" * 32)
         assert (block_files(tmp_path), tier.nbytes, len(tier)) == ([], 0, 0)
-        assert tier.open(block(count(4)).id.key) is None
+        assert tier.open(block(count(4)).id) is None
 
 
 def test_a_file_that_is_gone_is_a_block_error(tmp_path):
@@ -133,7 +173,7 @@ def test_a_file_that_is_gone_is_a_block_error(tmp_path):
         tier.put(block(count(4)))
         block_files(tmp_path)[0].unlink()
         with pytest.raises(BlockError):
-            tier.open(block(count(4)).id.key)
+            tier.open(block(count(4)).id)
 
 
 def test_a_file_in_the_place_of_another_is_a_block_error(tmp_path):
@@ -147,7 +187,7 @@ def test_a_file_in_the_place_of_another_is_a_block_error(tmp_path):
         places = {path.stem: path for path in block_files(tmp_path)}
         places[second.id.key].write_bytes(places[first.id.key].read_bytes())
         with pytest.raises(BlockError):
-            tier.open(second.id.key)
+            tier.open(second.id)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +230,7 @@ def test_making_the_catalog_anew_removes_files_that_cannot_be_used(tmp_path, cap
         assert_reads(tier, kept)
         assert tier.nbytes == real_bytes(tmp_path)
     assert block_files(tmp_path) == [places[kept.id.key]]
-    assert len(warnings(caplog)) == 2
+    assert len(warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
@@ -219,11 +259,10 @@ def test_a_write_that_is_cut_short_leaves_nothing_behind(tmp_path, caplog):
     """The kernel itself refuses the bytes: first a short write, then an error."""
     large = Block(block(count(4)).id, block(count(4)).pages * 100)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    with opened(tmp_path) as tier:
+    with opened(tmp_path, 10**9) as tier:
         assert tier.put(block(count(4, first=10)))
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         biggest = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-        tier.budget_bytes = 10 * biggest + 10 * large.nbytes
         large = Block(large.id, large.pages * (1 + 4 * biggest // large.nbytes))
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * biggest, hard))
         try:
@@ -255,16 +294,19 @@ def test_a_manifest_that_cannot_be_written_costs_one_warning(tmp_path, monkeypat
 def test_a_catalog_that_fails_costs_one_warning(tmp_path, caplog):
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
-        tier._catalog.close()
-        assert tier.find("x") is None
-        assert tier.children(ROOT) == []
-        assert tier.open("x") is None
-        assert "x" not in tier
+        tier.database.close()
+        key = block(count(4)).id.key
+        assert tier.entry(key) is None
+        assert tier.nearest(ROOT, count(4)) == []
+        assert tier.tails(ROOT, count(5)) == []
+        assert tier.open(block(count(4)).id) is None
+        assert key not in tier
         assert (tier.nbytes, len(tier)) == (0, 0)
-        tier.touch(["x"])
-        tier.discard(block(count(4)).id.key)
+        tier.touch([key], {key: 1})
         assert len(warnings(caplog)) == 1
+        tier.discard(block(count(4)).id.key)
         assert not tier.put(block(count(4, first=10)))
+        assert len(warnings(caplog)) == 3  # one for each thing that fails
     assert leftovers(tmp_path) == []
 
 
@@ -280,53 +322,77 @@ def test_a_dtype_that_files_cannot_hold_stays_out(tmp_path, caplog):
     assert len(warnings(caplog)) == 1
 
 
+def half_a_file(tier, block, pid):
+    path = tier.folder.block(block.id.key, block.id.root)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}-{pid}-{'0' * 32}.tmp")
+    half.write_bytes(b"half a block")
+    return half
+
+
 def test_what_dead_writers_left_is_swept(tmp_path):
     alive, dead = os.getppid(), dead_process()
-    with opened(tmp_path) as tier:
-        tier.put(block(count(4)))
-        folder = block_files(tmp_path)[0].parent
-        places = (folder, tmp_path / "roots", tmp_path)
-        swept = [place / f".x.safetensors-{dead}-{'0' * 32}.tmp" for place in places]
-        stays = [place / f".x.safetensors-{alive}-{'0' * 32}.tmp" for place in places]
-        foreign = folder / ".some-foreign-file.tmp"
-        for path in (*swept, *stays, foreign):
-            path.write_bytes(b"half a block")
-        # One writer died before its rename, one after it.
-        early, late = block(count(4, first=10)), block(count(4, first=20))
-        tier.put(late)
-        tier._catalog.reserve(early.id, 10, ROOMY)
-        tier._catalog._connection.execute(
-            "UPDATE blocks SET writer = ? WHERE key IN (?, ?)", (dead, early.id.key, late.id.key)
-        )
+    early, late, leaving = block(count(4, first=10)), block(count(4, first=20)), block(count(4, first=30))
+    tier = Opened(tmp_path)
+    tier.put(block(count(4)))
+    places = (tmp_path / "roots", tmp_path / "names", tmp_path)
+    swept = [place / f".x.json-{dead}-{'0' * 32}.tmp" for place in places]
+    stays = [place / f".x.json-{alive}-{'0' * 32}.tmp" for place in places]
+    foreign = tmp_path / ".some-foreign-file.tmp"
+    for path in (*swept, *stays, foreign):
+        path.write_bytes(b"half a file")
+    # One block was being written, one was in place before the catalog heard of it, one was to be deleted.
+    assert tier.catalog.prepare_store(early.id, SIZE, ROOMY, tier.owner.name) is Prepared.RESERVED
+    swept.append(half_a_file(tier, early, os.getpid()))
+    tier.put(late)
+    tier.rows("UPDATE blocks SET state = ?, owner = ? WHERE key = ?", 1, tier.owner.name, bytes.fromhex(late.id.key))
+    tier.put(leaving)
+    tier.catalog.discard([leaving.id.key], tier.owner.name)
+    tier.die()
     with opened(tmp_path) as tier:
         assert not any(path.exists() for path in swept)
-        assert all(path.exists() for path in stays)
-        assert len(tier) == 1
+        assert all(path.exists() for path in (*stays, foreign))
+        assert len(tier) == len(block_files(tmp_path)) == 2
         assert tier.nbytes == real_bytes(tmp_path)
-        assert tier.put(early)
-        assert tier.put(late)
         assert_reads(tier, late)
+        assert tier.put(early)
+        assert tier.put(leaving)
+        assert [path.stem for path in (tmp_path / "owners").iterdir()] == [tier.owner.name]
 
 
-def test_what_a_dead_writer_with_our_process_id_left_is_swept(tmp_path):
-    """Containers start with the same process id again and again."""
+def test_what_is_half_written_by_a_writer_that_died_is_not_adopted(tmp_path):
+    """As when the drive lost what the system had not written out yet."""
     new = block(count(4))
+    tier = Opened(tmp_path)
+    tier.put(new)
+    tier.rows("UPDATE blocks SET state = 1, owner = ?", tier.owner.name)
+    tier.die()
+    block_files(tmp_path)[0].write_bytes(b"")
     with opened(tmp_path) as tier:
-        tier._catalog.reserve(new.id, 10, ROOMY)
-        half = tmp_path / "blocks" / f".{new.id.key}.safetensors-{os.getpid()}-{'0' * 32}.tmp"
-        half = tmp_path / "blocks" / ROOT / new.id.key[:2] / half.name
-        half.parent.mkdir(parents=True)
-        half.write_bytes(b"half a block")
-    with opened(tmp_path) as tier:
-        assert not half.exists()
-        assert tier.nbytes == 0
+        assert (len(tier), tier.nbytes, block_files(tmp_path)) == (0, 0, [])
         assert tier.put(new)
+
+
+def test_what_living_stores_are_at_work_on_is_left_alone(tmp_path):
+    early, leaving = block(count(4, first=10)), block(count(4, first=30))
+    with opened(tmp_path) as tier:
+        tier.catalog.prepare_store(early.id, SIZE, ROOMY, tier.owner.name)
+        half = half_a_file(tier, early, os.getpid())
+        tier.put(leaving)
+        tier.catalog.discard([leaving.id.key], tier.owner.name)
+        with opened(tmp_path) as other:
+            assert half.exists()
+            assert other.nbytes == 2 * SIZE
+            assert not other.put(leaving)
+            assert (tmp_path / "owners" / f"{tier.owner.name}.lock").exists()
 
 
 def test_what_this_process_is_writing_is_not_swept(tmp_path, monkeypatch):
     fsync, seen = os.fsync, []
 
     def fsync_while_another_tier_opens(fd):
+        if not leftovers(tmp_path):
+            return  # of a folder
         monkeypatch.setattr(os, "fsync", fsync)
         with opened(tmp_path) as other:
             seen.append((len(leftovers(tmp_path)), other.nbytes))
@@ -343,11 +409,11 @@ def test_what_another_process_is_writing_may_be_followed(tmp_path):
     """Otherwise a commit would end at a block only because two processes keep it at once."""
     first, second = chain(count(8), 4)
     with opened(tmp_path) as tier, opened(tmp_path) as other:
-        other._catalog.reserve(first.id, SIZE, ROOMY)
+        other.catalog.prepare_store(first.id, SIZE, ROOMY, other.owner.name)
         assert tier.put(first)
         assert tier.put(second)
         assert first.id.key not in tier
-        other._catalog.withdraw(first.id.key)
+        other.catalog.abort_store(first.id.key, other.owner.name)
         assert tier.put(first)
         assert_reads(tier, first)
         assert_reads(tier, second)
@@ -358,22 +424,255 @@ def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         key = block(count(4)).id.key
-        tier._catalog._connection.execute("PRAGMA query_only = ON")
+        with tier.database.reading() as connection:
+            connection.execute("PRAGMA query_only = ON")
         tier.discard(key)
-        assert tier.find(key) is None
-        assert tier.children(ROOT) == []
-        tier._catalog._connection.execute("PRAGMA query_only = OFF")
+        assert tier.entry(key) is None
+        assert tier.nearest(ROOT, count(4)) == []
+        with tier.database.reading() as connection:
+            connection.execute("PRAGMA query_only = OFF")
     assert len(warnings(caplog)) == 1
 
 
-def test_files_that_the_catalog_forgot_are_swept(tmp_path):
+def test_after_a_boot_files_and_rows_are_compared(tmp_path, monkeypatch):
+    """A power cut can take what the catalog had not written out yet."""
+    unknown, missing, other = block(count(4)), block(count(4, first=10)), block(count(4, first=20))
     with opened(tmp_path) as tier:
-        tier.put(block(count(4)))
-        tier.put(block(count(4, first=10)))
-        tier._catalog.remove(block(count(4)).id.key)  # and then the process died, before it deleted the file
+        for each in (unknown, missing, other):
+            tier.put(each)
+        tier.rows("DELETE FROM blocks WHERE key = ?", bytes.fromhex(unknown.id.key))
+        tier.folder.block(missing.id.key, ROOT).unlink()
+        tier.catalog.set_bytes(other.id.key, 1)
+        no_block = tier.folder.block("ff" * 32, ROOT)
+        no_block.parent.mkdir(parents=True, exist_ok=True)
+        no_block.write_bytes(b"no block")
     with opened(tmp_path) as tier:
-        assert len(block_files(tmp_path)) == len(tier) == 1
+        assert len(tier) == 2, "the same boot: nothing was lost, so nothing is looked for"
+    monkeypatch.setattr(recovery, "boot_id", lambda: "another")
+    with opened(tmp_path) as tier:
+        assert len(tier) == len(block_files(tmp_path)) == 2
+        assert_reads(tier, unknown)
+        assert_reads(tier, other)
         assert tier.nbytes == real_bytes(tmp_path)
+
+
+def test_the_drive_keeps_its_floor(tmp_path, caplog):
+    class Drive(LocalFilesystem):
+        def free_bytes(self, folder):
+            return 10 * SIZE - sum(allocated(path.stat().st_size) for path in block_files(folder))
+
+    with opened(tmp_path, filesystem=Drive(), floor_bytes=7 * SIZE) as tier:
+        for first in range(0, 100, 10):
+            assert tier.put(block(count(4, first=first)))
+            assert tier.folder.free_bytes() >= 7 * SIZE
+        assert len(tier) == 3
+        assert tier.counts["evictions"] == 7
+    with opened(tmp_path, filesystem=Drive(), floor_bytes=10 * SIZE) as tier:
+        assert not tier.put(block(count(4, first=200)))
+    assert "free_space_floor" in warnings(caplog)[0]
+
+
+class FullDrive(LocalFilesystem):
+    """Holds ``room`` files; more are refused."""
+
+    def __init__(self, room, number=errno.ENOSPC):
+        super().__init__()
+        self.room, self.number, self.tries = room, number, 0
+
+    def write_whole(self, path, pieces, durable):
+        if path.suffix == ".safetensors":
+            self.tries += 1
+            if len(list(path.parent.parent.rglob("*.safetensors"))) >= self.room:
+                raise OSError(self.number, os.strerror(self.number))
+        super().write_whole(path, pieces, durable)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_drive_makes_room_and_writing_goes_on(tmp_path, caplog, number):
+    with opened(tmp_path, filesystem=FullDrive(2, number)) as tier:
+        for first in range(0, 100, 10):
+            assert tier.put(block(count(4, first=first)))
+        assert len(tier) == 2
+        assert tier.nbytes == real_bytes(tmp_path)
+        assert tier.paused is None
+    assert warnings(caplog) == []
+
+
+def test_a_full_drive_with_nothing_to_evict_pauses_writing_and_it_goes_on_later(tmp_path, caplog):
+    now, drive = [0.0], FullDrive(0)
+    drive.free_bytes = lambda folder: 0 if drive.room == 0 else 10**9
+    with opened(tmp_path, filesystem=drive, clock=lambda: now[0]) as tier:
+        drive.free_bytes = lambda folder: 10**9
+        assert not tier.put(block(count(4)))
+        assert "No space left" in tier.paused
+        drive.free_bytes = lambda folder: 0
+        tries = drive.tries
+        assert not tier.put(block(count(4)))
+        assert drive.tries == tries, "it does not try again and again"
+        now[0], drive.room = 5, 9
+        drive.free_bytes = lambda folder: 10**9
+        assert tier.put(block(count(4)))
+        assert tier.paused is None
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_file_that_cannot_be_deleted_does_not_stop_evictions(tmp_path, caplog):
+    class Sticky(LocalFilesystem):
+        stuck = None
+
+        def delete(self, path):
+            if path.stem == self.stuck:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            return super().delete(path)
+
+    drive = Sticky()
+    first = block(count(4))
+    with opened(tmp_path, 3 * SIZE, filesystem=drive) as tier:
+        drive.stuck = first.id.key
+        tier.put(first)
+        for n in range(10, 100, 10):
+            assert tier.put(block(count(4, first=n)))
+            tier.touch([block(count(4, first=n)).id.key], {})
+            assert real_bytes(tmp_path) == tier.nbytes <= 3 * SIZE
+        assert first.id.key not in tier
+        drive.stuck = None
+        assert tier.put(block(count(4, first=200)))
+        assert first.id.key not in {path.stem for path in block_files(tmp_path)}
+        assert tier.put(block(count(4, first=210)))
+        assert len(tier) == 3
+    assert len(warnings(caplog)) == 1
+
+
+def test_what_is_being_read_is_not_evicted_by_any_store(tmp_path):
+    first, second = block(count(4)), block(count(4, first=10))
+    with opened(tmp_path, SIZE) as tier, opened(tmp_path, SIZE) as other:
+        tier.put(first)
+        reader = tier.open(first.id)
+        for each in (tier, other):
+            assert not each.put(second)
+            assert first.id.key in each
+        reader.close()
+        assert other.put(second)
+        assert first.id.key not in tier
+
+
+def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
+    first, reads = block(count(4)), []
+    page, land = BlockFile.page, BlockFile.land
+    monkeypatch.setattr(BlockFile, "page", lambda self, layer: reads.append(layer) or page(self, layer))
+    monkeypatch.setattr(
+        BlockFile, "land", lambda self, layer, *a, **k: reads.append(layer) or land(self, layer, *a, **k)
+    )
+    with opened(tmp_path) as tier:
+        tier.put(first)
+        readers = [tier.open(first.id) for _ in range(3)]
+        for reader in readers:
+            for layer, expected in enumerate(first.pages):
+                k_htd, v_htd = torch.zeros_like(expected.k_htd), torch.zeros_like(expected.v_htd)
+                reader.land(layer, 0, 4, Landing.on(k_htd, v_htd))
+                assert same_bits(k_htd, expected.k_htd)
+                assert same_bits(v_htd, expected.v_htd)
+        assert sorted(reads) == [0, 1]
+        for reader in readers:
+            reader.close()
+        assert len(tier.leases) == 0
+        assert tier._loads._left == HELD_BYTES
+        alone = tier.open(first.id)
+        k_htd, v_htd = torch.zeros_like(first.pages[0].k_htd), torch.zeros_like(first.pages[0].v_htd)
+        alone.land(0, 0, 4, Landing.on(k_htd, v_htd))
+        assert len(reads) > 2
+        alone.close()
+
+
+def test_links_inside_a_store_are_refused(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    store = tmp_path / "store"
+    new = block(count(4))
+    with opened(store) as tier:
+        tier.put(new)
+    (store / "blocks" / ROOT).rename(elsewhere / ROOT)
+    (store / "blocks" / ROOT).symlink_to(elsewhere / ROOT)
+    with opened(store) as tier:
+        with pytest.raises(BlockError, match="symbolic link"):
+            tier.open(new.id)
+        assert not tier.put(block(count(4, first=10)))
+    assert len(list(elsewhere.rglob("*.safetensors"))) == 1
+    for part in ("blocks", "roots", "names", "owners", "catalog.sqlite", "kvtier.json"):
+        odd = tmp_path / f"odd-{part}"
+        odd.mkdir()
+        (odd / part).symlink_to(elsewhere)
+        with pytest.raises(StoreError, match="symbolic link"):
+            refused(odd)
+    (tmp_path / "link").symlink_to(store)
+    with opened(tmp_path / "link") as tier:  # the folder itself may be one: its owner has put it there
+        assert not tier.put(block(count(4, first=30)))  # into the folder of the root, which still is one
+        (store / "blocks" / ROOT).unlink()
+        assert tier.put(block(count(4, first=30)))
+
+
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_files_are_the_users_alone_whatever_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with opened(tmp_path / "store") as tier:
+            tier.put(block(count(4)))
+            tier.describe_root(ROOT, {"model": "any"})
+            paths = [tmp_path / "store", *(tmp_path / "store").rglob("*")]
+            modes = {path: stat.S_IMODE(path.stat().st_mode) for path in paths}
+    finally:
+        os.umask(before)
+    for path, mode in modes.items():
+        if path.suffix not in (".sqlite-wal", ".sqlite-shm", ".lock"):
+            assert mode == (0o700 if path.is_dir() else 0o600), path
+        assert not mode & 0o077, path
+
+
+def test_a_root_that_is_described_otherwise_is_described_anew(tmp_path, caplog):
+    with opened(tmp_path) as tier:
+        tier.describe_root(ROOT, {"model": "tiny", "shape": (1, 2)})
+        tier.describe_root(ROOT, {"model": "tiny", "shape": (1, 2)})
+        assert warnings(caplog) == []
+        for text in ("{", '{"model": "another"}', "[" * 5000):
+            (tmp_path / "roots" / f"{ROOT}.json").write_text(text)
+            tier.describe_root(ROOT, {"model": "tiny"})
+            assert json.loads((tmp_path / "roots" / f"{ROOT}.json").read_text()) == {"model": "tiny"}
+    assert len(warnings(caplog)) == 1
+
+
+def test_on_a_drive_that_processes_cannot_share_a_second_store_is_refused(tmp_path):
+    class Network(LocalFilesystem):
+        def kind(self, folder):
+            return "nfs4"
+
+    with opened(tmp_path, filesystem=Network()) as tier:
+        assert tier.put(block(count(4)))
+        with pytest.raises(StoreError, match="nfs4"):
+            Opened(tmp_path, filesystem=Network())
+        assert_reads(tier, block(count(4)))
+    with opened(tmp_path, filesystem=Network()) as tier:
+        assert_reads(tier, block(count(4)))
+
+
+def test_a_catalog_that_proved_damaged_is_made_anew_at_the_next_open(tmp_path, caplog):
+    """Damage deep inside of the file shows only when that part of it is read."""
+    with opened(tmp_path) as tier:
+        for n in range(0, 400, 4):
+            tier.put(block(count(4, first=n)))
+    path = tmp_path / "catalog.sqlite"
+    data = bytearray(path.read_bytes())
+    data[3 * 8192 :] = bytes(len(data) - 3 * 8192)
+    path.write_bytes(data)
+    try:
+        with opened(tmp_path) as tier:
+            for n in range(0, 400, 4):
+                tier.touch([block(count(4, first=n)).id.key], {})
+                tier.entry(block(count(4, first=n)).id.key)
+    except StoreError as error:
+        raise AssertionError("a damaged catalog is no reason to refuse") from error
+    with opened(tmp_path) as tier:
+        assert len(tier) == 100
+        assert not (tmp_path / "catalog.damaged").exists()
 
 
 def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
@@ -381,7 +680,7 @@ def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
         tier.put(block(count(4)))
     (tmp_path / "kvtier.json").write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
     with pytest.raises(StoreVersionError, match="update kvtier or pass another folder"):
-        DiskTier(tmp_path, ROOMY, "raw")
+        refused(tmp_path)
     assert len(block_files(tmp_path)) == 1
 
 
@@ -389,18 +688,18 @@ def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
 def test_a_marker_that_is_none_is_refused(tmp_path, marker):
     (tmp_path / "kvtier.json").write_text(marker)
     with pytest.raises(StoreError, match=r"kvtier\.json is not the marker of a store"):
-        DiskTier(tmp_path, ROOMY, "raw")
+        refused(tmp_path)
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="pass a folder you can write to"):
-            DiskTier(place, ROOMY, "raw")
+            refused(place)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "blocks").write_text("not a folder")
     with pytest.raises(StoreError, match="pass a folder you can write to"):
-        DiskTier(tmp_path / "odd", ROOMY, "raw")
+        refused(tmp_path / "odd")
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -410,4 +709,4 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
     with pytest.raises(StoreError, match="pass a folder you can write to"):
-        DiskTier(folder, ROOMY, "raw")
+        refused(folder)

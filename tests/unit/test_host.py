@@ -1,39 +1,45 @@
 """The RAM tier keeps to its budget and loses leaves first."""
 
+import gc
 import threading
 
 from hypothesis import given
 from hypothesis import strategies as st
 from storekit import ROOT, block, chain, count, ids, same_bits
 
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.host import HostTier
 
 SIZE = block(count(4)).nbytes
 
 
+def new_tier(budget_bytes, **more):
+    return HostTier(budget_bytes, LeastRecentlyUsed(), lambda: 0.0, **more)
+
+
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 11)), max_size=12))
 def test_the_budget_holds_after_every_put_and_no_block_outlives_its_parent(sequences):
-    tier = HostTier(3 * SIZE + SIZE // 2)
+    tier = new_tier(3 * SIZE + SIZE // 2)
     for tokens, discarded in sequences:
         for each in chain(ids(*tokens), 4):
             if each.id.parent != ROOT and each.id.parent not in tier:
                 break  # what the store does: nothing is kept after a block that was not
             tier.put(each)
             assert tier.nbytes <= tier.budget_bytes
-        kept = dict(tier._blocks)
+        kept = {key: resident.block for key, resident in tier._blocks.items()}
         assert tier.nbytes == sum(b.nbytes for b in kept.values())
         assert all(b.id.parent == ROOT or b.id.parent in kept for b in kept.values())
-        for leaf in [k for k in kept if not tier.children(k)][discarded:]:
+        for leaf in [k for k in kept if not tier._following(k)][discarded:]:
             tier.discard(leaf)
 
 
 def test_the_leaf_that_was_not_used_for_longest_goes():
-    tier = HostTier(3 * SIZE)
+    tier = new_tier(3 * SIZE)
     parent, child = chain(count(8), 4)
     other = block(count(4, first=50))
     for each in (parent, child, other):
         assert tier.put(each)
-    tier.touch([child.id.key])
+    tier.touch([child.id.key], {})
     assert tier.put(block(count(4, first=90)))
     assert parent.id.key in tier
     assert child.id.key in tier
@@ -41,7 +47,7 @@ def test_the_leaf_that_was_not_used_for_longest_goes():
 
 
 def test_the_parent_of_the_new_block_stays():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     parent, child = chain(count(8), 4)
     assert tier.put(parent)
     assert not tier.put(child)
@@ -49,7 +55,7 @@ def test_the_parent_of_the_new_block_stays():
 
 
 def test_a_block_larger_than_the_budget_evicts_nothing():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     small, large = block(count(4)), block(count(5, first=9))
     assert tier.put(small)
     assert not tier.put(large)
@@ -58,7 +64,7 @@ def test_a_block_larger_than_the_budget_evicts_nothing():
 
 
 def test_blocks_that_are_being_written_are_not_evicted_and_a_put_waits_for_them():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
     assert tier.put(first, writing=True)
     assert not tier.put(second)
@@ -72,38 +78,98 @@ def test_blocks_that_are_being_written_are_not_evicted_and_a_put_waits_for_them(
     assert second.id.key in tier
 
 
-def test_an_open_block_survives_its_eviction():
-    tier = HostTier(SIZE)
+def test_a_block_that_is_being_read_is_not_evicted():
+    tier = new_tier(SIZE)
+    first, second = block(count(4)), block(count(4, first=9))
+    tier.put(first)
+    reader, other = tier.open(first.id), tier.open(first.id)
+    assert not tier.put(second)
+    reader.close()
+    reader.close()
+    assert not tier.put(second), "another reader is left"
+    other.close()
+    assert tier.put(second)
+    assert first.id.key not in tier
+
+
+def test_a_reader_that_is_lost_pins_nothing():
+    tier = new_tier(SIZE)
+    tier.put(block(count(4)))
+    tier.open(block(count(4)).id)
+    gc.collect()
+    assert len(tier.leases) == 0
+    assert tier.put(block(count(4, first=9)))
+
+
+def test_a_block_that_is_discarded_may_be_read_to_the_end():
+    tier = new_tier(SIZE)
     first = block(count(4))
     tier.put(first)
-    reader = tier.open(first.id.key)
-    tier.put(block(count(4, first=9)))
+    reader = tier.open(first.id)
+    tier.discard(first.id.key)
     assert first.id.key not in tier
     assert same_bits(reader.page(1).k_htd, first.pages[1].k_htd)
+    reader.close()
+
+
+def test_what_is_pinned_stays():
+    first, second = block(count(4)), block(count(4, first=9))
+    pinned = {first.id.key}
+    tier = new_tier(SIZE, is_pinned=pinned.__contains__)
+    tier.put(first)
+    assert not tier.put(second)
+    pinned.clear()
+    assert tier.put(second)
+
+
+def test_what_nobody_uses_for_long_is_not_found_and_then_gone():
+    now = [0.0]
+    tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0], ttl_seconds=10)
+    old, new = block(count(4)), block(count(4, first=9))
+    tier.put(old)
+    tier.put(new)
+    now[0] = 8
+    tier.touch([new.id.key], {new.id.key: 2})
+    now[0] = 12
+    assert old.id.key not in tier
+    assert tier.open(old.id) is None
+    assert [each.key for each in tier.nearest(ROOT, count(4))] == [new.id.key]
+    tier.expire()
+    assert len(tier) == 1
+    assert tier.entry(new.id.key).hits == 2
+
+
+def test_it_shrinks_leaf_by_leaf():
+    tier = new_tier(9 * SIZE)
+    for each in chain(count(12), 4):
+        tier.put(each)
+    assert [entry.depth_tokens for entry in tier.shrink(SIZE)] == [8, 4]
+    assert tier.nbytes == SIZE
 
 
 def test_what_is_not_there_is_nowhere():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     tier.discard("nothing")
-    tier.touch(["nothing"])
-    assert tier.open("nothing") is None
+    tier.touch(["nothing"], {"nothing": 1})
+    assert tier.open(block(count(4)).id) is None
     assert tier.find("nothing") is None
-    assert tier.children("nothing") == []
+    assert tier.entry("nothing") is None
+    assert tier._following("nothing") == []
     assert len(tier) == tier.nbytes == 0
 
 
 def test_putting_a_block_twice_counts_it_once():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     assert tier.put(block(count(4)))
     assert tier.put(block(count(4)))
     assert tier.nbytes == SIZE
     tier.discard(block(count(4)).id.key)
     assert tier.nbytes == 0
-    assert tier.children(ROOT) == []
+    assert tier._following(ROOT) == []
 
 
 def test_a_forked_child_waits_for_no_block_that_its_parent_is_writing():
-    tier = HostTier(SIZE)
+    tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
     tier.put(first, writing=True)
     tier.before_fork()

@@ -1,0 +1,157 @@
+"""Commits: blocks that are not known yet are kept in RAM, and written to disk behind the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvtier.pages import Page
+from kvtier.store.base import Block, Tier
+from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.disk import DiskTier
+from kvtier.store.host import HostTier
+from kvtier.store.names import Names
+
+Read = Callable[[int, int], tuple[Page, ...]]
+"""``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
+
+
+class Commits:
+    """What puts blocks into the tiers of one store.
+
+    Args:
+        host: the RAM tier.
+        disk: the file tier, if there is one.
+        names: told when a block takes the place of another.
+        write_behind: queues what can be done behind the caller.
+    """
+
+    def __init__(
+        self, host: HostTier, disk: DiskTier | None, names: Names, write_behind: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self._host = host
+        self._disk = disk
+        self._tiers: tuple[Tier, ...] = (host, disk) if disk is not None else (host,)
+        self._names = names
+        self._write_behind = write_behind
+        self._described: set[str] = set()
+        self._hits: Counter[str] = Counter()
+        self._counting = threading.Lock()
+
+    def commit(
+        self, root: str, tokens: TokenIds, read: Read, manifest: Mapping[str, Any] | None, block_size: int
+    ) -> int:
+        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new."""
+        if self._disk is not None and manifest is not None and root not in self._described:
+            self._write_behind(partial(self._disk.describe_root, root, manifest))
+            self._described.add(root)
+        parent, new = root, 0
+        keys: list[str] = []
+        for start in range(0, len(tokens), block_size):
+            ids = tokens[start : start + block_size].copy()
+            block = BlockId.of(root, parent, ids)
+            if not self.known(block, block_size):
+                if not self._keep(Block(block, read(start, start + len(ids)), start)):
+                    break  # its children could never be reached
+                new += len(ids)
+            parent = block.key
+            keys.append(parent)
+        self._touch(keys)
+        return new
+
+    def hit(self, keys: Sequence[str]) -> None:
+        """Note that blocks were restored; told to the tiers with the next commit."""
+        with self._counting:
+            self._hits.update(keys)
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
+        with self._counting:
+            hits, self._hits = self._hits, Counter()
+        self._host.touch(keys, hits)
+        if self._disk is None:
+            self._names.touched(keys)
+        elif keys:
+            self._write_behind(partial(self._touch_on_disk, self._disk, keys, hits))
+
+    def _touch_on_disk(self, disk: DiskTier, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        disk.touch(keys, hits)
+        disk.ask(lambda: self._names.touched(keys), None)
+
+    def known(self, block: BlockId, block_size: int) -> bool:
+        """Whether a tier has ``block``, or one that begins with it."""
+        return self.stands_for(block, block_size) is not None
+
+    def stands_for(self, block: BlockId, block_size: int) -> str | None:
+        """Return the key of the block that answers for ``block``: its own, or that of one that begins with it."""
+        if any(block.key in tier for tier in self._tiers):
+            return block.key
+        if len(block.tokens) < block_size:
+            for tier in self._tiers:
+                for child in tier.nearest(block.parent, block.tokens):
+                    if child.root == block.root and common_run(child.tokens, block.tokens) == len(block.tokens):
+                        return child.key
+        return None
+
+    def _keep(self, block: Block) -> bool:
+        disk = self._disk
+        if disk is None:
+            return self._put(self._host, block)
+        key = block.id.key
+
+        def write() -> None:
+            try:
+                self._put(disk, block)
+            finally:
+                self._host.written(key)
+
+        try:
+            if not self._host.put(block, writing=True):
+                return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
+            self._drop_shorter(self._host, block.id)
+            self._write_behind(write)
+        except BaseException:
+            # An interrupt: whether the block is put, and queued, is unknown. Leased, it might never be evicted; known,
+            # it might never be written.
+            self._host.discard(key)
+            raise
+        return True
+
+    def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
+        if not tier.put(block):
+            return False
+        self._drop_shorter(tier, block.id)
+        return True
+
+    def _drop_shorter(self, tier: Tier, block: BlockId) -> None:
+        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it."""
+        for tail in tier.tails(block.parent, block.tokens):
+            if self._disk is None or tier is self._disk:
+                self._rename(tail.key, block.key)
+            tier.discard(tail.key)
+
+    def _rename(self, old: str, new: str) -> None:
+        """See to it that names of chains that end in block ``old`` mean block ``new``, which begins with it."""
+        if self._disk is None:
+            self._names.replaced(old, new)
+            return
+        disk = self._disk
+        try:
+            disk.ask(lambda: self._names.replaced(old, new), None)
+        except OSError as error:
+            disk.warn("names", f"cannot write the file of a name in {disk.folder.path} ({error})")
+
+
+def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:
+    """Return the blocks that ``tokens`` make."""
+    blocks: list[BlockId] = []
+    parent = root
+    for start in range(0, len(tokens), block_size):
+        blocks.append(BlockId.of(root, parent, np.ascontiguousarray(tokens[start : start + block_size])))
+        parent = blocks[-1].key
+    return blocks

@@ -1,0 +1,193 @@
+"""The folder of a store: where each file of it lies, and how one is written.
+
+kvtier.json                                format version
+catalog.sqlite                             what there is; can be made anew from the rest
+blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
+roots/<root>.json                          what a root stands for
+names/<sha256 of the name>.json            what a prefix was called
+owners/<process>-<random>.lock             who is at work
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import StoreError, StoreVersionError
+from kvtier.store.filesystem import Filesystem, is_leftover, is_temporary
+from kvtier.store.format import FORMAT_VERSION
+
+_BLOCK_SUFFIX = ".safetensors"
+_PARTS = ("blocks", "roots", "names", "owners")
+
+
+class StoreFolder:
+    """The files of one store. Only the user can read them (0700, 0600), and no link inside leads elsewhere.
+
+    Args:
+        path: the folder; it may be a link itself.
+        filesystem: what touches it.
+        durable: whether what is written outlives a power cut.
+
+    Raises:
+        StoreError: the folder cannot be used.
+        StoreVersionError: a newer kvtier wrote it.
+    """
+
+    def __init__(self, path: Path, filesystem: Filesystem, durable: bool) -> None:
+        self.path = path
+        self.filesystem = filesystem
+        self._durable = durable
+        self._safe: set[Path] = set()  # folders that are made, and no links
+        try:
+            filesystem.make_folder(path, durable=durable)
+            for name in ("kvtier.json", "catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm", *_PARTS):
+                filesystem.refuse_links(path, path / name)
+            self._check_version()
+            for name in _PARTS:
+                filesystem.make_folder(path / name, durable=durable)
+                if stat.S_IMODE((path / name).stat().st_mode) & 0o077:
+                    (path / name).chmod(0o700)
+            probe = path / f".probe-{uuid.uuid4().hex}"
+            filesystem.write_whole(probe, [], durable=False)
+            filesystem.delete(probe)
+        except OSError as error:
+            raise StoreError(f"cannot keep a store in {path}: {error}; pass a folder you can write to") from error
+
+    def _check_version(self) -> None:
+        marker = self.path / "kvtier.json"
+        try:
+            version = json.loads(marker.read_text(encoding="utf-8"))["format_version"]
+            if type(version) is not int:
+                raise ValueError(f"format_version {version!r}")
+        except FileNotFoundError:
+            self.write_json(marker, {"format_version": FORMAT_VERSION})
+            return
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
+        if version > FORMAT_VERSION:
+            raise StoreVersionError(
+                f"{self.path} was written by a newer kvtier (format {version}, this one reads {FORMAT_VERSION}); "
+                "update kvtier or pass another folder"
+            )
+
+    @property
+    def catalog(self) -> Path:
+        """The database."""
+        return self.path / "catalog.sqlite"
+
+    @property
+    def damage_mark(self) -> Path:
+        """A file that is there when the database proved to be damaged: it is made anew at the next open."""
+        return self.path / "catalog.damaged"
+
+    @property
+    def owners(self) -> Path:
+        """The folder of the locks."""
+        return self.path / "owners"
+
+    def block(self, key: str, root: str) -> Path:
+        """Return the file of a block."""
+        return self.path / "blocks" / root / key[:2] / f"{key}{_BLOCK_SUFFIX}"
+
+    def root(self, root: str) -> Path:
+        """Return the file that tells what a root stands for."""
+        return self.path / "roots" / f"{root}.json"
+
+    def name(self, name: str) -> Path:
+        """Return the file that tells which chain bears ``name``."""
+        return self.path / "names" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+
+    def names(self) -> list[Path]:
+        """Return the files of all names."""
+        return sorted((self.path / "names").glob("*.json"))
+
+    def block_files(self) -> Iterator[Path]:
+        """Yield every block file. Links are not followed."""
+        for path in _files(self.path / "blocks", 2):
+            if path.suffix == _BLOCK_SUFFIX:
+                yield path
+
+    def leftovers(self, *, blocks: bool = True) -> Iterator[Path]:
+        """Yield what writers that are gone have left; without ``blocks``, what was not to be a block."""
+        places = [(self.path, 0), (self.path / "roots", 0), (self.path / "names", 0)]
+        for folder, depth in places + [(self.path / "blocks", 2)] * blocks:
+            for path in _files(folder, depth):
+                if path.name.startswith(".") and is_leftover(path):
+                    yield path
+
+    def leftovers_beside(self, path: Path, pid: int) -> Iterator[Path]:
+        """Yield what process ``pid``, which is gone, has left of writing ``path``."""
+        for other in _files(path.parent, 0):
+            if other.name.startswith(f".{path.name}-{pid}-") and is_temporary(other):
+                yield other
+
+    def write(self, path: Path, pieces: Sequence[memoryview]) -> None:
+        """Put ``pieces`` at ``path``: whole, or not at all.
+
+        Raises:
+            OSError: it cannot be written, or a link is in the way.
+        """
+        try:
+            self._write(path, pieces)
+        except FileNotFoundError:  # the folder is gone since it was made
+            self._safe.clear()
+            self._write(path, pieces)
+
+    def _write(self, path: Path, pieces: Sequence[memoryview]) -> None:
+        folder = path.parent
+        if folder not in self._safe:
+            self.filesystem.refuse_links(self.path, folder)
+            self.filesystem.make_folder(folder, durable=self._durable)
+            self._safe.add(folder)
+        self.filesystem.write_whole(path, pieces, self._durable)
+
+    def write_json(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Write ``values`` as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = json.dumps(dict(values), indent=1, default=str)
+        self.filesystem.write_whole(path, [memoryview(text.encode())], self._durable)
+
+    def open(self, path: Path) -> int:
+        """Open a file for reading, if no link is on the way; return its descriptor.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if path.parent not in self._safe:
+            self.filesystem.refuse_links(self.path, path.parent)
+            self._safe.add(path.parent)
+        return self.filesystem.open_read(path)
+
+    def allocated_bytes(self, nbytes: int) -> int:
+        """Return what a file of ``nbytes`` takes on the drive."""
+        return self.filesystem.allocated_bytes(self.path, nbytes)
+
+    def free_bytes(self) -> int:
+        """Return how much may still be written to the drive."""
+        return self.filesystem.free_bytes(self.path)
+
+
+def _files(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the files that lie ``depth`` folders below ``folder``. Links are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                (Path(entry.path), entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.is_symlink()
+            ]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path, is_folder in sorted(found):
+        if is_folder and depth:
+            yield from _files(path, depth - 1)
+        elif not is_folder and not depth:
+            yield path

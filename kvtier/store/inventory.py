@@ -1,0 +1,224 @@
+"""The inventory: chains as their owner sees them, with what each takes and what only it uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kvtier.errors import UnknownNameError
+from kvtier.store.base import Entry
+from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.disk import DiskTier
+from kvtier.store.host import HostTier
+from kvtier.store.names import Name, NamedPrefix, Names
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A sequence that the store has, from its first block to one that no other follows.
+
+    Attributes:
+        key: the key of its last block.
+        root: what else decides its K and V.
+        tokens: its tokens.
+        nbytes: what its blocks take, those included that other chains use too.
+        used_at: Unix time of its last use.
+        hits: how often its last block was restored.
+        names: the names whose chains have its last block.
+    """
+
+    key: str
+    root: str
+    tokens: int
+    nbytes: int
+    used_at: float
+    hits: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was removed."""
+
+    blocks: int
+    nbytes: int
+
+
+class Inventory:
+    """What a store has, over all its tiers. Reads only; the disk tier's view counts where there is one."""
+
+    def __init__(self, host: HostTier, disk: DiskTier | None, names: Names) -> None:
+        self._host = host
+        self._disk = disk
+        self._names = names
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a block: on disk or, while it is not written yet, in RAM."""
+        found = self._disk.entry(key) if self._disk is not None else None
+        return found or self._host.entry(key)
+
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a block."""
+        found = self._host.find(key)
+        if found is None and self._disk is not None:
+            disk = self._disk
+            found = disk.ask(lambda: disk.catalog.find(key), None)
+        return found
+
+    # --- chains -----------------------------------------------------------------------------------------------------
+
+    def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
+        """Return what is known of a name."""
+        kept: list[Entry] = []
+        by_tier = {"host": 0, "disk": 0}
+        tokens = 0
+        for key in name.keys:
+            entry = self.entry(key)
+            if entry is None:
+                break
+            counted = min(entry.tokens, name.tokens - tokens)
+            by_tier["host" if key in self._host else "disk"] += counted
+            tokens += counted
+            kept.append(entry)
+        own = set(self.own([entry.key for entry in kept], {name.name}))
+        return NamedPrefix(
+            name=name.name,
+            root=name.root,
+            tokens=name.tokens,
+            kept_tokens=tokens,
+            nbytes=sum(entry.nbytes for entry in kept),
+            own_bytes=sum(entry.nbytes for entry in kept if entry.key in own),
+            tokens_by_tier=MappingProxyType(by_tier),
+            created_at=name.created_at,
+            used_at=used_at,
+            hits=kept[-1].hits if kept else 0,
+            pinned=name.pinned,
+            expires_at=expires_at,
+        )
+
+    def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
+        """Return which of the blocks ``keys``, in order of a chain, nothing uses but this chain and ``names``."""
+        own: list[str] = []
+        for key in reversed(keys):
+            entry = self.entry(key)
+            if entry is None:
+                continue
+            if self._children(entry) > bool(own) or self._names.of_blocks([key]) - names:
+                break
+            own.append(key)
+        return own
+
+    def _children(self, entry: Entry) -> int:
+        in_ram = self._host.entry(entry.key)
+        return max(entry.children, in_ram.children if in_ram else 0)
+
+    def chains(self) -> tuple[Chain, ...]:
+        """Return every chain that no other goes beyond, the last used first."""
+        entries = {entry.key: entry for entry in self._all()}
+        followed = {entry.parent for entry in entries.values()}
+        sums: dict[str, tuple[int, int]] = {}
+
+        def sum_up(key: str) -> tuple[int, int]:
+            path = []
+            while key in entries and key not in sums:
+                path.append(key)
+                key = entries[key].parent
+            tokens, nbytes = sums.get(key, (0, 0))
+            for each in reversed(path):
+                tokens, nbytes = tokens + entries[each].tokens, nbytes + entries[each].nbytes
+                sums[each] = tokens, nbytes
+            return tokens, nbytes
+
+        chains = []
+        for entry in entries.values():
+            if entry.key in followed:
+                continue
+            tokens, nbytes = sum_up(entry.key)
+            names = tuple(sorted(self._names.of_blocks([entry.key])))
+            chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
+        return tuple(sorted(chains, key=lambda chain: -chain.used_at))
+
+    def _all(self) -> Iterable[Entry]:
+        in_ram = {entry.key: entry for entry in self._host.entries()}
+        if self._disk is not None:
+            disk = self._disk
+            nothing: list[Entry] = []
+            on_disk = disk.ask(disk.catalog.entries, nothing)
+            in_ram.update((entry.key, entry) for entry in on_disk)
+        return in_ram.values()
+
+    def keys_to(self, key_prefix: str) -> tuple[str, list[str], int]:
+        """Return root, keys and tokens of the chain whose last block's key begins with ``key_prefix``.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+        """
+        entries = {entry.key: entry for entry in self._all()}
+        found = [key for key in entries if key.startswith(key_prefix)] if key_prefix else []
+        if len(found) != 1:
+            raise UnknownNameError(
+                f"{len(found) or 'no'} block{'s have keys' if len(found) > 1 else ' has a key'} that "
+                f"begin{'' if len(found) > 1 else 's'} with {key_prefix!r:.80}; chains() lists them"
+            )
+        keys, key = [], found[0]
+        while key in entries:
+            keys.append(key)
+            key = entries[key].parent
+        keys.reverse()
+        return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
+
+    # --- what contains given ids ------------------------------------------------------------------------------------
+
+    def roots(self) -> set[str]:
+        """Return the roots of all blocks."""
+        return {entry.root for entry in self._all()}
+
+    def holding(self, tokens: TokenIds) -> list[str]:
+        """Return the keys of all blocks that begin with ``tokens`` or go beyond, and of those that only lead there.
+
+        What ``tokens`` begin with counts as leading there, too.
+        """
+        entries = {entry.key: entry for entry in self._all()}
+        following: dict[str, list[str]] = {}
+        for entry in entries.values():
+            following.setdefault(entry.parent, []).append(entry.key)
+        gone: set[str] = set()
+        for root in {entry.root for entry in entries.values()}:
+            leading = self._walk(root, tokens, following, gone)
+            for key in reversed(leading):
+                if not set(following.get(key, ())) - gone:
+                    gone.add(key)
+        return sorted(gone, key=lambda key: -entries[key].depth_tokens)
+
+    def _walk(self, root: str, tokens: TokenIds, following: dict[str, list[str]], gone: set[str]) -> list[str]:
+        """Add to ``gone`` what holds all of ``tokens``; return what leads there, parents first."""
+        leading: list[str] = []
+        places: list[tuple[str, int]] = [(root, 0)]
+        while places:
+            parent, start = places.pop()
+            rest = tokens[start:]
+            for key in following.get(parent, ()):
+                block = self.find(key)
+                if block is None:
+                    continue
+                shared = common_run(block.tokens, rest)
+                if shared == len(rest):
+                    gone.update(self._with_all_below(key, following))
+                elif shared == len(block.tokens):
+                    leading.append(key)
+                    places.append((key, start + shared))
+        return leading
+
+    @staticmethod
+    def _with_all_below(key: str, following: dict[str, list[str]]) -> list[str]:
+        found = [key]
+        for each in found:
+            found += following.get(each, ())
+        return found
+
+    def nbytes(self, keys: Iterable[str]) -> Counter[str]:
+        """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``."""
+        found = [entry for entry in map(self.entry, keys) if entry is not None]
+        return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))

@@ -1,0 +1,201 @@
+"""Loads: blocks of a slow tier that several restores read at the same time, read once.
+
+A restore that reads a block alone reads it straight to where it is to lie. Once a second one has opened the same block,
+each page that both still need is read into memory once, and copied from there to both. What is held for those who come
+later is bounded; beyond that they read for themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from kvtier.geometry import Geometry
+from kvtier.pages import Landing, Page
+from kvtier.store.base import BlockReader
+from kvtier.store.chain import BlockId
+from kvtier.store.fork import take_part
+from kvtier.store.lifecycle import BlockLease, Leases
+
+HELD_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """One open block, and the pages that some of its readers have and others still need."""
+
+    reader: BlockReader
+    users: int = 0
+    waiting: set[SharedReader] = field(default_factory=set)
+    pages: dict[int, Future[Page]] = field(default_factory=dict)
+    needed: dict[int, int] = field(default_factory=dict)
+
+
+class SharedLoads:
+    """The blocks of one tier that are open now. Thread-safe.
+
+    Args:
+        leases: where each reader takes a lease on its block.
+        held_bytes: how many bytes of pages may wait for a second reader.
+    """
+
+    def __init__(self, leases: Leases, held_bytes: int = HELD_BYTES) -> None:
+        self._leases = leases
+        self._loads: dict[str, _Load] = {}
+        self._left = held_bytes
+        self._lock = threading.RLock()
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on. A child opens files of its own: a read that its parent had begun would never end."""
+        if in_child:
+            self._loads = {}
+        self._lock.release()
+
+    def open(self, block: BlockId, open_block: Callable[[], BlockReader]) -> SharedReader:
+        """Return a reader of ``block``, which ``open_block`` opens if nobody has.
+
+        Raises:
+            BlockError: what ``open_block`` raises.
+        """
+        lease = self._leases.prepare_load(block.key)
+        try:
+            with self._lock:
+                load = self._loads.get(block.key)
+                if load is not None:
+                    return SharedReader(self, load, lease)
+            opened = open_block()  # outside: many files are opened at a time
+            with self._lock:
+                load = self._loads.setdefault(block.key, _Load(opened))
+                reader = SharedReader(self, load, lease)
+            if load.reader is not opened:
+                opened.close()
+            return reader
+        except BaseException:
+            lease.end()
+            raise
+
+    def enter(self, load: _Load, reader: SharedReader) -> None:
+        """Count one more reader of ``load``."""
+        with self._lock:
+            load.users += 1
+            load.waiting.add(reader)
+
+    def leave(self, load: _Load, reader: SharedReader) -> None:
+        """Hold nothing for ``reader`` any more."""
+        with self._lock:
+            if reader in load.waiting:
+                load.waiting.discard(reader)
+                for layer in list(load.pages):
+                    if layer not in reader.taken:
+                        self._taken(load, layer)
+
+    def close(self, load: _Load, reader: SharedReader) -> None:
+        """Count one reader less; the last one closes the block."""
+        with self._lock:
+            self.leave(load, reader)
+            load.users -= 1
+            last = load.users == 0
+            if last and self._loads.get(reader.id.key) is load:
+                del self._loads[reader.id.key]
+        if last:
+            load.reader.close()
+
+    def page(self, load: _Load, reader: SharedReader, layer: int) -> Page:
+        """Return a page for ``reader``; whoever asks first reads it."""
+        with self._lock:
+            future = load.pages.get(layer)
+            others = sum(layer not in other.taken for other in load.waiting if other is not reader)
+            nbytes = self._page_bytes(load, layer)
+            mine = future is None
+            if future is None:
+                future = Future()
+                if reader in load.waiting and others and nbytes <= self._left:
+                    load.pages[layer], load.needed[layer] = future, others + 1
+                    self._left -= nbytes
+        if mine:
+            try:
+                future.set_result(load.reader.page(layer))
+            except BaseException as error:
+                future.set_exception(error)
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                if load.pages.get(layer) is future and layer not in reader.taken and reader in load.waiting:
+                    self._taken(load, layer)
+                reader.taken.add(layer)
+
+    def _taken(self, load: _Load, layer: int) -> None:
+        load.needed[layer] -= 1
+        if load.needed[layer] <= 0:
+            del load.pages[layer], load.needed[layer]
+            self._left += self._page_bytes(load, layer)
+
+    @staticmethod
+    def _page_bytes(load: _Load, layer: int) -> int:
+        return load.reader.geometry.layers[layer].token_bytes * len(load.reader.id.tokens)
+
+    def shared(self, load: _Load, reader: SharedReader, layer: int) -> bool:
+        """Whether ``reader`` should read ``layer`` with others; if not, it counts as read."""
+        with self._lock:
+            if layer in load.pages or any(layer not in o.taken for o in load.waiting if o is not reader):
+                return True
+            reader.taken.add(layer)
+            return False
+
+
+class SharedReader:
+    """One restore's view of a block that others may be reading too. Holds a lease until it is closed."""
+
+    def __init__(self, loads: SharedLoads, load: _Load, lease: BlockLease) -> None:
+        self.id: BlockId = load.reader.id
+        self.tier: str = load.reader.tier
+        self.geometry: Geometry = load.reader.geometry
+        self.taken: set[int] = set()
+        self._loads = loads
+        self._load = load
+        self._lease = lease
+        self._closed = False
+        loads.enter(load, self)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether landing a page is copying it."""
+        return self._load.reader.is_plain
+
+    def page(self, layer: int) -> Page:
+        """Return the page of ``layer``; nobody may write to it.
+
+        Raises:
+            BlockError: the bytes cannot be read or are not those that were written.
+        """
+        return self._loads.page(self._load, self, layer)
+
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``.
+
+        Raises:
+            BlockError: as ``page``.
+        """
+        if self._loads.shared(self._load, self, layer):
+            landing.take(self.page(layer), first, last)
+        else:
+            self._load.reader.land(layer, first, last, landing, check=check)
+
+    def detach(self) -> None:
+        """Stay open, but let nobody hold pages for this reader: it reads when and as often as it needs to."""
+        self._loads.leave(self._load, self)
+
+    def close(self) -> None:
+        """End the lease. May be called more than once."""
+        if not self._closed:
+            self._closed = True
+            self._loads.close(self._load, self)
+            self._lease.end()

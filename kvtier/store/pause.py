@@ -1,0 +1,47 @@
+"""Pauses: after a drive proved to be full, writing waits before it tries again."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Callable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FIRST_SECONDS = 1.0
+_LONGEST_SECONDS = 60.0
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that the drive, or the user's quota of it, is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+
+
+class Pause:
+    """Whether to write. Each failure doubles the wait, from a second to a minute; a success ends it.
+
+    Args:
+        clock: Unix time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until = 0.0
+        self._seconds = 0.0
+        self.reason: str | None = None
+
+    def begin(self, reason: str) -> None:
+        """Wait, for longer than the last time."""
+        self._seconds = min(_LONGEST_SECONDS, max(_FIRST_SECONDS, 2 * self._seconds))
+        self._until = self._clock() + self._seconds
+        self.reason = reason
+
+    def holds(self) -> bool:
+        """Whether to wait still. When the time is over, one attempt may show whether the reason is."""
+        return self.reason is not None and self._until - self._seconds <= self._clock() < self._until
+
+    def end(self) -> bool:
+        """Go on. Returns whether there was a pause."""
+        paused, self.reason, self._seconds = self.reason is not None, None, 0.0
+        return paused

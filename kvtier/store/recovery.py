@@ -1,0 +1,150 @@
+"""Recovery: a folder, however it was left, as a catalog that agrees with it.
+
+At every open, what dead owners had begun is finished or taken back. At the first open after a boot of the machine, all
+files are compared with all rows. A catalog that is missing or damaged is made anew from the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kvtier.errors import BlockError, StoreError
+from kvtier.store.audit import Audit
+from kvtier.store.catalog import Catalog
+from kvtier.store.chain import BlockId
+from kvtier.store.database import Connect, Database, boot_id
+from kvtier.store.eviction import EvictionPolicy
+from kvtier.store.folder import StoreFolder
+from kvtier.store.mounts import is_shared_over_network
+from kvtier.store.names import Names
+from kvtier.store.owners import Owner
+
+_log = logging.getLogger("kvtier.store.recovery")
+_LONG_SECONDS = 2.0  # what takes longer shows how far it is
+# What SQLite says when the file is what it should be, but cannot be used now.
+_NOT_DAMAGED = ("locked", "unable to open", "disk I/O", "full", "readonly")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The catalog of a folder, agreeing with its files."""
+
+    database: Database
+    catalog: Catalog
+    names: Names
+    audit: Audit
+
+
+def open_catalog(
+    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+) -> Opened:
+    """Open the catalog of ``folder``; make it anew when it is missing or damaged.
+
+    Raises:
+        StoreError: it cannot be opened, or another process uses it on a drive where processes cannot share it.
+    """
+    path = folder.catalog
+    kind = folder.filesystem.kind(folder.path)
+    alone = is_shared_over_network(kind)
+    try:
+        damage = "it failed when it was last used" if folder.damage_mark.exists() else None
+        if damage is None:
+            try:
+                return _opened(folder, owner, policy, clock, connect, alone)
+            except sqlite3.DatabaseError as error:
+                if alone and "locked" in str(error):
+                    raise StoreError(
+                        f"{folder.path} is in use by another process; on {kind} only one at a time may use a store, "
+                        "since SQLite's locks do not hold there: pass a folder on a local drive"
+                    ) from error
+                if not _is_damage(error, path):
+                    raise StoreError(f"cannot open {path}: {error}") from error
+                damage = str(error)
+        _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
+        for suffix in ("-wal", "-shm", ""):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        folder.damage_mark.unlink(missing_ok=True)
+        return _opened(folder, owner, policy, clock, connect, alone)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"cannot open {path}: {error}") from error
+
+
+def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
+    """Whether ``error`` tells of a damaged file, rather than of one that cannot be used now."""
+    operational = isinstance(error, sqlite3.OperationalError)
+    return not operational or (os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED))
+
+
+def _opened(
+    folder: StoreFolder,
+    owner: Owner,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+    connect: Connect,
+    alone: bool,
+) -> Opened:
+    with contextlib.suppress(FileExistsError):
+        # It holds token ids; SQLite would let others read. Only if it is new: to close a file ends all locks that this
+        # process has on it, those of another store too.
+        fd = os.open(folder.catalog, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        os.fchmod(fd, 0o600)  # whatever the umask has taken
+        os.close(fd)
+    database = Database(folder.catalog, exclusive=alone, make_connection=connect)
+    try:
+        catalog = Catalog(database, policy, clock)
+        names = Names(database, folder, clock)
+        audit = Audit(folder, catalog, names, owner)
+        _recover(folder, catalog, audit)
+    except BaseException:
+        database.close()
+        raise
+    return Opened(database, catalog, names, audit)
+
+
+def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
+    """Make files and catalog agree."""
+    rebuilt = catalog.rebuild_once(lambda: _shown(_whole_files(folder, audit)))
+    same_boot = catalog.begin_boot(boot_id())
+    if rebuilt:
+        parts = [audit.leftovers(), audit.names()]
+    elif same_boot:
+        parts = [audit.unfinished(), audit.loose_ends(), audit.names()]
+    else:
+        parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
+    for discrepancies in parts:
+        for discrepancy in discrepancies:
+            if discrepancy.kind == "name":  # what it named is there all the same; a person may still read the file
+                _log.warning("%s %s", discrepancy.subject, discrepancy.text)
+                continue
+            try:
+                discrepancy.mend()
+            except (OSError, BlockError) as error:
+                _log.warning("%s: %s", discrepancy.subject, error)
+    audit.bury()
+
+
+def _whole_files(folder: StoreFolder, audit: Audit) -> Iterator[tuple[BlockId, int, float]]:
+    """Yield what there is in block files; those that cannot be used are removed."""
+    damaged = 0
+    for path in folder.block_files():
+        try:
+            yield audit.look_at(path)
+        except BlockError as error:
+            with contextlib.suppress(OSError):
+                folder.filesystem.delete(path)
+            damaged += 1
+            if damaged == 1:
+                _log.warning("%s; removed, like all that cannot be used", error)
+
+
+def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
+    """Pass ``blocks`` on; show how many there were once it takes long."""
+    yield from tqdm(blocks, desc="kvtier: making the catalog anew", unit=" blocks", delay=_LONG_SECONDS, leave=False)
