@@ -28,7 +28,6 @@ from kvtier.store.pause import Pause, is_full
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
-_ATTEMPTS = 3  # to write a block to a drive that is full, each after making more room
 _BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
 
 
@@ -147,7 +146,7 @@ class DiskTier:
 
     def put(self, block: Block) -> bool:
         """Write ``block`` unless it is there. Returns whether it is there afterwards, or will be in a moment."""
-        if self._pause.holds() and not self._has_room_again():
+        if self._pause.holds() and not (self._pause.told and self._has_room()):
             return False
         size = 0
         try:
@@ -159,7 +158,7 @@ class DiskTier:
             return False
         except (BlockError, OSError, sqlite3.Error) as error:
             if is_full(error):
-                self._pause.begin(f"the drive is full ({error})")
+                self._pause.begin(f"the drive is full ({error})", told=not self._has_room())
             self._cannot_write(error)
             return False
         if self._pause.end():
@@ -167,8 +166,8 @@ class DiskTier:
         self._lost.discard(block.id.key)
         return kept
 
-    def _has_room_again(self) -> bool:
-        """Whether a drive that was full has room now, as far as it tells."""
+    def _has_room(self) -> bool:
+        """Whether the drive has room, as far as it tells: of quotas, and of how many files it can take, it does not."""
         try:
             return self.folder.free_bytes() > self.settings.floor_bytes
         except OSError:
@@ -209,13 +208,12 @@ class DiskTier:
 
     def _write(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> None:
         path = self.folder.block(block.key, block.root)
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                self.folder.write(path, pieces)
-                return
-            except OSError as error:
-                if not is_full(error) or attempt == _ATTEMPTS or not self._make_room(attempt * size, block.parent):
-                    raise
+        try:
+            self.folder.write(path, pieces)
+        except OSError as error:
+            if not is_full(error) or not self._make_room(size, block.parent):
+                raise
+            self.folder.write(path, pieces)
 
     def _abort_store(self, block: BlockId) -> None:
         """Take back what ``_put`` has begun."""
@@ -290,6 +288,8 @@ class DiskTier:
 
     def discard_all(self, keys: Sequence[str]) -> list[Place]:
         """Forget blocks and delete their files; return those that were there."""
+        for key in keys:
+            self._loads.forget(key)
         self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
         try:
             gone = self.catalog.discard(keys, self._owner.name)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
+from kvtier.errors import BlockError
 from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import BlockReader
@@ -81,6 +82,11 @@ class SharedLoads:
             lease.end()
             raise
 
+    def forget(self, key: str) -> None:
+        """Let whoever opens block ``key`` from now on open it anew: another file may have taken its place."""
+        with self._lock:
+            self._loads.pop(key, None)
+
     def enter(self, load: _Load, reader: SharedReader) -> None:
         """Count one more reader of ``load``."""
         with self._lock:
@@ -122,10 +128,15 @@ class SharedLoads:
         if mine:
             try:
                 future.set_result(load.reader.page(layer))
-            except BaseException as error:
+            except BlockError as error:
                 future.set_exception(error)
+            except BaseException:  # an interrupt is for this thread alone
+                future.cancel()
+                raise
         try:
             return future.result()
+        except CancelledError:
+            return load.reader.page(layer)
         finally:
             with self._lock:
                 if load.pages.get(layer) is future and layer not in reader.taken and reader in load.waiting:

@@ -30,9 +30,16 @@ class Pause:
         self._until = 0.0
         self._seconds = 0.0
         self.reason: str | None = None
+        self.told = False
 
-    def begin(self, reason: str) -> None:
-        """Wait, for longer than the last time."""
+    def begin(self, reason: str, *, told: bool) -> None:
+        """Wait, for longer than the last time.
+
+        Args:
+            reason: in words.
+            told: whether the drive tells that it is full, and so will tell when it no longer is.
+        """
+        self.told = told
         self._seconds = min(_LONGEST_SECONDS, max(_FIRST_SECONDS, 2 * self._seconds))
         self._until = self._clock() + self._seconds
         self.reason = reason

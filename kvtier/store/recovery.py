@@ -30,7 +30,7 @@ from kvtier.store.owners import Owner
 _log = logging.getLogger("kvtier.store.recovery")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is
 # What SQLite says when the file is what it should be, but cannot be used now.
-_NOT_DAMAGED = ("locked", "unable to open", "disk I/O", "full", "readonly")
+_NOT_DAMAGED = ("locked", "unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)

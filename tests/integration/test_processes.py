@@ -104,11 +104,11 @@ def test_two_processes_commit_and_read_at_the_same_time(tmp_path, others, settin
 
 
 def test_two_processes_share_a_budget(tmp_path, others):
-    settings = {"block_size": 4, "disk_budget": 8_000, "host_budget": 500}
+    settings = {"block_size": 4, "disk_budget": 6 * storekit.UNIT, "host_budget": 500}
     working = [others.submit(work, str(tmp_path), seed, 120, settings) for seed in (1, 2)]
     committed = [tokens for each in working for tokens in each.result()]
     assert leftovers(tmp_path) == []
-    assert 0 < bytes_on_disk(tmp_path) <= 8_000
+    assert 0 < bytes_on_disk(tmp_path) <= 6 * storekit.UNIT
     files = block_files(tmp_path)
     with PrefixStore(tmp_path, **settings) as store:
         assert block_files(tmp_path) == files, "files that no catalog knows"
@@ -247,7 +247,7 @@ from functools import partial
 from storekit import commit, count, restored_length
 from kvtier import PrefixStore
 from kvtier.store.catalog import Catalog
-from kvtier.store.disk import DiskTier
+from kvtier.store.folder import StoreFolder
 from kvtier.store.shared import Lease
 
 folder = sys.argv[1]
@@ -274,7 +274,7 @@ elif sys.argv[2] == "the start of a writer":
     hold_up(threading.Thread, "start")
     committing.start()
 else:
-    hold_up(DiskTier, "_check_version")
+    hold_up(StoreFolder, "_check_version")
     threading.Thread(target=Lease, args=(folder,)).start()
 assert busy.wait(60)
 pid = os.fork()
@@ -343,7 +343,7 @@ def test_a_forked_child_outlives_the_store_of_its_parent(tmp_path, whose):
 MORTAL = """
 import os, signal, sys
 from pathlib import Path
-from storekit import commit, count
+from storekit import UNIT, commit, count
 from kvtier import PrefixStore
 
 os.fsync = lambda fd: None  # a killed process is no power cut: what was written is there
@@ -368,7 +368,7 @@ def live(folder, budget, last, after):
             commit(store, tokens)
             store.flush()
 
-for budget, after in ((10**9, False), (5_000, False), (5_000, True)):
+for budget, after in ((10**9, False), (3 * UNIT, False), (3 * UNIT, True)):
     last, status = 1, signal.SIGKILL
     while status == signal.SIGKILL:
         folder = Path(sys.argv[1]) / f"{budget}-{after}-{last}"

@@ -235,7 +235,8 @@ def test_making_the_catalog_anew_removes_files_that_cannot_be_used(tmp_path, cap
 
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_a_disk_that_is_full_costs_one_warning_and_leaves_nothing_behind(tmp_path, monkeypatch, caplog, failing_call):
-    with opened(tmp_path) as tier:
+    now = [0.0]
+    with opened(tmp_path, clock=lambda: now[0]) as tier:
         calls = []
 
         def fsync(fd):
@@ -247,7 +248,9 @@ def test_a_disk_that_is_full_costs_one_warning_and_leaves_nothing_behind(tmp_pat
             patched.setattr(os, "fsync", fsync)
             assert not tier.put(block(count(4)))
             calls.clear()
+            now[0] += 100
             assert not tier.put(block(count(4, first=10)))
+        now[0] += 100
         assert (block_files(tmp_path), leftovers(tmp_path), tier.nbytes, len(tier)) == ([], [], 0, 0)
         assert len(warnings(caplog)) == 1
         assert "No space left" in warnings(caplog)[0]
@@ -559,6 +562,11 @@ def test_what_is_being_read_is_not_evicted_by_any_store(tmp_path):
 def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
     first, reads = block(count(4)), []
     page, land = BlockFile.page, BlockFile.land
+
+    def landed(self, layer, *where, check=True):
+        reads.append(layer)
+        land(self, layer, *where, check=check)
+
     monkeypatch.setattr(BlockFile, "page", lambda self, layer: reads.append(layer) or page(self, layer))
     monkeypatch.setattr(
         BlockFile, "land", lambda self, layer, *a, **k: reads.append(layer) or land(self, layer, *a, **k)
@@ -582,6 +590,20 @@ def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
         alone.land(0, 0, 4, Landing.on(k_htd, v_htd))
         assert len(reads) > 2
         alone.close()
+
+
+def test_a_block_that_is_stored_anew_is_not_read_from_the_file_before(tmp_path):
+    first = block(count(4))
+    with opened(tmp_path) as tier:
+        tier.put(first)
+        reader = tier.open(first.id)
+        tier.discard(first.id.key)
+        tier.put(first)
+        later = tier.open(first.id)
+        assert later._load is not reader._load
+        reader.close()
+        assert same_bits(later.page(0).k_htd, first.pages[0].k_htd)
+        later.close()
 
 
 def test_links_inside_a_store_are_refused(tmp_path):

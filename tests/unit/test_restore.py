@@ -88,7 +88,7 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
         commit(store, count(8))
     read, landed = BlockFile.land, threading.Event()
 
-    def land(self, layer, first, last, landing):
+    def land(self, layer, first, last, landing, *, check=True):
         if layer == 1:
             assert landed.wait(timeout=30)
             raise BlockError("the platter is scratched")
@@ -144,7 +144,7 @@ def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch
         spans = store.match(ROOT, count(20)).spans
         bad = {(spans[i].block.key, layer) for i, layer in ((3, 0), (2, 0), (1, LAYERS - 1))}
 
-        def land(self, layer, first, last, landing):
+        def land(self, layer, first, last, landing, *, check=True):
             if layer == LAYERS - 1:
                 assert waiting.wait(timeout=30)
             if (self.id.key, layer) in bad:
@@ -171,7 +171,7 @@ def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch,
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
-    def land(self, *where):
+    def land(self, *where, check=True):
         raise BlockError("the platter is scratched")
 
     with PrefixStore(tmp_path, block_size=4) as store:
@@ -191,7 +191,7 @@ def test_a_failure_is_reported_once(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
-    def land(self, *where):
+    def land(self, *where, check=True):
         raise BlockError("the platter is scratched")
 
     with PrefixStore(tmp_path, block_size=4) as store:
@@ -214,7 +214,7 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
     reading, go, landed = threading.Event(), threading.Event(), []
     read = BlockFile.land
 
-    def land(self, *where):
+    def land(self, *where, check=True):
         reading.set()
         assert go.wait(timeout=30)
         read(self, *where)
@@ -235,4 +235,4 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
         store.flush()
         assert len(landed) == after_close
         for reader in restore._readers.values():
-            assert reader._fd == -1
+            assert reader._load.reader._fd == -1
