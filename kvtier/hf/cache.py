@@ -26,6 +26,7 @@ from kvtier.hf.turn import Held, Turn
 from kvtier.hf.windows import WindowCache, host_pages
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
+from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.shared import Lease
 from kvtier.stream.streams import MakeEngine
 from kvtier.transfer import engine_for
@@ -245,17 +246,27 @@ class TieredCache(WindowCache, TurnTaker):
         self.last_turn = turn.report()
         return self.last_turn
 
-    def commit(self, sequences: torch.Tensor) -> TurnReport:
+    def commit(
+        self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | None = None
+    ) -> TurnReport:
         """End a turn: keep the tokens whose K and V all layers hold.
 
         Args:
             sequences: ``[rows, columns]``, the prompt as it was given to ``begin`` and all tokens after it.
+            name: what to call what is kept of the first row from now on, see ``name``.
+            pin: never evict it.
+            ttl: seconds after its last use at which it is forgotten.
 
         Raises:
             ClosedError: the cache was closed.
-            PromptError: no turn has begun, or ``sequences`` do not begin with its prompt.
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            PromptError: no turn has begun, or ``sequences`` do not begin with its prompt, or there is nothing to name.
+            StoreError: the name cannot be kept; the turn has ended all the same.
         """
         self._check_open()
+        if name is not None:
+            checked_name(name)
+            checked_ttl(ttl)
         if self._turn is None:
             raise PromptError("commit() without begin(): call begin(model, input_ids, attention_mask) first")
         if sequences.ndim != 2:
@@ -263,7 +274,31 @@ class TieredCache(WindowCache, TurnTaker):
         prompt = self._turn.prompt
         if prompt is not None and not prompt.begins(sequences):
             raise PromptError("sequences do not begin with the prompt that begin() was given")
-        return self._commit(sequences, ())
+        report = self._commit(sequences, ())
+        if name is not None:
+            self.name(name, pin=pin, ttl=ttl)
+        return report
+
+    def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+        """Give a name to what the last turn kept, in the store; what bore it before loses it.
+
+        Args:
+            name: 1 to 200 printable characters.
+            row: which row of the batch.
+            pin: never evict it.
+            ttl: seconds after its last use at which it is forgotten, pinned or not.
+
+        Raises:
+            ClosedError: the cache was closed.
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            PromptError: the last turn kept nothing, or has no such row.
+            StoreError: the store does not have it, e.g. for want of room, or the disk fails.
+        """
+        self._check_open()
+        if self._held is None or self._root is None or not 0 <= row < len(self._held.rows):
+            reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
+            raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
+        return self._store.name(name, self._root, self._held.rows[row], pin=pin, ttl=ttl)
 
     def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
         turn, self._turn = self._turn, None

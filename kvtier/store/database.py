@@ -95,6 +95,7 @@ class Database:
         self._make_connection = make_connection
         self._lock = threading.RLock()
         self._open: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
         self._closed = False
         take_part(self)
         with self._lock:
@@ -106,6 +107,16 @@ class Database:
             except BaseException:
                 self._disconnect()
                 raise
+
+    def _file(self) -> tuple[int, int] | None:
+        """Return what tells the file from another one in its place; None when there is none."""
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self._path.as_uri()}?mode={mode}" if self._path is not None else "file::memory:"
@@ -119,11 +130,17 @@ class Database:
         except BaseException:
             connection.close()
             raise
+        self._opened = self._file()
         return connection
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """The connection of this process; made anew after a fork. Whoever asks is in ``reading`` or ``transaction``."""
+        """The connection of this process; made anew after a fork, and when the file is another one than it was.
+
+        Whoever asks is in ``reading`` or ``transaction``.
+        """
+        if self._open is not None and self._file() != self._opened and not self._open.in_transaction:
+            self._disconnect()  # deleted under us, or made anew by another process
         if self._open is None:
             if self._closed:
                 raise sqlite3.ProgrammingError("the catalog was closed")

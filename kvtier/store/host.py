@@ -272,7 +272,7 @@ class HostTier:
     def entries(self) -> list[Entry]:
         """Return what is known of every block."""
         with self._lock:
-            return [self._entry(key) for key in self._blocks]
+            return [self._entry(key) for key, resident in self._blocks.items() if self._is_fresh(key, resident)]
 
     def _entry(self, key: str) -> Entry:
         resident = self._blocks[key]

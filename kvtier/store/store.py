@@ -564,7 +564,7 @@ class PrefixStore:
     def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
         """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.
 
-        What is pinned, or being read, stays. Without folder it is RAM that is pruned, otherwise disk.
+        What is pinned, or being read, stays. RAM is pruned, too; what is returned is of the disk where there is one.
 
         Raises:
             ConfigurationError: an argument cannot be used.
@@ -577,11 +577,12 @@ class PrefixStore:
         tier = self._disk if self._disk is not None else self._host
         before, blocks = tier.nbytes, len(tier)
         with self._asked():
+            self._host.expire()
             tier.expire()
             if seconds is not None:
-                since = self._clock() - seconds
-                self._remove(tier.unused_since(since))
+                self._remove(tier.unused_since(self._clock() - seconds))
             if limit is not None:
+                self._host.shrink(limit)
                 tier.shrink(limit)
         return Forgotten(blocks - len(tier), before - tier.nbytes)
 
