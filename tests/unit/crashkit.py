@@ -36,14 +36,17 @@ HUNG_SECONDS = 120
 # --- children ---------------------------------------------------------------------------------------------------------
 
 
-def fork(task: Callable[..., object], *arguments: object) -> int:
-    """Do ``task`` in a child that ends with it: with 0, or with 1 and a traceback. Returns its process id."""
+def fork(task: Callable[..., object], *arguments: object, hung_seconds: float = HUNG_SECONDS) -> int:
+    """Do ``task`` in a child that ends with it: with 0, or with 1 and a traceback. Returns its process id.
+
+    One that takes ``hung_seconds`` ends with a traceback of all its threads.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(hung_seconds, exit=True)
         task(*arguments)
         code = 0
     except BaseException:
