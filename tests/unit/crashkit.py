@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,9 @@ def fork(task: Callable[..., object], *arguments: object, hung_seconds: float = 
 
     One that takes ``hung_seconds`` ends with a traceback of all its threads.
     """
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that a child lacks: stores see to theirs
+        pid = os.fork()
     if pid:
         return pid
     code = 1
