@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,18 @@ def test_a_link_where_a_file_goes_is_replaced_not_followed(tmp_path):
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "file").read_bytes() == WHOLE
     assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_temporary_file_is_a_new_one(tmp_path, monkeypatch):
+    """Whoever guesses its name gets nothing into the store, and nothing out of it."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=1))
+    guessed = tmp_path / f".file-{os.getpid()}-{uuid.UUID(int=1).hex}.tmp"
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    guessed.symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        LOCAL.write_whole(tmp_path / "file", PIECES, durable=False)
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert not (tmp_path / "file").exists()
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
