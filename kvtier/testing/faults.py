@@ -225,8 +225,6 @@ class FaultyCalls(SystemCalls):
     def unlink(self, path: Path) -> None:
         """Delete a file."""
         self._faults.meet("unlink", str(path), lambda _: self._inner.unlink(path))
-        with self._lock:
-            self._unsynced.discard(path)
 
     def mkdir(self, path: Path, mode: int) -> None:
         """Make one folder."""

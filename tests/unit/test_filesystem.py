@@ -127,6 +127,19 @@ def test_what_fails_leaves_what_was_there(tmp_path, call, error):
     assert len(list(Path("/dev/fd").iterdir())) == descriptors
 
 
+def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path):
+    class Folderless(Told):
+        def fsync(self, fd):
+            if self.names[fd] == tmp_path.name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    descriptors = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        LocalFilesystem(Folderless()).write_whole(tmp_path / "file", PIECES, durable=True)
+    assert (tmp_path / "file").read_bytes() == WHOLE
+    assert len(list(Path("/dev/fd").iterdir())) == descriptors
+
+
 def test_what_cannot_be_deleted_after_a_failure_is_a_leftover(tmp_path):
     class Worn(Told):
         def unlink(self, path):
@@ -161,6 +174,14 @@ def test_whose_leftover_a_file_is():
     assert not is_leftover(Path(f".file-{done.pid}-{'0' * 31}.tmp"))
     assert is_alive(os.getpid())
     assert not any(map(is_alive, (0, -1, done.pid, 2**31, 9_999_999_999)))
+
+
+def test_the_process_of_somebody_else_is_alive(monkeypatch):
+    def kill(pid, signal):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert is_alive(1)
 
 
 def test_a_missing_file_is_deleted_already(tmp_path):
