@@ -95,7 +95,7 @@ def assert_sound(store: PrefixStore) -> None:
 def some_chain(dice: random.Random, known: list[list[int]]) -> list[int]:
     """A sequence that often begins as another one does."""
     begin = dice.choice(known) if known and dice.random() < 0.7 else []
-    return (begin[: dice.randint(0, len(begin))] + [dice.randint(1, 3) for _ in range(dice.randint(1, 12))])[:28]
+    return (begin[: dice.randint(0, len(begin))] + [dice.randint(1, 2) for _ in range(dice.randint(1, 12))])[:28]
 
 
 def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
             elif deed < 0.75:
                 restored_length_at_last(store, ids(*tokens))
             elif deed < 0.95:
-                name, mine = f"{seed} {len(known)} ✓", [4 + seed, len(known), *tokens]  # nobody else has such
+                name, mine = f"{seed} {len(known)} ✓", [10 + seed * 10_000 + len(known), *tokens]  # nothing else begins so
                 known.append([])
                 commit(store, ids(*mine))
                 store.flush()
@@ -240,7 +240,7 @@ def main(place: str, room: str, kills: int, seed: int) -> None:
         folder, told = Path(place) / f"{room}-{folders}", Told()
         folders += 1
         for _ in range(KILLS_A_FOLDER):
-            workers = min(dice.choice([1, 1, 2, 3]), kills - killed)
+            workers = min(dice.choice([1, 2, 2, 3, 4]), kills - killed)
             kill_some(folder, dice, settings, told, workers)
             killed += workers
             if ended(fork(look, folder, settings, told)):
