@@ -83,8 +83,8 @@ class SystemCalls:
     """The calls of the system that change or open something. Each does what the one of its name in ``os`` does."""
 
     def open(self, path: Path, flags: int, mode: int = 0) -> int:
-        """Open ``path``; the descriptor is not inherited by other programs."""
-        return os.open(path, flags | os.O_CLOEXEC, mode)
+        """Open ``path``; as Python does it, the descriptor is not inherited by other programs."""
+        return os.open(path, flags, mode)
 
     def write(self, fd: int, piece: memoryview) -> int:
         """Write what goes at once of ``piece``; return how many bytes those were."""

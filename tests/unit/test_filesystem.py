@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,19 @@ def test_what_fails_leaves_what_was_there(tmp_path, call, error):
     assert len(list(Path("/dev/fd").iterdir())) == descriptors
 
 
+def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path):
+    class Folderless(Told):
+        def fsync(self, fd):
+            if self.names[fd] == tmp_path.name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    descriptors = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        LocalFilesystem(Folderless()).write_whole(tmp_path / "file", PIECES, durable=True)
+    assert (tmp_path / "file").read_bytes() == WHOLE
+    assert len(list(Path("/dev/fd").iterdir())) == descriptors
+
+
 def test_what_cannot_be_deleted_after_a_failure_is_a_leftover(tmp_path):
     class Worn(Told):
         def unlink(self, path):
@@ -162,6 +176,14 @@ def test_whose_leftover_a_file_is():
     assert not any(map(is_alive, (0, -1, done.pid, 2**31, 9_999_999_999)))
 
 
+def test_the_process_of_somebody_else_is_alive(monkeypatch):
+    def kill(pid, signal):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert is_alive(1)
+
+
 def test_a_missing_file_is_deleted_already(tmp_path):
     (tmp_path / "file").touch()
     assert LOCAL.delete(tmp_path / "file") is True
@@ -188,6 +210,18 @@ def test_a_link_where_a_file_goes_is_replaced_not_followed(tmp_path):
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "file").read_bytes() == WHOLE
     assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_temporary_file_is_a_new_one(tmp_path, monkeypatch):
+    """Whoever guesses its name gets nothing into the store, and nothing out of it."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=1))
+    guessed = tmp_path / f".file-{os.getpid()}-{uuid.UUID(int=1).hex}.tmp"
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    guessed.symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        LOCAL.write_whole(tmp_path / "file", PIECES, durable=False)
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert not (tmp_path / "file").exists()
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""Promise 3: nothing is lost and nothing is wrong after processes were killed, whenever that was.
+
+``KVTIER_KILLS`` is how many processes are killed; ``KVTIER_SEED`` chooses when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import crashkit
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
+KILLS = int(os.environ.get("KVTIER_KILLS", "50"))
+SEED = int(os.environ.get("KVTIER_SEED", "1"))
+SECONDS_A_KILL = 20
+
+
+@pytest.mark.parametrize("room", crashkit.BUDGETS)
+def test_processes_killed_at_random(tmp_path, room):
+    kills = -(-KILLS // len(crashkit.BUDGETS))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import crashkit; crashkit.main({str(tmp_path)!r}, {room!r}, {kills}, {SEED})"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(crashkit.__file__).parent), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60 + SECONDS_A_KILL * kills,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["killed"] == kills
+    assert kills / 2 < found["opened"] <= kills, "most are to be killed while they work"
+    assert found["words"] > found["opened"]

@@ -1,0 +1,171 @@
+"""Many processes and threads at work in one folder of a store, and somebody outside who weighs it.
+
+Like ``crashkit``, to be run in an interpreter of its own that forks the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from crashkit import HUNG_SECONDS, assert_sound, ended, fork, some_chain
+from storekit import ROOT, commit, ids, restored_length_at_last
+
+from kvtier import PrefixStore
+from kvtier.store.names import NamedPrefix
+
+UNIT = 4096
+SECONDS_A_TURN = 2
+SETTINGS: dict[str, Any] = {
+    "block_size": 4,
+    "host_budget": 3_000,  # a few blocks, so that most come from files
+    "disk_budget": 40 * UNIT,
+    "free_space_floor": 0,
+    "durability": "lazy",
+}
+
+
+# --- weighing from outside --------------------------------------------------------------------------------------------
+
+
+def files_now(folder: Path) -> dict[tuple[int, int], int]:
+    """Bytes on the drive of each file of blocks, by what stays as it is when a file gets its name."""
+    found = {}
+    for path in (folder / "blocks").rglob("*"):
+        try:
+            state = path.lstat()
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        if path.suffix in (".safetensors", ".tmp"):
+            found[state.st_ino, state.st_mtime_ns] = state.st_blocks * 512
+    return found
+
+
+def weighed(folder: Path) -> int:
+    """Bytes that block files took at one moment at least.
+
+    A walk through the folder takes a while, in which files go and others come. A file that one walk and the next one
+    have both seen was there between them, with all others of which that is true.
+    """
+    before, after = files_now(folder), files_now(folder)
+    return sum(min(nbytes, after[file]) for file, nbytes in before.items() if file in after)
+
+
+# --- working ----------------------------------------------------------------------------------------------------------
+
+
+def turn(store: PrefixStore, dice: random.Random, known: list[list[int]], mine: str) -> int:
+    """One turn, or a thing that people do by hand. Wrong bytes raise. Returns how many tokens came back."""
+    tokens = some_chain(dice, known)
+    back = restored_length_at_last(store, ids(*tokens))
+    deed = dice.random()
+    if deed < 0.7:
+        commit(store, ids(*tokens))
+        known.append(tokens)
+        del known[:-20]
+    elif deed < 0.76:
+        name = f"{mine} {dice.randint(0, 1)}"
+        commit(store, ids(*tokens))
+        store.flush()
+        assert store.name(name, ROOT, ids(*tokens), pin=dice.random() < 0.2).tokens == len(tokens)
+        (named,) = [each for each in store.names() if each.name == name]
+        assert named.kept_tokens <= named.tokens
+        if named.pinned:
+            check_pinned(store, named)
+            store.unpin(name)
+    elif deed < 0.8:
+        for named in store.names():
+            if named.name.startswith(f"{mine} "):
+                store.forget(named.name)
+    elif deed < 0.82:
+        store.prune(to_bytes=dice.randint(0, SETTINGS["disk_budget"]))
+    elif deed < 0.83:
+        store.verify(repair=dice.random() < 0.5)
+    elif deed < 0.88:
+        store.flush()
+        store.stats()
+    return back
+
+
+def check_pinned(store: PrefixStore, named: NamedPrefix) -> None:
+    """What is pinned and was whole stays whole."""
+    if named.kept_tokens == named.tokens:
+        assert restored_length_at_last(store, store.tokens_of(named.name)) == named.tokens
+
+
+def work(folder: Path, seed: int, turns: int) -> None:
+    """Have ``turns`` turns with a store of one's own."""
+    dice, known = random.Random(seed), []
+    with PrefixStore(folder, **SETTINGS) as store:
+        for _ in range(turns):
+            turn(store, dice, known, f"process {seed}")
+
+
+def work_in_threads(folder: Path, seed: int, threads: int, turns: int) -> None:
+    """Have ``threads`` share a store, each with ``turns`` turns."""
+    failures: list[str] = []
+
+    def one(number: int) -> None:
+        dice, known = random.Random(seed + number), []
+        try:
+            for _ in range(turns):
+                turn(store, dice, known, f"thread {number}")
+                if failures:
+                    return
+        except BaseException:
+            failures.append(traceback.format_exc())
+
+    with PrefixStore(folder, **SETTINGS) as store:
+        working = [threading.Thread(target=one, args=(number,)) for number in range(threads)]
+        for thread in working:
+            thread.start()
+        for thread in working:
+            thread.join()
+    assert not failures, failures[0]
+
+
+def end(folder: Path) -> None:
+    """Look at what is left."""
+    with PrefixStore(folder, **SETTINGS) as store:
+        assert_sound(store)
+
+
+# --- the race ---------------------------------------------------------------------------------------------------------
+
+
+def race(folder: Path, workers: list[tuple[Any, ...]], turns: int, seed: int) -> None:
+    """Fork workers, weigh the folder at random moments until all have ended, and look at it. Prints what was seen."""
+    torch.set_num_threads(1)
+    dice = random.Random(seed)
+    (folder / "blocks").mkdir(parents=True, mode=0o700)
+    began = time.monotonic()
+    all_ended, held = os.pipe()  # by each worker, for as long as it lives
+    living = [fork(*worker, hung_seconds=HUNG_SECONDS + SECONDS_A_TURN * turns) for worker in workers]
+    os.close(held)
+    weights = []
+    while not select.select([all_ended], [], [], dice.random() * 0.02)[0]:
+        weights.append(weighed(folder))
+    os.close(all_ended)
+    codes = [ended(pid) for pid in living]
+    if any(codes) or ended(fork(end, folder)):
+        sys.exit(f"the workers ended with {codes}; see above for what went wrong")
+    print(json.dumps({"weighings": len(weights), "heaviest": max(weights), "seconds": time.monotonic() - began}))
+
+
+def processes(folder: str, number: int, turns: int, seed: int) -> None:
+    """Race ``number`` processes."""
+    race(Path(folder), [(work, Path(folder), seed + n, turns) for n in range(number)], turns, seed)
+
+
+def threads(folder: str, number: int, turns: int, seed: int) -> None:
+    """Race ``number`` threads of one process."""
+    race(Path(folder), [(work_in_threads, Path(folder), seed, number, turns)], turns, seed)
