@@ -7,6 +7,7 @@ and leaves the others as they are. Payload: the frame's length (8 bytes, little-
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -18,6 +19,7 @@ from kvtier.errors import BlockError
 
 CODECS = ("raw", "zstd")
 _LEVEL = 1
+_MIN_WINDOW = 8 * 2**20  # that any decompressor grants, and no frame of a smaller tensor needs more
 _WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
 _Bytes = npt.NDArray[np.uint8]
 
@@ -45,13 +47,32 @@ def encode(tensor: torch.Tensor, codec: str) -> _Bytes:
     return np.frombuffer(struct.pack("<Q", len(frame)) + frame + rest, dtype=np.uint8)
 
 
+def _decompressed(frame: memoryview, size: int) -> bytes:
+    """Return the ``size`` bytes that ``frame`` holds.
+
+    Raises:
+        BlockError: it is no frame, or not one of as many bytes.
+    """
+    try:
+        # The decompressor allocates what the frame claims, whatever it is told: 2 ** 40 bytes if that is what it says.
+        claimed = zstandard.get_frame_parameters(frame)
+        if claimed.content_size != size:
+            raise BlockError(f"compressed payload claims {claimed.content_size} bytes where the tensor has {size}")
+        if claimed.window_size > max(size, _MIN_WINDOW):
+            raise BlockError(f"compressed payload wants a window of {claimed.window_size} bytes for {size}")
+        content: bytes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise BlockError(f"compressed payload cannot be read: {error}") from error
+    return content
+
+
 def decode(payload: _Bytes, codec: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return the tensor of a payload. A raw tensor shares the payload's memory.
 
     Raises:
         BlockError: the payload does not hold a tensor of this shape and type.
     """
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if codec == "raw":
         if payload.nbytes != size:
             raise BlockError(f"payload has {payload.nbytes} bytes where {shape} of {dtype} takes {size}")
@@ -65,12 +86,7 @@ def decode(payload: _Bytes, codec: str, shape: tuple[int, ...], dtype: torch.dty
     frame, rest = payload[8 : 8 + frame_bytes], payload[8 + frame_bytes :]
     if len(frame) != frame_bytes or rest.nbytes != size - plane:
         raise BlockError("compressed payload is cut short")
-    try:
-        top = zstandard.ZstdDecompressor().decompress(frame.tobytes(), max_output_size=plane)
-    except zstandard.ZstdError as error:
-        raise BlockError(f"compressed payload cannot be read: {error}") from error
-    if len(top) != plane:
-        raise BlockError("compressed payload has another length than the tensor")
+    top = _decompressed(memoryview(frame), plane)
     if word is None or not split:
         return torch.from_numpy(np.frombuffer(bytearray(top), dtype=np.uint8)).view(dtype).view(shape)
     words = np.frombuffer(top, dtype=np.uint8).astype(word)

@@ -10,35 +10,57 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kvtier.errors import BlockError
-from kvtier.geometry import Geometry, LayerGeometry
-from kvtier.headers import DTYPE_NAMES, DTYPES, encode_header
+from kvtier.geometry import Geometry
+from kvtier.headers import DTYPE_NAMES, encode_header
 from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
+from kvtier.store.layout import (
+    MAX_HEADER_BYTES,
+    MAX_LAYERS,
+    MAX_TOKENS,
+    NOT_JSON,
+    Layout,
+    check_hash,
+    check_ids,
+    json_object,
+    layers_of,
+    read_checksums,
+    read_header,
+    tensor_names,
+)
 
 FORMAT_VERSION = 1
 _FORMAT = f"kvtier/{FORMAT_VERSION}"
-_MAX_HEADER_BYTES = 64 * 2**20
+# A pipe that bears the name of a block would otherwise keep whoever opens it waiting for a writer.
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
-# What reading a damaged header runs into.
-_NOT_A_HEADER = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+_METADATA = ("format", "codec", "key", "parent", "root", "crc32", "shapes", "dtypes")
+_Shapes = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]
 
 
 def encode_block(block: Block, codec: str) -> list[memoryview]:
     """Return the bytes of a block file in pieces, header first.
 
     Raises:
-        BlockError: files have no name for the dtype of a page.
+        BlockError: files have no name for the dtype of a page, or would not be read again: there are too many layers or
+            tokens, or ids that are negative.
     """
+    try:
+        check_ids(block.id.tokens)
+    except ValueError as error:
+        raise BlockError(f"a block of these tokens cannot be kept in a file: {error}") from error
+    if len(block.pages) > MAX_LAYERS:
+        raise BlockError(f"blocks of {len(block.pages)} layers cannot be kept in files, only of up to {MAX_LAYERS}")
     payloads: list[tuple[str, str, list[int], np.ndarray[Any, np.dtype[np.uint8]]]] = []
     tokens = np.ascontiguousarray(block.id.tokens, dtype="<i8")
     payloads.append(("tokens", "I64", [len(tokens)], tokens.view(np.uint8)))
@@ -67,36 +89,23 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
     return [memoryview(header), *(memoryview(p) for *_, p in payloads)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layers:
-    """What the headers of all blocks of one model and length say alike."""
-
-    geometry: Geometry
-    tokens: frozenset[int]
-
-
 @functools.lru_cache(maxsize=64)
-def _read_geometry(shapes_text: str, dtypes_text: str) -> tuple[_Layers, tuple[str, ...]]:
-    """Return the layers that a header tells, and the names of its tensors in the order of ``_k`` and ``_v``.
+def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[Geometry, _Shapes]:
+    """Return the layers that the metadata tell, and the shapes of K and V, which their dtypes follow.
 
     Raises:
-        BlockError: it contradicts itself.
+        ValueError: they contradict themselves.
+        RecursionError: their brackets never end.
     """
-    shapes, dtypes = json.loads(shapes_text), json.loads(dtypes_text)
-    names = tuple(f"{part}.{i}" for i in range(len(shapes) // 2) for part in "kv")
+    shapes, dtypes = json_object(shapes_text), json_object(dtypes_text)
+    names = tensor_names(layers)[1:]
     if not set(names) == set(shapes) == set(dtypes):
-        raise BlockError("shapes and dtypes are not those of the same layers")
-    if not all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape):
-        raise BlockError("a shape is no shape")
-    layers, tokens = [], set()
-    for i in range(len(shapes) // 2):
-        (k_heads, k_tokens, k_dim), (v_heads, v_tokens, v_dim) = shapes[f"k.{i}"], shapes[f"v.{i}"]
-        dtype, v_dtype = dtypes[f"k.{i}"], dtypes[f"v.{i}"]
-        if dtype != v_dtype:
-            raise BlockError(f"K and V of layer {i} differ in type")
-        layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, DTYPES[dtype]))
-        tokens |= {k_tokens, v_tokens}
-    return _Layers(Geometry(tuple(layers)), frozenset(tokens)), ("tokens", *names)
+        raise ValueError("its shapes and dtypes are not those of its layers")
+    told = [shapes[name] for name in names]
+    if not all(type(shape) is list for shape in told):
+        raise ValueError("a shape is no shape")
+    geometry = layers_of([dtypes[name] for name in names], told, tokens)
+    return geometry, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
 
 
 # Where tensors stand in the order of a header's names.
@@ -114,6 +123,9 @@ def _v(layer: int) -> int:
 class BlockFile:
     """A block file open for reading. Its header and ids are checked at once, each page when it is read.
 
+    Whoever wrote the file: opening takes memory for a header of ``MAX_HEADER_BYTES`` and the ids, a page takes at most
+    the bytes of its payload and of the tensor that they decode to, neither larger than K or V of any model.
+
     Args:
         path: where it lies.
         fd: a descriptor that is open already; it is closed with the file, and when this raises.
@@ -129,9 +141,9 @@ class BlockFile:
         self._fd = -1 if fd is None else fd
         try:
             if fd is None:
-                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+                self._fd = os.open(path, _OPEN_FLAGS)
             self._read_header()
-        except _NOT_A_HEADER as error:
+        except (OSError, *NOT_JSON) as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
         except BlockError:
@@ -141,41 +153,63 @@ class BlockFile:
     def _read_header(self) -> None:
         # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
         # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
-        self.nbytes = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise BlockError(f"{self.path}: it is no ordinary file")
+        self.nbytes = status.st_size
         (header_bytes,) = struct.unpack("<Q", self._pread(0, 8).tobytes())
-        if header_bytes > min(_MAX_HEADER_BYTES, self.nbytes - 8):
+        if header_bytes > self.nbytes - 8:
             raise BlockError(f"{self.path}: header is longer than the file")
-        header = json.loads(self._pread(8, header_bytes).tobytes())
+        if header_bytes > MAX_HEADER_BYTES:
+            raise BlockError(f"{self.path}: header is longer than {MAX_HEADER_BYTES} bytes")
+        metadata, layout = read_header(self._pread(8, header_bytes).tobytes())
         self._data_start = 8 + header_bytes
-        metadata = header.pop("__metadata__")
+        missing = next((name for name in _METADATA if name not in metadata), None)
+        if missing:
+            raise BlockError(f"{self.path}: its metadata have no {missing!r}")
         if metadata["format"] != _FORMAT:
-            raise BlockError(f"{self.path}: format {metadata['format']!r}, this version reads {_FORMAT!r}")
+            raise BlockError(f"{self.path}: format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
         self.codec = metadata["codec"]
         if self.codec not in codecs.CODECS:
-            raise BlockError(f"{self.path}: unknown codec {self.codec!r}")
-        end = max(entry["data_offsets"][1] for entry in header.values())
+            raise BlockError(f"{self.path}: unknown codec {self.codec!r:.40}")
+        names = layout.names
+        if names != tensor_names(len(names) // 2):
+            raise BlockError(f"{self.path}: its tensors are not tokens, and K and V of each layer in turn")
+        end = layout.ends[-1]
         if self._data_start + end != self.nbytes:
             raise BlockError(f"{self.path}: {self.nbytes} bytes where the header tells {self._data_start + end}")
-        layers, names = _read_geometry(metadata["shapes"], metadata["dtypes"])
-        if set(names) != set(header):
-            raise BlockError(f"{self.path}: its layers are not those that its header names")
-        checksums = json.loads(metadata["crc32"])
-        self._begins = [header[name]["data_offsets"][0] for name in names]
-        self._ends = [header[name]["data_offsets"][1] for name in names]
-        self._crc32 = [checksums[name] for name in names]
+        count = self._check_tokens(layout)
+        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], len(names) // 2, count)
+        if self.codec == "raw":
+            fits = (layout.shapes[1:], layout.dtypes[1:]) == told
+        else:
+            fits = set(layout.dtypes[1:]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[1:])
+        if not fits:
+            raise BlockError(f"{self.path}: its tensors do not have the shapes and types that its metadata tell")
+        self._begins, self._ends = layout.begins, layout.ends
+        self._crc32 = read_checksums(metadata["crc32"], names)
+        key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
         tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
-        if block_key(metadata["parent"], tokens) != metadata["key"]:
+        check_ids(tokens)
+        if block_key(parent, tokens) != key:
             raise BlockError(f"{self.path}: its ids do not give its key")
-        if layers.tokens != {len(tokens)}:
-            raise BlockError(f"{self.path}: a layer does not fit the block's tokens")
-        self.geometry = layers.geometry
-        self.id = BlockId(metadata["key"], metadata["parent"], metadata["root"], tokens)
+        self.id = BlockId(key, parent, root, tokens)
+
+    def _check_tokens(self, layout: Layout) -> int:
+        """Return how many tokens the block has, before they are read."""
+        shape = layout.shapes[_TOKENS]
+        if layout.dtypes[_TOKENS] != "I64" or len(shape) != 1 or not 0 < shape[0] <= MAX_TOKENS:
+            raise BlockError(f"{self.path}: its tokens are not a row of ids, 1 to {MAX_TOKENS}")
+        return shape[0]
 
     def _pread(self, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         buffer = np.empty(size, dtype=np.uint8)
         done = 0
         while done < size:
-            count = os.preadv(self._fd, [memoryview(buffer)[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [memoryview(buffer)[done:]], offset + done)
+            except OSError as error:
+                raise BlockError(f"{self.path}: {error}") from error
             if count == 0:
                 raise BlockError(f"{self.path}: cut short at {offset + done} bytes")
             done += count
@@ -183,8 +217,6 @@ class BlockFile:
 
     def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         begin, end = self._begins[index], self._ends[index]
-        if not 0 <= begin <= end <= self.nbytes:
-            raise BlockError(f"{self.path}: tensor {index} lies outside the file")
         payload = self._pread(self._data_start + begin, end - begin)
         if zlib.crc32(payload) != self._crc32[index]:
             raise BlockError(f"{self.path}: checksum of tensor {index} differs")
@@ -197,12 +229,14 @@ class BlockFile:
             BlockError: it cannot be read, or its checksum differs.
         """
         g, tokens = self.geometry.layers[layer], len(self.id.tokens)
+        k, v = self._payload(_k(layer)), self._payload(_v(layer))
         try:
-            k = codecs.decode(self._payload(_k(layer)), self.codec, (g.k_heads, tokens, g.k_dim), g.dtype)
-            v = codecs.decode(self._payload(_v(layer)), self.codec, (g.v_heads, tokens, g.v_dim), g.dtype)
-        except _NOT_A_HEADER as error:
-            raise BlockError(f"{self.path}: {error}") from error
-        return Page(k, v)
+            return Page(
+                codecs.decode(k, self.codec, (g.k_heads, tokens, g.k_dim), g.dtype),
+                codecs.decode(v, self.codec, (g.v_heads, tokens, g.v_dim), g.dtype),
+            )
+        except BlockError as error:
+            raise BlockError(f"{self.path}: layer {layer}: {error}") from error
 
     @property
     def is_plain(self) -> bool:
@@ -253,10 +287,7 @@ class BlockFile:
             BlockError: a checksum differs.
         """
         for index in range(len(self._begins)):
-            try:
-                self._payload(index)
-            except OSError as error:
-                raise BlockError(f"{self.path}: {error}") from error
+            self._payload(index)
 
     def detach(self) -> None:
         """Nothing is held in memory for it."""

@@ -1,8 +1,11 @@
 """Payloads give back the bits they were made of."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,3 +91,33 @@ def test_views_are_stored_as_they_look(codec):
 def test_zstd_makes_16_bit_floats_smaller():
     tensor = torch.randn(8, 256, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert encode(tensor, "zstd").nbytes < 0.75 * tensor.nbytes
+
+
+def with_frame(frame: bytes, rest: bytes = b"") -> np.ndarray:
+    return np.frombuffer(struct.pack("<Q", len(frame)) + frame + rest, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("frame", "match"),
+    [
+        (b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 2**40) + b"\x01\x00\x00", "claims 1099511627776 bytes"),
+        (zstandard.compress(bytes(2**20)), "claims 1048576 bytes"),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(24)), "claims"),
+        (b"\x28\xb5\x2f\xfd\x80\x90" + struct.pack("<I", 24) + b"\x01\x00\x00", "window of 268435456"),
+        (zstandard.compress(bytes(24)) + b"more", "cannot be read"),
+        (zstandard.compress(bytes(24))[:-1], "cannot be read"),
+        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00none", "claims|cannot be read"),  # to be skipped
+        (b"", "cannot be read"),
+        (b"not a frame", "cannot be read"),
+    ],
+)
+def test_a_frame_that_is_not_that_of_the_tensor_is_refused_before_it_is_unpacked(frame, match):
+    with pytest.raises(BlockError, match=match):
+        decode(with_frame(frame), "zstd", (2, 3, 4), torch.float8_e5m2)
+
+
+def test_a_frame_longer_than_its_payload_is_refused():
+    payload = encode(torch.zeros(2, 3, 4), "zstd").copy()
+    payload[:8] = 255
+    with pytest.raises(BlockError, match="cut short"):
+        decode(payload, "zstd", (2, 3, 4), torch.float32)

@@ -1,20 +1,23 @@
 """Block files: safetensors to everybody, and never wrong bytes to us."""
 
 import json
+import os
 import struct
+import zlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from storekit import LAYERS, block, chain, count, ids, same_bits
+from storekit import LAYERS, ROOT, block, chain, count, ids, same_bits
 
 from kvtier.errors import BlockError
 from kvtier.pages import Page
 from kvtier.store.base import Block
-from kvtier.store.chain import BlockId
+from kvtier.store.chain import BlockId, block_key
 from kvtier.store.format import BlockFile, encode_block
+from kvtier.store.layout import MAX_HEADER_BYTES
 
 
 def write(path, block, codec):
@@ -203,6 +206,182 @@ def test_headers_that_contradict_themselves_are_refused(tmp_path, change):
     change(header)
     path.write_bytes(join(header, payload))
     assert refused_or_equal(path, original)
+
+
+def told(name: str, value: object):
+    """Change what the metadata tell of one tensor."""
+
+    def change(h, tensor="k.0"):
+        of_all = json.loads(h["__metadata__"][name])
+        of_all[tensor] = value
+        h["__metadata__"][name] = json.dumps(of_all)
+
+    return change
+
+
+def moved(name, begin, end):
+    return lambda h: h[name].update(data_offsets=[h[name]["data_offsets"][0] + begin, h[name]["data_offsets"][1] + end])
+
+
+def swapped(h):
+    h["k.0"]["data_offsets"], h["v.0"]["data_offsets"] = h["v.0"]["data_offsets"], h["k.0"]["data_offsets"]
+
+
+def reordered(h):
+    h["v.1"] = h.pop("v.1")
+    h["tokens"] = h.pop("tokens")
+
+
+def every_tensor_ten_thousand_times(h):
+    h.update({f"k.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(2, 10_000)})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (moved("k.0", -4, 0), "does not lie where"),  # overlaps
+        (moved("k.0", 4, 0), "does not lie where"),  # a gap
+        (moved("v.1", 0, 4), "does not lie where"),
+        (swapped, "does not lie where"),
+        (reordered, "does not lie where"),
+        (lambda h: h["k.0"].update(data_offsets=[True, False]), "natural number"),
+        (lambda h: h["k.0"].update(data_offsets=[32.0, 160.0]), "where no such number belongs"),
+        (lambda h: h["k.0"].update(data_offsets=[10**40, 10**41]), "too many digits"),
+        (lambda h: h["k.0"].update(data_offsets=[1, 2, 3]), "type, shape and place"),
+        (lambda h: h["k.0"].update(data_offsets={"0": 1, "1": 2}), "type, shape and place"),
+        (lambda h: h["k.0"].update(shape=[2, -4, -4]), "natural number"),
+        (lambda h: h["k.0"].update(shape=[2, 4, None]), "natural number"),
+        (lambda h: h["k.0"].update(shape=[2**40, 2**40, 2**40]), "does not lie where"),  # wraps to 0 in 64 bits
+        (lambda h: h["k.0"].update(shape=[1] * 9 + [32]), "type, shape and place"),
+        (lambda h: h["k.0"].update(shape=[32]), "do not have the shapes"),
+        (lambda h: h["k.0"].update(shape=32), "type, shape and place"),
+        (lambda h: h["k.0"].update(dtype="I32"), "type, shape and place"),
+        (lambda h: h["k.0"].update(dtype=["F32"]), "type, shape and place"),
+        (lambda h: h["k.0"].update(dtype="U8", shape=[2, 4, 16]), "do not have the shapes"),
+        (lambda h: h["k.0"].update(more=1), "type, shape and place"),
+        (lambda h: h.update({"k.2": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "does not lie where"),
+        (every_tensor_ten_thousand_times, "more than 1024 layers"),
+        (lambda h: h["tokens"].update(dtype="F64"), "row of ids"),
+        (lambda h: h["tokens"].update(shape=[2, 2]), "row of ids"),
+        (lambda h: h.update({"../k": h.pop("k.0")}), "does not lie where"),
+        (lambda h: h["__metadata__"].update(codec=["raw"]), "not strings"),
+        (lambda h: h["__metadata__"].update(codec=None), "not strings"),
+        (lambda h: h["__metadata__"].update(codec=float("nan")), "NaN where no such number"),
+        (lambda h: h["__metadata__"].pop("root"), "no 'root'"),
+        (lambda h: h["__metadata__"].update(root="../../etc"), "root .* is not 64 hex digits"),
+        (lambda h: h["__metadata__"].update(key=h["__metadata__"]["key"].upper()), "key .* is not 64 hex digits"),
+        (lambda h: h["__metadata__"].update(parent=ROOT[:62] + "  "), "parent .* is not 64 hex digits"),
+        (lambda h: h["__metadata__"].update(codec="\ud800"), "unknown codec"),
+        (lambda h: h["__metadata__"].update(codec="raw" * 10_000), "unknown codec"),
+        (lambda h: h["__metadata__"].update(shapes="[" * 100_000), "recursion|nested"),
+        (told("shapes", [2, 4, True]), "does not fit"),
+        (told("shapes", [2, 4, 4.0]), "where no such number"),
+        (told("shapes", [2**30, 4, 2**30]), "more heads"),
+        (told("shapes", [2**16, 4, 2**16]), "bytes a token"),
+        (told("shapes", [1, 4, 8]), "do not have the shapes"),
+        (told("shapes", "244"), "no shape"),
+        (told("shapes", [2, 4]), "does not fit"),
+        (told("dtypes", "I64"), "not of one type"),
+        (told("dtypes", ["F32"]), "not of one type"),
+        (told("crc32", -1), "one number for each"),
+        (told("crc32", 2**32), "one number for each"),
+        (told("crc32", True), "one number for each"),
+        (told("crc32", "7"), "one number for each"),
+        (lambda h: told("crc32", 7)(h, "k.7"), "one number for each"),
+    ],
+)
+def test_hostile_headers_are_refused_with_the_file_and_a_sentence(tmp_path, change, match):
+    path = write(tmp_path / "block", block(count(4)), "raw")
+    header, payload = split(path.read_bytes())
+    change(header)
+    path.write_bytes(join(header, payload))
+    with pytest.raises(BlockError, match=match) as caught:
+        BlockFile(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b'"codec":"raw"', b'"codec":"raw","codec":"raw"', "twice"),
+        (b'"tokens":{', b'"k.0":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"tokens":{', "twice"),
+        (b'"dtype":"I64"', b'"dtype":"I64","dtype":"I64"', "twice"),
+        (b'\\"k.0\\": [2', b'\\"k.0\\": [2, 4, 4], \\"k.0\\": [2', "twice"),
+        (b'"data_offsets":[0,', b'"data_offsets":[-0.0,', "where no such number"),
+        (b'"data_offsets":[0,', b'"data_offsets":[0e1,', "where no such number"),
+        (b'"data_offsets":[0,', b'"data_offsets":[1e400,', "where no such number"),
+        (b'"data_offsets":[0,', b'"data_offsets":[NaN,', "where no such number"),
+        (b'"data_offsets":[0,', b'"data_offsets":[' + b"9" * 4000 + b",", "too many digits"),
+        (b'{"__metadata__":', b'{"first":0,"__metadata__":', "does not begin with metadata"),
+        (b'},"tokens":', b'},,"tokens":', "no tensors"),
+    ],
+)
+def test_json_that_readers_take_differently_is_refused(tmp_path, old, new, match):
+    path = write(tmp_path / "block", block(count(4)), "raw")
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    assert old in data[8 : 8 + size]
+    header = data[8 : 8 + size].replace(old, new, 1)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+    with pytest.raises(BlockError, match=match):
+        BlockFile(str(path))
+
+
+def test_a_header_larger_than_any_model_needs_is_refused_unread(tmp_path):
+    path = write(tmp_path / "block", block(count(4)), "raw")
+    header, payload = split(path.read_bytes())
+    text = json.dumps(header).encode() + b" " * 2**20
+    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    with pytest.raises(BlockError, match="longer than 1048576 bytes"):
+        BlockFile(str(path))
+
+
+def test_the_header_of_two_hundred_layers_is_far_below_the_limit():
+    page = Page(torch.zeros(2, 1, 4), torch.zeros(2, 1, 4))
+    header = encode_block(Block(block(ids(1)).id, (page,) * 200), "raw")[0]
+    assert 8 * len(header) < MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "match"), [((), 1, "0 tokens"), ((3, -1), 1, "-1 is no token id"), ((1,), 1025, "1025 layers")]
+)
+def test_what_would_not_be_read_again_is_not_written(tokens, layers, match):
+    page = Page(torch.zeros(1, len(tokens), 1), torch.zeros(1, len(tokens), 1))
+    with pytest.raises(BlockError, match=match):
+        encode_block(Block(BlockId.of(ROOT, ROOT, ids(*tokens)), (page,) * layers), "raw")
+
+
+def test_negative_ids_are_refused(tmp_path):
+    """Their checksum and key may be right."""
+    path = write(tmp_path / "block", block(ids(1, 2)), "raw")
+    header, payload = split(path.read_bytes())
+    tokens = ids(1, -2)
+    checksums = json.loads(header["__metadata__"]["crc32"]) | {"tokens": zlib.crc32(tokens.tobytes())}
+    header["__metadata__"].update(crc32=json.dumps(checksums), key=block_key(ROOT, tokens))
+    path.write_bytes(join(header, tokens.tobytes() + payload[16:]))
+    with pytest.raises(BlockError, match="-2 is no token id"):
+        BlockFile(str(path))
+
+
+def test_a_pipe_is_refused_and_nobody_waits_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "block")
+    with pytest.raises(BlockError, match="no ordinary file"):
+        BlockFile(str(tmp_path / "block"))
+
+
+def test_check_reads_every_byte(tmp_path, codec):
+    path = write(tmp_path / "block", block(count(4)), codec)
+    data = path.read_bytes()
+    file = BlockFile(str(path))
+    file.check()
+    file.close()
+    for at in range(len(data) - 300, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        file = BlockFile(str(path))
+        with pytest.raises(BlockError, match="checksum"):
+            file.check()
+        file.close()
 
 
 @pytest.mark.parametrize("text", [b"[]", b"null", b"7", b'""', b"{}", b"{", b"\xff\xfe", b"[" * 100_000])
