@@ -449,11 +449,11 @@ class Catalog:
         return int(total)
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of ready blocks, and of those that are pinned and not followed by another."""
+        """Return the number of ready blocks, and of those that are pinned."""
         with self._database.reading() as connection:
             (ready,) = connection.execute(f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d}").fetchone()
             (pinned,) = connection.execute(
-                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND children = 0 AND {_PINNED}"
+                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND {_PINNED}"
             ).fetchone()
         return int(ready), int(pinned)
 

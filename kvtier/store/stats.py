@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from kvtier.store.disk import DiskTier
+from kvtier.store.host import HostTier
+from kvtier.store.names import Names
 
 
 def _nothing() -> Mapping[str, int]:
@@ -21,7 +26,7 @@ class TierStats:
             blocks that could not be deleted yet included.
         budget_bytes: what ``nbytes`` never exceeds.
         blocks: blocks that can be found.
-        pinned_blocks: of those, the last ones of pinned names: they and all before them are never evicted.
+        pinned_blocks: of those, what is never evicted.
         leased_blocks: blocks that this process is reading right now.
         hits: blocks restored from here. Like all counts below: by this process, since the store was opened.
         evictions: blocks that went to make room.
@@ -69,3 +74,75 @@ class StoreStats:
     errors: Mapping[str, int] = field(default_factory=_nothing)
     paused: str | None = None
     names: int = 0
+
+
+def snapshot(
+    path: str | None,
+    host: HostTier,
+    disk: DiskTier | None,
+    names: Names,
+    pinned: frozenset[str],
+    tally: Mapping[str, int],
+    queued_writes: int,
+) -> StoreStats:
+    """Return the numbers of a store.
+
+    Args:
+        path: its folder.
+        host: the RAM tier.
+        disk: the file tier, if there is one.
+        names: its names.
+        pinned: blocks that are pinned in RAM.
+        tally: what the store itself has counted: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
+        queued_writes: blocks waiting to be written.
+    """
+    tiers = [
+        TierStats(
+            "host",
+            nbytes=host.nbytes,
+            budget_bytes=host.budget_bytes,
+            blocks=len(host),
+            pinned_blocks=sum(key in host for key in pinned),
+            leased_blocks=len(host.leases),
+            hits=tally.get("hits.host", 0),
+            evictions=host.counts["evictions"],
+            expirations=host.counts["expirations"],
+        )
+    ]
+    if disk is not None:
+        blocks, pinned_blocks = disk.ask(disk.catalog.counts, (0, 0))
+        tiers.append(
+            TierStats(
+                "disk",
+                nbytes=disk.nbytes,
+                budget_bytes=disk.settings.budget_bytes,
+                blocks=blocks,
+                pinned_blocks=pinned_blocks,
+                leased_blocks=len(disk.leases),
+                hits=tally.get("hits.disk", 0),
+                evictions=disk.counts["evictions"],
+                expirations=disk.counts["expirations"],
+            )
+        )
+    try:
+        name_count = len(names)
+    except sqlite3.Error:  # the tier has warned of it by now
+        name_count = 0
+    return StoreStats(
+        path=path,
+        tiers=tuple(tiers),
+        lookups=tally.get("lookups", 0),
+        lookup_tokens=tally.get("lookup_tokens", 0),
+        hit_tokens=tally.get("hit_tokens", 0),
+        misses=_by_reason(tally, "misses."),
+        committed_tokens=tally.get("committed_tokens", 0),
+        queued_writes=queued_writes,
+        errors=_by_reason(disk.counts if disk is not None else {}, "errors."),
+        paused=disk.paused if disk is not None else None,
+        names=name_count,
+    )
+
+
+def _by_reason(counts: Mapping[str, int], prefix: str) -> Mapping[str, int]:
+    found = sorted(counts.items())
+    return MappingProxyType({what.removeprefix(prefix): n for what, n in found if what.startswith(prefix)})

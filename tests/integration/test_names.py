@@ -122,7 +122,7 @@ def test_what_is_pinned_is_never_evicted(tmp_path):
         for first in range(100, 1000, 50):
             commit(store, count(12, first=first))
             assert restored_length(store, count(10)) == 10
-        assert store.stats().tiers[1].pinned_blocks == 1
+        assert store.stats().tiers[1].pinned_blocks == 3
         store.unpin("mine")
         for first in range(1000, 2000, 50):
             commit(store, count(12, first=first))

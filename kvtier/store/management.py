@@ -1,0 +1,324 @@
+"""Management: what the owner of a store does with it, between turns.
+
+Names, pins, ends, forgetting, pruning, verification. Unlike in a turn, a disk that fails is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.errors import ConfigurationError, StoreError
+from kvtier.store.audit import Audit
+from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.commits import Commits, chain_keys
+from kvtier.store.database import Database
+from kvtier.store.disk import DiskTier
+from kvtier.store.host import HostTier
+from kvtier.store.inventory import Chain, Forgotten, Inventory
+from kvtier.store.names import Name, NamedPrefix, Names, checked_name, checked_ttl
+from kvtier.store.verify import Progress, VerifyReport, verify
+from kvtier.units import parse_bytes
+
+
+class ManagedStore(ABC):
+    """The half of ``PrefixStore`` that its owner uses. Thread-safe."""
+
+    path: Path | None
+    block_size: int
+    _host: HostTier
+    _disk: DiskTier | None
+    _database: Database
+    _names: Names
+    _audit: Audit
+    _inventory: Inventory
+    _commits: Commits
+    _clock: Callable[[], float]
+    _pinned: frozenset[str]  # in a store without folder
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Wait until everything committed so far is on disk."""
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """See to it that the store is open.
+
+        Raises:
+            ClosedError: it is not.
+        """
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Do what the owner asked for: unlike in a turn, a failing disk is told.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._check_open()
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the store in {self.path} cannot do that: {error}") from error
+        finally:
+            if self._disk is None:
+                self._pinned = frozenset(self._names.pinned_blocks())
+
+    def name(
+        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
+    ) -> NamedPrefix:
+        """Give a name to a chain that was committed; what bore it before loses it.
+
+        Args:
+            name: 1 to 200 printable characters.
+            root: the root it was committed under.
+            tokens: its ids, as they were committed.
+            pin: never evict it, nor let it expire.
+            ttl: seconds after its last use at which it is forgotten, pinned or not.
+
+        Raises:
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the store does not have all of it, or the disk fails.
+        """
+        checked_name(name)
+        keys = []
+        with self._asked():
+            for block in chain_keys(root, tokens, self.block_size):
+                key = self._commits.stands_for(block, self.block_size)
+                if key is None:
+                    break
+                keys.append(key)
+        if not keys or len(keys) * self.block_size < len(tokens):
+            raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
+        return self._set_name(name, root, keys, len(tokens), pin, ttl)
+
+    def _set_name(
+        self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
+    ) -> NamedPrefix:
+        with self._asked():
+            written = Name(checked_name(name), root, tuple(keys), tokens, bool(pin), checked_ttl(ttl), self._clock())
+            self._names.assign(written)
+        return self.named(name)
+
+    def names(self) -> tuple[NamedPrefix, ...]:
+        """Return everything that has a name.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return tuple(self._inventory.described(*each) for each in self._names.all())
+
+    def named(self, name: str) -> NamedPrefix:
+        """Return what is called ``name``.
+
+        Raises:
+            UnknownNameError: nothing is.
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return self._inventory.described(*self._names.details(name))
+
+    def pin(self, name: str) -> None:
+        """Never evict what is called ``name``, nor let its blocks expire.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Treat what is called ``name`` like everything else again.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, False)
+
+    def _set_pinned(self, name: str, pinned: bool) -> None:
+        with self._asked():
+            self._names.set_pinned(name, pinned)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call ``new`` what is called ``old``.
+
+        Raises:
+            UnknownNameError: nothing is called ``old``.
+            ConfigurationError: ``new`` cannot be a name, or is one already.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.rename(old, checked_name(new))
+
+    def unname(self, name: str) -> None:
+        """Take a name away; what bore it is kept like everything else.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.get(name)
+            self._names.remove(name)
+
+    def tokens_of(self, name: str) -> TokenIds:
+        """Return the ids of what is called ``name``, as far as the store has it.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            written = self._names.get(name)
+            blocks = self._kept_blocks(written)
+        ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
+        return ids[: written.tokens]
+
+    def _kept_blocks(self, name: Name) -> list[BlockId]:
+        blocks: list[BlockId] = []
+        for key in name.keys:
+            block = self._inventory.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def chains(self) -> tuple[Chain, ...]:
+        """Return every chain that no other goes beyond, named or not, the last used first.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            return self._inventory.chains()
+
+    def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+        """Give a name to the chain whose last block's key begins with ``key_prefix``.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            root, keys, tokens = self._inventory.keys_to(key_prefix)
+        return self._set_name(name, root, keys, tokens, pin, ttl)
+
+    def forget(self, what: str | Sequence[int] | TokenIds) -> Forgotten:
+        """Remove a conversation for good, from RAM and disk.
+
+        By name: the name, and the blocks that no other sequence uses. By token ids: every block that begins with
+        them or goes beyond them, and those that lead only there, whatever is named or pinned. Files are deleted and
+        the rows overwritten; drives may keep what was on them, and other processes what they have in RAM.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            ConfigurationError: ``what`` is neither a name nor ids.
+            StoreError: the disk fails.
+        """
+        if isinstance(what, str):
+            self.flush()
+            with self._asked():
+                return self._forget_name(what)
+        try:
+            tokens = np.asarray(what)
+        except ValueError:
+            tokens = np.empty(0)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
+            raise ConfigurationError("forget() takes a name, or the token ids of one sequence, e.g. a list of int.")
+        self.flush()
+        with self._asked():
+            keys = self._inventory.holding(tokens.astype(np.int64))
+            for name in self._names.of_blocks(keys):
+                self._names.remove(name)
+            return self._remove(keys)
+
+    def forget_chain(self, key_prefix: str) -> Forgotten:
+        """Remove the chain whose last block's key begins with ``key_prefix``, as ``forget`` does by name.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            _, keys, _ = self._inventory.keys_to(key_prefix)
+            return self._remove(self._inventory.own(keys, set()))
+
+    def _forget_name(self, name: str) -> Forgotten:
+        written = self._names.get(name)
+        keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
+        self._names.remove(name)
+        return self._remove(keys)
+
+    def _remove(self, keys: Sequence[str]) -> Forgotten:
+        sums = self._inventory.nbytes(keys)
+        for key in keys:
+            self._host.discard(key)
+        if self._disk is not None and keys:
+            self._disk.discard_all(keys)
+            self._database.truncate_log()
+        return Forgotten(sums["blocks"], sums["bytes"])
+
+    def _forget_what_is_due(self) -> None:
+        """Forget names whose time is over. In a turn, so a failing disk is no error."""
+        try:
+            due = self._names.due()
+        except sqlite3.Error:
+            return  # the tier that asks next warns of it
+        for name in due:
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error):  # another process does it, or the next turn
+                self._forget_name(name)
+
+    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
+        """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.
+
+        What is pinned, or being read, stays. RAM is pruned, too; what is returned is of the disk where there is one.
+
+        Raises:
+            ConfigurationError: an argument cannot be used.
+            StoreError: the disk fails.
+        """
+        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
+        seconds = checked_ttl(unused_for)
+        self.flush()
+        self._forget_what_is_due()
+        tier = self._disk if self._disk is not None else self._host
+        before, blocks = tier.nbytes, len(tier)
+        with self._asked():
+            self._host.expire()
+            tier.expire()
+            if seconds is not None:
+                self._remove(tier.unused_since(self._clock() - seconds))
+            if limit is not None:
+                self._host.shrink(limit)
+                tier.shrink(limit)
+        return Forgotten(blocks - len(tier), before - tier.nbytes)
+
+    def verify(self, *, repair: bool = False, progress: Progress | None = None) -> VerifyReport:
+        """Read every file, and compare files, catalog and accounting.
+
+        Args:
+            repair: put right what can be: damaged blocks are removed, unknown ones taken in.
+            progress: called now and then with the bytes that were read, and all there are.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            if self._disk is None:
+                return VerifyReport(len(self._host), self._host.nbytes, 0.0, ())
+            return verify(
+                self._disk.folder, self._database, self._disk.catalog, self._audit, repair=repair, progress=progress
+            )
