@@ -39,17 +39,29 @@ class Commits:
         self._tiers: tuple[Tier, ...] = (host, disk) if disk is not None else (host,)
         self._names = names
         self._write_behind = write_behind
-        self._described: set[str] = set()
+        self._manifests: dict[str, Mapping[str, Any]] = {}
         self._hits: Counter[str] = Counter()
         self._counting = threading.Lock()
 
     def commit(
-        self, root: str, tokens: TokenIds, read: Read, manifest: Mapping[str, Any] | None, block_size: int
+        self,
+        root: str,
+        tokens: TokenIds,
+        read: Read,
+        manifest: Mapping[str, Any] | None,
+        block_size: int,
+        *,
+        describe_anew: bool = True,
     ) -> int:
-        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new."""
-        if self._disk is not None and manifest is not None and root not in self._described:
-            self._write_behind(partial(self._disk.describe_root, root, manifest))
-            self._described.add(root)
+        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new.
+
+        Without ``describe_anew``, ``manifest`` is a stranger's word, and only taken where nothing is known.
+        """
+        if manifest is not None and root not in self._manifests:
+            if self._disk is not None:
+                self._write_behind(partial(self._disk.describe_root, root, manifest, anew=describe_anew))
+            if self._disk is None or describe_anew:
+                self._manifests[root] = manifest
         parent, new = root, 0
         keys: list[str] = []
         for start in range(0, len(tokens), block_size):
@@ -63,6 +75,12 @@ class Commits:
             keys.append(parent)
         self._touch(keys)
         return new
+
+    def manifest(self, root: str) -> Mapping[str, Any]:
+        """Return what ``root`` stands for; empty when nobody has said."""
+        if root in self._manifests:
+            return self._manifests[root]
+        return self._disk.description(root) if self._disk is not None else {}
 
     def hit(self, keys: Sequence[str]) -> None:
         """Note that blocks were restored; told to the tiers with the next commit."""

@@ -120,16 +120,25 @@ class DiskTier:
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
-    def describe_root(self, root: str, manifest: Mapping[str, Any]) -> None:
+    def description(self, root: str) -> Mapping[str, Any]:
+        """Return what ``root`` stands for; empty when nobody has noted it, or it cannot be read."""
+        try:
+            found = json.loads(self.folder.root(root).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def describe_root(self, root: str, manifest: Mapping[str, Any], *, anew: bool = True) -> None:
         """Note in ``roots/`` what ``root`` stands for; a failure is warned about once.
 
         What is noted there already is compared; what differs is damaged, since a root is made from what it stands for.
+        Without ``anew`` it stays as it is.
         """
         path = self.folder.root(root)
         wanted = json.loads(json.dumps(dict(manifest), default=str))
         try:
             try:
-                if json.loads(path.read_text(encoding="utf-8")) == wanted:
+                if json.loads(path.read_text(encoding="utf-8")) == wanted or not anew:
                     return
                 self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
             except FileNotFoundError:

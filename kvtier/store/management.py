@@ -6,16 +6,19 @@ Names, pins, ends, forgetting, pruning, verification. Unlike in a turn, a disk t
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from kvtier.errors import ConfigurationError, StoreError
+from kvtier.store.archive import Archive, write_archive
 from kvtier.store.audit import Audit
+from kvtier.store.base import BlockReader
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commits import Commits, chain_keys
 from kvtier.store.database import Database
@@ -45,6 +48,14 @@ class ManagedStore(ABC):
     @abstractmethod
     def flush(self) -> None:
         """Wait until everything committed so far is on disk."""
+
+    @abstractmethod
+    def _open(self, block: BlockId) -> BlockReader | None:
+        """Open a block for reading; None when no tier has it.
+
+        Raises:
+            BlockError: it cannot be used.
+        """
 
     @abstractmethod
     def _check_open(self) -> None:
@@ -279,6 +290,83 @@ class ManagedStore(ABC):
         for name in due:
             with contextlib.suppress(KeyError, OSError, sqlite3.Error):  # another process does it, or the next turn
                 self._forget_name(name)
+
+    # --- archives ---------------------------------------------------------------------------------------------------
+
+    def export(self, name: str, file: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Write what is called ``name`` to one safetensors file, for another store or other tools.
+
+        Returns:
+            Bytes of the file, which only the user can read.
+
+        Raises:
+            ArchiveError: the file exists already, or cannot be written.
+            BlockError: a block is damaged.
+            UnknownNameError: nothing is called so.
+            StoreError: the store does not have all of it any more, or the disk fails.
+        """
+        self.flush()
+        with self._asked(), ExitStack() as open_blocks:
+            written = self._names.get(name)
+            readers: list[BlockReader] = []
+            for block in self._kept_blocks(written):
+                reader = self._open(block)
+                if reader is None:
+                    break
+                open_blocks.callback(reader.close)
+                reader.detach()
+                readers.append(reader)
+            if sum(len(reader.id.tokens) for reader in readers) < written.tokens:
+                raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
+            manifest = self._commits.manifest(written.root)
+            block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self.block_size)
+            return write_archive(
+                file,
+                readers,
+                written.tokens,
+                root=written.root,
+                manifest=manifest,
+                block_size=block_size,
+                name=name,
+                overwrite=overwrite,
+            )
+
+    def import_(
+        self, file: str | os.PathLike[str], *, name: str | None = None, progress: Progress | None = None
+    ) -> NamedPrefix:
+        """Take in a file that ``export`` wrote. It is read as a stranger's: checked whole before anything is kept.
+
+        No check can tell whether K and V are what the model would compute: import from those whom you trust to say.
+
+        Args:
+            file: the file.
+            name: what to call it here; by default what it was called there.
+            progress: called now and then with the bytes that were checked, and all there are.
+
+        Raises:
+            ArchiveError: the file is damaged, or no such file.
+            ConfigurationError: ``name`` is needed, cannot be used, or is the name of something else.
+            StoreError: there is no room for all of it, or the disk fails.
+        """
+        self._check_open()
+        with Archive(file) as archive:
+            name = checked_name(name if name is not None else archive.name or "")
+            with self._asked():
+                blocks = chain_keys(archive.root, archive.tokens, archive.block_size)
+                for written, *_ in self._names.all():
+                    if written.name == name and (written.root, written.tokens) != (archive.root, len(archive.tokens)):
+                        raise ConfigurationError(f"{name!r} is the name of something else already; pass another name=.")
+            archive.check(progress)
+            self._commits.commit(
+                archive.root, archive.tokens, archive.pages, archive.manifest, archive.block_size, describe_anew=False
+            )
+            self.flush()
+            keys = [self._commits.stands_for(block, archive.block_size) for block in blocks]
+            if None in keys:
+                raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
+            return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
+
+    # --- care -------------------------------------------------------------------------------------------------------
 
     def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
         """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from storekit import OTHER_ROOT, ROOT, UNIT, block_files, commit, count, ids, restored_length, restored_length_at_last
 
-from kvtier import ConfigurationError, PrefixStore, PromptError, StoreError, TieredCache, UnknownNameError
+from kvtier import ArchiveError, ConfigurationError, PrefixStore, PromptError, StoreError, TieredCache, UnknownNameError
 
 
 class Clock:
@@ -399,3 +399,65 @@ def test_namespaces_never_share(tmp_path, make_model, generate, tokens):
     with PrefixStore(tmp_path, block_size=8, namespace="a") as store, TieredCache(store) as cache:
         generate(model, prompt, cache)
         assert cache.last_turn.cached_tokens == 19
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["raw", "zstd"])
+def test_an_exported_prefix_is_imported_elsewhere(tmp_path, place, compression):
+    with new_store(place, compression=compression) as store:
+        commit(store, count(14))
+        store.name("chat", ROOT, count(10), pin=True)
+        nbytes = store.export("chat", tmp_path / "chat.safetensors")
+        assert (tmp_path / "chat.safetensors").stat().st_size == nbytes
+        with pytest.raises(ArchiveError, match="exists already"):
+            store.export("chat", tmp_path / "chat.safetensors")
+        assert store.export("chat", tmp_path / "chat.safetensors", overwrite=True) == nbytes
+    for elsewhere in ({}, {"path": tmp_path / "elsewhere"}):
+        with PrefixStore(**elsewhere, block_size=8) as store:  # its blocks keep their size
+            found = store.import_(tmp_path / "chat.safetensors")
+            assert (found.name, found.tokens, found.kept_tokens, found.pinned) == ("chat", 10, 10, False)
+            assert store.import_(tmp_path / "chat.safetensors", name="again").tokens == 10
+        with PrefixStore(**elsewhere, block_size=4) as store:
+            if not elsewhere:
+                store.import_(tmp_path / "chat.safetensors")
+            assert restored_length(store, count(14)) == 10
+
+
+def test_an_import_is_a_strangers(tmp_path):
+    archive = tmp_path / "chat.safetensors"
+    with PrefixStore(tmp_path / "one", block_size=4) as store:
+        commit(store, count(10))
+        store.name("chat", ROOT, count(10))
+        store.export("chat", archive)
+        (tmp_path / "one" / "roots" / f"{ROOT}.json").write_text('{"model": "mine"}')
+        store.import_(archive)
+        assert json.loads((tmp_path / "one" / "roots" / f"{ROOT}.json").read_text()) == {"model": "mine"}
+        commit(store, count(8, first=50))
+        store.name("other", ROOT, count(8, first=50))
+        with pytest.raises(ConfigurationError, match="name of something else"):
+            store.import_(archive, name="other")
+    good = archive.read_bytes()
+    for at in (3, 100, len(good) - 5):
+        archive.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with PrefixStore(tmp_path / "two", block_size=4) as store:
+            with pytest.raises(ArchiveError, match=str(archive)):
+                store.import_(archive)
+            assert store.chains() == ()
+    with PrefixStore(tmp_path / "three", block_size=4, disk_budget=UNIT, host_budget=1) as store:
+        archive.write_bytes(good)
+        with pytest.raises(StoreError, match="no room"):
+            store.import_(archive)
+
+
+def test_what_is_not_whole_cannot_be_exported(tmp_path):
+    with PrefixStore(tmp_path / "store", block_size=4, host_budget=1) as store:
+        commit(store, count(10))
+        store.name("chat", ROOT, count(10))
+        store.prune(to_bytes=2 * UNIT)
+        with pytest.raises(StoreError, match="not have all of it"):
+            store.export("chat", tmp_path / "chat.safetensors")
+        with pytest.raises(UnknownNameError):
+            store.export("other", tmp_path / "chat.safetensors")
+    assert not (tmp_path / "chat.safetensors").exists()
