@@ -17,7 +17,19 @@ from benchmarks.measure import BenchmarkError, Options, SkippedError
 from benchmarks.result import Result, write_json
 from benchmarks.table import print_result
 
-NAMES = ("ttft", "restore", "decode", "first_turn", "imports", "identity", "memory", "stream", "window", "gpu")
+NAMES = (
+    "ttft",
+    "restore",
+    "decode",
+    "first_turn",
+    "imports",
+    "identity",
+    "memory",
+    "stream",
+    "window",
+    "catalog",
+    "gpu",
+)
 _WIDTH = 120  # narrower, and the tables lose figures
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
