@@ -17,7 +17,7 @@ from pathlib import Path
 from kvtier.store.fork import take_part
 from kvtier.store.lifecycle import State
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _PAGE_BYTES = 8192  # ids of a block of 256 tokens fit into one page, with room
 _LOCKED_SECONDS = 30.0  # how long to wait for other processes
 _RETRY_SECONDS = 0.01
@@ -29,7 +29,7 @@ CREATE TABLE blocks (
     uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL, priority REAL NOT NULL,
     used_at REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX leaves ON blocks (priority) WHERE state = {State.READY:d} AND children = 0;
+CREATE INDEX leaves ON blocks (uses > 1, priority) WHERE state = {State.READY:d} AND children = 0;
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_root ON blocks (root);
 CREATE INDEX by_use ON blocks (used_at);
