@@ -124,20 +124,20 @@ class Adaptive:
     """Balances recency against frequency by what turns out to have been evicted too early. The default.
 
     Within a queue the order is that of last use, moved by what a block costs to compute again. The token after ``p``
-    others takes ``2·params + 4·layers·width·p`` operations: the matrix products, and attention, which is linear in ``p``
-    for one token and so quadratic for a prompt. That is ``1 + p / P`` times what the first token takes, where ``P =
-    params / (2·layers·width)`` is 4,000 tokens in a model of 135 million parameters, 30,000 in one of 8 billion and
-    53,000 in one of 70 billion; a tier does not know the model and takes 16,384. A block twice as dear by that measure
-    stays longer, by as many turns as blocks lately had from their last use to their eviction.
+    others takes ``2·params + 4·layers·width·p`` operations: the matrix products, and attention, which is linear in
+    ``p`` for one token and so quadratic for a prompt. That is ``1 + p / P`` times what the first token takes, where
+    ``P = params / (2·layers·width)`` is 4,000 tokens in a model of 135 million parameters, 30,000 in one of 8 billion
+    and 53,000 in one of 70 billion; a tier does not know the model and takes 32,768. A block twice as dear by that
+    measure stays longer, by as many turns as blocks lately had from their last use to their eviction.
 
-    Bytes are no reason to go first. Within a model they are proportional to tokens, as the cost is; and per byte of K and
-    V, a larger model takes more to compute, not less.
+    Bytes are no reason to go first. Within a model they are proportional to tokens, as the cost is; and per byte of K
+    and V, a larger model takes more to compute, not less.
 
     The lead of blocks that came back is learnt, as in ARC (Megiddo and Modha, FAST 2003): each ghost that returns moves
     it in favour of its kind, the more the smaller the share of its kind among the evicted is.
     """
 
-    REFERENCE_TOKENS = 16384
+    REFERENCE_TOKENS = 32768
     STEP = 0.003
     """How far one ghost moves the logarithm of the lead."""
     MOST_STEPS = 20.0
