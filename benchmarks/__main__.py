@@ -28,6 +28,7 @@ NAMES = (
     "stream",
     "window",
     "catalog",
+    "eviction",
     "gpu",
 )
 _WIDTH = 120  # narrower, and the tables lose figures
@@ -42,6 +43,9 @@ def main(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each. Default: its own.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short and few: to see it run, not to quote.")] = False,
     output: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of the JSON files.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Requests that eviction replays, JSON lines.")
+    ] = None,
 ) -> None:
     """Measure kvtier on a small real model; write one JSON file for each benchmark and print it as a table."""
     unknown = sorted(set(names or ()) - set(NAMES))
@@ -49,11 +53,12 @@ def main(
         raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     folder = output or (RESULTS / "quick" if quick else RESULTS)
     if names is not None and len(names) == 1:
-        failed = not _run_here(names[0], Options(rounds, quick, _say), folder)
+        failed = not _run_here(names[0], Options(rounds, quick, _say, trace), folder)
     else:
         # One process each: what one benchmark leaves in memory must not decide how fast the next one gets its own.
         settings = ["--output", str(folder.resolve()), *(["--quick"] if quick else [])]
         settings += ["--rounds", str(rounds)] if rounds is not None else []
+        settings += ["--trace", str(trace.resolve())] if trace is not None else []
         command = [sys.executable, "-m", "benchmarks", *settings]
         ended = [subprocess.run([*command, name], cwd=CHECKOUT, check=False) for name in names or NAMES]
         failed = any(process.returncode for process in ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 Tokens = tuple[int, ...]
@@ -36,11 +37,19 @@ class Competitor:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a benchmark runs: ``rounds`` None means its own default; ``quick`` means short and only for looking at."""
+    """How a benchmark runs.
+
+    Attributes:
+        rounds: None means its own default.
+        quick: short, and only for looking at.
+        say: what is told of its progress.
+        trace: a file of requests, for the benchmark that replays one.
+    """
 
     rounds: int | None = None
     quick: bool = False
     say: Callable[[str], None] = field(default=lambda _: None)
+    trace: Path | None = None
 
     def rounds_or(self, default: int) -> int:
         """Return the rounds that were asked for, or 2 when quick, or ``default``."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from benchmarks.machine import Machine
 from benchmarks.measure import BenchmarkError, Sample, Spread, Tokens, agreement, paired_ratios
 
-Unit = Literal["s", "s/token", "bytes"]
+Unit = Literal["s", "s/token", "bytes", "share"]
 RatioKind = Literal["speedup", "cost"]
 """``speedup``: the baseline's figure over the competitor's. ``cost``: the competitor's over the baseline's."""
 

@@ -54,4 +54,6 @@ def format_value(value: float, unit: Unit) -> str:
     """Return a figure with three digits and a unit that suits it."""
     if unit == "bytes":
         return f"{value / 1e6:.0f} MB"
+    if unit == "share":
+        return f"{value:.2%}"
     return f"{value * 1000:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"

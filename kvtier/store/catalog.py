@@ -307,7 +307,7 @@ class Catalog:
         gone: list[Place] = []
         freed = 0
         while freed < nbytes and len(gone) < at_most:
-            row = self._least_valued(connection, passed)
+            row = self._least_valued(connection, passed, self._policy.lead(policy))
             if row is None:
                 if all_or_nothing:
                     raise _NotEnoughError
@@ -331,15 +331,19 @@ class Catalog:
         return gone
 
     @staticmethod
-    def _least_valued(connection: sqlite3.Connection, passed: set[str]) -> tuple[Any, ...] | None:
-        rows = connection.execute(
-            "SELECT key, root, bytes, uses, last_use, tokens, depth, priority FROM blocks INDEXED BY leaves "
-            f"WHERE state = {State.READY:d} AND children = 0 AND NOT {_PINNED} ORDER BY priority"
-        )
-        for row in rows:
-            if row[0].hex() not in passed:
-                return tuple(row)
-        return None
+    def _least_valued(connection: sqlite3.Connection, passed: set[str], lead: float) -> tuple[Any, ...] | None:
+        """Return the leaf of the lowest value that was not passed over, the first of one of two queues."""
+        firsts = []
+        for came_back in (0, 1):
+            rows = connection.execute(
+                "SELECT key, root, bytes, uses, last_use, tokens, depth, priority FROM blocks INDEXED BY leaves "
+                f"WHERE state = {State.READY:d} AND children = 0 AND (uses > 1) = {came_back} AND NOT {_PINNED} "
+                "ORDER BY priority"
+            )
+            first = next((tuple(row) for row in rows if row[0].hex() not in passed), None)
+            if first is not None:
+                firsts.append((first[7] + came_back * lead, first))
+        return min(firsts, key=lambda each: each[0])[1] if firsts else None
 
     @staticmethod
     def _trim_ghosts(connection: sqlite3.Connection) -> None:

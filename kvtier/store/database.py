@@ -17,7 +17,7 @@ from pathlib import Path
 from kvtier.store.fork import take_part
 from kvtier.store.lifecycle import State
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _PAGE_BYTES = 8192  # ids of a block of 256 tokens fit into one page, with room
 _LOCKED_SECONDS = 30.0  # how long to wait for other processes
 _RETRY_SECONDS = 0.01
@@ -29,7 +29,7 @@ CREATE TABLE blocks (
     uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL, priority REAL NOT NULL,
     used_at REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX leaves ON blocks (priority) WHERE state = {State.READY:d} AND children = 0;
+CREATE INDEX leaves ON blocks (uses > 1, priority) WHERE state = {State.READY:d} AND children = 0;
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_root ON blocks (root);
 CREATE INDEX by_use ON blocks (used_at);
@@ -195,13 +195,13 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Hold the connection for queries."""
-        with self._lock:
+        with self._lock, _rows_as_written():
             yield self.connection
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the connection for changes that happen together or not at all."""
-        with self._lock:
+        with self._lock, _rows_as_written():
             try:
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield self.connection
@@ -227,6 +227,19 @@ class Database:
         with self._lock:
             self._closed = True
             self._disconnect()
+
+
+@contextmanager
+def _rows_as_written() -> Iterator[None]:
+    """Take values that no row was ever written with for damage of the file, which SQLite does not always notice.
+
+    Raises:
+        sqlite3.DatabaseError: something could not be done with the values of a row.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise sqlite3.DatabaseError(f"a row is malformed ({type(error).__name__}: {error})") from error
 
 
 def _statements(script: str) -> Iterator[str]:

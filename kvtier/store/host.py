@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.pages import Landing, Page
@@ -155,16 +155,18 @@ class HostTier:
         if ghost is None:
             return Usage(0, self._state.clock, len(block.id.tokens), block.depth_tokens, size)
         self._state = self._policy.returned(ghost, self._state)
-        return ghost
+        return replace(ghost, last_use=self._state.clock, nbytes=size)
 
     def _least_valued(self, keep: str) -> str | None:
         """Return the leaf that is to go first: not ``keep``, not leased, not pinned; None when there is none."""
         best, least = None, 0.0
+        lead = self._policy.lead(self._state)
         for key, resident in self._blocks.items():
-            if best is not None and resident.priority >= least:
+            value = resident.priority + lead if resident.usage.came_back else resident.priority
+            if best is not None and value >= least:
                 continue
             if key != keep and not self._children.get(key) and key not in self.leases and not self._is_pinned(key):
-                best, least = key, resident.priority
+                best, least = key, value
         return best
 
     def _evict(self, key: str) -> None:

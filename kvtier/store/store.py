@@ -33,7 +33,7 @@ from kvtier.store.codec import CODECS
 from kvtier.store.commits import Commits, Read
 from kvtier.store.database import Connect, Database, connect
 from kvtier.store.disk import DiskSettings, DiskTier
-from kvtier.store.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvtier.store.eviction import Adaptive, EvictionPolicy
 from kvtier.store.filesystem import LOCAL, Filesystem
 from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import take_part
@@ -133,7 +133,7 @@ class PrefixStore(ManagedStore):
         self.namespace = namespace
         self.path = folder_path(path, "path") if path is not None else None
         self._clock = clock
-        policy = policy or LeastRecentlyUsed()
+        policy = policy or Adaptive()
         self._pinned: frozenset[str] = frozenset()  # in a store without folder
         self._disk: DiskTier | None = None
         self._owner: Owner | None = None
