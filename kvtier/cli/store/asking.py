@@ -32,7 +32,9 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not someone_is_there():
         fail(WRONG_USAGE, "nobody can be asked, since standard input is no terminal; nothing was done: pass --yes")
-    if not typer.confirm(question, err=True):
+    # Not typer.confirm: it writes to standard output, which belongs to what the command prints.
+    typer.echo(f"{question} [y/N] ", nl=False, err=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         fail(FAILED, "nothing was done")
 
 
