@@ -493,6 +493,7 @@ def test_verify_finds_damage_and_repairs_it(folder):
     result = kvtier("verify", "--store", folder)
     assert result.exit_code == 1
     assert "1 problem left" in result.stdout
+    assert "damaged  open   blocks/" in result.stdout
     assert "--repair" in result.stdout
     found = data("verify", "--store", folder, code=1)
     assert not found["ok"]
@@ -500,6 +501,20 @@ def test_verify_finds_damage_and_repairs_it(folder):
     assert "All problems were repaired" in done("verify", "--repair", "--yes", "--store", folder)
     assert not path.exists()
     assert "Nothing is wrong" in done("verify", "--store", folder)
+
+
+# --- carrying ---------------------------------------------------------------------------------------------------------
+
+
+def test_export_does_not_replace_a_file_unasked(folder, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    assert "--overwrite" in refusal("export", "letter", tmp_path / "mine", "--store", folder, code=2)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_import_of_no_file_makes_no_store(tmp_path):
+    assert "there is no file" in refusal("import", tmp_path / "gone", "--store", tmp_path / "new", code=2)
+    assert not (tmp_path / "new").exists()
 
 
 # --- how commands end -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import typer
 
 from kvtier.cli.store import records
 from kvtier.cli.store.asking import spinner
-from kvtier.cli.store.opening import DEFAULT_FOLDER, AsJson, Folder, named, opened
+from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened
 from kvtier.cli.store.quantities import size
 from kvtier.cli.store.tables import make_console, print_line
 
@@ -22,6 +22,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write what has a name to one file. It holds the tokens of the conversation: whoever has it can read them."""
+    if file.exists() and not overwrite:
+        fail(WRONG_USAGE, f"{file} exists already; pass --overwrite to replace it, or name another file")
     with opened(store) as open_store:
         prefix = named(open_store, name)
         with spinner(f"Writing {file} …"):
@@ -41,6 +43,8 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Take in what ``export`` has written. Where there is no store, one is made."""
+    if not file.exists():  # asked before a store is made for it
+        fail(WRONG_USAGE, f"there is no file {file}")
     with opened(store, create=True) as open_store, spinner(f"Reading {file} …"):
         done = open_store.import_(file, name=name)
         folder = open_store.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from kvtier.cli.store.asking import Yes, confirm, progress_bar
 from kvtier.cli.store.opening import DEFAULT_FOLDER, FAILED, AsJson, Folder, opened
 from kvtier.cli.store.quantities import size
 from kvtier.cli.store.tables import Column, make_console, print_line, print_table
-from kvtier.store.verify import VerifyReport
+from kvtier.store.verify import Problem, VerifyReport
 
 _COLUMNS = (
     Column("problem", "left"),
@@ -34,18 +35,19 @@ def verify(
             confirm("Delete what is damaged, and put right what can be?", yes)
         with progress_bar("Verifying") as progress:
             report = open_store.verify(repair=repair, progress=progress)
+        folder = str(open_store.path)
     if as_json:
         records.print_json(records.of_verification(report))
     else:
-        _print(report, repair)
+        _print(report, repair, folder)
     raise typer.Exit(0 if report.ok else FAILED)
 
 
-def _print(report: VerifyReport, repair: bool) -> None:
+def _print(report: VerifyReport, repair: bool, folder: str) -> None:
     console = make_console()
     if report.problems:
         rows = [
-            (problem.kind, "repaired" if problem.repaired else "open", _what(problem.subject, problem.text))
+            (problem.kind, "repaired" if problem.repaired else "open", _what(problem, folder))
             for problem in report.problems
         ]
         print_table(console, _COLUMNS, rows)
@@ -61,5 +63,6 @@ def _print(report: VerifyReport, repair: bool) -> None:
         print_line(console, f"{open_problems} problem{'' if open_problems == 1 else 's'} left. {found}{hint}")
 
 
-def _what(subject: str, text: str) -> str:
-    return text if subject in text else f"{subject}: {text}"
+def _what(problem: Problem, folder: str) -> str:
+    text = problem.text if problem.subject in problem.text else f"{problem.subject}: {problem.text}"
+    return text.replace(f"{folder}{os.sep}", "")
