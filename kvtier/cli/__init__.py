@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli import demo, doctor
+from kvtier.cli import demo, doctor, store
 
 app = typer.Typer(
     name="kvtier",
@@ -22,3 +22,4 @@ def _root() -> None:
 
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.add_typer(store.app)

@@ -1,0 +1,116 @@
+"""The commands that destroy, after asking: ``rm`` and ``prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kvtier.cli.store import records
+from kvtier.cli.store.asking import Yes, confirm, spinner
+from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
+from kvtier.cli.store.quantities import parse_size, parse_span, size
+from kvtier.cli.store.tables import make_console, plain, print_line
+from kvtier.store import PrefixStore
+from kvtier.store.inventory import Forgotten
+
+
+def rm(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="What shall be forgotten.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Instead of a name: how the key of a chain begins (ls --unnamed).")
+    ] = None,
+    name_only: Annotated[
+        bool, typer.Option("--name-only", help="Take only the names away; what they named stays until it is evicted.")
+    ] = False,
+    yes: Yes = False,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Forget for good, except for what other sequences use too."""
+    wanted = list(dict.fromkeys(names or ()))
+    if bool(wanted) == (key is not None):
+        fail(WRONG_USAGE, "rm takes names, or the key of one chain with --key")
+    if key is not None and name_only:
+        fail(WRONG_USAGE, "--name-only goes with names: a chain without a name has none to lose")
+    with opened(store) as open_store:
+        if key is not None:
+            removed = _forget_chain(open_store, key, yes)
+        else:
+            removed = _forget_names(open_store, wanted, name_only, yes)
+    _tell(removed, as_json)
+
+
+def _forget_chain(store: PrefixStore, key: str, yes: bool) -> Forgotten:
+    found = chain(store, key)
+    if found.names:
+        fail(WRONG_USAGE, f"the chain {found.key[:12]} is called {found.names[0]!r}; pass its name instead of --key")
+    confirm(f"Forget the chain {found.key[:12]}, {found.tokens} tokens?", yes)
+    return store.forget_chain(found.key)
+
+
+def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, yes: bool) -> Forgotten:
+    found = [named(store, name) for name in names]  # all of them, or none
+    for each in found:
+        pinned = ", which is pinned" if each.pinned else ""
+        if name_only:
+            confirm(f"Take the name {plain(each.name)} away{pinned}?", yes)
+        else:
+            own = f"{size(each.own_bytes)} that nothing else uses"
+            confirm(f"Forget {plain(each.name)}{pinned}: {each.tokens} tokens, {own}?", yes)
+    removed = Forgotten(0, 0)
+    for each in found:
+        if name_only:
+            store.unname(each.name)
+        else:
+            gone = store.forget(each.name)
+            removed = Forgotten(removed.blocks + gone.blocks, removed.nbytes + gone.nbytes)
+    return removed
+
+
+def prune(
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="SIZE", help="Evict until the store takes no more, e.g. 10GiB.")
+    ] = None,
+    unused_for: Annotated[
+        str | None,
+        typer.Option("--unused-for", metavar="DURATION", help="Remove what was not used for so long, e.g. 30d."),
+    ] = None,
+    expired: Annotated[bool, typer.Option("--expired", help="Remove only what has expired; nothing is asked.")] = False,
+    yes: Yes = False,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Make room. What has expired goes in any case; what is pinned, or being read, stays."""
+    with told():
+        to_bytes = None if to is None else parse_size(to, "--to")
+        seconds = None if unused_for is None else parse_span(unused_for, "--unused-for")
+    if to_bytes is None and seconds is None and not expired:
+        fail(WRONG_USAGE, "say what may go: --to SIZE, --unused-for DURATION or --expired")
+    if expired and (to_bytes is not None or seconds is not None):
+        fail(WRONG_USAGE, "--expired is for itself: the other options remove what has expired, too")
+    with opened(store) as open_store:
+        before = _disk_bytes(open_store)
+        if seconds is not None:
+            confirm(f"Remove what was not used for {unused_for}, pinned names excepted?", yes)
+        if to_bytes is not None and before > to_bytes:
+            confirm(f"Evict until no more than {size(to_bytes)} are left of {size(before)}?", yes)
+        with spinner("Removing …"):
+            removed = open_store.prune(to_bytes=to_bytes, unused_for=seconds)
+        left = _disk_bytes(open_store)
+    _tell(removed, as_json)
+    if to_bytes is not None and left > to_bytes and not as_json:
+        print_line(make_console(), f"{size(left)} are left: the rest is pinned, or being read.")
+
+
+def _disk_bytes(store: PrefixStore) -> int:
+    return sum(tier.nbytes for tier in store.stats().tiers if tier.tier == "disk")
+
+
+def _tell(removed: Forgotten, as_json: bool) -> None:
+    if as_json:
+        records.print_json(records.of_removal(removed))
+    else:
+        blocks = f"{removed.blocks} block{'' if removed.blocks == 1 else 's'}"
+        print_line(make_console(), f"Removed {blocks}, {size(removed.nbytes)}.")

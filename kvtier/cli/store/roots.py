@@ -1,0 +1,77 @@
+"""What a root stands for, as its file in the store tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAX_FILE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RootFile:
+    """``roots/<root>.json`` of a store.
+
+    Attributes:
+        root: the root.
+        manifest: what it stands for; None when the file cannot be used.
+        problem: why not; None when it can.
+    """
+
+    root: str
+    manifest: Mapping[str, Any] | None
+    problem: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path, root: str) -> RootFile:
+        """Read the file of ``root``. A file that is missing or damaged is told, not raised: K and V do not need it."""
+        path = folder / "roots" / f"{root}.json"
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError("it is too large")
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("it holds no object")
+        except (OSError, ValueError, RecursionError) as error:
+            return cls(root, None, f"{path} cannot be read: {error}")
+        return cls(root, manifest)
+
+    @property
+    def title(self) -> str:
+        """The model in a few words: ``LlamaForCausalLM, 30 layers, bfloat16``."""
+        if self.manifest is None:
+            return f"root {self.root[:12]}"
+        layers, dtype = self._setting("num_hidden_layers"), self._setting("dtype")
+        parts = [
+            self.manifest.get("model", f"root {self.root[:12]}"),
+            f"{layers} layers" if layers is not None else None,
+            dtype,
+            "with adapters" if self.manifest.get("adapters") else None,
+            f"namespace {self.manifest['namespace']}" if self.manifest.get("namespace") else None,
+        ]
+        return ", ".join(str(part) for part in parts if part)
+
+    def _setting(self, name: str) -> Any:
+        config = self.manifest.get("config") if self.manifest else None
+        return config.get(name) if isinstance(config, dict) else None
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What a person wants to know of it: a heading and a text each."""
+        if self.manifest is None:
+            return [("root", self.root), ("stands for", self.problem or "")]
+        found = [
+            ("model", self.manifest.get("model")),
+            ("called", self._setting("_model_name_or_path") or self._setting("_name_or_path")),
+            ("layers", self._setting("num_hidden_layers")),
+            ("dtype", self._setting("dtype")),
+            ("adapters", ", ".join(map(str, self.manifest.get("adapters") or ())) or "none"),
+            ("namespace", self.manifest.get("namespace")),
+            ("block size", f"{self.manifest['block_size']} tokens" if "block_size" in self.manifest else None),
+            ("transformers", self.manifest.get("transformers")),
+            ("weights", self.manifest.get("weights")),
+        ]
+        return [("root", self.root), *((title, str(value)) for title, value in found if value not in (None, ""))]

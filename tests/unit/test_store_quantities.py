@@ -1,0 +1,64 @@
+"""Sizes and spans, as people read and write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtier.cli.store.quantities import parse_size, parse_span, size, span
+from kvtier.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (102_348, "99.9 KiB"),
+        (102_349, "100 KiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (5 * 2**30 + 2**29, "5.5 GiB"),
+        (3 * 2**40, "3.0 TiB"),
+        (5000 * 2**40, "5000.0 TiB"),
+    ],
+)
+def test_sizes_are_short_and_never_show_a_four_digit_unit_too_small(nbytes, text):
+    assert size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 s"),
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3599, "59 min"),
+        (3600, "1 h"),
+        (86399, "23 h"),
+        (20.5 * 86400, "20 d"),
+    ],
+)
+def test_spans_are_rounded_down(seconds, text):
+    assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1s", 1), ("90 min", 5400), ("1.5h", 5400), ("30d", 2_592_000), (" 2 w ", 1_209_600)],
+)
+def test_spans_that_people_write(text, seconds):
+    assert parse_span(text, "--ttl") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "5m", "0s", "-1d", "1e3s", "1d2h", "d", "٣d x", "1 month"])
+def test_what_is_no_span(text):
+    with pytest.raises(ConfigurationError, match=r"--ttl=.* is not a duration"):
+        parse_span(text, "--ttl")
+
+
+def test_sizes_that_people_write():
+    assert parse_size("0", "--to") == 0
+    assert parse_size("10GiB", "--to") == 10 * 2**30
+    with pytest.raises(ConfigurationError, match="--to='x'"):
+        parse_size("x", "--to")
