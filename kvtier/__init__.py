@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from kvtier.errors import (
+    ArchiveError,
     BlockError,
     BudgetError,
     BusyError,
@@ -25,6 +26,7 @@ from kvtier.store import PrefixStore
 __version__ = _version("kvtier")
 
 __all__ = [
+    "ArchiveError",
     "BlockError",
     "BudgetError",
     "BusyError",

@@ -11,6 +11,7 @@ KvtierError
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
+    ├── ArchiveError                  a file of an exported prefix cannot be written, or is not to be imported
     └── BlockError                    one block is missing, damaged or not what it claims to be
         └── RestoreError              the same, noticed while a turn was already reading it
 """
@@ -61,6 +62,10 @@ class StoreError(KvtierError):
 
 class StoreVersionError(StoreError):
     """The store was written by a newer version of kvtier."""
+
+
+class ArchiveError(StoreError):
+    """The file of an exported prefix cannot be written, or is not what can be imported; the message names it."""
 
 
 class BlockError(StoreError):

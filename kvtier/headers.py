@@ -20,13 +20,19 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-def encode_header(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return the beginning of a file of ``tensors`` without gaps: name, dtype name, shape and bytes of each."""
+def encode_header(
+    tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str], at_least: int = 0
+) -> bytes:
+    """Return the beginning of a file of ``tensors`` without gaps: name, dtype name, shape and bytes of each.
+
+    It is padded to ``at_least`` bytes, so that one whose numbers are not known yet can leave room for them.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape, nbytes in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(at_least - 8)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

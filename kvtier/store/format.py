@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import stat
-import struct
 import zlib
 from typing import Any
 
@@ -25,17 +23,15 @@ from kvtier.store import codec as codecs
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
 from kvtier.store.layout import (
-    MAX_HEADER_BYTES,
     MAX_LAYERS,
-    MAX_TOKENS,
     NOT_JSON,
-    Layout,
     check_hash,
     check_ids,
+    fill,
     json_object,
     layers_of,
+    open_header,
     read_checksums,
-    read_header,
     tensor_names,
 )
 
@@ -153,71 +149,38 @@ class BlockFile:
     def _read_header(self) -> None:
         # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
         # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise BlockError(f"{self.path}: it is no ordinary file")
-        self.nbytes = status.st_size
-        (header_bytes,) = struct.unpack("<Q", self._pread(0, 8).tobytes())
-        if header_bytes > self.nbytes - 8:
-            raise BlockError(f"{self.path}: header is longer than the file")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise BlockError(f"{self.path}: header is longer than {MAX_HEADER_BYTES} bytes")
-        metadata, layout = read_header(self._pread(8, header_bytes).tobytes())
-        self._data_start = 8 + header_bytes
-        missing = next((name for name in _METADATA if name not in metadata), None)
-        if missing:
-            raise BlockError(f"{self.path}: its metadata have no {missing!r}")
+        opened = open_header(self._fd, _METADATA)
+        metadata, layout = opened.metadata, opened.layout
+        self.nbytes, self._data_start = opened.nbytes, opened.data_start
         if metadata["format"] != _FORMAT:
-            raise BlockError(f"{self.path}: format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
+            raise ValueError(f"format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
         self.codec = metadata["codec"]
         if self.codec not in codecs.CODECS:
-            raise BlockError(f"{self.path}: unknown codec {self.codec!r:.40}")
-        names = layout.names
-        if names != tensor_names(len(names) // 2):
-            raise BlockError(f"{self.path}: its tensors are not tokens, and K and V of each layer in turn")
-        end = layout.ends[-1]
-        if self._data_start + end != self.nbytes:
-            raise BlockError(f"{self.path}: {self.nbytes} bytes where the header tells {self._data_start + end}")
-        count = self._check_tokens(layout)
-        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], len(names) // 2, count)
+            raise ValueError(f"unknown codec {self.codec!r:.40}")
+        layers = len(layout.names) // 2
+        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], layers, opened.tokens)
         if self.codec == "raw":
             fits = (layout.shapes[1:], layout.dtypes[1:]) == told
         else:
             fits = set(layout.dtypes[1:]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[1:])
         if not fits:
-            raise BlockError(f"{self.path}: its tensors do not have the shapes and types that its metadata tell")
+            raise ValueError("its tensors do not have the shapes and types that its metadata tell")
         self._begins, self._ends = layout.begins, layout.ends
-        self._crc32 = read_checksums(metadata["crc32"], names)
+        self._crc32 = read_checksums(metadata["crc32"], layout.names)
         key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
         tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
         check_ids(tokens)
         if block_key(parent, tokens) != key:
-            raise BlockError(f"{self.path}: its ids do not give its key")
+            raise ValueError("its ids do not give its key")
         self.id = BlockId(key, parent, root, tokens)
-
-    def _check_tokens(self, layout: Layout) -> int:
-        """Return how many tokens the block has, before they are read."""
-        shape = layout.shapes[_TOKENS]
-        if layout.dtypes[_TOKENS] != "I64" or len(shape) != 1 or not 0 < shape[0] <= MAX_TOKENS:
-            raise BlockError(f"{self.path}: its tokens are not a row of ids, 1 to {MAX_TOKENS}")
-        return shape[0]
-
-    def _pread(self, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        buffer = np.empty(size, dtype=np.uint8)
-        done = 0
-        while done < size:
-            try:
-                count = os.preadv(self._fd, [memoryview(buffer)[done:]], offset + done)
-            except OSError as error:
-                raise BlockError(f"{self.path}: {error}") from error
-            if count == 0:
-                raise BlockError(f"{self.path}: cut short at {offset + done} bytes")
-            done += count
-        return buffer
 
     def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         begin, end = self._begins[index], self._ends[index]
-        payload = self._pread(self._data_start + begin, end - begin)
+        payload = np.empty(end - begin, dtype=np.uint8)
+        try:
+            fill(self._fd, memoryview(payload), self._data_start + begin)
+        except (OSError, ValueError) as error:
+            raise BlockError(f"{self.path}: {error}") from error
         if zlib.crc32(payload) != self._crc32[index]:
             raise BlockError(f"{self.path}: checksum of tensor {index} differs")
         return payload

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -36,7 +38,12 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 NOT_JSON = (ValueError, RecursionError)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of ``pairs``: a hook for JSON, whose readers differ in which of two values counts.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key is there twice")
@@ -48,9 +55,9 @@ def _refuse_number(text: str) -> NoReturn:
 
 
 _strings = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_refuse_number, parse_float=_refuse_number, parse_constant=_refuse_number
+    object_pairs_hook=unique, parse_int=_refuse_number, parse_float=_refuse_number, parse_constant=_refuse_number
 )
-_integers = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse_number, parse_constant=_refuse_number)
+_integers = json.JSONDecoder(object_pairs_hook=unique, parse_float=_refuse_number, parse_constant=_refuse_number)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -68,6 +75,21 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
+def fill(fd: int, buffer: memoryview, offset: int) -> None:
+    """Read into all of ``buffer`` from byte ``offset`` of a file.
+
+    Raises:
+        OSError: the drive fails.
+        ValueError: the file ends before.
+    """
+    done = 0
+    while done < buffer.nbytes:
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise ValueError(f"cut short at {offset + done} bytes")
+        done += count
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The tensors of a file in order: they begin at 0, without gaps, and each is as long as its shape says.
@@ -82,7 +104,7 @@ class Layout:
     ends: tuple[int, ...]
 
 
-def read_header(header: bytes) -> tuple[dict[str, str], Layout]:
+def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
     """Return the metadata of a header (without its 8 bytes of length), and where its tensors lie.
 
     Raises:
@@ -100,6 +122,55 @@ def read_header(header: bytes) -> tuple[dict[str, str], Layout]:
     if comma is None:
         raise ValueError("its header names no tensors")
     return metadata, _read_tensors(text[comma.end() :])
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file whose header was read: a whole file of tokens, and K and V of each layer in turn.
+
+    ``data_start`` is where its tensors begin, ``nbytes`` its size, ``tokens`` how many ids it has.
+    """
+
+    metadata: dict[str, str]
+    layout: Layout
+    data_start: int
+    nbytes: int
+    tokens: int
+
+
+def open_header(fd: int, required: Sequence[str]) -> Opened:
+    """Read the header of an open file, whose metadata must hold what is ``required``.
+
+    Raises:
+        OSError: the drive fails.
+        ValueError: it is no ordinary file, or no whole file of such tensors.
+        RecursionError: the brackets of its header never end.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no ordinary file")
+    size = bytearray(8)
+    fill(fd, memoryview(size), 0)
+    header_bytes = int.from_bytes(size, "little")
+    if header_bytes > status.st_size - 8:
+        raise ValueError("header is longer than the file")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"header is longer than {MAX_HEADER_BYTES} bytes")
+    header = bytearray(header_bytes)
+    fill(fd, memoryview(header), 8)
+    metadata, layout = read_header(header)
+    missing = next((name for name in required if name not in metadata), None)
+    if missing:
+        raise ValueError(f"its metadata have no {missing!r}")
+    if layout.names != tensor_names(len(layout.names) // 2):
+        raise ValueError("its tensors are not tokens, and K and V of each layer in turn")
+    data_start = 8 + header_bytes
+    if data_start + layout.ends[-1] != status.st_size:
+        raise ValueError(f"{status.st_size} bytes where the header tells {data_start + layout.ends[-1]}")
+    shape = layout.shapes[0]
+    if layout.dtypes[0] != "I64" or len(shape) != 1 or not 0 < shape[0] <= MAX_TOKENS:
+        raise ValueError(f"its tokens are not a row of ids, 1 to {MAX_TOKENS}")
+    return Opened(metadata, layout, data_start, status.st_size, shape[0])
 
 
 # The blocks of a sequence differ in their metadata; the rest of a raw one's header is the same for all of them.
