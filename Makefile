@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
+FUZZ_STAMP := $(VENV)/.installed-fuzz
+FUZZ_SECONDS ?= 60
 LOWEST := .venv-lowest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format wheel bench docs notebooks test-lowest clean
+.PHONY: demo test check format wheel bench docs notebooks test-lowest fuzz clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +25,10 @@ $(DOCS_STAMP): $(STAMP)
 
 $(NOTEBOOKS_STAMP): $(STAMP)
 	$(PIP_INSTALL) --editable '.[notebooks]'
+	touch $@
+
+$(FUZZ_STAMP): $(STAMP)
+	$(PIP_INSTALL) --editable '.[fuzz]'
 	touch $@
 
 demo: $(STAMP)  ## three turns on a long document, the last one in a new process
@@ -73,6 +79,11 @@ test-lowest: $(STAMP)  ## the oldest transformers that pyproject.toml admits
 	grep -vE '^(transformers|huggingface_hub|hf-xet)==' constraints.txt > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==5.17.*' --editable '.[dev,demo]'
 	$(LOWEST)/bin/python -m pytest
+
+fuzz: $(FUZZ_STAMP)  ## bytes chosen by the code they reach, against the readers of files; FUZZ_SECONDS=60
+	mkdir -p build/fuzz
+	$(BIN)/python tests/fuzz/coverage_guided.py -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
+	    -max_len=65536 -artifact_prefix=build/fuzz/ build/fuzz tests/fuzz/corpus
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -64,7 +64,7 @@ def _words(move: Move) -> str:
 
 
 def _arrow(source: State, target: State, moves: list[Move], both_ways: bool) -> list[str]:
-    """An arc from one box to another, bent aside so that it and its counterpart lie apart."""
+    """Bend an arc from one box to another aside, so that it and its counterpart lie apart."""
     (x1, y1), (x2, y2) = _CENTRES[source], _CENTRES[target]
     dx, dy = x2 - x1, y2 - y1
     length = (dx * dx + dy * dy) ** 0.5
@@ -80,7 +80,8 @@ def _loop(state: State, moves: list[Move]) -> list[str]:
     x, y = _CENTRES[state]
     up = -1 if y < _HEIGHT / 2 else 1
     edge = y + up * _BOX[1] / 2
-    path = f'<path d="M{x - 20},{edge:.0f} C{x - 45},{edge + up * 45:.0f} {x + 45},{edge + up * 45:.0f} {x + 20},{edge:.0f}"/>'
+    far = edge + up * 45
+    path = f'<path d="M{x - 20},{edge:.0f} C{x - 45},{far:.0f} {x + 45},{far:.0f} {x + 20},{edge:.0f}"/>'
     return [path, *_label(x, edge + up * 46, moves)]
 
 

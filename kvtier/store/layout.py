@@ -23,7 +23,8 @@ from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.headers import DTYPES
 from kvtier.store.chain import TokenIds
 
-MAX_HEADER_BYTES = 2**20  # 200 layers take 70 KB
+MAX_HEADER_BYTES = 2**19  # 200 layers take 70 KB
+_MAX_BRACKETS = 2**15  # 200 layers take 1,600; each costs the parser as much as hundreds of bytes
 MAX_LAYERS = 1024
 MAX_TOKENS = 2**24  # of one file
 _MAX_HEADS = _MAX_DIM = 2**16
@@ -111,6 +112,8 @@ def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
         ValueError: it is no header of safetensors, begins with something else than metadata, or contradicts itself.
         RecursionError: its brackets never end.
     """
+    if header.count(b"{") + header.count(b"[") > _MAX_BRACKETS:
+        raise ValueError("its header has more brackets than that of any model")
     text = header.decode("utf-8")
     found = _METADATA.match(text)
     if found is None:

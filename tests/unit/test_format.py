@@ -232,8 +232,8 @@ def reordered(h):
     h["tokens"] = h.pop("tokens")
 
 
-def every_tensor_ten_thousand_times(h):
-    h.update({f"k.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(2, 10_000)})
+def more_tensors_than_any_model(h):
+    h.update({f"k.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(2, 2_500)})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def every_tensor_ten_thousand_times(h):
         (lambda h: h["k.0"].update(dtype="U8", shape=[2, 4, 16]), "do not have the shapes"),
         (lambda h: h["k.0"].update(more=1), "type, shape and place"),
         (lambda h: h.update({"k.2": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}), "does not lie where"),
-        (every_tensor_ten_thousand_times, "more than 1024 layers"),
+        (more_tensors_than_any_model, "more than 1024 layers"),
         (lambda h: h["tokens"].update(dtype="F64"), "row of ids"),
         (lambda h: h["tokens"].update(shape=[2, 2]), "row of ids"),
         (lambda h: h.update({"../k": h.pop("k.0")}), "does not lie where"),
@@ -273,7 +273,8 @@ def every_tensor_ten_thousand_times(h):
         (lambda h: h["__metadata__"].update(parent=ROOT[:62] + "  "), "parent .* is not 64 hex digits"),
         (lambda h: h["__metadata__"].update(codec="\ud800"), "unknown codec"),
         (lambda h: h["__metadata__"].update(codec="raw" * 10_000), "unknown codec"),
-        (lambda h: h["__metadata__"].update(shapes="[" * 100_000), "recursion|nested"),
+        (lambda h: h["__metadata__"].update(shapes="[" * 20_000), "recursion|nested"),
+        (lambda h: h["__metadata__"].update(shapes="[" * 33_000), "more brackets"),
         (told("shapes", [2, 4, True]), "does not fit"),
         (told("shapes", [2, 4, 4.0]), "where no such number"),
         (told("shapes", [2**30, 4, 2**30]), "more heads"),
@@ -333,14 +334,14 @@ def test_a_header_larger_than_any_model_needs_is_refused_unread(tmp_path):
     header, payload = split(path.read_bytes())
     text = json.dumps(header).encode() + b" " * 2**20
     path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
-    with pytest.raises(BlockError, match="longer than 1048576 bytes"):
+    with pytest.raises(BlockError, match="longer than 524288 bytes"):
         BlockFile(str(path))
 
 
 def test_the_header_of_two_hundred_layers_is_far_below_the_limit():
     page = Page(torch.zeros(2, 1, 4), torch.zeros(2, 1, 4))
     header = encode_block(Block(block(ids(1)).id, (page,) * 200), "raw")[0]
-    assert 8 * len(header) < MAX_HEADER_BYTES
+    assert 7 * len(header) < MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize(
