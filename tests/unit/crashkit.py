@@ -119,7 +119,10 @@ def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
             elif deed < 0.75:
                 restored_length_at_last(store, ids(*tokens))
             elif deed < 0.95:
-                name, mine = f"{seed} {len(known)} ✓", [10 + seed * 10_000 + len(known), *tokens]  # nothing else begins so
+                name, mine = (
+                    f"{seed} {len(known)} ✓",
+                    [10 + seed * 10_000 + len(known), *tokens],
+                )  # nothing else begins so
                 known.append([])
                 commit(store, ids(*mine))
                 store.flush()
