@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtier.errors import BlockError
-from kvtier.store.catalog import Catalog, Place
+from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
 from kvtier.store.folder import StoreFolder
 from kvtier.store.format import BlockFile
 from kvtier.store.lifecycle import State
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner, pid_of
+from kvtier.store.valuation import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 import numpy as np
 
 from kvtier.store.base import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.database import SCHEMA_VERSION, Database
-from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.lifecycle import Move, State, after, sources
+from kvtier.store.valuation import PINNED, Place, Valuation
 
 _FOREVER = float("-inf")
-_PINNED = "EXISTS (SELECT 1 FROM links WHERE links.key = blocks.key AND links.pinned)"
-_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {_PINNED})"
-_MIN_GHOSTS = 1024
+_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {PINNED})"
 
 
 class Prepared(Enum):
@@ -43,15 +40,6 @@ class Prepared(Enum):
     """The budget has no room for it now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What names the file of a block, and what it takes."""
-
-    key: str
-    root: str
-    nbytes: int
-
-
 class _NotEnoughError(Exception):
     """Less can be evicted than is needed: what was begun is rolled back."""
 
@@ -61,7 +49,7 @@ class Catalog:
 
     def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._database = database
-        self._policy = policy
+        self._valuation = Valuation(policy)
         self._clock = clock
 
     # --- finding ----------------------------------------------------------------------------------------------------
@@ -216,16 +204,10 @@ class Catalog:
         owner: str,
         used_at: float | None = None,
     ) -> None:
-        key, policy = bytes.fromhex(block.key), self._policy_state(connection)
-        ghost = connection.execute("SELECT uses, last_use FROM ghosts WHERE key = ?", (key,)).fetchone()
-        uses, last_use = ghost or (0, policy.clock)
-        depth = self._depth(connection, block) or 0
-        usage = Usage(uses, last_use, len(block.tokens), depth, nbytes)
-        if ghost is not None:
-            policy = self._policy.returned(usage, policy)
-            self._set_policy_state(connection, policy)
-            connection.execute("DELETE FROM ghosts WHERE key = ?", (key,))
-        priority = self._policy.priority(usage, policy)
+        key, depth = bytes.fromhex(block.key), self._depth(connection, block) or 0
+        session = self._valuation.session(connection)
+        usage, priority = session.entered(block, depth, nbytes)
+        session.end()
         connection.execute(
             "INSERT INTO ids VALUES (?, ?, ?)", (bytes.fromhex(block.parent), _as_bytes(block.tokens), key)
         )
@@ -242,8 +224,8 @@ class Catalog:
                 "tokens": len(block.tokens),
                 "depth": depth,
                 "bytes": nbytes,
-                "uses": uses,
-                "last_use": policy.clock,
+                "uses": usage.uses,
+                "last_use": usage.last_use,
                 "priority": priority,
                 "used_at": self._clock() if used_at is None else used_at,
             },
@@ -303,58 +285,26 @@ class Catalog:
         at_most: int,
         all_or_nothing: bool,
     ) -> list[Place]:
-        policy = self._policy_state(connection)
+        session = self._valuation.session(connection)
         gone: list[Place] = []
         freed = 0
         while freed < nbytes and len(gone) < at_most:
-            row = self._least_valued(connection, passed, self._policy.lead(policy))
-            if row is None:
+            valued = session.least(passed)
+            if valued is None:
                 if all_or_nothing:
                     raise _NotEnoughError
                 break
-            place, usage, priority = (
-                Place(row[0].hex(), row[1].hex(), row[2]),
-                Usage(row[3], row[4], row[5], row[6], row[2]),
-                row[7],
-            )
+            place = valued.place
             if leased(place):
                 passed.add(place.key)
                 continue
-            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
+            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
             self._move(connection, place.key, Move.EVICT)
-            policy = self._policy.evicted(usage, priority, policy)
-            connection.execute("INSERT OR REPLACE INTO ghosts VALUES (?, ?, ?)", (row[0], usage.uses, policy.clock))
+            session.evicted(valued)
             gone.append(place)
             freed += place.nbytes
-        self._set_policy_state(connection, policy)
-        self._trim_ghosts(connection)
+        session.end()
         return gone
-
-    @staticmethod
-    def _least_valued(connection: sqlite3.Connection, passed: set[str], lead: float) -> tuple[Any, ...] | None:
-        """Return the leaf of the lowest value that was not passed over, the first of one of two queues."""
-        firsts = []
-        for came_back in (0, 1):
-            rows = connection.execute(
-                "SELECT key, root, bytes, uses, last_use, tokens, depth, priority FROM blocks INDEXED BY leaves "
-                f"WHERE state = {State.READY:d} AND children = 0 AND (uses > 1) = {came_back} AND NOT {_PINNED} "
-                "ORDER BY priority"
-            )
-            first = next((tuple(row) for row in rows if row[0].hex() not in passed), None)
-            if first is not None:
-                firsts.append((first[7] + came_back * lead, first))
-        return min(firsts, key=lambda each: each[0])[1] if firsts else None
-
-    @staticmethod
-    def _trim_ghosts(connection: sqlite3.Connection) -> None:
-        """Remember no more blocks that are gone than there are blocks."""
-        (ghosts,) = connection.execute("SELECT COUNT(*) FROM ghosts").fetchone()
-        if ghosts > _MIN_GHOSTS:
-            (blocks,) = connection.execute("SELECT COUNT(*) FROM blocks").fetchone()
-            connection.execute(
-                "DELETE FROM ghosts WHERE key IN (SELECT key FROM ghosts ORDER BY last_use LIMIT ?)",
-                (max(0, ghosts - max(_MIN_GHOSTS, blocks)),),
-            )
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
@@ -379,7 +329,7 @@ class Catalog:
         """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
         with self._database.reading() as connection:
             rows = connection.execute(
-                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND NOT {_PINNED} "
+                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND NOT {PINNED} "
                 "ORDER BY depth DESC",
                 (since,),
             ).fetchall()
@@ -397,33 +347,13 @@ class Catalog:
 
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
-        now = self._clock()
         with self._database.transaction() as connection:
-            policy = self._policy_state(connection).tick()
-            for key in keys:
-                row = connection.execute(
-                    "SELECT uses, last_use, tokens, depth, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
-                ).fetchone()
-                if row is None:
-                    continue
-                usage = Usage(*row).used(policy)
-                connection.execute(
-                    "UPDATE blocks SET uses = ?, last_use = ?, priority = ?, used_at = ? WHERE key = ?",
-                    (usage.uses, usage.last_use, self._policy.priority(usage, policy), now, bytes.fromhex(key)),
-                )
+            session = self._valuation.session(connection)
+            session.used(keys, self._clock())
+            session.end()
             connection.executemany(
                 "UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, bytes.fromhex(key)) for key, n in hits.items()]
             )
-            self._set_policy_state(connection, policy)
-
-    @staticmethod
-    def _policy_state(connection: sqlite3.Connection) -> PolicyState:
-        (text,) = connection.execute("SELECT policy FROM total").fetchone()
-        return PolicyState.from_text(text)
-
-    @staticmethod
-    def _set_policy_state(connection: sqlite3.Connection, state: PolicyState) -> None:
-        connection.execute("UPDATE total SET policy = ?", (state.to_text(),))
 
     # --- counting ---------------------------------------------------------------------------------------------------
 
@@ -457,7 +387,7 @@ class Catalog:
         with self._database.reading() as connection:
             (ready,) = connection.execute(f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d}").fetchone()
             (pinned,) = connection.execute(
-                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND {_PINNED}"
+                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND {PINNED}"
             ).fetchone()
         return int(ready), int(pinned)
 
@@ -474,7 +404,7 @@ _OUTCOMES = {
     State.WRITING: Prepared.ELSEWHERE,
     State.LEAVING: Prepared.LEAVING,
 }
-_ENTRY = f"key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, {_PINNED}"
+_ENTRY = f"key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, {PINNED}"
 _SET_DEPTHS = """
 WITH RECURSIVE walk(key, depth, tokens) AS (
     SELECT key, 0, tokens FROM blocks WHERE parent = root

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from kvtier.errors import BlockError
 from kvtier.store.base import Block, Entry
-from kvtier.store.catalog import Catalog, Place, Prepared
+from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
 from kvtier.store.format import BlockFile, encode_block
@@ -25,6 +25,7 @@ from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
 from kvtier.store.owners import Owner, lock_alone, lock_shared
 from kvtier.store.pause import Pause, is_full
+from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")

@@ -180,7 +180,7 @@ class InRows:
 
     def state(self):
         with self.database.reading() as connection:
-            return self.tier._policy_state(connection)
+            return PolicyState.from_text(*connection.execute("SELECT policy FROM total").fetchone())
 
     def ghosts(self):
         with self.database.reading() as connection:
@@ -240,7 +240,7 @@ def test_ghosts_in_ram_are_no_more_than_blocks():
 
 
 def test_ghosts_in_rows_are_bounded(monkeypatch):
-    monkeypatch.setattr("kvtier.store.catalog._MIN_GHOSTS", 3)
+    monkeypatch.setattr("kvtier.store.valuation._MIN_GHOSTS", 3)
     tier = InRows(LeastRecentlyUsed())
     for first in range(0, 80, 4):
         tier.put(block(count(4, first=first)))

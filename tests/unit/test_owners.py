@@ -1,5 +1,6 @@
 """Who is at work in a folder, and who is gone."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,24 @@ def test_what_is_no_owner_is_dead(tmp_path, name):
     assert not owner.lives(name)
     assert pid_of(name) == 0
     owner.close()
+
+
+def test_an_owner_that_is_seen_before_it_has_its_lock_takes_another_name(tmp_path, monkeypatch):
+    """Between making the file and locking it, another store takes it for a dead one's."""
+    flock, buried = fcntl.flock, []
+
+    def slow(fd, how):
+        if not buried:
+            buried.extend(tmp_path.iterdir())
+            buried[0].unlink()
+        return flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    owner, other = Owner(tmp_path), Owner(tmp_path)
+    assert buried[0].stem != owner.name
+    assert other.lives(owner.name)
+    owner.close()
+    other.close()
 
 
 def _live_and_wait(folder, names):
