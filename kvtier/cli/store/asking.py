@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from kvtier.cli.store.opening import FAILED, WRONG_USAGE, fail
+from kvtier.cli.store.tables import plain
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where nobody can be asked.")]
 
@@ -55,5 +57,5 @@ def spinner(what: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(what):
+    with console.status(Text(plain(what))):  # a file may be called like markup
         yield

@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from kvtier.cli.store.tables import plain
 from kvtier.errors import ConfigurationError, KvtierError, UnknownNameError
 from kvtier.store import PrefixStore
 from kvtier.store.inventory import Chain
@@ -34,7 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, a
 
 def fail(code: int, text: object) -> NoReturn:
     """End the command with ``code`` and one line on standard error."""
-    typer.echo(f"kvtier store: {' '.join(str(text).split())}", err=True)
+    typer.echo(f"kvtier store: {plain(' '.join(str(text).split()))}", err=True)
     raise typer.Exit(code)
 
 

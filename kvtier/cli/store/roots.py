@@ -56,7 +56,9 @@ class RootFile:
 
     def _setting(self, name: str) -> Any:
         config = self.manifest.get("config") if self.manifest else None
-        return config.get(name) if isinstance(config, dict) else None
+        inner = config.get("text_config") if isinstance(config, dict) else None  # of a model with images, too
+        found = [each.get(name) for each in (config, inner) if isinstance(each, dict)]
+        return next((value for value in found if value is not None), None)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -68,10 +70,17 @@ class RootFile:
             ("called", self._setting("_model_name_or_path") or self._setting("_name_or_path")),
             ("layers", self._setting("num_hidden_layers")),
             ("dtype", self._setting("dtype")),
-            ("adapters", ", ".join(map(str, self.manifest.get("adapters") or ())) or "none"),
+            ("adapters", _listed(self.manifest.get("adapters"))),
             ("namespace", self.manifest.get("namespace")),
             ("block size", f"{self.manifest['block_size']} tokens" if "block_size" in self.manifest else None),
             ("transformers", self.manifest.get("transformers")),
             ("weights", self.manifest.get("weights")),
         ]
         return [("root", self.root), *((title, str(value)) for title, value in found if value not in (None, ""))]
+
+
+def _listed(value: object) -> str:
+    """Return adapters in one line; an imported file may say anything of them."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value or "none")
