@@ -405,9 +405,11 @@ def test_rm_by_key_does_not_touch_what_has_a_name(folder):
 
 
 def test_rm_takes_names_or_a_key(folder):
-    for wrong in (["rm"], ["rm", "letter", "--key", "ab"], ["rm", "--key", "ab", "--name-only"]):
+    key = unnamed(folder).key
+    for wrong in (["rm"], ["rm", "letter", "--key", key], ["rm", "--key", key, "--name-only"]):
         refusal(*wrong, "--yes", "--store", folder, code=2)
     assert "letter" in names_in(folder)
+    assert unnamed(folder).key == key
 
 
 def test_rm_of_the_name_only(folder):
@@ -539,12 +541,13 @@ def test_a_failing_disk_is_one_line(folder, monkeypatch):
 def test_a_real_interrupt_while_verifying(folder):
     """A process of its own, stopped from outside in the middle of its work."""
     script = (
-        "import os, signal, sys\n"
+        "import signal, sys\n"
         "from kvtier.store import PrefixStore\n"
         "from kvtier.cli import app\n"
         "whole = PrefixStore.verify\n"
         "def verify(self, *, repair, progress):\n"
-        "    def stop(done, total): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    def stop(done, total):\n"
+        "        if done < total: signal.raise_signal(signal.SIGINT)\n"
         "    return whole(self, repair=repair, progress=stop)\n"
         "PrefixStore.verify = verify\n"
         "app(['store', 'verify', '--store', sys.argv[1]])\n"
