@@ -21,10 +21,20 @@ SECONDS_A_KILL = 20
 
 
 @pytest.mark.parametrize("room", crashkit.BUDGETS)
-def test_processes_killed_at_random(tmp_path, room):
+def test_processes_killed_at_random(room):
     kills = -(-KILLS // len(crashkit.BUDGETS))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import crashkit; crashkit.main({str(tmp_path)!r}, {room!r}, {kills}, {SEED})"],
+    with crashkit.quick_folder() as place:
+        done = kill(place, room, kills)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["killed"] == kills
+    assert kills / 2 < found["opened"] <= kills, "most are to be killed while they work"
+    assert found["words"] > found["opened"]
+
+
+def kill(place, room, kills):
+    return subprocess.run(
+        [sys.executable, "-c", f"import crashkit; crashkit.main({str(place)!r}, {room!r}, {kills}, {SEED})"],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(Path(crashkit.__file__).parent), *sys.path]),
@@ -34,8 +44,3 @@ def test_processes_killed_at_random(tmp_path, room):
         text=True,
         timeout=60 + SECONDS_A_KILL * kills,
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["killed"] == kills
-    assert kills / 2 < found["opened"] <= kills, "most are to be killed while they work"
-    assert found["words"] > found["opened"]

@@ -20,8 +20,7 @@ import torch
 from crashkit import HUNG_SECONDS, assert_sound, ended, fork, some_chain
 from storekit import ROOT, commit, ids, restored_length_at_last
 
-from kvtier import PrefixStore
-from kvtier.store.names import NamedPrefix
+from kvtier import PrefixStore, StoreError
 
 UNIT = 4096
 SECONDS_A_TURN = 2
@@ -73,15 +72,9 @@ def turn(store: PrefixStore, dice: random.Random, known: list[list[int]], mine: 
         known.append(tokens)
         del known[:-20]
     elif deed < 0.76:
-        name = f"{mine} {dice.randint(0, 1)}"
         commit(store, ids(*tokens))
         store.flush()
-        assert store.name(name, ROOT, ids(*tokens), pin=dice.random() < 0.2).tokens == len(tokens)
-        (named,) = [each for each in store.names() if each.name == name]
-        assert named.kept_tokens <= named.tokens
-        if named.pinned:
-            check_pinned(store, named)
-            store.unpin(name)
+        name_and_pin(store, f"{mine} {dice.randint(0, 1)}", tokens, dice.random() < 0.2)
     elif deed < 0.8:
         for named in store.names():
             if named.name.startswith(f"{mine} "):
@@ -96,10 +89,19 @@ def turn(store: PrefixStore, dice: random.Random, known: list[list[int]], mine: 
     return back
 
 
-def check_pinned(store: PrefixStore, named: NamedPrefix) -> None:
-    """What is pinned and was whole stays whole."""
-    if named.kept_tokens == named.tokens:
-        assert restored_length_at_last(store, store.tokens_of(named.name)) == named.tokens
+def name_and_pin(store: PrefixStore, name: str, tokens: list[int], pin: bool) -> None:
+    """Name ``tokens`` unless some of them had to make room already; what is pinned and was whole stays whole."""
+    try:
+        named = store.name(name, ROOT, ids(*tokens), pin=pin)
+    except StoreError as error:
+        if "does not have all" in str(error):
+            return
+        raise
+    assert named.kept_tokens <= named.tokens == len(tokens)
+    if pin:
+        if named.kept_tokens == named.tokens:
+            assert restored_length_at_last(store, store.tokens_of(name)) == named.tokens
+        store.unpin(name)
 
 
 def work(folder: Path, seed: int, turns: int) -> None:
