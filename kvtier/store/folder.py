@@ -67,7 +67,9 @@ class StoreFolder:
             if type(version) is not int:
                 raise ValueError(f"format_version {version!r}")
         except FileNotFoundError:
-            self.write_json(marker, {"format_version": FORMAT_VERSION})
+            # Durable in any case: a folder whose marker is lost could not be opened again.
+            text = json.dumps({"format_version": FORMAT_VERSION}, indent=1)
+            self.filesystem.write_whole(marker, [memoryview(text.encode())], durable=True)
             return
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error

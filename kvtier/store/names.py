@@ -122,24 +122,27 @@ class Names:
 
     def _set_rows(self, name: Name, used_at: float) -> None:
         with self._database.transaction() as connection:
-            self._remove_rows(connection, name.name)
-            connection.execute(
-                "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    name.name,
-                    bytes.fromhex(name.root),
-                    name.tokens,
-                    name.pinned,
-                    name.ttl_seconds,
-                    name.created_at,
-                    used_at,
-                    None if name.ttl_seconds is None else used_at + name.ttl_seconds,
-                ),
-            )
-            connection.executemany(
-                "INSERT INTO links VALUES (?, ?, ?, ?)",
-                [(name.name, place, bytes.fromhex(key), name.pinned) for place, key in enumerate(name.keys)],
-            )
+            self._insert_rows(connection, name, used_at)
+
+    def _insert_rows(self, connection: sqlite3.Connection, name: Name, used_at: float) -> None:
+        self._remove_rows(connection, name.name)
+        connection.execute(
+            "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                name.name,
+                bytes.fromhex(name.root),
+                name.tokens,
+                name.pinned,
+                name.ttl_seconds,
+                name.created_at,
+                used_at,
+                None if name.ttl_seconds is None else used_at + name.ttl_seconds,
+            ),
+        )
+        connection.executemany(
+            "INSERT INTO links VALUES (?, ?, ?, ?)",
+            [(name.name, place, bytes.fromhex(key), name.pinned) for place, key in enumerate(name.keys)],
+        )
 
     def get(self, name: str) -> Name:
         """Return what is written down of ``name``.
@@ -275,12 +278,26 @@ class Names:
                 damaged.append((path, str(error)))
                 continue
             if known.get(path) != name:
-                self._set_rows(name, path.stat().st_mtime)
+                self._sync_rows(path, name.name)
         for path in known.keys() - set(files):
-            if not path.exists():
-                with self._database.transaction() as connection:
-                    self._remove_rows(connection, known[path].name)
+            self._sync_rows(path, known[path].name)
         return damaged
+
+    def _sync_rows(self, path: Path, name: str) -> None:
+        """Make the rows of ``name`` tell what its file tells, if there is one.
+
+        Whoever changes a name changes the file first and the rows after. So the file is read while nobody else can
+        change rows: what another process has just done to it is then never undone here.
+        """
+        with self._database.transaction() as connection:
+            try:
+                written, used_at = _read(path), path.stat().st_mtime
+            except FileNotFoundError:
+                self._remove_rows(connection, name)
+            except (OSError, ValueError, RecursionError):
+                return  # damaged since it was read: the next one to look tells
+            else:
+                self._insert_rows(connection, written, used_at)
 
 
 def _read(path: Path) -> Name:

@@ -87,6 +87,8 @@ def verify(
             problems.append(Problem(each.kind, each.subject, each.text, repaired))
 
     problems += [Problem("catalog", str(folder.catalog), text) for text in database.problems()]
+    if problems and repair:
+        folder.damage_mark.touch(0o600)
     note(audit.unfinished())
     note(audit.leftovers())
     note(audit.files())

@@ -17,7 +17,7 @@ import faultkit
 import pytest
 from crashkit import assert_sound, bytes_on_drive
 from faultkit import AFTERWARDS, CHAINS, faulty_database, life, manage, opened, settings, use
-from storekit import block_files, commit, count, restored_length, restored_length_at_last
+from storekit import block_files, commit, count, damage, restored_length, restored_length_at_last
 
 from kvtier import PrefixStore, StoreError
 from kvtier.testing.faults import DISK_ERRORS, Deed, Fault, Faults, FaultyFilesystem
@@ -223,3 +223,17 @@ def test_a_power_cut(tmp_path, warned, durability, how):
         use(store)
         assert [restored_length(store, tokens) for tokens in CHAINS] == [len(tokens) for tokens in CHAINS]
         assert_sound(store)
+
+
+def test_a_catalog_whose_damage_only_a_verification_finds_is_made_anew(tmp_path, warned):
+    with PrefixStore(tmp_path, **settings("roomy")) as store:
+        use(store)
+    damage(tmp_path / "catalog.sqlite", "flip", 37)  # how many of its pages are free: nobody needs to know
+    with PrefixStore(tmp_path, **settings("roomy")) as store:
+        assert [problem.kind for problem in store.verify().problems] == ["catalog"]
+        assert not store.verify(repair=True).ok
+    assert warned() == []
+    with PrefixStore(tmp_path, **settings("roomy")) as store:
+        assert len(warned()) == 1
+        assert_sound(store)
+        assert [restored_length(store, tokens) for tokens in CHAINS] == [len(tokens) for tokens in CHAINS]

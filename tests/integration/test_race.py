@@ -9,10 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import racekit
+from storekit import ROOT, commit, count
+
+from kvtier import PrefixStore
+from kvtier.store import names
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
 TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "40"))
@@ -37,3 +42,32 @@ def test_a_race(tmp_path, who, number):
     found = json.loads(done.stdout)
     assert found["weighings"] > 5
     assert 0 < found["heaviest"] <= racekit.SETTINGS["disk_budget"]
+
+
+@pytest.mark.parametrize("what", ["forgotten", "named anew"])
+def test_a_name_that_changes_while_another_process_reads_it(tmp_path, monkeypatch, what):
+    """What happened last counts, although the other one has read what was before."""
+    with PrefixStore(tmp_path, block_size=4) as store, PrefixStore(tmp_path, block_size=4) as other:
+        for n in (0, 100):
+            commit(store, count(6, first=n))
+        store.flush()
+        store.name("a", ROOT, count(6))
+        read = names._read
+
+        def read_too_early(path):
+            found = read(path)
+            monkeypatch.setattr(names, "_read", read)
+            if what == "forgotten":
+                other.forget("a")
+            else:
+                other.name("a", ROOT, count(6, first=100), pin=True)
+            return replace(found, pinned=not found.pinned)  # so that the rows are not what the file seems to say
+
+        monkeypatch.setattr(names, "_read", read_too_early)
+        assert store.verify().ok
+        assert names._read is read
+        if what == "forgotten":
+            assert store.names() == ()
+        else:
+            assert store.tokens_of("a").tolist() == count(6, first=100).tolist()
+            assert store.named("a").pinned

@@ -86,7 +86,7 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def begin(self, block_size, host_budget, units, ttl, durability):
         self.folder = Path(tempfile.mkdtemp(prefix="kvtier-machine-"))
-        self.now = time.time()  # what files are dated by must not lie in the future
+        self.now = self.began_at = time.time()  # what files are dated by must not lie in the future
         self.settings = {
             "block_size": block_size,
             "host_budget": host_budget,
@@ -288,16 +288,28 @@ class StoreMachine(RuleBasedStateMachine):
         assert before - accounted_bytes(self.folder) == forgotten.nbytes
         self.is_gone(each.root, each.tokens)
 
-    @rule(sequence=consumes(sequences))
-    def forget_a_sequence(self, sequence):
+    @rule(sequence=consumes(sequences), length=st.sampled_from([None, None, 2, 5]))
+    def forget_what_begins_so(self, sequence, length):
+        """Ids are forgotten with all that goes beyond them, and what leads only there, named or pinned, or not."""
         _, tokens = sequence
-        if any(each.tokens == tokens for each in self.named.values()):
-            return
+        tokens = tokens[:length]
         before = accounted_bytes(self.folder)
         forgotten = self.store.forget(np.array(tokens))
         assert before - accounted_bytes(self.folder) == forgotten.nbytes
+        found = {each.name for each in self.store.names()}
+        for name, each in list(self.named.items()):
+            if each.tokens[: len(tokens)] == tokens:
+                assert name not in found
+            if tokens[: len(each.tokens)] == each.tokens:
+                each.whole = False
+            if name not in found and shared(each.tokens, tokens) in (len(tokens), len(each.tokens)):
+                self.lost_its_name(name)
+        for root, other in list(self.known):
+            if other[: len(tokens)] == tokens:
+                self.is_gone(root, other)
         for root in (ROOT, OTHER_ROOT):
-            self.is_gone(root, tokens)
+            self.doubt(root, tokens)
+            assert self.store.match(root, np.array(tokens)).length <= self.at_most(root, tokens) < len(tokens)
 
     def is_gone(self, root, tokens):
         self.known.pop((root, tokens), None)
@@ -376,7 +388,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.doubt()
         for known in [*self.known.values(), *self.named.values()]:
             known.touched_at = max(known.touched_at, time.time())  # files have dates of their own
+            known.used_at = min(known.used_at, self.began_at)
         self.store = PrefixStore(self.folder, **self.settings)
+        if how == "flip":  # SQLite may notice only when it is asked to look at everything
+            self.store.verify(repair=True)
+            self.store.close()
+            self.store = PrefixStore(self.folder, **self.settings)
         self.is_sound()
 
     def teardown(self):
