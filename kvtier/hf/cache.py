@@ -280,7 +280,7 @@ class TieredCache(WindowCache, TurnTaker):
         return report
 
     def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
-        """Give a name to what the last turn kept, in the store; what bore it before loses it.
+        """Give a name to what the last turn kept, in the store; what bore it before loses it, pin and ttl pass on.
 
         Args:
             name: 1 to 200 printable characters.

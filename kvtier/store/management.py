@@ -84,7 +84,7 @@ class ManagedStore(ABC):
     def name(
         self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
     ) -> NamedPrefix:
-        """Give a name to a chain that was committed; what bore it before loses it.
+        """Give a name to a chain that was committed; what bore it before loses it, pin and ttl pass on.
 
         Args:
             name: 1 to 200 printable characters.
@@ -112,9 +112,14 @@ class ManagedStore(ABC):
     def _set_name(
         self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
     ) -> NamedPrefix:
+        checked_name(name)
+        ttl_seconds = checked_ttl(ttl)
         with self._asked():
-            written = Name(checked_name(name), root, tuple(keys), tokens, bool(pin), checked_ttl(ttl), self._clock())
-            self._names.assign(written)
+            before = next((each for each, *_ in self._names.all() if each.name == name), None)
+            if before is not None:  # a conversation that goes on is named anew each turn
+                pin = pin or before.pinned
+                ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
+            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
 
     def names(self) -> tuple[NamedPrefix, ...]:
@@ -380,9 +385,9 @@ class ManagedStore(ABC):
         limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
         seconds = checked_ttl(unused_for)
         self.flush()
-        self._forget_what_is_due()
         tier = self._disk if self._disk is not None else self._host
         before, blocks = tier.nbytes, len(tier)
+        self._forget_what_is_due()
         with self._asked():
             self._host.expire()
             tier.expire()

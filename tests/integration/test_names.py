@@ -57,7 +57,7 @@ def test_a_name_follows_a_tail_that_grows(place):
         assert (named.tokens, named.kept_tokens, named.pinned) == (6, 6, True)
         assert store.tokens_of("chat").tolist() == list(range(6))
         store.name("chat", ROOT, count(13))
-        assert store.named("chat").tokens == 13
+        assert (store.named("chat").tokens, store.named("chat").pinned) == (13, True)
 
 
 @pytest.mark.parametrize("name", ["", " ", " a", "a ", "a\nb", "a\0", "x" * 201, 7, None])
@@ -161,7 +161,10 @@ def test_a_name_ends_unless_it_is_used(place):
         clock.now += 90
         assert store.match(ROOT, count(10)).length == 10
         clock.now += 11
+        store.flush()
+        before = len(store.chains())
         assert store.match(ROOT, count(10)).length == 0
+        assert len(store.chains()) == before - 1
         assert store.names() == ()
         assert restored_length(store, count(8, first=50)) == 8
         if store.path is not None:
@@ -419,6 +422,8 @@ def test_an_exported_prefix_is_imported_elsewhere(tmp_path, place, compression):
             found = store.import_(tmp_path / "chat.safetensors")
             assert (found.name, found.tokens, found.kept_tokens, found.pinned) == ("chat", 10, 10, False)
             assert store.import_(tmp_path / "chat.safetensors", name="again").tokens == 10
+            store.pin("chat")
+            assert store.import_(tmp_path / "chat.safetensors").pinned
         with PrefixStore(**elsewhere, block_size=4) as store:
             if not elsewhere:
                 store.import_(tmp_path / "chat.safetensors")
@@ -461,3 +466,14 @@ def test_what_is_not_whole_cannot_be_exported(tmp_path):
         with pytest.raises(UnknownNameError):
             store.export("other", tmp_path / "chat.safetensors")
     assert not (tmp_path / "chat.safetensors").exists()
+
+
+def test_pruning_counts_names_whose_time_is_over(place):
+    clock = Clock()
+    with new_store(place, clock=clock) as store:
+        commit(store, count(10))
+        store.flush()
+        store.name("short", ROOT, count(10), ttl=10)
+        clock.now += 11
+        assert store.prune().blocks == 3
+        assert store.chains() == ()
