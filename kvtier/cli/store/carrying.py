@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store import records
-from kvtier.cli.store.asking import spinner
-from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened
+from kvtier.cli.store.asking import progress_bar, spinner
+from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened, told
 from kvtier.cli.store.quantities import size
 from kvtier.cli.store.tables import make_console, print_line
+from kvtier.store.archive import Archive
 
 
 def export(
@@ -42,11 +43,17 @@ def import_(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Take in what ``export`` has written. Where there is no store, one is made."""
-    if not file.exists():  # asked before a store is made for it
+    """Take in what ``export`` has written. Where there is no store, one is made.
+
+    Import from those whom you trust: no check can tell whether a file holds what the model would compute.
+    """
+    if not file.exists():
         fail(WRONG_USAGE, f"there is no file {file}")
-    with opened(store, create=True) as open_store, spinner(f"Reading {file} …"):
-        done = open_store.import_(file, name=name)
+    with told(), Archive(file) as archive:  # looked at before a store is made for it
+        if name is None and archive.name is None:
+            fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name")
+    with opened(store, create=True) as open_store, progress_bar("Checking") as progress:
+        done = open_store.import_(file, name=name, progress=progress)
         folder = open_store.path
     if as_json:
         records.print_json({"store": str(folder), **records.of_name(done)})
