@@ -9,13 +9,14 @@ import sys
 import time
 
 import pytest
-from storekit import OTHER_ROOT, block_files, commit, count, damage, ids
+from storekit import OTHER_ROOT, block_files, commit, count, damage, ids, restored_length
 from typer.testing import CliRunner
 
 from kvtier.cli import app
 from kvtier.cli.store import asking
 from kvtier.errors import StoreError
 from kvtier.store import PrefixStore
+from kvtier.store.archive import write_archive
 from kvtier.store.verify import VerifyReport
 
 FIRST = count(12)
@@ -512,6 +513,54 @@ def test_export_does_not_replace_a_file_unasked(folder, tmp_path):
     (tmp_path / "mine").write_text("mine")
     assert "--overwrite" in refusal("export", "letter", tmp_path / "mine", "--store", folder, code=2)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_what_is_exported_is_imported_into_a_new_store(folder, tmp_path):
+    file, new = tmp_path / "letter.kvt", tmp_path / "new"
+    found = data("export", "letter", file, "--store", folder)
+    assert found["file_bytes"] == file.stat().st_size
+    assert found["file"] == str(file)
+    assert "12 tokens" in done("import", file, "--store", new)
+    with PrefixStore(new, block_size=4) as store:
+        assert restored_length(store, FIRST) == 12
+        assert [each.name for each in store.names()] == ["letter"]
+    found = data("import", file, "--name", "again", "--store", new)
+    assert (found["name"], found["kept_tokens"]) == ("again", 12)
+    assert found["store"] == str(new)
+
+
+def test_export_replaces_a_file_when_asked(folder, tmp_path):
+    (tmp_path / "old").write_text("old")
+    done("export", "letter", tmp_path / "old", "--overwrite", "--store", folder)
+    done("import", tmp_path / "old", "--store", tmp_path / "new")
+
+
+def test_a_file_that_is_no_export_makes_no_store(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "cannot be imported" in refusal("import", tmp_path / "thesis.txt", "--store", tmp_path / "new", code=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_import_of_what_has_no_name_asks_for_one(folder, tmp_path):
+    with PrefixStore(folder) as store:
+        reader = store._open(store._kept_blocks(store._names.get("letter"))[0])
+        write_archive(tmp_path / "x", [reader], 4, root="a1" * 32, manifest={}, block_size=4)
+        reader.close()
+    assert "--name" in refusal("import", tmp_path / "x", "--store", tmp_path / "new", code=2)
+    assert not (tmp_path / "new").exists()
+    done("import", tmp_path / "x", "--name", "x", "--store", tmp_path / "new")
+
+
+def test_import_does_not_take_a_name(folder, tmp_path):
+    done("export", "letter", tmp_path / "x", "--store", folder)
+    refusal("import", tmp_path / "x", "--name", "a note", "--store", folder, code=2)
+    assert names_in(folder)["a note"].tokens == 6
+
+
+def test_export_of_what_is_not_all_there(folder, tmp_path):
+    done("prune", "--to", "0", "--yes", "--store", folder)
+    assert "cannot be exported" in refusal("export", "letter", tmp_path / "x", "--store", folder, code=1)
+    assert not (tmp_path / "x").exists()
 
 
 def test_import_of_no_file_makes_no_store(tmp_path):

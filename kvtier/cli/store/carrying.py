@@ -43,19 +43,17 @@ def import_(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Take in what ``export`` has written. Where there is no store, one is made."""
+    """Take in what ``export`` has written. Where there is no store, one is made.
+
+    Import from those whom you trust: no check can tell whether a file holds what the model would compute.
+    """
     if not file.exists():
         fail(WRONG_USAGE, f"there is no file {file}")
-    with told(), Archive(file) as archive:  # before a store is made for what is no archive
-        called = archive.name if name is None else name
-        root, tokens = archive.root, len(archive.tokens)
-    if called is None:
-        fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name NAME")
-    with opened(store, create=True) as open_store:
-        if any(each.name == called and (each.root, each.tokens) != (root, tokens) for each in open_store.names()):
-            fail(WRONG_USAGE, f"{called!r} is the name of something else in {open_store.path}; pass another --name")
-        with progress_bar("Checking") as progress:
-            done = open_store.import_(file, name=called, progress=progress)
+    with told(), Archive(file) as archive:  # looked at before a store is made for it
+        if name is None and archive.name is None:
+            fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name")
+    with opened(store, create=True) as open_store, progress_bar("Checking") as progress:
+        done = open_store.import_(file, name=name, progress=progress)
         folder = open_store.path
     if as_json:
         records.print_json({"store": str(folder), **records.of_name(done)})
