@@ -140,6 +140,13 @@ def test_a_file_is_only_overwritten_when_asked(tmp_path):
         assert archive.name == "other"
 
 
+def test_a_file_that_is_there_is_noticed_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "archive").write_text("mine")
+    monkeypatch.setattr(archives, "_write", lambda *args: pytest.fail("it began to write"))
+    with pytest.raises(ArchiveError, match="exists already"):
+        exported(tmp_path)
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
     def slow(*args):
         (tmp_path / "archive").write_text("mine")

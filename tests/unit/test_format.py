@@ -329,6 +329,43 @@ def test_json_that_readers_take_differently_is_refused(tmp_path, old, new, match
         BlockFile(str(path))
 
 
+def test_a_compressed_block_of_another_writer_is_read_as_well(tmp_path):
+    """Its header may have other spaces; what it says is the same."""
+    path = write(tmp_path / "block", block(count(4)), "zstd")
+    header, payload = split(path.read_bytes())
+    assert not refused_or_equal(path, block(count(4)))
+    path.write_bytes(join(header, payload))
+    assert not refused_or_equal(path, block(count(4)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        moved("k.1", -1, 0),
+        moved("v.1", 0, 1),
+        reordered,
+        lambda h: h["v.0"].update(dtype="I64"),
+        lambda h: h.pop("v.1"),
+    ],
+)
+def test_compressed_tensors_that_lie_elsewhere_are_refused(tmp_path, change):
+    path = write(tmp_path / "block", block(count(4)), "zstd")
+    header, payload = split(path.read_bytes())
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    with pytest.raises(BlockError):
+        BlockFile(str(path))
+
+
+def test_tensors_of_other_names_are_refused(tmp_path):
+    path = write(tmp_path / "block", block(count(4)), "raw")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"k.0":', b'"q.0":', 1).replace(b'\\"k.0\\":', b'\\"q.0\\":'))
+    with pytest.raises(BlockError, match="not tokens, and K and V"):
+        BlockFile(str(path))
+
+
 def test_a_header_larger_than_any_model_needs_is_refused_unread(tmp_path):
     path = write(tmp_path / "block", block(count(4)), "raw")
     header, payload = split(path.read_bytes())
