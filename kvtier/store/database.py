@@ -68,6 +68,29 @@ END;
 """
 _TABLES = ("blocks", "ids", "names", "links", "ghosts", "total")
 
+# What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
+_SOUND: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("key", "parent", "root"), lambda value: isinstance(value, bytes) and len(value) == 32),
+    **dict.fromkeys(("tokens", "depth", "bytes", "children", "uses", "hits"), lambda value: type(value) is int),
+    **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
+    "ids": lambda value: isinstance(value, bytes) and len(value) % 8 == 0,
+    "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},
+    "name": lambda value: isinstance(value, str),
+}
+
+
+def _sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+    """Return ``row``.
+
+    Raises:
+        sqlite3.DatabaseError: it holds what its columns cannot.
+    """
+    for (column, *_), value in zip(cursor.description, row, strict=True):
+        if column in _SOUND and not _SOUND[column](value):
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {value!r:.40} as {column}")
+    return row
+
+
 Connect = Callable[[str, float], sqlite3.Connection]
 """``(uri, seconds to wait for locks)`` → a connection in autocommit mode that any thread may use."""
 
@@ -121,6 +144,7 @@ class Database:
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self._path.as_uri()}?mode={mode}" if self._path is not None else "file::memory:"
         connection = self._make_connection(uri, 0.0 if self._exclusive else _LOCKED_SECONDS)
+        connection.row_factory = _sound_row
         try:
             connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             connection.execute("PRAGMA synchronous=NORMAL")

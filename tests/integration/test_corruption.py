@@ -6,15 +6,17 @@ only there; everything else works, with every byte compared.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from storekit import commit, count, ids, restored_length, restored_length_at_last
+from storekit import ROOT, commit, count, ids, restored_length, restored_length_at_last
 
 from kvtier import PrefixStore, StoreError, StoreVersionError, TieredCache
 
@@ -166,6 +168,35 @@ def test_what_was_damaged_once_is_whole_afterwards(tmp_path, healthy, damage):
         used_again(folder, check=False)
         with PrefixStore(folder, **SETTINGS) as store:
             assert [restored_length(store, tokens) for tokens in SEQUENCES] == [len(tokens) for tokens in SEQUENCES]
+
+
+ANYTHING = (None, 7, -1, 2**62, 1.5, "text", "", b"", bytes(5), bytes(32), b"\xff" * 40)
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=lambda value: repr(value)[:12])
+def test_rows_that_hold_anything_in_any_column_are_damage(tmp_path, healthy, value):
+    """What a flipped bit makes of the type of a value, or of the value."""
+    names = tmp_path / "names"
+    shutil.copytree(healthy, names)
+    with PrefixStore(names, **SETTINGS) as store:
+        store.name("a talk", ROOT, SEQUENCES[0], pin=True)
+    with contextlib.closing(sqlite3.connect(names / "catalog.sqlite")) as catalog:
+        tables = [name for (name,) in catalog.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [(table, row[1]) for table in tables for row in catalog.execute(f"PRAGMA table_info({table})")]
+    assert len(columns) > 20
+    for table, column in columns:
+        folder = tmp_path / f"{table}-{column}"
+        shutil.copytree(names, folder)
+        with contextlib.closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as catalog:
+            catalog.execute("PRAGMA ignore_check_constraints = ON")
+            with contextlib.suppress(
+                sqlite3.IntegrityError
+            ):  # some columns are never empty, or each value is there once
+                catalog.execute(f"UPDATE {table} SET {column} = ?", (value,))
+        used_again(folder, check=True)
+        with PrefixStore(folder, **SETTINGS) as store, contextlib.suppress(StoreError):  # which is what it may raise
+            assert len(store.names()) <= 1
+        shutil.rmtree(folder)
 
 
 def test_generate_gives_the_tokens_that_it_gives_without_a_store(tmp_path, make_model, generate, tokens):
