@@ -285,7 +285,7 @@ class StoreMachine(RuleBasedStateMachine):
         each = self.named.pop(name)
         before = accounted_bytes(self.folder)
         forgotten = self.store.forget(name)
-        assert before - accounted_bytes(self.folder) == forgotten.nbytes
+        self.gave_back(before, forgotten)
         self.is_gone(each.root, each.tokens)
 
     @rule(sequence=consumes(sequences), length=st.sampled_from([None, None, 2, 5]))
@@ -295,7 +295,7 @@ class StoreMachine(RuleBasedStateMachine):
         tokens = tokens[:length]
         before = accounted_bytes(self.folder)
         forgotten = self.store.forget(np.array(tokens))
-        assert before - accounted_bytes(self.folder) == forgotten.nbytes
+        self.gave_back(before, forgotten)
         found = {each.name for each in self.store.names()}
         for name, each in list(self.named.items()):
             if each.tokens[: len(tokens)] == tokens:
@@ -310,6 +310,11 @@ class StoreMachine(RuleBasedStateMachine):
         for root in (ROOT, OTHER_ROOT):
             self.doubt(root, tokens)
             assert self.store.match(root, np.array(tokens)).length <= self.at_most(root, tokens) < len(tokens)
+
+    def gave_back(self, before, forgotten):
+        """What was said to be freed is; what was only in RAM, its file having been damaged, took less there."""
+        freed = before - accounted_bytes(self.folder)
+        assert freed == forgotten.nbytes or (self.settings["host_budget"] > 1 and freed < forgotten.nbytes)
 
     def is_gone(self, root, tokens):
         self.known.pop((root, tokens), None)
