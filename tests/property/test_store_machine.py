@@ -8,15 +8,13 @@ more; what is pinned is found whole, whatever else happens to the store. Time is
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-from crashkit import accounted_bytes, assert_sound, ended, fork
+from crashkit import accounted_bytes, assert_sound, ended, fork, quick_folder
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -85,7 +83,8 @@ class StoreMachine(RuleBasedStateMachine):
         durability=st.sampled_from(["lazy", "full"]),
     )
     def begin(self, block_size, host_budget, units, ttl, durability):
-        self.folder = Path(tempfile.mkdtemp(prefix="kvtier-machine-"))
+        self.resources = ExitStack()
+        self.folder = self.resources.enter_context(quick_folder()) / "store"
         self.now = self.began_at = time.time()  # what files are dated by must not lie in the future
         self.settings = {
             "block_size": block_size,
@@ -404,7 +403,8 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "store"):
             self.store.close()
-            shutil.rmtree(self.folder)
+        if hasattr(self, "resources"):
+            self.resources.close()
 
 
 TestStoreMachine = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed")(StoreMachine.TestCase)
