@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtier.errors import ConfigurationError, StoreError
+from kvtier.errors import ConfigurationError, StoreError, UnknownNameError
 from kvtier.store.archive import Archive, write_archive
 from kvtier.store.audit import Audit
 from kvtier.store.base import BlockReader
@@ -90,7 +90,7 @@ class ManagedStore(ABC):
             name: 1 to 200 printable characters.
             root: the root it was committed under.
             tokens: its ids, as they were committed.
-            pin: never evict it, nor let it expire.
+            pin: never evict it, nor let it expire. A name that is pinned already stays so without.
             ttl: seconds after its last use at which it is forgotten, pinned or not.
 
         Raises:
@@ -115,12 +115,16 @@ class ManagedStore(ABC):
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
         with self._asked():
-            before = next((each for each, *_ in self._names.all() if each.name == name), None)
-            if before is not None:  # a conversation that goes on is named anew each turn
-                pin = pin or before.pinned
-                ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
-            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
+            pinned = bool(pin) or self._is_pinned(checked_name(name))
+            written = Name(name, root, tuple(keys), tokens, pinned, checked_ttl(ttl), self._clock())
+            self._names.assign(written)
         return self.named(name)
+
+    def _is_pinned(self, name: str) -> bool:
+        try:
+            return self._names.get(name).pinned
+        except UnknownNameError:
+            return False
 
     def names(self) -> tuple[NamedPrefix, ...]:
         """Return everything that has a name.

@@ -8,15 +8,13 @@ more; what is pinned is found whole, whatever else happens to the store. Time is
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-from crashkit import accounted_bytes, assert_sound, ended, fork
+from crashkit import accounted_bytes, assert_sound, ended, fork, quick_folder
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
@@ -85,7 +83,8 @@ class StoreMachine(RuleBasedStateMachine):
         durability=st.sampled_from(["lazy", "full"]),
     )
     def begin(self, block_size, host_budget, units, ttl, durability):
-        self.folder = Path(tempfile.mkdtemp(prefix="kvtier-machine-"))
+        self.resources = ExitStack()
+        self.folder = self.resources.enter_context(quick_folder()) / "store"
         self.now = self.began_at = time.time()  # what files are dated by must not lie in the future
         self.settings = {
             "block_size": block_size,
@@ -285,7 +284,7 @@ class StoreMachine(RuleBasedStateMachine):
         each = self.named.pop(name)
         before = accounted_bytes(self.folder)
         forgotten = self.store.forget(name)
-        assert before - accounted_bytes(self.folder) == forgotten.nbytes
+        self.gave_back(before, forgotten)
         self.is_gone(each.root, each.tokens)
 
     @rule(sequence=consumes(sequences), length=st.sampled_from([None, None, 2, 5]))
@@ -295,7 +294,7 @@ class StoreMachine(RuleBasedStateMachine):
         tokens = tokens[:length]
         before = accounted_bytes(self.folder)
         forgotten = self.store.forget(np.array(tokens))
-        assert before - accounted_bytes(self.folder) == forgotten.nbytes
+        self.gave_back(before, forgotten)
         found = {each.name for each in self.store.names()}
         for name, each in list(self.named.items()):
             if each.tokens[: len(tokens)] == tokens:
@@ -310,6 +309,11 @@ class StoreMachine(RuleBasedStateMachine):
         for root in (ROOT, OTHER_ROOT):
             self.doubt(root, tokens)
             assert self.store.match(root, np.array(tokens)).length <= self.at_most(root, tokens) < len(tokens)
+
+    def gave_back(self, before, forgotten):
+        """What was said to be freed is; what was only in RAM, its file having been damaged, took less there."""
+        freed = before - accounted_bytes(self.folder)
+        assert freed == forgotten.nbytes or (self.settings["host_budget"] > 1 and freed < forgotten.nbytes)
 
     def is_gone(self, root, tokens):
         self.known.pop((root, tokens), None)
@@ -399,7 +403,8 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "store"):
             self.store.close()
-            shutil.rmtree(self.folder)
+        if hasattr(self, "resources"):
+            self.resources.close()
 
 
 TestStoreMachine = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed")(StoreMachine.TestCase)

@@ -41,7 +41,7 @@ def quick_folder() -> Iterator[Path]:
     """A new folder, in RAM where the system has such: for what is about processes that die, not about drives."""
     ram = Path("/dev/shm")
     usable = ram.is_dir() and os.access(ram, os.W_OK) and LOCAL.free_bytes(ram) > 2**26
-    with tempfile.TemporaryDirectory(prefix="kvtier-", dir=ram if usable else None) as folder:
+    with tempfile.TemporaryDirectory(prefix="store-of-tests-", dir=ram if usable else None) as folder:
         yield Path(folder)
 
 
