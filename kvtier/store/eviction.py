@@ -128,7 +128,7 @@ class Adaptive:
     ``p`` for one token and so quadratic for a prompt. That is ``1 + p / P`` times what the first token takes, where
     ``P = params / (2·layers·width)`` is 4,000 tokens in a model of 135 million parameters, 30,000 in one of 8 billion
     and 53,000 in one of 70 billion; a tier does not know the model and takes 32,768. A block twice as dear by that
-    measure stays longer, by as many turns as blocks lately had from their last use to their eviction.
+    measure stays longer, by half of the turns that blocks lately had from their last use to their eviction.
 
     Bytes are no reason to go first. Within a model they are proportional to tokens, as the cost is; and per byte of K
     and V, a larger model takes more to compute, not less.
@@ -138,6 +138,7 @@ class Adaptive:
     """
 
     REFERENCE_TOKENS = 32768
+    COST_WEIGHT = 0.5
     STEP = 0.003
     """How far one ghost moves the logarithm of the lead."""
     MOST_STEPS = 20.0
@@ -147,7 +148,7 @@ class Adaptive:
     def priority(self, usage: Usage, state: PolicyState) -> float:
         """Return when it was used, later by what it would cost."""
         middle = usage.depth_tokens + usage.tokens / 2
-        return state.clock + state.stay * math.log2(1.0 + middle / self.REFERENCE_TOKENS)
+        return state.clock + self.COST_WEIGHT * state.stay * math.log2(1.0 + middle / self.REFERENCE_TOKENS)
 
     def lead(self, state: PolicyState) -> float:
         """Return the turns by which a block that came back outstays one that did not."""

@@ -104,10 +104,10 @@ def test_turns_can_be_told_apart_after_ten_to_the_twelve():
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_block_twice_as_dear_stays_as_much_longer_as_blocks_stay():
+def test_a_block_twice_as_dear_stays_longer_by_half_of_what_blocks_stay():
     policy, state = Adaptive(), replace(LATER, stay=40.0)
     dear = replace(ONCE, depth_tokens=Adaptive.REFERENCE_TOKENS - 128)
-    assert policy.priority(dear, state) == pytest.approx(100 + 40)
+    assert policy.priority(dear, state) == pytest.approx(100 + 20)
     assert policy.priority(ONCE, state) == pytest.approx(100, abs=1)
 
 
