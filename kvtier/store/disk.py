@@ -110,7 +110,9 @@ class DiskTier:
 
     def _mark_damage(self, error: sqlite3.Error) -> None:
         """Have a catalog that is damaged made anew at the next open."""
-        if isinstance(error, sqlite3.DatabaseError) and ("malformed" in str(error) or "not a database" in str(error)):
+        if isinstance(error, sqlite3.DatabaseError) and any(
+            word in str(error) for word in ("malformed", "not a database", "decode")
+        ):
             with contextlib.suppress(OSError):
                 self.folder.damage_mark.touch(0o600)
 

@@ -186,7 +186,8 @@ class LocalFilesystem:
 
     def open_read(self, path: Path) -> int:
         """Open a file for reading, unless it is a link."""
-        return self._calls.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # Without waiting: a pipe of that name would have no writer.
+        return self._calls.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
         """Round ``nbytes`` up to whole allocation units of the drive, which is asked once a folder."""

@@ -90,8 +90,8 @@ class ManagedStore(ABC):
             name: 1 to 200 printable characters.
             root: the root it was committed under.
             tokens: its ids, as they were committed.
-            pin: never evict it, nor let it expire. A name that is pinned already stays so without.
-            ttl: seconds after its last use at which it is forgotten, pinned or not.
+            pin: never evict it, nor let its blocks expire. What is pinned already stays so without.
+            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves a ``ttl`` that it has.
 
         Raises:
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
@@ -115,16 +115,12 @@ class ManagedStore(ABC):
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
         with self._asked():
-            pinned = bool(pin) or self._is_pinned(checked_name(name))
-            written = Name(name, root, tuple(keys), tokens, pinned, checked_ttl(ttl), self._clock())
-            self._names.assign(written)
+            with contextlib.suppress(UnknownNameError):  # a conversation that goes on is named anew each turn
+                before = self._names.get(name)
+                pin = pin or before.pinned
+                ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
+            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
-
-    def _is_pinned(self, name: str) -> bool:
-        try:
-            return self._names.get(name).pinned
-        except UnknownNameError:
-            return False
 
     def names(self) -> tuple[NamedPrefix, ...]:
         """Return everything that has a name.
