@@ -217,7 +217,7 @@ class PrefixStore(ManagedStore):
         with self._lock:
             self._tally.update(lookups=1, lookup_tokens=len(tokens), hit_tokens=match.length)
             if match.length < limit:
-                reason = "diverged" if match.divergence else "shorter" if match.length else "unknown"
+                reason = "unknown" if not match.length else "diverged" if match.divergence else "shorter"
                 self._tally[f"misses.{reason}"] += 1
         return match
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from storekit import OTHER_ROOT, ROOT, UNIT, block_files, commit, count, ids, restored_length, restored_length_at_last
 
-from kvtier import ArchiveError, ConfigurationError, PrefixStore, PromptError, StoreError, TieredCache, UnknownNameError
+from kvtier import (
+    ArchiveError,
+    ClosedError,
+    ConfigurationError,
+    PrefixStore,
+    PromptError,
+    StoreError,
+    TieredCache,
+    UnknownNameError,
+)
 
 
 class Clock:
@@ -477,3 +486,36 @@ def test_pruning_counts_names_whose_time_is_over(place):
         clock.now += 11
         assert store.prune().blocks == 3
         assert store.chains() == ()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_a_store(place):
+    with new_store(place) as store:
+        assert store.stats().hit_tokens == 0
+        commit(store, count(10))
+        store.flush()
+        for tokens, reason in (
+            (count(10), None),
+            (count(12), "shorter"),
+            (ids(0, 1, 2, 9), "diverged"),
+            (ids(5), "unknown"),
+        ):
+            before = store.stats().misses.get(reason, 0)
+            store.match(ROOT, tokens)
+            assert reason is None or store.stats().misses[reason] == before + 1
+        restored_length(store, count(10))
+        stats = store.stats()
+        assert (stats.lookups, stats.lookup_tokens, stats.hit_tokens) == (5, 10 + 12 + 4 + 1 + 10, 10 + 10 + 3 + 0 + 10)
+        assert (stats.committed_tokens, stats.queued_writes, stats.names, stats.paused) == (10, 0, 0, None)
+        tiers = {tier.tier: tier for tier in stats.tiers}
+        assert tiers["host"].hits == 3
+        assert tiers["host"].blocks == 3
+        match = store.match(ROOT, count(10))
+        restore = store.restore([match.spans])
+        assert {tier.tier: tier for tier in store.stats().tiers}["host"].leased_blocks == 3
+        restore.close()
+        assert all(tier.leased_blocks == 0 for tier in store.stats().tiers)
+    with pytest.raises(ClosedError):
+        store.stats()
