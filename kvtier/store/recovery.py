@@ -26,6 +26,7 @@ from kvtier.store.folder import StoreFolder
 from kvtier.store.mounts import is_shared_over_network
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner
+from kvtier.store.pause import is_full
 
 _log = logging.getLogger("kvtier.store.recovery")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is
@@ -128,6 +129,11 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
                 discrepancy.mend()
             except (OSError, BlockError) as error:
                 _log.warning("%s: %s", discrepancy.subject, error)
+            except sqlite3.OperationalError as error:
+                if not is_full(error):
+                    raise
+                # What is there can be read all the same. The rest counts, and waits for an open that has room.
+                _log.warning("%s cannot be put right yet: %s", discrepancy.subject, error)
     audit.bury()
 
 
