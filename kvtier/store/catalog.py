@@ -153,6 +153,14 @@ class Catalog:
         with self._database.transaction() as connection:
             return self._move(connection, key, Move.ABORT_STORE, owner)
 
+    def writer(self, key: str) -> str | None:
+        """Return the owner that is writing a block; None when nobody is."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                f"SELECT owner FROM blocks WHERE key = ? AND state = {State.WRITING:d}", (bytes.fromhex(key),)
+            ).fetchone()
+            return str(row[0]) if row else None
+
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
         """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
         with self._database.transaction() as connection:

@@ -9,6 +9,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from kvtier.store.base import Block, Entry
 from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
+from kvtier.store.fork import take_part
 from kvtier.store.format import BlockFile, encode_block
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
@@ -29,6 +31,8 @@ from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
+_ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
+_RETRY_SECONDS = 0.01
 _BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
 
 
@@ -83,7 +87,19 @@ class DiskTier:
         self._warned: set[str] = set()
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
+        self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be taken back
+        self._putting = threading.RLock()
+        self._sleep: Callable[[float], None] = time.sleep
         self._counting = threading.Lock()
+        take_part(self)
+
+    def before_fork(self) -> None:
+        """Let writing go on: the child has nothing to do with it."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """Forget, in a child, what a thread of its parent may be in the middle of."""
+        if in_child:
+            self._putting, self._counting, self._unsettled = threading.RLock(), threading.Lock(), {}
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +173,7 @@ class DiskTier:
         self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
 
     def put(self, block: Block) -> bool:
-        """Write ``block`` unless it is there. Returns whether it is there afterwards, or will be in a moment."""
+        """Write ``block`` unless it is there. Returns whether it is there afterwards."""
         if self._pause.holds() and not (self._pause.told and self._has_room()):
             return False
         size = 0
@@ -186,15 +202,17 @@ class DiskTier:
             return False
 
     def _put(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> bool:
-        try:
-            prepared = self._prepare_store(block, size)
-            if prepared is not Prepared.RESERVED:
-                return prepared in (Prepared.PRESENT, Prepared.ELSEWHERE)
-            self._write(block, pieces, size)
-            return self.catalog.complete_store(block.key, self._owner.name)
-        except BaseException:
-            self._abort_store(block)
-            raise
+        with self._putting:  # one at a time: what this owner is writing is then what this call is
+            try:
+                self._finish()
+                prepared = self._prepare_store(block, size)
+                if prepared is not Prepared.RESERVED:
+                    return prepared is Prepared.PRESENT
+                self._write(block, pieces, size)
+                return self.catalog.complete_store(block.key, self._owner.name)
+            except BaseException:
+                self._abort_store(block)
+                raise
 
     def _prepare_store(self, block: BlockId, size: int) -> Prepared:
         """Reserve ``size`` bytes, once others have made room for them.
@@ -205,9 +223,13 @@ class DiskTier:
         budget, floor = self.settings.budget_bytes, self.settings.floor_bytes
         if size > budget:
             raise NoRoom(f"disk_budget={budget} is less than a block of {size} bytes")
-        self._delete_again()
+        give_up_at = time.monotonic() + _ELSEWHERE_SECONDS
         while True:
             prepared = self.catalog.prepare_store(block, size, budget, self._owner.name)
+            if prepared is Prepared.ELSEWHERE and time.monotonic() < give_up_at:
+                # Not to be taken for kept before it is: its writer may fail.
+                self._wait_for_writer(block.key)
+                continue
             if prepared is not Prepared.NO_ROOM:
                 break
             if not self._make_room(self.catalog.total_bytes + size - budget, block.parent):
@@ -227,11 +249,32 @@ class DiskTier:
                 raise
             self.folder.write(path, pieces)
 
+    def _wait_for_writer(self, key: str) -> None:
+        """Let another owner go on with what it is writing; take it back if that one is gone."""
+        writer = self.catalog.writer(key)
+        if writer is not None and not self._owner.lives(writer):
+            self.catalog.abort_store(key, writer)
+        else:
+            self._sleep(_RETRY_SECONDS)
+
     def _abort_store(self, block: BlockId) -> None:
-        """Take back what ``_put`` has begun."""
-        if self.ask(lambda: self.catalog.abort_store(block.key, self._owner.name), True):
-            with contextlib.suppress(OSError):
-                self.folder.filesystem.delete(self.folder.block(block.key, block.root))
+        """Take back what ``_put`` has begun; what cannot be now is tried again before the next one."""
+        self._unsettled[block.key] = block
+        try:
+            if self.catalog.writer(block.key) == self._owner.name:
+                with contextlib.suppress(OSError):  # first: once the row is gone, another owner may write this file
+                    self.folder.filesystem.delete(self.folder.block(block.key, block.root))
+                self.catalog.abort_store(block.key, self._owner.name)
+            del self._unsettled[block.key]
+        except sqlite3.Error as error:
+            self.count("errors.catalog")
+            self._mark_damage(error)
+
+    def _finish(self) -> None:
+        """Try once more what could not be taken back or deleted."""
+        for block in list(self._unsettled.values()):
+            self._abort_store(block)
+        self._delete_again()
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

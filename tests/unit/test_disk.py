@@ -409,18 +409,58 @@ def test_what_this_process_is_writing_is_not_swept(tmp_path, monkeypatch):
         assert_reads(tier, block(count(4)))
 
 
-def test_what_another_process_is_writing_may_be_followed(tmp_path):
-    """Otherwise a commit would end at a block only because two processes keep it at once."""
+@pytest.mark.parametrize("ending", ["it writes it", "it fails", "it dies"])
+def test_what_another_store_is_writing_is_waited_for(tmp_path, ending):
+    """A commit must neither end there, nor take for kept what may never be."""
     first, second = chain(count(8), 4)
-    with opened(tmp_path) as tier, opened(tmp_path) as other:
+    other, waited = Opened(tmp_path), []
+    with opened(tmp_path) as tier:
         other.catalog.prepare_store(first.id, SIZE, ROOMY, other.owner.name)
+
+        def meanwhile(seconds):
+            waited.append(seconds)
+            if ending == "it writes it":
+                other.folder.write(other.folder.block(first.id.key, ROOT), encode_block(first, "raw"))
+                other.catalog.complete_store(first.id.key, other.owner.name)
+            elif ending == "it fails":
+                other.catalog.abort_store(first.id.key, other.owner.name)
+            else:
+                other.die()
+
+        tier._sleep = meanwhile
         assert tier.put(first)
         assert tier.put(second)
-        assert first.id.key not in tier
-        other.catalog.abort_store(first.id.key, other.owner.name)
-        assert tier.put(first)
+        assert len(waited) == 1
         assert_reads(tier, first)
         assert_reads(tier, second)
+        assert tier.nbytes == real_bytes(tmp_path)
+    other.database.close()
+
+
+def test_what_another_store_never_ends_writing_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvtier.store.disk._ELSEWHERE_SECONDS", 0.0)
+    first = block(count(4))
+    with opened(tmp_path) as tier, opened(tmp_path) as other:
+        other.catalog.prepare_store(first.id, SIZE, ROOMY, other.owner.name)
+        assert not tier.put(first)
+
+
+def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, caplog):
+    first, second = block(count(4)), block(count(4, first=10))
+    with opened(tmp_path) as tier:
+
+        def fail(*arguments):
+            raise sqlite3.OperationalError("database is locked")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tier.catalog, "complete_store", fail)
+            patched.setattr(tier.catalog, "abort_store", fail)
+            assert not tier.put(first)
+        assert tier.nbytes == SIZE
+        assert tier.put(second)
+        assert tier.nbytes == real_bytes(tmp_path) == SIZE
+        assert tier.put(first)
+        assert_reads(tier, first)
 
 
 def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, caplog):
