@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 60
 LOWEST := .venv-lowest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format wheel bench docs notebooks test-lowest fuzz clean
+.PHONY: demo test check format wheel bench docs notebooks test-lowest fuzz crash clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,6 +84,9 @@ fuzz: $(FUZZ_STAMP)  ## bytes chosen by the code they reach, against the readers
 	mkdir -p build/fuzz
 	$(BIN)/python tests/fuzz/coverage_guided.py -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
 	    -max_len=65536 -artifact_prefix=build/fuzz/ build/fuzz tests/fuzz/corpus
+
+crash: $(STAMP)  ## a thousand killed processes, and races at full length; about ten minutes
+	KVTIER_KILLS=1000 KVTIER_RACE_TURNS=500 $(BIN)/python -m pytest tests/integration/test_crash.py tests/integration/test_race.py
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

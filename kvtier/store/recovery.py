@@ -153,4 +153,11 @@ def _whole_files(folder: StoreFolder, audit: Audit) -> Iterator[tuple[BlockId, i
 
 def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
     """Pass ``blocks`` on; show how many there were once it takes long."""
-    yield from tqdm(blocks, desc="kvtier: making the catalog anew", unit=" blocks", delay=_LONG_SECONDS, leave=False)
+    yield from tqdm(
+        blocks,
+        desc="kvtier: making the catalog anew",
+        unit=" blocks",
+        delay=_LONG_SECONDS,
+        mininterval=1.0,
+        leave=False,
+    )
