@@ -17,8 +17,9 @@ from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.database import SCHEMA_VERSION, Database
 from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.lifecycle import Move, State, after, sources
-from kvtier.store.valuation import PINNED, Place, Valuation
+from kvtier.store.valuation import PINNED, Place, Session, Valuation
 
+_REBUILD_CACHE_KIB = 128 * 1024  # rows come in no order: without, each is read from the file again
 _FOREVER = float("-inf")
 _FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {PINNED})"
 
@@ -140,7 +141,9 @@ class Catalog:
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             if total + nbytes > budget_bytes:
                 return Prepared.NO_ROOM
-            self._insert(connection, block, nbytes, after(State.ABSENT, Move.PREPARE_STORE), owner)
+            session = self._valuation.session(connection)
+            self._insert(connection, session, block, nbytes, after(State.ABSENT, Move.PREPARE_STORE), owner)
+            session.end()
             return Prepared.RESERVED
 
     def complete_store(self, key: str, owner: str) -> bool:
@@ -167,18 +170,20 @@ class Catalog:
             return self._adopt(connection, found)
 
     def _adopt(self, connection: sqlite3.Connection, found: Iterable[tuple[BlockId, int, float]]) -> int:
+        session = self._valuation.session(connection)
         new = 0
         for block, nbytes, used_at in found:
             key = bytes.fromhex(block.key)
             row = connection.execute("SELECT state FROM blocks WHERE key = ?", (key,)).fetchone()
             if row is None:
-                self._insert(connection, block, nbytes, after(State.ABSENT, Move.ADOPT), "", used_at)
+                self._insert(connection, session, block, nbytes, after(State.ABSENT, Move.ADOPT), "", used_at)
             elif row[0] == State.WRITING:
                 connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, key))
                 self._move(connection, block.key, Move.ADOPT)
             else:
                 continue
             new += 1
+        session.end()
         if new:
             connection.execute(_SET_DEPTHS)
         return new
@@ -189,7 +194,9 @@ class Catalog:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == SCHEMA_VERSION:
                 return False
+            connection.execute(f"PRAGMA cache_size = -{_REBUILD_CACHE_KIB}")
             self._adopt(connection, found())
+            connection.execute("PRAGMA cache_size = -2000")  # SQLite's own
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             return True
 
@@ -206,6 +213,7 @@ class Catalog:
     def _insert(
         self,
         connection: sqlite3.Connection,
+        session: Session,
         block: BlockId,
         nbytes: int,
         state: State,
@@ -213,9 +221,7 @@ class Catalog:
         used_at: float | None = None,
     ) -> None:
         key, depth = bytes.fromhex(block.key), self._depth(connection, block) or 0
-        session = self._valuation.session(connection)
         usage, priority = session.entered(block, depth, nbytes)
-        session.end()
         connection.execute(
             "INSERT INTO ids VALUES (?, ?, ?)", (bytes.fromhex(block.parent), _as_bytes(block.tokens), key)
         )
