@@ -360,7 +360,7 @@ class ManagedStore(ABC):
                 blocks = chain_keys(archive.root, archive.tokens, archive.block_size)
                 for written, *_ in self._names.all():
                     if written.name == name and (written.root, written.tokens) != (archive.root, len(archive.tokens)):
-                        raise ConfigurationError(f"{name!r} is the name of something else already; pass another name=.")
+                        raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
             self._commits.commit(
                 archive.root, archive.tokens, archive.pages, archive.manifest, archive.block_size, describe_anew=False

@@ -591,6 +591,7 @@ def test_a_real_interrupt_while_verifying(folder):
     """A process of its own, stopped from outside in the middle of its work."""
     script = (
         "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
         "from kvtier.store import PrefixStore\n"
         "from kvtier.cli import app\n"
         "whole = PrefixStore.verify\n"

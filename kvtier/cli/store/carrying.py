@@ -12,6 +12,7 @@ from kvtier.cli.store.asking import progress_bar, spinner
 from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened, told
 from kvtier.cli.store.quantities import size
 from kvtier.cli.store.tables import make_console, print_line
+from kvtier.errors import ConfigurationError
 from kvtier.store.archive import Archive
 
 
@@ -53,7 +54,10 @@ def import_(
         if name is None and archive.name is None:
             fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name")
     with opened(store, create=True) as open_store, progress_bar("Checking") as progress:
-        done = open_store.import_(file, name=name, progress=progress)
+        try:
+            done = open_store.import_(file, name=name, progress=progress)
+        except ConfigurationError as error:  # it speaks of arguments of Python
+            fail(WRONG_USAGE, f"{str(error).rstrip('.')} with --name")
         folder = open_store.path
     if as_json:
         records.print_json({"store": str(folder), **records.of_name(done)})
