@@ -25,7 +25,7 @@ from kvtier.store.fork import take_part
 from kvtier.store.format import BlockFile, encode_block
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
-from kvtier.store.owners import Owner, lock_alone, lock_shared
+from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
 from kvtier.store.pause import Pause, is_full
 from kvtier.store.valuation import Place
 
@@ -262,8 +262,11 @@ class DiskTier:
         self._unsettled[block.key] = block
         try:
             if self.catalog.writer(block.key) == self._owner.name:
-                with contextlib.suppress(OSError):  # first: once the row is gone, another owner may write this file
-                    self.folder.filesystem.delete(self.folder.block(block.key, block.root))
+                # Files first: once the row is gone, another owner may write them, and nobody looks for halves.
+                path = self.folder.block(block.key, block.root)
+                for file in (path, *self.folder.leftovers_beside(path, pid_of(self._owner.name))):
+                    with contextlib.suppress(OSError):
+                        self.folder.filesystem.delete(file)
                 self.catalog.abort_store(block.key, self._owner.name)
             del self._unsettled[block.key]
         except sqlite3.Error as error:
