@@ -230,18 +230,26 @@ class ManagedStore(ABC):
             root, keys, tokens = self._inventory.keys_to(key_prefix)
         return self._set_name(name, root, keys, tokens, pin, ttl)
 
-    def forget(self, what: str | Sequence[int] | TokenIds) -> Forgotten:
+    def forget(
+        self, what: str | Sequence[int] | TokenIds, *, encode: Callable[[str], Sequence[int]] | None = None
+    ) -> Forgotten:
         """Remove a conversation for good, from RAM and disk.
 
         By name: the name, and the blocks that no other sequence uses. By token ids: every block that begins with
         them or goes beyond them, and those that lead only there, whatever is named or pinned. Files are deleted and
         the rows overwritten; drives may keep what was on them, and other processes what they have in RAM.
 
+        Args:
+            what: a name, or token ids, or a text.
+            encode: makes ids of ``what``, which is then a text, e.g. ``tokenizer.encode``.
+
         Raises:
             UnknownNameError: nothing is called so.
             ConfigurationError: ``what`` is neither a name nor ids.
             StoreError: the disk fails.
         """
+        if isinstance(what, str) and encode is not None:
+            what = encode(what)
         if isinstance(what, str):
             self.flush()
             with self._asked():

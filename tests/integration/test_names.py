@@ -519,3 +519,12 @@ def test_the_numbers_of_a_store(place):
         assert all(tier.leased_blocks == 0 for tier in store.stats().tiers)
     with pytest.raises(ClosedError):
         store.stats()
+
+
+def test_forgetting_a_text(place):
+    with new_store(place) as store:
+        commit(store, ids(*b"a secret"))
+        commit(store, count(8))
+        assert store.forget("a secret", encode=lambda text: list(text.encode())).blocks == 2
+        assert restored_length(store, count(8)) == 8
+        assert len(store.chains()) == 1
