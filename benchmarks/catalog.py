@@ -17,8 +17,7 @@ from benchmarks.result import Case, Result, Target, make_case
 from kvtier import PrefixStore
 from kvtier.pages import Page
 from kvtier.store.base import Block
-from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.commits import chain_keys
+from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.filesystem import LOCAL
 from kvtier.store.folder import StoreFolder
 from kvtier.store.format import encode_block

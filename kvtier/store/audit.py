@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvtier.errors import BlockError
@@ -59,7 +60,7 @@ class Audit:
                     "leftover",
                     str(path),
                     "its writer is gone",
-                    lambda place=place, o=owner: self._settle(place, o),  # type: ignore[misc]
+                    partial(self._settle, place, owner),
                 )
         for place, owner in self._catalog.moving(State.LEAVING):
             if not self._owner.lives(owner):
@@ -67,7 +68,7 @@ class Audit:
                     "leftover",
                     str(self._path(place)),
                     "who was deleting it is gone",
-                    lambda place=place: self._delete(place),  # type: ignore[misc]
+                    partial(self._delete, place),
                 )
 
     def _settle(self, place: Place, owner: str) -> None:
@@ -104,14 +105,13 @@ class Audit:
                 "leftover",
                 str(path),
                 "half a file of a writer that is gone",
-                lambda path=path: self._folder.filesystem.delete(path),  # type: ignore[misc]
+                partial(self._folder.filesystem.delete, path),
             )
 
     def files(self) -> Iterator[Discrepancy]:
         """Yield block files without a row, rows without a file, and files of another size than their rows say."""
         files = {path.stem: path for path in self._folder.block_files()}  # before the rows: who writes one has its row
         rows = self._catalog.files()
-        moving = {place.key for state in (State.WRITING, State.LEAVING) for place, _ in self._catalog.moving(state)}
         for key in files.keys() - rows.keys():
             if files[key].exists():  # or it was deleted this moment
                 path = files[key]
@@ -119,13 +119,10 @@ class Audit:
                     "orphan",
                     str(path),
                     "the catalog does not know it",
-                    lambda path=path: self.adopt(path),  # type: ignore[misc]
+                    partial(self.adopt, path),
                 )
-        for key in rows.keys() - moving:
-            entry = self._catalog.entry(key)
-            if entry is None:
-                continue
-            path = self._folder.block(key, entry.root)
+        for entry in self._catalog.entries():
+            key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
                 nbytes = self._folder.allocated_bytes(path.lstat().st_size)
             except FileNotFoundError:
@@ -134,7 +131,7 @@ class Audit:
                         "missing",
                         str(path),
                         "the catalog has it, the folder has not",
-                        lambda key=key: self.drop(key),  # type: ignore[misc]
+                        partial(self.drop, key),
                     )
                 continue
             if nbytes != entry.nbytes:
@@ -142,7 +139,7 @@ class Audit:
                     "accounting",
                     str(path),
                     f"takes {nbytes} bytes and is counted for {entry.nbytes}",
-                    lambda key=key, nbytes=nbytes: self._catalog.set_bytes(key, nbytes),  # type: ignore[misc]
+                    partial(self._catalog.set_bytes, key, nbytes),
                 )
 
     def adopt(self, path: Path) -> None:
@@ -158,20 +155,29 @@ class Audit:
         for place in self._catalog.discard([key], self._owner.name):
             self._delete(place)
 
-    def look_at(self, path: Path) -> tuple[BlockId, int, float]:
+    def look_at(self, path: Path, *, whole: bool = False) -> tuple[BlockId, int, float]:
         """Return the identity of a block file, what it takes, and when it was written (Unix time).
+
+        Args:
+            path: the file.
+            whole: read every byte, and compare the checksums.
 
         Raises:
             BlockError: it is no whole block, or not the one that its place says.
         """
         try:
             file = BlockFile(str(path), self._folder.open(path))
+            try:
+                if whole:
+                    file.check()
+            finally:
+                file.close()
+            written_at = path.stat().st_mtime
         except OSError as error:
             raise BlockError(f"{path}: {error}") from error
-        file.close()
         if path != self._folder.block(file.id.key, file.id.root):
             raise BlockError(f"{path} holds another block than its place says")
-        return file.id, self._folder.allocated_bytes(file.nbytes), path.stat().st_mtime
+        return file.id, self._folder.allocated_bytes(file.nbytes), written_at
 
     def total(self) -> Iterator[Discrepancy]:
         """Yield a sum that is not the sum of what it sums."""
@@ -188,7 +194,7 @@ class Audit:
                 "name",
                 str(path),
                 f"cannot be read: {what}",
-                lambda path=path: self._folder.filesystem.delete(path),  # type: ignore[misc]
+                partial(self._folder.filesystem.delete, path),
             )
 
     def permissions(self) -> Iterator[Discrepancy]:
@@ -206,7 +212,7 @@ class Audit:
                     "permissions",
                     str(path),
                     f"others may use it (mode {mode:o})",
-                    lambda path=path, mode=mode: path.chmod(mode & 0o700),  # type: ignore[misc]
+                    partial(path.chmod, mode & 0o700),
                 )
 
     def _path(self, place: Place) -> Path:

@@ -136,13 +136,15 @@ class Catalog:
             row = connection.execute("SELECT state FROM blocks WHERE key = ?", (bytes.fromhex(block.key),)).fetchone()
             if row is not None:
                 return _OUTCOMES[State(row[0])]
-            if block.parent != block.root and self._depth(connection, block) is None:
+            depth = self._depth(connection, block)
+            if depth is None:
                 return Prepared.ORPHAN
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             if total + nbytes > budget_bytes:
                 return Prepared.NO_ROOM
             session = self._valuation.session(connection)
-            self._insert(connection, session, block, nbytes, after(State.ABSENT, Move.PREPARE_STORE), owner)
+            state = after(State.ABSENT, Move.PREPARE_STORE)
+            self._insert(connection, session, block, depth, nbytes, state, owner)
             session.end()
             return Prepared.RESERVED
 
@@ -176,7 +178,8 @@ class Catalog:
             key = bytes.fromhex(block.key)
             row = connection.execute("SELECT state FROM blocks WHERE key = ?", (key,)).fetchone()
             if row is None:
-                self._insert(connection, session, block, nbytes, after(State.ABSENT, Move.ADOPT), "", used_at)
+                depth, state = self._depth(connection, block) or 0, after(State.ABSENT, Move.ADOPT)
+                self._insert(connection, session, block, depth, nbytes, state, "", used_at)
             elif row[0] == State.WRITING:
                 connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, key))
                 self._move(connection, block.key, Move.ADOPT)
@@ -215,12 +218,13 @@ class Catalog:
         connection: sqlite3.Connection,
         session: Session,
         block: BlockId,
+        depth: int,
         nbytes: int,
         state: State,
         owner: str,
         used_at: float | None = None,
     ) -> None:
-        key, depth = bytes.fromhex(block.key), self._depth(connection, block) or 0
+        key = bytes.fromhex(block.key)
         usage, priority = session.entered(block, depth, nbytes)
         connection.execute(
             "INSERT INTO ids VALUES (?, ?, ?)", (bytes.fromhex(block.parent), _as_bytes(block.tokens), key)

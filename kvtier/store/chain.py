@@ -38,3 +38,13 @@ class BlockId:
     def of(cls, root: str, parent: str, tokens: TokenIds) -> BlockId:
         """Name the block of ``tokens`` after ``parent``."""
         return cls(block_key(parent, tokens), parent, root, tokens)
+
+
+def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:
+    """Return the blocks that ``tokens`` make after ``root``, each with ids of its own."""
+    blocks: list[BlockId] = []
+    parent = root
+    for start in range(0, len(tokens), block_size):
+        blocks.append(BlockId.of(root, parent, tokens[start : start + block_size].copy()))
+        parent = blocks[-1].key
+    return blocks

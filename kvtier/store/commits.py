@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from kvtier.pages import Page
 from kvtier.store.base import Block, Tier
-from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
 from kvtier.store.names import Names
@@ -62,17 +60,15 @@ class Commits:
                 self._write_behind(partial(self._disk.describe_root, root, manifest, anew=describe_anew))
             if self._disk is None or describe_anew:
                 self._manifests[root] = manifest
-        parent, new = root, 0
+        new = 0
         keys: list[str] = []
-        for start in range(0, len(tokens), block_size):
-            ids = tokens[start : start + block_size].copy()
-            block = BlockId.of(root, parent, ids)
-            if not self.known(block, block_size):
-                if not self._keep(Block(block, read(start, start + len(ids)), start)):
+        for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
+            if self.stands_for(block, block_size) is None:
+                stop = start + len(block.tokens)
+                if not self._keep(Block(block, read(start, stop), start)):
                     break  # its children could never be reached
-                new += len(ids)
-            parent = block.key
-            keys.append(parent)
+                new += len(block.tokens)
+            keys.append(block.key)
         self._touch(keys)
         return new
 
@@ -101,12 +97,11 @@ class Commits:
         disk.touch(keys, hits)
         disk.ask(lambda: self._names.touched(keys), None)
 
-    def known(self, block: BlockId, block_size: int) -> bool:
-        """Whether a tier has ``block``, or one that begins with it."""
-        return self.stands_for(block, block_size) is not None
-
     def stands_for(self, block: BlockId, block_size: int) -> str | None:
-        """Return the key of the block that answers for ``block``: its own, or that of one that begins with it."""
+        """Return the key of the block that answers for ``block``: its own, or that of one that begins with it.
+
+        None when no tier has either.
+        """
         if any(block.key in tier for tier in self._tiers):
             return block.key
         if len(block.tokens) < block_size:
@@ -163,13 +158,3 @@ class Commits:
             disk.ask(lambda: self._names.replaced(old, new), None)
         except OSError as error:
             disk.warn("names", f"cannot write the file of a name in {disk.folder.path} ({error})")
-
-
-def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:
-    """Return the blocks that ``tokens`` make."""
-    blocks: list[BlockId] = []
-    parent = root
-    for start in range(0, len(tokens), block_size):
-        blocks.append(BlockId.of(root, parent, np.ascontiguousarray(tokens[start : start + block_size])))
-        parent = blocks[-1].key
-    return blocks

@@ -176,7 +176,6 @@ class DiskTier:
         """Write ``block`` unless it is there. Returns whether it is there afterwards."""
         if self._pause.holds() and not (self._pause.told and self._has_room()):
             return False
-        size = 0
         try:
             pieces = encode_block(block, self.settings.codec)
             size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces))

@@ -116,7 +116,7 @@ class Inventory:
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that no other goes beyond, the last used first."""
-        entries = {entry.key: entry for entry in self._all()}
+        entries = {entry.key: entry for entry in self.entries()}
         followed = {entry.parent for entry in entries.values()}
         sums: dict[str, tuple[int, int]] = {}
 
@@ -140,7 +140,8 @@ class Inventory:
             chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
 
-    def _all(self) -> Iterable[Entry]:
+    def entries(self) -> Iterable[Entry]:
+        """Return what is known of every block."""
         in_ram = {entry.key: entry for entry in self._host.entries()}
         if self._disk is not None:
             disk = self._disk
@@ -155,7 +156,7 @@ class Inventory:
         Raises:
             UnknownNameError: no key begins so, or several do.
         """
-        entries = {entry.key: entry for entry in self._all()}
+        entries = {entry.key: entry for entry in self.entries()}
         found = [key for key in entries if key.startswith(key_prefix)] if key_prefix else []
         if len(found) != 1:
             raise UnknownNameError(
@@ -171,16 +172,12 @@ class Inventory:
 
     # --- what contains given ids ------------------------------------------------------------------------------------
 
-    def roots(self) -> set[str]:
-        """Return the roots of all blocks."""
-        return {entry.root for entry in self._all()}
-
     def holding(self, tokens: TokenIds) -> list[str]:
         """Return the keys of all blocks that begin with ``tokens`` or go beyond, and of those that only lead there.
 
         What ``tokens`` begin with counts as leading there, too.
         """
-        entries = {entry.key: entry for entry in self._all()}
+        entries = {entry.key: entry for entry in self.entries()}
         following: dict[str, list[str]] = {}
         for entry in entries.values():
             following.setdefault(entry.parent, []).append(entry.key)

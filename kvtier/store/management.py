@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtier.errors import ConfigurationError, StoreError, UnknownNameError
+from kvtier.errors import ConfigurationError, StoreError
 from kvtier.store.archive import Archive, write_archive
 from kvtier.store.audit import Audit
 from kvtier.store.base import BlockReader
-from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.commits import Commits, chain_keys
+from kvtier.store.chain import BlockId, TokenIds, chain_keys
+from kvtier.store.commits import Commits
 from kvtier.store.database import Database
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
 from kvtier.store.inventory import Chain, Forgotten, Inventory
 from kvtier.store.names import Name, NamedPrefix, Names, checked_name, checked_ttl
+from kvtier.store.usage import StoreUsage, measure
 from kvtier.store.verify import Progress, VerifyReport, verify
 from kvtier.units import parse_bytes
 
@@ -115,8 +116,8 @@ class ManagedStore(ABC):
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
         with self._asked():
-            with contextlib.suppress(UnknownNameError):  # a conversation that goes on is named anew each turn
-                before = self._names.get(name)
+            before = self._names.find(name)
+            if before is not None:  # a conversation that goes on is named anew each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
@@ -217,6 +218,15 @@ class ManagedStore(ABC):
         """
         with self._asked():
             return self._inventory.chains()
+
+    def usage(self) -> StoreUsage:
+        """Return what all blocks take, by root.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            return measure(self._inventory.entries(), (name for name, *_ in self._names.all()))
 
     def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
         """Give a name to the chain whose last block's key begins with ``key_prefix``.
@@ -366,9 +376,9 @@ class ManagedStore(ABC):
             name = checked_name(name if name is not None else archive.name or "")
             with self._asked():
                 blocks = chain_keys(archive.root, archive.tokens, archive.block_size)
-                for written, *_ in self._names.all():
-                    if written.name == name and (written.root, written.tokens) != (archive.root, len(archive.tokens)):
-                        raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
+                before = self._names.find(name)
+                if before is not None and (before.root, before.tokens) != (archive.root, len(archive.tokens)):
+                    raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
             self._commits.commit(
                 archive.root, archive.tokens, archive.pages, archive.manifest, archive.block_size, describe_anew=False

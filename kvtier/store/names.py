@@ -144,6 +144,11 @@ class Names:
             [(name.name, place, bytes.fromhex(key), name.pinned) for place, key in enumerate(name.keys)],
         )
 
+    def find(self, name: str) -> Name | None:
+        """Return what is written down of ``name``; None when nothing bears it."""
+        found = self._rows("WHERE name = ?", (name,))
+        return found[0][0] if found else None
+
     def get(self, name: str) -> Name:
         """Return what is written down of ``name``.
 
@@ -202,7 +207,7 @@ class Names:
             ConfigurationError: something bears ``new`` already.
         """
         written, used_at, _ = self.details(old)
-        if self._rows("WHERE name = ?", (new,)):
+        if self.find(new) is not None:
             raise ConfigurationError(f"{new!r} is the name of something else already; unname or forget that first.")
         self.assign(replace(written, name=new), used_at)
         self.remove(old)

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvtier.store.base import Entry
 from kvtier.store.names import Name
-
-if TYPE_CHECKING:
-    from kvtier.store import PrefixStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +61,3 @@ def measure(entries: Iterable[Entry], names: Iterable[Name]) -> StoreUsage:
             named_bytes[entry.root] += entry.nbytes
     roots = (RootUsage(root, blocks[root], nbytes[root], named_bytes[root]) for root in blocks)
     return StoreUsage(tuple(sorted(roots, key=lambda root: (-root.nbytes, root.root))))
-
-
-def usage(store: PrefixStore) -> StoreUsage:
-    """Return what the blocks of ``store`` take.
-
-    Raises:
-        ClosedError: the store was closed.
-        StoreError: the disk fails.
-    """
-    with store._asked():
-        return measure(store._inventory._all(), (name for name, *_ in store._names.all()))

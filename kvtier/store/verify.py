@@ -16,7 +16,6 @@ from kvtier.store.audit import Audit, Discrepancy
 from kvtier.store.catalog import Catalog
 from kvtier.store.database import Database
 from kvtier.store.folder import StoreFolder
-from kvtier.store.format import BlockFile
 
 _log = logging.getLogger("kvtier.store.verify")
 _READERS = 2
@@ -124,7 +123,7 @@ def _read_all(
     with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
         try:
             for (path, size), error in zip(
-                files, pool.map(partial(_damage, folder), [p for p, _ in files]), strict=True
+                files, pool.map(partial(_damage, audit), [p for p, _ in files]), strict=True
             ):
                 done += size
                 if progress is not None:
@@ -144,16 +143,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _damage(folder: StoreFolder, path: Path) -> str | None:
+def _damage(audit: Audit, path: Path) -> str | None:
     """Read a block file whole; return what is wrong with it."""
     try:
-        file = BlockFile(str(path), folder.open(path))
-        try:
-            file.check()
-        finally:
-            file.close()
-    except (OSError, BlockError) as error:
+        audit.look_at(path, whole=True)
+    except BlockError as error:
         return str(error)
-    if path != folder.block(file.id.key, file.id.root):
-        return f"{path} holds another block than its place says"
     return None

@@ -19,7 +19,7 @@ from kvtier.cli.store.tables import Column, make_console, print_facts, print_lin
 from kvtier.store.inventory import Chain
 from kvtier.store.names import NamedPrefix
 from kvtier.store.prometheus import exposition
-from kvtier.store.usage import StoreUsage, usage
+from kvtier.store.usage import StoreUsage
 
 _NAME_COLUMNS = (
     Column("name", "left", folds=True),
@@ -62,7 +62,7 @@ def ls(
     with opened(store) as open_store:
         names = open_store.names()
         chains = [chain for chain in open_store.chains() if not chain.names]
-        used = usage(open_store)
+        used = open_store.usage()
         folder = str(open_store.path)
     if unnamed:
         _list_chains(Path(folder), chains, as_json)
@@ -165,7 +165,7 @@ def show(
 def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
     """Say what takes the space: by model, and by name, the largest first."""
     with opened(store) as open_store:
-        used = usage(open_store)
+        used = open_store.usage()
         names = sorted(open_store.names(), key=lambda each: (-each.own_bytes, -each.nbytes, each.name))
         folder = Path(str(open_store.path))
     files = {root.root: RootFile.read(folder, root.root) for root in used.roots}
@@ -217,7 +217,7 @@ def stats(
     with opened(store) as open_store:
         found = open_store.stats()
         chains = open_store.chains()
-        unnamed = usage(open_store).unnamed_bytes
+        unnamed = open_store.usage().unnamed_bytes
     if output is Format.PROMETHEUS and not as_json:
         sys.stdout.write(exposition(found, of_process=False))
         return

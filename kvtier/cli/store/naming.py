@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ from kvtier.cli.store import records
 from kvtier.cli.store.opening import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
 from kvtier.cli.store.quantities import parse_span, size
 from kvtier.cli.store.tables import make_console, print_line
+from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
 
 
@@ -55,18 +58,13 @@ def pin(
     as_json: AsJson = False,
 ) -> None:
     """Never evict what has these names."""
-    with opened(store) as open_store:
-        for each in names:
-            named(open_store, each)  # all of them, or none
-        for each in names:
-            open_store.pin(each)
-        done = [open_store.named(each) for each in names]
-    for prefix in [] if as_json else done:
-        lost = prefix.tokens - prefix.kept_tokens
-        warning = f" {lost} of its tokens are gone already." if lost else ""
-        print_line(make_console(), f"{prefix.name} is pinned, {size(prefix.nbytes)}.{warning}")
-    if as_json:
-        records.print_json({"names": [records.of_name(prefix) for prefix in done]})
+    _change(names, store, PrefixStore.pin, _pinned, as_json)
+
+
+def _pinned(prefix: NamedPrefix) -> str:
+    lost = prefix.tokens - prefix.kept_tokens
+    warning = f" {lost} of its tokens are gone already." if lost else ""
+    return f"{prefix.name} is pinned, {size(prefix.nbytes)}.{warning}"
 
 
 def unpin(
@@ -75,16 +73,27 @@ def unpin(
     as_json: AsJson = False,
 ) -> None:
     """Treat what has these names like everything else again."""
+    _change(names, store, PrefixStore.unpin, lambda prefix: f"{prefix.name} is no longer pinned.", as_json)
+
+
+def _change(
+    names: Sequence[str],
+    store: Path,
+    change: Callable[[PrefixStore, str], None],
+    words: Callable[[NamedPrefix], str],
+    as_json: bool,
+) -> None:
+    """Do ``change`` to all of ``names``, or to none when one is unknown; tell each in ``words``."""
     with opened(store) as open_store:
         for each in names:
             named(open_store, each)
         for each in names:
-            open_store.unpin(each)
+            change(open_store, each)
         done = [open_store.named(each) for each in names]
-    for prefix in [] if as_json else done:
-        print_line(make_console(), f"{prefix.name} is no longer pinned.")
     if as_json:
         records.print_json({"names": [records.of_name(prefix) for prefix in done]})
+    for prefix in [] if as_json else done:
+        print_line(make_console(), words(prefix))
 
 
 def _tell(done: NamedPrefix, text: str, as_json: bool) -> None:
