@@ -154,3 +154,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", list(FAMILIES))
     if "sliding_family" in metafunc.fixturenames:
         metafunc.parametrize("sliding_family", list(SLIDING_FAMILIES))
+
+
+@pytest.fixture
+def warned(caplog):
+    """``warned()``: the warnings of kvtier since the last call."""
+
+    def texts():
+        found = [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelno >= 30]
+        caplog.clear()
+        return found
+
+    return texts

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import crashkit
 import pytest
+from storekit import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 KILLS = int(os.environ.get("KVTIER_KILLS", "50"))
@@ -33,14 +31,7 @@ def test_processes_killed_at_random(room):
 
 
 def kill(place, room, kills):
-    return subprocess.run(
-        [sys.executable, "-c", f"import crashkit; crashkit.main({str(place)!r}, {room!r}, {kills}, {SEED})"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(crashkit.__file__).parent), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60 + SECONDS_A_KILL * kills,
+    return run_python(
+        f"import crashkit; crashkit.main({str(place)!r}, {room!r}, {kills}, {SEED})",
+        timeout_seconds=60 + SECONDS_A_KILL * kills,
     )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import crashkit
@@ -17,7 +15,7 @@ import faultkit
 import pytest
 from crashkit import assert_sound, bytes_on_drive
 from faultkit import AFTERWARDS, CHAINS, faulty_database, life, manage, opened, settings, use
-from storekit import block_files, commit, count, damage, restored_length, restored_length_at_last
+from storekit import block_files, commit, count, damage, restored_length, restored_length_at_last, run_python
 
 from kvtier import PrefixStore, StoreError
 from kvtier.testing.faults import DISK_ERRORS, Deed, Fault, Faults, FaultyFilesystem
@@ -38,18 +36,6 @@ def _no_power_cuts():
 def place():
     with crashkit.quick_folder() as folder:
         yield folder
-
-
-@pytest.fixture
-def warned(caplog):
-    """``warned()``: the warnings of kvtier since the last call."""
-
-    def texts():
-        found = [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelno >= 30]
-        caplog.clear()
-        return found
-
-    return texts
 
 
 @pytest.fixture(scope="module")
@@ -150,16 +136,10 @@ sys.exit(wrong > 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 @pytest.mark.parametrize("room", faultkit.BUDGETS)
 def test_a_process_killed_at_any_point(place, points, room):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(place), room, str(len(points[room])), str(STRIDE)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(crashkit.__file__).parent), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60 + SECONDS_A_POINT * len(points[room]) / STRIDE,
+    done = run_python(
+        KILLED,
+        *(place, room, len(points[room]), STRIDE),
+        timeout_seconds=60 + SECONDS_A_POINT * len(points[room]) / STRIDE,
     )
     assert done.returncode == 0, done.stderr
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from transformers import PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 
 
@@ -78,15 +75,8 @@ def others():
         yield pool
 
 
-def script(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``text`` in a new interpreter that can import what the tests can."""
-    path = os.pathsep.join([str(HERE), str(Path(storekit.__file__).parent), *sys.path])
-    return subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", text, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+# Runs a text in a new interpreter, where what is not closed is an error.
+script = partial(storekit.run_python, options=("-W", "error::ResourceWarning"))
 
 
 # --- at the same time -------------------------------------------------------------------------------------------------

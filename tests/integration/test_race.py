@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import racekit
-from storekit import ROOT, commit, count
+from storekit import ROOT, commit, count, run_python
 
 from kvtier import PrefixStore
 from kvtier.store import names
@@ -27,16 +24,9 @@ SEED = int(os.environ.get("KVTIER_SEED", "1"))
 @pytest.mark.parametrize(("who", "number"), [("processes", 8), ("threads", 16)])
 def test_a_race(tmp_path, who, number):
     arguments = f"{str(tmp_path / 'store')!r}, {number}, {TURNS}, {SEED}"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import racekit; racekit.{who}({arguments})"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(racekit.__file__).parent), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120 + 5 * TURNS,  # none of them waits for another one for ever
+    done = run_python(
+        f"import racekit; racekit.{who}({arguments})",
+        timeout_seconds=120 + 5 * TURNS,  # none of them waits for another one for ever
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

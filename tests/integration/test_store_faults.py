@@ -28,18 +28,6 @@ def _no_power_cuts(monkeypatch):
 
 
 @pytest.fixture
-def warned(caplog):
-    """``warned()``: the warnings of kvtier since the last call."""
-
-    def texts():
-        found = [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelno >= 30]
-        caplog.clear()
-        return found
-
-    return texts
-
-
-@pytest.fixture
 def ask(make_model, generate, tokens):
     """``ask(cache, ids)``: a turn whose tokens are those of a fresh ``DynamicCache``; returns the next prompt."""
     model, more = make_model("llama"), iter(range(1, 1000))

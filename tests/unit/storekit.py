@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +92,20 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
     finally:
         restore.close()
     return match.length
+
+
+def run_python(
+    text: str, *arguments: object, options: Sequence[str] = (), timeout_seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``text`` in a new interpreter that can import what the tests can."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        [sys.executable, *options, "-c", text, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+    )
 
 
 def block_files(folder: Path) -> list[Path]:
