@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,11 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
 from kvtier.hf.generate import TurnTaker, check_installed, install
-from kvtier.hf.identity import Identity, identify
+from kvtier.hf.identity import identify
+from kvtier.hf.layers import WindowLayer
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
-from kvtier.hf.prompt import Unreadable, read_prompt
+from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
+from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off
+from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
+from kvtier.hf.states import UnreadableError
 from kvtier.hf.streamed import StreamedPrefix
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turn import Held, Turn
@@ -32,6 +37,10 @@ from kvtier.stream.streams import MakeEngine
 from kvtier.transfer import engine_for
 
 _log = logging.getLogger("kvtier.hf")
+# States are kept where prompts part if that spares the next one so many tokens: they cost a forward pass of its own.
+_WORTH_A_SNAPSHOT_TOKENS = 16
+# A token that is fed alone takes about as long as so many that are fed together.
+_TOKEN_BY_TOKEN_COST = 4
 
 
 class TieredCache(WindowCache, TurnTaker):
@@ -87,6 +96,7 @@ class TieredCache(WindowCache, TurnTaker):
         super().__init__(partial(self._streaming.open, self._store))
         self._turn: Turn | None = None
         self._held: Held | None = None
+        self._snapshots = Snapshots()
         self._root: str | None = None
         self._longest_answer = 0
         self._lay_out(config)
@@ -98,6 +108,7 @@ class TieredCache(WindowCache, TurnTaker):
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
         super()._lay_out(config)
         self._held = None
+        self._snapshots.lose()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -123,6 +134,7 @@ class TieredCache(WindowCache, TurnTaker):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
+        self._snapshots.live = None
         super().crop(tokens_to_remove)
         if self._turn is not None:
             self._turn.prompt_only = True
@@ -156,7 +168,7 @@ class TieredCache(WindowCache, TurnTaker):
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
         while True:
-            report = self._begin(model, input_ids, attention_mask)
+            report = self._begin(model, input_ids, attention_mask, feeds=False)
             try:
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()
@@ -174,6 +186,8 @@ class TieredCache(WindowCache, TurnTaker):
         off: str | None = None,
         cold: str | None = None,
         longest_answer: int = 0,
+        repeats: int = 1,
+        feeds: bool = True,
     ) -> TurnReport:
         self._check_open()
         self._longest_answer = longest_answer
@@ -183,7 +197,7 @@ class TieredCache(WindowCache, TurnTaker):
             off = off or "the model has no config"
         elif config is not self._config:
             self._lay_out(config)
-        off = off or self._no_reuse
+        off = off or self._no_reuse or (why_off(model) if config is not None else None)
         prompt = read_prompt(input_ids, attention_mask) if input_ids is not None and not off else None
         if isinstance(prompt, Unreadable):
             off, prompt = prompt.reason, None
@@ -197,19 +211,47 @@ class TieredCache(WindowCache, TurnTaker):
         if changed:
             self._lay_out(self._config)
         self._root = identity.root
+        states = bool(self._states)
         if cold:
+            if states:
+                return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
             return self._start(Turn(prompt, identity, None, cold, prompt_only=True))
         while True:
-            turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model))
+            turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
             if turn.prefix is None:
-                turn.reason = (
-                    "the model is not the one that filled this cache" if changed else "nothing known begins so"
-                )
+                turn.reason = "nothing known begins so"
+                if changed:
+                    turn.reason = "the model is not the one that filled this cache"
+                elif turn.known_columns > max(prompt.pads) and states:
+                    turn.reason = _why_no_states(prompt)
+            if states:
+                self._plan_feeding(turn, model, repeats, feeds)
             try:
-                return self._start(turn)
+                return self._start(turn, model, repeats)
             except BlockError:
                 continue  # blocks that do not fit the model: they were discarded
+
+    def _plan_feeding(self, turn: Turn, model: PreTrainedModel, repeats: int, feeds: bool) -> None:
+        """Say in which pieces the prompt of a model with states is to be fed before ``generate`` feeds the rest."""
+        assert turn.prompt is not None
+        turn.keeps_answer_states = not decodes_otherwise(model)
+        end, begin = turn.prompt.columns - 1, turn.prefix.columns if turn.prefix is not None else 0
+        by_token = takes_token_by_token(model)
+        if turn.prefix is not None and by_token and begin < end:
+            if not feeds or repeats > 1 or (end - begin) * _TOKEN_BY_TOKEN_COST > begin:
+                turn.prefix.close()
+                turn.prefix, begin = None, 0
+                turn.reason = "this model takes what follows a prefix token by token, which would take longer"
+        # Where two prompts part, a third one may: what was known up to there gets its states now.
+        cut = turn.known_columns
+        if feeds and repeats == 1 and cut - begin >= _WORTH_A_SNAPSHOT_TOKENS and not any(turn.prompt.pads):
+            if not by_token or cut == end:
+                turn.pieces = [(begin, cut)] if not begin or not by_token else []
+                turn.snapshot_columns = {cut}
+                begin = cut
+        if by_token and begin:
+            turn.pieces += [(column, column + 1) for column in range(begin, end)]
 
     def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
         if self._streams is None:
@@ -219,14 +261,20 @@ class TieredCache(WindowCache, TurnTaker):
 
     def _held_now(self) -> Held | None:
         """Return what all windows hold, cut to their length: a crop between turns shortens it."""
-        if self._held is None or not self._windows:
+        if self._held is None or not self.layers:
             return None
-        lengths = {layer.length for layer in self._windows}
-        if len(lengths) != 1 or not all(layer.complete for layer in self._windows):
+        if not self._windows:
+            return self._held
+        lengths = {layer.length for layer in self._filled}
+        if len(lengths) != 1 or not all(layer.complete for layer in self._filled):
             return None
         return self._held.cut(lengths.pop())
 
-    def _start(self, turn: Turn) -> TurnReport:
+    @property
+    def _filled(self) -> list[WindowLayer]:
+        return [layer for layer in self._windows if layer.is_used or not layer.is_optional]
+
+    def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
         self._held = None  # first of all: from here on, pages may land in the windows
         if turn.prefix is None:
             self._lay_out(self._config)
@@ -237,14 +285,40 @@ class TieredCache(WindowCache, TurnTaker):
                 turn.prefix.start([layer.window for layer in layers], turn.prompt.columns)
                 for index, layer in enumerate(layers):
                     layer.expect(turn.prefix, index)
+                if self._states and model is not None:
+                    self._start_states(turn.prefix, model, repeats)
             except BaseException:
                 turn.prefix.close()
                 raise
         self._turn = turn
+        self._fed_columns = turn.prefix.columns if turn.prefix is not None else 0
         if self._streams is not None:
             self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
         self.last_turn = turn.report()
         return self.last_turn
+
+    def _start_states(self, prefix: TurnPrefix, model: PreTrainedModel, repeats: int) -> None:
+        if not prefix.has_states:
+            self._snapshots.go_on(self._states, repeats)
+            return
+        try:
+            self._snapshots.put(self._states, prefix.states(), model.device, repeats)
+        except UnreadableError as error:
+            raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
+
+    @property
+    def _has_states(self) -> bool:
+        return bool(self._states)
+
+    def _pieces(self) -> Sequence[tuple[int, int]]:
+        return self._turn.pieces if self._turn is not None else ()
+
+    def _passed(self, column: int) -> None:
+        turn = self._turn
+        if turn is None or turn.prompt is None or not self._states or any(turn.prompt.pads):
+            return
+        if column == turn.prompt.columns or column in turn.snapshot_columns:
+            self._snapshots.take(self._states, column, len(turn.prompt.rows))
 
     def commit(
         self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | None = None
@@ -300,33 +374,32 @@ class TieredCache(WindowCache, TurnTaker):
             raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
         return self._store.name(name, self._root, self._held.rows[row], pin=pin, ttl=ttl)
 
-    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
+    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
         turn, self._turn = self._turn, None
         assert turn is not None
         generated = turn.generated(sequences, eos_ids) if sequences is not None else []
         named = turn.named(generated, self._row_count)
         if named is not None and turn.identity is not None:
-            self._keep(named, turn.identity)
+            self._keep(named, turn, whole)
         if turn.prefix is not None:
             turn.prefix.close()
         report = turn.report(generated)
         self.last_turn = self._streams.account(report) if self._streams is not None else report
         return self.last_turn
 
-    def _keep(self, named: Held, identity: Identity) -> None:
-        """Keep the tokens whose K and V every window holds."""
-        layers = self._windows
+    def _keep(self, named: Held, turn: Turn, whole: bool) -> None:
+        """Keep the tokens whose K and V every window holds; ``whole``: no forward pass was interrupted."""
+        layers = self._filled
         if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
             self._lay_out(self._config)
             return
-        length = min(layer.length for layer in layers)
+        length = min((layer.length for layer in layers), default=self._fed_columns)
         for layer in layers:  # an interrupt may have left some layers a step ahead
             layer.length = length
         held = named.cut(length)
-        windows = [layer.window for layer in layers if layer.window is not None]
+        states = self._states_of(held, turn, length, whole) if self._states else None
         try:
-            for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
-                self._store.commit(identity.root, tokens, partial(host_pages, windows, row, pad), identity.manifest)
+            self._store_rows(held, turn, states)
         except StreamError as error:
             _log.warning("this turn is not kept: %s", error)
             self._lay_out(self._config)
@@ -334,15 +407,42 @@ class TieredCache(WindowCache, TurnTaker):
         except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept in the store: %s", error)
-        self._held = held
+        self._held = replace(held, live=self._snapshots.live)
+
+    def _store_rows(self, held: Held, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None) -> None:
+        assert turn.identity is not None
+        root, manifest = turn.identity.root, turn.identity.manifest
+        windows = [layer.window for layer in self._windows]
+        for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
+            read = partial(host_pages, windows, row, pad)
+            self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
+
+    def _states_of(self, held: Held, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
+        """Return, of each row, the states that are known, by the number of tokens after which they are valid."""
+        by_row = []
+        ends = whole and turn.keeps_answer_states
+        for row, prompt_row in enumerate(turn.prompt_rows(len(held.rows))):
+            states = self._snapshots.of(prompt_row)
+            ends = ends and held.pads[row] == 0 and len(held.rows[row]) == length
+            if ends and length not in states:
+                last = self._snapshots.take_last(self._states, row)
+                ends = last is not None
+                if last is not None:
+                    states[length] = last
+            by_row.append({column: blob for column, blob in states.items() if column <= length and not held.pads[row]})
+        self._snapshots.lose()
+        self._snapshots.live = length if ends else None
+        return by_row
 
     def _salvage(self) -> None:
         turn = self._turn
         if turn is None:
             return
-        if turn.prompt is not None and self._windows and all(w.complete and w.length for w in self._windows):
+        # In a first pass that was interrupted, a window that is still to be filled looks like one that never is.
+        begun = all(layer.complete and layer.length and layer.window is not None for layer in self._windows)
+        if turn.prompt is not None and begun and (self._windows or self._snapshots.taken):
             turn.prompt_only = True
-            self._commit(None, ())
+            self._commit(None, (), whole=False)
         else:
             self.reset()
 
@@ -407,3 +507,9 @@ class TieredCache(WindowCache, TurnTaker):
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def _why_no_states(prompt: Prompt) -> str:
+    if any(prompt.pads):
+        return "padding would go into the states of this model"
+    return "the states of this model are not known within the known prefix"

@@ -5,16 +5,24 @@ from __future__ import annotations
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
+from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
+from kvtier.hf.quirks import cache_argument, why_no_cache
 from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
@@ -32,6 +40,7 @@ class TurnTaker(ABC):
         off: str | None = None,
         cold: str | None = None,
         longest_answer: int = 0,
+        repeats: int = 1,
     ) -> TurnReport:
         """Begin a turn whose pages may still be on their way.
 
@@ -42,7 +51,21 @@ class TurnTaker(ABC):
             off: why this turn must neither reuse nor be kept.
             cold: why this turn must not reuse, though its prompt may be kept.
             longest_answer: new tokens at most, as far as one can tell.
+            repeats: how many rows of the cache continue each row of the prompt.
         """
+
+    @abstractmethod
+    def _pieces(self) -> Sequence[tuple[int, int]]:
+        """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
+
+    @abstractmethod
+    def _passed(self, column: int) -> None:
+        """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
+
+    @property
+    @abstractmethod
+    def _has_states(self) -> bool:
+        """Whether any layer keeps what is only valid after one token."""
 
     @abstractmethod
     def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
@@ -119,6 +142,7 @@ def uninstall() -> None:
         if _hook is None:
             return
         _hook.active = False
+        restore_classes()
         if GenerationMixin.generate is _hook.wrapper:
             GenerationMixin.generate = _hook.original
             _hook = None
@@ -179,6 +203,14 @@ def _turn(
                 f"attention_mask has {attention_mask.shape[1]} columns, input_ids {input_ids.shape[1]}: pass the whole "
                 "conversation as input_ids; the cache finds what it knows by itself"
             )
+    no_cache = why_no_cache(model)
+    if no_cache is not None:
+        del kwargs["past_key_values"]
+        return _without(original, model, cache, kwargs, no_cache)
+    argument = cache_argument(model)
+    if argument != "past_key_values":
+        kwargs[argument] = kwargs.pop("past_key_values")
+        slice_prompts(model, TurnTaker)
     if _setting(model, kwargs, "use_cache") is False:
         kwargs["use_cache"] = True  # with a cache and without using it, transformers feeds all tokens at every step
     setting = functools.partial(_setting, model, kwargs)
@@ -189,10 +221,21 @@ def _turn(
     cold = why_cold(setting)
     streamer = kwargs.get("streamer")
     longest_answer = int(setting("max_new_tokens") or 0)
+    repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    criteria = list(kwargs.get("stopping_criteria") or ())
     stream_failed = False
     while True:
-        cache._begin(model, input_ids, attention_mask, off=off, cold=cold, longest_answer=longest_answer)
+        cache._begin(
+            model, input_ids, attention_mask, off=off, cold=cold, longest_answer=longest_answer, repeats=repeats
+        )
         try:
+            for begin, end in cache._pieces():
+                assert isinstance(input_ids, torch.Tensor)
+                feed(model, cache, input_ids, attention_mask, begin, end)
+                cache._passed(end)
+            if cache._has_states and isinstance(input_ids, torch.Tensor):
+                end_of_prompt = PromptEnd(functools.partial(cache._passed, input_ids.shape[1]))
+                kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
             output = original(model, **kwargs)
         except (RestoreError, StreamError) as error:
             # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
@@ -212,6 +255,17 @@ def _turn(
     sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
     cache._commit(sequences, _eos_ids(model, kwargs))
     return output
+
+
+def _without(
+    original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], reason: str
+) -> Any:
+    """Run a turn of a model that takes no cache."""
+    cache._begin(model, None, off=reason)
+    try:
+        return original(model, **kwargs)
+    finally:
+        cache._commit(None, ())
 
 
 def _encoder_decoder(

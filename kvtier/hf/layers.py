@@ -1,14 +1,25 @@
-"""One class per kind of layer: what attention sees of its window, and how the window begins a turn."""
+"""One class per kind of layer: what attention sees of its windows, and how a window begins a turn."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from kvtier.hf.prefix import MakeMemory, TurnPrefix
+from kvtier.hf.states import has_states, move_rows
 from kvtier.hf.streamed import StreamedPrefix
 from kvtier.stream.layer import StreamedLayer
 from kvtier.stream.streams import Streams
@@ -32,8 +43,9 @@ class WindowLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, make: MakeMemory = _new_window, **kwargs: Any) -> None:
+    def __init__(self, make: MakeMemory = _new_window, *, is_optional: bool = False, **kwargs: Any) -> None:
         self.make = make
+        self.is_optional = is_optional
         self.window: LayerMemory | None = None
         self.reset()
 
@@ -43,8 +55,14 @@ class WindowLayer(CacheLayerMixin):
             self.window.close()
         self.window = None
         self._prefix: tuple[TurnPrefix, int] | None = None
+        self._empty_prefix: TurnPrefix | None = None
         self.length = 0
         self.is_initialized = False
+
+    @property
+    def windows(self) -> tuple[WindowLayer, ...]:
+        """All windows that belong to this layer, in the order in which the store keeps them."""
+        return (self,)
 
     # The public K and V of a transformers layer are what is held, without spare capacity.
     @property
@@ -63,6 +81,11 @@ class WindowLayer(CacheLayerMixin):
         return 0 if self.window is None else self.window.rows
 
     @property
+    def is_used(self) -> bool:
+        """Whether anything is in the window, or will be: not every model fills every window that ``is_optional``."""
+        return self.window is not None or self._prefix is not None
+
+    @property
     def complete(self) -> bool:
         """Whether the first ``length`` columns are really there, not still to come from a prefix."""
         return self._prefix is None
@@ -74,9 +97,12 @@ class WindowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def expect(self, prefix: TurnPrefix, layer: int) -> None:
-        """Hold ``prefix`` from now on; the next ``update`` waits for it."""
+        """Hold ``prefix`` from now on; the next ``update`` waits for it. Of a window that nobody fills it has nothing."""
         self.length = prefix.columns
-        self._prefix = (prefix, layer)
+        if self.window is not None or prefix.brings(layer):
+            self._prefix = (prefix, layer)
+        else:
+            self._empty_prefix = prefix
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -95,6 +121,8 @@ class WindowLayer(CacheLayerMixin):
             self._prefix, self.is_initialized = None, True
             self.dtype, self.device = key_states.dtype, key_states.device
         elif self.window is None:
+            if self._empty_prefix is not None:
+                raise self._empty_prefix.reject("a layer that had nothing when the prefix was kept has something now")
             self.lazy_initialization(key_states, value_states)
         assert self.window is not None
         begin = self.length
@@ -174,6 +202,134 @@ class SlidingWindowLayer(WindowLayer):
         return self.sliding_window
 
 
+class IndexedLayer(WindowLayer):
+    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window."""
+
+    def __init__(self, make: MakeMemory = _new_window, make_indexer: MakeMemory = _new_window, **kwargs: Any) -> None:
+        self.indexer = WindowLayer(make_indexer, is_optional=True)  # layers may share what one of them has chosen
+        super().__init__(make)
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        super().reset()
+        self.indexer.reset()
+        self.indexer_position_ids: torch.Tensor | None = None
+
+    @property
+    def windows(self) -> tuple[WindowLayer, ...]:
+        """The window of K and V, and that of the indexer's keys."""
+        return (self, self.indexer)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Append ``[batch, new tokens, dim]``; return the indexer's keys of all tokens."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        """Append ``[batch, heads, new tokens, dim]``; return the indexer's keys of all tokens."""
+        return self.indexer.update(idx_k, idx_k[..., :0])[0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns."""
+        super().crop(tokens_to_remove)
+        self.indexer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        self.indexer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self.indexer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        super().batch_repeat_interleave(repeats)
+        self.indexer.batch_repeat_interleave(repeats)
+
+
+class StateLayer(LinearAttentionLayer):
+    """Linear attention or a convolution: a state, as transformers keeps it."""
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        move_rows(self, lambda states: states[indices.to(states.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        move_rows(self, lambda states: states.repeat_interleave(repeats, 0))
+
+
+class HybridLayer(StateLayer, WindowLayer):
+    """Full attention and linear attention side by side: a window and a state."""
+
+    is_compileable = False
+
+    def __init__(self, make: MakeMemory = _new_window, number_of_states: int = 1, **kwargs: Any) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        WindowLayer.__init__(self, make)
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        StateLayer.reset(self)
+        WindowLayer.reset(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Begin a window for ``(K, V)``, or a state for what is given by name."""
+        kind = WindowLayer if args else LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns; of a state that can only be done where it records its past."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        WindowLayer.crop(self, tokens_to_remove)
+
+    def get_max_length(self) -> int:
+        """Return what the window says."""
+        return WindowLayer.get_max_length(self)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        StateLayer.reorder_cache(self, beam_idx)
+        WindowLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        StateLayer.batch_select_indices(self, indices)
+        WindowLayer.batch_select_indices(self, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        StateLayer.batch_repeat_interleave(self, repeats)
+        WindowLayer.batch_repeat_interleave(self, repeats)
+
+
+class HybridSlidingLayer(HybridLayer, SlidingWindowLayer):
+    """Sliding and linear attention side by side."""
+
+    is_sliding = True
+
+    def __init__(
+        self, sliding_window: int, make: MakeMemory = _new_window, number_of_states: int = 1, **kwargs: Any
+    ) -> None:
+        HybridLayer.__init__(self, make, number_of_states)
+        self.sliding_window = sliding_window
+        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
+
+    def get_max_length(self) -> int:
+        """Return what the window says."""
+        return SlidingWindowLayer.get_max_length(self)
+
+
 class MakeLayerMemory(Protocol):
     """Makes places for K and V that know which layer they are of."""
 
@@ -183,43 +339,77 @@ class MakeLayerMemory(Protocol):
         """Return an empty place; ``may_be_cold``: nobody reads views of it after the next layer's update."""
 
 
+# transformers' kinds of layers → ours.
+_KINDS: dict[type, type[WindowLayer] | type[StateLayer]] = {
+    DynamicLayer: WindowLayer,
+    DynamicSlidingWindowLayer: SlidingWindowLayer,
+    DynamicIndexedLayer: IndexedLayer,
+    LinearAttentionLayer: StateLayer,
+    LinearAttentionAndFullAttentionLayer: HybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingLayer,
+}
+# Those that come with a model's own code, by the name under which it registers them.
+_NAMED_KINDS: dict[str | None, type[WindowLayer]] = {"minimax_m3_sparse": IndexedLayer}
+
+
 def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) -> tuple[list[Any], str | None]:
     """Return the layers of a model, and why its K and V cannot be reused if they cannot.
 
-    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Kinds that kvtier does
-    not keep yet stay transformers' own layers.
+    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Layers that keep nothing
+    and those that are states as a whole stay transformers' own; so do all layers where one is of an unknown kind.
 
     Args:
         config: of the model.
         make: makes places for K and V; by default, windows.
     """
     upstream = DynamicCache(config=config).layers
-    places = [layer for layer in upstream if type(layer) is _Place]  # of layers that read the K and V of others
-    upstream = [layer for layer in upstream if type(layer) is not _Place]
-    kept = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = sorted({type(layer).__name__ for layer in upstream if type(layer) not in kept})
+    kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
+    own = [layer for layer, kind in zip(upstream, kinds, strict=True) if kind is None and not has_states(layer)]
+    places = [layer for layer in own if type(layer) is _Place]
+    others = sorted({type(layer).__name__ for layer in own} - {type(layer).__name__ for layer in places})
     if others:
-        return DynamicCache(config=config).layers, f"layers of kind {', '.join(others)} are not kept yet"
-    windows = [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in upstream]
+        return upstream, f"layers of kind {', '.join(others)} are not kept"
     shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-    read_by_others = _last_of_each_kind(windows) if places or shared else set()
-    layers = [build_layer(index, window, make, index not in read_by_others) for index, window in enumerate(windows)]
-    return [*layers, *places], None
+    read_by_others = _last_of_each_kind(upstream) if places or shared else set()
+    windows = count()
+    layers: list[Any] = []
+    for index, (layer, kind) in enumerate(zip(upstream, kinds, strict=True)):
+        if kind is None:
+            layers.append(layer)
+            continue
+        arguments = {k: v for k, v in vars(layer).items() if k in ("sliding_window", "number_of_states")}
+        if issubclass(kind, WindowLayer):
+            sliding_window = arguments.get("sliding_window")
+            arguments["make"] = _memory(make, next(windows), sliding_window, index not in read_by_others)
+        if issubclass(kind, IndexedLayer):
+            arguments["make_indexer"] = _memory(make, next(windows), None, may_be_cold=False)
+        layers.append(kind(**arguments))
+    return layers, None
 
 
-def build_layer(
-    index: int, sliding_window: int | None = None, make: MakeLayerMemory | None = None, may_be_cold: bool = True
-) -> WindowLayer:
-    """Return layer ``index``, sliding if it has a ``sliding_window``."""
-    memory: MakeMemory = _new_window
-    if make is not None:
-
-        def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
-            return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
-
-    return WindowLayer(memory) if sliding_window is None else SlidingWindowLayer(sliding_window, memory)
+def build_layer(index: int, make: MakeLayerMemory | None = None) -> WindowLayer:
+    """Return a layer of full attention, whose window is number ``index`` of its cache."""
+    return WindowLayer(_memory(make, index))
 
 
-def _last_of_each_kind(windows: list[int | None]) -> set[int]:
+def windows_of(layers: Iterable[Any]) -> list[WindowLayer]:
+    """Return the windows of ``layers``, in the order in which the store keeps them."""
+    return [window for layer in layers if isinstance(layer, WindowLayer) for window in layer.windows]
+
+
+def _memory(
+    make: MakeLayerMemory | None, index: int, sliding_window: int | None = None, may_be_cold: bool = True
+) -> MakeMemory:
+    if make is None:
+        return _new_window
+
+    def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
+        return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
+
+    return memory
+
+
+def _last_of_each_kind(layers: Iterable[Any]) -> set[int]:
     """Return the layers whose K and V later ones read again, where any do: the last sliding one, the last full one."""
-    return {max(i for i, w in enumerate(windows) if (w is None) == full) for full in {w is None for w in windows}}
+    last = {layer.is_sliding: index for index, layer in enumerate(layers) if hasattr(layer, "is_sliding")}
+    return set(last.values())

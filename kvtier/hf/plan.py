@@ -11,7 +11,7 @@ from kvtier.hf.prompt import Prompt
 from kvtier.hf.turn import Held, Turn
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
-from kvtier.store.chain import TokenIds
+from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.match import Span
 from kvtier.store.restore import Restore
 
@@ -19,12 +19,18 @@ MakePrefix = Callable[[int, Sequence[RowPlan], Restore | None, int], TurnPrefix]
 
 
 def plan_turn(
-    prompt: Prompt, identity: Identity, held: Held | None, store: PrefixStore, make_prefix: MakePrefix = TurnPrefix
+    prompt: Prompt,
+    identity: Identity,
+    held: Held | None,
+    store: PrefixStore,
+    make_prefix: MakePrefix = TurnPrefix,
+    *,
+    states: bool = False,
 ) -> Turn:
     """Return the turn that reuses as much of ``prompt`` as can be, the windows first.
 
     Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are discarded, and what
-    is left is planned with.
+    is left is planned with. A model with ``states`` can only go on from where they are known.
     """
     plans, from_window = [], []
     for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
@@ -41,18 +47,43 @@ def plan_turn(
             else match.divergence
             for plan, match, tokens in zip(plans, matches, prompt.rows, strict=True)
         ]
+        snapshots: Sequence[BlockId] = ()
+        common = columns
+        if states:
+            columns, snapshots = _at_states(prompt, identity.root, held, plans, columns, store)
         if all(columns <= pad for pad in prompt.pads):
-            return Turn(prompt, identity, None, divergences=divergences)
+            return Turn(prompt, identity, None, divergences=divergences, known_columns=common)
         wanted = [m.between(w, columns - pad) for m, w, pad in zip(matches, from_window, prompt.pads, strict=True)]
         try:
-            restore = store.restore(wanted) if any(wanted) else None
+            restore = store.restore(wanted, snapshots) if snapshots or any(wanted) else None
         except BlockError:
             continue  # it was discarded
         break
     prefix = make_prefix(columns, plans, restore, len(held.rows) if held else 0)
-    turn = Turn(prompt, identity, prefix, divergences=divergences)
+    turn = Turn(prompt, identity, prefix, divergences=divergences, known_columns=common)
     turn.cached_by_tier = _by_tier(prompt, columns, from_window, wanted, restore)
     return turn
+
+
+def _at_states(
+    prompt: Prompt, root: str, held: Held | None, plans: Sequence[RowPlan], columns: int, store: PrefixStore
+) -> tuple[int, Sequence[BlockId]]:
+    """Return the last column, not beyond ``columns``, after which the states of all rows are known.
+
+    With it comes the snapshot of each row; none when the layers are there already. 0 when no such column is known.
+    Padding would go into the states: rows that have it are not reused.
+    """
+    if any(prompt.pads):
+        return 0, ()
+    kept = [store.snapshots(root, tokens, columns) for tokens in prompt.rows]
+    found = [next(kept[0], None)] if len(kept) == 1 else ()
+    by_row = [dict(f for f in found if f)] if len(kept) == 1 else [dict(each) for each in kept]
+    best = max(set.intersection(*map(set, by_row)), default=0)
+    live = held.live if held is not None and len(held.rows) == len(plans) else None
+    if live is not None and best <= live <= columns:
+        if all(p.source_row == row and p.window_tokens == live for row, p in enumerate(plans)):
+            return live, ()
+    return best, [snapshots[best] for snapshots in by_row] if best else ()
 
 
 def _divergence(known: TokenIds, tokens: TokenIds, common: int) -> Divergence | None:

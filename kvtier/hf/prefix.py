@@ -49,6 +49,7 @@ class TurnPrefix:
     def __init__(self, columns: int, plans: Sequence[RowPlan], restore: Restore | None, held_rows: int) -> None:
         self.columns = columns
         self.restored_bytes = restore.nbytes if restore is not None else 0
+        self.rows = len(plans)
         self.seconds = 0.0
         self._plans = tuple(plans)
         self._restore = restore
@@ -69,11 +70,10 @@ class TurnPrefix:
         Raises:
             RestoreError: the store's blocks are not of this model; they were discarded.
         """
-        self._left = set(range(len(windows)))
+        self._expect(windows)
         restore = self._restore
-        if restore is None:
+        if restore is None or not restore.nbytes:
             return
-        self._check_layers(len(windows))
         for window, geometry in zip(windows, restore.geometry.layers, strict=True):
             if self._in_place and isinstance(window, Window) and window.is_host(geometry):
                 window.reserve(columns, live=min(self.columns, window.capacity))
@@ -82,10 +82,35 @@ class TurnPrefix:
                 self._landed.append(Window(len(self._plans), geometry, Window.capacity_for(columns), "cpu"))
         restore.start(self._place)
 
-    def _check_layers(self, layers: int) -> None:
+    def _expect(self, windows: Sequence[LayerMemory | None]) -> None:
         restore = self._restore
-        if restore is not None and layers != len(restore.geometry.layers):
-            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {layers}")
+        if restore is not None and len(windows) != len(restore.geometry.layers):
+            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {len(windows)}")
+        self._left = {i for i, window in enumerate(windows) if window is not None or self.brings(i)}
+
+    def brings(self, layer: int) -> bool:
+        """Whether the store has K or V of window ``layer``. Of a window that no forward pass fills it has none."""
+        return self._restore is not None and self._restore.geometry.layers[layer].token_bytes > 0
+
+    @property
+    def has_states(self) -> bool:
+        """Whether states come from the store."""
+        return self._restore is not None and self._restore.has_states
+
+    def states(self) -> list[torch.Tensor]:
+        """Return the states of each row, U8 ``[bytes]``.
+
+        Raises:
+            RestoreError: they could not be read; the block was discarded.
+        """
+        assert self._restore is not None
+        states = [self._restore.states(row) for row in range(self.rows)]
+        self.restored_bytes += sum(each.nbytes for each in states)
+        return states
+
+    def reject(self, reason: str) -> RestoreError:
+        """Discard what comes from the store: it does not fit. Returns what to raise."""
+        return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
 
     def _place(self, layer: int, row: int) -> tuple[Landing, int]:
         return self._landed[layer].landing(row, self._plans[row].pad), 0
@@ -153,8 +178,7 @@ class TurnPrefix:
         return landed
 
     def _misfit(self, stored: LayerGeometry, wanted: LayerGeometry) -> RestoreError:
-        reason = f"stored pages of {stored} do not fit the model's {wanted}"
-        return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
+        return self.reject(f"stored pages of {stored} do not fit the model's {wanted}")
 
     def wait(self) -> None:
         """Wait for all pages.

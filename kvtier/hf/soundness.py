@@ -167,6 +167,7 @@ _HARMLESS = frozenset(POSITIONAL) | {
     "assistant_tokenizer",
     "trust_remote_code",
     "past_key_values",
+    "cache_params",
     "attention_mask",
     "use_cache",
     "logits_to_keep",

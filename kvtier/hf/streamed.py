@@ -76,10 +76,9 @@ class StreamedPrefix(TurnPrefix):
         Raises:
             RestoreError: the store's blocks are not of this model; they were discarded.
         """
-        self._left = set(range(len(windows)))
+        self._expect(windows)
         if self._restore is None:
             return
-        self._check_layers(len(windows))
         if self._device is not None:
             layers = enumerate(self._restore.geometry.layers)
             token_bytes = {index: geometry.token_bytes for index, geometry in layers}

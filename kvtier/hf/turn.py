@@ -22,6 +22,8 @@ class Held:
 
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
+    live: int | None = None
+    """The column after which the states of all rows are valid, in models that have states."""
 
     def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
         """Return the row that shares the longest run with ``tokens``, and the run; ``preferred`` wins a draw."""
@@ -31,7 +33,8 @@ class Held:
 
     def cut(self, columns: int) -> Held:
         """Return the part within the first ``columns`` columns."""
-        return Held(tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True)), self.pads)
+        rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
+        return Held(rows, self.pads, self.live if self.live == columns else None)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +51,11 @@ class Turn:
         match_seconds: time it took to find the prefix.
         divergences: where each row left what was known.
         cached_by_tier: tokens of the prefix by where they come from.
+        known_columns: columns whose K and V are known; of a model with states, more than can be reused.
+        pieces: columns ``(begin, end)`` of the prompt that are to be fed one after the other before ``generate`` feeds
+            the rest.
+        snapshot_columns: where the states of such a model are to be kept, besides the ends of prompt and turn.
+        keeps_answer_states: whether states after generated tokens are those that a prompt would give.
     """
 
     prompt: Prompt | None
@@ -59,6 +67,10 @@ class Turn:
     match_seconds: float = 0.0
     divergences: Sequence[Divergence | None] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    known_columns: int = 0
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    snapshot_columns: set[int] = field(default_factory=set)
+    keeps_answer_states: bool = True
 
     @classmethod
     def off(cls, reason: str) -> Turn:
@@ -75,6 +87,10 @@ class Turn:
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
 
+    def prompt_rows(self, held_rows: int) -> list[int]:
+        """Return the prompt row that each of ``held_rows`` cache rows continues."""
+        return self.row_of or self._expanded(held_rows)
+
     def _expanded(self, held_rows: int) -> list[int]:
         """Return the prompt row of each of ``held_rows`` cache rows as ``generate`` expands them."""
         assert self.prompt is not None
@@ -90,7 +106,7 @@ class Turn:
         """
         if self.prompt is None or not held_rows:
             return None
-        row_of = self.row_of or self._expanded(held_rows)
+        row_of = self.prompt_rows(held_rows)
         by_row = not self.prompt_only and len(generated) == held_rows
         tails = generated if by_row else [np.empty(0, np.int64)] * held_rows
         rows = tuple(np.concatenate([self.prompt.rows[p], tail]) for p, tail in zip(row_of, tails, strict=True))

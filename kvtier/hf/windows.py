@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionCacheLayerMixin
 
-from kvtier.hf.layers import MakeLayerMemory, WindowLayer, build_layer, build_layers
+from kvtier.hf.layers import HybridLayer, MakeLayerMemory, WindowLayer, build_layer, build_layers, windows_of
+from kvtier.hf.states import has_states, rows_of
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams
 from kvtier.stream.traffic import Traffic
@@ -32,10 +33,11 @@ class WindowCache(DynamicCache):
 
     def __init__(self, open_streams: OpenStreams) -> None:
         Cache.__init__(self, layers=[])
-        self._streams = open_streams(lambda: len(self.layers))
+        self._streams = open_streams(lambda: len(self._windows))
         self._config: PreTrainedConfig | None = None
         self._no_reuse: str | None = None
         self._warned_of: PreTrainedConfig | None = None
+        self._fed_columns = 0
 
     @property
     def _make(self) -> MakeLayerMemory | None:
@@ -51,13 +53,28 @@ class WindowCache(DynamicCache):
             _log.warning("device_budget has no effect on this model: %s", self._no_reuse)
 
     def _let_go(self) -> None:
-        for layer in self._windows:
+        for layer in self.layers:
             layer.reset()
         self.layers = []
 
     @property
     def _windows(self) -> list[WindowLayer]:
-        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+        return windows_of(self.layers)
+
+    @property
+    def _states(self) -> dict[int, Any]:
+        """Layers that keep what is only valid after one token, by their indices."""
+        return {index: layer for index, layer in enumerate(self.layers) if has_states(layer)}
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Return which layers have linear attention and no full attention beside it."""
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin)
+            and (not isinstance(layer, HybridLayer) or layer.is_sliding)
+            and not isinstance(layer, LinearAttentionAndFullAttentionLayer)
+            for layer in self.layers
+        ]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -69,11 +86,35 @@ class WindowCache(DynamicCache):
             StreamError: a page of a cold layer is lost, or cannot be written.
         """
         while len(self.layers) <= layer_idx:
-            self.layers.append(build_layer(len(self.layers), None, self._make))
+            self.layers.append(build_layer(len(self._windows), self._make))
         states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
             key_states, value_states, *args, **kwargs
         )
         return states
+
+    # Layers of linear attention tell nobody how many tokens they have seen: one forward pass asks the first of them for
+    # its state once, and gives it all new tokens, unless there is only one.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a layer's convolution state; None before the first token."""
+        if state_idx == 0 and layer_idx == next(iter(self._states)):
+            self._fed_columns += 1
+        state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see."""
+        if state_idx == 0 and layer_idx == next(iter(self._states)):
+            self._fed_columns += conv_states.shape[-1] - 1
+        seen: torch.Tensor = super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns that ``layer_idx`` holds; of a cache without any window, those that were fed."""
+        if self.layers and not self._windows and self._states:
+            return self._fed_columns
+        return int(super().get_seq_length(layer_idx))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
@@ -90,7 +131,8 @@ class WindowCache(DynamicCache):
 
     @property
     def _row_count(self) -> int:
-        return max((layer.rows for layer in self._windows), default=0)
+        windows = (layer.rows for layer in self._windows)
+        return max((*windows, *map(rows_of, self._states.values())), default=0)
 
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Let row ``i`` of every layer be its former row ``rows[i]``."""
@@ -104,7 +146,7 @@ class WindowCache(DynamicCache):
             return
         twin._streams.keep_files_of(self._streams)
         while len(twin.layers) < len(self.layers):
-            twin.layers.append(build_layer(len(twin.layers), None, twin._make))
+            twin.layers.append(build_layer(len(twin._windows), twin._make))
         for ours, theirs in zip(self.layers, twin.layers, strict=True):
             if isinstance(ours, WindowLayer):
                 ours.copy_to(theirs, twin._streams)
@@ -115,6 +157,12 @@ class WindowCache(DynamicCache):
         return self._streams.traffic.copy() if self._streams is not None else None
 
 
-def host_pages(windows: Iterable[LayerMemory], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
-    """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host."""
-    return tuple(window.page(row, pad + start, pad + stop) for window in windows)
+def host_pages(windows: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
+    """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host.
+
+    Of a window that no forward pass has filled there is nothing.
+    """
+    nothing = torch.empty(0, stop - start, 0)
+    return tuple(
+        Page(nothing, nothing) if window is None else window.page(row, pad + start, pad + stop) for window in windows
+    )

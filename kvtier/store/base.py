@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
 from kvtier.store.chain import BlockId, TokenIds
@@ -13,17 +15,22 @@ from kvtier.store.chain import BlockId, TokenIds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors."""
+    """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors.
+
+    A snapshot also has ``states``: what is only valid after its last token, as bytes that whoever made them can read,
+    U8 ``[bytes]``.
+    """
 
     id: BlockId
     pages: tuple[Page, ...]
     depth_tokens: int = 0
     """Tokens before it in its chain."""
+    states: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(page.nbytes for page in self.pages)
+        """Bytes of all pages and states."""
+        return sum(page.nbytes for page in self.pages) + (0 if self.states is None else self.states.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,13 @@ class BlockReader(Protocol):
 
         Raises:
             BlockError: as ``page``; what the landing then holds is undefined.
+        """
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a snapshot, U8 ``[bytes]``; nobody may write to them. None for other blocks.
+
+        Raises:
+            BlockError: as ``page``.
         """
 
     def detach(self) -> None:

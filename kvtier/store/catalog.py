@@ -21,6 +21,10 @@ from kvtier.store.valuation import PINNED, Place, Session, Valuation
 
 _REBUILD_CACHE_KIB = 128 * 1024  # rows come in no order: without, each is read from the file again
 _FOREVER = float("-inf")
+_SAME_IDS = (
+    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key "
+    f"WHERE ids.parent = ? AND ids = ? AND state = {State.READY:d}"
+)
 _FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {PINNED})"
 
 
@@ -110,7 +114,7 @@ class Catalog:
                 block = _block_id(row)
                 shared = common_run(block.tokens, tokens)
                 if shared == len(block.tokens):
-                    found.append(block)
+                    found += map(_block_id, connection.execute(_SAME_IDS, row[1::2]))  # a snapshot beside a block
                     shared -= 1
         return found
 

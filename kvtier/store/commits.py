@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from kvtier.pages import Page
 from kvtier.store.base import Block, Tier
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
@@ -17,6 +19,10 @@ from kvtier.store.names import Names
 
 Read = Callable[[int, int], tuple[Page, ...]]
 """``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
+
+
+States = Mapping[int, torch.Tensor]
+"""How many tokens of a sequence → the states that are valid after them, U8 ``[bytes]``; the store owns them."""
 
 
 class Commits:
@@ -48,10 +54,11 @@ class Commits:
         read: Read,
         manifest: Mapping[str, Any] | None,
         block_size: int,
+        states: States | None = None,
         *,
         describe_anew: bool = True,
     ) -> int:
-        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new.
+        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, snapshots apart.
 
         Without ``describe_anew``, ``manifest`` is a stranger's word, and only taken where nothing is known.
         """
@@ -63,14 +70,34 @@ class Commits:
         new = 0
         keys: list[str] = []
         for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
+            stop = start + len(block.tokens)
+            if states is not None:
+                keys += self._keep_snapshots(block, start, read, states)
+                if len(block.tokens) < block_size:
+                    break  # nothing could begin with it
             if self.stands_for(block, block_size) is None:
-                stop = start + len(block.tokens)
-                if not self._keep(Block(block, read(start, stop), start)):
+                if not self._keep(Block(block, read(start, stop), start), keep_tails=states is not None):
                     break  # its children could never be reached
                 new += len(block.tokens)
             keys.append(block.key)
         self._touch(keys)
         return new
+
+    def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
+        """Keep the snapshots of prefixes that end in ``block``, whose first token is token ``start``; return their keys.
+
+        Beside the states they hold K and V of their own: no block that goes on beyond them answers for those.
+        """
+        keys = []
+        for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
+            ids = block.tokens[: position - start].copy()
+            snapshot = BlockId.of(block.root, block.parent, ids, snapshot=True)
+            kept = any(snapshot.key in tier for tier in self._tiers) or self._keep(
+                Block(snapshot, read(start, position), start, states[position]), keep_tails=True
+            )
+            if kept:
+                keys.append(snapshot.key)
+        return keys
 
     def manifest(self, root: str) -> Mapping[str, Any]:
         """Return what ``root`` stands for; empty when nobody has said."""
@@ -111,22 +138,23 @@ class Commits:
                         return child.key
         return None
 
-    def _keep(self, block: Block) -> bool:
+    def _keep(self, block: Block, *, keep_tails: bool) -> bool:
         disk = self._disk
         if disk is None:
-            return self._put(self._host, block)
+            return self._put(self._host, block, keep_tails)
         key = block.id.key
 
         def write() -> None:
             try:
-                self._put(disk, block)
+                self._put(disk, block, keep_tails)
             finally:
                 self._host.written(key)
 
         try:
             if not self._host.put(block, writing=True):
-                return self._put(disk, block)  # larger than the RAM tier: nothing to write behind from
-            self._drop_shorter(self._host, block.id)
+                return self._put(disk, block, keep_tails)  # larger than the RAM tier: nothing to write behind from
+            if not keep_tails:
+                self._drop_shorter(self._host, block.id)
             self._write_behind(write)
         except BaseException:
             # An interrupt: whether the block is put, and queued, is unknown. Leased, it might never be evicted; known,
@@ -135,10 +163,11 @@ class Commits:
             raise
         return True
 
-    def _put(self, tier: HostTier | DiskTier, block: Block) -> bool:
+    def _put(self, tier: HostTier | DiskTier, block: Block, keep_tails: bool) -> bool:
         if not tier.put(block):
             return False
-        self._drop_shorter(tier, block.id)
+        if not keep_tails:
+            self._drop_shorter(tier, block.id)
         return True
 
     def _drop_shorter(self, tier: Tier, block: BlockId) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from kvtier.store.fork import take_part
 from kvtier.store.lifecycle import State
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _PAGE_BYTES = 8192  # ids of a block of 256 tokens fit into one page, with room
 _LOCKED_SECONDS = 30.0  # how long to wait for other processes
 _RETRY_SECONDS = 0.01
@@ -33,7 +33,7 @@ CREATE INDEX leaves ON blocks (uses > 1, priority) WHERE state = {State.READY:d}
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_root ON blocks (root);
 CREATE INDEX by_use ON blocks (used_at);
-CREATE TABLE ids (parent BLOB NOT NULL, ids BLOB NOT NULL, key BLOB NOT NULL, PRIMARY KEY (parent, ids)) WITHOUT ROWID;
+CREATE TABLE ids (parent BLOB NOT NULL, ids BLOB NOT NULL, key BLOB NOT NULL, PRIMARY KEY (parent, ids, key)) WITHOUT ROWID;
 CREATE TABLE names (
     name TEXT PRIMARY KEY, root BLOB NOT NULL, tokens INTEGER NOT NULL, pinned INTEGER NOT NULL, ttl REAL,
     created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL

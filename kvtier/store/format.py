@@ -2,7 +2,8 @@
 
 ``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
 checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
-``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads.
+``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A snapshot ends with ``states`` (U8), which
+is not compressed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import torch
 
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry
@@ -25,6 +27,7 @@ from kvtier.store.chain import BlockId, TokenIds, block_key
 from kvtier.store.layout import (
     MAX_LAYERS,
     NOT_JSON,
+    STATES,
     check_hash,
     check_ids,
     fill,
@@ -70,6 +73,8 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
             shapes[name], dtypes[name] = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
             stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
             payloads.append((name, *stored, payload))
+    if block.states is not None:
+        payloads.append((STATES, "U8", [block.states.nbytes], codecs.as_bytes(block.states)))
     checksums = {name: zlib.crc32(payload) for name, *_, payload in payloads}
     metadata = {
         "format": _FORMAT,
@@ -157,12 +162,12 @@ class BlockFile:
         self.codec = metadata["codec"]
         if self.codec not in codecs.CODECS:
             raise ValueError(f"unknown codec {self.codec!r:.40}")
-        layers = len(layout.names) // 2
-        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], layers, opened.tokens)
+        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
+        pages = slice(1, 1 + 2 * opened.layers)
         if self.codec == "raw":
-            fits = (layout.shapes[1:], layout.dtypes[1:]) == told
+            fits = (layout.shapes[pages], layout.dtypes[pages]) == told
         else:
-            fits = set(layout.dtypes[1:]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[1:])
+            fits = set(layout.dtypes[pages]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[pages])
         if not fits:
             raise ValueError("its tensors do not have the shapes and types that its metadata tell")
         self._begins, self._ends = layout.begins, layout.ends
@@ -170,7 +175,8 @@ class BlockFile:
         key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
         tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
         check_ids(tokens)
-        if block_key(parent, tokens) != key:
+        self._is_snapshot = opened.is_snapshot
+        if block_key(parent, tokens, snapshot=opened.is_snapshot) != key:
             raise ValueError("its ids do not give its key")
         self.id = BlockId(key, parent, root, tokens)
 
@@ -242,6 +248,14 @@ class BlockFile:
             if checksum != self._crc32[index]:
                 raise BlockError(f"{self.path}: checksum of tensor {index} differs")
         return True
+
+    def states(self) -> torch.Tensor | None:
+        """Read the states of a snapshot.
+
+        Raises:
+            BlockError: they cannot be read, or their checksum differs.
+        """
+        return torch.from_numpy(self._payload(len(self._begins) - 1)) if self._is_snapshot else None
 
     def check(self) -> None:
         """Read every byte once.

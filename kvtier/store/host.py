@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import Block, Entry
@@ -35,6 +37,10 @@ class HostReader:
     def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
         """Copy tokens ``[first, last)`` of the page of ``layer``."""
         landing.take(self._block.pages[layer], first, last)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a snapshot; no bytes move."""
+        return self._block.states
 
     def detach(self) -> None:
         """Nothing is held for it."""

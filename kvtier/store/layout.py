@@ -35,6 +35,7 @@ _METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 _TENSORS = re.compile(r"\s*,(?=\s*\")")
 _LONG_NUMBER = re.compile(r"[0-9]{19}")
 _SIZE = re.compile(r"\[([0-9]{1,18})\]")
+STATES = "states"
 _HASH = re.compile(r"[0-9a-f]{64}")
 # What parsing JSON runs into: a ValueError says where, a RecursionError means brackets without end.
 NOT_JSON = (ValueError, RecursionError)
@@ -130,7 +131,7 @@ def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file whose header was read: a whole file of tokens, and K and V of each layer in turn.
+    """A file whose header was read: a whole file of tokens, K and V of each layer in turn, and maybe states.
 
     ``data_start`` is where its tensors begin, ``nbytes`` its size, ``tokens`` how many ids it has.
     """
@@ -140,6 +141,16 @@ class Opened:
     data_start: int
     nbytes: int
     tokens: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has K and V of."""
+        return (len(self.layout.names) - 1) // 2
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether states follow K and V."""
+        return self.layout.names[-1] == STATES
 
 
 def open_header(fd: int, required: Sequence[str]) -> Opened:
@@ -166,8 +177,10 @@ def open_header(fd: int, required: Sequence[str]) -> Opened:
     missing = next((name for name in required if name not in metadata), None)
     if missing:
         raise ValueError(f"its metadata have no {missing!r}")
-    if layout.names != tensor_names(len(layout.names) // 2):
+    if layout.names != tensor_names((len(layout.names) - 1) // 2, snapshot=len(layout.names) % 2 == 0):
         raise ValueError("its tensors are not tokens, and K and V of each layer in turn")
+    if layout.names[-1] == STATES and (layout.dtypes[-1] != "U8" or len(layout.shapes[-1]) != 1):
+        raise ValueError("its states are not bytes")
     data_start = 8 + header_bytes
     if data_start + layout.ends[-1] != status.st_size:
         raise ValueError(f"{status.st_size} bytes where the header tells {data_start + layout.ends[-1]}")
@@ -184,7 +197,7 @@ def _read_tensors(text: str) -> Layout:
     if packed is not None:
         return packed
     entries = json_object("{" + text)
-    if len(entries) > 1 + 2 * MAX_LAYERS:
+    if len(entries) > 2 + 2 * MAX_LAYERS:
         raise ValueError(f"it has {len(entries)} tensors, more than {MAX_LAYERS} layers have")
     dtypes: list[str] = []
     shapes: list[list[int]] = []
@@ -245,9 +258,9 @@ def _are_sizes(values: Iterable[object]) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def tensor_names(layers: int) -> tuple[str, ...]:
+def tensor_names(layers: int, *, snapshot: bool = False) -> tuple[str, ...]:
     """Return the names of the tensors of a file of so many layers, in order."""
-    return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"))
+    return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * snapshot)
 
 
 def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> Geometry:

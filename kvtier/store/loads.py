@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
+import torch
+
 from kvtier.errors import BlockError
 from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
@@ -199,6 +201,14 @@ class SharedReader:
             landing.take(self.page(layer), first, last)
         else:
             self._load.reader.land(layer, first, last, landing, check=check)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a snapshot; each restore reads them for itself.
+
+        Raises:
+            BlockError: as ``page``.
+        """
+        return self._load.reader.states()
 
     def detach(self) -> None:
         """Stay open, but let nobody hold pages for this reader: it reads when and as often as it needs to."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvtier.report import Divergence
 from kvtier.store.base import Tier
-from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +76,33 @@ def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int
             break
         position, parent = position + used, block.key
     return PrefixMatch(tuple(spans), divergence)
+
+
+def snapshots_of(
+    tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int
+) -> Iterator[tuple[int, BlockId]]:
+    """Yield the snapshots that the tiers hold of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
+
+    Each comes with the tokens it stands for: its states are valid after them. Blocks before it need not be here.
+    """
+    whole = chain_keys(root, tokens[: limit // block_size * block_size], block_size)
+    parents = [root, *(block.key for block in whole)]
+    for index in reversed(range(len(parents))):
+        parent, start = parents[index], index * block_size
+        after = tokens[start : min(start + block_size, limit + 1)]  # the longest has one token less
+        found = {
+            len(block.tokens): block
+            for tier in tiers
+            for block in tier.tails(parent, after)
+            if block.root == root and block.is_snapshot
+        }
+        for length in sorted(found, reverse=True):
+            yield start + length, found[length]
+        if index:  # one as long as a block
+            last = whole[index - 1]
+            block = BlockId.of(root, last.parent, last.tokens, snapshot=True)
+            if any(block.key in tier for tier in tiers):
+                yield start, block
 
 
 def _next(tiers: Sequence[Tier], root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
+import torch
+
 from kvtier.errors import BlockError, RestoreError
 from kvtier.pages import Landing
 from kvtier.store.base import BlockReader
@@ -36,11 +38,13 @@ class Restore:
         readers: Mapping[str, BlockReader],
         reading: Readers,
         damaged: Callable[[Mapping[str, BlockError]], None],
+        snapshots: Sequence[str] = (),
     ) -> None:
         self.geometry = next(iter(readers.values())).geometry
         self._readers = readers
         self._reading = reading
         self._damaged = damaged
+        self._snapshots = tuple(snapshots)
         self._uses: dict[str, list[tuple[int, Span]]] = {}
         for row, spans in enumerate(rows):
             for span in spans:
@@ -50,6 +54,27 @@ class Restore:
         self._reported: set[str] = set()
         self._lent: set[str] = set()
         self._closed = False
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there is a snapshot for each row."""
+        return bool(self._snapshots)
+
+    def states(self, row: int) -> torch.Tensor:
+        """Return the states of the snapshot of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
+
+        Raises:
+            RestoreError: they could not be read; the block was discarded.
+        """
+        key = self._snapshots[row]
+        try:
+            states = self._readers[key].states()
+            if states is None:
+                raise BlockError(f"block {key[:12]} has no states")
+        except BlockError as error:
+            self._failed[key] = error
+            raise self._lost() from error
+        return states
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +184,7 @@ class Restore:
 
     def _report(self) -> Mapping[str, BlockError]:
         """Report the blocks that failed, each once: what is stored under its key later may be good. Return them all."""
-        failed = {key: self._failed[key] for key in self._uses if key in self._failed}
+        failed = {key: self._failed[key] for key in self._readers if key in self._failed}
         news = {key: error for key, error in failed.items() if key not in self._reported}
         self._reported.update(news)
         self._damaged(news)

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreErro
 from kvtier.store.base import BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.codec import CODECS
-from kvtier.store.commits import Commits, Read
+from kvtier.store.commits import Commits, Read, States
 from kvtier.store.database import Connect, Database, connect
 from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import Adaptive, EvictionPolicy
@@ -40,7 +40,7 @@ from kvtier.store.fork import take_part
 from kvtier.store.host import HostTier
 from kvtier.store.inventory import Inventory
 from kvtier.store.management import ManagedStore
-from kvtier.store.match import PrefixMatch, Span, longest_match
+from kvtier.store.match import PrefixMatch, Span, longest_match, snapshots_of
 from kvtier.store.names import Names, checked_ttl
 from kvtier.store.owners import Owner
 from kvtier.store.recovery import open_catalog
@@ -221,8 +221,21 @@ class PrefixStore(ManagedStore):
                 self._tally[f"misses.{reason}"] += 1
         return match
 
-    def restore(self, rows: Sequence[Sequence[Span]]) -> Restore:
-        """Open the blocks of ``rows`` (at least one span among them); ``Restore.start`` lets their pages come.
+    def snapshots(self, root: str, tokens: TokenIds, limit: int) -> Iterator[tuple[int, BlockId]]:
+        """Yield the snapshots of prefixes of ``tokens`` of at most ``limit`` tokens, fewer than all; the longest first.
+
+        Each comes with the tokens after which its states are valid.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._check_open()
+        return snapshots_of(self._tiers, root, tokens, limit, self.block_size)
+
+    def restore(self, rows: Sequence[Sequence[Span]], snapshots: Sequence[BlockId] = ()) -> Restore:
+        """Open the blocks of ``rows`` and ``snapshots``; ``Restore.start`` lets their pages come.
+
+        There must be at least one block among them. Of ``snapshots``, one for each row, only the states are read.
 
         Raises:
             BlockError: blocks cannot be used. Every one of them was found out and discarded, so a new ``match`` finds
@@ -231,6 +244,7 @@ class PrefixStore(ManagedStore):
         """
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
+        blocks |= {snapshot.key: snapshot for snapshot in snapshots}
         readers: dict[str, BlockReader] = {}
         missing: dict[str, BlockError] = {}
         damaged: dict[str, BlockError] = {}
@@ -260,7 +274,7 @@ class PrefixStore(ManagedStore):
         self._commits.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return Restore(rows, readers, self._reading, self._damaged)
+        return Restore(rows, readers, self._reading, self._damaged, [snapshot.key for snapshot in snapshots])
 
     def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
@@ -293,7 +307,14 @@ class PrefixStore(ManagedStore):
                 summary(news),
             )
 
-    def commit(self, root: str, tokens: TokenIds, read: Read, manifest: Mapping[str, Any] | None = None) -> int:
+    def commit(
+        self,
+        root: str,
+        tokens: TokenIds,
+        read: Read,
+        manifest: Mapping[str, Any] | None = None,
+        states: States | None = None,
+    ) -> int:
         """Keep the K and V of ``tokens``; only blocks that are not known yet are read.
 
         Args:
@@ -301,6 +322,9 @@ class PrefixStore(ManagedStore):
             tokens: the ids of one sequence, padding removed.
             read: returns host copies of the pages of all layers for tokens ``[start, stop)``; the store owns them.
             manifest: what ``root`` stands for, written beside the blocks.
+            states: of a model with states: those to keep, by the number of tokens after which they are valid. What
+                comes after the last full block and has no states is not kept: no turn could go on from there. None for
+                models without.
 
         Returns:
             The number of tokens that were new.
@@ -309,7 +333,7 @@ class PrefixStore(ManagedStore):
             ClosedError: the store was closed.
         """
         self._check_open()
-        new = self._commits.commit(root, tokens, read, manifest, self.block_size)
+        new = self._commits.commit(root, tokens, read, manifest, self.block_size, states)
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS

@@ -1,0 +1,93 @@
+"""Feeding prompts in other pieces than ``generate`` would, for models that go on from states."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel, StoppingCriteria
+
+from kvtier.hf.quirks import cache_argument
+
+
+def feed(
+    model: PreTrainedModel,
+    cache: Cache,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    begin: int,
+    end: int,
+) -> None:
+    """Give the model the columns ``[begin, end)`` of ``input_ids [batch, columns]``, which go on from ``cache``.
+
+    No row may be padded.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    ids = input_ids[:, begin:end].to(model.device)
+    arguments: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    if "position_ids" in parameters:  # not every model counts from where the cache ends
+        arguments["position_ids"] = torch.arange(begin, end, device=ids.device)[None].expand_as(ids)
+    if "attention_mask" in parameters and attention_mask is not None and cache_argument(model) == "past_key_values":
+        arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
+    if "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = 1
+    with torch.no_grad():
+        model(input_ids=ids, **arguments)
+
+
+class PromptEnd(StoppingCriteria):
+    """Stops nothing. Calls ``passed`` when the whole prompt and nothing else has gone through the model.
+
+    ``generate`` asks after each forward pass, the first time after that with the end of the prompt.
+    """
+
+    def __init__(self, passed: Callable[[], None]) -> None:
+        self._passed: Callable[[], None] | None = passed
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return no for each row."""
+        passed, self._passed = self._passed, None
+        if passed is not None:
+            passed()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+_lock = threading.Lock()
+_originals: dict[type, Callable[..., Any]] = {}
+
+
+def slice_prompts(model: PreTrainedModel, kind: type) -> None:
+    """See to it that a model that takes its cache as ``cache_params`` is fed only what the cache does not have.
+
+    ``generate`` does so for caches it calls ``past_key_values``, and feeds the others the whole prompt again. Wraps
+    ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` alone.
+    """
+    owner = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
+    with _lock:
+        if owner in _originals:
+            return
+        original = _originals[owner] = vars(owner)["prepare_inputs_for_generation"]
+
+        @functools.wraps(original)
+        def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("cache_params")
+            if isinstance(cache, kind) and kwargs.get("is_first_iteration"):
+                known = cache.get_seq_length()  # type: ignore[attr-defined]
+                if known:
+                    input_ids = input_ids[:, known:]
+                    kwargs["attention_mask"] = None  # no row is padded
+            return original(self, input_ids, *args, **kwargs)
+
+        owner.prepare_inputs_for_generation = prepare  # type: ignore[attr-defined]
+
+
+def restore_classes() -> None:
+    """Give all classes their methods back."""
+    with _lock:
+        for owner, original in _originals.items():
+            owner.prepare_inputs_for_generation = original  # type: ignore[attr-defined]
+        _originals.clear()

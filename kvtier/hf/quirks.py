@@ -1,0 +1,51 @@
+"""Models that transformers computes otherwise when it goes on from a cache than at once, and what to do about it.
+
+Each entry was found by comparing one forward pass over a whole prompt with passes that continue a ``DynamicCache``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+_OFF = {
+    "cpmant": "the model puts columns of its own before the prompt's",
+    "moshi": "transformers limits what a cache shows to a window that the model does not have without one",
+    "prophetnet": "the model goes on from a cache by one token at a time only, and not to the same K and V",
+    "recurrent_gemma": "the model keeps its recurrent state in its modules, outside of any cache",
+}
+# A pass over several tokens begins these with an empty recurrent state, whatever the cache holds.
+_TOKEN_BY_TOKEN = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
+# One token at a time, these compute other states than over many tokens at once.
+_DECODES_OTHERWISE = frozenset({"nemotron_h", "zamba2"})
+
+
+def why_off(model: Any) -> str | None:
+    """Return why nothing of this kind of model may be reused; None when it may."""
+    return _OFF.get(model.config.model_type)
+
+
+def takes_token_by_token(model: Any) -> bool:
+    """Whether a model that goes on from a known prefix must be given one token at a time."""
+    return model.config.model_type in _TOKEN_BY_TOKEN
+
+
+def decodes_otherwise(model: Any) -> bool:
+    """Whether the states after generated tokens are not those that a prompt of the same tokens would have given."""
+    return model.config.model_type in _DECODES_OTHERWISE
+
+
+def why_no_cache(model: Any) -> str | None:
+    """Return why ``generate`` does not take a cache for this model; None when it does."""
+    name = type(model).__name__
+    if not {"past_key_values", "cache_params"} & set(inspect.signature(model.forward).parameters):
+        return f"{name} uses no cache"
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return f"{name} uses a cache of its own"
+    return None
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name under which the model takes a cache."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
