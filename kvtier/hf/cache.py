@@ -393,7 +393,7 @@ class TieredCache(WindowCache, TurnTaker):
         if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
             self._lay_out(self._config)
             return
-        length = min((layer.length for layer in layers), default=self._fed_columns)
+        length = min((layer.length for layer in layers), default=self.get_seq_length())
         for layer in layers:  # an interrupt may have left some layers a step ahead
             layer.length = length
         held = named.cut(length)

@@ -152,6 +152,7 @@ def _number(value: Any) -> Any:
 def _set(layer: Any, path: Sequence[str], value: Any) -> None:
     """Set what ``path`` leads to, from an attribute through dicts: only what is there already."""
     holder = vars(layer)
+    holder.setdefault("dtype", None)  # some layers get it with their first token
     for depth, part in enumerate(path):
         key = next((key for key in holder if str(key) == part), None)
         if key is None:

@@ -9,10 +9,23 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from kvtier.hf.layers import HybridLayer, MakeLayerMemory, WindowLayer, build_layer, build_layers, windows_of
-from kvtier.hf.states import has_states, rows_of
+from kvtier.hf.layers import (
+    HybridLayer,
+    MakeLayerMemory,
+    StateLayer,
+    WindowLayer,
+    build_layer,
+    build_layers,
+    windows_of,
+)
+from kvtier.hf.states import has_states, move_rows, rows_of
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams
 from kvtier.stream.traffic import Traffic
@@ -111,8 +124,8 @@ class WindowCache(DynamicCache):
         return seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the columns that ``layer_idx`` holds; of a cache without any window, those that were fed."""
-        if self.layers and not self._windows and self._states:
+        """Return the columns that ``layer_idx`` holds; where no layer can tell, those that were fed."""
+        if self.layers and not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return self._fed_columns
         return int(super().get_seq_length(layer_idx))
 
@@ -137,7 +150,10 @@ class WindowCache(DynamicCache):
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Let row ``i`` of every layer be its former row ``rows[i]``."""
         for layer in self.layers:
-            move(layer)
+            if has_states(layer) and not isinstance(layer, StateLayer):
+                move_rows(layer, lambda states: states[rows.to(states.device)])
+            else:
+                move(layer)
 
     def _copy_layers_to(self, twin: WindowCache, memo: dict[int, Any]) -> None:
         """Let ``twin`` hold the same. Under a budget, pages below are shared; the budget is the twin's own."""
