@@ -18,6 +18,7 @@ from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptErr
 from kvtier.hf.generate import TurnTaker, check_installed, install
 from kvtier.hf.identity import identify
 from kvtier.hf.layers import WindowLayer
+from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
@@ -37,10 +38,6 @@ from kvtier.stream.streams import MakeEngine
 from kvtier.transfer import engine_for
 
 _log = logging.getLogger("kvtier.hf")
-# States are kept where prompts part if that spares the next one so many tokens: they cost a forward pass of its own.
-_WORTH_A_SNAPSHOT_TOKENS = 16
-# A token that is fed alone takes about as long as so many that are fed together.
-_TOKEN_BY_TOKEN_COST = 4
 
 
 class TieredCache(WindowCache, TurnTaker):
@@ -212,6 +209,8 @@ class TieredCache(WindowCache, TurnTaker):
             self._lay_out(self._config)
         self._root = identity.root
         states = bool(self._states)
+        if states and self._is_spread(model):
+            return self._start(Turn.off("states of layers on several devices are not restored"))
         if cold:
             if states:
                 return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
@@ -226,38 +225,22 @@ class TieredCache(WindowCache, TurnTaker):
                 elif turn.known_columns > max(prompt.pads) and states:
                     turn.reason = _why_no_states(prompt)
             if states:
-                self._plan_feeding(turn, model, repeats, feeds)
+                turn.keeps_answer_states = not decodes_otherwise(model)
+                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1)
             try:
                 return self._start(turn, model, repeats)
             except BlockError:
                 continue  # blocks that do not fit the model: they were discarded
 
-    def _plan_feeding(self, turn: Turn, model: PreTrainedModel, repeats: int, feeds: bool) -> None:
-        """Say in which pieces the prompt of a model with states is to be fed before ``generate`` feeds the rest."""
-        assert turn.prompt is not None
-        turn.keeps_answer_states = not decodes_otherwise(model)
-        end, begin = turn.prompt.columns - 1, turn.prefix.columns if turn.prefix is not None else 0
-        by_token = takes_token_by_token(model)
-        if turn.prefix is not None and by_token and begin < end:
-            if not feeds or repeats > 1 or (end - begin) * _TOKEN_BY_TOKEN_COST > begin:
-                turn.prefix.close()
-                turn.prefix, begin = None, 0
-                turn.reason = "this model takes what follows a prefix token by token, which would take longer"
-        # Where two prompts part, a third one may: what was known up to there gets its states now.
-        cut = turn.known_columns
-        if feeds and repeats == 1 and cut - begin >= _WORTH_A_SNAPSHOT_TOKENS and not any(turn.prompt.pads):
-            if not by_token or cut == end:
-                turn.pieces = [(begin, cut)] if not begin or not by_token else []
-                turn.snapshot_columns = {cut}
-                begin = cut
-        if by_token and begin:
-            turn.pieces += [(column, column + 1) for column in range(begin, end)]
+    @staticmethod
+    def _is_spread(model: PreTrainedModel) -> bool:
+        """Whether the layers of ``model`` are on several devices."""
+        return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
     def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
         if self._streams is None:
             return TurnPrefix
-        devices = set(getattr(model, "hf_device_map", None) or ()) and set(model.hf_device_map.values())
-        return partial(StreamedPrefix, self._streams, model.device if len(devices) <= 1 else None)
+        return partial(StreamedPrefix, self._streams, None if self._is_spread(model) else model.device)
 
     def _held_now(self) -> Held | None:
         """Return what all windows hold, cut to their length: a crop between turns shortens it."""

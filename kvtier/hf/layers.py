@@ -97,7 +97,7 @@ class WindowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def expect(self, prefix: TurnPrefix, layer: int) -> None:
-        """Hold ``prefix`` from now on; the next ``update`` waits for it. Of a window that nobody fills it has nothing."""
+        """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for windows that stay empty."""
         self.length = prefix.columns
         if self.window is not None or prefix.brings(layer):
             self._prefix = (prefix, layer)

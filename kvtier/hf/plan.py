@@ -80,9 +80,9 @@ def _at_states(
     by_row = [dict(f for f in found if f)] if len(kept) == 1 else [dict(each) for each in kept]
     best = max(set.intersection(*map(set, by_row)), default=0)
     live = held.live if held is not None and len(held.rows) == len(plans) else None
-    if live is not None and best <= live <= columns:
-        if all(p.source_row == row and p.window_tokens == live for row, p in enumerate(plans)):
-            return live, ()
+    in_place = all(plan.source_row == row and plan.window_tokens == live for row, plan in enumerate(plans))
+    if live is not None and best <= live <= columns and in_place:
+        return live, ()
     return best, [snapshots[best] for snapshots in by_row] if best else ()
 
 

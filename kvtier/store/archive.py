@@ -1,8 +1,8 @@
 """Archives: one prefix as one safetensors file, to take to another store or to read with other tools.
 
-``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory. The
-metadata tell ``format``, ``root``, ``manifest`` (as JSON, what the root stands for), ``block_size``, ``name`` (may be
-missing) and ``crc32`` of each tensor.
+``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; of a
+model with states also ``states`` (U8), those after the last token. The metadata tell ``format``, ``root``, ``manifest``
+(as JSON, what the root stands for), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ from kvtier.store.chain import TokenIds
 from kvtier.store.layout import (
     MAX_LAYERS,
     NOT_JSON,
+    STATES,
     check_hash,
     check_ids,
     fill,
@@ -93,6 +95,7 @@ def write_archive(
     if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
         raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
     geometry, ids = _one_sequence(target, blocks, tokens)
+    states = blocks[-1].states() if sum(len(block.id.tokens) for block in blocks) == tokens else None
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
         if not overwrite and os.path.lexists(target):
@@ -100,7 +103,7 @@ def write_archive(
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             with os.fdopen(fd, "wb") as out:
-                nbytes = _write(out, blocks, geometry, ids, metadata)
+                nbytes = _write(out, blocks, geometry, ids, states, metadata)
                 out.flush()
                 os.fsync(out.fileno())
             _give_name(temporary, target, overwrite)
@@ -124,7 +127,7 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
     if not known < tokens <= len(ids):
         raise ArchiveError(f"cannot write {target}: the blocks have {len(ids)} tokens where the prefix has {tokens}")
     geometry = blocks[0].geometry
-    if any(block.geometry != geometry for block in blocks) or not 0 < len(geometry.layers) <= MAX_LAYERS:
+    if any(block.geometry != geometry for block in blocks) or len(geometry.layers) > MAX_LAYERS:
         raise ArchiveError(f"cannot write {target}: the blocks are not of the layers of one model")
     try:
         check_ids(ids[:tokens])
@@ -134,7 +137,12 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
 
 
 def _write(
-    out: BinaryIO, blocks: Sequence[BlockReader], geometry: Geometry, ids: TokenIds, metadata: Mapping[str, str]
+    out: BinaryIO,
+    blocks: Sequence[BlockReader],
+    geometry: Geometry,
+    ids: TokenIds,
+    states: torch.Tensor | None,
+    metadata: Mapping[str, str],
 ) -> int:
     tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
     for i, g in enumerate(geometry.layers):
@@ -143,11 +151,15 @@ def _write(
             raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
         tensors.append((f"k.{i}", dtype, [g.k_heads, len(ids), g.k_dim], g.k_bytes * len(ids)))
         tensors.append((f"v.{i}", dtype, [g.v_heads, len(ids), g.v_dim], g.v_bytes * len(ids)))
+    payloads = _payloads(blocks, geometry, ids)
+    if states is not None:
+        tensors.append((STATES, "U8", [states.nbytes], states.nbytes))
+        payloads = chain(payloads, [memoryview(states.numpy())])
     # The checksums come first in the file and are known last: leave room for the longest there are.
     checksums = {name: 2**32 - 1 for name, *_ in tensors}
     room = len(encode_header(tensors, {**metadata, "crc32": json.dumps(checksums)}))
     out.seek(room)
-    for (name, *_), payload in zip(tensors, _payloads(blocks, geometry, ids), strict=True):
+    for (name, *_), payload in zip(tensors, payloads, strict=True):
         checksums[name] = zlib.crc32(payload)
         out.write(payload)
     nbytes = out.tell()
@@ -239,13 +251,15 @@ class Archive:
             newer = _FORMATS.fullmatch(metadata["format"])
             hint = "; it is of a newer kvtier: update this one" if newer and int(newer[1]) > 1 else ""
             raise ValueError(f"its format is {metadata['format']!r:.40}, this version reads {_FORMAT!r}{hint}")
-        if len(layout.names) < 3:
+        if not opened.layers and not opened.is_snapshot:
             raise ValueError("it has no layers")
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
         self._begins, self._ends = layout.begins, layout.ends
         self._crc32 = read_checksums(metadata["crc32"], layout.names)
         self.root = check_hash(metadata["root"], "root")
-        self.geometry = layers_of(layout.dtypes[1:], layout.shapes[1:], opened.tokens)
+        pages = slice(1, 1 + 2 * opened.layers)
+        self.geometry = layers_of(layout.dtypes[pages], layout.shapes[pages], opened.tokens)
+        self._is_snapshot = opened.is_snapshot
         if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
             raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
         self.block_size = int(metadata["block_size"])
@@ -272,6 +286,18 @@ class Archive:
             k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start, stop)
             pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start, stop)))
         return tuple(pages)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states after the last token, U8 ``[bytes]``; None for models without.
+
+        Raises:
+            ArchiveError: they cannot be read.
+        """
+        if not self._is_snapshot:
+            return None
+        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8)
+        self._fill(memoryview(states.numpy()), self._data_start + self._begins[-1])
+        return states
 
     def _cut(self, index: int, heads: int, dim: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Return the tokens ``[start, stop)`` of tensor ``index``."""

@@ -84,7 +84,7 @@ class Commits:
         return new
 
     def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
-        """Keep the snapshots of prefixes that end in ``block``, whose first token is token ``start``; return their keys.
+        """Keep the snapshots of prefixes that end in ``block``, which begins with token ``start``; return their keys.
 
         Beside the states they hold K and V of their own: no block that goes on beyond them answers for those.
         """
@@ -123,6 +123,15 @@ class Commits:
     def _touch_on_disk(self, disk: DiskTier, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         disk.touch(keys, hits)
         disk.ask(lambda: self._names.touched(keys), None)
+
+    def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
+        """Return the keys that answer for a chain, block by block; the last is that of a snapshot, if there is one."""
+        keys = [self.stands_for(block, block_size) for block in blocks]
+        for end in blocks[-1:]:
+            snapshot = BlockId.of(end.root, end.parent, end.tokens, snapshot=True)
+            if any(snapshot.key in tier for tier in self._tiers):
+                keys[-1] = snapshot.key
+        return keys
 
     def stands_for(self, block: BlockId, block_size: int) -> str | None:
         """Return the key of the block that answers for ``block``: its own, or that of one that begins with it.

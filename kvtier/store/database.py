@@ -33,7 +33,9 @@ CREATE INDEX leaves ON blocks (uses > 1, priority) WHERE state = {State.READY:d}
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_root ON blocks (root);
 CREATE INDEX by_use ON blocks (used_at);
-CREATE TABLE ids (parent BLOB NOT NULL, ids BLOB NOT NULL, key BLOB NOT NULL, PRIMARY KEY (parent, ids, key)) WITHOUT ROWID;
+CREATE TABLE ids (
+    parent BLOB NOT NULL, ids BLOB NOT NULL, key BLOB NOT NULL, PRIMARY KEY (parent, ids, key)
+) WITHOUT ROWID;
 CREATE TABLE names (
     name TEXT PRIMARY KEY, root BLOB NOT NULL, tokens INTEGER NOT NULL, pinned INTEGER NOT NULL, ttl REAL,
     created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL

@@ -2,8 +2,8 @@
 
 ``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
 checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
-``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A snapshot ends with ``states`` (U8), which
-is not compressed.
+``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A snapshot ends with ``states``
+(U8), which are not compressed.
 """
 
 from __future__ import annotations

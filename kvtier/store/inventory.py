@@ -101,14 +101,32 @@ class Inventory:
     def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
         """Return which of the blocks ``keys``, in order of a chain, nothing uses but this chain and ``names``."""
         own: list[str] = []
-        for key in reversed(keys):
+        blocks = [self.find(key) for key in keys]
+        for key, after in zip(reversed(keys), [None, *reversed(blocks[1:])], strict=False):
             entry = self.entry(key)
             if entry is None:
                 continue
-            if self._children(entry) > bool(own) or self._names.of_blocks([key]) - names:
+            beside = self._snapshots_on_the_way(key, after)
+            others = self._children(entry) - len(beside) - bool(own and after and own[-1] == after.key)
+            if others > 0 or self._names.of_blocks([key, *beside]) - names:
                 break
-            own.append(key)
+            own += [*beside, key]
+        else:
+            if blocks and blocks[0] is not None:
+                own += self._snapshots_on_the_way(blocks[0].root, blocks[0])
         return own
+
+    def _snapshots_on_the_way(self, parent: str, after: BlockId | None) -> list[str]:
+        """Return the snapshots after ``parent`` that ``after``, the next block of a chain, begins with."""
+        if after is None:
+            return []
+        tiers = (self._host, self._disk) if self._disk is not None else (self._host,)
+        tails = (tail for tier in tiers for tail in tier.tails(parent, after.tokens))
+        found = {tail.key for tail in tails if tail.is_snapshot}
+        whole = BlockId.of(after.root, after.parent, after.tokens, snapshot=True)
+        if any(whole.key in tier for tier in tiers):
+            found.add(whole.key)
+        return sorted(found - {after.key})
 
     def _children(self, entry: Entry) -> int:
         in_ram = self._host.entry(entry.key)

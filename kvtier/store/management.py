@@ -101,8 +101,7 @@ class ManagedStore(ABC):
         checked_name(name)
         keys = []
         with self._asked():
-            for block in chain_keys(root, tokens, self.block_size):
-                key = self._commits.stands_for(block, self.block_size)
+            for key in self._commits.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
                 if key is None:
                     break
                 keys.append(key)
@@ -380,11 +379,18 @@ class ManagedStore(ABC):
                 if before is not None and (before.root, before.tokens) != (archive.root, len(archive.tokens)):
                     raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
+            states = archive.states()
             self._commits.commit(
-                archive.root, archive.tokens, archive.pages, archive.manifest, archive.block_size, describe_anew=False
+                archive.root,
+                archive.tokens,
+                archive.pages,
+                archive.manifest,
+                archive.block_size,
+                None if states is None else {len(archive.tokens): states},
+                describe_anew=False,
             )
             self.flush()
-            keys = [self._commits.stands_for(block, archive.block_size) for block in blocks]
+            keys = self._commits.chain_of(blocks, archive.block_size)
             if None in keys:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
             return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
