@@ -1,4 +1,4 @@
-"""Tiny seeded models of many families, and the one way the tests call generate()."""
+"""The tests' settings, their tiny models, and the one way they call generate()."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import families
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
 
@@ -26,42 +26,9 @@ settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 VOCABULARY = 200
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # far from zero: what is attended to must decide which token comes next
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
-# family: config class, model class, what differs from _SHAPE
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 16, "head_dim": 16}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 16, "head_dim": 16}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {"sliding_window": 16, "head_dim": 16, "layer_types": _SLIDING_THEN_FULL},
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        {"sliding_window": 16, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
-}
+# What every test that names `family` runs on: K and V of every kind, none slow. The others are in families.py.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3", "olmo2")
 SLIDING_FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss")
-WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # soft caps and attention sinks are not what SDPA computes
 
 MakeModel = Callable[..., PreTrainedModel]
 Generate = Callable[..., Any]
@@ -83,15 +50,7 @@ def make_model() -> MakeModel:
     def make(
         family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "eager", **config: Any
     ) -> PreTrainedModel:
-        config_class, model_class, different = FAMILIES[family]
-        settings = getattr(transformers, config_class)(**{**_SHAPE, **different, **config})
-        settings._attn_implementation = attention
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: PreTrainedModel = getattr(transformers, model_class)(settings).eval()
-        model.generation_config.pad_token_id = 0
-        model.generation_config.eos_token_id = None
-        return model.to(dtype)
+        return families.build(family, dtype=dtype, attention=attention, **{"vocab_size": VOCABULARY, **config})
 
     return make
 
@@ -148,12 +107,12 @@ def cache(store: PrefixStore) -> Iterator[TieredCache]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Offer ``family``, ``sliding_family`` and ``attention`` to every test that names them."""
     if "attention" in metafunc.fixturenames and "family" in metafunc.fixturenames:
-        pairs = [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or f not in WITHOUT_SDPA]
+        pairs = [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or families.FAMILIES[f].sdpa]
         metafunc.parametrize(("family", "attention"), pairs)
     elif "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", list(FAMILIES))
+        metafunc.parametrize("family", FAMILIES)
     if "sliding_family" in metafunc.fixturenames:
-        metafunc.parametrize("sliding_family", list(SLIDING_FAMILIES))
+        metafunc.parametrize("sliding_family", SLIDING_FAMILIES)
 
 
 @pytest.fixture

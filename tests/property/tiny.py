@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import families
 import torch
-import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 VOCABULARY = 6  # five words; 0 is padding
@@ -19,10 +19,7 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": HEAD_DIM,
     "max_position_embeddings": 256,
-    "initializer_range": 0.6,  # far from zero: what is attended to must decide which word comes next
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    "initializer_range": 0.6,  # smaller models need larger weights for history to decide
 }
 Tokens = tuple[int, ...]
 
@@ -30,20 +27,11 @@ Tokens = tuple[int, ...]
 @functools.cache
 def tiny(family: str, layers: int) -> PreTrainedModel:
     """``llama``: full attention. ``gemma3``: windows of 6, which longer prompts overflow, but in the last layer."""
+    shape: dict[str, Any] = {**_SHAPE, "num_hidden_layers": layers}
     if family == "llama":
-        config = transformers.LlamaConfig(**_SHAPE, num_hidden_layers=layers)
-        kind = transformers.LlamaForCausalLM
-    else:
-        kinds = [*["sliding_attention"] * (layers - 1), "full_attention"]
-        config = transformers.Gemma3TextConfig(**_SHAPE, num_hidden_layers=layers, sliding_window=6, layer_types=kinds)
-        kind = transformers.Gemma3ForCausalLM
-    config._attn_implementation = "sdpa" if family == "llama" else "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model: PreTrainedModel = kind(config).eval()
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
+        return families.build(family, attention="sdpa", seed=1, **shape)
+    kinds = [*["sliding_attention"] * (layers - 1), "full_attention"]
+    return families.build(family, seed=1, **shape, sliding_window=6, layer_types=kinds)
 
 
 def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
