@@ -40,12 +40,12 @@ def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
 
 
 def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, **settings: Any) -> Any:
-    """``generate`` with logits and always the same dice; on a fresh ``DynamicCache`` by default."""
+    """``generate`` with logits and always the same dice; by default on the ``DynamicCache`` that it makes itself."""
     torch.manual_seed(11)
     return model.generate(
         ids,
         attention_mask=(ids != 0).long(),
-        past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+        **({} if cache is None else {"past_key_values": cache}),
         suppress_tokens=[0],
         return_dict_in_generate=True,
         output_logits=True,
