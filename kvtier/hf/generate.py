@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +121,16 @@ def install() -> None:
             decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
             if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
                 return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
-            with _occupied(decoder):
-                if isinstance(past, EncoderDecoderCache):
-                    return _encoder_decoder(original, self, past, given)
-                return _turn(original, self, decoder, given)
+            try:
+                try:
+                    _occupy(decoder)
+                    if isinstance(past, EncoderDecoderCache):
+                        return _encoder_decoder(original, self, past, given)
+                    return _turn(original, self, decoder, given)
+                finally:
+                    _leave(decoder)
+            finally:  # an interrupt may have come in place of the first
+                _leave(decoder)
 
         hook = _hook = _Hook(original, generate)
         GenerationMixin.generate = generate
@@ -168,8 +173,7 @@ def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
     return function is wrapper
 
 
-@contextmanager
-def _occupied(cache: TurnTaker) -> Iterator[None]:
+def _occupy(cache: TurnTaker) -> None:
     """Keep other threads from having a turn on ``cache``."""
     with _lock:
         if id(cache) in _threads:
@@ -178,9 +182,11 @@ def _occupied(cache: TurnTaker) -> Iterator[None]:
                 "over one PrefixStore"
             )
         _threads[id(cache)] = threading.get_ident()
-    try:
-        yield
-    finally:
+
+
+def _leave(cache: TurnTaker) -> None:
+    """Let the next turn come, unless another thread has one. May be called more than once."""
+    if _threads.get(id(cache)) == threading.get_ident():
         del _threads[id(cache)]
 
 
