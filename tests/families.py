@@ -70,7 +70,8 @@ class Family:
         model: name of the model class.
         kinds: what its layers keep: ``full``, ``sliding`` or ``chunked`` K and V; ``latent``: K and V of different
             sizes; ``indexed``: keys of an indexer; ``linear`` and ``conv`` states; ``hybrid``: K and V and states in
-            one layer; ``mixed``: states and K and V in different layers; ``shared``: K and V that later layers read.
+            one layer; ``pooled``: K and V of several tokens together; ``mixed``: states and K and V in different
+            layers; ``shared``: K and V that later layers read.
         different: what differs from the common shape.
         sdpa: whether SDPA computes its attention.
     """
@@ -84,7 +85,7 @@ class Family:
     @property
     def has_states(self) -> bool:
         """Whether some layer keeps what is valid at one position only."""
-        return bool(self.kinds & {"linear", "conv", "hybrid"})
+        return bool(self.kinds & {"linear", "conv", "hybrid", "pooled"})
 
 
 def _family(name: str, kinds: str, *, text: str = "", model: str = "", sdpa: bool = True, **different: Any) -> Family:
@@ -176,6 +177,22 @@ FAMILIES: dict[str, Family] = {
     # --- an indexer chooses what is attended to ---
     "deepseek_v32": _family("DeepseekV32", "indexed latent", **_LATENT, **_ROUTED, **_INDEXER),
     "glm_moe_dsa": _family("GlmMoeDsa", "indexed latent", **_LATENT, **_ROUTED, **_INDEXER),
+    # --- keys and values that are pooled, several tokens at a time ---
+    "deepseek_v4": _family(
+        "DeepseekV4",
+        "sliding pooled",
+        num_key_value_heads=1,
+        head_dim=16,
+        q_lora_rank=16,
+        o_lora_rank=16,
+        o_groups=2,
+        sliding_window=8,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+        compress_rates={"heavily_compressed_attention": 8, "compressed_sparse_attention": 4},
+        tie_word_embeddings=False,
+        **_INDEXER,
+        **_ROUTED,
+    ),
     # --- states that are valid at one position ---
     "mamba": _family("Mamba", "linear", state_size=8),
     "mamba2": _family("Mamba2", "linear", state_size=16, num_heads=8, head_dim=16, n_groups=2, chunk_size=8),

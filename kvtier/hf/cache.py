@@ -403,18 +403,18 @@ class TieredCache(WindowCache, TurnTaker):
     def _states_of(self, held: Held, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
         """Return, of each row, the states that are known, by the number of tokens after which they are valid."""
         by_row = []
-        ends = whole and turn.keeps_answer_states
+        live = whole
         for row, prompt_row in enumerate(turn.prompt_rows(len(held.rows))):
             states = self._snapshots.of(prompt_row)
-            ends = ends and held.pads[row] == 0 and len(held.rows[row]) == length
-            if ends and length not in states:
+            at_end = whole and held.pads[row] == 0 and len(held.rows[row]) == length
+            if at_end and turn.keeps_answer_states and length not in states:
                 last = self._snapshots.take_last(self._states, row)
-                ends = last is not None
                 if last is not None:
                     states[length] = last
+            live = live and at_end and length in states
             by_row.append({column: blob for column, blob in states.items() if column <= length and not held.pads[row]})
         self._snapshots.lose()
-        self._snapshots.live = length if ends else None
+        self._snapshots.live = length if live else None
         return by_row
 
     def _salvage(self) -> None:

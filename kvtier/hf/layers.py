@@ -258,7 +258,7 @@ class StateLayer(LinearAttentionLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
+        StateLayer.batch_select_indices(self, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from kvtier.hf.turn import Turn
 
 # What a snapshot must spare the next prompt that parts from this one at the same place: it costs one more forward pass.
 WORTH_A_SNAPSHOT_TOKENS = 16
+# How far apart snapshots of a long prompt are: an edit then costs half of it on average (benchmarks/snapshots.py).
+SPACING_TOKENS = 2048
 # A token that is fed alone takes about as long as so many that are fed together.
 _ALONE = 4
 
@@ -34,13 +38,18 @@ def plan_pieces(turn: Turn, *, token_by_token: bool, may_feed: bool) -> None:
         turn.prefix.close()
         turn.prefix, begin = None, 0
         turn.reason = "this model takes what follows a prefix token by token, which would take longer"
-    if not may_feed:
+    if not may_feed or any(turn.prompt.pads):
         return
     cut = turn.known_columns
-    if cut - begin >= WORTH_A_SNAPSHOT_TOKENS and not any(turn.prompt.pads):
-        if not token_by_token or (begin == 0 and cut == end):
-            turn.pieces.append((begin, cut))
-            begin = cut
-        turn.snapshot_columns = {cut} if begin else set()
-    if token_by_token and begin:
-        turn.pieces += [(column, column + 1) for column in range(begin, end)]
+    if token_by_token:
+        if begin:
+            turn.pieces = [(column, column + 1) for column in range(begin, end)]
+        elif cut == end >= WORTH_A_SNAPSHOT_TOKENS:  # one token is left to go on by
+            turn.pieces = [(0, end)]
+        turn.snapshot_columns = {cut}
+        return
+    columns = {column for column in range(0, end, SPACING_TOKENS) if begin < column <= end - SPACING_TOKENS // 2}
+    if cut - begin >= WORTH_A_SNAPSHOT_TOKENS:
+        columns = {c for c in columns if abs(c - cut) >= SPACING_TOKENS // 2} | {cut}
+    turn.snapshot_columns = columns
+    turn.pieces = list(pairwise([begin, *sorted(columns)]))

@@ -68,6 +68,8 @@ class Snapshots:
         return taken[0] if taken is not None else None
 
     def _read(self, layers: Mapping[int, Any], rows: Sequence[int]) -> list[torch.Tensor] | None:
+        if any(getattr(layer, "record_past", False) for layer in layers.values()):
+            return None  # what was to be taken back may still be in them
         try:
             return [read_states(layers, row) for row in rows]
         except UnreadableError as error:

@@ -125,6 +125,8 @@ def put_states(layers: Mapping[int, Any], rows: Sequence[torch.Tensor], device: 
                     raise UnreadableError(f"{name} has another shape in every row: {error}") from error
                 _set(layer, name.removeprefix(prefix).split("."), joined.repeat_interleave(repeats, 0))
         layer.device = device
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.record_past = False
     known = {str(index) for index in layers}
     if not all(name.split(".")[0] in known for name in (*numbers, *parsed[0][0])):
         raise UnreadableError("they are of other layers")

@@ -309,61 +309,6 @@ def test_decoder_side_of_an_encoder_decoder(tokens, cache, settings):
         assert cache.last_turn.miss_reason == "encoder-decoder models are not reused yet"
 
 
-def falcon_h1():
-    config = transformers.FalconH1Config(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mamba_d_ssm=64,
-        mamba_n_heads=4,
-        mamba_d_state=16,
-        mamba_chunk_size=16,
-        initializer_range=0.2,
-        eos_token_id=None,
-    )
-    return transformers.FalconH1ForCausalLM(config)
-
-
-def qwen3_next():
-    config = transformers.Qwen3NextConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["linear_attention", "full_attention"],
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
-    return transformers.Qwen3NextForCausalLM(config)
-
-
-@pytest.mark.parametrize("build", [falcon_h1, qwen3_next], ids=lambda build: build.__name__)
-def test_other_kinds_of_layers_are_right_without_reuse(build, generate, tokens, cache):
-    torch.manual_seed(0)
-    model = build().eval()
-    ids = tokens(20)
-    for turn in range(3):
-        expected = generate(model, ids).sequences
-        assert torch.equal(generate(model, ids, cache).sequences, expected)
-        assert cache.last_turn.cached_tokens == 0
-        assert "are not kept yet" in cache.last_turn.miss_reason
-        ids = torch.cat([expected, tokens(5, seed=turn + 1)], 1)
-
-
 # --- loops that call the model themselves -----------------------------------------------------------------------------
 
 
