@@ -16,6 +16,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",  # positions, which some indexers keep
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

@@ -133,7 +133,7 @@ class TieredCache(WindowCache, TurnTaker):
         """Remove the last ``-tokens_to_remove`` tokens."""
         self._snapshots.live = None
         super().crop(tokens_to_remove)
-        if self._turn is not None:
+        if self._turn is not None and tokens_to_remove:
             self._turn.prompt_only = True
 
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
@@ -265,6 +265,8 @@ class TieredCache(WindowCache, TurnTaker):
             layers = self._windows
             assert turn.prompt is not None
             try:
+                if model is not None:
+                    turn.prefix.repeats, turn.prefix.device = repeats, model.device
                 turn.prefix.start([layer.window for layer in layers], turn.prompt.columns)
                 for index, layer in enumerate(layers):
                     layer.expect(turn.prefix, index)

@@ -134,6 +134,18 @@ class WindowLayer(CacheLayerMixin):
         """Return the first column that new tokens at column ``begin`` attend to."""
         return 0
 
+    def all_keys(self) -> torch.Tensor | None:
+        """Return ``keys``, those of an expected prefix too: the first tokens of a turn are still to come.
+
+        Raises:
+            RestoreError: a page could not be read, or does not fit; its block was discarded.
+        """
+        if self._prefix is not None:
+            prefix, layer = self._prefix
+            like = self.window.contents(0) if self.window is not None else None
+            self.update(*prefix.nothing(layer, like))
+        return self.keys
+
     def copy_to(self, twin: WindowLayer, streams: Streams) -> None:
         """Let ``twin`` hold the same on other streams."""
         if self._prefix is not None:  # the twin has no turn in which it could come
@@ -203,22 +215,44 @@ class SlidingWindowLayer(WindowLayer):
 
 
 class IndexedLayer(WindowLayer):
-    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window."""
+    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window.
 
-    def __init__(self, make: MakeMemory = _new_window, make_indexer: MakeMemory = _new_window, **kwargs: Any) -> None:
-        self.indexer = WindowLayer(make_indexer, is_optional=True)  # layers may share what one of them has chosen
+    Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
+    """
+
+    def __init__(
+        self,
+        make: MakeMemory = _new_window,
+        make_indexer: MakeMemory = _new_window,
+        make_positions: MakeMemory = _new_window,
+        **kwargs: Any,
+    ) -> None:
+        # Layers may share what one of them has chosen.
+        self.indexer = WindowLayer(make_indexer, is_optional=True)
+        self.positions = WindowLayer(make_positions, is_optional=True)
         super().__init__(make)
 
     def reset(self) -> None:
         """Hold nothing."""
         super().reset()
         self.indexer.reset()
-        self.indexer_position_ids: torch.Tensor | None = None
+        self.positions.reset()
 
     @property
     def windows(self) -> tuple[WindowLayer, ...]:
-        """The window of K and V, and that of the indexer's keys."""
-        return (self, self.indexer)
+        """The window of K and V, that of the indexer's keys, and that of positions."""
+        return (self, self.indexer, self.positions)
+
+    @property
+    def indexer_position_ids(self) -> torch.Tensor | None:
+        """``[dimensions, batch, length]``, as the model has set it; None where it has not."""
+        held = self.positions.all_keys()
+        return None if held is None else held[:, 0].permute(2, 0, 1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: torch.Tensor) -> None:
+        new = positions[..., self.positions.length :].permute(1, 2, 0)[:, None]
+        self.positions.update(new, new[..., :0])
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Append ``[batch, new tokens, dim]``; return the indexer's keys of all tokens."""
@@ -232,21 +266,25 @@ class IndexedLayer(WindowLayer):
         """Remove the last ``-tokens_to_remove`` columns."""
         super().crop(tokens_to_remove)
         self.indexer.crop(tokens_to_remove)
+        self.positions.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         self.indexer.reorder_cache(beam_idx)
+        self.positions.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
         super().batch_select_indices(indices)
         self.indexer.batch_select_indices(indices)
+        self.positions.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
         super().batch_repeat_interleave(repeats)
         self.indexer.batch_repeat_interleave(repeats)
+        self.positions.batch_repeat_interleave(repeats)
 
 
 class StateLayer(LinearAttentionLayer):
@@ -382,7 +420,8 @@ def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) 
             sliding_window = arguments.get("sliding_window")
             arguments["make"] = _memory(make, next(windows), sliding_window, index not in read_by_others)
         if issubclass(kind, IndexedLayer):
-            arguments["make_indexer"] = _memory(make, next(windows), None, may_be_cold=False)
+            for window in ("make_indexer", "make_positions"):
+                arguments[window] = _memory(make, next(windows), None, may_be_cold=False)
         layers.append(kind(**arguments))
     return layers, None
 

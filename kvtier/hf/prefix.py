@@ -50,6 +50,8 @@ class TurnPrefix:
         self.columns = columns
         self.restored_bytes = restore.nbytes if restore is not None else 0
         self.rows = len(plans)
+        self.repeats = 1
+        self.device = torch.device("cpu")
         self.seconds = 0.0
         self._plans = tuple(plans)
         self._restore = restore
@@ -91,6 +93,22 @@ class TurnPrefix:
     def brings(self, layer: int) -> bool:
         """Whether the store has K or V of window ``layer``. Of a window that no forward pass fills it has none."""
         return self._restore is not None and self._restore.geometry.layers[layer].token_bytes > 0
+
+    def nothing(self, layer: int, like: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of no tokens for window ``layer``, in as many rows as the turn has.
+
+        Args:
+            layer: which window.
+            like: K and V of no tokens that it holds; None when all comes from the store.
+        """
+        rows = self.rows * self.repeats
+        if like is not None:
+            k, v = (part.new_empty(rows, *part.shape[1:]) for part in like)
+            return k, v
+        assert self._restore is not None
+        g = self._restore.geometry.layers[layer]
+        k = torch.empty(rows, g.k_heads, 0, g.k_dim, dtype=g.dtype, device=self.device)
+        return k, torch.empty(rows, g.v_heads, 0, g.v_dim, dtype=g.dtype, device=self.device)
 
     @property
     def has_states(self) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import Cache
+
 _OFF = {
     "cpmant": "the model puts columns of its own before the prompt's",
     "moshi": "transformers limits what a cache shows to a window that the model does not have without one",
@@ -22,6 +24,8 @@ _DECODES_OTHERWISE = frozenset({"nemotron_h", "zamba2"})
 
 def why_off(model: Any) -> str | None:
     """Return why nothing of this kind of model may be reused; None when it may."""
+    if cache_argument(model) == "cache_params" and not hasattr(Cache, "get_conv_state"):
+        return "before 5.21, transformers tells a cache of states alone not how many tokens it has seen"
     return _OFF.get(model.config.model_type)
 
 
