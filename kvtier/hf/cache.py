@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
-from kvtier.hf.generate import TurnTaker, check_installed, install
+from kvtier.hf.generate import TurnTaker, check_installed, install, look_for_own_generate
 from kvtier.hf.identity import identify
 from kvtier.hf.layers import WindowLayer
 from kvtier.hf.pieces import plan_pieces
@@ -116,11 +116,14 @@ class TieredCache(WindowCache, TurnTaker):
             BudgetError: ``device_budget`` is too small for so many tokens.
             ClosedError: the cache was closed.
             StreamError: a page of a cold layer is lost, or cannot be written.
+            PromptError: no turn has begun, and a model's own ``generate`` may be running that could not be seen.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         if self._turn is None:
             self._check_open()
             check_installed()
+            if self._held is not None or (layer_idx == 0 and not self.get_seq_length()):
+                look_for_own_generate(holds_turn=self._held is not None)
             self._held = None  # tokens that nobody named
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -290,6 +293,11 @@ class TieredCache(WindowCache, TurnTaker):
             self._snapshots.put(self._states, prefix.states(), model.device, repeats)
         except UnreadableError as error:
             raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
+
+    def pass_over(self, reason: str) -> None:
+        """Hold nothing, and report a turn that could neither reuse nor be kept."""
+        self.reset()
+        self.last_turn = Turn.off(reason).report()
 
     @property
     def _has_states(self) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
+from kvtier.hf import own_generate
 from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
 from kvtier.hf.quirks import cache_argument, why_no_cache
 from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
@@ -52,6 +53,10 @@ class TurnTaker(ABC):
             longest_answer: new tokens at most, as far as one can tell.
             repeats: how many rows of the cache continue each row of the prompt.
         """
+
+    @abstractmethod
+    def pass_over(self, reason: str) -> None:
+        """Note a turn that could neither reuse nor be kept, and hold nothing of it."""
 
     @abstractmethod
     def _pieces(self) -> Sequence[tuple[int, int]]:
@@ -104,6 +109,7 @@ def install() -> None:
     Calls without a ``TieredCache`` pass through untouched.
     """
     global _hook
+    own_generate.wrap_classes(TurnTaker)
     with _lock:
         if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrapper):
             _hook.active = True
@@ -148,6 +154,7 @@ def uninstall() -> None:
             return
         _hook.active = False
         restore_classes()
+        own_generate.restore_classes()
         if GenerationMixin.generate is _hook.wrapper:
             GenerationMixin.generate = _hook.original
             _hook = None
@@ -163,6 +170,22 @@ def check_installed() -> None:
         raise UninstalledError(
             "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
             "TieredCache, or call begin() first"
+        )
+
+
+def look_for_own_generate(*, holds_turn: bool) -> None:
+    """Look for classes with a ``generate`` of their own that were imported since the last look.
+
+    Called when tokens begin to come that no turn has named. ``holds_turn``: to a cache that holds a turn's.
+
+    Raises:
+        PromptError: there are some, and one of them may have taken what the cache holds for its prompt's beginning.
+    """
+    new = own_generate.wrap_classes(TurnTaker)
+    if new and holds_turn:
+        raise PromptError(
+            f"{new[0].__name__} was imported after this cache was made: if its generate() is what is running, it began "
+            "before the cache could see it. Call it again; in a loop of your own, call begin() first"
         )
 
 
