@@ -29,6 +29,7 @@ NAMES = (
     "window",
     "catalog",
     "eviction",
+    "snapshots",
     "gpu",
 )
 _WIDTH = 120  # narrower, and the tables lose figures
