@@ -163,8 +163,10 @@ class Conversations:
             for tokens, row in zip(rows, report.rows, strict=True):
                 assert 0 <= row.cached_tokens <= len(tokens) - 1
         expected = answer(self.model, ids, **mode)
+        # A prompt whose states are kept where it leaves another one is computed in two pieces.
+        in_one_piece = report.cached_tokens == 0 and not families.FAMILIES[self.name].has_states
         try:
-            assert_same_answer(found, expected, exact=report.cached_tokens == 0)
+            assert_same_answer(found, expected, exact=in_one_piece)
         except AssertionError:
             indexed = "indexed" in families.FAMILIES[self.name].kinds
             if not (indexed and report.cached_tokens and by_chance(self.model, ids, expected, mode)):
