@@ -324,33 +324,37 @@ def a_loop_of_ones_own(subject: Subject) -> None:
     """``begin``, forward passes, ``commit``."""
     ids = subject.prompt()
     expected = subject.reference(ids).sequences
-    name = _cache_argument(subject)
     with subject.cache() as cache, torch.no_grad():
         for _ in range(2):
             known = cache.begin(subject.model, ids).cached_tokens
             sequence, fed = ids, ids[:, known:]
             for _ in range(5):
-                logits = subject.model(fed, use_cache=True, **{name: cache}).logits[:, -1, 1:]
+                logits = _forward(subject, fed, cache, known).logits[:, -1, 1:]
+                known += fed.shape[1]
                 fed = logits.argmax(-1, keepdim=True) + 1
                 sequence = torch.cat([sequence, fed], 1)
             assert torch.equal(sequence, expected)
             cache.commit(sequence)
 
 
-def _cache_argument(subject: Subject) -> str:
+def _forward(subject: Subject, fed: torch.Tensor, cache: Any, begin: int, **settings: Any) -> Any:
+    """One forward pass over columns from ``begin`` on; some models count from 0 unless they are told."""
     accepted = inspect.signature(subject.model.forward).parameters
-    return "past_key_values" if "past_key_values" in accepted else "cache_params"
+    settings["past_key_values" if "past_key_values" in accepted else "cache_params"] = cache
+    if "position_ids" in accepted:
+        settings["position_ids"] = torch.arange(begin, begin + fed.shape[1])[None].expand(len(fed), -1)
+    return subject.model(fed, use_cache=True, **settings)
 
 
 @behaviour
 def logits_of_the_last_words_only(subject: Subject) -> None:
     if "logits_to_keep" not in inspect.signature(subject.model.forward).parameters:
         return
-    ids, name = subject.prompt(), _cache_argument(subject)
+    ids = subject.prompt()
     with subject.cache() as cache, torch.no_grad():
         whole = subject.model(ids, use_cache=False).logits
         known = cache.begin(subject.model, ids).cached_tokens
-        kept = subject.model(ids[:, known:], logits_to_keep=2, use_cache=True, **{name: cache}).logits
+        kept = _forward(subject, ids[:, known:], cache, known, logits_to_keep=2).logits
         cache.commit(ids)
     assert kept.shape[1] == 2
     assert torch.allclose(kept, whole[:, -2:], rtol=0, atol=CLOSE)
@@ -359,13 +363,13 @@ def logits_of_the_last_words_only(subject: Subject) -> None:
 @behaviour
 def rows_that_change_places(subject: Subject) -> None:
     """As beams do between steps: the next step sees the rows where they are now."""
-    ids, name, order = subject.prompt(rows=3), _cache_argument(subject), torch.tensor([2, 0, 0])
+    ids, order = subject.prompt(rows=3), torch.tensor([2, 0, 0])
     steps = []
     with subject.cache() as cache, torch.no_grad():
         reference = DynamicCache(config=subject.config)
         cache.begin(subject.model, ids)
         for each in (cache, reference):
-            subject.model(ids, use_cache=True, **{name: each})
+            _forward(subject, ids, each, 0)
             each.reorder_cache(order)
-            steps.append(subject.model(ids[:, :1], use_cache=True, **{name: each}).logits)
+            steps.append(_forward(subject, ids[:, :1], each, ids.shape[1]).logits)
     assert torch.equal(*steps)
