@@ -86,7 +86,7 @@ class Subject:
         with self.cache() as cache, self.cache() as other:
             found = outcome(lambda: self.ask(ids, cache, **settings))
             if isinstance(expected, Exception) or isinstance(found, Exception):
-                assert type(found) is type(expected), (found, expected)
+                assert type(found) is type(expected), f"{type(found)}, not {type(expected)}"
                 return found
             assert found.past_key_values is cache
             self.compare(found, expected, exact and cache.last_turn.cached_tokens == 0)
