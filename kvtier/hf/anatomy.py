@@ -22,6 +22,7 @@ _SKIPPED = frozenset(vars(torch.nn.Module())) | {
     "loss_type",
     "name_or_path",
     "peft_config",  # what it decides is in the tuner layers
+    "rope_deltas",  # of the last prompt: a turn counts its positions itself, or forgets them
     "warnings_issued",
 }
 # Private attributes that decide what a tuner layer computes.

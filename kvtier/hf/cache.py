@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
 from kvtier.hf.generate import TurnTaker, check_installed, install, look_for_own_generate
 from kvtier.hf.identity import identify
+from kvtier.hf.inputs import why_not_begin
 from kvtier.hf.layers import WindowLayer
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
@@ -167,8 +168,9 @@ class TieredCache(WindowCache, TurnTaker):
             ClosedError: the cache was closed.
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
+        off = why_not_begin(model, input_ids)
         while True:
-            report = self._begin(model, input_ids, attention_mask, feeds=False)
+            report = self._begin(model, input_ids, attention_mask, off=off, feeds=False)
             try:
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()
@@ -188,6 +190,7 @@ class TieredCache(WindowCache, TurnTaker):
         longest_answer: int = 0,
         repeats: int = 1,
         feeds: bool = True,
+        prompt: Prompt | None = None,
     ) -> TurnReport:
         self._check_open()
         self._longest_answer = longest_answer
@@ -198,9 +201,12 @@ class TieredCache(WindowCache, TurnTaker):
         elif config is not self._config:
             self._lay_out(config)
         off = off or self._no_reuse or (why_off(model) if config is not None else None)
-        prompt = read_prompt(input_ids, attention_mask) if input_ids is not None and not off else None
-        if isinstance(prompt, Unreadable):
-            off, prompt = prompt.reason, None
+        if prompt is None and input_ids is not None and not off:
+            read = read_prompt(input_ids, attention_mask)
+            if isinstance(read, Unreadable):
+                off = read.reason
+            else:
+                prompt = read
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
@@ -229,7 +235,7 @@ class TieredCache(WindowCache, TurnTaker):
                     turn.reason = _why_no_states(prompt)
             if states:
                 turn.keeps_answer_states = not decodes_otherwise(model)
-                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1)
+                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain)
             try:
                 return self._start(turn, model, repeats)
             except BlockError:

@@ -22,6 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
 from kvtier.hf import own_generate
 from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
+from kvtier.hf.inputs import read_inputs
+from kvtier.hf.prompt import Prompt, Unreadable
 from kvtier.hf.quirks import cache_argument, why_no_cache
 from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
@@ -41,6 +43,7 @@ class TurnTaker(ABC):
         cold: str | None = None,
         longest_answer: int = 0,
         repeats: int = 1,
+        prompt: Prompt | None = None,
     ) -> TurnReport:
         """Begin a turn whose pages may still be on their way.
 
@@ -52,6 +55,7 @@ class TurnTaker(ABC):
             cold: why this turn must not reuse, though its prompt may be kept.
             longest_answer: new tokens at most, as far as one can tell.
             repeats: how many rows of the cache continue each row of the prompt.
+            prompt: what ids, mask and all other inputs were read as.
         """
 
     @abstractmethod
@@ -82,6 +86,10 @@ class TurnTaker(ABC):
     @abstractmethod
     def _can_start_again(self) -> bool:
         """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
+
+    @abstractmethod
+    def get_seq_length(self) -> int:
+        """Return the columns held."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -227,9 +235,10 @@ def _turn(
             attention_mask = _infer_mask(model, input_ids, kwargs)
             if attention_mask is not None:
                 kwargs["attention_mask"] = attention_mask
-        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] > input_ids.shape[1]:
+        known = input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] > known.shape[1]:
             raise PromptError(
-                f"attention_mask has {attention_mask.shape[1]} columns, input_ids {input_ids.shape[1]}: pass the whole "
+                f"attention_mask has {attention_mask.shape[1]} columns, input_ids {known.shape[1]}: pass the whole "
                 "conversation as input_ids; the cache finds what it knows by itself"
             )
     no_cache = why_no_cache(model)
@@ -245,27 +254,39 @@ def _turn(
     setting = functools.partial(_setting, model, kwargs)
     unsound = why_unsound_call(kwargs, setting)
     off = unsound.reason if unsound is not None else None
-    if off is None and not isinstance(input_ids, torch.Tensor):
-        off = "no input_ids were given"
+    input_ids = input_ids if isinstance(input_ids, torch.Tensor) else None
+    repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    inputs = read_inputs(model, kwargs, input_ids, attention_mask, repeats) if off is None else None
+    if isinstance(inputs, Unreadable):
+        off, inputs = inputs.reason, None
     cold = why_cold(setting)
     streamer = kwargs.get("streamer")
     longest_answer = int(setting("max_new_tokens") or 0)
-    repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     criteria = list(kwargs.get("stopping_criteria") or ())
     stream_failed = False
     while True:
         cache._begin(
-            model, input_ids, attention_mask, off=off, cold=cold, longest_answer=longest_answer, repeats=repeats
+            model,
+            input_ids,
+            attention_mask,
+            off=off,
+            cold=cold,
+            longest_answer=longest_answer,
+            repeats=repeats,
+            prompt=inputs.prompt if inputs is not None else None,
         )
         try:
             for begin, end in cache._pieces():
-                assert isinstance(input_ids, torch.Tensor)
+                assert input_ids is not None
                 feed(model, cache, input_ids, attention_mask, begin, end)
                 cache._passed(end)
-            if cache._has_states and isinstance(input_ids, torch.Tensor):
-                end_of_prompt = PromptEnd(functools.partial(cache._passed, input_ids.shape[1]))
-                kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
-            output = original(model, **kwargs)
+            arguments = kwargs
+            if inputs is not None:
+                arguments = inputs.after(kwargs, cache.get_seq_length())
+                if cache._has_states:
+                    end_of_prompt = PromptEnd(functools.partial(cache._passed, inputs.prompt.columns))
+                    arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
+            output = original(model, **arguments)
         except (RestoreError, StreamError) as error:
             # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
             # Cold pages that are lost may fail for a reason that stays, such as a full disk.

@@ -41,6 +41,7 @@ def plan_turn(
         matches = [store.match(identity.root, tokens, len(tokens) - 1) for tokens in prompt.rows]
         known = [max(w, m.length) for w, m in zip(from_window, matches, strict=True)]
         columns = min([prompt.columns - 1, *(pad + n for pad, n in zip(prompt.pads, known, strict=True))])
+        columns = prompt.cut(columns)
         divergences = [
             _divergence(held.rows[plan.source_row], tokens, plan.window_tokens)
             if held and plan.window_tokens > match.length
@@ -75,13 +76,15 @@ def _at_states(
     """
     if any(prompt.pads):
         return 0, ()
-    kept = [store.snapshots(root, tokens, columns) for tokens in prompt.rows]
+    kept = [
+        (each for each in store.snapshots(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows
+    ]
     found = [next(kept[0], None)] if len(kept) == 1 else ()
     by_row = [dict(f for f in found if f)] if len(kept) == 1 else [dict(each) for each in kept]
     best = max(set.intersection(*map(set, by_row)), default=0)
     live = held.live if held is not None and len(held.rows) == len(plans) else None
     in_place = all(plan.source_row == row and plan.window_tokens == live for row, plan in enumerate(plans))
-    if live is not None and best <= live <= columns and in_place:
+    if live is not None and best <= live <= columns and in_place and prompt.admits(live):
         return live, ()
     return best, [snapshots[best] for snapshots in by_row] if best else ()
 

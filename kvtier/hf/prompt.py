@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kvtier.errors import PromptError
+from kvtier.hf.marks import Mark, marked
 from kvtier.store.chain import TokenIds
 
 
@@ -18,6 +19,35 @@ class Prompt:
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
     columns: int
+    returned: int | None = None
+    """Columns of it that ``generate`` returns before the new tokens, where these are not all."""
+    wholes: tuple[tuple[int, int], ...] = ()
+    """``(first, end)``: columns inside which no known prefix may end."""
+    unproven: int = 0
+    """Last columns of a match that prove those before them, and are not proven themselves."""
+    answer_follows: bool = True
+    """Whether generated ids say all that decides their K and V, besides what comes before them."""
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    """Of each row, those that have not been told whole when it ends."""
+
+    def continued(self, row: int, ids: TokenIds) -> TokenIds:
+        """Return what ``row`` and generated ``ids`` after it are in a chain."""
+        known = self.rows[row]
+        return np.concatenate([known, marked(ids, self.marks[row], len(known)) if self.marks else ids])
+
+    plain: bool = True
+    """Whether ids are all there is to feed."""
+
+    def admits(self, columns: int) -> bool:
+        """Whether a known prefix may end after ``columns`` columns."""
+        return not any(first < columns < end for first, end in self.wholes)
+
+    def cut(self, columns: int) -> int:
+        """Return how many of the first ``columns`` columns, which match what is known, may be taken from there."""
+        limit = max(0, columns - self.unproven)
+        while inside := [first for first, end in self.wholes if first < limit < end]:
+            limit = min(inside)
+        return limit
 
     def begins(self, sequences: torch.Tensor) -> bool:
         """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""

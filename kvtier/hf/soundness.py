@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from kvtier.hf.anatomy import Anatomy, Part
 from kvtier.hf.description import own_code, package_of
+from kvtier.hf.inputs import CHAINED
 
 # Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
 _TRUSTED = frozenset({"transformers", "accelerate"})
@@ -179,13 +180,14 @@ _SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.star
 
 
 def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> Unsound | None:
-    """Return why the arguments of a ``generate`` call forbid reuse.
+    """Return why the arguments of a ``generate`` call forbid reuse, besides what ``read_inputs`` finds in them.
 
     Args:
         arguments: all of them, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
-    others = sorted(k for k, v in arguments.items() if v is not None and k not in _HARMLESS and k not in _SETTINGS)
+    told = _HARMLESS | _SETTINGS | CHAINED
+    others = sorted(name for name, value in arguments.items() if value is not None and name not in told)
     if others:
         return Unsound(f"inputs besides tokens may decide K and V: {', '.join(others)}")
     if setting("token_healing"):

@@ -107,16 +107,17 @@ class Turn:
         if self.prompt is None or not held_rows:
             return None
         row_of = self.prompt_rows(held_rows)
-        by_row = not self.prompt_only and len(generated) == held_rows
+        by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
         tails = generated if by_row else [np.empty(0, np.int64)] * held_rows
-        rows = tuple(np.concatenate([self.prompt.rows[p], tail]) for p, tail in zip(row_of, tails, strict=True))
+        rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
         return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
 
     def generated(self, sequences: torch.Tensor, eos_ids: Iterable[int]) -> list[TokenIds]:
         """Return the new tokens of each of ``sequences [rows, columns]``, up to its end of sequence."""
         if self.prompt is None:
             return []
-        new = sequences[:, self.prompt.columns :].detach().to("cpu", torch.int64).numpy()
+        returned = self.prompt.columns if self.prompt.returned is None else self.prompt.returned
+        new = sequences[:, returned:].detach().to("cpu", torch.int64).numpy()
         ends = list(eos_ids)
         return [_until(ids, ends) for ids in new]
 
