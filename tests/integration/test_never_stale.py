@@ -396,23 +396,26 @@ def test_weights_that_cannot_be_read_are_off(model, generate, tokens, cache):
 # --- arguments of generate() ------------------------------------------------------------------------------------------
 
 
-def test_embeddings_instead_of_ids_are_off(model, generate, tokens, cache):
+def test_embeddings_are_not_the_ids_beside_them(model, generate, tokens, cache):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     other = model.get_input_embeddings()(tokens(30, seed=1))
-    for given in ({}, {"inputs": ids}):
+    for given, known in (({}, 0), ({"inputs": ids}, 25)):
         expected = model.generate(inputs_embeds=other, **given, **GREEDY)
         assert torch.equal(model.generate(inputs_embeds=other, past_key_values=cache, **given, **GREEDY), expected)
-        assert cache.last_turn.cached_tokens == 0
-        assert "inputs_embeds" in cache.last_turn.miss_reason
+        assert cache.last_turn.cached_tokens == known
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_positions_of_ones_own_are_off(model, generate, tokens, cache):
+def test_positions_of_ones_own_are_others(model, generate, tokens, cache):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
-    positions = torch.arange(30)[None] * 3
-    assert_turn(model, ids, cache, generate, 0, "position_ids", position_ids=positions)
+    assert_turn(model, ids, cache, generate, 29, position_ids=torch.arange(30)[None])
+    assert_turn(model, ids, cache, generate, 0, position_ids=torch.arange(30)[None] + 2)
+    later = torch.cat([torch.arange(20), torch.arange(24, 34)])[None]
+    assert_turn(model, ids, cache, generate, 20, position_ids=later)
+    assert_turn(model, ids, cache, generate, 29, position_ids=later)
+    assert_turn(model, ids, cache, generate, 29)
 
 
 def test_flags_that_only_the_model_knows_are_off(model, generate, tokens, cache):

@@ -337,8 +337,7 @@ def test_positional_arguments_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("arguments", "settings", "reason"),
     [
-        ({"pixel_values": torch.ones(1, 3)}, {}, "pixel_values"),
-        ({"token_type_ids": torch.ones(1, 3)}, {}, "token_type_ids"),
+        ({"image_embeds": torch.ones(1, 3)}, {}, "image_embeds"),
         ({"interpolate_pos_encoding": True}, {}, "interpolate_pos_encoding"),
         ({"images": ["a.png"], "position_ids": None}, {}, ": images"),
         ({"custom_generate": "someone/something"}, {}, "custom generate"),
