@@ -53,7 +53,7 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
         if "rope_type" in part.attributes:
             yield from _lengths(part.attributes["rope_type"])
     yield from _patches(anatomy)
-    yield from _config_lengths(getattr(model, "config", None))
+    yield from _config_reasons(getattr(model, "config", None))
 
 
 def _called(part: Part) -> str:
@@ -110,7 +110,7 @@ def _lengths(rope_type: Any) -> Iterable[str]:
             yield f"rotary positions of type {kind} depend on the length of the sequence"
 
 
-def _config_lengths(config: Any) -> Iterable[str]:
+def _config_reasons(config: Any) -> Iterable[str]:
     """Find the same in configs, of this version's form and of older ones that remote code still uses."""
     if not isinstance(config, PreTrainedConfig):
         return
@@ -120,8 +120,10 @@ def _config_lengths(config: Any) -> Iterable[str]:
                 yield from _lengths(one.get("rope_type", one.get("type")))
     if getattr(config, "use_dynamic_ntk", False):
         yield from _lengths("dynamic")
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        yield "attention looks at later tokens too, so that K and V of a token depend on what comes after it"
     for value in vars(config).values():
-        yield from _config_lengths(value)
+        yield from _config_reasons(value)
 
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
