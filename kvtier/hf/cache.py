@@ -235,7 +235,9 @@ class TieredCache(WindowCache, TurnTaker):
                     turn.reason = _why_no_states(prompt)
             if states:
                 turn.keeps_answer_states = not decodes_otherwise(model)
-                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain)
+                plan_pieces(
+                    turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain
+                )
             try:
                 return self._start(turn, model, repeats)
             except BlockError:

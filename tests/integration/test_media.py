@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mediakit import BY_GRID, FAMILIES, PLACE, Picture, answer, new_words, prompt, seeing, words
+from mediakit import (
+    BY_GRID,
+    END,
+    FAMILIES,
+    PLACE,
+    START,
+    VOCABULARY,
+    WITH_STATES,
+    Picture,
+    answer,
+    new_words,
+    prompt,
+    seeing,
+    words,
+)
 
 from kvtier import TieredCache
 
@@ -150,7 +164,7 @@ def test_rows_with_and_without_pictures(kind, turn):
     turn(kind, [BEFORE, A, BETWEEN, C, AFTER], rows[1])
 
 
-@pytest.mark.parametrize("kind", BY_GRID)
+@pytest.mark.parametrize("kind", [k for k in BY_GRID if k in FAMILIES])
 def test_pictures_of_different_sizes(turn, kind):
     wide = Picture(13, wide=True)
     row = [BEFORE, A, BETWEEN, wide, AFTER]
@@ -205,3 +219,88 @@ def test_loops_are_not_told_of_pictures(kind, cache):
     assert "placeholders" in report.miss_reason
     assert cache.get_seq_length() == 0
     assert PLACE in given["input_ids"]
+
+
+def test_models_with_states_go_on_where_these_are_known(turn, cache, store):
+    """That is after a prompt and after an answer, never within a picture, and nothing is fed but by ``generate``."""
+    row = [BEFORE, A, BETWEEN]
+    assert turn(WITH_STATES, row) == 0
+    known = columns(WITH_STATES, *row)
+    row = [*row, turn.said, AFTER]
+    assert turn(WITH_STATES, row) == known + 5
+    known, row = columns(WITH_STATES, *row), [*row, turn.said, B, AFTER]
+    with TieredCache(store) as restored:
+        assert turn(WITH_STATES, row, on=restored) == known + 5
+        assert turn(WITH_STATES, [BEFORE, words(40, 7)], on=restored) == 0
+        assert turn(WITH_STATES, [BEFORE, words(40, 7), AFTER], on=restored) == 12 + 40
+    assert turn(WITH_STATES, [*row, C]) == columns(WITH_STATES, *row)
+    assert turn(WITH_STATES, [*row, C, AFTER]) == columns(WITH_STATES, *row)  # after C, five more ids must tell it
+    assert turn(WITH_STATES, [BEFORE, C, BETWEEN]) == 0
+
+
+def loop(model, cache, ids, steps=5):
+    """Greedy decoding by hand."""
+    cache.begin(model, ids)
+    sequences, feed = ids, ids[:, cache.get_seq_length() :]
+    with torch.no_grad():
+        for _ in range(steps):
+            feed = model(feed, past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1, keepdim=True)
+            sequences = torch.cat([sequences, feed], 1)
+    return sequences, cache.commit(sequences)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_loops_count_positions_of_their_own(turn, kind, store):
+    """The model remembers how far a prompt with pictures was ahead; the next loop has no pictures."""
+    model, ids = seeing(kind), torch.tensor([words(14)])
+    said = list(range(VOCABULARY, 200))
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False, suppress_tokens=said)
+    with TieredCache(store) as cache:
+        for known, end in ((0, 14), (18, 19)):
+            turn(kind, [BEFORE, A, BETWEEN, B, AFTER])
+            found, report = loop(model, cache, expected[:, :end])
+            assert torch.equal(found, expected[:, : end + 5])
+            assert report.cached_tokens == known
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_films(cache, kind):
+    """A film is hashed with all that belongs to it, and split by its grid."""
+    model, ids = seeing(kind), [*words(9), START, *[198] * 4, *words(3), *[198] * 4, END, *words(5, 1)]
+    table = torch.tensor([ids])
+    given = {
+        "input_ids": table,
+        "mm_token_type_ids": (table == 198).long() * 2,
+        "pixel_values_videos": torch.randn(32, 12, generator=torch.Generator().manual_seed(1)),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    if kind == "qwen2_5_vl":  # its films have no words inside, and a pace
+        table = torch.tensor([[*words(9), START, *[198] * 8, END, *words(8, 1)]])
+        given |= {"input_ids": table, "mm_token_type_ids": (table == 198).long() * 2}
+        given["second_per_grid_ts"] = torch.tensor([1.0])
+    other = {**given, "pixel_values_videos": given["pixel_values_videos"] + 1}
+    turns = [(given, 0), (given, table.shape[1] - 1), (other, 10), (given, table.shape[1] - 1)]
+    if kind == "qwen2_5_vl":
+        turns.append(({**given, "second_per_grid_ts": torch.tensor([2.0])}, 10))
+    for arguments, known in turns:
+        expected = answer(model, arguments)
+        assert torch.equal(answer(model, arguments, cache).sequences, expected.sequences)
+        assert cache.last_turn.cached_tokens == known
+
+
+def test_older_transformers_lose_count(turn, cache, monkeypatch):
+    monkeypatch.setattr("kvtier.hf.inputs._CONTINUED", (99, 0))
+    turn("llava", [BEFORE, A, AFTER])
+    assert turn("llava", [BEFORE, A, AFTER]) == 0
+    assert "this version of transformers cannot continue with pixel_values" in cache.last_turn.miss_reason
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "idefics3"])
+def test_prompts_in_chunks(turn, kind, chunk):
+    row = [BEFORE, A, BETWEEN]
+    turn(kind, row, prefill_chunk_size=chunk)
+    known = columns(kind, *row) - 1
+    assert turn(kind, row, prefill_chunk_size=chunk) == known
+    assert turn(kind, [*row, B, AFTER], prefill_chunk_size=chunk) == known + 1
+    assert turn(kind, [*row, B, AFTER]) == columns(kind, *row, B, AFTER) - 1

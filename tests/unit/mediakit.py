@@ -55,6 +55,12 @@ def _qwen(config: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
 
 def _config(family: str) -> Any:
     llama = transformers.LlamaConfig(**_TEXT)
+    if family == "qwen3_5":
+        mixed = {f"linear_{part}": n for part, n in (("key_head_dim", 16), ("value_head_dim", 16))}
+        mixed |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        rope = {**_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+        text = {**mixed, "layer_types": ["linear_attention", "full_attention"], "rope_parameters": rope}
+        return _qwen("Qwen3_5Config", text, {"num_position_embeddings": 64})
     if family == "qwen2_vl":
         vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 1}
         return _qwen("Qwen2VLConfig", {"rope_parameters": _ROPE}, vision)
@@ -98,7 +104,9 @@ def _config(family: str) -> Any:
     return transformers.VoxtralConfig(text_config=llama, audio_config=ears, audio_token_id=PLACE)
 
 
+WITH_STATES = "qwen3_5"
 _CLASSES = {
+    WITH_STATES: "Qwen3_5ForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -107,8 +115,8 @@ _CLASSES = {
     "idefics3": "Idefics3ForConditionalGeneration",
     "voxtral": "VoxtralForConditionalGeneration",
 }
-FAMILIES = tuple(_CLASSES)
-BY_GRID = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+BY_GRID = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", WITH_STATES)
+FAMILIES = tuple(family for family in _CLASSES if family != WITH_STATES)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationMixin, PreTrainedConfig
 
 from kvtier.hf import weights
 from kvtier.hf.anatomy import Anatomy
@@ -324,6 +324,18 @@ def test_identity_is_the_same_in_every_process(monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "7")
     done = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == names["root"]
+
+
+@pytest.mark.parametrize("where", ["of the text", "inside"])
+def test_attention_to_later_tokens_is_unsound(where):
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    config = Gemma3TextConfig(**text, **heads, use_bidirectional_attention=where == "of the text")
+    model = Gemma3ForCausalLM(config).eval()
+    assert (why_unsound(model, Anatomy(model)) is None) == (where == "inside")
+    if where == "inside":
+        config.something = Gemma3TextConfig(**text, **heads, use_bidirectional_attention=True)
+    assert "later tokens" in why_unsound(model, Anatomy(model)).reason
 
 
 # --- arguments of generate() ------------------------------------------------------------------------------------------
