@@ -23,8 +23,15 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "pixel_mask",
         "spatial_shapes",
         "batch_num_images",
+        "image_position_ids",
     ),
-    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "image_sizes_videos"),
+    "video": (
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "image_sizes_videos",
+        "video_position_ids",
+    ),
     "audio": ("input_features", "input_features_mask", "feature_attention_mask"),
 }
 # Models whose main tensor is [rows, pictures of a row, …].

@@ -19,6 +19,7 @@ from mediakit import (
     seeing,
     words,
 )
+from seekit import SEERS, make_seer, seer_prompt
 
 from kvtier import TieredCache
 
@@ -304,3 +305,32 @@ def test_prompts_in_chunks(turn, kind, chunk):
     assert turn(kind, row, prefill_chunk_size=chunk) == known
     assert turn(kind, [*row, B, AFTER], prefill_chunk_size=chunk) == known + 1
     assert turn(kind, [*row, B, AFTER]) == columns(kind, *row, B, AFTER) - 1
+
+
+@pytest.mark.parametrize("name", SEERS)
+def test_other_families(name, cache, store):
+    """A conversation about pictures, a change in its first picture, and another conversation on the same model."""
+    model = make_seer(name)
+
+    def ask(on, *row):
+        given = seer_prompt(name, row)
+        expected, found = answer(model, given), answer(model, given, on)
+        assert torch.equal(found.sequences, expected.sequences)
+        return new_words(given, found), on.last_turn.cached_tokens, given["input_ids"].shape[1]
+
+    said, known, asked = ask(cache, BEFORE, A, BETWEEN)
+    assert known == 0
+    row = [BEFORE, A, BETWEEN, said, AFTER]
+    said, known, asked = ask(cache, *row)
+    assert known == asked - 7 - 1
+    with TieredCache(store) as other:
+        ask(other, words(30, 7))
+        ask(other, words(30, 7), C, BETWEEN)
+        _, known, more = ask(other, *row, said, B, AFTER)
+        assert known == asked + 5
+    states = name == "lfm2_vl"
+    _, known, _ = ask(cache, BEFORE, B, BETWEEN)
+    assert known == (0 if states else 13)
+    _, known, _ = ask(cache, *row, said, B, AFTER, BETWEEN)
+    assert known >= more
+    assert cache.last_turn.miss_reason is None
