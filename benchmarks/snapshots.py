@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def run(options: Options) -> Result:
         return Sample({"first_s": first, "edited_s": again, "kept_bytes": kept, "cached_tokens": spared})
 
     names = {_NONE: 2 * tokens} | {f"every {spacing} tokens": spacing for spacing in _SPACINGS if spacing < tokens}
-    competitors = [Competitor(name, lambda spacing=spacing: turns(spacing)) for name, spacing in names.items()]
+    competitors = [Competitor(name, partial(turns, spacing)) for name, spacing in names.items()]
     turns(2 * tokens)  # what the first call of a process pays for is no part of it
     samples = interleave(competitors, rounds, options.say)
     facts: dict[str, Any] = {"prompt_tokens": tokens, "edited_at": at, "chosen": pieces.SPACING_TOKENS}
