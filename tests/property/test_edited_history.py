@@ -17,14 +17,14 @@ from typing import Any
 import families
 import pytest
 import torch
-from hypothesis import event, given, note, settings
+from hypothesis import event, example, given, note, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded
 
 from kvtier import PrefixStore, TieredCache
 
 NIGHTLY = settings().max_examples > 100
-EXAMPLES = 500 if NIGHTLY else 4
+EXAMPLES = 500 if NIGHTLY else 3
 LONGEST = 36  # more than twice the windows of these models
 SAME = 1e-3
 
@@ -38,6 +38,7 @@ FAMILIES = (
     "gemma4",
     "deepseek_v32",
     "glm_moe_dsa",
+    "deepseek_v4",
     "mamba2",
     "falcon_h1",
     "zamba2",
@@ -176,8 +177,30 @@ class Conversations:
         return [row + tuple(words) for row, words in zip(rows, new, strict=True)]
 
 
+def _step(change: str, which: int, at: int = 0, words: Tokens = (1, 4, 2, 3, 5), through: str = "same") -> Step:
+    return Step(change, which, at, words, 2, through, False)
+
+
+# What the cache holds of one conversation is as long as what is known of the other.
+TAKING_TURNS = [_step("extend", which) for which in (0, 1, 0, 1, 0)]
+# It is shorter than what is known of the other, which goes on from a place that nobody kept the states of.
+EDITING_THE_LONGER = [_step("extend", 0), _step("extend", 1), _step("edit", 0, 24), _step("extend", 1)]
+GOING_BACK = [
+    _step("extend", 0),
+    _step("edit", 0, 17),
+    _step("shorten", 0, 11),
+    _step("extend", 1, through="new"),
+    _step("take up the other", 0, 1),
+    _step("splice", 1, 9),
+    _step("extend", 0, through="reopened"),
+]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=EXAMPLES)
+@example(beginnings=((1, 2, 3, 4) * 4, (5, 2, 3, 1) * 4), script=TAKING_TURNS, on_disk=False)
+@example(beginnings=((1, 2, 3, 4) * 6, (5, 2, 3, 1) * 2), script=EDITING_THE_LONGER, on_disk=False)
+@example(beginnings=((1, 2, 3, 4) * 4, (1, 2, 3, 4, 5, 1)), script=GOING_BACK, on_disk=True)
 @given(
     beginnings=st.tuples(beginnings, beginnings),
     script=st.lists(steps, min_size=3, max_size=7),
