@@ -93,6 +93,11 @@ def read_inputs(
     return Inputs(_chained(prompt, ids, media, types, by_column), media, {"position_ids": positions} if own else {})
 
 
+def media_continue() -> bool:
+    """Whether this version of transformers goes on rightly from a known prefix where pictures or sounds are given."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= _CONTINUED
+
+
 def why_not_begin(model: PreTrainedModel, input_ids: torch.Tensor) -> str | None:
     """Return why a loop that calls ``model`` itself cannot reuse; None when it may.
 
@@ -117,11 +122,10 @@ def _why_not(model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
         return f"embeddings and other inputs at once: {', '.join(sorted(given))}"
     others = sorted(given.keys() & (_MEDIA | set(_TYPES)))
     if others:
-        version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         merges = any(hasattr(part, name) for part in _heads(model) for name in _MERGERS)
         if not merges or model.config.model_type in _ENTANGLED:
             return f"inputs besides tokens may decide K and V: {', '.join(others)}"
-        if version < _CONTINUED:
+        if not media_continue():
             return f"this version of transformers cannot continue with {', '.join(others)}"
     return None
 
