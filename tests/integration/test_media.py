@@ -292,6 +292,16 @@ def test_films(cache, kind):
         assert cache.last_turn.cached_tokens == known
 
 
+def test_cold_layers(turn, store):
+    row = [BEFORE, A, BETWEEN]
+    with TieredCache(store, device_budget=80_000) as cache:
+        turn("llava", row, on=cache)
+        row = [*row, turn.said, B, AFTER, words(40, 7)]
+        assert turn("llava", row, on=cache) == columns("llava", *row[:4]) - 1
+        assert cache.last_turn.cold_layers > 0
+        assert turn("llava", [*row, C, AFTER], on=cache) == columns("llava", *row)
+
+
 def test_older_transformers_lose_count(turn, cache, monkeypatch):
     monkeypatch.setattr("kvtier.hf.inputs.media_continue", lambda: False)
     turn("llava", [BEFORE, A, AFTER])

@@ -72,8 +72,9 @@ def _config(family: str) -> Any:
         return _qwen("Qwen3VLConfig", {"rope_parameters": {**_ROPE, "mrope_interleaved": True}}, vision)
     if family == "llava":
         eyes = transformers.CLIPVisionConfig(**_EYES, patch_size=4, projection_dim=32)
+        deep = transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": 4})  # enough for some to be cold
         return transformers.LlavaConfig(
-            text_config=llama, vision_config=eyes, image_token_index=PLACE, image_seq_length=4, vision_feature_layer=-1
+            text_config=deep, vision_config=eyes, image_token_index=PLACE, image_seq_length=4, vision_feature_layer=-1
         )
     if family == "gemma3":
         kinds = ["sliding_attention", "full_attention"]

@@ -146,6 +146,13 @@ def test_pictures_that_cannot_be_told_apart_are_one():
     assert "image_sizes" not in found.after({**given, "image_sizes": sizes}, last)
 
 
+def test_pictures_that_are_pruned_are_one(monkeypatch):
+    row = [words(6), Picture(1), words(3), Picture(2), words(4)]
+    assert read("llava", row).prompt.cut(15) == 15
+    monkeypatch.setattr(seeing("llava").config, "image_pruning_rate", 0.5, raising=False)
+    assert read("llava", row).prompt.cut(15) == 7
+
+
 def test_a_picture_across_two_rows_is_not_one():
     given = prompt("llava", [words(3), Picture(1)], [words(3), Picture(2)])
     given["pixel_values"] = given["pixel_values"][:1]
