@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtier.geometry import LayerGeometry
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.soundness import chunks_continue
+from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.stream.residency import round_up, smallest_budget_bytes
 
 LAYERS = 6
