@@ -1,0 +1,272 @@
+"""What kvtier relies on in transformers, accelerate and PEFT: every name and signature, and where it is needed.
+
+A version of transformers that changes one of these fails a test that says which, and in which file of kvtier to look.
+What they *do* is in ``test_generate_contract.py``; where they are wrong, in ``test_upstream_errors.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import transformers
+
+Version = tuple[int, int]
+
+
+def version_of(text: str) -> Version:
+    """Return major and minor version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+INSTALLED = version_of(transformers.__version__)
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One name upstream.
+
+    Attributes:
+        name: its dotted path, from a package on.
+        where: the file below ``kvtier/`` that needs it.
+        shape: its parameters with defaults and without hints, or ``property``; None for any.
+        since: the first minor version that has it so.
+        until: the first that no longer has it so.
+    """
+
+    name: str
+    where: str
+    shape: str | None = None
+    since: Version = (5, 0)
+    until: Version | None = None
+
+    @property
+    def holds_here(self) -> bool:
+        """Whether the installed version must have it."""
+        return self.since <= INSTALLED and (self.until is None or self.until > INSTALLED)
+
+
+def _of(prefix: str, where: str, shapes: dict[str, str | None]) -> list[Reliance]:
+    return [Reliance(f"{prefix}.{name}", where, shape) for name, shape in shapes.items()]
+
+
+GENERATE = (
+    "(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, "
+    "prefix_allowed_tokens_fn=None, synced_gpus=None, assistant_model=None, streamer=None, negative_prompt_ids=None, "
+    "negative_prompt_attention_mask=None, custom_generate=None, **kwargs)"
+)
+APPEND = "(self, key_states, value_states, *args, **kwargs)"
+
+# What is imported by name.
+IMPORTS = [
+    Reliance("transformers.__version__", "hf/identity.py"),
+    Reliance("transformers.GenerationMixin", "hf/generate.py"),
+    Reliance("transformers.EncoderDecoderCache", "hf/generate.py"),
+    Reliance("transformers.DynamicCache", "hf/layers.py"),
+    Reliance("transformers.GenerationConfig", "hf/soundness.py"),
+    Reliance("transformers.PreTrainedConfig", "hf/description.py"),
+    Reliance("transformers.PreTrainedModel", "hf/generate.py"),
+    Reliance("transformers.cache_utils", "hf/layers.py"),
+    Reliance("transformers.cache_utils.Cache", "hf/windows.py"),
+    Reliance("transformers.cache_utils.CacheLayerMixin", "hf/layers.py"),
+    Reliance("transformers.cache_utils.DynamicLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.DummyLayer", "hf/layers.py", since=(5, 20)),
+    Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate.py"),
+    Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity.py"),
+    Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity.py"),
+    Reliance("transformers.AutoModelForCausalLM", "hf/upstream.py"),
+    Reliance("transformers.AutoTokenizer", "hf/upstream.py"),
+    Reliance("transformers.LlamaConfig", "hf/upstream.py"),
+    Reliance("transformers.LlamaForCausalLM", "hf/upstream.py"),
+    Reliance("transformers.TextStreamer", "hf/upstream.py"),
+    Reliance("transformers.utils.logging", "hf/upstream.py"),
+]
+
+# What is called, overridden or read on them.
+MEMBERS = [
+    Reliance("transformers.GenerationMixin.generate", "hf/generate.py", GENERATE),
+    Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
+    Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),
+    Reliance("transformers.PreTrainedConfig.to_dict", "hf/description.py", "(self)"),
+    Reliance("transformers.PreTrainedConfig.get_text_config", "hf/layers.py", "(self, decoder=None, encoder=None)"),
+    Reliance("transformers.PreTrainedConfig._attn_implementation", "hf/identity.py", "property"),
+    Reliance("transformers.PreTrainedConfig._experts_implementation", "hf/identity.py", "property"),
+    Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate.py", "(self, *caches)"),
+    Reliance(
+        "transformers.DynamicCache.__init__",
+        "hf/layers.py",
+        "(self, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=False)",
+    ),
+    Reliance(
+        "transformers.cache_utils.DynamicSlidingWindowLayer.__init__",
+        "hf/layers.py",
+        "(self, sliding_window, **kwargs)",
+    ),
+    *_of(
+        "transformers.cache_utils.Cache",
+        "hf/windows.py",
+        {
+            "__init__": (
+                "(self, layers=None, layer_class_to_replicate=None, offloading=False, offload_only_non_sliding=True)"
+            ),
+            "update": "(self, key_states, value_states, layer_idx, *args, **kwargs)",
+            "reorder_cache": "(self, beam_idx)",
+            "batch_select_indices": "(self, indices)",
+            "batch_repeat_interleave": "(self, repeats)",
+        },
+    ),
+    *_of(
+        "transformers.cache_utils.Cache",
+        "hf/cache.py",
+        {
+            "reset": "(self)",
+            "crop": "(self, tokens_to_remove)",
+            "get_seq_length": "(self, layer_idx=0)",
+        },
+    ),
+    *_of(
+        "transformers.cache_utils.CacheLayerMixin",
+        "hf/layers.py",
+        {
+            "lazy_initialization": "(self, key_states, value_states)",
+            "update": APPEND,
+            "get_mask_sizes": "(self, query_length)",
+            "get_seq_length": "(self)",
+            "get_max_length": "(self)",
+            "reset": "(self)",
+            "reorder_cache": "(self, beam_idx)",
+            "is_croppable": None,
+        },
+    ),
+    *_of(
+        "transformers.cache_utils.DynamicLayer",
+        "hf/layers.py",
+        {
+            "crop": "(self, tokens_to_remove)",
+            "batch_select_indices": "(self, indices)",
+            "batch_repeat_interleave": "(self, repeats)",
+            "is_sliding": None,
+        },
+    ),
+]
+
+# Adapters and hooks: nothing of them is imported, their attributes are read by name.
+OTHERS = [
+    Reliance("accelerate.hooks.ModelHook", "hf/soundness.py"),
+    Reliance("accelerate.hooks.SequentialHook", "hf/soundness.py"),
+    Reliance("accelerate.hooks.AlignDevicesHook", "hf/anatomy.py"),
+    Reliance("accelerate.utils.offload.PrefixedDataset", "hf/anatomy.py"),
+    Reliance("accelerate.utils.offload.OffloadedWeightsLoader", "hf/anatomy.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "hf/identity.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters", "hf/identity.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer.merged_adapters", "hf/identity.py"),
+    Reliance("peft.PeftModel.active_peft_config", "hf/soundness.py", "property"),
+]
+
+# Every public member of a class that kvtier stands in for, and who answers it. A new one may read or change what the
+# cache holds past kvtier's methods: look at what calls it, and add it here.
+KNOWN_MEMBERS: dict[str, dict[str, str]] = {
+    "transformers.cache_utils.Cache": {
+        "update": "hf/cache.py",
+        "reset": "hf/cache.py",
+        "crop": "hf/cache.py",
+        "reorder_cache": "hf/windows.py",
+        "batch_select_indices": "hf/windows.py",
+        "batch_repeat_interleave": "hf/windows.py",
+        "get_seq_length": "asks the first layer with keys",
+        "get_mask_sizes": "asks one layer",
+        "get_max_length": "asks the layers",
+        "get_query_offset": "is get_seq_length",
+        "has_previous_state": "asks one linear layer",
+        "get_conv_state": "asks one linear layer",
+        "get_recurrent_state": "asks one linear layer",
+        "update_conv_state": "of one linear layer",
+        "update_recurrent_state": "of one linear layer",
+        "update_indexer": "of one indexed layer",
+        "activate_past_recording": "of the layers that have it",
+        "is_recording_past": "asks one layer",
+        "is_compileable": "asks the layers: windows are not",
+        "is_croppable": "asks the layers",
+        "is_initialized": "asks the layers",
+        "is_sliding": "asks the layers",
+        "is_linear": "is told by the classes of the layers",
+        "is_dummy": "is told by the classes of the layers",
+        "batch_size": "asks the layers",
+        "prefetch": "for transformers' own offloading, which is off",
+        "offload": "for transformers' own offloading, which is off",
+        "early_initialization": "for export, which has no turns",
+        "get_max_cache_shape": "asks the layers; gone in 5.19",
+        "max_batch_size": "asks the layers; gone in 5.19",
+        "max_cache_len": "asks the layers; gone in 5.19",
+    },
+    "transformers.cache_utils.CacheLayerMixin": {
+        "lazy_initialization": "hf/layers.py",
+        "update": "hf/layers.py",
+        "get_mask_sizes": "hf/layers.py",
+        "get_seq_length": "hf/layers.py",
+        "get_max_length": "hf/layers.py",
+        "reset": "hf/layers.py",
+        "reorder_cache": "hf/layers.py",
+        "is_croppable": "hf/layers.py",
+        "is_compileable": "stays False",
+        "supports_early_init": "for export",
+        "prefetch": "for transformers' own offloading",
+        "offload": "for transformers' own offloading",
+        "get_max_cache_shape": "is get_max_length; gone in 5.19",
+    },
+    "transformers.cache_utils.DynamicLayer": {
+        "crop": "hf/layers.py",
+        "batch_select_indices": "hf/layers.py",
+        "batch_repeat_interleave": "hf/layers.py",
+        "is_sliding": "hf/layers.py",
+    },
+    "transformers.cache_utils.DynamicSlidingWindowLayer": {
+        "activate_past_recording": "windows keep every column: nothing to record",
+    },
+    "transformers.EncoderDecoderCache": {"check_dynamic_cache": "asks for DynamicCache, which TieredCache is"},
+}
+
+# Kinds of layers that a config can ask for, those that models register for themselves included. A new one needs a
+# decision in hf/layers.py: a window, states, or no reuse.
+LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+    "conv",
+    "linear_attention",
+    "hybrid",
+    "hybrid_sliding",
+    "dummy",
+    "moe",  # until 5.20
+    "mlp",  # until 5.20
+    "deepseek_sparse_attention",  # until 5.20
+    "qwen_sparse_attention",  # until 5.20
+    "compressed_sparse_attention",  # DeepSeek V4
+    "heavily_compressed_attention",  # DeepSeek V4
+    "minimax_m3_sparse",  # MiniMax M3
+    "reference_sliding_attention",  # Unlimited OCR
+}
+
+# How rotary positions are computed. hf/soundness.py must name those that depend on the length of the sequence.
+ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}
+ROPE_TYPES = ROPE_TYPES_BY_LENGTH | {"linear", "yarn", "llama3", "proportional"}
+
+# Settings of generate(). hf/soundness.py takes all of them to choose tokens, not K and V, but for those it names: a new
+# one may decide which tokens are fed, how often, or in which form.
+_SETTINGS = """
+    assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
+    begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints
+    continuous_batching_config decoder_start_token_id disable_compile diversity_penalty do_sample dola_layers
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty force_words_ids forced_bos_token_id forced_eos_token_id guidance_scale
+    is_assistant length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time
+    min_length min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_logits output_scores
+    pad_token_id penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
+    repetition_penalty return_dict_in_generate sequence_bias speculation_type stop_strings suppress_tokens
+    target_lookbehind temperature token_healing top_h top_k top_p transformers_version typical_p use_cache use_mtp
+    watermarking_config
+"""
+SETTINGS = frozenset(_SETTINGS.split())
