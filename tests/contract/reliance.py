@@ -71,7 +71,7 @@ IMPORTS = [
     Reliance("transformers.cache_utils.CacheLayerMixin", "hf/layers.py"),
     Reliance("transformers.cache_utils.DynamicLayer", "hf/layers.py"),
     Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.DummyLayer", "hf/layers.py", since=(5, 20)),
+    Reliance("transformers.cache_utils.DummyLayer", "hf/layers.py", since=(5, 23)),
     Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate.py"),
     Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity.py"),
     Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity.py"),
@@ -196,9 +196,9 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "prefetch": "for transformers' own offloading, which is off",
         "offload": "for transformers' own offloading, which is off",
         "early_initialization": "for export, which has no turns",
-        "get_max_cache_shape": "asks the layers; gone in 5.19",
-        "max_batch_size": "asks the layers; gone in 5.19",
-        "max_cache_len": "asks the layers; gone in 5.19",
+        "get_max_cache_shape": "asks the layers; gone in 5.20",
+        "max_batch_size": "asks the layers; gone in 5.20",
+        "max_cache_len": "asks the layers; gone in 5.20",
     },
     "transformers.cache_utils.CacheLayerMixin": {
         "lazy_initialization": "hf/layers.py",
@@ -213,7 +213,7 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "supports_early_init": "for export",
         "prefetch": "for transformers' own offloading",
         "offload": "for transformers' own offloading",
-        "get_max_cache_shape": "is get_max_length; gone in 5.19",
+        "get_max_cache_shape": "is get_max_length; gone in 5.20",
     },
     "transformers.cache_utils.DynamicLayer": {
         "crop": "hf/layers.py",
@@ -239,10 +239,10 @@ LAYER_TYPES = {
     "hybrid",
     "hybrid_sliding",
     "dummy",
-    "moe",  # until 5.20
-    "mlp",  # until 5.20
-    "deepseek_sparse_attention",  # until 5.20
-    "qwen_sparse_attention",  # until 5.20
+    "moe",  # until 5.22
+    "mlp",  # until 5.22
+    "deepseek_sparse_attention",  # 5.17
+    "qwen_sparse_attention",  # 5.17
     "compressed_sparse_attention",  # DeepSeek V4
     "heavily_compressed_attention",  # DeepSeek V4
     "minimax_m3_sparse",  # MiniMax M3

@@ -1,0 +1,174 @@
+"""How ``generate()`` treats a cache: what kvtier counts on, each with the file that does."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from kvtier.hf.generate import _infer_mask
+from kvtier.hf.soundness import chunks_continue
+
+
+def relied_on(where):
+    """What a failing test says."""
+    return f"transformers {transformers.__version__} does this in another way; kvtier/{where} relies on it"
+
+
+class Watched(DynamicCache):
+    """A cache that notes what is done with it."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.updates, self.reorders = [], []
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.updates.append((layer_idx, tuple(key_states.shape)))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx):
+        self.reorders.append(beam_idx.tolist())
+        super().reorder_cache(beam_idx)
+
+
+@pytest.fixture
+def fed(model):
+    """The arguments of each forward pass so far."""
+    calls, forward = [], model.forward
+
+    def watching(*args, **kwargs):
+        assert not args
+        calls.append(dict(kwargs))
+        return forward(**kwargs)
+
+    model.forward = watching
+    watching.__signature__ = inspect.signature(forward)
+    return calls
+
+
+def columns(fed):
+    return [call["input_ids"].shape[1] for call in fed]
+
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [0]}
+
+
+@pytest.mark.parametrize("known", [0, 1, 9])
+def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
+    where = relied_on("hf/generate.py")
+    ids, cache = tokens(10), Watched(model.config)
+    if known:
+        model(input_ids=ids[:, :known], past_key_values=cache)
+    fed.clear()
+    cache.updates.clear()
+    found = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert columns(fed) == [10 - known, 1, 1, 1], where
+    assert fed[0]["past_key_values"] is cache, where
+    assert torch.equal(fed[0]["input_ids"], ids[:, known:]), where
+    assert torch.equal(fed[0]["position_ids"], torch.arange(known, 10)[None]), where
+    assert [layer for layer, _ in cache.updates] == [0, 1, 2] * 4, relied_on("hf/windows.py")
+    assert {shape[:2] + shape[3:] for _, shape in cache.updates} == {(1, 2, 16)}, relied_on("hf/layers.py")
+    assert cache.get_seq_length() == found.shape[1] - 1, relied_on("hf/cache.py")  # the last token was not fed
+    assert torch.equal(found[:, :10], ids), relied_on("hf/turn.py")
+
+
+def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
+    ids, cache = tokens(10, rows=2), DynamicCache(config=model.config)
+    ids[1, :4] = 0
+    mask = (ids != 0).long()
+    model(input_ids=ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    fed.clear()
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert columns(fed) == [3, 1, 1, 1], relied_on("hf/generate.py")
+    assert torch.equal(fed[0]["attention_mask"], mask), relied_on("hf/generate.py")
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, tokens, fed, settings):
+    """Also those of the caller, after all layers hold the prompt and before they hold more."""
+    seen = []
+
+    class Notes(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append((len(fed), input_ids.shape[1]))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    found = model.generate(tokens(10), stopping_criteria=StoppingCriteriaList([Notes()]), **{**GREEDY, **settings})
+    assert found.shape[1] == 14
+    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/generate.py")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3}], ids=str
+)
+def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
+    ids, repeats, cache = tokens(10, rows=2), 3, Watched(model.config)
+    settings = {**GREEDY, "do_sample": "num_beams" not in settings, **settings}
+    found = model.generate(ids, past_key_values=cache, **settings)
+    where = relied_on("hf/turn.py")
+    assert torch.equal(fed[0]["input_ids"], ids.repeat_interleave(repeats, 0)), where
+    assert torch.equal(found[:, :10], ids.repeat_interleave(settings["num_return_sequences"], 0)), where
+    if "num_beams" in settings:
+        assert cache.reorders, relied_on("hf/windows.py")
+        assert all(len(rows) == 6 for rows in cache.reorders), relied_on("hf/windows.py")
+
+
+def test_the_callers_cache_is_returned(model, tokens):
+    cache = DynamicCache(config=model.config)
+    found = model.generate(tokens(10), past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+    assert found.past_key_values is cache, relied_on("hf/generate.py")
+    assert found.sequences.shape == (1, 14), relied_on("hf/generate.py")
+
+
+@pytest.mark.parametrize("eos", [None, 0, 5])
+@pytest.mark.parametrize("pad", [None, 0, 5, 7])
+def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
+    """``generate()`` makes a mask of its own where none is given; a turn must know it before."""
+    ids = tokens(10, rows=2)
+    ids[1, :4] = 7
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = pad, eos
+    ours = _infer_mask(model, ids, {})
+    model.generate(ids, do_sample=False, max_new_tokens=1, **({"pad_token_id": 0} if pad is None else {}))
+    theirs = fed[0].get("attention_mask")
+    theirs = None if theirs is None or theirs.all() else theirs  # older versions pass a mask of ones
+    assert (ours is None) == (theirs is None), relied_on("hf/generate.py")
+    if ours is not None:
+        assert torch.equal(ours, theirs), relied_on("hf/generate.py")
+
+
+def test_settings_come_from_the_call_then_its_config_then_the_model(model, tokens):
+    ids = tokens(10)
+    model.generation_config.max_new_tokens = 1
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    where = relied_on("hf/generate.py")
+    assert model.generate(ids, do_sample=False).shape[1] == 11, where
+    assert model.generate(ids, generation_config=config).shape[1] == 12, where
+    assert model.generate(ids, generation_config=config, max_new_tokens=3).shape[1] == 13, where
+
+
+def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
+    ids, cache = tokens(10), DynamicCache(config=model.config)
+    model(input_ids=ids[:, :4], past_key_values=cache)
+    fed.clear()
+    model.generate(ids, past_key_values=cache, prefill_chunk_size=4, **GREEDY)
+    assert (columns(fed)[:2] == [4, 2]) == chunks_continue(), relied_on("hf/soundness.py")
+
+
+def test_a_streamer_gets_the_prompt_first(model, tokens):
+    class Notes(BaseStreamer):
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen.append(value.flatten().tolist())
+
+        def end(self):
+            self.seen.append("end")
+
+    notes, ids = Notes(), tokens(10)
+    found = model.generate(ids, streamer=notes, **GREEDY)[0].tolist()
+    assert notes.seen == [ids[0].tolist(), *([t] for t in found[10:]), "end"], relied_on("hf/generate.py")

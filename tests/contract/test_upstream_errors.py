@@ -1,0 +1,206 @@
+"""Where transformers is wrong and kvtier goes another way. A failing test here says that one of them is mended.
+
+Then the way around it can go, from that version on: its file is named. The tests of kvtier's own answer to each of
+them are in ``tests/integration``.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, EncoderDecoderCache
+
+from kvtier.hf.soundness import chunks_continue
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
+
+
+def still_wrong(wrong, error, where):
+    """Fail if ``error`` is no longer there."""
+    if not wrong:
+        pytest.fail(f"transformers {transformers.__version__} has mended: {error}; see kvtier/{where}")
+
+
+def differs(model, ids, cache, **settings):
+    """Whether generate() says something else with ``cache`` than without, or fails."""
+    expected = model.generate(ids, **{**GREEDY, **settings, "use_cache": True})
+    try:
+        found = model.generate(ids, past_key_values=cache, **{**GREEDY, **settings})
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    return not torch.equal(found, expected)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def prefilled(make_model, tokens):
+    """A model in double precision, a prompt, and a cache that holds all of it but the last three tokens."""
+    model, ids = make_model("llama", torch.float64), tokens(30)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :27], past_key_values=cache)
+    assert not differs(model, ids, copy.deepcopy(cache))  # a known prefix alone does no harm
+    return model, ids, cache
+
+
+def test_another_prompt_is_taken_for_the_known_one(prefilled, tokens):
+    model, _, cache = prefilled
+    wrong = differs(model, tokens(30, seed=1), cache)
+    still_wrong(wrong, "generate() does not compare the prompt with what the cache holds", "hf/generate.py")
+
+
+def test_a_cache_that_holds_the_whole_prompt(prefilled):
+    model, ids, cache = prefilled
+    model(input_ids=ids[:, 27:], past_key_values=cache)
+    still_wrong(differs(model, ids, cache), "a cache that holds the whole prompt makes it be fed again", "hf/plan.py")
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_rows_are_expanded_but_not_those_of_the_cache(prefilled, settings):
+    model, ids, cache = prefilled
+    with pytest.raises(RuntimeError):
+        model.generate(ids, past_key_values=cache, **{**GREEDY, **settings})
+
+
+def test_assisted_decoding_on_a_known_prefix(prefilled):
+    model, ids, cache = prefilled
+    wrong = differs(model, ids, cache, prompt_lookup_num_tokens=3)
+    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/soundness.py: why_cold")
+
+
+def test_assisted_decoding_without_one(prefilled):
+    """It is the prefix that does it."""
+    model, ids, _ = prefilled
+    assert not differs(model, ids, DynamicCache(config=model.config), prompt_lookup_num_tokens=3)
+
+
+def test_a_cache_that_is_not_to_be_used(make_model, tokens):
+    model, ids = make_model("llama", torch.float64), tokens(30)
+    wrong = differs(model, ids, DynamicCache(config=model.config), use_cache=False)
+    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/generate.py")
+
+
+def test_chunks_on_a_known_prefix(prefilled):
+    model, ids, cache = prefilled
+    wrong = differs(model, ids, cache, prefill_chunk_size=2)
+    assert wrong != chunks_continue(), "see kvtier/hf/soundness.py: chunks_continue"
+
+
+def test_encoder_decoder_cache_used_again():
+    """The cross-attention of the first input answers the second one."""
+    model = tiny("T5Config", "T5ForConditionalGeneration")
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    ids = torch.randint(1, 50, (2, 10), generator=torch.Generator().manual_seed(0))
+    model.generate(ids[:1], past_key_values=cache, **GREEDY)
+    still_wrong(
+        differs(model, ids[1:], cache),
+        "an EncoderDecoderCache keeps the cross-attention of an earlier input",
+        "hf/generate.py: _encoder_decoder",
+    )
+
+
+def test_layers_cropped_to_nothing_keep_their_rows(prefilled):
+    model, ids, cache = prefilled
+    cache.crop(-27)
+    assert cache.get_seq_length() == 0
+    wrong = differs(model, ids.repeat(2, 1), cache)
+    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/cache.py: _start")
+
+
+# --- layers with states -----------------------------------------------------------------------------------------------
+
+_TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_ATTENTION = {"intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1}
+
+
+def tiny(config_name, model_name, **settings):
+    config_class = getattr(transformers, config_name)
+    shape = {**_TINY, **(_T5 if config_name == "T5Config" else {}), **settings}
+    if config_name == "T5Config":
+        shape.pop("hidden_size")
+        shape.pop("num_hidden_layers")
+        shape.pop("initializer_range")
+        shape["initializer_factor"] = 5.0
+    config = config_class(**shape)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, model_name)(config).eval().double()
+
+
+STATEFUL = {
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 4, "expand": 2}),
+    "falcon_mamba": ("FalconMambaConfig", "FalconMambaForCausalLM", {"state_size": 4, "expand": 2}),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {**_ATTENTION, "attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1},
+    ),
+    "zamba": (
+        "ZambaConfig",
+        "ZambaForCausalLM",
+        {**_ATTENTION, "attn_layer_offset": 1, "attn_layer_period": 2, "n_mamba_heads": 2, "num_hidden_layers": 10},
+    ),
+}
+
+
+@pytest.mark.parametrize("stateful", STATEFUL)
+def test_several_tokens_on_a_known_state(stateful, tokens):
+    config, kind, settings = STATEFUL[stateful]
+    model = tiny(config, kind, **settings)
+    ids = tokens(12) % 49 + 1
+    cache_name = "cache_params" if "mamba" in stateful else "past_key_values"
+
+    def last_logits(*pieces):
+        cache = {cache_name: DynamicCache(config=model.config)}
+        for piece in pieces:
+            logits = model(input_ids=piece, use_cache=True, **cache).logits
+        return logits[:, -1]
+
+    whole = last_logits(ids)
+    one_by_one = last_logits(ids[:, :6], *ids[:, 6:].split(1, 1))
+    at_once = last_logits(ids[:, :6], ids[:, 6:])
+    near = {"rtol": 1e-3, "atol": 1e-3}  # parts of it compute in single precision
+    assert torch.allclose(whole, one_by_one, **near)
+    still_wrong(
+        not torch.allclose(whole, at_once, **near),
+        f"{stateful} forgets its state when several tokens are fed on top of it",
+        "hf/layers.py",
+    )
+
+
+def test_mamba_feeds_its_whole_prompt_again(tokens):
+    model = tiny(*STATEFUL["mamba"][:2], **STATEFUL["mamba"][2])
+    ids, cache, fed = tokens(12) % 49 + 1, DynamicCache(config=model.config), []
+    model(input_ids=ids[:, :9], cache_params=cache)
+    model.register_forward_pre_hook(lambda model, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
+    model.generate(ids, cache_params=cache, **GREEDY)
+    still_wrong(fed[0].shape[1] == 12, "mamba feeds its whole prompt on top of a known state", "hf/layers.py")
+
+
+def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
+    model = tiny(*STATEFUL["jamba"][:2], **STATEFUL["jamba"][2])
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tokens(6) % 49 + 1, past_key_values=cache)
+    try:
+        cache.batch_repeat_interleave(2)
+        wrong = False
+    except (AttributeError, NotImplementedError):
+        wrong = True
+    still_wrong(wrong, "rows of layers with states cannot be repeated or selected", "hf/windows.py: _move_rows")
