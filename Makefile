@@ -8,9 +8,13 @@ NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
 FUZZ_STAMP := $(VENV)/.installed-fuzz
 FUZZ_SECONDS ?= 60
 LOWEST := .venv-lowest
+LOWEST_TRANSFORMERS := 5.17
+# What that version needs in older form than the newest one does; the rest is shared with $(VENV).
+BESIDE_LOWEST := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
+CONTRACT := build/lowest-transformers
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format wheel bench docs notebooks test-lowest fuzz crash clean
+.PHONY: demo test check contract format wheel bench docs notebooks test-lowest fuzz crash clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,11 +41,21 @@ demo: $(STAMP)  ## three turns on a long document, the last one in a new process
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-check: $(STAMP) wheel  ## lint, format, types, layering, and a wheel that imports
+check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and the oldest transformers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Only the older packages are installed, in front of the environment's own: an environment more would hold a second
+# torch. `make test` holds the newest version to the same contract.
+$(CONTRACT)/.installed: $(STAMP) Makefile
+	rm -rf $(CONTRACT)
+	$(BIN)/pip install --quiet --no-deps --target $(CONTRACT) 'transformers==$(LOWEST_TRANSFORMERS).*' $(BESIDE_LOWEST)
+	touch $@
+
+contract: $(CONTRACT)/.installed  ## what kvtier relies on upstream, on the oldest transformers that is supported
+	PYTHONPATH=$(CURDIR)/$(CONTRACT) KVTIER_TRANSFORMERS=$(LOWEST_TRANSFORMERS) $(BIN)/python -m pytest -q tests/contract tests/integration/test_generate_modes.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -77,7 +91,7 @@ test-lowest: $(STAMP)  ## the oldest transformers that pyproject.toml admits
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --constraint constraints.txt torch
 	grep -vE '^(transformers|huggingface_hub|hf-xet)==' constraints.txt > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==5.17.*' --editable '.[dev,demo]'
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==$(LOWEST_TRANSFORMERS).*' --editable '.[dev,demo]'
 	$(LOWEST)/bin/python -m pytest
 
 fuzz: $(FUZZ_STAMP)  ## bytes chosen by the code they reach, against the readers of files; FUZZ_SECONDS=60

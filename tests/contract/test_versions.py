@@ -1,0 +1,24 @@
+"""The oldest version that is promised is the one that is tried."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from reliance import INSTALLED, version_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_oldest_version_is_the_one_that_is_tried():
+    promised = re.search(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
+    tried = re.search(r"LOWEST_TRANSFORMERS := ([\d.]+)", (ROOT / "Makefile").read_text())
+    assert promised.group(1) == tried.group(1)
+    assert version_of(promised.group(1)) <= INSTALLED < (int(promised.group(2)), 0)
+
+
+@pytest.mark.skipif("KVTIER_TRANSFORMERS" not in os.environ, reason="no version was asked for")
+def test_the_version_that_was_asked_for_is_the_one_that_is_tried():
+    assert version_of(os.environ["KVTIER_TRANSFORMERS"]) == INSTALLED
