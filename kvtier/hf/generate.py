@@ -25,7 +25,7 @@ from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
 from kvtier.hf.inputs import read_inputs
 from kvtier.hf.prompt import Prompt, Unreadable
 from kvtier.hf.quirks import cache_argument, why_no_cache
-from kvtier.hf.soundness import POSITIONAL, why_cold, why_unsound_call
+from kvtier.hf.soundness import ENCODER_DECODER, POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
 
@@ -135,6 +135,9 @@ def install() -> None:
             decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
             if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
                 return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
+            if past is decoder and getattr(self.config, "is_encoder_decoder", False):
+                # Passed on as it is, it would take what the encoder says for tokens of the decoder.
+                past = given["past_key_values"] = EncoderDecoderCache(decoder, DynamicCache())
             try:
                 try:
                     _occupy(decoder)
@@ -249,8 +252,7 @@ def _turn(
     if argument != "past_key_values":
         kwargs[argument] = kwargs.pop("past_key_values")
         slice_prompts(model, TurnTaker)
-    if _setting(model, kwargs, "use_cache") is False:
-        kwargs["use_cache"] = True  # with a cache and without using it, transformers feeds all tokens at every step
+    _use_cache(model, kwargs)
     setting = functools.partial(_setting, model, kwargs)
     unsound = why_unsound_call(kwargs, setting)
     off = unsound.reason if unsound is not None else None
@@ -326,7 +328,8 @@ def _encoder_decoder(
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
     cache: TurnTaker = past.self_attention_cache
-    cache._begin(model, None, off="encoder-decoder models are not reused yet")
+    _use_cache(model, kwargs)
+    cache._begin(model, None, off=ENCODER_DECODER)
     past.cross_attention_cache = DynamicCache()
     past.is_updated.clear()
     try:
@@ -336,6 +339,12 @@ def _encoder_decoder(
         raise
     cache._commit(None, ())
     return output
+
+
+def _use_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Use the cache: with one and without using it, transformers feeds all tokens at every step."""
+    if _setting(model, kwargs, "use_cache") is False:
+        kwargs["use_cache"] = True
 
 
 def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:

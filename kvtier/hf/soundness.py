@@ -19,6 +19,8 @@ _TRUSTED = frozenset({"transformers", "accelerate"})
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 # Methods that may be replaced on a model without changing what a forward pass computes.
 _NOT_FORWARD = frozenset({"generate", "state_dict", "load_state_dict", "save_pretrained", "push_to_hub"})
+# The decoder's prompt is a few tokens, and the encoder runs in every call: there is little to gain either.
+ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ def why_unsound(model: torch.nn.Module, anatomy: Anatomy) -> Unsound | None:
 
 
 def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        yield ENCODER_DECODER
     for name in anatomy.unreadable:
         yield f"the values of {name} cannot be read"
     prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ UPSTREAM = ("transformers", "accelerate", "peft")
 
 def changed(name, now, where):
     """What a failing test says."""
-    return f"{name} {now} in transformers {transformers.__version__}; kvtier/{where} relies on it"
+    package = next((one for one in ("accelerate", "peft") if one in name.lower()), "transformers")
+    return f"{name} {now} in {package} {version(package)}: kvtier/{where} must know"
 
 
 def find(path):
