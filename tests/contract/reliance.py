@@ -66,11 +66,19 @@ IMPORTS = [
     Reliance("transformers.GenerationConfig", "hf/soundness.py"),
     Reliance("transformers.PreTrainedConfig", "hf/description.py"),
     Reliance("transformers.PreTrainedModel", "hf/generate.py"),
+    Reliance("transformers.Cache", "hf/feeding.py"),
+    Reliance("transformers.StoppingCriteria", "hf/feeding.py"),
+    Reliance("transformers.StoppingCriteriaList", "hf/generate.py"),
     Reliance("transformers.cache_utils", "hf/layers.py"),
     Reliance("transformers.cache_utils.Cache", "hf/windows.py"),
     Reliance("transformers.cache_utils.CacheLayerMixin", "hf/layers.py"),
     Reliance("transformers.cache_utils.DynamicLayer", "hf/layers.py"),
     Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.DynamicIndexedLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.LinearAttentionLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndFullAttentionLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndSlidingWindowAttentionLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.LinearAttentionCacheLayerMixin", "hf/states.py"),
     Reliance("transformers.cache_utils.DummyLayer", "hf/layers.py", since=(5, 23)),
     Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate.py"),
     Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity.py"),
@@ -86,6 +94,8 @@ IMPORTS = [
 # What is called, overridden or read on them.
 MEMBERS = [
     Reliance("transformers.GenerationMixin.generate", "hf/generate.py", GENERATE),
+    Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/quirks.py", "(cls)"),
+    Reliance("transformers.StoppingCriteria.__call__", "hf/feeding.py", "(self, input_ids, scores, **kwargs)"),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),
     Reliance("transformers.PreTrainedConfig.to_dict", "hf/description.py", "(self)"),
@@ -114,6 +124,30 @@ MEMBERS = [
             "reorder_cache": "(self, beam_idx)",
             "batch_select_indices": "(self, indices)",
             "batch_repeat_interleave": "(self, repeats)",
+            "get_seq_length": "(self, layer_idx=0)",
+            "update_conv_state": "(self, conv_states, layer_idx, state_idx=0, **kwargs)",
+            "is_linear": "property",
+        },
+    ),
+    Reliance(
+        "transformers.cache_utils.Cache.get_conv_state",
+        "hf/windows.py",
+        "(self, layer_idx, state_idx=0)",
+        since=(5, 21),
+    ),
+    *_of(
+        "transformers.cache_utils.DynamicIndexedLayer",
+        "hf/layers.py",
+        {"update_indexer": "(self, indexer_key_states)"},
+    ),
+    *_of(
+        "transformers.cache_utils.LinearAttentionLayer",
+        "hf/layers.py",
+        {
+            "__init__": "(self, number_of_states=1, **kwargs)",
+            "crop": "(self, tokens_to_remove)",
+            "reset": "(self)",
+            "reorder_cache": "(self, beam_idx)",
         },
     ),
     *_of(
@@ -174,14 +208,14 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "reorder_cache": "hf/windows.py",
         "batch_select_indices": "hf/windows.py",
         "batch_repeat_interleave": "hf/windows.py",
-        "get_seq_length": "asks the first layer with keys",
+        "get_seq_length": "hf/windows.py",
         "get_mask_sizes": "asks one layer",
         "get_max_length": "asks the layers",
         "get_query_offset": "is get_seq_length",
         "has_previous_state": "asks one linear layer",
-        "get_conv_state": "asks one linear layer",
+        "get_conv_state": "hf/windows.py",
         "get_recurrent_state": "asks one linear layer",
-        "update_conv_state": "of one linear layer",
+        "update_conv_state": "hf/windows.py",
         "update_recurrent_state": "of one linear layer",
         "update_indexer": "of one indexed layer",
         "activate_past_recording": "of the layers that have it",
@@ -190,7 +224,7 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "is_croppable": "asks the layers",
         "is_initialized": "asks the layers",
         "is_sliding": "asks the layers",
-        "is_linear": "is told by the classes of the layers",
+        "is_linear": "hf/windows.py",
         "is_dummy": "is told by the classes of the layers",
         "batch_size": "asks the layers",
         "prefetch": "for transformers' own offloading, which is off",
@@ -224,7 +258,41 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.cache_utils.DynamicSlidingWindowLayer": {
         "activate_past_recording": "windows keep every column: nothing to record",
     },
+    "transformers.cache_utils.DynamicIndexedLayer": {
+        "update_indexer": "hf/layers.py",
+        "lazy_initialization_indexer": "is done by update_indexer",
+    },
+    "transformers.cache_utils.LinearAttentionLayer": {
+        "update_conv_state": "is transformers' own",
+        "update_recurrent_state": "is transformers' own",
+        "lazy_initialization": "is transformers' own",
+        "activate_past_recording": "is transformers' own",
+        "get_max_length": "is transformers' own",
+        "is_compileable": "is transformers' own",
+        "is_croppable": "is transformers' own",
+        "supports_early_init": "for export",
+        "prefetch": "for transformers' own offloading",
+        "offload": "for transformers' own offloading",
+        "crop": "hf/layers.py",
+        "reset": "hf/layers.py",
+        "reorder_cache": "hf/layers.py",
+    },
     "transformers.EncoderDecoderCache": {"check_dynamic_cache": "asks for DynamicCache, which TieredCache is"},
+}
+
+# Everything that a layer of linear attention or a convolution holds, and whether it goes into its states. What is new
+# may be a state too.
+STATES = {
+    "conv_states": True,
+    "recurrent_states": True,
+    "is_conv_states_initialized": True,
+    "is_recurrent_states_initialized": True,
+    "has_previous_state": True,
+    "conv_kernel_size": True,
+    "dtype": True,
+    "device": False,  # where they are put
+    "number_of_states": False,  # is told by the config
+    "record_past": False,  # of one generate()
 }
 
 # Kinds of layers that a config can ask for, those that models register for themselves included. A new one needs a
@@ -248,6 +316,9 @@ LAYER_TYPES = {
     "minimax_m3_sparse",  # MiniMax M3
     "reference_sliding_attention",  # Unlimited OCR
 }
+
+# Those of them that kvtier does not keep: reuse is off.
+NOT_KEPT = {"reference_sliding_attention"}
 
 # How rotary positions are computed. hf/soundness.py must name those that depend on the length of the sequence.
 ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}

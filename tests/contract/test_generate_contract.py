@@ -7,7 +7,14 @@ import inspect
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.hf.generate import _infer_mask
@@ -99,7 +106,7 @@ def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, toke
 
     found = model.generate(tokens(10), stopping_criteria=StoppingCriteriaList([Notes()]), **{**GREEDY, **settings})
     assert found.shape[1] == 14
-    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/generate.py")
+    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/feeding.py: PromptEnd")
 
 
 @pytest.mark.parametrize(
@@ -172,3 +179,18 @@ def test_a_streamer_gets_the_prompt_first(model, tokens):
     notes, ids = Notes(), tokens(10)
     found = model.generate(ids, streamer=notes, **GREEDY)[0].tolist()
     assert notes.seen == [ids[0].tolist(), *([t] for t in found[10:]), "end"], relied_on("hf/generate.py")
+
+
+def test_mamba_prepares_its_inputs_by_name(tokens):
+    """kvtier wraps the method that does so for models that take their cache as ``cache_params``."""
+    config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
+    model, seen = MambaForCausalLM(config).eval(), []
+    prepare = type(model).prepare_inputs_for_generation
+
+    def watching(input_ids, *args, **kwargs):
+        seen.append((args, "cache_params" in kwargs, kwargs.get("is_first_iteration", False)))
+        return prepare(model, input_ids, *args, **kwargs)
+
+    model.prepare_inputs_for_generation = watching
+    model.generate(tokens(5) % 49 + 1, cache_params=DynamicCache(config=config), **GREEDY)
+    assert seen[0] == ((), True, True), relied_on("hf/feeding.py: slice_prompts")

@@ -12,13 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from reliance import IMPORTS, KNOWN_MEMBERS, LAYER_TYPES, MEMBERS, OTHERS, ROPE_TYPES, ROPE_TYPES_BY_LENGTH, SETTINGS
+from reliance import (
+    IMPORTS,
+    KNOWN_MEMBERS,
+    LAYER_TYPES,
+    MEMBERS,
+    NOT_KEPT,
+    OTHERS,
+    ROPE_TYPES,
+    ROPE_TYPES_BY_LENGTH,
+    SETTINGS,
+    STATES,
+)
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, cache_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kvtier
 import kvtier.hf
+from kvtier.hf.layers import _KINDS, _NAMED_KINDS
 from kvtier.hf.soundness import POSITIONAL, _lengths
+from kvtier.hf.states import _LINEAR, _WHOLE
 
 PACKAGE = Path(kvtier.__file__).parent
 UPSTREAM = ("transformers", "accelerate", "peft")
@@ -244,6 +257,25 @@ def test_attributes_of_caches():
     layers = transformers.DynamicCache(config=tiny().config).layers
     assert [type(layer) for layer in layers] == [cache_utils.DynamicLayer]
     assert cache_utils.DynamicSlidingWindowLayer(sliding_window=7).sliding_window == 7
+
+
+def test_attributes_of_states():
+    layer = cache_utils.LinearAttentionLayer(number_of_states=2)
+    for name in vars(layer):
+        assert name in STATES, changed(f"LinearAttentionLayer.{name}", "is new", "hf/states.py")
+    for name, is_state in STATES.items():
+        assert hasattr(layer, name), changed(f"LinearAttentionLayer.{name}", "is gone", "hf/states.py")
+        assert is_state == (name in _LINEAR)
+    assert set(layer.conv_states) == set(layer.recurrent_states) == {0, 1}
+
+
+def test_classes_of_layers():
+    """Reuse is off for every model that has a layer of a class that kvtier does not know."""
+    register_all_layer_types()
+    known = {*_KINDS, getattr(cache_utils, "DummyLayer", None)}
+    for name, kind in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.items()):
+        if name not in {*_NAMED_KINDS, *_WHOLE, *NOT_KEPT}:
+            assert kind in known, changed(f"{kind.__name__}, the class of {name} layers,", "is new", "hf/layers.py")
 
 
 def test_registries_of_attention_functions():

@@ -181,7 +181,7 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
     still_wrong(
         not torch.allclose(whole, at_once, **near),
         f"{stateful} forgets its state when several tokens are fed on top of it",
-        "hf/layers.py",
+        "hf/quirks.py: _TOKEN_BY_TOKEN",
     )
 
 
@@ -191,7 +191,9 @@ def test_mamba_feeds_its_whole_prompt_again(tokens):
     model(input_ids=ids[:, :9], cache_params=cache)
     model.register_forward_pre_hook(lambda model, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
     model.generate(ids, cache_params=cache, **GREEDY)
-    still_wrong(fed[0].shape[1] == 12, "mamba feeds its whole prompt on top of a known state", "hf/layers.py")
+    still_wrong(
+        fed[0].shape[1] == 12, "mamba feeds its whole prompt on top of a known state", "hf/feeding.py: slice_prompts"
+    )
 
 
 def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
@@ -203,4 +205,4 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
         wrong = False
     except (AttributeError, NotImplementedError):
         wrong = True
-    still_wrong(wrong, "rows of layers with states cannot be repeated or selected", "hf/windows.py: _move_rows")
+    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers.py: StateLayer")

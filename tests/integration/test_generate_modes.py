@@ -306,7 +306,10 @@ def test_decoder_side_of_an_encoder_decoder(tokens, cache, settings):
         expected = model.generate(ids, **settings)
         assert torch.equal(model.generate(ids, past_key_values=both, **settings), expected)
         assert cache.last_turn.cached_tokens == 0
-        assert cache.last_turn.miss_reason == "encoder-decoder models are not reused: K and V depend on the encoder's input too"
+        assert (
+            cache.last_turn.miss_reason
+            == "encoder-decoder models are not reused: K and V depend on the encoder's input too"
+        )
 
 
 # --- loops that call the model themselves -----------------------------------------------------------------------------
