@@ -47,6 +47,7 @@ class Anatomy:
         tensors: parameters, buffers and tensors in plain attributes by name; of tensor subclasses that say how they
             are built, the tensors inside; of offloaded parameters, the tensor in memory.
         unreadable: what holds values that cannot be read.
+        processes: how many hold a part of one tensor each, at most; 1 where all tensors are whole.
         callables: what was set on single modules and can be called: module, attribute, value.
         text: class, forward function and attributes of every module, line by line, without tensors' values.
     """
@@ -55,6 +56,7 @@ class Anatomy:
         self.parts: list[Part] = []
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.unreadable: list[str] = []
+        self.processes = 1
         self.callables: list[tuple[Part, str, Any]] = []
         self.text: list[str] = []
         self._configs: dict[int, str] = {}
@@ -146,12 +148,23 @@ class Anatomy:
             keys, context = tensor.__tensor_flatten__()
             self.text.append(f"{name}: {type(tensor).__qualname__} {describe(context, name, [])}")
             for key in keys:
-                self._add_tensor(f"{name}.{key}", getattr(tensor, key), None)
+                part = getattr(tensor, key)
+                if isinstance(part, torch.Tensor):
+                    self._add_tensor(f"{name}.{key}", part, None)
+            if hasattr(tensor, "device_mesh"):
+                self._note_mesh(name, tensor)
         else:
             found: Found = []
             self.text.append(f"{name}: {type(tensor).__qualname__} {describe(vars(tensor), name, found)}")
             self.tensors.append((name, tensor))
             self.tensors.extend((path, inner) for path, inner in found if isinstance(inner, torch.Tensor))
+
+
+    def _note_mesh(self, name: str, tensor: Any) -> None:
+        """Note which part of a distributed tensor this process holds."""
+        mesh = tensor.device_mesh
+        self.processes = max(self.processes, int(mesh.size()))
+        self.text.append(f"{name}: {tensor.placements} of {tuple(mesh.shape)} at {mesh.get_coordinate()}")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,9 @@ from kvtier.hf.inputs import CHAINED
 _TRUSTED = frozenset({"transformers", "accelerate"})
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 # Methods that may be replaced on a model without changing what a forward pass computes.
-_NOT_FORWARD = frozenset({"generate", "state_dict", "load_state_dict", "save_pretrained", "push_to_hub"})
+_NOT_FORWARD = frozenset(
+    {"extra_repr", "generate", "load_state_dict", "push_to_hub", "save_pretrained", "state_dict"}  # torchao: extra_repr
+)
 # The decoder's prompt is a few tokens, and the encoder runs in every call: there is little to gain either.
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
@@ -40,6 +42,9 @@ def why_unsound(model: torch.nn.Module, anatomy: Anatomy) -> Unsound | None:
 def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         yield ENCODER_DECODER
+    processes = max(anatomy.processes, getattr(model, "_tp_size", None) or 1)
+    if processes > 1:  # one that reuses other tokens than the rest would feed other shapes, and all would wait forever
+        yield f"the weights are spread over {processes} processes, which would have to agree on what they reuse"
     for name in anatomy.unreadable:
         yield f"the values of {name} cannot be read"
     prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
