@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing, Page
+from kvtier.tenants import Tenants
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256
@@ -54,8 +55,11 @@ class LayerMemory(Protocol):
 class Window:
     """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
 
-    Owns both buffers. Memory beyond what was written is only reserved: on the CPU it costs address space.
+    Owns both buffers, or shares them with its twins until one of them writes what another reads: the writer then takes
+    a copy. Memory beyond what was written is only reserved: on the CPU it costs address space.
     """
+
+    _tenants: Tenants | None = None  # None: nobody shares these buffers
 
     def __init__(self, rows: int, geometry: LayerGeometry, capacity: int, device: torch.device | str) -> None:
         self.geometry = geometry
@@ -106,6 +110,19 @@ class Window:
             and self.geometry == LayerGeometry.of(k_bhtd, v_bhtd)
         )
 
+    def share(self, live: int) -> Window:
+        """Return a twin that holds the same ``live`` columns and as yet no memory of its own.
+
+        Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
+        """
+        twin = Window.__new__(Window)
+        twin.geometry, twin.k, twin.v = self.geometry, self.k, self.v
+        if self._tenants is None:
+            self._tenants = Tenants()
+        twin._tenants = self._tenants
+        self._tenants.join(self, twin, live)
+        return twin
+
     def reserve(self, columns: int, live: int) -> None:
         """Have room for ``columns``; the first ``live`` keep their values."""
         if columns > self.capacity:
@@ -116,7 +133,20 @@ class Window:
         grown = Window(self.rows, self.geometry, capacity, self.device)
         grown.k[:, :, :live] = self.k[:, :, :live]
         grown.v[:, :, :live] = self.v[:, :, :live]
-        self.k, self.v = grown.k, grown.v
+        self._move_to(grown.k, grown.v)
+
+    def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Have these buffers, which nobody shares."""
+        self.k, self.v = k, v
+        if self._tenants is not None:  # only now: an interrupt may come between any two lines
+            self._tenants.leave(self)
+            self._tenants = None
+
+    def _make_writable(self, begin: int, end: int, live: int | None = None) -> None:
+        """See that the columns ``[begin, end)`` can be written; the first ``live`` keep their values, or all."""
+        tenants = self._tenants
+        if tenants is not None and not tenants.may_write(self, begin, end):
+            self.grow(self.capacity, min(self.capacity, tenants.columns) if live is None else live)
 
     def append(
         self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
@@ -124,6 +154,7 @@ class Window:
         """Put K and V into the columns from ``begin`` on, and have room for them; return those from ``first`` on."""
         end = begin + k_bhtd.shape[2]
         self.reserve(end, live=begin)
+        self._make_writable(begin, end, live=begin)
         self.write(begin, k_bhtd, v_bhtd)
         return self.k[:, :, first:end], self.v[:, :, first:end]
 
@@ -134,24 +165,28 @@ class Window:
     def write(self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
         """Put K and V into the columns from ``begin`` on."""
         end = begin + k_bhtd.shape[2]
+        self._make_writable(begin, end)
         self.k[:, :, begin:end] = k_bhtd
         self.v[:, :, begin:end] = v_bhtd
 
     def copy(self, row: int, begin: int, end: int, source: Window, source_row: int, source_begin: int) -> None:
         """Put columns of another window into the columns ``[begin, end)`` of ``row``."""
         if begin < end:
+            self._make_writable(begin, end)
             columns = slice(source_begin, source_begin + end - begin)
             self.k[row, :, begin:end] = source.k[source_row, :, columns]
             self.v[row, :, begin:end] = source.v[source_row, :, columns]
 
     def clear(self, row: int, begin: int, end: int) -> None:
         """Zero columns that stand for padding: masked out, but they must be finite."""
+        self._make_writable(begin, end)
         self.k[row, :, begin:end] = 0
         self.v[row, :, begin:end] = 0
 
     def put(self, row: int, begin: int, page: Page) -> None:
         """Put a page into the columns of ``row`` from ``begin`` on."""
         end = begin + page.k_htd.shape[1]
+        self._make_writable(begin, end)
         self.k[row, :, begin:end] = page.k_htd.to(self.device)
         self.v[row, :, begin:end] = page.v_htd.to(self.device)
 
@@ -161,6 +196,7 @@ class Window:
 
     def landing(self, row: int, begin: int) -> Landing:
         """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
+        self._make_writable(begin, self.capacity)
         return Landing.on(self.k[row, :, begin:], self.v[row, :, begin:])
 
     def page(self, row: int, begin: int, end: int) -> Page:
@@ -175,14 +211,26 @@ class Window:
         """
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        self.k, self.v = (_select(buffer, rows.to(buffer.device), live) for buffer in (self.k, self.v))
+        in_place = len(rows) == self.rows and (self._tenants is None or self._tenants.may_write(self, 0, self.capacity))
+        k, v = (_select(buffer, rows.to(buffer.device), live, in_place) for buffer in (self.k, self.v))
+        if in_place:
+            return
+        self._move_to(k, v)
 
     def close(self) -> None:
-        """Nothing but memory to let go of."""
+        """Leave the buffers to those who share them."""
+        if self._tenants is not None:
+            self._tenants.leave(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Window:
+        """Copy the buffers."""
+        twin = Window.__new__(Window)
+        twin.geometry, twin.k, twin.v = self.geometry, self.k.clone(), self.v.clone()
+        return twin
 
 
-def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int) -> torch.Tensor:
-    target = buffer if len(rows) == buffer.shape[0] else buffer.new_empty(len(rows), *buffer.shape[1:])
+def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, in_place: bool) -> torch.Tensor:
+    target = buffer if in_place else buffer.new_empty(len(rows), *buffer.shape[1:])
     for begin in range(0, live, _SELECTED_TOGETHER):  # in pieces: a second copy of all would need as much memory again
         columns = slice(begin, min(begin + _SELECTED_TOGETHER, live))
         target[:, :, columns] = buffer[:, :, columns].index_select(0, rows)

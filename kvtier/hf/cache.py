@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -494,12 +495,33 @@ class TieredCache(WindowCache, TurnTaker):
     ) -> None:
         self.close()
 
+    def fork(self) -> TieredCache:
+        """Return a second cache that holds the same, over the same store, and goes on by itself.
+
+        The two share the memory of what they hold: a layer is copied when one of them first writes what the other
+        reads. Of two that append, the first goes on in place. A turn that has begun is begun in both. With a
+        ``device_budget``, which each has for itself, hot windows are copied at once. Caches that share memory must
+        compute on the same stream.
+
+        Raises:
+            ClosedError: the cache was closed.
+        """
+        return copy.deepcopy(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
-        """Copy the windows; share the store."""
+        """Do as ``fork`` does."""
         self._check_open()
         twin = TieredCache(self._store, config=self._config, **self._streaming.arguments)
+        memo[id(self)] = twin
         twin._lease = self._lease.twin() if self._lease is not None else None
+        turn = self._turn
+        if turn is not None and turn.prefix is not None and self._streams is None:
+            turn.prefix.wait()  # what is on its way lands in windows that are about to be shared
+        if twin._streams is not None and turn is not None and turn.prompt is not None:
+            twin._streams.begin_turn(turn.prompt.columns, self._longest_answer)
         self._copy_layers_to(twin, memo)
+        if turn is not None:
+            twin._turn = turn.twin(memo if any(not layer.complete for layer in self._windows) else None)
         twin._held, twin._root, twin.last_turn = self._held, self._root, self.last_turn
         return twin
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -213,11 +214,11 @@ class TurnPrefix:
         if self._restore is not None:
             self._restore.close()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> TurnPrefix:
-        """Copy what has landed, when all of it has."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurnPrefix:
+        """Share what has landed, when all of it has."""
         self.wait()
         twin = copy.copy(self)
         twin._restore = None
-        twin._landed = copy.deepcopy(self._landed, memo)
+        twin._landed = [memo.get(id(window)) or window.share(window.capacity) for window in self._landed]
         twin._left = set(self._left)
         return twin

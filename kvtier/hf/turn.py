@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +78,15 @@ class Turn:
     def off(cls, reason: str) -> Turn:
         """Return a turn that neither reuses nor is kept."""
         return cls(None, None, None, reason)
+
+    def twin(self, memo: dict[int, Any] | None) -> Turn:
+        """Return the same turn for a cache that holds the same.
+
+        Args:
+            memo: of the deep copy of layers that wait for the prefix; None when none does.
+        """
+        prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
+        return replace(self, prefix=prefix, row_of=list(self.row_of) if self.row_of is not None else None)
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""

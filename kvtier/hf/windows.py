@@ -29,7 +29,7 @@ from kvtier.hf.states import has_states, move_rows, rows_of
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams
 from kvtier.stream.traffic import Traffic
-from kvtier.window import LayerMemory
+from kvtier.window import LayerMemory, Window
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -156,8 +156,16 @@ class WindowCache(DynamicCache):
                 move(layer)
 
     def _copy_layers_to(self, twin: WindowCache, memo: dict[int, Any]) -> None:
-        """Let ``twin`` hold the same. Under a budget, pages below are shared; the budget is the twin's own."""
+        """Let ``twin`` hold the same. Windows are shared until one of the two writes what the other reads.
+
+        Under a budget hot windows are copied, pages below are shared; the budget is the twin's own.
+        """
         if twin._streams is None or self._streams is None:
+            for layer in self._windows:
+                if isinstance(layer.window, Window):
+                    # A layer that waits for a prefix may yet move what is behind it.
+                    live = layer.length if layer.complete else layer.window.capacity
+                    memo[id(layer.window)] = layer.window.share(live)
             twin.layers = copy.deepcopy(self.layers, memo)
             return
         twin._streams.keep_files_of(self._streams)
