@@ -512,7 +512,6 @@ class TieredCache(WindowCache, TurnTaker):
         """Do as ``fork`` does."""
         self._check_open()
         twin = TieredCache(self._store, config=self._config, **self._streaming.arguments)
-        memo[id(self)] = twin
         twin._lease = self._lease.twin() if self._lease is not None else None
         turn = self._turn
         if turn is not None and turn.prefix is not None and self._streams is None:
@@ -523,6 +522,7 @@ class TieredCache(WindowCache, TurnTaker):
         if turn is not None:
             twin._turn = turn.twin(memo if any(not layer.complete for layer in self._windows) else None)
         twin._held, twin._root, twin.last_turn = self._held, self._root, self.last_turn
+        twin._snapshots, twin._fed_columns = copy.deepcopy(self._snapshots), self._fed_columns
         return twin
 
     def __hash__(self) -> int:

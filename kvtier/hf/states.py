@@ -7,6 +7,7 @@ for each that a layer has, named by layer and attribute, and in its metadata the
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -177,3 +178,11 @@ def move_rows(layer: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace every tensor of states, ``[rows, …]``, by what ``move`` makes of it."""
     for path, tensor in list(_tensors(layer)):
         _set(layer, path, move(tensor))
+
+
+def copy_states(layer: Any, twin: Any) -> None:
+    """Let ``twin``, a layer of the same kind, have the same states."""
+    for name, value in _attributes(layer).items():
+        setattr(twin, name, copy.deepcopy(value))
+    if hasattr(layer, "device"):
+        twin.device = layer.device

@@ -25,7 +25,7 @@ from kvtier.hf.layers import (
     build_layers,
     windows_of,
 )
-from kvtier.hf.states import has_states, move_rows, rows_of
+from kvtier.hf.states import copy_states, has_states, move_rows, rows_of
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams
 from kvtier.stream.traffic import Traffic
@@ -171,9 +171,10 @@ class WindowCache(DynamicCache):
         twin._streams.keep_files_of(self._streams)
         while len(twin.layers) < len(self.layers):
             twin.layers.append(build_layer(len(twin._windows), twin._make))
-        for ours, theirs in zip(self.layers, twin.layers, strict=True):
-            if isinstance(ours, WindowLayer):
-                ours.copy_to(theirs, twin._streams)
+        for ours, theirs in zip(self._windows, twin._windows, strict=True):
+            ours.copy_to(theirs, twin._streams)
+        for index, layer in self._states.items():
+            copy_states(layer, twin.layers[index])
 
     @property
     def traffic(self) -> Traffic | None:

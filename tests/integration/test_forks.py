@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from kvtier import ClosedError, TieredCache
 
@@ -142,3 +143,49 @@ def test_forks_under_a_budget_have_their_own(make_model, generate, tokens, store
             assert fork.last_turn.cached_by_tier["window"] >= 60
             assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
             assert cache.last_turn.cached_by_tier["window"] >= 60
+
+
+_HYBRID = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def falcon_h1():
+    config = transformers.FalconH1Config(
+        **_HYBRID,
+        num_hidden_layers=6,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
+    )
+    return transformers.FalconH1ForCausalLM(config)
+
+
+def lfm2():
+    kinds = ["conv", "full_attention"] * 3
+    return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**_HYBRID, num_hidden_layers=6, layer_types=kinds))
+
+
+@pytest.mark.parametrize("budgeted", [False, True], ids=["hot", "cold"])
+@pytest.mark.parametrize(("build", "budget"), [(falcon_h1, 75_000), (lfm2, 39_500)], ids=["falcon_h1", "lfm2"])
+def test_forks_of_models_with_states(build, generate, tokens, store, tmp_path, budget, budgeted):
+    """Each has states of its own, and what one computes leaves the other's as they are."""
+    torch.manual_seed(0)
+    model = build().eval()
+    with TieredCache(store, device_budget=budget if budgeted else None, spill_dir=tmp_path) as cache:
+        ids = generate(model, tokens(40), cache).sequences
+        assert bool(cache.last_turn.cold_layers) is budgeted
+        with cache.fork() as fork:
+            for seed, one in enumerate((fork, cache, fork)):
+                longer = torch.cat([ids, tokens(5, seed=seed)], 1)
+                assert torch.equal(generate(model, longer, one).sequences, generate(model, longer).sequences)
+                assert one.last_turn.cached_by_tier["window"] >= (47 if seed < 2 else 0)
