@@ -18,12 +18,21 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """One row of a batch: its tokens without padding, and how many of them were reused."""
+    """One row of a batch: its tokens without padding, and how many of them were reused.
+
+    Attributes:
+        prompt_tokens: its tokens.
+        cached_tokens: of those, the tokens whose K and V were reused.
+        generated_tokens: new tokens of all sequences that continue it.
+        divergence: the first token at which it left the best known prefix.
+        known_tokens: tokens that could have been reused if the row had been alone.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int = 0
     divergence: Divergence | None = None
+    known_tokens: int = 0
 
 
 def _no_tiers() -> Mapping[str, int]:
@@ -54,6 +63,8 @@ class TurnReport:
         wait_seconds: time that this held the caller up.
         peak_device_bytes: the most that windows, unfinished pages and prefetch slots held on any one device.
         peak_host_bytes: the most that pages held in RAM below the devices.
+        known_tokens: tokens whose K and V were known. What is beyond ``cached_tokens`` was computed again, because
+            transformers cuts the rows of a batch at one column, or a model's states are not known there.
     """
 
     prompt_tokens: int = 0
@@ -74,3 +85,4 @@ class TurnReport:
     wait_seconds: float = 0.0
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0
+    known_tokens: int = 0

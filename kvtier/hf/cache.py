@@ -19,7 +19,7 @@ from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptErr
 from kvtier.hf.generate import TurnTaker, check_installed, install, look_for_own_generate
 from kvtier.hf.identity import identify
 from kvtier.hf.inputs import why_not_begin
-from kvtier.hf.layers import WindowLayer
+from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
@@ -221,6 +221,8 @@ class TieredCache(WindowCache, TurnTaker):
         states = bool(self._states)
         if states and self._is_spread(model):
             return self._start(Turn.off("states of layers on several devices are not restored"))
+        if self._hides_rows(prompt):
+            cold = cold or "padding on the right is all that a window shows at the end of a row"
         if cold:
             if states:
                 return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
@@ -229,7 +231,8 @@ class TieredCache(WindowCache, TurnTaker):
             turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
             if turn.prefix is None:
-                turn.reason = "nothing known begins so"
+                if not any(turn.known):
+                    turn.reason = "nothing known begins so"
                 if changed:
                     turn.reason = "the model is not the one that filled this cache"
                 elif turn.known_columns > max(prompt.pads) and states:
@@ -253,6 +256,15 @@ class TieredCache(WindowCache, TurnTaker):
         if self._streams is None:
             return TurnPrefix
         return partial(StreamedPrefix, self._streams, None if self._is_spread(model) else model.device)
+
+    def _hides_rows(self, prompt: Prompt) -> bool:
+        """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
+        trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
+        if trailing <= 0:
+            return False
+        text = self._config.get_text_config(decoder=True) if self._config is not None else None
+        windows = [layer.sliding_window for layer in self._windows if isinstance(layer, SlidingWindowLayer)]
+        return bool(windows) and (trailing >= min(windows) or bool(getattr(text, "attention_chunk_size", None)))
 
     def _held_now(self) -> Held | None:
         """Return what all windows hold, cut to their length: a crop between turns shortens it."""
@@ -317,7 +329,7 @@ class TieredCache(WindowCache, TurnTaker):
 
     def _passed(self, column: int) -> None:
         turn = self._turn
-        if turn is None or turn.prompt is None or not self._states or any(turn.prompt.pads):
+        if turn is None or turn.prompt is None or not self._states or turn.prompt.is_padded:
             return
         if column == turn.prompt.columns or column in turn.snapshot_columns:
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
@@ -533,6 +545,6 @@ class TieredCache(WindowCache, TurnTaker):
 
 
 def _why_no_states(prompt: Prompt) -> str:
-    if any(prompt.pads):
+    if prompt.is_padded:
         return "padding would go into the states of this model"
     return "the states of this model are not known within the known prefix"

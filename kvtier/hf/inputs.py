@@ -21,6 +21,7 @@ _MEDIA = frozenset(name for names in KINDS.values() for name in names)
 CHAINED = _MEDIA | {*_TYPES, "inputs_embeds", "position_ids"}
 """Arguments of ``generate`` that can be told in chains."""
 
+_ENDS_EARLY = "padding on the right beside inputs other than ids cannot be told apart"
 # Before, transformers lost count of types, positions or features where a cache held a beginning.
 _CONTINUED = (5, 23)
 # What marks a model that puts features in the place of placeholders, and changes nothing else.
@@ -77,6 +78,9 @@ def read_inputs(
         return prompt
     if prompt.columns == 0 or not prompt.rows:
         return Inputs(prompt, None, {})
+    ends_early = any(prompt.ends_early(row) for row in range(len(prompt.rows)))
+    if ends_early and given:
+        return Unreadable(_ENDS_EARLY)
     ids, real = _table(prompt)
     media = read_media(given, model.config, ids, real)
     if isinstance(media, str):
@@ -87,6 +91,8 @@ def read_inputs(
             return Unreadable("one cannot tell which inputs each beam or sample is given")
     types = {name: _per_token(given[name], prompt) for name in _TYPES if name in given}
     positions, own = _positions(model, given, input_ids, attention_mask)
+    if ends_early and positions is not None:
+        return Unreadable(_ENDS_EARLY)
     by_column = None if positions is None else _per_column(positions, prompt)
     if any(of is None for of in types.values()) or (by_column is None and positions is not None):
         return Unreadable("token types or positions have another shape than the prompt")
@@ -164,7 +170,7 @@ def _table(prompt: Prompt) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]
     ids = np.zeros((len(prompt.rows), prompt.columns), np.int64)
     real = np.zeros(ids.shape, np.bool_)
     for row, (own, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
-        ids[row, pad:], real[row, pad:] = own, True
+        ids[row, pad : pad + len(own)], real[row, pad : pad + len(own)] = own, True
     return ids, real
 
 

@@ -38,7 +38,7 @@ def plan_pieces(turn: Turn, *, token_by_token: bool, may_feed: bool) -> None:
         turn.prefix.close()
         turn.prefix, begin = None, 0
         turn.reason = "this model takes what follows a prefix token by token, which would take longer"
-    if not may_feed or any(turn.prompt.pads):
+    if not may_feed or turn.prompt.is_padded:
         return
     cut = turn.known_columns
     if token_by_token:

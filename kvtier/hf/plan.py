@@ -35,13 +35,19 @@ def plan_turn(
     plans, from_window = [], []
     for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
         source, run = held.best(tokens, row) if held else (0, 0)
-        plans.append(RowPlan(pad, source, held.pads[source] if held else 0, run))
+        plans.append(RowPlan(pad, source, held.pads[source] if held else 0, run, pad + len(tokens)))
         from_window.append(run)
     while True:
-        matches = [store.match(identity.root, tokens, len(tokens) - 1) for tokens in prompt.rows]
-        known = [max(w, m.length) for w, m in zip(from_window, matches, strict=True)]
-        columns = min([prompt.columns - 1, *(pad + n for pad, n in zip(prompt.pads, known, strict=True))])
-        columns = prompt.cut(columns)
+        # Where padding follows a row, it is fed that, and may be known as a whole.
+        usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
+        matches = [store.match(identity.root, tokens, n) for tokens, n in zip(prompt.rows, usable, strict=True)]
+        known = [min(n, max(w, m.length)) for w, m, n in zip(from_window, matches, usable, strict=True)]
+        limits = [
+            prompt.columns - 1 if prompt.ends_early(row) and n == usable[row] else prompt.pads[row] + n
+            for row, n in enumerate(known)
+        ]
+        limit = min([prompt.columns - 1, *limits])
+        columns = prompt.cut(limit)
         divergences = [
             _divergence(held.rows[plan.source_row], tokens, plan.window_tokens)
             if held and plan.window_tokens > match.length
@@ -53,7 +59,7 @@ def plan_turn(
         if states:
             columns, snapshots = _at_states(prompt, identity.root, held, plans, columns, store)
         if all(columns <= pad for pad in prompt.pads):
-            return Turn(prompt, identity, None, divergences=divergences, known_columns=common)
+            return Turn(prompt, identity, None, divergences=divergences, known_columns=common, known=known, limit=limit)
         wanted = [m.between(w, columns - pad) for m, w, pad in zip(matches, from_window, prompt.pads, strict=True)]
         try:
             restore = store.restore(wanted, snapshots) if snapshots or any(wanted) else None
@@ -61,7 +67,7 @@ def plan_turn(
             continue  # it was discarded
         break
     prefix = make_prefix(columns, plans, restore, len(held.rows) if held else 0)
-    turn = Turn(prompt, identity, prefix, divergences=divergences, known_columns=common)
+    turn = Turn(prompt, identity, prefix, divergences=divergences, known_columns=common, known=known, limit=limit)
     turn.cached_by_tier = _by_tier(prompt, columns, from_window, wanted, restore)
     return turn
 
@@ -74,7 +80,7 @@ def _at_states(
     With it comes the snapshot of each row; none when the layers are there already. 0 when no such column is known.
     Padding would go into the states: rows that have it are not reused.
     """
-    if any(prompt.pads):
+    if prompt.is_padded:
         return 0, ()
     kept = [
         (each for each in store.snapshots(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows

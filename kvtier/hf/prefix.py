@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
 class RowPlan:
     """Where the first tokens of one row come from: ``window_tokens`` of a held row, then the store.
 
-    ``pad`` is the column of the row's first token, ``source_pad`` that of the held row ``source_row``.
+    ``pad`` is the column of the row's first token, ``end`` the one after its last, ``source_pad`` that of the first
+    token of the held row ``source_row``.
     """
 
     pad: int
     source_row: int
     source_pad: int
     window_tokens: int
+    end: int = sys.maxsize
 
 
 class TurnPrefix:
@@ -173,14 +176,16 @@ class TurnPrefix:
         for row in range(window.rows):
             source = row // repeats
             plan = self._plans[source]
-            begin = min(plan.pad, self.columns)
+            begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
             held = max(begin, min(plan.pad + plan.window_tokens, self.columns))
             if window is not old:
                 window.clear(row, 0, begin)
                 if old is not None:
                     window.copy(row, begin, held, old, plan.source_row, plan.source_pad)
             if landed is not None and landed is not window:
-                window.copy(row, held, self.columns, landed, source, held)
+                window.copy(row, held, end, landed, source, held)
+            if end < self.columns:
+                window.clear(row, end, self.columns)
         return window
 
     def _wait(self, layer: int, geometry: LayerGeometry, computes_on_host: bool) -> Window | None:

@@ -14,7 +14,10 @@ from kvtier.store.chain import TokenIds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A batch of sequences as the model sees them: ``columns`` wide, row ``r`` begins after ``pads[r]`` columns."""
+    """A batch of sequences as the model sees them: ``columns`` wide, row ``r`` begins after ``pads[r]`` columns.
+
+    What a row leaves free before and after its tokens is padding.
+    """
 
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
@@ -49,6 +52,15 @@ class Prompt:
             limit = min(inside)
         return limit
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether any row leaves columns free."""
+        return any(len(tokens) < self.columns for tokens in self.rows)
+
+    def ends_early(self, row: int) -> bool:
+        """Whether padding follows the tokens of ``row``: what is generated does not stand next to them."""
+        return self.pads[row] + len(self.rows[row]) < self.columns
+
     def begins(self, sequences: torch.Tensor) -> bool:
         """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""
         rows = sequences.shape[0]
@@ -56,7 +68,8 @@ class Prompt:
             return False
         repeats = rows // len(self.rows)
         ids = sequences[:, : self.columns].detach().to("cpu", torch.int64).numpy()
-        return all(np.array_equal(ids[r, self.pads[r // repeats] :], self.rows[r // repeats]) for r in range(rows))
+        places = [slice(pad, pad + len(tokens)) for tokens, pad in zip(self.rows, self.pads, strict=True)]
+        return all(np.array_equal(ids[r, places[r // repeats]], self.rows[r // repeats]) for r in range(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ class Unreadable:
 
 
 def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt | Unreadable:
-    """Split ``input_ids [batch, columns]`` into rows without left padding.
+    """Split ``input_ids [batch, columns]`` into rows without padding, which may be on either side.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -86,7 +99,11 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
             "conversation as input_ids with a mask of the same shape; the cache finds what it knows by itself"
         )
     mask = attention_mask.detach().to("cpu").numpy() != 0
-    pads = columns - mask.sum(axis=1)
-    if not all(mask[r, pads[r] :].all() for r in range(batch)):
-        return Unreadable("the attention mask has holes or padding on the right")
-    return Prompt(tuple(ids[r, pads[r] :].copy() for r in range(batch)), tuple(int(p) for p in pads), columns)
+    counts = mask.sum(axis=1)
+    pads = np.where(counts > 0, mask.argmax(axis=1), columns) if columns else counts
+    places = [slice(int(pad), int(pad + count)) for pad, count in zip(pads, counts, strict=True)]
+    if not all(mask[r, place].all() for r, place in enumerate(places)):
+        return Unreadable("the attention mask has holes")
+    return Prompt(
+        tuple(ids[r, place].copy() for r, place in enumerate(places)), tuple(p.start for p in places), columns
+    )

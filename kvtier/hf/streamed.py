@@ -95,7 +95,7 @@ class StreamedPrefix(TurnPrefix):
             raise self._misfit(self._restore.geometry.layers[layer], window.geometry)
         try:
             window.reserve(self.columns)
-            if in_place and self._restore is None:
+            if in_place and self._restore is None and window.length >= self.columns:
                 window.crop(self.columns)
             else:
                 self._fill_layer(layer, window, old, 0 if not in_place else min(self._held_ends()), repeats)
@@ -194,6 +194,10 @@ class StreamedPrefix(TurnPrefix):
                         buffer.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
             if self._restore is not None:
                 self._land(layer, buffer, base, begin, end, repeats)
+            for row in range(window.rows):
+                last = max(self._plans[row // repeats].end, begin)
+                if last < end:
+                    buffer.clear(row, last - base, end - base)
 
     def _land(self, layer: int, buffer: Window, base: int, begin: int, end: int, repeats: int) -> None:
         """Let what the store has of the columns ``[begin, end)`` land in ``buffer``, whose column 0 is ``base``."""

@@ -54,6 +54,8 @@ class Turn:
         divergences: where each row left what was known.
         cached_by_tier: tokens of the prefix by where they come from.
         known_columns: columns whose K and V are known; of a model with states, more than can be reused.
+        known: tokens of each row whose K and V are known, if it were alone.
+        limit: columns up to which every row is known.
         pieces: columns ``(begin, end)`` of the prompt that are to be fed one after the other before ``generate`` feeds
             the rest.
         snapshot_columns: where the states of such a model are to be kept, besides the ends of prompt and turn.
@@ -70,6 +72,8 @@ class Turn:
     divergences: Sequence[Divergence | None] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
     known_columns: int = 0
+    known: Sequence[int] = ()
+    limit: int = 0
     pieces: list[tuple[int, int]] = field(default_factory=list)
     snapshot_columns: set[int] = field(default_factory=set)
     keeps_answer_states: bool = True
@@ -119,7 +123,10 @@ class Turn:
             return None
         row_of = self.prompt_rows(held_rows)
         by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
-        tails = generated if by_row else [np.empty(0, np.int64)] * held_rows
+        nothing = np.empty(0, np.int64)
+        tails = [
+            generated[row] if by_row and not self.prompt.ends_early(p) else nothing for row, p in enumerate(row_of)
+        ]
         rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
         return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
 
@@ -132,6 +139,20 @@ class Turn:
         ends = list(eos_ids)
         return [_until(ids, ends) for ids in new]
 
+    def _cut_short(self) -> str | None:
+        """Return what it cost that rows are cut at one column; None when it cost nothing."""
+        if self.prompt is None or not self.known:
+            return None
+        ends = [pad + n for pad, n in zip(self.prompt.pads, self.known, strict=True)]
+        lost = [n - min(n, max(0, self.limit - pad)) for n, pad in zip(self.known, self.prompt.pads, strict=True)]
+        if not any(lost):
+            return None
+        row = ends.index(self.limit)
+        return (
+            f"rows are cut at one column, {self.limit}, where row {row} stops being known: {sum(lost)} known "
+            "tokens of other rows are computed again"
+        )
+
     def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
         """Return what was reused and why not more; ``generated`` are the new tokens of each returned sequence."""
         if self.prompt is None:
@@ -139,9 +160,10 @@ class Turn:
         rows = []
         repeats = max(1, len(generated) // len(self.prompt.rows))
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
-            cached = max(0, self.prefix.columns - pad) if self.prefix else 0
+            cached = min(len(tokens), max(0, self.prefix.columns - pad)) if self.prefix else 0
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
-            rows.append(RowReport(len(tokens), cached, made, self.divergences[r] if self.divergences else None))
+            divergence = self.divergences[r] if self.divergences else None
+            rows.append(RowReport(len(tokens), cached, made, divergence, self.known[r] if self.known else 0))
         prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
         return TurnReport(
             prompt_tokens=prompt_tokens,
@@ -151,9 +173,10 @@ class Turn:
             cached_by_tier=MappingProxyType({"window": 0, "host": 0, "disk": 0} | dict(self.cached_by_tier)),
             restored_bytes=self.prefix.restored_bytes if self.prefix else 0,
             restore_seconds=self.match_seconds + (self.prefix.seconds if self.prefix else 0.0),
-            miss_reason=self.reason,
+            miss_reason=self.reason or self._cut_short(),
             divergence=rows[0].divergence,
             rows=tuple(rows),
+            known_tokens=sum(r.known_tokens for r in rows),
         )
 
 

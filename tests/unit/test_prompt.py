@@ -1,4 +1,4 @@
-"""From a batch to its rows: padding goes, holes are refused, shapes that contradict each other are an error."""
+"""From a batch to its rows: padding goes, on both sides, holes are refused, shapes that contradict each other are an error."""
 
 from __future__ import annotations
 
@@ -37,12 +37,28 @@ def test_a_row_may_be_all_padding():
     assert prompt.pads == (2, 0)
 
 
-@pytest.mark.parametrize("mask", [[1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0, 1]], ids=str)
-def test_holes_and_padding_on_the_right_are_unreadable(mask):
+def test_padding_may_be_on_either_side_and_on_both():
+    ids = torch.tensor([[1, 2, 3, 4], [0, 5, 0, 0], [6, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0]])
+    prompt = read_prompt(ids, mask)
+    assert rows_of(prompt) == [[1, 2, 3, 4], [5], [6, 7]]
+    assert prompt.pads == (0, 1, 0)
+    assert [prompt.ends_early(row) for row in range(3)] == [False, True, True]
+    assert prompt.is_padded
+    assert prompt.begins(torch.tensor([[1, 2, 3, 4, 8], [9, 5, 9, 9, 8], [6, 7, 9, 9, 8]]))
+    assert not prompt.begins(torch.tensor([[1, 2, 3, 4], [0, 5, 0, 0], [6, 8, 0, 0]]))
+
+
+def test_nothing_is_padded_without_a_mask():
+    assert not read_prompt(torch.tensor([[0, 0]]), None).is_padded
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1, 0]], ids=str)
+def test_holes_are_unreadable(mask):
     ids = torch.ones(2, len(mask), dtype=torch.long)
     found = read_prompt(ids, torch.tensor([[1] * len(mask), mask]))
     assert isinstance(found, Unreadable)
-    assert "holes or padding on the right" in found.reason
+    assert "has holes" in found.reason
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (1, 6), (2, 5), (0, 5), (5, 1)], ids=str)
@@ -96,11 +112,11 @@ def test_empty_batches(shape):
         assert (prompt.pads, prompt.columns) == ((0,) * shape[0], shape[1])
 
 
-@given(st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=4), st.integers(0, 3))
-def test_padding_and_reading_are_inverse(rows, extra):
-    columns = max(map(len, rows)) + extra
-    ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], dtype=torch.long).view(len(rows), columns)
-    mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows]).view(len(rows), columns)
-    prompt = read_prompt(ids, mask)
-    assert rows_of(prompt) == rows
-    assert list(prompt.pads) == [columns - len(row) for row in rows]
+@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 9), max_size=6)), min_size=1, max_size=4))
+def test_padding_and_reading_are_inverse(rows):
+    columns = max(left + len(row) for left, row in rows)
+    padded = [[0] * left + row + [0] * (columns - left - len(row)) for left, row in rows]
+    ids = torch.tensor(padded, dtype=torch.long).view(len(rows), columns)
+    prompt = read_prompt(ids, ids != 0)
+    assert rows_of(prompt) == [row for _, row in rows]
+    assert list(prompt.pads) == [left if row else columns for left, row in rows]
