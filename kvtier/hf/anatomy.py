@@ -159,7 +159,6 @@ class Anatomy:
             self.tensors.append((name, tensor))
             self.tensors.extend((path, inner) for path, inner in found if isinstance(inner, torch.Tensor))
 
-
     def _note_mesh(self, name: str, tensor: Any) -> None:
         """Note which part of a distributed tensor this process holds."""
         mesh = tensor.device_mesh

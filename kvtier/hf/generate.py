@@ -135,19 +135,20 @@ def install() -> None:
             decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
             if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
                 return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
-            if past is decoder and getattr(self.config, "is_encoder_decoder", False):
+            cache: TurnTaker = decoder
+            if past is cache and getattr(self.config, "is_encoder_decoder", False):
                 # Passed on as it is, it would take what the encoder says for tokens of the decoder.
-                past = given["past_key_values"] = EncoderDecoderCache(decoder, DynamicCache())
+                past = given["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
             try:
                 try:
-                    _occupy(decoder)
+                    _occupy(cache)
                     if isinstance(past, EncoderDecoderCache):
                         return _encoder_decoder(original, self, past, given)
-                    return _turn(original, self, decoder, given)
+                    return _turn(original, self, cache, given)
                 finally:
-                    _leave(decoder)
+                    _leave(cache)
             finally:  # an interrupt may have come in place of the first
-                _leave(decoder)
+                _leave(cache)
 
         hook = _hook = _Hook(original, generate)
         GenerationMixin.generate = generate

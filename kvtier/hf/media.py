@@ -181,7 +181,7 @@ def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Colu
     where = np.argwhere(own)
     split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own) or _alike(kind, tensors, len(where))
     whole = _Kind(tensors, (), {}, {})
-    if split is None or getattr(config, f"{kind}_pruning_rate", 0):  # what is pruned depends on what is seen
+    if split is None or getattr(config, f"{kind}_pruning_rate", None):  # what is pruned depends on what is seen
         return whole
     parts, dims, counts = split
     if sum(counts) != len(where) or not all(counts):

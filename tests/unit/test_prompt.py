@@ -1,4 +1,4 @@
-"""From a batch to its rows: padding goes, on both sides, holes are refused, shapes that contradict each other are an error."""
+"""From a batch to its rows: padding goes, on both sides; holes and shapes that do not fit each other are refused."""
 
 from __future__ import annotations
 
