@@ -174,13 +174,18 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), SAME, ids=str)
+def _kind(value):
+    """A name that is the same in every process."""
+    return type(value).__name__
+
+
+@pytest.mark.parametrize(("one", "other"), SAME, ids=_kind)
 def test_words_for_equal_values(one, other):
     assert describe(one, "", []) == describe(other, "", [])
     assert "0x" not in describe(one, "", [])
 
 
-@pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=str)
+@pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=_kind)
 def test_words_for_different_values(one, other):
     assert describe(one, "", []) != describe(other, "", [])
 
