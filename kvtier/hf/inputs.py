@@ -87,7 +87,7 @@ def read_inputs(
         return Unreadable(media)
     if media is not None and copies > 1:
         media.join()
-        if not media.expand(model):
+        if not media.expands(model):
             return Unreadable("one cannot tell which inputs each beam or sample is given")
     types = {name: _per_token(given[name], prompt) for name in _TYPES if name in given}
     positions, own = _positions(model, given, input_ids, attention_mask)

@@ -120,7 +120,7 @@ class Media:
                 left |= kind.tensors
         return left
 
-    def expand(self, model: torch.nn.Module) -> bool:
+    def expands(self, model: torch.nn.Module) -> bool:
         """Whether ``generate`` gives each beam and sample of a row the inputs of that row, in their order."""
         ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         rows = list(range(len(self.places)))
