@@ -112,7 +112,7 @@ def why_not_begin(model: PreTrainedModel, input_ids: torch.Tensor) -> str | None
     if _counts_on(model) and _own_positions(model) is None:
         return "the model derives positions from an earlier call"
     for kind in KINDS:
-        token = placeholder_id(model.config, kind)
+        token = placeholder_id(getattr(model, "config", None), kind)
         if token is not None and bool((input_ids == token).any()):
             return f"begin() is not told which {kind} enters at the placeholders"
     for part in _heads(model):

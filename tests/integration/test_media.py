@@ -253,6 +253,11 @@ def loop(model, cache, ids, steps=5):
     return sequences, cache.commit(sequences)
 
 
+def test_loops_of_models_without_a_config(cache, tokens):
+    report = cache.begin(torch.nn.Linear(2, 2), tokens(5))
+    assert report.miss_reason == "the model has no config"
+
+
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_loops_count_positions_of_their_own(turn, kind, store):
     """The model remembers how far a prompt with pictures was ahead; the next loop has no pictures."""
