@@ -14,7 +14,7 @@ BESIDE_LOWEST := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
 CONTRACT := build/lowest-transformers
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check contract format wheel bench docs notebooks test-lowest fuzz crash clean
+.PHONY: demo test check contract format wheel bench sweep docs notebooks test-lowest fuzz crash clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -80,6 +80,9 @@ wheel: $(STAMP)
 
 bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
 	$(BIN)/python -m benchmarks
+
+sweep: $(STAMP)  ## every causal language model, tiny, with kvtier; writes docs/models.md; see sweep/README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m sweep
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

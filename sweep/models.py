@@ -1,0 +1,68 @@
+"""Tiny models: one for each causal language model of the installed transformers."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sweep.families import NOT_ALONE
+from sweep.shrink import PAD, shrink
+
+MOST_PARAMETERS = 20_000_000
+
+
+class NotMadeError(Exception):
+    """There is no tiny model of this type; the message says why."""
+
+
+def architectures() -> dict[str, str]:
+    """Return ``model type → class`` of every causal language model that transformers lists."""
+    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """Return a tiny config for the class of ``model_type``: of its text part, if the class runs that alone."""
+    config_class = CONFIG_MAPPING[model_type]
+    model_class = getattr(transformers, architectures()[model_type])
+    if model_class.config_class is not config_class:
+        config_class = model_class.config_class
+    config: PreTrainedConfig = config_class(**shrink(config_class()))
+    return config
+
+
+def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """Return a tiny model in fp32 on the CPU with random weights; the same seed, the same weights.
+
+    Raises:
+        NotMadeError: transformers refuses the config or cannot build it here, or it stays large.
+    """
+    if model_type in NOT_ALONE:
+        raise NotMadeError(NOT_ALONE[model_type])
+    try:
+        config = tiny_config(model_type)
+        model_class = getattr(transformers, architectures()[model_type])
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in model_class(config).parameters())
+    except Exception as error:  # of any class: each family has checks of its own
+        raise NotMadeError(brief(error)) from error
+    if parameters > MOST_PARAMETERS:
+        raise NotMadeError(f"it still has {parameters:,} parameters")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = model_class(config).eval()
+    # What a family's own generation config forces or forbids is not what is examined here.
+    model.generation_config = GenerationConfig(
+        pad_token_id=PAD, bos_token_id=1, decoder_start_token_id=1, use_cache=True
+    )
+    return model
+
+
+def brief(error: BaseException) -> str:
+    """Return an exception in one line, without what is particular to a machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines)
+    if len(text) > 140:
+        text = text[:139].rsplit(" ", 1)[0] + " …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

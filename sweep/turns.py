@@ -1,0 +1,102 @@
+"""Turns of one conversation with a tiny model, and how two answers to the same prompt compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from sweep.shrink import PAD, VOCABULARY
+
+PROMPT = 40
+ANSWER = 12
+QUESTION = 5
+EDITED = 30  # the column that is edited: within reach of two sliding layers from the end of the second prompt
+ROUNDING = 1e-3  # of the logits' standard deviation: what computing in other pieces may change
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        sequence: ``[1, columns]``, the prompt and the answer.
+        logits: ``[new tokens, vocabulary]``.
+        cache: what it ended with.
+    """
+
+    sequence: torch.Tensor
+    logits: torch.Tensor
+    cache: Any = None
+
+
+def prompt(columns: int, seed: int) -> torch.Tensor:
+    """Return ``[1, columns]`` random ids without special ones."""
+    return torch.randint(2, VOCABULARY, (1, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def ask(model: PreTrainedModel, ids_1t: torch.Tensor, cache: Any = None) -> Answer:
+    """Let ``model`` answer greedily, in fp32, on ``cache`` or on what it makes by default."""
+    arguments = {} if cache is None else {"past_key_values": cache}
+    said = model.generate(
+        ids_1t,
+        attention_mask=torch.ones_like(ids_1t),
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        use_cache=True,
+        suppress_tokens=[PAD],
+        return_dict_in_generate=True,
+        output_logits=True,
+        **arguments,
+    )
+    # Models of audio return [1, codebooks, columns]; tiny ones have one codebook.
+    kept = getattr(said, "past_key_values", None)
+    return Answer(said.sequences.reshape(1, -1), torch.cat(said.logits, 0), kept)
+
+
+def next_prompt(answer: Answer) -> torch.Tensor:
+    """Return the conversation so far and a new question."""
+    return torch.cat([answer.sequence, prompt(QUESTION, seed=2)], 1)
+
+
+def edited(ids_1t: torch.Tensor, column: int = EDITED) -> torch.Tensor:
+    """Return a copy with another token at ``column``."""
+    copy = ids_1t.clone()
+    copy[0, column] = 2 + (copy[0, column] - 1) % (VOCABULARY - 2)
+    return copy
+
+
+def reference_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return transformers' own cache for ``model``."""
+    return DynamicCache(config=model.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How an answer compares with a reference to the same prompt.
+
+    Attributes:
+        differs_at: the first new token that is another one; None if none is.
+        deviation: see ``Outcome``.
+        draw: whether the first other token follows logits that agree up to rounding.
+        bitwise: whether all logits are the same bits.
+    """
+
+    differs_at: int | None
+    deviation: float
+    draw: bool
+    bitwise: bool
+
+
+def compare(answer: Answer, reference: Answer, rounding: float = ROUNDING) -> Comparison:
+    """Compare two answers to the same prompt; ``rounding``: see ``ROUNDING``."""
+    new = reference.logits.shape[0]
+    ours, theirs = answer.sequence[0, -new:], reference.sequence[0, -new:]
+    others = (ours != theirs).nonzero()
+    spread = reference.logits.std().item() or 1.0
+    steps = ((answer.logits - reference.logits).abs().amax(-1) / spread).tolist()
+    first = int(others[0]) if len(others) else None
+    draw = first is not None and max(steps[: first + 1]) <= rounding
+    return Comparison(first, steps[0], draw, bool(torch.equal(answer.logits, reference.logits)))

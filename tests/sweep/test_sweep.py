@@ -1,0 +1,81 @@
+"""Every layer kind in a sample of models, or with KVTIER_SWEEP=all every causal language model there is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from transformers import CONFIG_MAPPING
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from sweep.checks import NO_REASON, examine, judge
+from sweep.models import architectures, tiny_config, tiny_model
+from sweep.turns import PROMPT, ROUNDING, ask, edited, next_prompt, prompt, reference_cache
+
+SAMPLE = (
+    "llama",  # full
+    "gemma3_text",  # sliding and full
+    "llama4_text",  # chunked and full
+    "deepseek_v3",  # K and V of different sizes
+    "gemma4_text",  # layers that read the K and V of others; heads of different sizes
+    "deepseek_v32",  # indexed
+    "deepseek_v4",  # compressed
+    "qwen3_next",  # linear and full
+    "lfm2",  # convolutions and full
+    "falcon_h1",  # linear and full in one layer
+    "inkling2_text",  # linear and sliding in one layer
+    "nemotron_h",  # layers without any attention
+    "jamba",  # transformers drops its state in a forward of many tokens
+    "mamba2",  # takes its cache under another name
+    "prophetnet",  # cannot continue a cache with more than one token
+    "openai-gpt",  # has no cache
+)
+# Right, but without reuse; each row says why.
+WITHOUT_REUSE = frozenset(
+    {
+        *("openai-gpt", "xlm"),  # no cache at all
+        *("minimax", "reformer", "rwkv", "xlnet", "xlstm", "recurrent_gemma"),  # a cache or a state of their own
+        *("cpmant", "moshi", "prophetnet"),  # transformers itself is wrong when it continues a cache
+        "musicgen_melody",  # a generate() of its own
+    }
+)
+ALL = os.environ.get("KVTIER_SWEEP") == "all"
+
+
+@pytest.mark.parametrize("model_type", architectures() if ALL else SAMPLE)
+def test_no_wrong_token_no_crash_and_reuse(model_type):
+    row = examine(model_type)
+    if row.not_made is not None:
+        assert model_type not in SAMPLE, row.not_made
+        pytest.skip(row.not_made)
+    assert not row.bad
+    reuse = {row.outcomes[check].verdict for check in ("reuses", "ram", "disk")}
+    if model_type in WITHOUT_REUSE:
+        assert reuse == {"no"}
+        assert row.outcomes["reuses"].reason not in (None, NO_REASON)
+    else:
+        assert reuse <= {"yes", "draw"}, row.outcomes["reuses"].reason
+        assert row.influence > 10 * ROUNDING, "an edit changes too little: a stale answer would pass for a right one"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3_next", "deepseek_v32", "falcon_h1"])
+def test_a_stale_answer_is_called_wrong(model_type):
+    """Transformers' own cache, which does not compare what it is asked with what it holds."""
+    model = tiny_model(model_type)
+    cache = reference_cache(model)
+    second = next_prompt(ask(model, prompt(PROMPT, seed=1), cache))
+    right = ask(model, edited(second), reference_cache(model))
+    assert judge(ask(model, edited(second), cache), right).verdict == "wrong"
+
+
+def test_the_sample_has_every_kind_of_layer():
+    kinds = set()
+    for model_type in SAMPLE:
+        config = tiny_model(model_type).config.get_text_config(decoder=True)
+        kinds |= set(get_layer_types_and_kwargs(config)[0])
+    assert set(DYNAMIC_LAYER_TYPE_MAPPING) <= kinds
+
+
+def test_a_tiny_model_keeps_every_kind_of_layer_of_its_family():
+    for model_type in ("gemma3_text", "qwen3_next", "llama4_text", "inkling2_text"):
+        assert set(tiny_config(model_type).layer_types) == set(CONFIG_MAPPING[model_type]().layer_types)
