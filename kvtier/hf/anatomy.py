@@ -87,7 +87,8 @@ class Anatomy:
             dot = f"{name}." if name else ""
             if "_hf_hook" in attributes:
                 offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
-            self.text.append(f"{name}: {self._class_words(type(module))}")
+            compiled = " compiled" if attributes.get("_compiled_call_impl") is not None else ""  # by module.compile()
+            self.text.append(f"{name}: {self._class_words(type(module))}{compiled}")
             for tensors in (attributes["_parameters"], attributes["_buffers"]):
                 if tensors:
                     for key, tensor in tensors.items():

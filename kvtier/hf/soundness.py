@@ -52,7 +52,7 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
         yield "prompt learning feeds virtual tokens that no prompt names"
     yield from _global_hooks()
     for part in anatomy.parts:
-        if part.attributes["training"]:
+        if part.module.training:
             yield f"{_called(part)} is in training mode (call model.eval())"
         hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
         if hooks[0] or hooks[1]:
@@ -109,8 +109,14 @@ def _patches(anatomy: Anatomy) -> Iterable[str]:
         own = getattr(type(part.module), method, None)
         if not callable(own) or method in _NOT_FORWARD:
             continue
-        if own_code(value) is not own_code(own) and not _trusted(value):
+        if own_code(value) is not own_code(own) and not _trusted(value) and not _calls_compiled(part, method):
             yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
+
+
+def _calls_compiled(part: Part, method: str) -> bool:
+    """Whether a method is that of the module that ``torch.compile`` made of a child, which is looked at by itself."""
+    made_by = type(part.module).__module__
+    return method == "forward" and made_by.startswith("torch._dynamo.") and "_orig_mod" in part.attributes["_modules"]
 
 
 def _lengths(rope_type: Any) -> Iterable[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -19,8 +19,8 @@ from kvtier.hf.identity import Identity, identify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # asked for by peft
-    pytest.mark.filterwarnings("ignore:Merging lora module to 4-bit:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Already .*:UserWarning"),  # peft on adapters that are merged already
+    pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
 ]
 OTHER_MODEL = "the model is not the one that filled this cache"
 
@@ -280,7 +280,7 @@ def test_pruned_weights(model, cache, turn):
     """The mask is a buffer, the hook that applies it is PyTorch's."""
     projection = model.model.layers[0].self_attn.k_proj
     assert turn(model, cache) == 0
-    torch.nn.utils.prune.l1_unstructured(projection, "weight", amount=0.5)
+    prune.l1_unstructured(projection, "weight", amount=0.5)
     assert turn(model, cache) == 0
     assert turn(model, cache) == 29
     projection.weight_mask.zero_()
@@ -290,6 +290,7 @@ def test_pruned_weights(model, cache, turn):
 # --- positions --------------------------------------------------------------------------------------------------------
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def rope_of_the_config(model):
@@ -382,40 +383,43 @@ def test_autocast_and_back(model, cache, generate, tokens, turn):
         assert turn(model, cache) == 29
 
 
-def compiled_forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
+def compiled(model):
+    layer = model.model.layers[1]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
+    return layer.mlp._orig_mod
 
 
 def compiled_in_place(model):
-    model.compile(backend="eager")
+    model.model.layers[1].mlp.compile(backend="eager")
+    return model.model.layers[1].mlp
 
 
-def compiled_layer(model):
-    layer = model.model.layers[1]
-    layer.mlp = torch.compile(layer.mlp, backend="eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compile_it", [compiled_forward, compiled_in_place, compiled_layer])
-def test_compiled_modules(model, cache, turn, compile_it):
-    """Compiled or not, a weight is a weight."""
+@pytest.mark.parametrize("compile_it", [compiled, compiled_in_place])
+def test_compiled_modules(model, cache, store, turn, compile_it):
+    """What a compiler makes of a module rounds otherwise. Its weights, code and hooks count as ever."""
     assert turn(model, cache) == 0
-    compile_it(model)
-    assert turn(model, cache) in (0, 29)
+    inner = compile_it(model)
+    assert turn(model, cache) == 0
+    assert cache.last_turn.miss_reason == OTHER_MODEL
     assert turn(model, cache) == 29
     with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight[3, 5] += 5
+        inner.up_proj.weight[3, 5] += 5
     assert turn(model, cache) == 0
+    assert cache.last_turn.miss_reason == OTHER_MODEL
+    assert turn(model, cache) == 29
+    inner.up_proj.forward = lambda x: torch.nn.functional.linear(x, inner.up_proj.weight) * 2
+    torch._dynamo.reset()
+    assert turn(model, cache) == 0
+    assert "forward of model.layers.1.mlp" in cache.last_turn.miss_reason
 
 
-@pytest.mark.slow
-def test_compiled_model(model, cache, turn):
-    compiled = torch.compile(model, backend="eager")
-    assert turn(compiled, cache) == 0
-    assert turn(compiled, cache) == 29
-    with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight[3, 5] += 5
-    assert turn(compiled, cache) == 0
+def test_module_that_is_called_by_another_name(model, cache, turn):
+    """It is not what a compiler made: nobody knows its weights."""
+    hidden = torch.nn.Linear(64, 64, bias=False)
+    assert turn(model, cache) == 0
+    model.model.layers[1].mlp.forward = hidden.__call__
+    assert turn(model, cache) == 0
+    assert "forward of model.layers.1.mlp was replaced" in cache.last_turn.miss_reason
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
@@ -481,7 +485,8 @@ def test_quantised_weights(make_model, store, generate, tokens, turn, tmp_path, 
         assert turn(plain, cache) == 0
         assert turn(one, cache) == 0
         assert turn(one, cache) == 29
-        assert turn(twin, cache) == 29
+        # In eight bits, bitsandbytes keeps columns that it met on the way beside its weights.
+        assert turn(twin, cache) in ((0, 29) if quantised is bitsandbytes_int8 else (29,))
     other = make_model("llama")
     with torch.no_grad():
         other.model.layers[0].self_attn.k_proj.weight.mul_(-1)
