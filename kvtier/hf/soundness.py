@@ -61,6 +61,8 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
             yield from _accelerate_hooks(part)
         if "rope_type" in part.attributes:
             yield from _lengths(part.attributes["rope_type"])
+        if package_of(type(part.module)) == "bitsandbytes":
+            yield from _columns_of_all_tokens(part)
     yield from _patches(anatomy)
     yield from _config_reasons(getattr(model, "config", None))
 
@@ -111,6 +113,12 @@ def _patches(anatomy: Anatomy) -> Iterable[str]:
             continue
         if own_code(value) is not own_code(own) and not _trusted(value) and not _calls_compiled(part, method):
             yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
+
+
+def _columns_of_all_tokens(part: Part) -> Iterable[str]:
+    """Find bitsandbytes' layers that compute the columns in which any token that is fed is large in another way."""
+    if getattr(getattr(part.module, "state", None), "threshold", 0):
+        yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
 
 
 def _calls_compiled(part: Part, method: str) -> bool:
