@@ -24,7 +24,7 @@ from kvtier.hf import own_generate
 from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
 from kvtier.hf.inputs import read_inputs
 from kvtier.hf.prompt import Prompt, Unreadable
-from kvtier.hf.quirks import cache_argument, why_no_cache
+from kvtier.hf.quirks import cache_argument, takes_token_by_token, why_no_cache
 from kvtier.hf.soundness import ENCODER_DECODER, POSITIONAL, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
@@ -254,6 +254,8 @@ def _turn(
         kwargs[argument] = kwargs.pop("past_key_values")
         slice_prompts(model, TurnTaker)
     _use_cache(model, kwargs)
+    if isinstance(input_ids, torch.Tensor):
+        _feed_at_once(model, kwargs, input_ids.shape[-1])
     setting = functools.partial(_setting, model, kwargs)
     unsound = why_unsound_call(kwargs, setting)
     off = unsound.reason if unsound is not None else None
@@ -346,6 +348,12 @@ def _use_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Use the cache: with one and without using it, transformers feeds all tokens at every step."""
     if _setting(model, kwargs, "use_cache") is False:
         kwargs["use_cache"] = True
+
+
+def _feed_at_once(model: PreTrainedModel, kwargs: dict[str, Any], columns: int) -> None:
+    """Let all ``columns`` of a prompt be one chunk, where transformers would forget states between chunks."""
+    if takes_token_by_token(model) and _setting(model, kwargs, "prefill_chunk_size"):
+        kwargs["prefill_chunk_size"] = columns
 
 
 def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
