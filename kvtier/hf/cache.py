@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, PromptError, StreamError
+from kvtier.hf.fed import Fed
 from kvtier.hf.generate import TurnTaker, check_installed, install, look_for_own_generate
 from kvtier.hf.identity import identify
 from kvtier.hf.inputs import why_not_begin
@@ -127,6 +128,9 @@ class TieredCache(WindowCache, TurnTaker):
             if self._held is not None or (layer_idx == 0 and not self.get_seq_length()):
                 look_for_own_generate(holds_turn=self._held is not None)
             self._held = None  # tokens that nobody named
+        else:
+            begin = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+            self._turn.appending(begin, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
@@ -139,7 +143,9 @@ class TieredCache(WindowCache, TurnTaker):
         self._snapshots.live = None
         super().crop(tokens_to_remove)
         if self._turn is not None and tokens_to_remove:
-            self._turn.prompt_only = True
+            self._turn.cropped = True
+            if self._turn.fed is not None:
+                self._turn.fed.cut(self.get_seq_length())
 
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         before, turn = self._row_count, self._turn
@@ -192,6 +198,8 @@ class TieredCache(WindowCache, TurnTaker):
         repeats: int = 1,
         feeds: bool = True,
         prompt: Prompt | None = None,
+        watched: bool = False,
+        custom: bool = False,
     ) -> TurnReport:
         self._check_open()
         self._longest_answer = longest_answer
@@ -226,7 +234,8 @@ class TieredCache(WindowCache, TurnTaker):
         if cold:
             if states:
                 return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
-            return self._start(Turn(prompt, identity, None, cold, prompt_only=True))
+            fed = Fed(prompt) if watched and prompt.plain else None
+            return self._start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=custom))
         while True:
             turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
@@ -242,6 +251,8 @@ class TieredCache(WindowCache, TurnTaker):
                 plan_pieces(
                     turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain
                 )
+            if watched and prompt.plain:
+                turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
             try:
                 return self._start(turn, model, repeats)
             except BlockError:
@@ -324,6 +335,14 @@ class TieredCache(WindowCache, TurnTaker):
     def _has_states(self) -> bool:
         return bool(self._states)
 
+    @property
+    def _fed(self) -> Fed | None:
+        return self._turn.fed if self._turn is not None else None
+
+    def _common_length(self) -> int:
+        """Return the columns that every layer has."""
+        return min((layer.length for layer in self._filled), default=self.get_seq_length())
+
     def _pieces(self) -> Sequence[tuple[int, int]]:
         return self._turn.pieces if self._turn is not None else ()
 
@@ -392,7 +411,7 @@ class TieredCache(WindowCache, TurnTaker):
         turn, self._turn = self._turn, None
         assert turn is not None
         generated = turn.generated(sequences, eos_ids) if sequences is not None else []
-        named = turn.named(generated, self._row_count)
+        named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
         if named is not None and turn.identity is not None:
             self._keep(named, turn, whole)
         if turn.prefix is not None:
@@ -407,7 +426,7 @@ class TieredCache(WindowCache, TurnTaker):
         if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
             self._lay_out(self._config)
             return
-        length = min((layer.length for layer in layers), default=self.get_seq_length())
+        length = self._common_length()
         for layer in layers:  # an interrupt may have left some layers a step ahead
             layer.length = length
         held = named.cut(length)

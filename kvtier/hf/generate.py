@@ -6,6 +6,7 @@ import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
 from kvtier.hf import own_generate
+from kvtier.hf.fed import watching
 from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
 from kvtier.hf.inputs import read_inputs
 from kvtier.hf.prompt import Prompt, Unreadable
 from kvtier.hf.quirks import cache_argument, takes_token_by_token, why_no_cache
-from kvtier.hf.soundness import ENCODER_DECODER, POSITIONAL, why_cold, why_unsound_call
+from kvtier.hf.soundness import ENCODER_DECODER, POSITIONAL, is_custom, why_cold, why_unsound_call
 from kvtier.report import TurnReport
 
 
@@ -44,6 +46,8 @@ class TurnTaker(ABC):
         longest_answer: int = 0,
         repeats: int = 1,
         prompt: Prompt | None = None,
+        watched: bool = False,
+        custom: bool = False,
     ) -> TurnReport:
         """Begin a turn whose pages may still be on their way.
 
@@ -56,6 +60,8 @@ class TurnTaker(ABC):
             longest_answer: new tokens at most, as far as one can tell.
             repeats: how many rows of the cache continue each row of the prompt.
             prompt: what ids, mask and all other inputs were read as.
+            watched: whether to note what is fed: returned sequences do not tell which row holds what.
+            custom: whether other code than transformers' own decides what is fed.
         """
 
     @abstractmethod
@@ -264,7 +270,11 @@ def _turn(
     inputs = read_inputs(model, kwargs, input_ids, attention_mask, repeats) if off is None else None
     if isinstance(inputs, Unreadable):
         off, inputs = inputs.reason, None
-    cold = why_cold(setting)
+    cold = why_cold(kwargs, setting)
+    custom = is_custom(kwargs, setting)
+    if custom and inputs is not None and not inputs.prompt.plain:
+        off, inputs = "a custom generate may feed other inputs", None
+    watched = custom or cold is not None or (setting("num_beams") or 1) > 1
     streamer = kwargs.get("streamer")
     longest_answer = int(setting("max_new_tokens") or 0)
     criteria = list(kwargs.get("stopping_criteria") or ())
@@ -279,6 +289,8 @@ def _turn(
             longest_answer=longest_answer,
             repeats=repeats,
             prompt=inputs.prompt if inputs is not None else None,
+            watched=watched,
+            custom=custom,
         )
         try:
             for begin, end in cache._pieces():
@@ -291,7 +303,8 @@ def _turn(
                 if cache._has_states:
                     end_of_prompt = PromptEnd(functools.partial(cache._passed, inputs.prompt.columns))
                     arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
-            output = original(model, **arguments)
+            with watching(model, cache) if watched else nullcontext():
+                output = original(model, **arguments)
         except (RestoreError, StreamError) as error:
             # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
             # Cold pages that are lost may fail for a reason that stays, such as a full disk.

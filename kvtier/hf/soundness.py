@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from kvtier.hf.description import own_code, package_of
 from kvtier.hf.inputs import CHAINED
 
 # Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
-_TRUSTED = frozenset({"transformers", "accelerate"})
+_TRUSTED = frozenset({"transformers", "accelerate", "kvtier"})
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 # Methods that may be replaced on a model without changing what a forward pass computes.
 _NOT_FORWARD = frozenset(
@@ -84,7 +85,7 @@ def _hook_name(hook: Any) -> str:
 
 def _hooks(part: Part, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
     for registered in hooks:
-        for hook in registered.values():
+        for hook in list(registered.values()):  # another thread's turn may add its own
             if not _trusted(hook):
                 yield f"the hook {_hook_name(hook)} on {_called(part)} may change K and V"
 
@@ -159,16 +160,19 @@ def chunks_continue() -> bool:
     return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= _CHUNKS_CONTINUE
 
 
-def why_cold(setting: Any) -> str | None:
-    """Return why transformers cannot generate in this way from a known prefix; None when it can.
+def why_cold(arguments: Mapping[str, Any], setting: Any) -> str | None:
+    """Return why one cannot generate in this way from a known prefix; None when one can.
 
     Args:
+        arguments: of the call, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
     if any(setting(name) for name in _ASSISTED):
         return "assisted decoding starts cold"
     if setting("prefill_chunk_size") and not chunks_continue():
         return "prefill in chunks starts cold in this version of transformers"
+    if is_custom(arguments, setting):  # contrastive search, for one, wants the hidden states of every token
+        return "a custom generate may want what the model says of the whole prompt"
     return None
 
 
@@ -211,16 +215,21 @@ def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> Unsound | No
         arguments: all of them, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
-    told = _HARMLESS | _SETTINGS | CHAINED
+    told = _HARMLESS | _SETTINGS | CHAINED | _own_arguments(arguments.get("custom_generate"))
     others = sorted(name for name, value in arguments.items() if value is not None and name not in told)
     if others:
         return Unsound(f"inputs besides tokens may decide K and V: {', '.join(others)}")
     if setting("token_healing"):
         return Unsound("token healing rewrites the prompt")
-    if arguments.get("custom_generate") is not None:
-        return Unsound("a custom generate may feed other tokens")
-    if setting("penalty_alpha") or setting("dola_layers") or setting("constraints") or setting("force_words_ids"):
-        return Unsound("this way of decoding is a custom generate, which may feed other tokens")
-    if (setting("num_beam_groups") or 1) > 1:
-        return Unsound("this way of decoding is a custom generate, which may feed other tokens")
     return None
+
+
+def _own_arguments(function: Any) -> frozenset[str]:
+    """Return what ``generate`` hands to a custom function instead of the model."""
+    return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
+
+
+def is_custom(arguments: Mapping[str, Any], setting: Any) -> bool:
+    """Whether other code than transformers' own decides what is fed: a function, or one from the hub."""
+    moved = ("custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+    return any(setting(name) for name in moved) or (setting("num_beam_groups") or 1) > 1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.hf.fed import Fed
 from kvtier.hf.identity import Identity
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
@@ -50,6 +51,9 @@ class Turn:
         reason: why not more was reused.
         prompt_only: whether generated tokens can no longer be told by row.
         row_of: the prompt row that each cache row continues; None until rows are known to have moved.
+        cropped: whether tokens were taken back; if others come after that, they are not those of the sequences.
+        fed: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
+        custom: whether nothing else can tell: the prompt may not have been fed.
         match_seconds: time it took to find the prefix.
         divergences: where each row left what was known.
         cached_by_tier: tokens of the prefix by where they come from.
@@ -68,6 +72,9 @@ class Turn:
     reason: str | None = None
     prompt_only: bool = False
     row_of: list[int] | None = None
+    cropped: bool = False
+    fed: Fed | None = None
+    custom: bool = False
     match_seconds: float = 0.0
     divergences: Sequence[Divergence | None] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
@@ -90,7 +97,8 @@ class Turn:
             memo: of the deep copy of layers that wait for the prefix; None when none does.
         """
         prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
-        return replace(self, prefix=prefix, row_of=list(self.row_of) if self.row_of is not None else None)
+        row_of = list(self.row_of) if self.row_of is not None else None
+        return replace(self, prefix=prefix, row_of=row_of, fed=copy.deepcopy(self.fed))
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
@@ -101,6 +109,15 @@ class Turn:
         before = self.row_of or self._expanded(held_rows)
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
+        if self.fed is not None:
+            self.fed.move(rows.tolist())
+
+    def appending(self, begin: int, columns: int) -> None:
+        """Note that a layer of ``begin`` columns is given ``columns`` more."""
+        if self.cropped:
+            self.prompt_only = True
+        if self.fed is not None:
+            self.fed.appended(begin, columns)
 
     def prompt_rows(self, held_rows: int) -> list[int]:
         """Return the prompt row that each of ``held_rows`` cache rows continues."""
@@ -112,16 +129,25 @@ class Turn:
         repeats = max(1, held_rows // len(self.prompt.rows))
         return [row // repeats for row in range(held_rows)]
 
-    def named(self, generated: Sequence[TokenIds], held_rows: int) -> Held | None:
+    def named(self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]) -> Held | None:
         """Return the tokens that stand in the ``held_rows`` rows of the windows; None when nobody can tell.
 
         Args:
             generated: the new tokens of each returned sequence.
             held_rows: rows of the windows.
+            columns: of them.
+            ends: ids that end a sequence.
         """
         if self.prompt is None or not held_rows:
             return None
         row_of = self.prompt_rows(held_rows)
+        seen = self.fed.rows(row_of, columns) if self.fed is not None else None
+        if seen is not None:
+            lengths = [len(self.prompt.rows[p]) for p in row_of]
+            rows = tuple(np.concatenate([ids[:n], _until(ids[n:], ends)]) for ids, n in zip(seen, lengths, strict=True))
+            return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
+        if self.custom:
+            return None
         by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
         nothing = np.empty(0, np.int64)
         tails = [
