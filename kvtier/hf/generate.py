@@ -1,242 +1,49 @@
-"""The hook around ``generate()``: gives each turn its tokens, and commits what came of it."""
+"""One ``generate()`` call as a turn of a cache: gives it its tokens, and commits what came of it."""
 
 from __future__ import annotations
 
 import functools
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
-    GenerationMixin,
     PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import BusyError, PromptError, RestoreError, StreamError, UninstalledError
-from kvtier.hf import own_generate
+from kvtier.errors import PromptError, RestoreError, StreamError
 from kvtier.hf.fed import watching
-from kvtier.hf.feeding import PromptEnd, feed, restore_classes, slice_prompts
+from kvtier.hf.feeding import PromptEnd, feed, slice_prompts
 from kvtier.hf.inputs import read_inputs
-from kvtier.hf.prompt import Prompt, Unreadable
+from kvtier.hf.prompt import Unreadable
 from kvtier.hf.quirks import cache_argument, takes_token_by_token, why_no_cache
-from kvtier.hf.soundness import ENCODER_DECODER, POSITIONAL, is_custom, why_cold, why_unsound_call
-from kvtier.report import TurnReport
+from kvtier.hf.soundness import ENCODER_DECODER, is_custom, why_cold, why_unsound_call
+from kvtier.hf.taker import TurnTaker
 
 
-class TurnTaker(ABC):
-    """A cache that takes turns: what the hook asks of it."""
-
-    @abstractmethod
-    def _begin(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        off: str | None = None,
-        cold: str | None = None,
-        longest_answer: int = 0,
-        repeats: int = 1,
-        prompt: Prompt | None = None,
-        watched: bool = False,
-        custom: bool = False,
-    ) -> TurnReport:
-        """Begin a turn whose pages may still be on their way.
-
-        Args:
-            model: the model that will be called.
-            input_ids: ``[batch, columns]``.
-            attention_mask: ``[batch, columns]``.
-            off: why this turn must neither reuse nor be kept.
-            cold: why this turn must not reuse, though its prompt may be kept.
-            longest_answer: new tokens at most, as far as one can tell.
-            repeats: how many rows of the cache continue each row of the prompt.
-            prompt: what ids, mask and all other inputs were read as.
-            watched: whether to note what is fed: returned sequences do not tell which row holds what.
-            custom: whether other code than transformers' own decides what is fed.
-        """
-
-    @abstractmethod
-    def pass_over(self, reason: str) -> None:
-        """Note a turn that could neither reuse nor be kept, and hold nothing of it."""
-
-    @abstractmethod
-    def _pieces(self) -> Sequence[tuple[int, int]]:
-        """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
-
-    @abstractmethod
-    def _passed(self, column: int) -> None:
-        """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
-
-    @property
-    @abstractmethod
-    def _has_states(self) -> bool:
-        """Whether any layer keeps what is only valid after one token."""
-
-    @abstractmethod
-    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
-        """End the turn: keep prompt and generated tokens; ``sequences`` None keeps the prompt alone."""
-
-    @abstractmethod
-    def _salvage(self) -> None:
-        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
-
-    @abstractmethod
-    def _can_start_again(self) -> bool:
-        """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
-
-    @abstractmethod
-    def get_seq_length(self) -> int:
-        """Return the columns held."""
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Hold nothing."""
-
-
-@dataclass(slots=True)
-class _Hook:
-    """A wrapper around ``generate``, and whether it does anything."""
-
-    original: Callable[..., Any]
-    wrapper: Callable[..., Any]
-    active: bool = True
-
-
-_lock = threading.Lock()
-_hook: _Hook | None = None
-_threads: dict[int, int] = {}
-"""``id`` of every cache that is having a turn → the thread it has it on."""
-
-
-def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Done by the first ``TieredCache``; further calls change nothing.
-
-    Calls without a ``TieredCache`` pass through untouched.
-    """
-    global _hook
-    own_generate.wrap_classes(TurnTaker)
-    with _lock:
-        if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrapper):
-            _hook.active = True
-            return
-        if _hook is not None:
-            _hook.active = False  # if someone still calls it, the new one is above it
-        original = GenerationMixin.generate
-
-        @functools.wraps(original)
-        def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            past = kwargs.get("past_key_values")
-            given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-            if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
-                return original(self, *args, **kwargs)
-            decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-            if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
-                return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
-            cache: TurnTaker = decoder
-            if past is cache and getattr(self.config, "is_encoder_decoder", False):
-                # Passed on as it is, it would take what the encoder says for tokens of the decoder.
-                past = given["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
-            try:
-                try:
-                    _occupy(cache)
-                    if isinstance(past, EncoderDecoderCache):
-                        return _encoder_decoder(original, self, past, given)
-                    return _turn(original, self, cache, given)
-                finally:
-                    _leave(cache)
-            finally:  # an interrupt may have come in place of the first
-                _leave(cache)
-
-        hook = _hook = _Hook(original, generate)
-        GenerationMixin.generate = generate
-
-
-def uninstall() -> None:
-    """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again.
-
-    Until then, caches that are there take turns only through ``begin`` and ``commit``.
-    Where another wrapper lies on top, that one stays, and this one passes every call through.
-    """
-    global _hook
-    with _lock:
-        if _hook is None:
-            return
-        _hook.active = False
-        restore_classes()
-        own_generate.restore_classes()
-        if GenerationMixin.generate is _hook.wrapper:
-            GenerationMixin.generate = _hook.original
-            _hook = None
-
-
-def check_installed() -> None:
-    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
-
-    Raises:
-        UninstalledError: it is not.
-    """
-    if _hook is None or not _hook.active:
-        raise UninstalledError(
-            "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
-            "TieredCache, or call begin() first"
-        )
-
-
-def look_for_own_generate(*, holds_turn: bool) -> None:
-    """Look for classes with a ``generate`` of their own that were imported since the last look.
-
-    Called when tokens begin to come that no turn has named. ``holds_turn``: to a cache that holds a turn's.
-
-    Raises:
-        PromptError: there are some, and one of them may have taken what the cache holds for its prompt's beginning.
-    """
-    new = own_generate.wrap_classes(TurnTaker)
-    if new and holds_turn:
-        raise PromptError(
-            f"{new[0].__name__} was imported after this cache was made: if its generate() is what is running, it began "
-            "before the cache could see it. Call it again; in a loop of your own, call begin() first"
-        )
-
-
-def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
-    """Return whether ``function`` is ``wrapper`` or says that it wraps it."""
-    while function is not None and function is not wrapper:
-        function = getattr(function, "__wrapped__", None)
-    return function is wrapper
-
-
-def _occupy(cache: TurnTaker) -> None:
-    """Keep other threads from having a turn on ``cache``."""
-    with _lock:
-        if id(cache) in _threads:
-            raise BusyError(
-                "this TieredCache is serving generate() on another thread; give each thread a TieredCache of its own "
-                "over one PrefixStore"
-            )
-        _threads[id(cache)] = threading.get_ident()
-
-
-def _leave(cache: TurnTaker) -> None:
-    """Let the next turn come, unless another thread has one. May be called more than once."""
-    if _threads.get(id(cache)) == threading.get_ident():
-        del _threads[id(cache)]
-
-
-def _turn(
+def take_turn(
     original: Callable[..., Any],
     model: PreTrainedModel,
     cache: TurnTaker,
     kwargs: dict[str, Any],
 ) -> Any:
+    """Run ``generate`` as a turn of ``cache``.
+
+    Args:
+        original: transformers' own ``generate``.
+        model: what it is called on.
+        cache: what was passed as ``past_key_values``.
+        kwargs: all arguments by name; changed.
+
+    Raises:
+        PromptError: the mask tells of more columns than the prompt has.
+        StreamError: a page of a cold layer is lost, or cannot be written.
+    """
     input_ids = kwargs.get("inputs")
     input_ids = kwargs.get("input_ids") if input_ids is None else input_ids
     attention_mask = kwargs.get("attention_mask")
@@ -336,7 +143,7 @@ def _without(
         cache._commit(None, ())
 
 
-def _encoder_decoder(
+def take_turn_without_reuse(
     original: Callable[..., Any],
     model: PreTrainedModel,
     past: EncoderDecoderCache,

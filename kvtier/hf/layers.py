@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
 )
 
 from kvtier.hf.prefix import MakeMemory, TurnPrefix
-from kvtier.hf.states import has_states, move_rows
 from kvtier.hf.streamed import StreamedPrefix
 from kvtier.stream.layer import StreamedLayer
 from kvtier.stream.streams import Streams
 from kvtier.window import LayerMemory, Window, first_visible
 
-# Stands for layers that keep nothing; older versions of transformers leave them out.
-_Place: Any = getattr(cache_utils, "DummyLayer", None)
 
-
-def _new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+def new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+    """Return an empty window for K and V like these, ``[batch, heads, tokens, dim]`` each."""
     return Window.like(k_bhtd, v_bhtd, 0)
 
 
@@ -43,7 +31,7 @@ class WindowLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, make: MakeMemory = _new_window, *, is_optional: bool = False, **kwargs: Any) -> None:
+    def __init__(self, make: MakeMemory = new_window, *, is_optional: bool = False, **kwargs: Any) -> None:
         self.make = make
         self.is_optional = is_optional
         self.window: LayerMemory | None = None
@@ -201,7 +189,7 @@ class SlidingWindowLayer(WindowLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, make: MakeMemory = _new_window, **kwargs: Any) -> None:
+    def __init__(self, sliding_window: int, make: MakeMemory = new_window, **kwargs: Any) -> None:
         super().__init__(make)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
@@ -222,9 +210,9 @@ class IndexedLayer(WindowLayer):
 
     def __init__(
         self,
-        make: MakeMemory = _new_window,
-        make_indexer: MakeMemory = _new_window,
-        make_positions: MakeMemory = _new_window,
+        make: MakeMemory = new_window,
+        make_indexer: MakeMemory = new_window,
+        make_positions: MakeMemory = new_window,
         **kwargs: Any,
     ) -> None:
         # Layers may share what one of them has chosen.
@@ -285,170 +273,3 @@ class IndexedLayer(WindowLayer):
         super().batch_repeat_interleave(repeats)
         self.indexer.batch_repeat_interleave(repeats)
         self.positions.batch_repeat_interleave(repeats)
-
-
-class StateLayer(LinearAttentionLayer):
-    """Linear attention or a convolution: a state, as transformers keeps it."""
-
-    def reset(self) -> None:
-        """Hold nothing."""
-        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        StateLayer.batch_select_indices(self, beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        move_rows(self, lambda states: states[indices.to(states.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, copies next to each other."""
-        move_rows(self, lambda states: states.repeat_interleave(repeats, 0))
-
-
-class HybridLayer(StateLayer, WindowLayer):
-    """Full attention and linear attention side by side: a window and a state."""
-
-    is_compileable = False
-
-    def __init__(self, make: MakeMemory = _new_window, number_of_states: int = 1, **kwargs: Any) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        WindowLayer.__init__(self, make)
-
-    def reset(self) -> None:
-        """Hold nothing."""
-        StateLayer.reset(self)
-        WindowLayer.reset(self)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a window for ``(K, V)``, or a state for what is given by name."""
-        kind = WindowLayer if args else LinearAttentionLayer
-        kind.lazy_initialization(self, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` columns; of a state that can only be done where it records its past."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        WindowLayer.crop(self, tokens_to_remove)
-
-    def get_max_length(self) -> int:
-        """Return what the window says."""
-        return WindowLayer.get_max_length(self)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        StateLayer.reorder_cache(self, beam_idx)
-        WindowLayer.reorder_cache(self, beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        StateLayer.batch_select_indices(self, indices)
-        WindowLayer.batch_select_indices(self, indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, copies next to each other."""
-        StateLayer.batch_repeat_interleave(self, repeats)
-        WindowLayer.batch_repeat_interleave(self, repeats)
-
-
-class HybridSlidingLayer(HybridLayer, SlidingWindowLayer):
-    """Sliding and linear attention side by side."""
-
-    is_sliding = True
-
-    def __init__(
-        self, sliding_window: int, make: MakeMemory = _new_window, number_of_states: int = 1, **kwargs: Any
-    ) -> None:
-        HybridLayer.__init__(self, make, number_of_states)
-        self.sliding_window = sliding_window
-        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
-
-    def get_max_length(self) -> int:
-        """Return what the window says."""
-        return SlidingWindowLayer.get_max_length(self)
-
-
-class MakeLayerMemory(Protocol):
-    """Makes places for K and V that know which layer they are of."""
-
-    def __call__(
-        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
-    ) -> LayerMemory:
-        """Return an empty place; ``may_be_cold``: nobody reads views of it after the next layer's update."""
-
-
-# transformers' kinds of layers → ours.
-_KINDS: dict[type, type[WindowLayer] | type[StateLayer]] = {
-    DynamicLayer: WindowLayer,
-    DynamicSlidingWindowLayer: SlidingWindowLayer,
-    DynamicIndexedLayer: IndexedLayer,
-    LinearAttentionLayer: StateLayer,
-    LinearAttentionAndFullAttentionLayer: HybridLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingLayer,
-}
-# Those that come with a model's own code, by the name under which it registers them.
-_NAMED_KINDS: dict[str | None, type[WindowLayer]] = {"minimax_m3_sparse": IndexedLayer}
-
-
-def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) -> tuple[list[Any], str | None]:
-    """Return the layers of a model, and why its K and V cannot be reused if they cannot.
-
-    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Layers that keep nothing
-    and those that are states as a whole stay transformers' own; so do all layers where one is of an unknown kind.
-
-    Args:
-        config: of the model.
-        make: makes places for K and V; by default, windows.
-    """
-    upstream = DynamicCache(config=config).layers
-    kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
-    own = [layer for layer, kind in zip(upstream, kinds, strict=True) if kind is None and not has_states(layer)]
-    places = [layer for layer in own if type(layer) is _Place]
-    others = sorted({type(layer).__name__ for layer in own} - {type(layer).__name__ for layer in places})
-    if others:
-        return upstream, f"layers of kind {', '.join(others)} are not kept"
-    shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
-    read_by_others = _last_of_each_kind(upstream) if places or shared else set()
-    windows = count()
-    layers: list[Any] = []
-    for index, (layer, kind) in enumerate(zip(upstream, kinds, strict=True)):
-        if kind is None:
-            layers.append(layer)
-            continue
-        arguments = {k: v for k, v in vars(layer).items() if k in ("sliding_window", "number_of_states")}
-        if issubclass(kind, WindowLayer):
-            sliding_window = arguments.get("sliding_window")
-            arguments["make"] = _memory(make, next(windows), sliding_window, index not in read_by_others)
-        if issubclass(kind, IndexedLayer):
-            for window in ("make_indexer", "make_positions"):
-                arguments[window] = _memory(make, next(windows), None, may_be_cold=False)
-        layers.append(kind(**arguments))
-    return layers, None
-
-
-def build_layer(index: int, make: MakeLayerMemory | None = None) -> WindowLayer:
-    """Return a layer of full attention, whose window is number ``index`` of its cache."""
-    return WindowLayer(_memory(make, index))
-
-
-def windows_of(layers: Iterable[Any]) -> list[WindowLayer]:
-    """Return the windows of ``layers``, in the order in which the store keeps them."""
-    return [window for layer in layers if isinstance(layer, WindowLayer) for window in layer.windows]
-
-
-def _memory(
-    make: MakeLayerMemory | None, index: int, sliding_window: int | None = None, may_be_cold: bool = True
-) -> MakeMemory:
-    if make is None:
-        return _new_window
-
-    def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
-        return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
-
-    return memory
-
-
-def _last_of_each_kind(layers: Iterable[Any]) -> set[int]:
-    """Return the layers whose K and V later ones read again, where any do: the last sliding one, the last full one."""
-    last = {layer.is_sliding: index for index, layer in enumerate(layers) if hasattr(layer, "is_sliding")}
-    return set(last.values())

@@ -16,15 +16,9 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from kvtier.hf.layers import (
-    HybridLayer,
-    MakeLayerMemory,
-    StateLayer,
-    WindowLayer,
-    build_layer,
-    build_layers,
-    windows_of,
-)
+from kvtier.hf.layers import WindowLayer
+from kvtier.hf.layout import MakeLayerMemory, build_layer, build_layers, windows_of
+from kvtier.hf.state_layers import HybridLayer, StateLayer
 from kvtier.hf.states import copy_states, has_states, move_rows, rows_of
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams

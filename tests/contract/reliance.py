@@ -60,26 +60,26 @@ APPEND = "(self, key_states, value_states, *args, **kwargs)"
 # What is imported by name.
 IMPORTS = [
     Reliance("transformers.__version__", "hf/identity.py"),
-    Reliance("transformers.GenerationMixin", "hf/generate.py"),
+    Reliance("transformers.GenerationMixin", "hf/hook.py"),
     Reliance("transformers.EncoderDecoderCache", "hf/generate.py"),
-    Reliance("transformers.DynamicCache", "hf/layers.py"),
+    Reliance("transformers.DynamicCache", "hf/layout.py"),
     Reliance("transformers.GenerationConfig", "hf/soundness.py"),
     Reliance("transformers.PreTrainedConfig", "hf/description.py"),
     Reliance("transformers.PreTrainedModel", "hf/generate.py"),
     Reliance("transformers.Cache", "hf/feeding.py"),
     Reliance("transformers.StoppingCriteria", "hf/feeding.py"),
     Reliance("transformers.StoppingCriteriaList", "hf/generate.py"),
-    Reliance("transformers.cache_utils", "hf/layers.py"),
+    Reliance("transformers.cache_utils", "hf/layout.py"),
     Reliance("transformers.cache_utils.Cache", "hf/windows.py"),
     Reliance("transformers.cache_utils.CacheLayerMixin", "hf/layers.py"),
-    Reliance("transformers.cache_utils.DynamicLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.DynamicIndexedLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.LinearAttentionLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.LinearAttentionAndFullAttentionLayer", "hf/layers.py"),
-    Reliance("transformers.cache_utils.LinearAttentionAndSlidingWindowAttentionLayer", "hf/layers.py"),
+    Reliance("transformers.cache_utils.DynamicLayer", "hf/layout.py"),
+    Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layout.py"),
+    Reliance("transformers.cache_utils.DynamicIndexedLayer", "hf/layout.py"),
+    Reliance("transformers.cache_utils.LinearAttentionLayer", "hf/layout.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndFullAttentionLayer", "hf/layout.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndSlidingWindowAttentionLayer", "hf/layout.py"),
     Reliance("transformers.cache_utils.LinearAttentionCacheLayerMixin", "hf/states.py"),
-    Reliance("transformers.cache_utils.DummyLayer", "hf/layers.py", since=(5, 23)),
+    Reliance("transformers.cache_utils.DummyLayer", "hf/layout.py", since=(5, 23)),
     Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate.py"),
     Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity.py"),
     Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity.py"),
@@ -93,24 +93,24 @@ IMPORTS = [
 
 # What is called, overridden or read on them.
 MEMBERS = [
-    Reliance("transformers.GenerationMixin.generate", "hf/generate.py", GENERATE),
+    Reliance("transformers.GenerationMixin.generate", "hf/hook.py", GENERATE),
     Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/quirks.py", "(cls)"),
     Reliance("transformers.StoppingCriteria.__call__", "hf/feeding.py", "(self, input_ids, scores, **kwargs)"),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),
     Reliance("transformers.PreTrainedConfig.to_dict", "hf/description.py", "(self)"),
-    Reliance("transformers.PreTrainedConfig.get_text_config", "hf/layers.py", "(self, decoder=None, encoder=None)"),
+    Reliance("transformers.PreTrainedConfig.get_text_config", "hf/layout.py", "(self, decoder=None, encoder=None)"),
     Reliance("transformers.PreTrainedConfig._attn_implementation", "hf/identity.py", "property"),
     Reliance("transformers.PreTrainedConfig._experts_implementation", "hf/identity.py", "property"),
     Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate.py", "(self, *caches)"),
     Reliance(
         "transformers.DynamicCache.__init__",
-        "hf/layers.py",
+        "hf/layout.py",
         "(self, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=False)",
     ),
     Reliance(
         "transformers.cache_utils.DynamicSlidingWindowLayer.__init__",
-        "hf/layers.py",
+        "hf/layout.py",
         "(self, sliding_window, **kwargs)",
     ),
     *_of(
@@ -142,7 +142,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.LinearAttentionLayer",
-        "hf/layers.py",
+        "hf/state_layers.py",
         {
             "__init__": "(self, number_of_states=1, **kwargs)",
             "crop": "(self, tokens_to_remove)",
@@ -152,7 +152,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.Cache",
-        "hf/cache.py",
+        "hf/turns.py",
         {
             "reset": "(self)",
             "crop": "(self, tokens_to_remove)",
@@ -202,9 +202,9 @@ OTHERS = [
 # cache holds past kvtier's methods: look at what calls it, and add it here.
 KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.cache_utils.Cache": {
-        "update": "hf/cache.py",
-        "reset": "hf/cache.py",
-        "crop": "hf/cache.py",
+        "update": "hf/turns.py",
+        "reset": "hf/turns.py",
+        "crop": "hf/turns.py",
         "reorder_cache": "hf/windows.py",
         "batch_select_indices": "hf/windows.py",
         "batch_repeat_interleave": "hf/windows.py",
@@ -273,9 +273,9 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "supports_early_init": "for export",
         "prefetch": "for transformers' own offloading",
         "offload": "for transformers' own offloading",
-        "crop": "hf/layers.py",
-        "reset": "hf/layers.py",
-        "reorder_cache": "hf/layers.py",
+        "crop": "hf/state_layers.py",
+        "reset": "hf/state_layers.py",
+        "reorder_cache": "hf/state_layers.py",
     },
     "transformers.EncoderDecoderCache": {"check_dynamic_cache": "asks for DynamicCache, which TieredCache is"},
 }
@@ -296,7 +296,7 @@ STATES = {
 }
 
 # Kinds of layers that a config can ask for, those that models register for themselves included. A new one needs a
-# decision in hf/layers.py: a window, states, or no reuse.
+# decision in hf/layout.py: a window, states, or no reuse.
 LAYER_TYPES = {
     "full_attention",
     "sliding_attention",

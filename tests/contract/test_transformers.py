@@ -29,7 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kvtier
 import kvtier.hf
-from kvtier.hf.layers import _KINDS, _NAMED_KINDS
+from kvtier.hf.layout import _KINDS, _NAMED_KINDS
 from kvtier.hf.soundness import POSITIONAL, _lengths
 from kvtier.hf.states import _LINEAR, _WHOLE
 

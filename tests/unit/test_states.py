@@ -11,7 +11,8 @@ from families import build
 from safetensors.torch import load
 from transformers import DynamicCache
 
-from kvtier.hf.layers import HybridLayer, StateLayer, build_layers
+from kvtier.hf.layout import build_layers
+from kvtier.hf.state_layers import HybridLayer, StateLayer
 from kvtier.hf.states import UnreadableError, has_states, move_rows, put_states, read_states, rows_of
 
 CPU = torch.device("cpu")

@@ -1,0 +1,83 @@
+"""What the hook around ``generate()`` asks of a cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtier.hf.prompt import Prompt
+from kvtier.report import TurnReport
+
+
+class TurnTaker(ABC):
+    """A cache that takes turns: what the hook asks of it."""
+
+    @abstractmethod
+    def _begin(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        off: str | None = None,
+        cold: str | None = None,
+        longest_answer: int = 0,
+        repeats: int = 1,
+        prompt: Prompt | None = None,
+        watched: bool = False,
+        custom: bool = False,
+    ) -> TurnReport:
+        """Begin a turn whose pages may still be on their way.
+
+        Args:
+            model: the model that will be called.
+            input_ids: ``[batch, columns]``.
+            attention_mask: ``[batch, columns]``.
+            off: why this turn must neither reuse nor be kept.
+            cold: why this turn must not reuse, though its prompt may be kept.
+            longest_answer: new tokens at most, as far as one can tell.
+            repeats: how many rows of the cache continue each row of the prompt.
+            prompt: what ids, mask and all other inputs were read as.
+            watched: whether to note what is fed: returned sequences do not tell which row holds what.
+            custom: whether other code than transformers' own decides what is fed.
+        """
+
+    @abstractmethod
+    def pass_over(self, reason: str) -> None:
+        """Note a turn that could neither reuse nor be kept, and hold nothing of it."""
+
+    @abstractmethod
+    def _pieces(self) -> Sequence[tuple[int, int]]:
+        """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
+
+    @abstractmethod
+    def _passed(self, column: int) -> None:
+        """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
+
+    @property
+    @abstractmethod
+    def _has_states(self) -> bool:
+        """Whether any layer keeps what is only valid after one token."""
+
+    @abstractmethod
+    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
+        """End the turn: keep prompt and generated tokens; ``sequences`` None keeps the prompt alone."""
+
+    @abstractmethod
+    def _salvage(self) -> None:
+        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
+
+    @abstractmethod
+    def _can_start_again(self) -> bool:
+        """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
+
+    @abstractmethod
+    def get_seq_length(self) -> int:
+        """Return the columns held."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Hold nothing."""

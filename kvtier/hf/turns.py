@@ -1,0 +1,367 @@
+"""A cache that takes turns: begins with what is known, keeps what is new. TieredCache is this and its resources."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvtier.errors import BlockError, ClosedError, StreamError
+from kvtier.hf.fed import Fed
+from kvtier.hf.hook import check_installed, look_for_own_generate
+from kvtier.hf.identity import identify
+from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
+from kvtier.hf.pieces import plan_pieces
+from kvtier.hf.plan import MakePrefix, plan_turn
+from kvtier.hf.prefix import TurnPrefix
+from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
+from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off
+from kvtier.hf.snapshots import Snapshots
+from kvtier.hf.soundness import Unsound
+from kvtier.hf.states import UnreadableError
+from kvtier.hf.streamed import StreamedPrefix
+from kvtier.hf.taker import TurnTaker
+from kvtier.hf.turn import Held, Turn
+from kvtier.hf.windows import OpenStreams, WindowCache, host_pages
+from kvtier.report import TurnReport
+from kvtier.store import PrefixStore
+
+_log = logging.getLogger("kvtier.hf")
+
+
+class TurnCache(WindowCache, TurnTaker):
+    """The half of ``TieredCache`` that the hook around ``generate()`` speaks to.
+
+    Args:
+        store: where prefixes are kept.
+        open_streams: opens what its layers live on.
+    """
+
+    last_turn: TurnReport | None
+
+    def __init__(self, store: PrefixStore, open_streams: OpenStreams) -> None:
+        super().__init__(open_streams)
+        self._store = store
+        self._closed = False
+        self._turn: Turn | None = None
+        self._held: Held | None = None
+        self._snapshots = Snapshots()
+        self._root: str | None = None
+        self._longest_answer = 0
+        self.last_turn = None
+
+    # --- layers -----------------------------------------------------------------------------------------------------
+
+    def _lay_out(self, config: PreTrainedConfig | None) -> None:
+        super()._lay_out(config)
+        self._held = None
+        self._snapshots.lose()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
+
+        Raises:
+            BudgetError: ``device_budget`` is too small for so many tokens.
+            ClosedError: the cache was closed.
+            StreamError: a page of a cold layer is lost, or cannot be written.
+            PromptError: no turn has begun, and a model's own ``generate`` may be running that could not be seen.
+            UninstalledError: ``uninstall()`` was called, and no turn has begun.
+        """
+        if self._turn is None:
+            self._check_open()
+            check_installed()
+            if self._held is not None or (layer_idx == 0 and not self.get_seq_length()):
+                look_for_own_generate(holds_turn=self._held is not None)
+            self._held = None  # tokens that nobody named
+        else:
+            begin = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+            self._turn.appending(begin, key_states.shape[-2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Hold nothing. The store keeps what it has."""
+        self._end_turn()
+        self._lay_out(self._config)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        self._snapshots.live = None
+        super().crop(tokens_to_remove)
+        if self._turn is not None and tokens_to_remove:
+            self._turn.cropped = True
+            if self._turn.fed is not None:
+                self._turn.fed.cut(self.get_seq_length())
+
+    def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
+        before, turn = self._row_count, self._turn
+        # Until every layer has moved, an interrupt leaves rows that differ between layers: nothing of it can be kept.
+        self._turn, self._held = (Turn.off("rows were being moved") if turn else None), None
+        super()._move_rows(rows, move)
+        self._turn = turn
+        if turn is not None:
+            turn.rows_moved(rows, before)
+
+    def _begin(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        off: str | None = None,
+        cold: str | None = None,
+        longest_answer: int = 0,
+        repeats: int = 1,
+        feeds: bool = True,
+        prompt: Prompt | None = None,
+        watched: bool = False,
+        custom: bool = False,
+    ) -> TurnReport:
+        self._check_open()
+        self._longest_answer = longest_answer
+        self._salvage()
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            off = off or "the model has no config"
+        elif config is not self._config:
+            self._lay_out(config)
+        off = off or self._no_reuse or (why_off(model) if config is not None else None)
+        if prompt is None and input_ids is not None and not off:
+            read = read_prompt(input_ids, attention_mask)
+            if isinstance(read, Unreadable):
+                off = read.reason
+            else:
+                prompt = read
+        if prompt is None or off or prompt.columns == 0 or not prompt.rows:
+            return self._start(Turn.off(off or "the prompt is empty"))
+        started = time.perf_counter()
+        identity = identify(model, self._store.namespace, self._store.block_size)
+        if isinstance(identity, Unsound):
+            return self._start(Turn.off(identity.reason))
+        changed = self._root is not None and identity.root != self._root
+        if changed:
+            self._lay_out(self._config)
+        self._root = identity.root
+        states = bool(self._states)
+        if states and self._is_spread(model):
+            return self._start(Turn.off("states of layers on several devices are not restored"))
+        if self._hides_rows(prompt):
+            cold = cold or "padding on the right is all that a window shows at the end of a row"
+        if cold:
+            if states:
+                return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
+            fed = Fed(prompt) if watched and prompt.plain else None
+            return self._start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=custom))
+        while True:
+            turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
+            turn.match_seconds = time.perf_counter() - started
+            if turn.prefix is None:
+                if not any(turn.known):
+                    turn.reason = "nothing known begins so"
+                if changed:
+                    turn.reason = "the model is not the one that filled this cache"
+                elif turn.known_columns > max(prompt.pads) and states:
+                    turn.reason = _why_no_states(prompt)
+            if states:
+                turn.keeps_answer_states = not decodes_otherwise(model)
+                plan_pieces(
+                    turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain
+                )
+            if watched and prompt.plain:
+                turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
+            try:
+                return self._start(turn, model, repeats)
+            except BlockError:
+                continue  # blocks that do not fit the model: they were discarded
+
+    @staticmethod
+    def _is_spread(model: PreTrainedModel) -> bool:
+        """Whether the layers of ``model`` are on several devices."""
+        return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+    def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
+        if self._streams is None:
+            return TurnPrefix
+        return partial(StreamedPrefix, self._streams, None if self._is_spread(model) else model.device)
+
+    def _hides_rows(self, prompt: Prompt) -> bool:
+        """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
+        trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
+        if trailing <= 0:
+            return False
+        text = self._config.get_text_config(decoder=True) if self._config is not None else None
+        windows = [layer.sliding_window for layer in self._windows if isinstance(layer, SlidingWindowLayer)]
+        return bool(windows) and (trailing >= min(windows) or bool(getattr(text, "attention_chunk_size", None)))
+
+    def _held_now(self) -> Held | None:
+        """Return what all windows hold, cut to their length: a crop between turns shortens it."""
+        if self._held is None or not self.layers:
+            return None
+        if not self._windows:
+            return self._held
+        lengths = {layer.length for layer in self._filled}
+        if len(lengths) != 1 or not all(layer.complete for layer in self._filled):
+            return None
+        return self._held.cut(lengths.pop())
+
+    @property
+    def _filled(self) -> list[WindowLayer]:
+        return [layer for layer in self._windows if layer.is_used or not layer.is_optional]
+
+    def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
+        self._held = None  # first of all: from here on, pages may land in the windows
+        if turn.prefix is None:
+            self._lay_out(self._config)
+        else:
+            layers = self._windows
+            assert turn.prompt is not None
+            try:
+                if model is not None:
+                    turn.prefix.repeats, turn.prefix.device = repeats, model.device
+                turn.prefix.start([layer.window for layer in layers], turn.prompt.columns)
+                for index, layer in enumerate(layers):
+                    layer.expect(turn.prefix, index)
+                if self._states and model is not None:
+                    self._start_states(turn.prefix, model, repeats)
+            except BaseException:
+                turn.prefix.close()
+                raise
+        self._turn = turn
+        self._fed_columns = turn.prefix.columns if turn.prefix is not None else 0
+        if self._streams is not None:
+            self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
+        self.last_turn = turn.report()
+        return self.last_turn
+
+    def _start_states(self, prefix: TurnPrefix, model: PreTrainedModel, repeats: int) -> None:
+        if not prefix.has_states:
+            self._snapshots.go_on(self._states, repeats)
+            return
+        try:
+            self._snapshots.put(self._states, prefix.states(), model.device, repeats)
+        except UnreadableError as error:
+            raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
+
+    def pass_over(self, reason: str) -> None:
+        """Hold nothing, and report a turn that could neither reuse nor be kept."""
+        self.reset()
+        self.last_turn = Turn.off(reason).report()
+
+    @property
+    def _has_states(self) -> bool:
+        return bool(self._states)
+
+    @property
+    def _fed(self) -> Fed | None:
+        return self._turn.fed if self._turn is not None else None
+
+    def _common_length(self) -> int:
+        """Return the columns that every layer has."""
+        return min((layer.length for layer in self._filled), default=self.get_seq_length())
+
+    def _pieces(self) -> Sequence[tuple[int, int]]:
+        return self._turn.pieces if self._turn is not None else ()
+
+    def _passed(self, column: int) -> None:
+        turn = self._turn
+        if turn is None or turn.prompt is None or not self._states or turn.prompt.is_padded:
+            return
+        if column == turn.prompt.columns or column in turn.snapshot_columns:
+            self._snapshots.take(self._states, column, len(turn.prompt.rows))
+
+    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
+        turn, self._turn = self._turn, None
+        assert turn is not None
+        generated = turn.generated(sequences, eos_ids) if sequences is not None else []
+        named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
+        if named is not None and turn.identity is not None:
+            self._keep(named, turn, whole)
+        if turn.prefix is not None:
+            turn.prefix.close()
+        report = turn.report(generated)
+        self.last_turn = self._streams.account(report) if self._streams is not None else report
+        return self.last_turn
+
+    def _keep(self, named: Held, turn: Turn, whole: bool) -> None:
+        """Keep the tokens whose K and V every window holds; ``whole``: no forward pass was interrupted."""
+        layers = self._filled
+        if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
+            self._lay_out(self._config)
+            return
+        length = self._common_length()
+        for layer in layers:  # an interrupt may have left some layers a step ahead
+            layer.length = length
+        held = named.cut(length)
+        states = self._states_of(held, turn, length, whole) if self._states else None
+        try:
+            self._store_rows(held, turn, states)
+        except StreamError as error:
+            _log.warning("this turn is not kept: %s", error)
+            self._lay_out(self._config)
+            return
+        except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
+            # The answer is there: it must not be lost because it cannot be kept.
+            _log.warning("this turn is not kept in the store: %s", error)
+        self._held = replace(held, live=self._snapshots.live)
+
+    def _store_rows(self, held: Held, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None) -> None:
+        assert turn.identity is not None
+        root, manifest = turn.identity.root, turn.identity.manifest
+        windows = [layer.window for layer in self._windows]
+        for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
+            read = partial(host_pages, windows, row, pad)
+            self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
+
+    def _states_of(self, held: Held, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
+        """Return, of each row, the states that are known, by the number of tokens after which they are valid."""
+        by_row = []
+        live = whole
+        for row, prompt_row in enumerate(turn.prompt_rows(len(held.rows))):
+            states = self._snapshots.of(prompt_row)
+            at_end = whole and held.pads[row] == 0 and len(held.rows[row]) == length
+            if at_end and turn.keeps_answer_states and length not in states:
+                last = self._snapshots.take_last(self._states, row)
+                if last is not None:
+                    states[length] = last
+            live = live and at_end and length in states
+            by_row.append({column: blob for column, blob in states.items() if column <= length and not held.pads[row]})
+        self._snapshots.lose()
+        self._snapshots.live = length if live else None
+        return by_row
+
+    def _salvage(self) -> None:
+        turn = self._turn
+        if turn is None:
+            return
+        # In a first pass that was interrupted, a window that is still to be filled looks like one that never is.
+        begun = all(layer.complete and layer.length and layer.window is not None for layer in self._windows)
+        if turn.prompt is not None and begun and (self._windows or self._snapshots.taken):
+            turn.prompt_only = True
+            self._commit(None, (), whole=False)
+        else:
+            self.reset()
+
+    def _can_start_again(self) -> bool:
+        return any(not layer.complete for layer in self._windows)
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and turn.prefix is not None:
+            turn.prefix.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this TieredCache was closed; make a new one")
+
+
+def _why_no_states(prompt: Prompt) -> str:
+    if prompt.is_padded:
+        return "padding would go into the states of this model"
+    return "the states of this model are not known within the known prefix"
