@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -54,13 +56,16 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
         model: PreTrainedModel = model_class(config).eval()
     # What a family's own generation config forces or forbids is not what is examined here.
     model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=1, decoder_start_token_id=1, use_cache=True
+        pad_token_id=PAD, bos_token_id=1, decoder_start_token_id=1, num_return_sequences=1, use_cache=True
     )
     return model
 
 
 def brief(error: BaseException) -> str:
     """Return an exception in one line, without what is particular to a machine."""
+    missing = sorted(set(re.findall(r"requires the (\S+) library", str(error))))
+    if isinstance(error, ImportError) and missing:
+        return f"needs {', '.join(missing)}, not installed here"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines)
     if len(text) > 140:
