@@ -117,6 +117,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "lfm2_moe": Family("no kinds of layers by default", {"num_hidden_layers": 4, "layer_types": _CONV_THEN_FULL}),
     "mamba2": Family("heads times their size must be twice the width", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "minimax_m3_vl_text": Family(
+        "no layer is sparse by default",
+        {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+        without=("mlp_layer_types",),
+    ),
     "musicgen_decoder": Family("a token is a row of codes; with one codebook it is an id", {"num_codebooks": 1}),
     "musicgen_melody_decoder": Family("a token is a row of codes; with one codebook it is an id", {"num_codebooks": 1}),
     "nemotron_h": Family(
