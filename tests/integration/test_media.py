@@ -190,6 +190,22 @@ def test_pictures_side_by_side(kind, turn):
     assert turn(kind, [BEFORE, left, AFTER, right]) == 12
 
 
+def test_words_that_attend_to_each_other(cache):
+    """Types make a run of words that look at each other, as a picture's placeholders do."""
+    model, types = seeing("gemma3"), torch.zeros(1, 30, dtype=torch.long)
+    types[0, 6:20] = 1
+    for changed, known in ((None, 0), (None, 29), (18, 6), (25, 25), (2, 2)):
+        ids = torch.tensor([words(30)])
+        if changed is not None:
+            ids[0, changed] = 3
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
+        expected = answer(model, given)
+        found = answer(model, given, cache)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.allclose(found.logits[0], expected.logits[0], rtol=0, atol=1e-3)
+        assert cache.last_turn.cached_tokens == known
+
+
 def test_answers_right_after_a_picture(kind, turn):
     """Nobody knows what types the model gave them, where the prompt's last type is repeated."""
     row = [BEFORE, Picture(10, bare=True)]

@@ -157,6 +157,9 @@ def test_a_picture_across_two_rows_is_not_one():
     given = prompt("llava", [words(3), Picture(1)], [words(3), Picture(2)])
     given["pixel_values"] = given["pixel_values"][:1]
     found = read_inputs(seeing("llava"), given, given["input_ids"], given["attention_mask"], 1)
+    given["pixel_values"] = given["pixel_values"] + 1
+    other = read_inputs(seeing("llava"), given, given["input_ids"], given["attention_mask"], 1)
+    assert all(np.flatnonzero(a != b)[0] == 4 for a, b in zip(found.prompt.rows, other.prompt.rows, strict=True))
     assert found.prompt.cut(given["input_ids"].shape[1] - 2) == 4
 
 
@@ -191,6 +194,20 @@ def test_positions_are_counted_as_for_an_empty_cache():
     text = read("qwen2_5_vl", [words(9)])
     assert torch.equal(text.arguments["position_ids"][1, 0], torch.arange(9))
     assert np.array_equal(text.prompt.rows[0], np.array(words(9)))
+
+
+def test_words_of_a_type_are_a_run():
+    """They may attend to each other, whatever stands there."""
+    ids, types = torch.tensor([words(20)]), torch.zeros(1, 20, dtype=torch.long)
+    types[0, 5:12] = 1
+    given = {"token_type_ids": types}
+    found, other = (read_inputs(seeing("gemma3"), given, some, None, 1).prompt for some in (ids, ids.clone()))
+    assert np.array_equal(found.rows[0], other.rows[0])
+    assert np.flatnonzero(found.rows[0] > ABOVE).tolist() == list(range(5, 12))
+    assert [found.cut(n) for n in (5, 6, 11, 12)] == [5, 5, 5, 12]
+    ids[0, 10] = 3
+    changed = read_inputs(seeing("gemma3"), given, ids, None, 1).prompt
+    assert np.flatnonzero(changed.rows[0] != found.rows[0]).tolist() == list(range(5, 12))
 
 
 def test_answers_that_repeat_a_type_are_not_kept():
