@@ -268,6 +268,18 @@ def test_models_with_states_go_on_where_these_are_known(turn, cache, store):
     assert turn(WITH_STATES, [*row, C]) == columns(WITH_STATES, *row)
     assert turn(WITH_STATES, [*row, C, AFTER]) == columns(WITH_STATES, *row)  # after C, five more ids must tell it
     assert turn(WITH_STATES, [BEFORE, C, BETWEEN]) == 0
+    for seed in (8, 9):  # states where these part are not got by feeding placeholders
+        assert turn(WITH_STATES, [BEFORE, A, words(9, seed)]) == 0
+
+
+def test_beams_go_on_from_states_before_or_after_all_pictures(turn, cache, store):
+    turn(WITH_STATES, [BEFORE, A, BETWEEN])
+    row = [BEFORE, A, BETWEEN, turn.said, B, AFTER]
+    with TieredCache(store) as other:
+        turn(WITH_STATES, row, on=other)
+        assert turn(WITH_STATES, row, on=other, num_beams=2) == 0  # states are kept between the pictures
+    assert cache.get_seq_length() == columns(WITH_STATES, *row[:4]) - 1
+    assert turn(WITH_STATES, row, num_beams=2) == 0  # and the layers have them there
 
 
 def loop(model, cache, ids, steps=5):
