@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
+from kvtier import TieredCache
 from kvtier.hf.soundness import chunks_continue
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
@@ -206,3 +207,14 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
     except (AttributeError, NotImplementedError):
         wrong = True
     still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers.py: StateLayer")
+
+
+def test_states_alone_are_right_whatever_the_version_tells(tokens, store):
+    """``Cache.get_conv_state`` tells how many tokens such a model has seen, from 5.21 on."""
+    model, ids = tiny(*STATEFUL["mamba"][:2], **STATEFUL["mamba"][2]), tokens(12) % 49 + 1
+    expected = model.generate(ids, **GREEDY)
+    for _ in range(3):
+        with TieredCache(store) as cache:
+            assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+            off = "has seen" in (cache.last_turn.miss_reason or "")
+    assert off == (not hasattr(DynamicCache, "get_conv_state")), "see kvtier/hf/quirks.py: why_off"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from kvtier import PrefixStore, TieredCache
 
@@ -25,6 +25,8 @@ def built():
     models = {}
 
     def build(name):
+        if name.startswith("mamba") and not hasattr(Cache, "get_conv_state"):
+            pytest.skip("this version of transformers does not tell such a cache how many tokens it has seen")
         if name not in models:
             models[name] = families.build(name)
         return models[name]
