@@ -467,7 +467,51 @@ def bitsandbytes_4bit(model, folder):
     return bitsandbytes(model, folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-QUANTISED = [torchao_int8, torchao_int4, torchao_int8_dynamic, quanto_int8, bitsandbytes_4bit]
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_q8(model, folder):
+    """A file of eight-bit weights, which transformers unpacks."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    packed, config = gguf.GGMLQuantizationType.Q8_0, model.config
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in GGUF_NAMES.items()}
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    for name, weight in model.state_dict().items():
+        values, name = weight.numpy(), names[name.removesuffix(".weight")] + ".weight"
+        is_packed = values.ndim == 2
+        writer.add_tensor(
+            name, gguf.quants.quantize(values, packed) if is_packed else values, raw_dtype=packed if is_packed else None
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
+
+
+QUANTISED = [gguf_q8, torchao_int8, torchao_int4, torchao_int8_dynamic, quanto_int8, bitsandbytes_4bit]
 
 
 @pytest.mark.filterwarnings("ignore")  # of what their packages do
