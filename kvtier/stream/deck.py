@@ -101,7 +101,13 @@ class Deck:
         self.ledger.set(id(layer), layer.device_bytes + more)
 
     def step(self, layer: StreamedLayer) -> None:
-        """Begin the update of ``layer``: what attention of the layers before it read has been enqueued."""
+        """Begin the update of ``layer``: what attention of the layers before it read has been enqueued.
+
+        Not so of a layer that must stay hot: an indexer's keys may come after the K and V of its own layer, which
+        attention has not read by then.
+        """
+        if not layer.may_be_cold:
+            return
         self.ring.release()
         if not layer.is_cold:
             self.ring.prefetch(layer.index)
