@@ -21,7 +21,7 @@ import kvtier.hf
 from kvtier import PrefixStore, TieredCache
 
 MANY = "KVTIER_INTERRUPT_POINTS" in os.environ
-POINTS = int(os.environ.get("KVTIER_INTERRUPT_POINTS", "4"))
+POINTS = int(os.environ.get("KVTIER_INTERRUPT_POINTS", "3"))
 STEPS = 3
 FAMILIES = (
     "llama",

@@ -24,7 +24,7 @@ from tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded
 from kvtier import PrefixStore, TieredCache
 
 NIGHTLY = settings().max_examples > 100
-EXAMPLES = 500 if NIGHTLY else 2
+EXAMPLES = 500 if NIGHTLY else 1
 LONGEST = 36  # more than twice the windows of these models
 SAME = 1e-3
 

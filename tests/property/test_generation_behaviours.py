@@ -15,7 +15,7 @@ from subject import Subject
 EVERYTHING = os.environ.get("KVTIER_BEHAVIOURS") == "all"
 # One of each: full, windows, shared, indexed with latent K and V, states in layers of their own, states beside K and V.
 EVERY_BEHAVIOUR = ("llama", "gemma3n", "deepseek_v32", "qwen3_next", "falcon_h1")
-ON_EVERY_FAMILY = ("beams", "in_two_goes_as_in_one", "a_conversation_of_uneven_rows")
+ON_EVERY_FAMILY = ("beams", "a_conversation_of_uneven_rows")
 
 
 def _cases():
