@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PaliGemmaConfig, PaliGemma
 
 from kvtier.hf.inputs import Inputs, media_continue, read_inputs
 from kvtier.hf.marks import WHOLE, Mark, digest_of, digest_tensors, marked, vector_ids
+from kvtier.hf.media import Media, read_media
 from kvtier.hf.prompt import Prompt, Unreadable
 
 ABOVE = 2**40  # no vocabulary is as large
@@ -169,6 +170,48 @@ def test_padding_of_rows_with_fewer_pictures_keeps_them_together():
     columns = found.prompt.columns
     assert found.prompt.cut(columns - 2 - 2) == found.prompt.cut(columns - 12) == 4
     assert found.prompt.cut(columns - 2) == columns - 2
+
+
+def test_pictures_that_are_padding_are_not_counted():
+    row = [words(6), Picture(1), words(3), Picture(2), words(2)]
+    given = prompt("idefics3", row)
+    two = torch.zeros(1, 2, 3, 8, 8)
+    padded = torch.cat([given["pixel_values"], two], 1)
+    mask = torch.ones(1, 4, 8, 8, dtype=torch.long)
+    assert read("idefics3", row).prompt.cut(14) == 14
+    assert read("idefics3", row, pixel_values=padded, pixel_attention_mask=mask).prompt.cut(14) == 7
+
+
+def media_of(family, ids, **tensors):
+    table = torch.tensor([ids]).numpy()
+    found = read_media(tensors, seeing(family).config, table, table != 0)
+    assert isinstance(found, Media)
+    return found
+
+
+def test_a_film_with_words_between_its_frames_is_whole():
+    film = {"pixel_values_videos": torch.ones(32, 12), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    ids = [*words(4), *[198] * 4, *words(3), *[198] * 4, *words(5)]
+    assert media_of("qwen3_vl", ids, **film).wholes == [(4, 15)]
+
+
+def test_grids_that_do_not_fit_the_placeholders_tell_nothing():
+    pictures = {"pixel_values": torch.ones(64, 12), "image_grid_thw": torch.tensor([[1, 4, 8], [1, 4, 8]])}
+    fit, more = (
+        media_of("qwen2_5_vl", [*words(4), *[PLACE] * n, *words(3), *[PLACE] * n, *words(5)], **pictures)
+        for n in (8, 9)
+    )
+    assert fit.wholes == [(4, 12), (15, 23)]
+    assert more.wholes == [(4, 25)]
+
+
+def test_positions_in_a_picture_are_part_of_it():
+    row = [words(6), Picture(1), words(3)]
+    columns = prompt("llava", row)["input_ids"].shape[1]
+    other = torch.arange(columns)[None].clone()
+    other[0, 8] = 90
+    plain, moved = (read("llava", row, position_ids=p).prompt.rows[0] for p in (torch.arange(columns)[None], other))
+    assert np.flatnonzero(plain != moved).tolist() == [7, 8, 9, 10, 11]
 
 
 def test_positions_that_jump_are_marked_and_no_others():
