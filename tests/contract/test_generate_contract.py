@@ -94,6 +94,18 @@ def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
     assert torch.equal(fed[0]["attention_mask"], mask), relied_on("hf/generate.py")
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_hooks_see_every_forward_pass_with_its_arguments_by_name(model, tokens, settings):
+    seen = []
+    model.register_forward_pre_hook(lambda model, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    cache = DynamicCache(config=model.config)
+    model.generate(tokens(10), past_key_values=cache, **{**GREEDY, **settings})
+    assert len(seen) >= 2, relied_on("hf/fed.py: watching")
+    assert all(not args and kwargs["past_key_values"] is cache for args, kwargs in seen), relied_on(
+        "hf/fed.py: watching"
+    )
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, tokens, fed, settings):
     """Also those of the caller, after all layers hold the prompt and before they hold more."""

@@ -103,7 +103,7 @@ def test_encoder_decoder_cache_used_again():
     still_wrong(
         differs(model, ids[1:], cache),
         "an EncoderDecoderCache keeps the cross-attention of an earlier input",
-        "hf/generate.py: _encoder_decoder",
+        "hf/generate.py: take_turn_without_reuse",
     )
 
 
@@ -112,7 +112,7 @@ def test_layers_cropped_to_nothing_keep_their_rows(prefilled):
     cache.crop(-27)
     assert cache.get_seq_length() == 0
     wrong = differs(model, ids.repeat(2, 1), cache)
-    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/cache.py: _start")
+    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/turns.py: _start")
 
 
 # --- layers with states -----------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
         wrong = False
     except (AttributeError, NotImplementedError):
         wrong = True
-    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers.py: StateLayer")
+    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/state_layers.py: StateLayer")
 
 
 def test_states_alone_are_right_whatever_the_version_tells(tokens, store):
