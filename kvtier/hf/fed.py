@@ -159,16 +159,20 @@ def watching(model: torch.nn.Module, cache: Any) -> Iterator[None]:
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     takes_positions = "position_ids" in names
 
-    def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        fed = cache._fed
-        if fed is not None and any(given.get(name) is cache for name in _CACHES):
-            fed.passing(given, cache.get_seq_length(), takes_positions)
+    # PyTorch registers a hook before it notes that the hook wants arguments by name: a pass on another thread may call
+    # it in between, without them.
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        return arguments if any(arguments.get(name) is cache for name in _CACHES) else None
 
-    def after(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+    def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        arguments, fed = given(args, kwargs), cache._fed
+        if arguments is not None and fed is not None:
+            fed.passing(arguments, cache.get_seq_length(), takes_positions)
+
+    def after(_: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
         fed = cache._fed
-        if fed is not None and any(given.get(name) is cache for name in _CACHES):
+        if output and fed is not None and given(args, kwargs) is not None:
             fed.passed()
 
     hooks = (

@@ -63,6 +63,8 @@ class TurnCache(WindowCache, TurnTaker):
         self._held = None
         self._snapshots.lose()
 
+    # Stays outside of what is compiled: it waits for pages, and its windows outlive the pass.
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
