@@ -7,6 +7,8 @@ DOCS_STAMP := $(VENV)/.installed-docs
 NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
 FUZZ_STAMP := $(VENV)/.installed-fuzz
 FUZZ_SECONDS ?= 60
+# A file's tests stay together: they share what is made once.
+ON_ALL_CORES := --numprocesses auto --dist loadfile
 LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := 5.17
 # What that version needs in older form than the newest one does; the rest is shared with $(VENV).
@@ -39,7 +41,7 @@ demo: $(STAMP)  ## three turns on a long document, the last one in a new process
 	$(BIN)/kvtier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and the oldest transformers
 	$(BIN)/ruff check .
