@@ -105,12 +105,12 @@ MEMBERS = [
     Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate.py", "(self, *caches)"),
     Reliance(
         "transformers.DynamicCache.__init__",
-        "hf/layers.py",
+        "hf/layout.py",
         "(self, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=False)",
     ),
     Reliance(
         "transformers.cache_utils.DynamicSlidingWindowLayer.__init__",
-        "hf/layers.py",
+        "hf/layout.py",
         "(self, sliding_window, **kwargs)",
     ),
     *_of(
