@@ -55,6 +55,8 @@ def install() -> None:
 
         @functools.wraps(original)
         def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            if hook.active and isinstance(kwargs.get("cache_params"), TurnTaker):  # as models without attention call it
+                kwargs["past_key_values"] = kwargs.pop("cache_params")
             past = kwargs.get("past_key_values")
             given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
             if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so

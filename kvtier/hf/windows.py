@@ -55,9 +55,10 @@ class WindowCache(DynamicCache):
         self._config = config
         self._let_go()
         self.layers, self._no_reuse = build_layers(config, self._make) if config is not None else ([], None)
-        if self._no_reuse and self._streams is not None and config is not self._warned_of:
+        why = self._no_reuse or (None if self._windows else "none of its layers keeps K and V alone")
+        if config is not None and why and self._streams is not None and config is not self._warned_of:
             self._warned_of = config
-            _log.warning("device_budget has no effect on this model: %s", self._no_reuse)
+            _log.warning("device_budget has no effect on this model: %s", why)
 
     def _let_go(self) -> None:
         for layer in self.layers:

@@ -107,7 +107,7 @@ def test_chat_messages_in_a_pipeline(model, tokenizer, tokens, cache):
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     call = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0]}
     messages = [{"role": "user", "content": words(tokens(12))}]
-    for turn, known in enumerate((0, 19)):
+    for turn, known in enumerate((0, 14)):  # the template writes answers otherwise than the model did
         found = pipe(messages, past_key_values=cache, **call)[0]["generated_text"]
         assert found == pipe(messages, **call)[0]["generated_text"]
         assert cache.last_turn.cached_tokens == known

@@ -79,6 +79,22 @@ def test_the_first_answer_is_computed_as_without_kvtier(built, store, name):
     assert all(map(torch.equal, found.logits, expected.logits))
 
 
+@pytest.mark.parametrize("argument", ["past_key_values", "cache_params"])
+def test_either_name_of_the_argument(built, store, argument):
+    model, ids = built("mamba2"), prompt(30)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    with TieredCache(store) as cache:
+        for known in (0, 35):
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), **{argument: cache}, **settings)
+            assert torch.equal(found, model.generate(ids, attention_mask=torch.ones_like(ids), **settings))
+            assert cache.last_turn.cached_tokens == known
+            ids = torch.cat([found, prompt(3, 1)], 1)
+        edited = ids.clone()
+        edited[0, 3] = edited[0, 3] % 50 + 1
+        found = model.generate(edited, attention_mask=torch.ones_like(ids), **{argument: cache}, **settings)
+        assert torch.equal(found, model.generate(edited, attention_mask=torch.ones_like(ids), **settings))
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_where_two_prompts_part_a_third_one_goes_on(built, ask, store, name):
     model, system = built(name), prompt(24)

@@ -13,6 +13,8 @@ KINDS = {
     "DynamicIndexedLayer": {"indexed"},
     "LinearAttentionLayer": {"linear", "conv"},
     "LinearAttentionAndFullAttentionLayer": {"hybrid"},
+    "DeepseekV4HCACache": {"pooled"},
+    "DeepseekV4CSACache": {"pooled"},
     "DummyLayer": {"shared", "mixed"},  # layers that keep nothing
 }
 
