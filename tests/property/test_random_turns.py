@@ -139,9 +139,14 @@ class Turns(RuleBasedStateMachine):
         generated = [up_to(mode.get("eos_token_id"), new) for new in found.sequences[:, ids.shape[1] :].tolist()]
         ended = [rows[i // each] + new for i, new in enumerate(generated)]
         self.check_report(report, rows, ids, sum(map(len, generated)))
-        # After beams nobody can tell which row holds which words; the last word of a turn was not fed to the model,
-        # unless it ended its row before others.
-        self.check_columns(cache, [row for row in rows for _ in range(beams)] if beams else ended, rows, ids)
+        # Rows of beams hold what was fed to them, which need not be what is returned; the last word of a turn was not
+        # fed to the model, unless it ended its row before others.
+        held = [tuple(tokens.tolist()) for tokens in cache._held.rows] if beams else ended
+        assert all(
+            tokens[: len(row)] == row
+            for tokens, row in zip(held, [r for r in rows for _ in range(len(held) // len(rows))], strict=True)
+        )
+        self.check_columns(cache, held, rows, ids)
         self.kept.update(rows if beams else [sequence[:-1] for sequence in ended])
         return ended
 
