@@ -32,14 +32,13 @@ class Prompt:
     """Whether generated ids say all that decides their K and V, besides what comes before them."""
     marks: tuple[tuple[Mark, ...], ...] = ()
     """Of each row, those that have not been told whole when it ends."""
+    plain: bool = True
+    """Whether ids are all there is to feed."""
 
     def continued(self, row: int, ids: TokenIds) -> TokenIds:
         """Return what ``row`` and generated ``ids`` after it are in a chain."""
         known = self.rows[row]
         return np.concatenate([known, marked(ids, self.marks[row], len(known)) if self.marks else ids])
-
-    plain: bool = True
-    """Whether ids are all there is to feed."""
 
     def admits(self, columns: int) -> bool:
         """Whether a known prefix may end after ``columns`` columns."""

@@ -471,7 +471,7 @@ def test_generate_within_generate(model, generate, tokens, cache):
     found = model.generate(ids, past_key_values=cache, custom_generate=again, **GREEDY, suppress_tokens=[0])
     assert torch.equal(found[:, :30], expected[:, :30])
     assert "custom generate" in cache.last_turn.miss_reason
-    assert_turn(model, ids, cache, generate, 0)
+    assert_turn(model, ids, cache, generate, 29)  # what the inner call fed was the prompt
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

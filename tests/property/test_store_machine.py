@@ -29,7 +29,7 @@ from storekit import (
     restored_length_at_last,
 )
 
-from kvtier import KvtierError, PrefixStore
+from kvtier import KvtierError, PrefixStore, StoreError
 from kvtier.testing.faults import Deed, Fault, Faults, FaultyFilesystem
 
 UNIT = 4096
@@ -61,7 +61,11 @@ class Known:
 
 @dataclass
 class Named:
-    """What is known of a name. ``whole``: as it is pinned, all of it must be found."""
+    """What is known of a name.
+
+    ``whole``: as it is pinned, all of it must be found. ``gone``: its ids were forgotten when so much of it was lost
+    already that nobody could tell it by them.
+    """
 
     root: str
     tokens: Tokens
@@ -70,6 +74,7 @@ class Named:
     ttl: float | None
     used_at: float
     touched_at: float
+    gone: bool = False
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -96,6 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
             "clock": lambda: self.now,
         }
         self.roomy, self.ttl = units is None, ttl
+        self.lost_files = False
         self.known: dict[Key, Known] = {}
         self.named: dict[str, Named] = {}
         self.store = PrefixStore(self.folder, **self.settings)
@@ -118,6 +124,8 @@ class StoreMachine(RuleBasedStateMachine):
         return self.ttl is not None and self.now - known.touched_at > self.ttl
 
     def may_be_there(self, named: Named) -> bool:
+        if named.gone:
+            return False
         if named.ttl is not None and self.now - named.touched_at > named.ttl:
             return False
         return named.pinned or not self.expired(named)
@@ -136,6 +144,10 @@ class StoreMachine(RuleBasedStateMachine):
         for (other_root, other), known in self.known.items():
             if root in (None, other_root) and (tokens is None or other[0] == tokens[0]):
                 known.sure = False
+
+    def outlives(self) -> bool:
+        """Whether all that the store has is there after a reopening. Else some of it may be in RAM alone."""
+        return self.settings["host_budget"] == 1 or (self.roomy and not self.lost_files)
 
     def ask(self, root: str, question: Tokens) -> int:
         """Look for ``question``; check how much comes back, and every byte of it."""
@@ -187,7 +199,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ask(root, new)
         commit(self.store, np.array(new), root)
         self.store.flush()
-        self.known[root, new] = Known(self.roomy, self.now, self.now)
+        self.known[root, new] = Known(self.roomy and self.outlives(), self.now, self.now)
         self.touch(root, new)
         self.ask(root, new)
         return root, new
@@ -228,10 +240,15 @@ class StoreMachine(RuleBasedStateMachine):
         root, tokens = sequence
         commit(self.store, np.array(tokens), root)
         self.store.flush()
-        self.known[root, tokens] = Known(self.roomy, self.now, self.now)
+        self.known[root, tokens] = Known(self.roomy and self.outlives(), self.now, self.now)
         self.touch(root, tokens)
         old = self.named.get(name)
-        found = self.store.name(name, root, np.array(tokens), pin=pin, ttl=ttl)
+        try:
+            found = self.store.name(name, root, np.array(tokens), pin=pin, ttl=ttl)
+        except StoreError:
+            assert not self.roomy
+            assert self.store.match(root, np.array(tokens)).length < len(tokens)
+            return
         pinned = pin or (old is not None and old.pinned)
         assert found.pinned == pinned
         assert found.tokens == len(tokens)
@@ -239,7 +256,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert whole or not self.roomy
         if old is not None:
             self.lost_its_name(name)
-        self.named[name] = Named(root, tokens, pinned, pinned and whole, ttl, self.now, self.now)
+        whole_for_good = pinned and whole and self.outlives()
+        self.named[name] = Named(root, tokens, pinned, whole_for_good, ttl, self.now, self.now)
         assert self.store.tokens_of(name).tolist() == list(tokens) or not whole
 
     @precondition(lambda self: self.named)
@@ -249,7 +267,8 @@ class StoreMachine(RuleBasedStateMachine):
         each = self.named[name]
         if pin:
             self.store.pin(name)
-            each.whole = each.whole or self.store.named(name).kept_tokens == len(each.tokens)
+            kept = self.store.named(name).kept_tokens
+            each.whole = each.whole or (kept == len(each.tokens) and self.outlives())
         else:
             self.store.unpin(name)
             each.whole = False
@@ -275,7 +294,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def lost_its_name(self, name):
         each = self.named.pop(name)
-        self.known.setdefault((each.root, each.tokens), Known(False, each.used_at, each.touched_at))
+        if not each.gone:
+            self.known.setdefault((each.root, each.tokens), Known(False, each.used_at, each.touched_at))
 
     @precondition(lambda self: self.named)
     @rule(data=st.data())
@@ -293,15 +313,18 @@ class StoreMachine(RuleBasedStateMachine):
         _, tokens = sequence
         tokens = tokens[:length]
         before = accounted_bytes(self.folder)
+        kept = {each.name: self.named[each.name].tokens[: each.kept_tokens] for each in self.store.names()}
         forgotten = self.store.forget(np.array(tokens))
         self.gave_back(before, forgotten)
         found = {each.name for each in self.store.names()}
-        for name, each in list(self.named.items()):
-            if each.tokens[: len(tokens)] == tokens:
+        for name, each in list(self.named.items()):  # of which only what is left can be compared
+            if kept[name][: len(tokens)] == tokens:
                 assert name not in found
             if tokens[: len(each.tokens)] == each.tokens:
                 each.whole = False
-            if name not in found and shared(each.tokens, tokens) in (len(tokens), len(each.tokens)):
+            each.gone = each.gone or each.tokens[: len(tokens)] == tokens
+            each.whole = each.whole and not each.gone
+            if name not in found and shared(kept[name], tokens) in (len(tokens), len(kept[name])):
                 self.lost_its_name(name)
         for root, other in list(self.known):
             if other[: len(tokens)] == tokens:
@@ -323,6 +346,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(units=st.integers(0, 6))
     def prune(self, units):
         self.doubt()
+        self.lost_files = True
         self.store.prune(to_bytes=units * UNIT)
         disk = next(tier for tier in self.store.stats().tiers if tier.tier == "disk")
         assert disk.nbytes <= units * UNIT or any(each.pinned for each in self.named.values())
@@ -357,6 +381,7 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self):
         self.store.close()
         self.store = PrefixStore(self.folder, **self.settings)
+        self.lost_files = False
         self.is_sound()
 
     def is_sound(self):
@@ -368,6 +393,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not files:
             return
         self.doubt()
+        self.lost_files = True
         for each in self.named.values():
             each.whole = False
         damage(files[which % len(files)], how, at)
