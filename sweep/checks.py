@@ -183,11 +183,8 @@ class Examination:
 
     def _bytes_per_token(self, ids: torch.Tensor) -> int:
         """Return the bytes that all layers keep of one token."""
-        if self._no_dynamic is not None:
-            return 0
-        cache: Any = reference_cache(self._model)
-        ask(self._model, ids, cache)
-        return sum(map(token_bytes, cache.layers))
+        cache = ask(self._model, ids, reference_cache(self._model) if self._no_dynamic is None else None).cache
+        return sum(map(token_bytes, getattr(cache, "layers", ())))
 
     def _edited(self, first: torch.Tensor, second: torch.Tensor, unedited: Answer) -> Outcome:
         """Answer a turn whose history was changed in the middle."""

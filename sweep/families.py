@@ -122,6 +122,7 @@ FAMILIES: Mapping[str, Family] = {
         {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
         without=("mlp_layer_types",),
     ),
+    "moshi": Family("its positions end where its window does", {"sliding_window": 512}),
     "musicgen_decoder": Family("a token is a row of codes; with one codebook it is an id", {"num_codebooks": 1}),
     "musicgen_melody_decoder": Family("a token is a row of codes; with one codebook it is an id", {"num_codebooks": 1}),
     "nemotron_h": Family(

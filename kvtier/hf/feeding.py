@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel, StoppingCriteria
+from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriteria
 
+from kvtier.hf.carriers import Carried
 from kvtier.hf.quirks import cache_argument
 
 
 def feed(
     model: PreTrainedModel,
-    cache: Cache,
+    cache: Cache | Carried,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     begin: int,
@@ -35,6 +36,8 @@ def feed(
         arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
     if "logits_to_keep" in parameters:
         arguments["logits_to_keep"] = 1
+    if isinstance(cache, Carried):
+        cache.feeding(end - begin)
     with torch.no_grad():
         model(input_ids=ids, **arguments)
 
@@ -57,37 +60,48 @@ class PromptEnd(StoppingCriteria):
 
 
 _lock = threading.Lock()
-_originals: dict[type, Callable[..., Any]] = {}
+_originals: dict[type, Callable[..., Any] | None] = {}
+"""Classes whose ``prepare_inputs_for_generation`` was wrapped → their own; None when they inherited it."""
 
 
 def slice_prompts(model: PreTrainedModel, kind: type) -> None:
-    """See to it that a model that takes its cache as ``cache_params`` is fed only what the cache does not have.
+    """See to it that a model that takes its cache as ``cache_params`` or ``state`` is fed only what that does not have.
 
     ``generate`` does so for caches it calls ``past_key_values``, and feeds the others the whole prompt again. Wraps
-    ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` alone.
+    ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` and what is carried alone.
     """
-    owner = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
+    owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
+    if owner is GenerationMixin:
+        owner = type(model)
     with _lock:
         if owner in _originals:
             return
-        original = _originals[owner] = vars(owner)["prepare_inputs_for_generation"]
+        _originals[owner] = vars(owner).get("prepare_inputs_for_generation")
+        original = owner.prepare_inputs_for_generation
+        kinds: Any = (kind, Carried)
 
         @functools.wraps(original)
         def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("cache_params")
-            if isinstance(cache, kind) and kwargs.get("is_first_iteration"):
-                known = cache.get_seq_length()  # type: ignore[attr-defined]
+            cache: Any = kwargs.get("cache_params", kwargs.get("state"))
+            if isinstance(cache, kinds) and kwargs.get("is_first_iteration"):
+                known = cache.get_seq_length()
                 if known:
                     input_ids = input_ids[:, known:]
                     kwargs["attention_mask"] = None  # no row is padded
-            return original(self, input_ids, *args, **kwargs)
+            inputs = original(self, input_ids, *args, **kwargs)
+            if isinstance(cache, Carried):
+                cache.feeding(inputs["input_ids"].shape[1])
+            return inputs
 
-        owner.prepare_inputs_for_generation = prepare  # type: ignore[attr-defined]
+        owner.prepare_inputs_for_generation = prepare
 
 
 def restore_classes() -> None:
     """Give all classes their methods back."""
     with _lock:
         for owner, original in _originals.items():
-            owner.prepare_inputs_for_generation = original  # type: ignore[attr-defined]
+            if original is not None:
+                owner.prepare_inputs_for_generation = original  # type: ignore[attr-defined]
+            else:
+                del owner.prepare_inputs_for_generation  # type: ignore[attr-defined]
         _originals.clear()

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import PromptError, RestoreError, StreamError
+from kvtier.hf.carriers import carry, settle, why_not_carried
 from kvtier.hf.fed import watching
 from kvtier.hf.feeding import PromptEnd, feed, slice_prompts
 from kvtier.hf.inputs import read_inputs
@@ -64,8 +65,8 @@ def take_turn(
         return _without(original, model, cache, kwargs, no_cache)
     argument = cache_argument(model)
     if argument != "past_key_values":
-        kwargs[argument] = kwargs.pop("past_key_values")
         slice_prompts(model, TurnTaker)
+    settle(model)
     _use_cache(model, kwargs)
     if isinstance(input_ids, torch.Tensor):
         _feed_at_once(model, kwargs, input_ids.shape[-1])
@@ -74,6 +75,8 @@ def take_turn(
     off = unsound.reason if unsound is not None else None
     input_ids = input_ids if isinstance(input_ids, torch.Tensor) else None
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    if isinstance(input_ids, torch.Tensor):
+        off = off or why_not_carried(model, len(input_ids), repeats)
     inputs = read_inputs(model, kwargs, input_ids, attention_mask, repeats) if off is None else None
     if isinstance(inputs, Unreadable):
         off, inputs = inputs.reason, None
@@ -87,7 +90,7 @@ def take_turn(
     criteria = list(kwargs.get("stopping_criteria") or ())
     stream_failed = False
     while True:
-        cache._begin(
+        report = cache._begin(
             model,
             input_ids,
             attention_mask,
@@ -100,13 +103,16 @@ def take_turn(
             custom=custom,
         )
         try:
+            passed = carry(model, cache, len(report.rows))
             for begin, end in cache._pieces():
                 assert input_ids is not None
-                feed(model, cache, input_ids, attention_mask, begin, end)
+                feed(model, passed, input_ids, attention_mask, begin, end)
                 cache._passed(end)
-            arguments = kwargs
+            arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            if passed is not None:
+                arguments.setdefault(argument, passed)
             if inputs is not None:
-                arguments = inputs.after(kwargs, cache.get_seq_length())
+                arguments = inputs.after(arguments, cache.get_seq_length())
                 if cache._has_states:
                     end_of_prompt = PromptEnd(functools.partial(cache._passed, inputs.prompt.columns))
                     arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
 
+from kvtier.hf.carriers import carried_argument
 from kvtier.hf.marks import WHOLE, Mark, digest_of, marked, vector_ids
 from kvtier.hf.media import KINDS, Media, placeholder_id, read_media
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
@@ -109,6 +110,8 @@ def why_not_begin(model: PreTrainedModel, input_ids: torch.Tensor) -> str | None
 
     Positions that the model remembers from another prompt are forgotten.
     """
+    if carried_argument(model) is not None:
+        return "begin() cannot give this model the states that it carries past a cache"
     if _counts_on(model) and _own_positions(model) is None:
         return "the model derives positions from an earlier call"
     for kind in KINDS:

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kvtier.hf.carriers import carried_states
 from kvtier.hf.layers import IndexedLayer, SlidingWindowLayer, WindowLayer, new_window
 from kvtier.hf.prefix import MakeMemory
 from kvtier.hf.state_layers import HybridLayer, HybridSlidingLayer, StateLayer
@@ -59,6 +60,9 @@ def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) 
         config: of the model.
         make: makes places for K and V; by default, windows.
     """
+    carried = carried_states(config)
+    if carried is not None:
+        return [carried], None
     upstream = DynamicCache(config=config).layers
     kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
     own = [layer for layer, kind in zip(upstream, kinds, strict=True) if kind is None and not has_states(layer)]

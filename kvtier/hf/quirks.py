@@ -10,12 +10,15 @@ from typing import Any
 
 from transformers import Cache
 
+from kvtier.hf.carriers import carried_argument
+
 _OFF = {
     "cpmant": "the model puts columns of its own before the prompt's",
-    "moshi": "transformers limits what a cache shows to a window that the model does not have without one",
     "prophetnet": "the model goes on from a cache by one token at a time only, and not to the same K and V",
     "recurrent_gemma": "the model keeps its recurrent state in its modules, outside of any cache",
 }
+# A cache shows these no more than a window, which they do not have without one; their positions end with it.
+_WITHIN_WINDOW = frozenset({"moshi"})
 # A pass over several tokens begins these with an empty recurrent state, whatever the cache holds.
 _TOKEN_BY_TOKEN = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 # One token at a time, these compute other states than over many tokens at once.
@@ -24,9 +27,20 @@ _DECODES_OTHERWISE = frozenset({"nemotron_h", "zamba2"})
 
 def why_off(model: Any) -> str | None:
     """Return why nothing of this kind of model may be reused; None when it may."""
-    if cache_argument(model) == "cache_params" and not hasattr(Cache, "get_conv_state"):
+    counts = carried_argument(model) is not None or hasattr(Cache, "get_conv_state")
+    if cache_argument(model) == "cache_params" and not counts:
         return "before 5.21, transformers tells a cache of states alone not how many tokens it has seen"
     return _OFF.get(model.config.model_type)
+
+
+def why_too_long(model: Any, columns: int, longest_answer: int) -> str | None:
+    """Return why a turn of a prompt of ``columns`` must not reuse, for what it grows to; None when it may."""
+    if model.config.model_type not in _WITHIN_WINDOW:
+        return None
+    window = model.config.get_text_config(decoder=True).sliding_window
+    if longest_answer and columns + longest_answer <= window:
+        return None
+    return f"transformers shows this model no more than {window} tokens of a cache; set max_new_tokens to stay within"
 
 
 def takes_token_by_token(model: Any) -> bool:
@@ -42,6 +56,8 @@ def decodes_otherwise(model: Any) -> bool:
 def why_no_cache(model: Any) -> str | None:
     """Return why ``generate`` does not take a cache for this model; None when it does."""
     name = type(model).__name__
+    if carried_argument(model) is not None:
+        return None
     if not {"past_key_values", "cache_params"} & set(inspect.signature(model.forward).parameters):
         return f"{name} uses no cache"
     supports = getattr(model, "_supports_default_dynamic_cache", None)
@@ -52,4 +68,7 @@ def why_no_cache(model: Any) -> str | None:
 
 def cache_argument(model: Any) -> str:
     """Return the name under which the model takes a cache."""
+    carried = carried_argument(model)
+    if carried is not None:
+        return carried
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -197,7 +197,6 @@ _HARMLESS = frozenset(POSITIONAL) | {
     "assistant_tokenizer",
     "trust_remote_code",
     "past_key_values",
-    "cache_params",
     "attention_mask",
     "use_cache",
     "logits_to_keep",

@@ -27,8 +27,8 @@ _LINEAR = (
     "conv_kernel_size",
     "dtype",
 )
-# transformers' own names of layers whose every attribute is a state.
-_WHOLE = frozenset({"heavily_compressed_attention", "compressed_sparse_attention"})
+# Names of layers whose every attribute is a state: transformers' own, and what stands for layers that carry theirs.
+_WHOLE = frozenset({"heavily_compressed_attention", "compressed_sparse_attention", "carried"})
 _PLAIN = (bool, int, float, str, type(None))
 _NUMBERS = "numbers"
 

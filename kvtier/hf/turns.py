@@ -21,7 +21,7 @@ from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
-from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off
+from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off, why_too_long
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.states import UnreadableError
@@ -141,6 +141,8 @@ class TurnCache(WindowCache, TurnTaker):
                 off = read.reason
             else:
                 prompt = read
+        if prompt is not None and not off:
+            off = why_too_long(model, prompt.columns, longest_answer)
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()

@@ -8,12 +8,14 @@ import torch
 from transformers import Cache, DynamicCache
 
 from kvtier import PrefixStore, TieredCache
+from sweep.models import tiny_model
 
 # One of each way to keep states; mamba and jamba can only go on token by token, nemotron_h only from prompts.
 FREE = ["qwen3_next", "falcon_h1", "lfm2", "mamba2", "deepseek_v4"]
 TOKEN_BY_TOKEN = ["mamba", "jamba"]
 FROM_PROMPTS = ["nemotron_h", "zamba2"]
-EVERY = [*FREE, *TOKEN_BY_TOKEN, *FROM_PROMPTS]
+CARRIED = ["rwkv", "xlstm", "minimax"]  # past any cache
+EVERY = [*FREE, *TOKEN_BY_TOKEN, *FROM_PROMPTS, *CARRIED]
 
 
 def prompt(columns, seed=0):
@@ -28,7 +30,7 @@ def built():
         if name.startswith("mamba") and not hasattr(Cache, "get_conv_state"):
             pytest.skip("this version of transformers does not tell such a cache how many tokens it has seen")
         if name not in models:
-            models[name] = families.build(name)
+            models[name] = tiny_model(name) if name in CARRIED else families.build(name)
         return models[name]
 
     return build
@@ -95,7 +97,7 @@ def test_either_name_of_the_argument(built, store, argument):
         assert torch.equal(found, model.generate(edited, attention_mask=torch.ones_like(ids), **settings))
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", [*FREE, *CARRIED])
 def test_where_two_prompts_part_a_third_one_goes_on(built, ask, store, name):
     model, system = built(name), prompt(24)
     with TieredCache(store) as cache:
@@ -116,7 +118,7 @@ def test_the_same_prompt_a_third_time(built, ask, store, name):
             assert cache.last_turn.cached_tokens == known
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", [*FREE, *CARRIED])
 def test_an_edited_history_goes_on_from_before_the_edit(built, ask, store, name):
     model = built(name)
     with TieredCache(store) as cache:
