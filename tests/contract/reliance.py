@@ -185,8 +185,24 @@ MEMBERS = [
     ),
 ]
 
-# Adapters and hooks: nothing of them is imported, their attributes are read by name.
+# Nothing of these is imported; they are found by name.
 OTHERS = [
+    Reliance(
+        "transformers.models.minimax.modeling_minimax.MiniMaxCache.get_linear_cache",
+        "hf/carriers.py",
+        "(self, layer_idx)",
+    ),
+    Reliance(
+        "transformers.models.minimax.modeling_minimax.MiniMaxCache.set_linear_cache",
+        "hf/carriers.py",
+        "(self, layer_idx, linear_cache)",
+    ),
+    Reliance(
+        "transformers.models.xlstm.modeling_xlstm.xLSTMCache.__init__",
+        "hf/carriers.py",
+        "(self, config, max_batch_size, dtype=torch.bfloat16, device=None, **kwargs)",
+    ),
+    Reliance("transformers.models.rwkv.modeling_rwkv.RwkvModel._rescale_layers", "hf/carriers.py", "(self)"),
     Reliance("accelerate.hooks.ModelHook", "hf/soundness.py"),
     Reliance("accelerate.hooks.SequentialHook", "hf/soundness.py"),
     Reliance("accelerate.hooks.AlignDevicesHook", "hf/anatomy.py"),

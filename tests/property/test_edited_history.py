@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded
 
 from kvtier import PrefixStore, TieredCache
+from sweep.models import tiny_model
 
 NIGHTLY = settings().max_examples > 100
 EXAMPLES = 500 if NIGHTLY else 1
@@ -49,6 +50,7 @@ FAMILIES = (
     "qwen3_next",
     "lfm2",
 )
+CARRIERS = ("rwkv", "xlstm", "minimax")  # they take no DynamicCache
 
 words = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=7).map(tuple)
 places = st.integers(0, 255)
@@ -106,7 +108,11 @@ beginnings = st.lists(st.integers(1, VOCABULARY - 1), min_size=3, max_size=24).m
 
 @functools.cache
 def model_of(name: str) -> Any:
-    return families.build(name, vocab_size=VOCABULARY)
+    return tiny_model(name) if name in CARRIERS else families.build(name, vocab_size=VOCABULARY)
+
+
+def is_indexed(name: str) -> bool:
+    return name not in CARRIERS and "indexed" in families.FAMILIES[name].kinds
 
 
 def by_chance(model: Any, ids: torch.Tensor, expected: Any, mode: dict[str, Any]) -> bool:
@@ -165,11 +171,12 @@ class Conversations:
                 assert 0 <= row.cached_tokens <= len(tokens) - 1
         expected = answer(self.model, ids, **mode)
         # A prompt whose states are kept where it leaves another one is computed in two pieces.
-        in_one_piece = report.cached_tokens == 0 and not families.FAMILIES[self.name].has_states
+        has_states = self.name in CARRIERS or families.FAMILIES[self.name].has_states
+        in_one_piece = report.cached_tokens == 0 and not has_states
         try:
             assert_same_answer(found, expected, exact=in_one_piece)
         except AssertionError:
-            indexed = "indexed" in families.FAMILIES[self.name].kinds
+            indexed = is_indexed(self.name)
             if not (indexed and report.cached_tokens and by_chance(self.model, ids, expected, mode)):
                 raise
             event(f"{self.name}: an indexer had to draw lots")
@@ -196,7 +203,7 @@ GOING_BACK = [
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *CARRIERS])
 @settings(max_examples=EXAMPLES)
 @example(beginnings=((1, 2, 3, 4) * 4, (5, 2, 3, 1) * 4), script=TAKING_TURNS, on_disk=False)
 @example(beginnings=((1, 2, 3, 4) * 6, (5, 2, 3, 1) * 2), script=EDITING_THE_LONGER, on_disk=False)
