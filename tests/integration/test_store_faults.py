@@ -314,7 +314,8 @@ def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, 
             assert not finished or cache.last_turn.cached_tokens == (ids.shape[1] - 1) * len(ids)
             if finished:
                 break
-            assert cache.last_turn.cached_tokens < (ids.shape[1] - 1) * len(ids) or fault is ended
+            # Each beam that was kept has a block of its own that begins with the end of the prompt.
+            assert cache.last_turn.cached_tokens < (ids.shape[1] - 1) * len(ids) or fault is ended or use == "beams"
             cache.reset()
             ask(cache, ids[:1])  # what was lost is there again
         failed_at += 7 if use != "generate" else 3 if compression == "zstd" else 1
