@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ConfigurationError, PromptError
+from kvtier.hf.call import read_loop
 from kvtier.hf.hook import install
-from kvtier.hf.inputs import why_not_begin
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
 from kvtier.report import TurnReport
@@ -97,9 +97,10 @@ class TieredCache(TurnCache):
             ClosedError: the cache was closed.
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
-        off = why_not_begin(model, input_ids)
+        self._check_open()
+        call = read_loop(model, input_ids, attention_mask)
         while True:
-            report = self._begin(model, input_ids, attention_mask, off=off, feeds=False)
+            report = self._begin(model, call)
             try:
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()

@@ -169,7 +169,7 @@ _CARRIERS: dict[str, tuple[str, Callable[[PreTrainedModel, Any, int], Carried]]]
 
 def carried_argument(model: Any) -> str | None:
     """Return the argument by which a model takes its states; None when it carries none past a cache."""
-    found = _CARRIERS.get(model.config.model_type)
+    found = _CARRIERS.get(getattr(getattr(model, "config", None), "model_type", ""))
     return found[0] if found is not None else None
 
 

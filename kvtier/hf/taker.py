@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from kvtier.hf.prompt import Prompt
+from kvtier.hf.call import Call
 from kvtier.report import TurnReport
 
 
@@ -16,34 +16,8 @@ class TurnTaker(ABC):
     """A cache that takes turns: what the hook asks of it."""
 
     @abstractmethod
-    def _begin(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        off: str | None = None,
-        cold: str | None = None,
-        longest_answer: int = 0,
-        repeats: int = 1,
-        prompt: Prompt | None = None,
-        watched: bool = False,
-        custom: bool = False,
-    ) -> TurnReport:
-        """Begin a turn whose pages may still be on their way.
-
-        Args:
-            model: the model that will be called.
-            input_ids: ``[batch, columns]``.
-            attention_mask: ``[batch, columns]``.
-            off: why this turn must neither reuse nor be kept.
-            cold: why this turn must not reuse, though its prompt may be kept.
-            longest_answer: new tokens at most, as far as one can tell.
-            repeats: how many rows of the cache continue each row of the prompt.
-            prompt: what ids, mask and all other inputs were read as.
-            watched: whether to note what is fed: returned sequences do not tell which row holds what.
-            custom: whether other code than transformers' own decides what is fed.
-        """
+    def _begin(self, model: PreTrainedModel, call: Call) -> TurnReport:
+        """Begin a turn of ``model``, whose pages may still be on their way."""
 
     @abstractmethod
     def pass_over(self, reason: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, StreamError
+from kvtier.hf.call import Call
 from kvtier.hf.fed import Fed
 from kvtier.hf.hook import check_installed, look_for_own_generate
 from kvtier.hf.identity import identify
@@ -20,7 +21,7 @@ from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
-from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
+from kvtier.hf.prompt import Prompt
 from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off, why_too_long
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
@@ -111,38 +112,19 @@ class TurnCache(WindowCache, TurnTaker):
         if turn is not None:
             turn.rows_moved(rows, before)
 
-    def _begin(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        off: str | None = None,
-        cold: str | None = None,
-        longest_answer: int = 0,
-        repeats: int = 1,
-        feeds: bool = True,
-        prompt: Prompt | None = None,
-        watched: bool = False,
-        custom: bool = False,
-    ) -> TurnReport:
+    def _begin(self, model: PreTrainedModel, call: Call) -> TurnReport:
         self._check_open()
-        self._longest_answer = longest_answer
+        self._longest_answer = call.longest_answer
         self._salvage()
+        prompt, off = call.prompt, call.off
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             off = off or "the model has no config"
         elif config is not self._config:
             self._lay_out(config)
         off = off or self._no_reuse or (why_off(model) if config is not None else None)
-        if prompt is None and input_ids is not None and not off:
-            read = read_prompt(input_ids, attention_mask)
-            if isinstance(read, Unreadable):
-                off = read.reason
-            else:
-                prompt = read
         if prompt is not None and not off:
-            off = why_too_long(model, prompt.columns, longest_answer)
+            off = why_too_long(model, prompt.columns, call.longest_answer)
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
@@ -156,13 +138,14 @@ class TurnCache(WindowCache, TurnTaker):
         states = bool(self._states)
         if states and self._is_spread(model):
             return self._start(Turn.off("states of layers on several devices are not restored"))
+        cold = call.cold
         if self._hides_rows(prompt):
             cold = cold or "padding on the right is all that a window shows at the end of a row"
         if cold:
             if states:
                 return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
-            fed = Fed(prompt) if watched and prompt.plain else None
-            return self._start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=custom))
+            fed = Fed(prompt) if call.watched and prompt.plain else None
+            return self._start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=call.custom))
         while True:
             turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
@@ -175,13 +158,12 @@ class TurnCache(WindowCache, TurnTaker):
                     turn.reason = _why_no_states(prompt)
             if states:
                 turn.keeps_answer_states = not decodes_otherwise(model)
-                plan_pieces(
-                    turn, token_by_token=takes_token_by_token(model), may_feed=feeds and repeats == 1 and prompt.plain
-                )
-            if watched and prompt.plain:
+                may_feed = call.feeds and call.repeats == 1 and prompt.plain
+                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=may_feed)
+            if call.watched and prompt.plain:
                 turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
             try:
-                return self._start(turn, model, repeats)
+                return self._start(turn, model, call.repeats)
             except BlockError:
                 continue  # blocks that do not fit the model: they were discarded
 

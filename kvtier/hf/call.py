@@ -1,0 +1,166 @@
+"""What one call says of its turn: the prompt that is fed, and what of a turn its way of decoding allows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtier.errors import PromptError
+from kvtier.hf.carriers import why_not_carried
+from kvtier.hf.inputs import Inputs, read_inputs, why_not_begin
+from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
+from kvtier.hf.quirks import takes_token_by_token
+from kvtier.hf.soundness import is_custom, why_cold, why_unsound_call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A call of ``generate``, or of ``begin``, as a turn sees it.
+
+    Attributes:
+        off: why the turn must neither reuse nor be kept.
+        cold: why it must not reuse, though what is fed may be kept.
+        ids: ``[batch, columns]``, as they were given.
+        mask: ``[batch, columns]``.
+        inputs: what is fed, besides ids too; None where ``off``, and in loops of one's own.
+        prompt: what is fed, as rows of ids.
+        longest_answer: new tokens at most; 0 where nobody can tell.
+        repeats: how many rows of the cache continue each row of the prompt.
+        feeds: whether the prompt can be fed in pieces.
+        watched: whether to note what is fed: returned sequences do not tell which row holds what.
+        custom: whether other code than transformers' own decides what is fed.
+    """
+
+    off: str | None = None
+    cold: str | None = None
+    ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    inputs: Inputs | None = None
+    prompt: Prompt | None = None
+    longest_answer: int = 0
+    repeats: int = 1
+    feeds: bool = True
+    watched: bool = False
+    custom: bool = False
+
+
+def read_loop(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Call:
+    """Return what ``begin`` says: a loop that feeds ``input_ids`` by itself.
+
+    Raises:
+        PromptError: the mask has another shape than the ids.
+    """
+    prompt = read_prompt(input_ids, attention_mask)
+    off = why_not_begin(model, input_ids)
+    if isinstance(prompt, Unreadable):
+        return Call(off or prompt.reason, feeds=False)
+    return Call(off, prompt=prompt, feeds=False)
+
+
+def read_call(model: PreTrainedModel, arguments: dict[str, Any]) -> Call:
+    """Return what a call of ``generate`` with these ``arguments`` says; they are changed where a turn needs others.
+
+    Raises:
+        PromptError: the mask tells of more columns than the prompt has.
+    """
+    ids = arguments.get("inputs")
+    ids = arguments.get("input_ids") if ids is None else ids
+    mask = _checked_mask(model, ids, arguments)
+    setting = functools.partial(setting_of, model, arguments)
+    use_cache(model, arguments)
+    if not isinstance(ids, torch.Tensor):
+        ids = None
+    elif takes_token_by_token(model) and setting("prefill_chunk_size"):
+        arguments["prefill_chunk_size"] = ids.shape[-1]  # between chunks, transformers would forget states
+    repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)
+    off = _why_off(model, arguments, setting, ids, repeats)
+    inputs = read_inputs(model, arguments, ids, mask, repeats) if off is None else None
+    if isinstance(inputs, Unreadable):
+        off, inputs = inputs.reason, None
+    if custom and inputs is not None and not inputs.prompt.plain:
+        off, inputs = "a custom generate may feed other inputs", None
+    return Call(
+        off,
+        cold,
+        ids,
+        mask,
+        inputs,
+        inputs.prompt if inputs is not None else None,
+        int(setting("max_new_tokens") or 0),
+        repeats,
+        watched=custom or cold is not None or (setting("num_beams") or 1) > 1,
+        custom=custom,
+    )
+
+
+def _why_off(
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    setting: Callable[[str], Any],
+    ids: torch.Tensor | None,
+    repeats: int,
+) -> str | None:
+    unsound = why_unsound_call(arguments, setting)
+    if unsound is not None:
+        return unsound.reason
+    return why_not_carried(model, len(ids), repeats) if ids is not None else None
+
+
+def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Return the mask, which may be inferred from padding ids as ``generate`` does."""
+    mask: torch.Tensor | None = arguments.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return mask
+    if mask is None and not model.config.is_encoder_decoder:
+        mask = _infer_mask(model, ids, arguments)
+        if mask is not None:
+            arguments["attention_mask"] = mask
+    fed = ids if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
+    if mask is not None and mask.ndim == 2 and mask.shape[1] > fed.shape[1]:
+        raise PromptError(
+            f"attention_mask has {mask.shape[1]} columns, input_ids {fed.shape[1]}: pass the whole conversation as "
+            "input_ids; the cache finds what it knows by itself"
+        )
+    return mask
+
+
+def use_cache(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Let a call use its cache: with one that it does not use, transformers feeds all tokens at every step."""
+    if setting_of(model, arguments, "use_cache") is False:
+        arguments["use_cache"] = True
+
+
+def setting_of(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> Any:
+    """Return a generation setting as ``generate`` will resolve it."""
+    for source in (arguments.get("generation_config"), model.generation_config):
+        if arguments.get(name) is not None:
+            break
+        if getattr(source, name, None) is not None:
+            return getattr(source, name)
+    return arguments.get(name)
+
+
+def eos_ids(model: PreTrainedModel, arguments: dict[str, Any]) -> list[int]:
+    """Return the ids that end a sequence."""
+    eos = setting_of(model, arguments, "eos_token_id")
+    if eos is None:
+        return []
+    if isinstance(eos, torch.Tensor):
+        eos = eos.tolist()
+    return [int(e) for e in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _infer_mask(model: PreTrainedModel, ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Return the mask that ``generate`` would infer from padding ids; None when it is all ones."""
+    pad = setting_of(model, arguments, "pad_token_id")
+    pad = pad.item() if isinstance(pad, torch.Tensor) else pad
+    if pad is None or int(pad) in eos_ids(model, arguments):
+        return None
+    padding = ids == int(pad)
+    return (~padding).long() if bool(padding.any()) else None
