@@ -67,11 +67,11 @@ def compiled_module(model):
 )
 def test_a_compiled_model_reuses(how, settings, make_model, cache, tokens):
     torch._dynamo.reset()
-    shape = {"num_hidden_layers": 2}
+    shape = {"num_hidden_layers": 1}
     plain, model = make_model("llama", **shape), how(make_model("llama", **shape))
     ids = tokens(20)
-    call = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [0], **settings}
-    for known in (0, 22):
+    call = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [0], **settings}
+    for known in (0, 21):
         found = model.generate(ids, past_key_values=cache, **call)
         assert torch.equal(found, plain.generate(ids, **call))
         assert cache.last_turn.cached_tokens >= (min(known, 20) if settings else known), cache.last_turn
