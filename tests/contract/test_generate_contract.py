@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.hf.generate import _infer_mask
+from kvtier.hf.call import _infer_mask
 from kvtier.hf.soundness import chunks_continue
 
 
@@ -154,16 +154,16 @@ def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
     model.generate(ids, do_sample=False, max_new_tokens=1, **({"pad_token_id": 0} if pad is None else {}))
     theirs = fed[0].get("attention_mask")
     theirs = None if theirs is None or theirs.all() else theirs  # older versions pass a mask of ones
-    assert (ours is None) == (theirs is None), relied_on("hf/generate.py")
+    assert (ours is None) == (theirs is None), relied_on("hf/call.py")
     if ours is not None:
-        assert torch.equal(ours, theirs), relied_on("hf/generate.py")
+        assert torch.equal(ours, theirs), relied_on("hf/call.py")
 
 
 def test_settings_come_from_the_call_then_its_config_then_the_model(model, tokens):
     ids = tokens(10)
     model.generation_config.max_new_tokens = 1
     config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
-    where = relied_on("hf/generate.py")
+    where = relied_on("hf/call.py")
     assert model.generate(ids, do_sample=False).shape[1] == 11, where
     assert model.generate(ids, generation_config=config).shape[1] == 12, where
     assert model.generate(ids, generation_config=config, max_new_tokens=3).shape[1] == 13, where

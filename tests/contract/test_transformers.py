@@ -228,7 +228,7 @@ ASKED = (
 def test_settings_that_are_asked_for(name):
     """A setting of another name would always read None."""
     assert hasattr(GenerationConfig(), name), changed(f"the generation setting {name}", "is gone", "hf/soundness.py")
-    assert any(f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("soundness.py", "generate.py"))
+    assert any(f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("soundness.py", "call.py"))
 
 
 def test_arguments_by_position():
@@ -247,9 +247,9 @@ def tiny():
 @pytest.mark.parametrize(
     ("attribute", "where"),
     [
-        ("config.is_encoder_decoder", "hf/generate.py"),
+        ("config.is_encoder_decoder", "hf/call.py"),
         ("config.rope_parameters", "hf/soundness.py"),
-        ("generation_config", "hf/generate.py"),
+        ("generation_config", "hf/call.py"),
         ("device", "hf/cache.py"),
         ("model.rotary_emb.rope_type", "hf/soundness.py"),
     ],

@@ -85,7 +85,7 @@ def test_assisted_decoding_without_one(prefilled):
 def test_a_cache_that_is_not_to_be_used(make_model, tokens):
     model, ids = make_model("llama", torch.float64), tokens(30)
     wrong = differs(model, ids, DynamicCache(config=model.config), use_cache=False)
-    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/generate.py")
+    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/call.py")
 
 
 def test_chunks_on_a_known_prefix(prefilled):
