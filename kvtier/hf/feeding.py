@@ -87,10 +87,13 @@ def slice_prompts(model: PreTrainedModel, kind: type) -> None:
                 known = cache.get_seq_length()
                 if known:
                     input_ids = input_ids[:, known:]
+                    if kwargs.get("inputs_embeds") is not None:
+                        kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, known:]
                     kwargs["attention_mask"] = None  # no row is padded
             inputs = original(self, input_ids, *args, **kwargs)
             if isinstance(cache, Carried):
-                cache.feeding(inputs["input_ids"].shape[1])
+                fed = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+                cache.feeding(fed.shape[1])
             return inputs
 
         owner.prepare_inputs_for_generation = prepare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 import kvtier
 from kvtier import PrefixStore, TieredCache
@@ -73,6 +73,23 @@ def test_conversations_that_take_turns_on_one_cache(built, store, name):
                 found = ask(model, ids, cache)
                 assert cache.last_turn.cached_tokens == (ids.shape[1] - 4 if turn else 0)
                 talks[which] = torch.cat([found, prompt(3, 10 * turn + which)], 1)
+
+
+@pytest.mark.parametrize("name", [*CARRIERS, "mamba2"])
+def test_a_prompt_of_embeddings_goes_on_from_what_is_known(built, store, name):
+    if name == "mamba2" and not hasattr(Cache, "get_conv_state"):
+        pytest.skip("this version of transformers does not tell such a cache how many tokens it has seen")
+    model = built(name)
+    vectors = model.get_input_embeddings()(prompt(36)).detach()
+    settings = {**SETTINGS, "return_dict_in_generate": True, "output_logits": True}
+    with TieredCache(store) as cache:
+        for columns, known in ((24, 0), (30, 0), (36, 24)):  # the last four that are known are fed again
+            found = model.generate(inputs_embeds=vectors[:, :columns], past_key_values=cache, **settings)
+            expected = model.generate(inputs_embeds=vectors[:, :columns], **settings)
+            assert torch.equal(found.sequences, expected.sequences)
+            for ours, theirs in zip(found.logits, expected.logits, strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-4)
+            assert cache.last_turn.cached_tokens == known
 
 
 @every
