@@ -19,6 +19,8 @@ _OFF = {
 }
 # A cache shows these no more than a window, which they do not have without one; their positions end with it.
 _WITHIN_WINDOW = frozenset({"moshi"})
+# Where rows are padded, these go on from a cache to other K and V than at once.
+_NOT_PADDED = frozenset({"git", "minimax_m3_vl", "minimax_m3_vl_text"})
 # A pass over several tokens begins these with an empty recurrent state, whatever the cache holds.
 _TOKEN_BY_TOKEN = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 # One token at a time, these compute other states than over many tokens at once.
@@ -33,8 +35,17 @@ def why_off(model: Any) -> str | None:
     return _OFF.get(model.config.model_type)
 
 
-def why_too_long(model: Any, columns: int, longest_answer: int) -> str | None:
-    """Return why a turn of a prompt of ``columns`` must not reuse, for what it grows to; None when it may."""
+def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -> str | None:
+    """Return why nothing of a prompt of such a shape may be reused; None when it may.
+
+    Args:
+        model: the model.
+        columns: of the prompt.
+        is_padded: whether any row of it is.
+        longest_answer: new tokens at most; 0 where nobody can tell.
+    """
+    if is_padded and model.config.model_type in _NOT_PADDED:
+        return "transformers goes on from padded rows of this model otherwise than it computes them at once"
     if model.config.model_type not in _WITHIN_WINDOW:
         return None
     window = model.config.get_text_config(decoder=True).sliding_window

@@ -22,7 +22,7 @@ from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
-from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_off, why_too_long
+from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_not_so, why_off
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.states import UnreadableError
@@ -124,7 +124,7 @@ class TurnCache(WindowCache, TurnTaker):
             self._lay_out(config)
         off = off or self._no_reuse or (why_off(model) if config is not None else None)
         if prompt is not None and not off:
-            off = why_too_long(model, prompt.columns, call.longest_answer)
+            off = why_not_so(model, prompt.columns, prompt.is_padded, call.longest_answer)
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()

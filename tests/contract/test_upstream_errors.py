@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from kvtier import TieredCache
 from kvtier.hf.soundness import chunks_continue
+from sweep.models import tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
 
@@ -184,6 +185,25 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
         f"{stateful} forgets its state when several tokens are fed on top of it",
         "hf/quirks.py: _TOKEN_BY_TOKEN",
     )
+
+
+@pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
+def test_padded_rows_go_on_otherwise(name):
+    model, generator = tiny_model(name), torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 60, (2, 24), generator=generator)
+    ids[1, :13] = 0
+    longer = torch.cat([ids, torch.randint(2, 60, (2, 3), generator=generator)], 1)
+    positions = ((longer != 0).cumsum(-1) - 1).clamp(min=0)
+    wrong = {}
+    for rows in (slice(0, 1), slice(0, 2)):
+        mask, cache = (longer[rows] != 0).long(), DynamicCache(config=model.config)
+        model(ids[rows], attention_mask=mask[:, :24], position_ids=positions[rows, :24], past_key_values=cache)
+        new, place = longer[rows, 24:], positions[rows, 24:]
+        known = model(new, attention_mask=mask, position_ids=place, past_key_values=cache).logits[:, -1]
+        at_once = model(longer[rows], attention_mask=mask, position_ids=positions[rows]).logits[:, -1]
+        wrong[len(mask)] = bool((known - at_once).abs().max() > 1e-3)
+    assert not wrong[1]
+    still_wrong(wrong[2], f"padded rows of {name} go on otherwise", "hf/quirks.py: _NOT_PADDED")
 
 
 def test_mamba_feeds_its_whole_prompt_again(tokens):
