@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import transformers
+from reliance import INSTALLED
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvtier import TieredCache
@@ -189,6 +190,8 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
 
 @pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
 def test_padded_rows_go_on_otherwise(name):
+    if name == "git" and INSTALLED < (5, 23):
+        pytest.skip("right in 5.17")
     model, generator = tiny_model(name), torch.Generator().manual_seed(3)
     ids = torch.randint(2, 60, (2, 24), generator=generator)
     ids[1, :13] = 0
