@@ -21,6 +21,8 @@ _OFF = {
 _WITHIN_WINDOW = frozenset({"moshi"})
 # Where rows are padded, these go on from a cache to other K and V than at once.
 _NOT_PADDED = frozenset({"git", "minimax_m3_vl", "minimax_m3_vl_text"})
+# A model that is not told positions counts columns, padding among them; these look at distances alone.
+_BY_DISTANCE = frozenset({"bloom", "mpt"})
 # A pass over several tokens begins these with an empty recurrent state, whatever the cache holds.
 _TOKEN_BY_TOKEN = frozenset({"falcon_mamba", "jamba", "mamba", "zamba"})
 # One token at a time, these compute other states than over many tokens at once.
@@ -46,12 +48,19 @@ def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -
     """
     if is_padded and model.config.model_type in _NOT_PADDED:
         return "transformers goes on from padded rows of this model otherwise than it computes them at once"
+    if is_padded and _counts_columns(model):
+        return "the positions of this model count padding too: what is known of a row holds for its padding only"
     if model.config.model_type not in _WITHIN_WINDOW:
         return None
     window = model.config.get_text_config(decoder=True).sliding_window
     if longest_answer and columns + longest_answer <= window:
         return None
     return f"transformers shows this model no more than {window} tokens of a cache; set max_new_tokens to stay within"
+
+
+def _counts_columns(model: Any) -> bool:
+    told = "position_ids" in inspect.signature(type(model).forward).parameters
+    return not told and cache_argument(model) == "past_key_values" and model.config.model_type not in _BY_DISTANCE
 
 
 def takes_token_by_token(model: Any) -> bool:

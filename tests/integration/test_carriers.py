@@ -209,22 +209,6 @@ def test_uninstall_gives_the_class_back(built, tmp_path):
     assert "prepare_inputs_for_generation" not in vars(type(model))
 
 
-@pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
-def test_padded_rows_that_go_on_otherwise_are_not_reused(store, name):
-    model, ids = tiny_model(name), prompt(20, rows=2)
-    mask = torch.ones_like(ids)
-    mask[1, :9] = 0
-    with TieredCache(store) as cache:
-        for _ in range(2):
-            ids = ask(model, ids, cache, attention_mask=mask)
-            mask = torch.cat([mask, mask.new_ones(2, 6)], 1)
-            assert cache.last_turn.cached_tokens == 0
-            assert "padded rows" in cache.last_turn.miss_reason
-        ask(model, ids[:1], cache)
-        ask(model, ids[:1], cache)
-        assert cache.last_turn.cached_tokens == ids.shape[1] - 1
-
-
 def test_moshi_is_reused_as_far_as_its_window(store):
     """A cache shows it no more than the window, which it does not have without one."""
     model = tiny_model("moshi")

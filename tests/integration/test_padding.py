@@ -1,0 +1,67 @@
+"""Rows with padding: what is known of a prompt is reused beside other padding only where it does not depend on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtier import TieredCache
+from sweep.models import tiny_model
+
+SETTINGS = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def prompt(columns, seed=0):
+    return torch.randint(2, 60, (1, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(*rows):
+    """Rows ``[1, columns]`` as one batch, padded on the left, and its mask."""
+    columns = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.cat([row.new_zeros(1, columns - row.shape[1]), row], 1) for row in rows])
+    return ids, (ids != 0).long()
+
+
+def ask(model, ids, mask, cache):
+    """Return how many tokens of each row were reused for an answer that is the one of the model alone."""
+    settings = {**SETTINGS, "attention_mask": mask, "suppress_tokens": [0]}
+    found, expected = model.generate(ids, past_key_values=cache, **settings), model.generate(ids, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-3)
+    return [row.cached_tokens for row in cache.last_turn.rows]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "mpt", "biogpt", "xglm", "falcon"])
+def test_a_prompt_is_reused_beside_other_padding(store, name):
+    model, texts = tiny_model(name), [prompt(20), prompt(29, 2)]
+    with TieredCache(store) as cache:
+        for text in texts:
+            assert ask(model, *padded(text), cache) == [0]
+        longer = [torch.cat([text, prompt(3, 1)], 1) for text in texts]
+        short, long = ask(model, *padded(*longer), cache)
+        assert short >= 20
+        assert long >= 29
+        assert ask(model, *padded(longer[0]), cache) == [22]
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", "roformer", "whisper", "trocr"])
+def test_where_positions_count_padding_only_prompts_without_it_are_reused(store, name):
+    model, text = tiny_model(name), prompt(20)
+    with TieredCache(store) as cache:
+        assert ask(model, *padded(text), cache) == [0]
+        longer = torch.cat([text, prompt(3, 1)], 1)
+        assert ask(model, *padded(longer, prompt(29, 2)), cache) == []
+        assert "count padding" in cache.last_turn.miss_reason
+        assert ask(model, *padded(longer), cache)[0] >= 20
+
+
+@pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
+def test_padded_rows_that_go_on_otherwise_are_not_reused(store, name):
+    model, text = tiny_model(name), prompt(20)
+    with TieredCache(store) as cache:
+        for _ in range(2):
+            assert ask(model, *padded(text, prompt(9, 1)), cache) == []
+            assert "padded rows" in cache.last_turn.miss_reason
+        ask(model, *padded(text), cache)
+        assert ask(model, *padded(text), cache) == [19]
