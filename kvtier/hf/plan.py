@@ -77,11 +77,9 @@ def _at_states(
 ) -> tuple[int, Sequence[BlockId]]:
     """Return the last column, not beyond ``columns``, after which the states of all rows are known.
 
-    With it comes the snapshot of each row; none when the layers are there already. 0 when no such column is known.
-    Padding would go into the states: rows that have it are not reused.
+    With it comes the snapshot of each row, none of which is padded; none when the layers are there already. 0 when no
+    such column is known.
     """
-    if prompt.is_padded:
-        return 0, ()
     kept = [
         (each for each in store.snapshots(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows
     ]

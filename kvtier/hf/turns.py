@@ -138,6 +138,8 @@ class TurnCache(WindowCache, TurnTaker):
         states = bool(self._states)
         if states and self._is_spread(model):
             return self._start(Turn.off("states of layers on several devices are not restored"))
+        if states and prompt.is_padded:  # then K and V depend on it as well
+            return self._start(Turn.off("padding would go into the states of this model"))
         cold = call.cold
         if self._hides_rows(prompt):
             cold = cold or "padding on the right is all that a window shows at the end of a row"
@@ -154,8 +156,8 @@ class TurnCache(WindowCache, TurnTaker):
                     turn.reason = "nothing known begins so"
                 if changed:
                     turn.reason = "the model is not the one that filled this cache"
-                elif turn.known_columns > max(prompt.pads) and states:
-                    turn.reason = _why_no_states(prompt)
+                elif turn.known_columns and states:
+                    turn.reason = "the states of this model are not known within the known prefix"
             if states:
                 turn.keeps_answer_states = not decodes_otherwise(model)
                 may_feed = call.feeds and call.repeats == 1 and prompt.plain
@@ -345,9 +347,3 @@ class TurnCache(WindowCache, TurnTaker):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this TieredCache was closed; make a new one")
-
-
-def _why_no_states(prompt: Prompt) -> str:
-    if prompt.is_padded:
-        return "padding would go into the states of this model"
-    return "the states of this model are not known within the known prefix"
