@@ -17,7 +17,21 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from kvtier import BudgetError, PrefixStore, TieredCache
 from sweep.models import NotMadeError, architectures, brief, tiny_model
 from sweep.outcome import Outcome, Row, Verdict
-from sweep.turns import PROMPT, ROUNDING, Answer, ask, compare, edited, next_prompt, prompt, reference_cache
+from sweep.turns import (
+    LONGER,
+    PROMPT,
+    QUESTION,
+    ROUNDING,
+    Answer,
+    ask,
+    ask_rows,
+    compare,
+    edited,
+    next_prompt,
+    padded,
+    prompt,
+    reference_cache,
+)
 
 BLOCK = 8
 NO_REASON = "kvtier gave no reason"
@@ -87,6 +101,7 @@ class Examination:
             outcomes["disk"] = self._outcome(cache, second, cold, tier="disk")
         outcomes["streams"] = self._streams(first, reference, second, cold)
         outcomes["edited"] = self._edited(first, second, cold)
+        outcomes["padded"] = self._padded(first, second, cold)
         return Row(model_type, class_name, layers, outcomes, control, keeps, influence=self._influence)
 
     def _reference(self, ids: torch.Tensor) -> Answer:
@@ -197,6 +212,33 @@ class Examination:
             except Exception as error:
                 return Outcome("failed", brief(error))
             return self._outcome(cache, ids, reference, wants_reuse=False)
+
+    def _padded(self, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
+        """Answer in one batch what two prompts know that were asked alone, one of them behind padding; then alone."""
+        other = prompt(PROMPT + LONGER, seed=4)
+        ids, mask = padded(second, torch.cat([other, prompt(QUESTION, seed=5)], 1))
+        try:
+            cache: Any = reference_cache(self._model) if self._no_dynamic is None else None
+            references = ask_rows(self._model, ids, mask, cache)
+        except Exception as error:
+            return Outcome("no", f"transformers cannot answer a padded batch: {brief(error)}")
+        with PrefixStore(block_size=BLOCK) as store, TieredCache(store) as cache:
+            try:
+                for known in (other, first):
+                    ask(self._model, known, cache)
+                answers = ask_rows(self._model, ids, mask, cache)
+                report = cache.last_turn
+                answers.append(ask(self._model, second, cache))
+            except Exception as error:
+                return Outcome("failed", brief(error))
+        pairs = zip(answers, [*references, cold], strict=True)
+        judged = [judge(answer, reference, self._rounding) for answer, reference in pairs]
+        for outcome in judged:
+            if outcome.verdict == "wrong":
+                return outcome
+        if not report.cached_tokens:
+            return Outcome("no", report.miss_reason or NO_REASON)
+        return judged[0]
 
 
 def layer_kinds(model: PreTrainedModel) -> str:

@@ -16,7 +16,7 @@ Verdict = Literal["yes", "draw", "no", "refused", "wrong", "failed"]
 ``refused``: transformers refuses a ``DynamicCache`` for this model, and kvtier refuses alike.
 ``wrong``: other tokens. ``failed``: an exception.
 """
-CHECKS = ("generates", "reuses", "ram", "disk", "streams", "edited")
+CHECKS = ("generates", "reuses", "ram", "disk", "streams", "edited", "padded")
 
 
 @dataclass(frozen=True, slots=True)

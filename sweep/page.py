@@ -17,6 +17,7 @@ _COLUMNS = {
     "disk": "disk",
     "streams": "streams",
     "edited": "edited",
+    "padded": "padded",
 }
 _HEAD = """# Models
 
@@ -35,6 +36,7 @@ models get text only. Every answer is compared with the one of a fresh `DynamicC
 | disk | the same with a new store on the same folder, from its files |
 | streams | both turns with a `device_budget` so small that some layers are cold |
 | edited | the second turn after one token in the middle of the first was changed |
+| padded | the second turn in a batch, behind padding, of what was known without; and then alone again |
 
 *yes*: right, and it happened. *no*: right, but nothing was reused, or nothing was cold; the last column says why.
 *no cache*: the model takes none, neither a `DynamicCache` nor a `TieredCache`. **wrong** and **failed** are bugs.
@@ -96,6 +98,7 @@ def numbers(rows: Sequence[Row]) -> dict[str, str]:
         "generate the tokens of `DynamicCache`": share("generates", run),
         "answer an edited history as a fresh cache does": share("edited", run),
         "reuse on the second turn, with equal tokens": share("reuses", run),
+        "reuse in a padded batch what they know without padding": share("padded", run),
         "keep their K, V and states in a `DynamicCache`": str(len(keeping)),
         "of those, reuse on the second turn": share("reuses", keeping),
         "of those, restore from RAM": share("ram", keeping),

@@ -13,6 +13,7 @@ from sweep.shrink import PAD, VOCABULARY
 PROMPT = 40
 ANSWER = 12
 QUESTION = 5
+LONGER = 21  # than the first: another prompt, so that the second turn of the first is behind padding beside it
 EDITED = 30  # the column that is edited: within reach of two sliding layers from the end of the second prompt
 ROUNDING = 1e-3  # of the logits' standard deviation: what computing in other pieces may change
 
@@ -39,10 +40,24 @@ def prompt(columns: int, seed: int) -> torch.Tensor:
 
 def ask(model: PreTrainedModel, ids_1t: torch.Tensor, cache: Any = None) -> Answer:
     """Let ``model`` answer greedily, in fp32, on ``cache`` or on what it makes by default."""
+    said = _generate(model, ids_1t, torch.ones_like(ids_1t), cache)
+    # Models of audio return [1, codebooks, columns]; tiny ones have one codebook.
+    kept = getattr(said, "past_key_values", None)
+    return Answer(said.sequences.reshape(1, -1), torch.cat(said.logits, 0), kept)
+
+
+def ask_rows(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> list[Answer]:
+    """Let ``model`` answer each of ``ids [rows, columns]``."""
+    said = _generate(model, ids, mask, cache)
+    logits = torch.stack(said.logits, 1)
+    return [Answer(said.sequences[row : row + 1], logits[row]) for row in range(len(ids))]
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Any:
     arguments = {} if cache is None else {"past_key_values": cache}
-    said = model.generate(
-        ids_1t,
-        attention_mask=torch.ones_like(ids_1t),
+    return model.generate(
+        ids,
+        attention_mask=mask,
         max_new_tokens=ANSWER,
         do_sample=False,
         use_cache=True,
@@ -51,14 +66,19 @@ def ask(model: PreTrainedModel, ids_1t: torch.Tensor, cache: Any = None) -> Answ
         output_logits=True,
         **arguments,
     )
-    # Models of audio return [1, codebooks, columns]; tiny ones have one codebook.
-    kept = getattr(said, "past_key_values", None)
-    return Answer(said.sequences.reshape(1, -1), torch.cat(said.logits, 0), kept)
 
 
 def next_prompt(answer: Answer) -> torch.Tensor:
     """Return the conversation so far and a new question."""
     return torch.cat([answer.sequence, prompt(QUESTION, seed=2)], 1)
+
+
+def padded(*rows_1t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of different lengths as one batch, padded on the left, and its mask."""
+    columns = max(row.shape[1] for row in rows_1t)
+    ids = torch.cat([torch.nn.functional.pad(row, (columns - row.shape[1], 0), value=PAD) for row in rows_1t])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (columns - r.shape[1], 0)) for r in rows_1t])
+    return ids, mask
 
 
 def edited(ids_1t: torch.Tensor, column: int = EDITED) -> torch.Tensor:

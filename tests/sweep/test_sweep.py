@@ -32,12 +32,14 @@ SAMPLE = (
     "mamba2",  # takes its cache under another name
     "prophetnet",  # cannot continue a cache with more than one token
     "openai-gpt",  # has no cache
+    "rwkv",  # carries its states past any cache
+    "bart",  # its positions count padding
 )
 # Right, but without reuse; each row says why.
 WITHOUT_REUSE = {
     *("openai-gpt", "xlm"),  # no cache at all
-    *("minimax", "reformer", "rwkv", "xlnet", "xlstm", "recurrent_gemma"),  # a cache or a state of their own
-    *("cpmant", "moshi", "prophetnet"),  # transformers itself is wrong when it continues a cache
+    *("reformer", "xlnet", "recurrent_gemma"),  # a cache or a state of their own
+    *("cpmant", "prophetnet"),  # transformers itself is wrong when it continues a cache
     *("musicgen", "musicgen_melody"),  # a generate() of their own
 }
 if Version(transformers.__version__) < Version("5.21"):  # does not tell a cache of states alone its length
