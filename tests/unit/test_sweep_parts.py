@@ -112,7 +112,7 @@ def test_rows_survive_a_file(tmp_path):
 def test_the_page_has_a_line_for_every_row_and_a_reason_for_every_one_that_is_not_all_yes():
     text = page(ROWS, OF, CONVERSATION)
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["alpha"] == "| alpha | 2 full | yes | yes (5) | yes (5) | yes (5) |  |  |  |"
+    assert lines["alpha"] == "| alpha | 2 full | yes | yes (5) | yes (5) | yes (5) |  |  |  |  |"
     assert "reuses, RAM: it forgets; transformers, continuing its own cache: wrong" in lines["beta"]
     assert lines["gamma"].count("no cache") == 1
     assert "**wrong**" in lines["delta"]
