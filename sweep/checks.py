@@ -104,6 +104,10 @@ class Examination:
         outcomes["padded"] = self._padded(first, second, cold)
         return Row(model_type, class_name, layers, outcomes, control, keeps, influence=self._influence)
 
+    def _upstream_cache(self) -> DynamicCache | None:
+        """Return a fresh ``DynamicCache``; None where it is refused: the model then makes what it takes."""
+        return reference_cache(self._model) if self._no_dynamic is None else None
+
     def _reference(self, ids: torch.Tensor) -> Answer:
         """Answer on a fresh ``DynamicCache``, or on the model's own kind of cache where that is refused."""
         if self._no_dynamic is None:
@@ -115,7 +119,7 @@ class Examination:
 
     def _keeps(self, ids: torch.Tensor) -> bool:
         """Return whether a ``DynamicCache`` that the model is given, or makes, holds anything after a turn."""
-        cache: Any = reference_cache(self._model) if self._no_dynamic is None else None
+        cache: Any = self._upstream_cache()
         made = ask(self._model, ids, cache).cache
         if cache is None:
             cache = made
@@ -198,7 +202,7 @@ class Examination:
 
     def _bytes_per_token(self, ids: torch.Tensor) -> int:
         """Return the bytes that all layers keep of one token."""
-        cache = ask(self._model, ids, reference_cache(self._model) if self._no_dynamic is None else None).cache
+        cache = ask(self._model, ids, self._upstream_cache()).cache
         return sum(map(token_bytes, getattr(cache, "layers", ())))
 
     def _edited(self, first: torch.Tensor, second: torch.Tensor, unedited: Answer) -> Outcome:
@@ -218,8 +222,7 @@ class Examination:
         other = prompt(PROMPT + LONGER, seed=4)
         ids, mask = padded(second, torch.cat([other, prompt(QUESTION, seed=5)], 1))
         try:
-            cache: Any = reference_cache(self._model) if self._no_dynamic is None else None
-            references = ask_rows(self._model, ids, mask, cache)
+            references = ask_rows(self._model, ids, mask, self._upstream_cache())
         except Exception as error:
             return Outcome("no", f"transformers cannot answer a padded batch: {brief(error)}")
         with PrefixStore(block_size=BLOCK) as store, TieredCache(store) as cache:
@@ -236,8 +239,8 @@ class Examination:
         for outcome in judged:
             if outcome.verdict == "wrong":
                 return outcome
-        if not report.cached_tokens:
-            return Outcome("no", report.miss_reason or NO_REASON)
+        if report is None or not report.cached_tokens:
+            return Outcome("no", (report.miss_reason if report is not None else None) or NO_REASON)
         return judged[0]
 
 

@@ -259,7 +259,7 @@ class TurnCache(WindowCache, TurnTaker):
 
     def _passed(self, column: int) -> None:
         turn = self._turn
-        if turn is None or turn.prompt is None or not self._states or turn.prompt.is_padded:
+        if turn is None or turn.prompt is None or not self._states:
             return
         if column == turn.prompt.columns or column in turn.snapshot_columns:
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
@@ -308,18 +308,21 @@ class TurnCache(WindowCache, TurnTaker):
             self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
 
     def _states_of(self, held: Held, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
-        """Return, of each row, the states that are known, by the number of tokens after which they are valid."""
+        """Return, of each row, the states that are known, by the number of tokens after which they are valid.
+
+        No row is padded: such turns were not begun.
+        """
         by_row = []
         live = whole
         for row, prompt_row in enumerate(turn.prompt_rows(len(held.rows))):
             states = self._snapshots.of(prompt_row)
-            at_end = whole and held.pads[row] == 0 and len(held.rows[row]) == length
+            at_end = whole and len(held.rows[row]) == length
             if at_end and turn.keeps_answer_states and length not in states:
                 last = self._snapshots.take_last(self._states, row)
                 if last is not None:
                     states[length] = last
             live = live and at_end and length in states
-            by_row.append({column: blob for column, blob in states.items() if column <= length and not held.pads[row]})
+            by_row.append({column: blob for column, blob in states.items() if column <= length})
         self._snapshots.lose()
         self._snapshots.live = length if live else None
         return by_row

@@ -7,19 +7,13 @@ import torch
 
 from kvtier import TieredCache
 from sweep.models import tiny_model
+from sweep.turns import padded
 
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
 def prompt(columns, seed=0):
     return torch.randint(2, 60, (1, columns), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(*rows):
-    """Rows ``[1, columns]`` as one batch, padded on the left, and its mask."""
-    columns = max(row.shape[1] for row in rows)
-    ids = torch.cat([torch.cat([row.new_zeros(1, columns - row.shape[1]), row], 1) for row in rows])
-    return ids, (ids != 0).long()
 
 
 def ask(model, ids, mask, cache):
