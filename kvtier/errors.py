@@ -6,6 +6,7 @@ KvtierError
 ├── ClosedError                       a cache or store is used after ``close()``
 ├── BusyError                         a cache is asked for a second turn before its first one has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
+│   └── UnannouncedError              a ``generate()`` that kvtier did not see feeds a cache that holds other tokens
 ├── UnknownNameError (KeyError)       nothing in the store is called so
 ├── UninstalledError                  a cache is used in generate() after ``uninstall()``
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
@@ -43,6 +44,10 @@ class BusyError(KvtierError):
 
 class PromptError(KvtierError, ValueError):
     """Token ids and attention mask contradict each other, or what the cache holds."""
+
+
+class UnannouncedError(PromptError):
+    """A ``generate()`` that kvtier did not see feeds a cache that holds tokens: its answer would be a stale one."""
 
 
 class UnknownNameError(KvtierError, KeyError):

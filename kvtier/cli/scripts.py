@@ -15,7 +15,7 @@ import torch
 
 from kvtier.geometry import LayerGeometry
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.soundness import chunks_continue
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.stream.residency import round_up, smallest_budget_bytes
 
@@ -169,7 +169,7 @@ def _prompt(model: Any, answers: Sequence[Answer], turn: ScriptedTurn) -> torch.
 
 def _generate(model: Any, ids: torch.Tensor, cache: Any, turn: ScriptedTurn) -> tuple[torch.Tensor, torch.Tensor]:
     # Where chunks do not continue, plain transformers would be no measure for later turns.
-    chunked = {"prefill_chunk_size": turn.chunk} if turn.chunk is not None and chunks_continue() else {}
+    chunked = {"prefill_chunk_size": turn.chunk} if turn.chunk is not None and CHUNKS_CONTINUE else {}
     done = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from kvtier.errors import PromptError
 from kvtier.hf.carriers import why_not_carried
+from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.inputs import Inputs, read_inputs, why_not_begin
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
-from kvtier.hf.quirks import takes_token_by_token
 from kvtier.hf.soundness import is_custom, why_cold, why_unsound_call
 
 
@@ -75,7 +75,7 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any]) -> Call:
     use_cache(model, arguments)
     if not isinstance(ids, torch.Tensor):
         ids = None
-    elif takes_token_by_token(model) and setting("prefill_chunk_size"):
+    elif profile_of(model).token_by_token and setting("prefill_chunk_size"):
         arguments["prefill_chunk_size"] = ids.shape[-1]  # between chunks, transformers would forget states
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvtier.hf.compat.model_profiles import profile_of
+
 
 class CarriedStates:
     """Stands for all layers of a model that carries its states by itself; holds the tensors that it carries.
@@ -55,6 +57,11 @@ class Carried(ABC):
 
     is_compileable = False  # ``generate`` asks, of a cache of any class
 
+    @property
+    @abstractmethod
+    def is_linear(self) -> list[bool]:
+        """Return which layers have linear attention alone; where all have, ``generate`` leaves the prompt whole."""
+
     @abstractmethod
     def get_seq_length(self) -> int:
         """Return the columns that it knows."""
@@ -68,6 +75,7 @@ class _Counted(Carried):
     """Counts what is fed for a cache whose layers cannot tell."""
 
     _cache: Any
+    is_linear = [True]  # noqa: RUF012 - read only
 
     def get_seq_length(self) -> int:
         return int(self._cache.get_seq_length())
@@ -159,18 +167,12 @@ def _joined(own: type, front: type) -> type:
     return type(f"Carried{own.__name__}", (front, own), {})
 
 
-_CARRIERS: dict[str, tuple[str, Callable[[PreTrainedModel, Any, int], Carried]]] = {
-    "minimax": ("past_key_values", _minimax_cache),
-    "rwkv": ("state", _rwkv_state),
-    "xlstm": ("cache_params", _xlstm_cache),
+_CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], Carried]] = {
+    "minimax": _minimax_cache,
+    "rwkv": _rwkv_state,
+    "xlstm": _xlstm_cache,
 }
-"""Kind of model → the argument by which it takes what it carries, and what makes that."""
-
-
-def carried_argument(model: Any) -> str | None:
-    """Return the argument by which a model takes its states; None when it carries none past a cache."""
-    found = _CARRIERS.get(getattr(getattr(model, "config", None), "model_type", ""))
-    return found[0] if found is not None else None
+"""Kind of model → what makes that which it takes instead of a cache."""
 
 
 def why_not_carried(model: Any, rows: int, repeats: int) -> str | None:
@@ -178,7 +180,7 @@ def why_not_carried(model: Any, rows: int, repeats: int) -> str | None:
 
     None when it can, or when it carries nothing past a cache.
     """
-    if carried_argument(model) is None:
+    if profile_of(model).carried_argument is None:
         return None
     if repeats > 1:
         return "beams and samples do not each get the states that this model carries past a cache"
@@ -200,10 +202,10 @@ def carry(model: PreTrainedModel, cache: Any, rows: int) -> Any:
 
     None without ``rows``, in a turn that is not kept: what a model carries then, it makes.
     """
-    found = _CARRIERS.get(model.config.model_type)
-    if found is None:
+    make = _CARRIERS.get(model.config.model_type)
+    if make is None:
         return cache
-    return found[1](model, cache, rows) if rows else None
+    return make(model, cache, rows) if rows else None
 
 
 def carried_states(config: PreTrainedConfig) -> CarriedStates | None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.prompt import Prompt
 from kvtier.store.chain import TokenIds
 
-_CACHES = ("past_key_values", "cache_params")
 # What a forward pass is given that changes no K and V, besides what is looked at.
-_HARMLESS = frozenset({*_CACHES, "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict"})
+_HARMLESS = frozenset({*CACHE_ARGUMENTS, "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict"})
 # What ``generate`` hands to a function that may hand all of it on.
 _OF_GENERATE = frozenset({"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"})
 
@@ -163,7 +163,7 @@ def watching(model: torch.nn.Module, cache: Any) -> Iterator[None]:
     # it in between, without them.
     def given(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
         arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        return arguments if any(arguments.get(name) is cache for name in _CACHES) else None
+        return arguments if any(arguments.get(name) is cache for name in CACHE_ARGUMENTS) else None
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         arguments, fed = given(args, kwargs), cache._fed

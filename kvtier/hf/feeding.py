@@ -12,7 +12,8 @@ import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriteria
 
 from kvtier.hf.carriers import Carried
-from kvtier.hf.quirks import cache_argument
+from kvtier.hf.compat.model_profiles import passed_argument
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, CARRIED_ARGUMENTS
 
 
 def feed(
@@ -29,10 +30,10 @@ def feed(
     """
     parameters = inspect.signature(model.forward).parameters
     ids = input_ids[:, begin:end].to(model.device)
-    arguments: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    arguments: dict[str, Any] = {str(passed_argument(model)): cache, "use_cache": True}
     if "position_ids" in parameters:  # not every model counts from where the cache ends
         arguments["position_ids"] = torch.arange(begin, end, device=ids.device)[None].expand_as(ids)
-    if "attention_mask" in parameters and attention_mask is not None and cache_argument(model) == "past_key_values":
+    if "attention_mask" in parameters and attention_mask is not None and not all(cache.is_linear):
         arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
     if "logits_to_keep" in parameters:
         arguments["logits_to_keep"] = 1
@@ -65,9 +66,9 @@ _originals: dict[type, Callable[..., Any] | None] = {}
 
 
 def slice_prompts(model: PreTrainedModel, kind: type) -> None:
-    """See to it that a model that takes its cache as ``cache_params`` or ``state`` is fed only what that does not have.
+    """See to it that a model of linear attention alone is fed only the tokens that its cache does not have.
 
-    ``generate`` does so for caches it calls ``past_key_values``, and feeds the others the whole prompt again. Wraps
+    ``generate`` does so where any layer has full attention, and feeds the others the whole prompt again. Wraps
     ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` and what is carried alone.
     """
     owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
@@ -82,8 +83,10 @@ def slice_prompts(model: PreTrainedModel, kind: type) -> None:
 
         @functools.wraps(original)
         def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            cache: Any = kwargs.get("cache_params", kwargs.get("state"))
-            if isinstance(cache, kinds) and kwargs.get("is_first_iteration"):
+            given = (kwargs.get(name) for name in (*CACHE_ARGUMENTS, *CARRIED_ARGUMENTS))
+            cache: Any = next((value for value in given if isinstance(value, kinds)), None)
+            is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+            if cache is not None and is_whole and all(cache.is_linear):
                 known = cache.get_seq_length()
                 if known:
                     input_ids = input_ids[:, known:]

@@ -19,9 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 from kvtier.errors import RestoreError, StreamError
 from kvtier.hf.call import Call, eos_ids, read_call, use_cache
 from kvtier.hf.carriers import carry, settle
+from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
 from kvtier.hf.fed import watching
 from kvtier.hf.feeding import PromptEnd, feed, slice_prompts
-from kvtier.hf.quirks import cache_argument, why_no_cache
 from kvtier.hf.soundness import ENCODER_DECODER
 from kvtier.hf.taker import TurnTaker
 
@@ -37,8 +37,8 @@ def take_turn(
     Args:
         original: transformers' own ``generate``.
         model: what it is called on.
-        cache: what was passed as ``past_key_values``.
-        kwargs: all arguments by name; changed.
+        cache: that was passed.
+        kwargs: all other arguments by name; changed.
 
     Raises:
         PromptError: the mask tells of more columns than the prompt has.
@@ -46,10 +46,7 @@ def take_turn(
     """
     no_cache = why_no_cache(model)
     if no_cache is not None:
-        del kwargs["past_key_values"]
         return _without(original, model, cache, kwargs, no_cache)
-    if cache_argument(model) != "past_key_values":
-        slice_prompts(model, TurnTaker)
     settle(model)
     call = read_call(model, kwargs)
     streamer = kwargs.get("streamer")
@@ -58,6 +55,8 @@ def take_turn(
         report = cache._begin(model, call)
         try:
             passed = carry(model, cache, len(report.rows))
+            if passed is not None and all(passed.is_linear):
+                slice_prompts(model, TurnTaker)
             for begin, end in cache._pieces():
                 assert call.ids is not None
                 feed(model, passed, call.ids, call.mask, begin, end)
@@ -89,9 +88,9 @@ def _arguments(
     model: PreTrainedModel, cache: TurnTaker, passed: Any, call: Call, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what the original is called with, now that the turn has begun."""
-    arguments = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+    arguments = dict(kwargs)
     if passed is not None:
-        arguments.setdefault(cache_argument(model), passed)
+        arguments[str(cache_argument(model))] = passed
     if call.inputs is None:
         return arguments
     arguments = call.inputs.after(arguments, cache.get_seq_length())
@@ -105,12 +104,19 @@ def _arguments(
 def _without(
     original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], reason: str
 ) -> Any:
-    """Run a turn of a model that takes no cache."""
+    """Run a turn that neither reuses nor is kept, whose cache is not passed on or begins empty."""
     cache._begin(model, Call(reason))
     try:
         return original(model, **kwargs)
     finally:
         cache._commit(None, ())
+
+
+def take_unknown_turn(
+    original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], name: str
+) -> Any:
+    """Run ``generate`` with a cache among its arguments under a ``name`` that kvtier does not know: without reuse."""
+    return _without(original, model, cache, kwargs, f"kvtier does not know a cache that is given as {name}=")
 
 
 def take_turn_without_reuse(
@@ -125,8 +131,9 @@ def take_turn_without_reuse(
     cache._begin(model, Call(ENCODER_DECODER))
     past.cross_attention_cache = DynamicCache()
     past.is_updated.clear()
+    name = cache_argument(model)
     try:
-        output = original(model, **kwargs)
+        output = original(model, **kwargs, **({name: past} if name is not None else {}))
     except BaseException:
         cache._salvage()
         raise

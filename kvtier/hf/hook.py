@@ -15,27 +15,31 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvtier.errors import BusyError, PromptError, UninstalledError
+from kvtier.errors import ConfigurationError, UninstalledError
 from kvtier.hf import own_generate
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
 from kvtier.hf.feeding import restore_classes
-from kvtier.hf.generate import take_turn, take_turn_without_reuse
-from kvtier.hf.soundness import POSITIONAL
+from kvtier.hf.generate import take_turn, take_turn_without_reuse, take_unknown_turn
+from kvtier.hf.serving import is_serving, leave, occupy
 from kvtier.hf.taker import TurnTaker
+
+_TAKEN_BEFORE = (
+    "generate() was taken from the model before the first TieredCache was made, as functools.partial(model.generate) "
+    "does; take it afterwards, so that kvtier sees the prompt"
+)
 
 
 @dataclass(slots=True)
 class _Hook:
-    """A wrapper around ``generate``, and whether it does anything."""
+    """Wrappers around ``generate`` and the method by which it looks at its cache, and whether they do anything."""
 
-    original: Callable[..., Any]
-    wrapper: Callable[..., Any]
+    originals: dict[str, Callable[..., Any]]
+    wrappers: dict[str, Callable[..., Any]]
     active: bool = True
 
 
 _lock = threading.Lock()
 _hook: _Hook | None = None
-_threads: dict[int, int] = {}
-"""``id`` of every cache that is having a turn → the thread it has it on."""
 
 
 def install() -> None:
@@ -46,41 +50,82 @@ def install() -> None:
     global _hook
     own_generate.wrap_classes(TurnTaker)
     with _lock:
-        if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrapper):
+        if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrappers["generate"]):
             _hook.active = True
             return
         if _hook is not None:
             _hook.active = False  # if someone still calls it, the new one is above it
-        original = GenerationMixin.generate
+        originals = {"generate": GenerationMixin.generate}
+        if hasattr(GenerationMixin, PREPARE_CACHE):
+            originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
+        hook = _hook = _Hook(originals, {})
+        for name, original in originals.items():
+            hook.wrappers[name] = (_wrapped if name == "generate" else _noticing)(hook, original)
+            setattr(GenerationMixin, name, hook.wrappers[name])
 
-        @functools.wraps(original)
-        def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            if hook.active and isinstance(kwargs.get("cache_params"), TurnTaker):  # as models without attention call it
-                kwargs["past_key_values"] = kwargs.pop("cache_params")
-            past = kwargs.get("past_key_values")
-            given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-            if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
-                return original(self, *args, **kwargs)
-            decoder = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-            if not isinstance(decoder, TurnTaker) or _threads.get(id(decoder)) == threading.get_ident():
-                return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
-            cache: TurnTaker = decoder
-            if past is cache and getattr(self.config, "is_encoder_decoder", False):
-                # Passed on as it is, it would take what the encoder says for tokens of the decoder.
-                past = given["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+
+def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``generate`` for calls that may have a cache of ours among their arguments."""
+
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
+            return original(self, *args, **kwargs)
+        caches = caches_among(given, TurnTaker)
+        if not caches or all(is_serving(decoder_cache(past)) for past in caches.values()):
+            return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
+        name, past = _the_one_of(caches, given)
+        cache: TurnTaker = decoder_cache(past)
+        try:
             try:
-                try:
-                    _occupy(cache)
-                    if isinstance(past, EncoderDecoderCache):
-                        return take_turn_without_reuse(original, self, past, given)
-                    return take_turn(original, self, cache, given)
-                finally:
-                    _leave(cache)
-            finally:  # an interrupt may have come in place of the first
-                _leave(cache)
+                occupy(cache)
+                if name not in CACHE_ARGUMENTS:
+                    return take_unknown_turn(original, self, cache, given, name)
+                del given[name]
+                if past is cache and getattr(self.config, "is_encoder_decoder", False):
+                    # Passed on as it is, it would take what the encoder says for tokens of the decoder.
+                    past = EncoderDecoderCache(cache, DynamicCache())
+                if isinstance(past, EncoderDecoderCache):
+                    return take_turn_without_reuse(original, self, past, given)
+                return take_turn(original, self, cache, given)
+            finally:
+                leave(cache)
+        finally:  # an interrupt may have come in place of the first
+            leave(cache)
 
-        hook = _hook = _Hook(original, generate)
-        GenerationMixin.generate = generate
+    return generate
+
+
+def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:
+    """Return the name and the value of the cache of a call.
+
+    Raises:
+        ConfigurationError: there are several.
+    """
+    others = [name for name in CACHE_ARGUMENTS if name not in caches and given.get(name) is not None]
+    if len(caches) + len(others) > 1:
+        raise ConfigurationError(
+            f"generate() was given a cache under several names: {', '.join(sorted([*caches, *others]))}; pass one"
+        )
+    return next(iter(caches.items()))
+
+
+def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method by which ``generate`` looks at its cache, for calls that the wrapper did not see.
+
+    A ``generate`` that was taken from a model before it was wrapped comes here all the same: its cache begins empty.
+    """
+
+    @functools.wraps(original)
+    def prepare(self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        for past in caches_among(model_kwargs, TurnTaker).values() if hook.active else ():
+            cache: TurnTaker = decoder_cache(past)
+            if not is_serving(cache):
+                cache.begin_without_reuse(_TAKEN_BEFORE)
+        return original(self, generation_config, model_kwargs, *args)
+
+    return prepare
 
 
 def uninstall() -> None:
@@ -96,8 +141,13 @@ def uninstall() -> None:
         _hook.active = False
         restore_classes()
         own_generate.restore_classes()
-        if GenerationMixin.generate is _hook.wrapper:
-            GenerationMixin.generate = _hook.original
+        covered = False
+        for name, wrapper in _hook.wrappers.items():
+            if getattr(GenerationMixin, name) is wrapper:
+                setattr(GenerationMixin, name, _hook.originals[name])
+            else:
+                covered = True
+        if not covered:
             _hook = None
 
 
@@ -114,41 +164,8 @@ def check_installed() -> None:
         )
 
 
-def look_for_own_generate(*, holds_turn: bool) -> None:
-    """Look for classes with a ``generate`` of their own that were imported since the last look.
-
-    Called when tokens begin to come that no turn has named. ``holds_turn``: to a cache that holds a turn's.
-
-    Raises:
-        PromptError: there are some, and one of them may have taken what the cache holds for its prompt's beginning.
-    """
-    new = own_generate.wrap_classes(TurnTaker)
-    if new and holds_turn:
-        raise PromptError(
-            f"{new[0].__name__} was imported after this cache was made: if its generate() is what is running, it began "
-            "before the cache could see it. Call it again; in a loop of your own, call begin() first"
-        )
-
-
 def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
     """Return whether ``function`` is ``wrapper`` or says that it wraps it."""
     while function is not None and function is not wrapper:
         function = getattr(function, "__wrapped__", None)
     return function is wrapper
-
-
-def _occupy(cache: TurnTaker) -> None:
-    """Keep other threads from having a turn on ``cache``."""
-    with _lock:
-        if id(cache) in _threads:
-            raise BusyError(
-                "this TieredCache is serving generate() on another thread; give each thread a TieredCache of its own "
-                "over one PrefixStore"
-            )
-        _threads[id(cache)] = threading.get_ident()
-
-
-def _leave(cache: TurnTaker) -> None:
-    """Let the next turn come, unless another thread has one. May be called more than once."""
-    if _threads.get(id(cache)) == threading.get_ident():
-        del _threads[id(cache)]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from transformers import GenerationMixin, PreTrainedModel
 
-from kvtier.hf.carriers import carried_argument
+from kvtier.hf.compat.model_profiles import profile_of
+from kvtier.hf.compat.names import MEDIA_CONTINUE
 from kvtier.hf.marks import WHOLE, Mark, digest_of, marked, vector_ids
 from kvtier.hf.media import KINDS, Media, placeholder_id, read_media
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
@@ -23,12 +23,8 @@ CHAINED = _MEDIA | {*_TYPES, "inputs_embeds", "position_ids"}
 """Arguments of ``generate`` that can be told in chains."""
 
 _ENDS_EARLY = "padding on the right beside inputs other than ids cannot be told apart"
-# Before, transformers lost count of types, positions or features where a cache held a beginning.
-_CONTINUED = (5, 23)
 # What marks a model that puts features in the place of placeholders, and changes nothing else.
 _MERGERS = ("get_placeholder_mask", "inputs_merger")
-# Models in which tokens attend to later ones, beyond a run of placeholders.
-_ENTANGLED = frozenset({"paligemma", "molmo2", "diffusion_gemma", "florence2", "unlimited_ocr", "embedding_gemma2"})
 
 Positions = npt.NDArray[np.int64]
 
@@ -100,17 +96,12 @@ def read_inputs(
     return Inputs(_chained(prompt, ids, media, types, by_column), media, {"position_ids": positions} if own else {})
 
 
-def media_continue() -> bool:
-    """Whether this version of transformers goes on rightly from a known prefix where pictures or sounds are given."""
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= _CONTINUED
-
-
 def why_not_begin(model: PreTrainedModel, input_ids: torch.Tensor) -> str | None:
     """Return why a loop that calls ``model`` itself cannot reuse; None when it may.
 
     Positions that the model remembers from another prompt are forgotten.
     """
-    if carried_argument(model) is not None:
+    if profile_of(model).carried_argument is not None:
         return "begin() cannot give this model the states that it carries past a cache"
     if _counts_on(model) and _own_positions(model) is None:
         return "the model derives positions from an earlier call"
@@ -132,9 +123,9 @@ def _why_not(model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     others = sorted(given.keys() & (_MEDIA | set(_TYPES)))
     if others:
         merges = any(hasattr(part, name) for part in _heads(model) for name in _MERGERS)
-        if not merges or model.config.model_type in _ENTANGLED:
+        if not merges or profile_of(model).sees_ahead:
             return f"inputs besides tokens may decide K and V: {', '.join(others)}"
-        if not media_continue():
+        if not MEDIA_CONTINUE:
             return f"this version of transformers cannot continue with {', '.join(others)}"
     return None
 

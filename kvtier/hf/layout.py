@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
@@ -18,14 +18,12 @@ from transformers.cache_utils import (
 )
 
 from kvtier.hf.carriers import carried_states
+from kvtier.hf.compat.names import DummyLayer
 from kvtier.hf.layers import IndexedLayer, SlidingWindowLayer, WindowLayer, new_window
 from kvtier.hf.prefix import MakeMemory
 from kvtier.hf.state_layers import HybridLayer, HybridSlidingLayer, StateLayer
 from kvtier.hf.states import has_states
 from kvtier.window import LayerMemory
-
-# Stands for layers that keep nothing; older versions of transformers leave them out.
-_Place: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class MakeLayerMemory(Protocol):
@@ -66,7 +64,7 @@ def build_layers(config: PreTrainedConfig, make: MakeLayerMemory | None = None) 
     upstream = DynamicCache(config=config).layers
     kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
     own = [layer for layer, kind in zip(upstream, kinds, strict=True) if kind is None and not has_states(layer)]
-    places = [layer for layer in own if type(layer) is _Place]
+    places = [layer for layer in own if type(layer) is DummyLayer]
     others = sorted({type(layer).__name__ for layer in own} - {type(layer).__name__ for layer in places})
     if others:
         return upstream, f"layers of kind {', '.join(others)} are not kept"

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.marks import digest_of, digest_tensors
 
 # kind: the tensor that is encoded, then what belongs to it.
@@ -34,8 +35,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     ),
     "audio": ("input_features", "input_features_mask", "feature_attention_mask"),
 }
-# Models whose main tensor is [rows, pictures of a row, …].
-_BY_ROW = frozenset({"idefics2", "idefics3", "smolvlm"})
 
 Columns = npt.NDArray[np.bool_]
 _Parts = Sequence[torch.Tensor]
@@ -220,7 +219,7 @@ def _by_grid(kind: str, tensors: Mapping[str, torch.Tensor], config: Any) -> _Sp
 
 def _by_row(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Columns) -> _Split | None:
     """Split the pictures of a single row, which lie in the second dimension."""
-    if getattr(config, "model_type", None) not in _BY_ROW or len(own) != 1:
+    if not profile_of(config).media_by_row or len(own) != 1:
         return None
     if not all(tensor.ndim > 1 and len(tensor) == 1 for tensor in tensors.values()):
         return None

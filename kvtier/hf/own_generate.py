@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import EncoderDecoderCache, GenerationMixin
+from transformers import GenerationMixin
+
+from kvtier.hf.compat.names import caches_among, decoder_cache
 
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any]] = {}
@@ -22,7 +24,7 @@ def wrap_classes(kind: type) -> list[type]:
     """Wrap ``generate`` of all loaded classes that have their own; return those that were new.
 
     Args:
-        kind: of the caches that are looked after. They have ``reset``, ``last_turn`` and ``pass_over(reason)``.
+        kind: of the caches that are looked after, a ``TurnTaker``.
     """
     with _lock:
         new = [owner for owner in set(_below(GenerationMixin)) - set(_originals) if "generate" in vars(owner)]
@@ -50,17 +52,16 @@ def _below(owner: type) -> Iterator[type]:
 def _guarded(original: Callable[..., Any], kind: type) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        past = kwargs.get("past_key_values")
-        cache = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-        if not isinstance(cache, kind):
-            return original(self, *args, **kwargs)
-        guarded: Any = cache
-        guarded.reset()
-        before = guarded.last_turn
+        given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
+        caches = [decoder_cache(past) for past in caches_among(given, kind).values()]
+        reason = f"{type(self).__name__} has a generate of its own, which does not tell its tokens"
+        for cache in caches:
+            cache.begin_without_reuse(reason)
         try:
             return original(self, *args, **kwargs)
         finally:
-            if guarded.last_turn is before:
-                guarded.pass_over(f"{type(self).__name__} has a generate of its own, which does not tell its tokens")
+            for cache in caches:
+                if cache.has_turn:  # it did not come to transformers' own
+                    cache.pass_over(reason)
 
     return generate

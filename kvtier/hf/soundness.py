@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, PreTrainedConfig
 
 from kvtier.hf.anatomy import Anatomy, Part
+from kvtier.hf.compat.names import CHUNKS_CONTINUE, POSITIONAL
 from kvtier.hf.description import own_code, package_of
 from kvtier.hf.inputs import CHAINED
 
@@ -151,13 +151,6 @@ def _config_reasons(config: Any) -> Iterable[str]:
 
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-# Before, a prompt that is computed in chunks was computed from its beginning, on top of what the cache held.
-_CHUNKS_CONTINUE = (5, 21)
-
-
-def chunks_continue() -> bool:
-    """Whether this version of transformers computes a prompt in chunks from where a cache ends."""
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= _CHUNKS_CONTINUE
 
 
 def why_cold(arguments: Mapping[str, Any], setting: Any) -> str | None:
@@ -169,34 +162,19 @@ def why_cold(arguments: Mapping[str, Any], setting: Any) -> str | None:
     """
     if any(setting(name) for name in _ASSISTED):
         return "assisted decoding starts cold"
-    if setting("prefill_chunk_size") and not chunks_continue():
+    if setting("prefill_chunk_size") and not CHUNKS_CONTINUE:
         return "prefill in chunks starts cold in this version of transformers"
     if is_custom(arguments, setting):  # contrastive search, for one, wants the hidden states of every token
         return "a custom generate may want what the model says of the whole prompt"
     return None
 
 
-# What generate() takes by position, in order.
-POSITIONAL = (
-    "inputs",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "synced_gpus",
-    "assistant_model",
-    "streamer",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "custom_generate",
-)
 # These, what generate() keeps for itself, and what it passes to models without changing K and V.
 _HARMLESS = frozenset(POSITIONAL) | {
     "input_ids",
     "tokenizer",
     "assistant_tokenizer",
     "trust_remote_code",
-    "past_key_values",
     "attention_mask",
     "use_cache",
     "logits_to_keep",

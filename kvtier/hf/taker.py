@@ -20,6 +20,15 @@ class TurnTaker(ABC):
         """Begin a turn of ``model``, whose pages may still be on their way."""
 
     @abstractmethod
+    def begin_without_reuse(self, reason: str) -> None:
+        """Begin a turn with empty layers that neither reuses nor is kept."""
+
+    @property
+    @abstractmethod
+    def has_turn(self) -> bool:
+        """Whether a turn has begun that is not committed."""
+
+    @abstractmethod
     def pass_over(self, reason: str) -> None:
         """Note a turn that could neither reuse nor be kept, and hold nothing of it."""
 

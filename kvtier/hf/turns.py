@@ -7,22 +7,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvtier.errors import BlockError, ClosedError, StreamError
+from kvtier.errors import BlockError, ClosedError, StreamError, UnannouncedError
 from kvtier.hf.call import Call
+from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.fed import Fed
-from kvtier.hf.hook import check_installed, look_for_own_generate
+from kvtier.hf.hook import check_installed
 from kvtier.hf.identity import identify
 from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
+from kvtier.hf.own_generate import wrap_classes
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
-from kvtier.hf.quirks import decodes_otherwise, takes_token_by_token, why_not_so, why_off
+from kvtier.hf.serving import running_generate
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.states import UnreadableError
@@ -34,6 +37,12 @@ from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 
 _log = logging.getLogger("kvtier.hf")
+
+_UNANNOUNCED = (
+    "a generate() that kvtier did not see feeds this cache, which holds tokens of another call. Take model.generate "
+    "after making the TieredCache, call reset() before each call, or feed the model in a loop with begin() and "
+    "commit(). If that was not it, kvtier does not know this version of transformers"
+)
 
 
 class TurnCache(WindowCache, TurnTaker):
@@ -54,6 +63,7 @@ class TurnCache(WindowCache, TurnTaker):
         self._held: Held | None = None
         self._snapshots = Snapshots()
         self._root: str | None = None
+        self._unseen_generate: FrameType | None = None  # the call itself: a number could be given to a later one
         self._longest_answer = 0
         self.last_turn = None
 
@@ -75,22 +85,40 @@ class TurnCache(WindowCache, TurnTaker):
             BudgetError: ``device_budget`` is too small for so many tokens.
             ClosedError: the cache was closed.
             StreamError: a page of a cold layer is lost, or cannot be written.
-            PromptError: no turn has begun, and a model's own ``generate`` may be running that could not be seen.
+            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         if self._turn is None:
-            self._check_open()
-            check_installed()
-            if self._held is not None or (layer_idx == 0 and not self.get_seq_length()):
-                look_for_own_generate(holds_turn=self._held is not None)
-            self._held = None  # tokens that nobody named
+            self._feed_unannounced()
         else:
             begin = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
             self._turn.appending(begin, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def _feed_unannounced(self) -> None:
+        """Prepare for tokens that no turn has announced: in a loop of one's own they are fine, in ``generate()`` not.
+
+        A ``generate()`` that kvtier did not see takes what the cache holds for the beginning of its prompt. One that
+        finds the cache empty is right, as long as it is the same call.
+        """
+        self._check_open()
+        check_installed()
+        running = running_generate()
+        if running is not None and running is not self._unseen_generate:
+            new = wrap_classes(TurnTaker)
+            if self._held is not None or self.get_seq_length():
+                raise UnannouncedError(
+                    f"{new[0].__name__} was imported after this cache was made, and has a generate() of its own: call "
+                    "it again"
+                    if new
+                    else _UNANNOUNCED
+                )
+        self._unseen_generate = running
+        self._held = None  # tokens without a name
+
     def reset(self) -> None:
         """Hold nothing. The store keeps what it has."""
+        self._unseen_generate = None
         self._end_turn()
         self._lay_out(self._config)
 
@@ -123,6 +151,9 @@ class TurnCache(WindowCache, TurnTaker):
         elif config is not self._config:
             self._lay_out(config)
         off = off or self._no_reuse or (why_off(model) if config is not None else None)
+        states = bool(self._states)
+        if prompt is not None and not off and states and prompt.is_padded:  # then K and V depend on it as well
+            off = "padding would go into the states of this model"
         if prompt is not None and not off:
             off = why_not_so(model, prompt.columns, prompt.is_padded, call.longest_answer)
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
@@ -135,11 +166,8 @@ class TurnCache(WindowCache, TurnTaker):
         if changed:
             self._lay_out(self._config)
         self._root = identity.root
-        states = bool(self._states)
         if states and self._is_spread(model):
             return self._start(Turn.off("states of layers on several devices are not restored"))
-        if states and prompt.is_padded:  # then K and V depend on it as well
-            return self._start(Turn.off("padding would go into the states of this model"))
         cold = call.cold
         if self._hides_rows(prompt):
             cold = cold or "padding on the right is all that a window shows at the end of a row"
@@ -159,9 +187,9 @@ class TurnCache(WindowCache, TurnTaker):
                 elif turn.known_columns and states:
                     turn.reason = "the states of this model are not known within the known prefix"
             if states:
-                turn.keeps_answer_states = not decodes_otherwise(model)
+                turn.keeps_answer_states = not profile_of(model).decodes_otherwise
                 may_feed = call.feeds and call.repeats == 1 and prompt.plain
-                plan_pieces(turn, token_by_token=takes_token_by_token(model), may_feed=may_feed)
+                plan_pieces(turn, token_by_token=profile_of(model).token_by_token, may_feed=may_feed)
             if call.watched and prompt.plain:
                 turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
             try:
@@ -204,7 +232,7 @@ class TurnCache(WindowCache, TurnTaker):
         return [layer for layer in self._windows if layer.is_used or not layer.is_optional]
 
     def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
-        self._held = None  # first of all: from here on, pages may land in the windows
+        self._held = self._unseen_generate = None  # first of all: from here on, pages may land in the windows
         if turn.prefix is None:
             self._lay_out(self._config)
         else:
@@ -236,6 +264,17 @@ class TurnCache(WindowCache, TurnTaker):
             self._snapshots.put(self._states, prefix.states(), model.device, repeats)
         except UnreadableError as error:
             raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
+
+    def begin_without_reuse(self, reason: str) -> None:
+        """Begin a turn with empty layers that neither reuses nor is kept."""
+        self._check_open()
+        self._salvage()
+        self._start(Turn.off(reason))
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a turn has begun that is not committed."""
+        return self._turn is not None
 
     def pass_over(self, reason: str) -> None:
         """Hold nothing, and report a turn that could neither reuse nor be kept."""

@@ -94,7 +94,7 @@ IMPORTS = [
 # What is called, overridden or read on them.
 MEMBERS = [
     Reliance("transformers.GenerationMixin.generate", "hf/hook.py", GENERATE),
-    Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/quirks.py", "(cls)"),
+    Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/compat/model_profiles.py", "(cls)"),
     Reliance("transformers.StoppingCriteria.__call__", "hf/feeding.py", "(self, input_ids, scores, **kwargs)"),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),

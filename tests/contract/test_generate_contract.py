@@ -18,7 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.hf.call import _infer_mask
-from kvtier.hf.soundness import chunks_continue
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
 
 
 def relied_on(where):
@@ -174,7 +174,7 @@ def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
     model(input_ids=ids[:, :4], past_key_values=cache)
     fed.clear()
     model.generate(ids, past_key_values=cache, prefill_chunk_size=4, **GREEDY)
-    assert (columns(fed)[:2] == [4, 2]) == chunks_continue(), relied_on("hf/soundness.py")
+    assert (columns(fed)[:2] == [4, 2]) == CHUNKS_CONTINUE, relied_on("hf/compat/names.py")
 
 
 def test_a_streamer_gets_the_prompt_first(model, tokens):

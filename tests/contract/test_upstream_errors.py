@@ -15,7 +15,7 @@ from reliance import INSTALLED
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvtier import TieredCache
-from kvtier.hf.soundness import chunks_continue
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from sweep.models import tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
@@ -93,7 +93,7 @@ def test_a_cache_that_is_not_to_be_used(make_model, tokens):
 def test_chunks_on_a_known_prefix(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prefill_chunk_size=2)
-    assert wrong != chunks_continue(), "see kvtier/hf/soundness.py: chunks_continue"
+    assert wrong != CHUNKS_CONTINUE, "see kvtier/hf/compat/names.py: CHUNKS_CONTINUE"
 
 
 def test_encoder_decoder_cache_used_again():
@@ -184,7 +184,7 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
     still_wrong(
         not torch.allclose(whole, at_once, **near),
         f"{stateful} forgets its state when several tokens are fed on top of it",
-        "hf/quirks.py: _TOKEN_BY_TOKEN",
+        "hf/compat/model_profiles.py: token_by_token",
     )
 
 
@@ -206,7 +206,7 @@ def test_padded_rows_go_on_otherwise(name):
         at_once = model(longer[rows], attention_mask=mask, position_ids=positions[rows]).logits[:, -1]
         wrong[len(mask)] = bool((known - at_once).abs().max() > 1e-3)
     assert not wrong[1]
-    still_wrong(wrong[2], f"padded rows of {name} go on otherwise", "hf/quirks.py: _NOT_PADDED")
+    still_wrong(wrong[2], f"padded rows of {name} go on otherwise", "hf/compat/model_profiles.py: not_padded")
 
 
 def test_mamba_feeds_its_whole_prompt_again(tokens):
@@ -240,4 +240,4 @@ def test_states_alone_are_right_whatever_the_version_tells(tokens, store):
         with TieredCache(store) as cache:
             assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
             off = "has seen" in (cache.last_turn.miss_reason or "")
-    assert off == (not hasattr(DynamicCache, "get_conv_state")), "see kvtier/hf/quirks.py: why_off"
+    assert off == (not hasattr(DynamicCache, "get_conv_state")), "see kvtier/hf/compat/model_profiles.py: why_off"

@@ -25,7 +25,7 @@ from kvtier.cli.scripts import (
     tiny_model,
 )
 from kvtier.cli.selftest import busy
-from kvtier.hf.soundness import chunks_continue
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from kvtier.transfer import StreamEngine
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
@@ -92,7 +92,7 @@ def test_families_and_kernels(place, make_model, generate, tokens, tmp_path, kin
         TieredCache(store, device_budget=170_000, spill_dir=tmp_path, engine=place.engine) as cache,
     ):
         for turn in range(2):
-            chunked = {"prefill_chunk_size": 24} if chunks_continue() else {}
+            chunked = {"prefill_chunk_size": 24} if CHUNKS_CONTINUE else {}
             ours = generate(model, ids, cache, **chunked)
             theirs = generate(model, ids, reference, **chunked)
             assert cache.last_turn.cold_layers

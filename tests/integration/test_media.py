@@ -22,9 +22,9 @@ from mediakit import (
 from seekit import SEERS, make_seer, seer_prompt
 
 from kvtier import TieredCache
-from kvtier.hf.inputs import media_continue
+from kvtier.hf.compat.names import MEDIA_CONTINUE
 
-pytestmark = pytest.mark.skipif(not media_continue(), reason="such inputs turn reuse off in this transformers")
+pytestmark = pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers")
 
 BEFORE, BETWEEN, AFTER = words(12, 1), words(9, 2), words(7, 3)
 A, B, C = Picture(10), Picture(11), Picture(12)
@@ -348,7 +348,7 @@ def test_cold_layers(turn, store):
 
 
 def test_older_transformers_lose_count(turn, cache, monkeypatch):
-    monkeypatch.setattr("kvtier.hf.inputs.media_continue", lambda: False)
+    monkeypatch.setattr("kvtier.hf.inputs.MEDIA_CONTINUE", False)
     turn("llava", [BEFORE, A, AFTER])
     assert turn("llava", [BEFORE, A, AFTER]) == 0
     assert "this version of transformers cannot continue with pixel_values" in cache.last_turn.miss_reason

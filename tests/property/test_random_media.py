@@ -10,7 +10,7 @@ from mediakit import BY_GRID, Picture, answer, new_words, prompt, seeing
 from tiny import assert_same_answer
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.hf.inputs import media_continue
+from kvtier.hf.compat.names import MEDIA_CONTINUE
 
 words = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple)
 seeds, sizes = st.integers(1, 3), st.booleans()
@@ -42,7 +42,7 @@ def edited(draw, row, parts):
     return row
 
 
-@pytest.mark.skipif(not media_continue(), reason="such inputs turn reuse off in this transformers")
+@pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers")
 @pytest.mark.parametrize("seer", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "idefics3"])
 @settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(data=st.data())

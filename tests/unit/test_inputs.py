@@ -8,7 +8,8 @@ import torch
 from mediakit import PLACE, Picture, prompt, seeing, words
 from transformers import GPT2Config, GPT2LMHeadModel, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from kvtier.hf.inputs import Inputs, media_continue, read_inputs
+from kvtier.hf.compat.names import MEDIA_CONTINUE
+from kvtier.hf.inputs import Inputs, read_inputs
 from kvtier.hf.marks import WHOLE, Mark, digest_of, digest_tensors, marked, vector_ids
 from kvtier.hf.media import Media, read_media
 from kvtier.hf.prompt import Prompt, Unreadable
@@ -20,7 +21,7 @@ DIGESTS = [digest_of(bytes([i])) for i in range(3)]
 @pytest.fixture(autouse=True)
 def _in_every_version(monkeypatch):
     """What enters where is the same in all versions of transformers."""
-    monkeypatch.setattr("kvtier.hf.inputs.media_continue", lambda: True)
+    monkeypatch.setattr("kvtier.hf.inputs.MEDIA_CONTINUE", True)
 
 
 def read(family, *rows, copies=1, **changed):
@@ -309,7 +310,7 @@ def test_models_that_count_on_an_earlier_call_without_saying_how(monkeypatch):
     assert "positions from an earlier call" in read("llava", [words(6)]).reason
 
 
-@pytest.mark.skipif(not media_continue(), reason="this transformers gives beams each other's pictures")
+@pytest.mark.skipif(not MEDIA_CONTINUE, reason="this transformers gives beams each other's pictures")
 def test_beams_are_given_what_their_row_has_or_nothing_is_kept():
     one, two = [words(6), Picture(1), words(3)], [words(6), Picture(1), words(3), Picture(2), words(3)]
     assert isinstance(read("voxtral", one, one, copies=2), Inputs)

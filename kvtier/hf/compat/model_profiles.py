@@ -1,0 +1,163 @@
+"""How models differ from what transformers promises of all of them: one table, and what follows from it for a turn.
+
+Most entries were found by comparing one forward pass over a whole prompt with passes that continue a ``DynamicCache``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from kvtier.hf.compat.names import INSTALLED, STATES_ARE_COUNTED, Version, forward_argument, generate_argument
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """What is particular about the models of one ``model_type``.
+
+    Attributes:
+        off: why nothing is reused.
+        off_before: the first version of transformers in which ``off`` no longer holds; None while it holds in all.
+        within_window: with a cache, the model sees no more than its sliding window, without one it sees all.
+        not_padded: padded rows continue a cache to other K and V than they have at once.
+        by_distance: attention depends on distances alone, so that padding shifts nothing.
+        token_by_token: a pass over several tokens begins with an empty recurrent state, whatever the cache holds.
+        decodes_otherwise: one token at a time, the model computes other states than over many tokens at once.
+        sees_ahead: tokens attend to later ones, beyond a run of placeholders.
+        media_by_row: the main tensor of pictures is ``[rows, pictures of a row, …]``.
+        carried_argument: the name under which the model takes states that it carries past any cache; ``"cache"`` stands
+            for the one that a cache has.
+    """
+
+    off: str | None = None
+    off_before: Version | None = None
+    within_window: bool = False
+    not_padded: bool = False
+    by_distance: bool = False
+    token_by_token: bool = False
+    decodes_otherwise: bool = False
+    sees_ahead: bool = False
+    media_by_row: bool = False
+    carried_argument: str | None = None
+
+    @property
+    def why_off(self) -> str | None:
+        """Return why nothing is reused in the installed version of transformers; None when it may be."""
+        return self.off if self.off_before is None or self.off_before > INSTALLED else None
+
+
+_MISCOUNTS = "before 5.18, transformers continues this model from a cache to other K and V"
+
+PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
+    {
+        "big_bird": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "bloom": ModelProfile(by_distance=True),
+        "cpmant": ModelProfile(off="the model puts columns of its own before the prompt's"),
+        "diffusion_gemma": ModelProfile(sees_ahead=True),
+        "doge": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "embedding_gemma2": ModelProfile(sees_ahead=True),
+        "falcon_mamba": ModelProfile(token_by_token=True),
+        "florence2": ModelProfile(sees_ahead=True),
+        "git": ModelProfile(off=_MISCOUNTS, off_before=(5, 18), not_padded=True),
+        "idefics2": ModelProfile(media_by_row=True),
+        "idefics3": ModelProfile(media_by_row=True),
+        "jamba": ModelProfile(token_by_token=True),
+        "mamba": ModelProfile(token_by_token=True),
+        "megatron-bert": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "minimax": ModelProfile(carried_argument="cache"),
+        "minimax_m3_vl": ModelProfile(not_padded=True),
+        "minimax_m3_vl_text": ModelProfile(not_padded=True),
+        "molmo2": ModelProfile(sees_ahead=True),
+        "moshi": ModelProfile(within_window=True),
+        "mpt": ModelProfile(by_distance=True),
+        "nemotron_h": ModelProfile(decodes_otherwise=True),
+        "paligemma": ModelProfile(sees_ahead=True),
+        "prophetnet": ModelProfile(
+            off="the model continues a cache by one token at a time only, and not to the same K and V"
+        ),
+        "qwen4_exp": ModelProfile(
+            off="before 5.21, the model keeps the positions of its last prompt on the cache", off_before=(5, 21)
+        ),
+        "recurrent_gemma": ModelProfile(off="the model keeps its recurrent state in its modules, outside of any cache"),
+        "rembert": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "roformer": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "rwkv": ModelProfile(carried_argument="state"),
+        "smolvlm": ModelProfile(media_by_row=True),
+        "unlimited_ocr": ModelProfile(sees_ahead=True),
+        "xlstm": ModelProfile(carried_argument="cache"),
+        "zamba": ModelProfile(token_by_token=True),
+        "zamba2": ModelProfile(decodes_otherwise=True),
+    }
+)
+_PLAIN = ModelProfile()
+
+
+def profile_of(model: Any) -> ModelProfile:
+    """Return what is particular about ``model``, or a config that has a ``model_type``."""
+    config = getattr(model, "config", model)
+    return PROFILES.get(getattr(config, "model_type", ""), _PLAIN)
+
+
+def cache_argument(model: Any) -> str | None:
+    """Return the name under which ``generate`` hands ``model`` its cache, or what it carries instead of one."""
+    carried = profile_of(model).carried_argument
+    return carried if carried not in (None, "cache") else generate_argument(model)
+
+
+def passed_argument(model: Any) -> str | None:
+    """Return the name under which a forward pass of ``model`` takes the same."""
+    carried = profile_of(model).carried_argument
+    return carried if carried not in (None, "cache") else forward_argument(model)
+
+
+def why_no_cache(model: Any) -> str | None:
+    """Return why ``generate`` does not take a cache for this model; None when it does."""
+    name = type(model).__name__
+    if profile_of(model).carried_argument is not None:
+        return None
+    if forward_argument(model) is None:
+        return f"the forward pass of {name} takes no cache under a name that kvtier knows"
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return f"{name} uses a cache of its own"
+    return None
+
+
+def why_off(model: Any) -> str | None:
+    """Return why nothing of this kind of model may be reused; None when it may."""
+    profile = profile_of(model)
+    states_alone = forward_argument(model) == "cache_params"
+    if states_alone and profile.carried_argument is None and not STATES_ARE_COUNTED:
+        return "before 5.21, transformers does not count for a cache of states alone how many tokens it has seen"
+    return profile.why_off
+
+
+def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -> str | None:
+    """Return why nothing of a prompt of such a shape may be reused; None when it may.
+
+    Args:
+        model: the model.
+        columns: of the prompt.
+        is_padded: whether any row of it is.
+        longest_answer: new tokens at most; 0 where it is not known.
+    """
+    profile = profile_of(model)
+    if is_padded and profile.not_padded:
+        return "transformers continues padded rows of this model to other K and V than it computes at once"
+    if is_padded and _counts_columns(model):
+        return "the positions of this model count padding too: what is known of a row holds for its padding only"
+    if not profile.within_window:
+        return None
+    window = model.config.get_text_config(decoder=True).sliding_window
+    if longest_answer and columns + longest_answer <= window:
+        return None
+    return f"transformers shows this model no more than {window} tokens of a cache; set max_new_tokens to stay within"
+
+
+def _counts_columns(model: Any) -> bool:
+    """Whether a model that is not given positions counts columns, padding among them."""
+    told = "position_ids" in inspect.signature(type(model).forward).parameters
+    return not told and not profile_of(model).by_distance

@@ -1,0 +1,95 @@
+"""What transformers calls things, by version: the module to change when a release renames one of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, cache_utils
+
+Version = tuple[int, int]
+
+OLDEST_TESTED: Version = (5, 17)
+NEWEST_TESTED: Version = (5, 24)
+"""Versions of transformers that the whole test suite passes on. A newer one is tried out first (``compat.canary``)."""
+
+
+def version_of(text: str) -> Version:
+    """Return the major and the minor version that ``text`` begins with."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+INSTALLED: Version = version_of(transformers.__version__)
+
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""Names of a cache argument: since 5.24 ``cache`` in every model, before that ``cache_params`` in Mamba models."""
+
+CARRIED_ARGUMENTS = ("state",)
+"""Names under which models take states that they carry past any cache (RWKV)."""
+
+
+def forward_argument(model: Any) -> str | None:
+    """Return the name under which ``model.forward`` takes a cache; None when it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+
+
+def generate_argument(model: Any) -> str | None:
+    """Return the name under which transformers' ``generate`` takes a cache for ``model``; None when it takes none.
+
+    From 5.24 on that is one name for all models. Before, it is the name that the model's forward pass has.
+    """
+    name = forward_argument(model)
+    return _GENERATE_ARGUMENT if name is not None and CACHE_ARGUMENTS[0] == _GENERATE_ARGUMENT else name
+
+
+def _find_generate_argument() -> str | None:
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+
+
+_GENERATE_ARGUMENT = _find_generate_argument()
+
+
+def decoder_cache(value: Any) -> Any:
+    """Return the cache of the decoder's own K and V: ``value`` itself, or the one inside an ``EncoderDecoderCache``."""
+    return value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+
+
+def caches_among(arguments: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return the arguments, whatever their names, that are caches of ``kind`` or an ``EncoderDecoderCache`` of one."""
+    return {name: value for name, value in arguments.items() if isinstance(decoder_cache(value), kind)}
+
+
+# What generate() takes by position, in order.
+POSITIONAL = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+)
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""The method by which ``generate`` looks at the cache it was given; looked up on the model in every call."""
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
+"""Stands for layers that keep nothing, since 5.23; older versions leave such layers out."""
+
+CHUNKS_CONTINUE = INSTALLED >= (5, 21)
+"""Whether ``prefill_chunk_size`` continues a cache. Before, the prompt was computed again on top of it."""
+
+MEDIA_CONTINUE = INSTALLED >= (5, 23)
+"""Whether a prompt with pictures or sounds continues a cache. Before, types, positions or features were miscounted."""
+
+STATES_ARE_COUNTED = hasattr(Cache, "get_conv_state")
+"""Whether a cache of states alone learns how many tokens it has seen: since 5.21 layers ask it for their states."""
