@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.call import read_loop
+from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.hook import install
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
@@ -77,6 +78,7 @@ class TieredCache(TurnCache):
         super().__init__(store, partial(self._streaming.open, store))
         self._lay_out(config)
         install()
+        try_upstream(_cache_in_ram)
 
     # --- turns in a loop of one's own ---
 
@@ -233,3 +235,8 @@ class TieredCache(TurnCache):
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def _cache_in_ram() -> TieredCache:
+    """Return a cache over a store of its own."""
+    return TieredCache(PrefixStore())

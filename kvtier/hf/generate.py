@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvtier.errors import RestoreError, StreamError
 from kvtier.hf.call import Call, eos_ids, read_call, use_cache
 from kvtier.hf.carriers import carry, settle
+from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
 from kvtier.hf.fed import watching
 from kvtier.hf.feeding import PromptEnd, feed, slice_prompts
@@ -44,7 +45,7 @@ def take_turn(
         PromptError: the mask tells of more columns than the prompt has.
         StreamError: a page of a cold layer is lost, or cannot be written.
     """
-    no_cache = why_no_cache(model)
+    no_cache = why_untrusted() or why_no_cache(model)
     if no_cache is not None:
         return _without(original, model, cache, kwargs, no_cache)
     settle(model)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, StreamError, UnannouncedError
 from kvtier.hf.call import Call
+from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.fed import Fed
 from kvtier.hf.hook import check_installed
@@ -144,7 +145,7 @@ class TurnCache(WindowCache, TurnTaker):
         self._check_open()
         self._longest_answer = call.longest_answer
         self._salvage()
-        prompt, off = call.prompt, call.off
+        prompt, off = call.prompt, why_untrusted() or call.off
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             off = off or "the model has no config"
