@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -81,7 +82,7 @@ def generate() -> Generate:
             settings["attention_mask"] = (ids != 0).long()
         return model.generate(
             ids,
-            past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+            **({CACHE: DynamicCache(config=model.config)} if cache is None else {"past_key_values": cache}),
             return_dict_in_generate=True,
             output_logits=True,
             **settings,

@@ -16,9 +16,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from upstream import CACHE
 
 from kvtier.hf.call import _infer_mask
-from kvtier.hf.compat.names import CHUNKS_CONTINUE
+from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
 
 
 def relied_on(where):
@@ -69,12 +70,12 @@ def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
     where = relied_on("hf/generate.py")
     ids, cache = tokens(10), Watched(model.config)
     if known:
-        model(input_ids=ids[:, :known], past_key_values=cache)
+        model(input_ids=ids[:, :known], **{CACHE: cache})
     fed.clear()
     cache.updates.clear()
-    found = model.generate(ids, past_key_values=cache, **GREEDY)
+    found = model.generate(ids, **{CACHE: cache}, **GREEDY)
     assert columns(fed) == [10 - known, 1, 1, 1], where
-    assert fed[0]["past_key_values"] is cache, where
+    assert fed[0][CACHE] is cache, where
     assert torch.equal(fed[0]["input_ids"], ids[:, known:]), where
     assert torch.equal(fed[0]["position_ids"], torch.arange(known, 10)[None]), where
     assert [layer for layer, _ in cache.updates] == [0, 1, 2] * 4, relied_on("hf/windows.py")
@@ -87,9 +88,9 @@ def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
     ids, cache = tokens(10, rows=2), DynamicCache(config=model.config)
     ids[1, :4] = 0
     mask = (ids != 0).long()
-    model(input_ids=ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    model(input_ids=ids[:, :7], attention_mask=mask[:, :7], **{CACHE: cache})
     fed.clear()
-    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    model.generate(ids, attention_mask=mask, **{CACHE: cache}, **GREEDY)
     assert columns(fed) == [3, 1, 1, 1], relied_on("hf/generate.py")
     assert torch.equal(fed[0]["attention_mask"], mask), relied_on("hf/generate.py")
 
@@ -99,11 +100,9 @@ def test_hooks_see_every_forward_pass_with_its_arguments_by_name(model, tokens, 
     seen = []
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     cache = DynamicCache(config=model.config)
-    model.generate(tokens(10), past_key_values=cache, **{**GREEDY, **settings})
+    model.generate(tokens(10), **{CACHE: cache}, **{**GREEDY, **settings})
     assert len(seen) >= 2, relied_on("hf/fed.py: watching")
-    assert all(not args and kwargs["past_key_values"] is cache for args, kwargs in seen), relied_on(
-        "hf/fed.py: watching"
-    )
+    assert all(not args and kwargs[CACHE] is cache for args, kwargs in seen), relied_on("hf/fed.py: watching")
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
@@ -127,7 +126,7 @@ def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, toke
 def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
     ids, repeats, cache = tokens(10, rows=2), 3, Watched(model.config)
     settings = {**GREEDY, "do_sample": "num_beams" not in settings, **settings}
-    found = model.generate(ids, past_key_values=cache, **settings)
+    found = model.generate(ids, **{CACHE: cache}, **settings)
     where = relied_on("hf/turn.py")
     assert torch.equal(fed[0]["input_ids"], ids.repeat_interleave(repeats, 0)), where
     assert torch.equal(found[:, :10], ids.repeat_interleave(settings["num_return_sequences"], 0)), where
@@ -138,8 +137,8 @@ def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
 
 def test_the_callers_cache_is_returned(model, tokens):
     cache = DynamicCache(config=model.config)
-    found = model.generate(tokens(10), past_key_values=cache, return_dict_in_generate=True, **GREEDY)
-    assert found.past_key_values is cache, relied_on("hf/generate.py")
+    found = model.generate(tokens(10), **{CACHE: cache}, return_dict_in_generate=True, **GREEDY)
+    assert getattr(found, CACHE) is cache, relied_on("hf/generate.py")
     assert found.sequences.shape == (1, 14), relied_on("hf/generate.py")
 
 
@@ -171,9 +170,9 @@ def test_settings_come_from_the_call_then_its_config_then_the_model(model, token
 
 def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
     ids, cache = tokens(10), DynamicCache(config=model.config)
-    model(input_ids=ids[:, :4], past_key_values=cache)
+    model(input_ids=ids[:, :4], **{CACHE: cache})
     fed.clear()
-    model.generate(ids, past_key_values=cache, prefill_chunk_size=4, **GREEDY)
+    model.generate(ids, **{CACHE: cache}, prefill_chunk_size=4, **GREEDY)
     assert (columns(fed)[:2] == [4, 2]) == CHUNKS_CONTINUE, relied_on("hf/compat/names.py")
 
 
@@ -194,15 +193,15 @@ def test_a_streamer_gets_the_prompt_first(model, tokens):
 
 
 def test_mamba_prepares_its_inputs_by_name(tokens):
-    """kvtier wraps the method that does so for models that take their cache as ``cache_params``."""
+    """kvtier wraps the method that does so for models of linear attention alone."""
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
     model, seen = MambaForCausalLM(config).eval(), []
-    prepare = type(model).prepare_inputs_for_generation
+    prepare, name = type(model).prepare_inputs_for_generation, forward_argument(model)
 
     def watching(input_ids, *args, **kwargs):
-        seen.append((args, "cache_params" in kwargs, kwargs.get("is_first_iteration", False)))
+        seen.append((args, name in kwargs, kwargs.get("is_first_iteration", False)))
         return prepare(model, input_ids, *args, **kwargs)
 
     model.prepare_inputs_for_generation = watching
-    model.generate(tokens(5) % 49 + 1, cache_params=DynamicCache(config=config), **GREEDY)
+    model.generate(tokens(5) % 49 + 1, **{name: DynamicCache(config=config)}, **GREEDY)
     assert seen[0] == ((), True, True), relied_on("hf/feeding.py: slice_prompts")

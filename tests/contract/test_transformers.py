@@ -30,8 +30,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kvtier
 import kvtier.hf
+from kvtier.hf.compat.names import POSITIONAL
 from kvtier.hf.layout import _KINDS, _NAMED_KINDS
-from kvtier.hf.soundness import POSITIONAL, _lengths
+from kvtier.hf.soundness import _lengths
 from kvtier.hf.states import _LINEAR, _WHOLE
 
 PACKAGE = Path(kvtier.__file__).parent
@@ -97,7 +98,7 @@ def test_places_that_failures_name_exist():
     """A failing test must not send anybody to where nothing is."""
     named = set()
     for file in Path(__file__).parent.glob("*.py"):
-        named |= set(re.findall(r'"(hf/\w+\.py)(?:: (\w+))?"', file.read_text()))
+        named |= set(re.findall(r'"(hf/[\w/]+\.py)(?:: (\w+))?"', file.read_text()))
     assert len(named) > 15
     for file, name in named:
         assert (PACKAGE / file).exists(), file
@@ -234,7 +235,7 @@ def test_settings_that_are_asked_for(name):
 def test_arguments_by_position():
     parameters = inspect.signature(inspect.unwrap(transformers.GenerationMixin.generate)).parameters.values()
     now = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
-    assert now == POSITIONAL, changed("generate()'s order of arguments", f"is {now}", "hf/soundness.py")
+    assert now == POSITIONAL, changed("generate()'s order of arguments", f"is {now}", "hf/compat/names.py")
 
 
 def tiny():

@@ -13,6 +13,7 @@ import torch
 import transformers
 from reliance import INSTALLED
 from transformers import DynamicCache, EncoderDecoderCache
+from upstream import CACHE, given
 
 from kvtier import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE
@@ -31,7 +32,7 @@ def differs(model, ids, cache, **settings):
     """Whether generate() says something else with ``cache`` than without, or fails."""
     expected = model.generate(ids, **{**GREEDY, **settings, "use_cache": True})
     try:
-        found = model.generate(ids, past_key_values=cache, **{**GREEDY, **settings})
+        found = model.generate(ids, **{CACHE: cache}, **{**GREEDY, **settings})
     except (RuntimeError, ValueError, IndexError):
         return True
     return not torch.equal(found, expected)
@@ -48,7 +49,7 @@ def prefilled(make_model, tokens):
     """A model in double precision, a prompt, and a cache that holds all of it but the last three tokens."""
     model, ids = make_model("llama", torch.float64), tokens(30)
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :27], past_key_values=cache)
+    model(input_ids=ids[:, :27], **{CACHE: cache})
     assert not differs(model, ids, copy.deepcopy(cache))  # a known prefix alone does no harm
     return model, ids, cache
 
@@ -61,7 +62,7 @@ def test_another_prompt_is_taken_for_the_known_one(prefilled, tokens):
 
 def test_a_cache_that_holds_the_whole_prompt(prefilled):
     model, ids, cache = prefilled
-    model(input_ids=ids[:, 27:], past_key_values=cache)
+    model(input_ids=ids[:, 27:], **{CACHE: cache})
     still_wrong(differs(model, ids, cache), "a cache that holds the whole prompt makes it be fed again", "hf/plan.py")
 
 
@@ -69,7 +70,7 @@ def test_a_cache_that_holds_the_whole_prompt(prefilled):
 def test_rows_are_expanded_but_not_those_of_the_cache(prefilled, settings):
     model, ids, cache = prefilled
     with pytest.raises(RuntimeError):
-        model.generate(ids, past_key_values=cache, **{**GREEDY, **settings})
+        model.generate(ids, **{CACHE: cache}, **{**GREEDY, **settings})
 
 
 def test_assisted_decoding_on_a_known_prefix(prefilled):
@@ -101,7 +102,7 @@ def test_encoder_decoder_cache_used_again():
     model = tiny("T5Config", "T5ForConditionalGeneration")
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     ids = torch.randint(1, 50, (2, 10), generator=torch.Generator().manual_seed(0))
-    model.generate(ids[:1], past_key_values=cache, **GREEDY)
+    model.generate(ids[:1], **{CACHE: cache}, **GREEDY)
     still_wrong(
         differs(model, ids[1:], cache),
         "an EncoderDecoderCache keeps the cross-attention of an earlier input",
@@ -168,10 +169,9 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
     config, kind, settings = STATEFUL[stateful]
     model = tiny(config, kind, **settings)
     ids = tokens(12) % 49 + 1
-    cache_name = "cache_params" if "mamba" in stateful else "past_key_values"
 
     def last_logits(*pieces):
-        cache = {cache_name: DynamicCache(config=model.config)}
+        cache = given(model, DynamicCache(config=model.config))
         for piece in pieces:
             logits = model(input_ids=piece, use_cache=True, **cache).logits
         return logits[:, -1]
@@ -200,9 +200,9 @@ def test_padded_rows_go_on_otherwise(name):
     wrong = {}
     for rows in (slice(0, 1), slice(0, 2)):
         mask, cache = (longer[rows] != 0).long(), DynamicCache(config=model.config)
-        model(ids[rows], attention_mask=mask[:, :24], position_ids=positions[rows, :24], past_key_values=cache)
+        model(ids[rows], attention_mask=mask[:, :24], position_ids=positions[rows, :24], **{CACHE: cache})
         new, place = longer[rows, 24:], positions[rows, 24:]
-        known = model(new, attention_mask=mask, position_ids=place, past_key_values=cache).logits[:, -1]
+        known = model(new, attention_mask=mask, position_ids=place, **{CACHE: cache}).logits[:, -1]
         at_once = model(longer[rows], attention_mask=mask, position_ids=positions[rows]).logits[:, -1]
         wrong[len(mask)] = bool((known - at_once).abs().max() > 1e-3)
     assert not wrong[1]
@@ -212,9 +212,9 @@ def test_padded_rows_go_on_otherwise(name):
 def test_mamba_feeds_its_whole_prompt_again(tokens):
     model = tiny(*STATEFUL["mamba"][:2], **STATEFUL["mamba"][2])
     ids, cache, fed = tokens(12) % 49 + 1, DynamicCache(config=model.config), []
-    model(input_ids=ids[:, :9], cache_params=cache)
+    model(input_ids=ids[:, :9], **given(model, cache))
     model.register_forward_pre_hook(lambda model, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
-    model.generate(ids, cache_params=cache, **GREEDY)
+    model.generate(ids, **given(model, cache), **GREEDY)
     still_wrong(
         fed[0].shape[1] == 12, "mamba feeds its whole prompt on top of a known state", "hf/feeding.py: slice_prompts"
     )
@@ -223,7 +223,7 @@ def test_mamba_feeds_its_whole_prompt_again(tokens):
 def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
     model = tiny(*STATEFUL["jamba"][:2], **STATEFUL["jamba"][2])
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens(6) % 49 + 1, past_key_values=cache)
+    model(input_ids=tokens(6) % 49 + 1, **{CACHE: cache})
     try:
         cache.batch_repeat_interleave(2)
         wrong = False
@@ -238,6 +238,6 @@ def test_states_alone_are_right_whatever_the_version_tells(tokens, store):
     expected = model.generate(ids, **GREEDY)
     for _ in range(3):
         with TieredCache(store) as cache:
-            assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+            assert torch.equal(model.generate(ids, **{CACHE: cache}, **GREEDY), expected)
             off = "has seen" in (cache.last_turn.miss_reason or "")
     assert off == (not hasattr(DynamicCache, "get_conv_state")), "see kvtier/hf/compat/model_profiles.py: why_off"

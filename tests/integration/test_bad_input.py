@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria
+from upstream import CACHE
 
 from kvtier import ClosedError, ConfigurationError, PrefixStore, PromptError, StoreError, StoreVersionError, TieredCache
 
@@ -128,7 +129,7 @@ def test_a_config_that_is_none():
     "use",
     [
         lambda cache, model, ids: model.generate(ids, past_key_values=cache, max_new_tokens=2),
-        lambda cache, model, ids: model(ids, past_key_values=cache),
+        lambda cache, model, ids: model(ids, **{CACHE: cache}),
         lambda cache, model, ids: cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0),
         lambda cache, model, ids: cache.begin(model, ids),
         lambda cache, model, ids: cache.commit(ids),
@@ -202,7 +203,7 @@ class Bare(torch.nn.Module):
         return super().__getattr__(name)
 
     def forward(self, ids, cache):
-        return self.inner(ids, past_key_values=cache).logits
+        return self.inner(ids, **{CACHE: cache}).logits
 
 
 def test_a_model_without_a_config(model, cache, tokens):
@@ -216,8 +217,8 @@ def test_a_model_without_a_config(model, cache, tokens):
             second = bare(ids[:, 9:], cache)
         reference = DynamicCache()
         with torch.no_grad():
-            assert torch.equal(first, model(ids[:, :9], past_key_values=reference).logits)
-            assert torch.equal(second, model(ids[:, 9:], past_key_values=reference).logits)
+            assert torch.equal(first, model(ids[:, :9], **{CACHE: reference}).logits)
+            assert torch.equal(second, model(ids[:, 9:], **{CACHE: reference}).logits)
         assert cache.commit(ids).cached_tokens == 0
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 import kvtier
-from kvtier import PrefixStore, TieredCache
+from kvtier import ConfigurationError, PrefixStore, TieredCache
 from sweep.models import tiny_model
 
 CARRIERS = ["rwkv", "xlstm", "minimax"]
@@ -177,14 +177,11 @@ def test_an_argument_of_ones_own_is_not_replaced(built, store):
         assert cache.last_turn.cached_by_tier["host"] == 20
 
 
-def test_a_cache_of_ones_own_beside_it_is_used(store):
+def test_two_caches_contradict_each_other(store):
     model, ids = tiny_model("mamba2"), prompt(20)
     own = DynamicCache(config=model.config)
-    with TieredCache(store) as cache:
-        found = model.generate(ids, cache_params=own, past_key_values=cache, **SETTINGS)
-        assert torch.equal(found, model.generate(ids, **SETTINGS))
-        assert own.has_previous_state(0)
-        assert "cache_params" in cache.last_turn.miss_reason
+    with TieredCache(store) as cache, pytest.raises(ConfigurationError, match="cache_params, past_key_values; pass"):
+        model.generate(ids, cache_params=own, past_key_values=cache, **SETTINGS)
 
 
 def test_rwkv_scales_its_weights_before_they_are_looked_at(store):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_interrupts import Interrupt
 from transformers import DynamicCache
+from upstream import CACHE
 
 from kvtier import BudgetError, ConfigurationError, PrefixStore, StreamError, TieredCache
 from kvtier.testing import SimulatedEngine
@@ -30,7 +31,7 @@ def token_bytes(model) -> int:
     """K and V of one token in all layers."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
@@ -166,7 +167,7 @@ def test_layers_whose_k_and_v_others_read_stay_hot(spill):
     model = Gemma3nForCausalLM(config).eval()
     ids = torch.randint(1, 64, (1, 60))
     settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=config), **settings)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=config)}, **settings)
     budget = int(0.6 * everything(model, 68))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
         ours = model.generate(ids, past_key_values=cache, **settings)
@@ -206,12 +207,12 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
         cache.begin(model, prompt)
         ids, traffic = prompt, cache._streams.traffic
         with torch.no_grad():
-            model(ids, past_key_values=cache)
-            model(tokens(1), past_key_values=cache)  # from here on, every step finds the ring as the last one left it
+            model(ids, **{CACHE: cache})
+            model(tokens(1), **{CACHE: cache})  # from here on, every step finds the ring as the last one left it
             checked = 0
             for length in range(62, 82):
                 before, cold = traffic.copy(), cold_layers(cache)
-                model(tokens(1, seed=length), past_key_values=cache)
+                model(tokens(1, seed=length), **{CACHE: cache})
                 moved = traffic.since(before)
                 assert moved.waits > 2
                 if cold_layers(cache) != cold:
@@ -377,7 +378,7 @@ def test_a_page_file_that_is_lost_under_way(make_model, tokens, generate, spill,
     with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
         cache.begin(model, ids)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
             for path in spill.glob("*/*.safetensors"):
                 if how == "cut":
                     os.truncate(path, 100)
@@ -438,7 +439,7 @@ def test_an_interrupt_between_any_two_steps_of_a_transfer(make_model, generate, 
 
 def feed(model, steps, cache):
     for ids in steps:
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
 
 
 def assert_same_tokens(model, generate, ids, cache):

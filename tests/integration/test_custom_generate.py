@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from upstream import CACHE
 
 from kvtier import TieredCache
 
@@ -34,7 +35,7 @@ def same(model, generate):
 def plain(model, input_ids, generation_config=None, **model_kwargs):
     """Greedy decoding in a few lines, as a user would write it."""
     while input_ids.shape[1] < generation_config.max_length:
-        past = model_kwargs["past_key_values"].get_seq_length()
+        past = model_kwargs[CACHE].get_seq_length()
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=input_ids.shape[1] - past, **model_kwargs
         )
@@ -46,7 +47,7 @@ def plain(model, input_ids, generation_config=None, **model_kwargs):
 
 def contrastive(model, input_ids, generation_config=None, candidates=3, alpha=0.6, **model_kwargs):
     """Contrastive search: of a few likely tokens, the one least like what was said. Looks at the whole prompt."""
-    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs[CACHE], model_kwargs.get("attention_mask")
 
     def call(ids):
         nonlocal mask
@@ -54,7 +55,7 @@ def contrastive(model, input_ids, generation_config=None, candidates=3, alpha=0.
         positions = torch.arange(begin, begin + ids.shape[1])[None].expand_as(ids)
         if mask is not None:
             assert bool(mask.all()), "rows are not padded here"
-        return model(ids, past_key_values=cache, position_ids=positions, output_hidden_states=True)
+        return model(ids, **{CACHE: cache}, position_ids=positions, output_hidden_states=True)
 
     outputs = call(input_ids)
     said = outputs.hidden_states[-1]
@@ -76,37 +77,37 @@ def contrastive(model, input_ids, generation_config=None, candidates=3, alpha=0.
 
 def keeping_no_place(model, input_ids, **model_kwargs):
     """Feeds the last eight tokens alone, at the first positions."""
-    model(input_ids[:, -8:], past_key_values=model_kwargs["past_key_values"])
+    model(input_ids[:, -8:], **{CACHE: model_kwargs[CACHE]})
     return input_ids
 
 
 def at_other_positions(model, input_ids, **model_kwargs):
     positions = torch.arange(7, 7 + input_ids.shape[1])[None]
-    model(input_ids, past_key_values=model_kwargs["past_key_values"], position_ids=positions)
+    model(input_ids, **{CACHE: model_kwargs[CACHE]}, position_ids=positions)
     return input_ids
 
 
 def blind_to_some(model, input_ids, **model_kwargs):
     mask = torch.ones_like(input_ids)
     mask[:, 3] = 0
-    model(input_ids, past_key_values=model_kwargs["past_key_values"], attention_mask=mask)
+    model(input_ids, **{CACHE: model_kwargs[CACHE]}, attention_mask=mask)
     return input_ids
 
 
 def with_vectors(model, input_ids, **model_kwargs):
     vectors = model.get_input_embeddings()(input_ids) * 1.5
-    model(inputs_embeds=vectors, past_key_values=model_kwargs["past_key_values"])
+    model(inputs_embeds=vectors, **{CACHE: model_kwargs[CACHE]})
     return input_ids
 
 
 def with_a_part_of_the_model(model, input_ids, **model_kwargs):
-    model.model(input_ids.flip(1), past_key_values=model_kwargs["past_key_values"])
+    model.model(input_ids.flip(1), **{CACHE: model_kwargs[CACHE]})
     return input_ids
 
 
 def with_k_and_v_of_its_own(model, input_ids, **model_kwargs):
-    cache = model_kwargs["past_key_values"]
-    model(input_ids, past_key_values=cache)
+    cache = model_kwargs[CACHE]
+    model(input_ids, **{CACHE: cache})
     cache.crop(-1)
     for index, layer in enumerate(cache.layers):
         cache.update(layer.keys[:, :, :1] * 2, layer.values[:, :, :1] * 2, index)
@@ -188,7 +189,7 @@ def test_a_function_that_fails_leaves_a_cache_that_works(model, used, same):
     cache, ids = used
 
     def failing(model, input_ids, **model_kwargs):
-        model(input_ids, past_key_values=model_kwargs["past_key_values"])
+        model(input_ids, **{CACHE: model_kwargs[CACHE]})
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -211,7 +212,7 @@ def test_what_assisted_decoding_leaves_is_kept(how, model, make_model, used, sam
     found = same(cache, ids, **settings)
     assert cache.last_turn.cached_tokens == 0
     reference = model(found[:, :-1])
-    for layer, (k, v) in zip(cache.layers, _states(reference.past_key_values), strict=True):
+    for layer, (k, v) in zip(cache.layers, _states(getattr(reference, CACHE)), strict=True):
         assert torch.allclose(layer.keys, k, atol=1e-4)
         assert torch.allclose(layer.values, v, atol=1e-4)
     longer = torch.cat([found, tokens(3, seed=2)], 1)
@@ -237,7 +238,7 @@ def test_upstream_still_goes_wrong_when_it_assists_on_a_known_prefix(make_model,
         ids = tokens(30, seed=seed)
         ids = torch.cat([ids, ids[:, :12]], 1)
         known = DynamicCache(config=model.config)
-        model(ids[:, :20], past_key_values=known)
+        model(ids[:, :20], **{CACHE: known})
         expected = model.generate(ids, **settings)
         try:
             wrong += not torch.equal(model.generate(ids, past_key_values=known, **settings), expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mediakit import answer, seeing, words
 from transformers import DynamicCache
+from upstream import CACHE
 
 from kvtier import TieredCache
 
@@ -20,7 +21,7 @@ def turn(model, cache):
         settings = {"max_new_tokens": 6, "do_sample": False, **settings}
         torch.manual_seed(5)
         reference = DynamicCache(config=seer.config)
-        expected = seer.generate(inputs_embeds=embeds, past_key_values=reference, **settings)
+        expected = seer.generate(inputs_embeds=embeds, **{CACHE: reference}, **settings)
         torch.manual_seed(5)
         assert torch.equal(seer.generate(inputs_embeds=embeds, past_key_values=on, **settings), expected)
         return on.last_turn.cached_tokens

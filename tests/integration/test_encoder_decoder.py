@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache
+from upstream import CACHE
 
 from kvtier import TieredCache
 
@@ -134,8 +135,8 @@ def test_the_decoder_writes_into_the_cache(cache):
     found = model.generate(
         **given, past_key_values=cache, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
-    assert isinstance(found.past_key_values, EncoderDecoderCache)
-    assert found.past_key_values.self_attention_cache is cache
+    assert isinstance(getattr(found, CACHE), EncoderDecoderCache)
+    assert getattr(found, CACHE).self_attention_cache is cache
     assert cache.get_seq_length() == 5  # the start and four tokens
     assert cache.layers[0].keys.shape == (2, 4, 5, 8)
 
@@ -189,7 +190,7 @@ def test_custom_loop_begins_with_nothing(cache):
         assert cache.get_seq_length() == 0
         both = EncoderDecoderCache(cache, DynamicCache(config=model.config))
         with torch.no_grad():
-            model(**inputs("bart", 0, rows=1), decoder_input_ids=ids, past_key_values=both)
+            model(**inputs("bart", 0, rows=1), decoder_input_ids=ids, **{CACHE: both})
         cache.commit(ids)
 
 

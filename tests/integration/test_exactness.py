@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -105,7 +106,7 @@ def test_windows_hold_the_bytes_of_dynamic_cache(make_model, generate, tokens, s
     with TieredCache(store) as cache:
         cache.begin(model, torch.cat([ids, tokens(9, seed=5)], 1))
         with torch.no_grad():
-            model(tokens(9, seed=5), past_key_values=cache)
+            model(tokens(9, seed=5), **{CACHE: cache})
         for ours, theirs in zip(cache.layers, reference.layers, strict=True):
             assert torch.equal(ours.keys[:, :, :40], theirs.keys[:, :, :40])
             assert torch.equal(ours.values[:, :, :40], theirs.values[:, :, :40])

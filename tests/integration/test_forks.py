@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from upstream import CACHE
 
 from kvtier import ClosedError, TieredCache
 
@@ -93,7 +94,7 @@ def sample(model, cache, sequences, steps, seed):
     feed, generator = sequences[:, cache.get_seq_length() :], torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(steps):
-            probabilities = model(feed, past_key_values=cache).logits[:, -1].softmax(-1)
+            probabilities = model(feed, **{CACHE: cache}).logits[:, -1].softmax(-1)
             feed = torch.multinomial(probabilities, 1, generator=generator)
             sequences = torch.cat([sequences, feed], 1)
     return sequences
@@ -111,7 +112,7 @@ def test_a_turn_that_has_begun_goes_on_in_each_fork(model, generate, tokens, sto
         cache.begin(model, ids)
         if prefilled:
             with torch.no_grad():
-                model(ids[:, cache.get_seq_length() : -1], past_key_values=cache)
+                model(ids[:, cache.get_seq_length() : -1], **{CACHE: cache})
         caches = [cache, cache.fork(), cache.fork()]
         for seed, one in enumerate(caches):
             with TieredCache(store) as fresh:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from upstream import CACHE
 
 import kvtier
 from kvtier import BusyError, PrefixStore, PromptError, TieredCache, UninstalledError
@@ -227,7 +228,7 @@ def test_rows_moved_between_turns(model, turn, cache, tokens, move):
     ids = tokens(20, rows=3)
     turn(cache, ids)
     reference = DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=reference, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
+    model.generate(ids, **{CACHE: reference}, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
     move(cache)
     move(reference)
     for ours, theirs in zip(cache.layers, reference.layers, strict=True):
@@ -323,7 +324,7 @@ def loop(model, cache, ids, steps=6):
     sequences, feed = ids, ids[:, known:]
     with torch.no_grad():
         for _ in range(steps):
-            logits = model(feed, past_key_values=cache).logits[:, -1]
+            logits = model(feed, **{CACHE: cache}).logits[:, -1]
             feed = logits.argmax(-1, keepdim=True)
             sequences = torch.cat([sequences, feed], 1)
     return sequences, cache.commit(sequences)
@@ -347,7 +348,7 @@ def test_commit_wants_the_prompt_it_was_given(model, cache, tokens):
         cache.commit(tokens(5))
     cache.begin(model, tokens(20))
     with torch.no_grad():
-        model(tokens(20), past_key_values=cache)
+        model(tokens(20), **{CACHE: cache})
     with pytest.raises(PromptError, match="do not begin with the prompt"):
         cache.commit(tokens(20, seed=1))
     assert cache.commit(tokens(20)).computed_tokens == 20
@@ -357,7 +358,7 @@ def test_tokens_that_nobody_named_are_not_kept(model, cache, turn, tokens):
     """A bare forward pass appends K and V; the next turn must not take them for those of its prompt."""
     turn(cache, tokens(20))
     with torch.no_grad():
-        model(tokens(5, seed=9), past_key_values=cache)
+        model(tokens(5, seed=9), **{CACHE: cache})
     turn(cache, torch.cat([tokens(20), tokens(8, seed=1)], 1))
     assert cache.last_turn.cached_by_tier["window"] == 0
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -99,5 +100,5 @@ def test_turn_abandoned_in_a_custom_loop(model, generate, tokens, cache):
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
     cache.begin(model, tokens(10, seed=4))
     with torch.no_grad():
-        model(tokens(10, seed=4), past_key_values=cache)
+        model(tokens(10, seed=4), **{CACHE: cache})
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)

@@ -20,6 +20,7 @@ from mediakit import (
     words,
 )
 from seekit import SEERS, make_seer, seer_prompt
+from upstream import CACHE
 
 from kvtier import TieredCache
 from kvtier.hf.compat.names import MEDIA_CONTINUE
@@ -288,7 +289,7 @@ def loop(model, cache, ids, steps=5):
     sequences, feed = ids, ids[:, cache.get_seq_length() :]
     with torch.no_grad():
         for _ in range(steps):
-            feed = model(feed, past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1, keepdim=True)
+            feed = model(feed, **{CACHE: cache}).logits[:, -1, :VOCABULARY].argmax(-1, keepdim=True)
             sequences = torch.cat([sequences, feed], 1)
     return sequences, cache.commit(sequences)
 

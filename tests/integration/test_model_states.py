@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 from transformers import Cache, DynamicCache
+from upstream import CACHE, given
 
 from kvtier import PrefixStore, TieredCache
 from sweep.models import tiny_model
@@ -81,8 +82,8 @@ def test_the_first_answer_is_computed_as_without_kvtier(built, store, name):
     assert all(map(torch.equal, found.logits, expected.logits))
 
 
-@pytest.mark.parametrize("argument", ["past_key_values", "cache_params"])
-def test_either_name_of_the_argument(built, store, argument):
+@pytest.mark.parametrize("argument", ["cache", "past_key_values", "cache_params"])
+def test_every_name_of_the_argument(built, store, argument):
     model, ids = built("mamba2"), prompt(30)
     settings = {"max_new_tokens": 6, "do_sample": False}
     with TieredCache(store) as cache:
@@ -215,13 +216,12 @@ def test_a_loop_of_ones_own(built, store, name):
     def loop(cache, ids):
         known = cache.begin(model, ids).cached_tokens
         assert known == cache.get_seq_length()
-        argument = "cache_params" if "mamba" in name else "past_key_values"
         feed, sequences = ids[:, known:], ids
         with torch.no_grad():
             for _ in range(5):
                 positions = torch.arange(sequences.shape[1] - feed.shape[1], sequences.shape[1])[None]
                 more = {} if "mamba" in name else {"position_ids": positions}
-                logits = model(feed, use_cache=True, **{argument: cache}, **more).logits[:, -1]
+                logits = model(feed, use_cache=True, **given(model, cache), **more).logits[:, -1]
                 feed = logits.argmax(-1, keepdim=True)
                 sequences = torch.cat([sequences, feed], 1)
         cache.commit(sequences)
@@ -288,7 +288,7 @@ def test_states_are_as_their_own_cache_has_them(built, store):
     settings = {"max_new_tokens": 4, "do_sample": False}
     with TieredCache(store) as cache:
         model.generate(ids, past_key_values=cache, **settings)
-        model.generate(ids, past_key_values=reference, **settings)
+        model.generate(ids, **{CACHE: reference}, **settings)
         for ours, theirs in zip(cache.layers, reference.layers, strict=True):
             assert torch.equal(ours.keys, theirs.keys)
             assert torch.equal(ours.recurrent_states[0], theirs.recurrent_states[0])

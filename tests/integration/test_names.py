@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from storekit import OTHER_ROOT, ROOT, UNIT, block_files, commit, count, ids, restored_length, restored_length_at_last
+from upstream import CACHE
 
 from kvtier import (
     ArchiveError,
@@ -394,7 +395,7 @@ def test_a_commit_by_hand_names_its_turn(make_model, tokens):
     with PrefixStore(block_size=8) as store, TieredCache(store) as cache:
         cache.begin(model, tokens(20))
         with torch.no_grad():
-            model(tokens(20), past_key_values=cache)
+            model(tokens(20), **{CACHE: cache})
         with pytest.raises(ConfigurationError, match="name="):
             cache.commit(tokens(20), name=" ")
         cache.commit(tokens(20), name="chat", ttl=60)

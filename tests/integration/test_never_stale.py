@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache, UninstalledError, uninstall
 
@@ -427,8 +428,8 @@ def test_flags_that_only_the_model_knows_are_off(model, generate, tokens, cache)
 
 
 def decode_something_else(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-    cache = kwargs["past_key_values"]
-    model(input_ids.flip(1), past_key_values=cache)
+    cache = kwargs[CACHE]
+    model(input_ids.flip(1), **{CACHE: cache})
     return torch.cat([input_ids, input_ids[:, :1]], 1)
 
 
@@ -465,7 +466,7 @@ def test_generate_within_generate(model, generate, tokens, cache):
     ids = tokens(30)
 
     def again(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        return model.generate(input_ids, past_key_values=kwargs["past_key_values"], **GREEDY)
+        return model.generate(input_ids, past_key_values=kwargs[CACHE], **GREEDY)
 
     expected = generate(model, ids).sequences
     found = model.generate(ids, past_key_values=cache, custom_generate=again, **GREEDY, suppress_tokens=[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
+from upstream import CACHE
 
 import kvtier
 from kvtier import PromptError, TieredCache
@@ -16,7 +17,7 @@ def greedy(model, ids, cache):
     with torch.no_grad():
         feed = ids[:, cache.get_seq_length() :]
         for _ in range(5):
-            feed = model(feed, past_key_values=cache).logits[:, -1:].argmax(-1)
+            feed = model(feed, **{CACHE: cache}).logits[:, -1:].argmax(-1)
             sequences = torch.cat([sequences, feed], 1)
     return sequences
 
@@ -83,7 +84,7 @@ def test_one_that_calls_transformers_takes_turns(cache, tokens, of_class):
     first = own.generate(ids, past_key_values=cache)
     again = torch.cat([first, tokens(3, seed=1)], 1)
     found = own.generate(again, past_key_values=cache)
-    assert torch.equal(found, own.generate(again, past_key_values=DynamicCache()))
+    assert torch.equal(found, own.generate(again, **{CACHE: DynamicCache()}))
     assert cache.last_turn.cached_by_tier["host"] == 24  # the windows were emptied: what is known is in the store
 
 

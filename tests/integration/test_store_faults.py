@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from storekit import DAMAGES, block_files, bytes_on_disk, damage, leftovers
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -303,7 +304,7 @@ def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, 
                 if use == "begin":
                     cached = cache.begin(model, ids).cached_tokens
                     with torch.no_grad():
-                        logits = model(ids[:, cached:], past_key_values=cache).logits[:, -1]
+                        logits = model(ids[:, cached:], **{CACHE: cache}).logits[:, -1]
                     assert torch.allclose(logits, model(ids).logits[:, -1], atol=1e-4)
                     cache.commit(ids)
                 else:

@@ -14,6 +14,7 @@ import torch
 from subject import CLOSE, Subject, assert_alike, outcome
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from upstream import CACHE, given
 
 BEHAVIOURS: dict[str, Callable[[Subject], None]] = {}
 
@@ -125,10 +126,10 @@ def scores_of_the_transitions(subject: Subject) -> None:
 def the_cache_holds_what_a_dynamic_cache_holds(subject: Subject) -> None:
     """All but the last word; K and V of full layers are the same bytes."""
     ids = subject.prompt()
-    reference, kinds = subject.reference(ids).past_key_values, DynamicCache(config=subject.config).layers
+    reference, kinds = getattr(subject.reference(ids), CACHE), DynamicCache(config=subject.config).layers
     with subject.cache() as cache:
         found = subject.ask(ids, cache)
-        assert found.past_key_values is cache
+        assert getattr(found, CACHE) is cache
         assert len(cache.layers) == len(reference.layers) == len(kinds)
         if not subject.family.kinds <= {"linear"}:
             assert cache.get_seq_length() == reference.get_seq_length() == found.sequences.shape[1] - 1
@@ -344,7 +345,7 @@ def a_loop_of_ones_own(subject: Subject) -> None:
 def _forward(subject: Subject, fed: torch.Tensor, cache: Any, begin: int, **settings: Any) -> Any:
     """One forward pass over columns from ``begin`` on; some models count from 0 unless they are told."""
     accepted = inspect.signature(subject.model.forward).parameters
-    settings["past_key_values" if "past_key_values" in accepted else "cache_params"] = cache
+    settings |= given(subject.model, cache)
     if "position_ids" in accepted:
         settings["position_ids"] = torch.arange(begin, begin + fed.shape[1])[None].expand(len(fed), -1)
     return subject.model(fed, use_cache=True, **settings)

@@ -8,6 +8,7 @@ from typing import Any
 import families
 import torch
 from tiny import assert_same_answer
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -88,7 +89,7 @@ class Subject:
             if isinstance(expected, Exception) or isinstance(found, Exception):
                 assert type(found) is type(expected), f"{type(found)}, not {type(expected)}"
                 return found
-            assert found.past_key_values is cache
+            assert getattr(found, CACHE) is cache
             self.compare(found, expected, exact and cache.last_turn.cached_tokens == 0)
             for again in (cache, other):
                 self.compare(self.ask(ids, again, **settings), expected, False)

@@ -33,6 +33,7 @@ from tiny import (
     tiny,
     with_columns_of,
 )
+from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
 
@@ -236,7 +237,7 @@ class Turns(RuleBasedStateMachine):
         outputs, sequence, feed = [], ids, ids[:, known:]
         with torch.no_grad():
             for _ in range(steps):
-                outputs.append(self.model(feed, past_key_values=cache).logits)
+                outputs.append(self.model(feed, **{CACHE: cache}).logits)
                 feed = outputs[-1][:, -1, 1:].argmax(-1, keepdim=True) + 1
                 sequence = torch.cat([sequence, feed], 1)
             if steps:
@@ -245,7 +246,7 @@ class Turns(RuleBasedStateMachine):
                 reference, at = with_columns_of(cache, known, self.model), known
                 for output in outputs:
                     fed = sequence[:, at : at + output.shape[1]]
-                    assert torch.equal(self.model(fed, past_key_values=reference).logits, output)
+                    assert torch.equal(self.model(fed, **{CACHE: reference}).logits, output)
                     at += output.shape[1]
         ended = tuple(sequence[0].tolist())
         if commit:

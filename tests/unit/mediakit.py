@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
+from upstream import CACHE
 
 VOCABULARY = 190  # words; above them are ids that stand for something
 END, START, PLACE = 196, 197, 199
@@ -213,7 +214,7 @@ def answer(model: PreTrainedModel, given: dict[str, Any], cache: Any = None, **s
     """``generate`` with logits; on a fresh ``DynamicCache`` by default."""
     return model.generate(
         **given,
-        past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+        **({CACHE: DynamicCache(config=model.config)} if cache is None else {"past_key_values": cache}),
         return_dict_in_generate=True,
         output_logits=True,
         **{"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [0, START, END, 198, PLACE], **settings},

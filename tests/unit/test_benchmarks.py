@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
+from upstream import CACHE
 
 from benchmarks import decode, first_turn, fresh_turn, gpu, imports, page_cache, restore
 from benchmarks.__main__ import NAMES, app
@@ -250,7 +251,7 @@ def known(model, tokens):
     ids = tokens(20)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :19], past_key_values=cache)
+        model(input_ids=ids[:, :19], **{CACHE: cache})
     return tuple(ids[0].tolist()), keys_values(cache, 19)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from upstream import CACHE
 
 from kvtier import TurnReport
 from kvtier.report import Divergence, RowReport
@@ -63,7 +64,7 @@ def test_generated_tokens_are_known_only_at_the_end(model, tokens, cache):
     begun = cache.begin(model, ids)
     assert (begun.prompt_tokens, begun.computed_tokens, begun.generated_tokens) == (20, 20, 0)
     assert cache.last_turn is begun
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     ended = cache.commit(tokens(20).repeat(1, 1))
     assert cache.last_turn is ended
     assert (ended.prompt_tokens, ended.generated_tokens) == (20, 0)

@@ -31,6 +31,15 @@ CARRIED_ARGUMENTS = ("state",)
 """Names under which models take states that they carry past any cache (RWKV)."""
 
 
+def _cache_argument() -> str | None:
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+
+
+CACHE_ARGUMENT = _cache_argument()
+"""The name that the installed version has for it in attention models; None if kvtier does not know that name."""
+
+
 def forward_argument(model: Any) -> str | None:
     """Return the name under which ``model.forward`` takes a cache; None when it takes none."""
     parameters = inspect.signature(model.forward).parameters
