@@ -48,7 +48,7 @@ def install() -> None:
     Calls without a ``TieredCache`` pass through untouched.
     """
     global _hook
-    own_generate.wrap_classes(TurnTaker)
+    own_generate.install(TurnTaker)
     with _lock:
         if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrappers["generate"]):
             _hook.active = True
@@ -140,7 +140,7 @@ def uninstall() -> None:
             return
         _hook.active = False
         restore_classes()
-        own_generate.restore_classes()
+        own_generate.uninstall()
         covered = False
         for name, wrapper in _hook.wrappers.items():
             if getattr(GenerationMixin, name) is wrapper:

@@ -8,38 +8,65 @@ from the store, if there is a turn), and leaves it empty if there was none.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import GenerationMixin
 
-from kvtier.hf.compat.names import caches_among, decoder_cache
+from kvtier.hf.compat.names import CACHE_ARGUMENT, CACHE_ARGUMENTS, caches_among, decoder_cache
 
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any]] = {}
+_listens = False
+_OWN_HOOK: Any = vars(GenerationMixin).get("__init_subclass__")
+"""What transformers does when a class below ``GenerationMixin`` is made; None where that is nothing."""
 
 
-def wrap_classes(kind: type) -> list[type]:
-    """Wrap ``generate`` of all loaded classes that have their own; return those that were new.
+def install(kind: type) -> None:
+    """Wrap ``generate`` of all classes that have their own: those that are loaded, and those that come later.
 
     Args:
         kind: of the caches that are looked after, a ``TurnTaker``.
     """
+    global _listens
     with _lock:
-        new = [owner for owner in set(_below(GenerationMixin)) - set(_originals) if "generate" in vars(owner)]
-        for owner in new:
-            _originals[owner] = vars(owner)["generate"]
-            owner.generate = _guarded(_originals[owner], kind)  # type: ignore[attr-defined]
-    return new
+        for owner in set(_below(GenerationMixin)):
+            _wrap(owner, kind)
+        if _listens:
+            return
+
+        def __init_subclass__(cls: type, /, **kwargs: Any) -> None:  # noqa: N807
+            if _OWN_HOOK is not None:
+                _OWN_HOOK.__func__(cls, **kwargs)
+            else:
+                super(GenerationMixin, cls).__init_subclass__(**kwargs)
+            with _lock:
+                _wrap(cls, kind)
+
+        GenerationMixin.__init_subclass__ = classmethod(__init_subclass__)
+        _listens = True
 
 
-def restore_classes() -> None:
-    """Give all classes their ``generate`` back."""
+def uninstall() -> None:
+    """Give all classes their ``generate`` back, and listen for no new ones."""
+    global _listens
     with _lock:
         for owner, original in _originals.items():
             owner.generate = original  # type: ignore[attr-defined]
         _originals.clear()
+        if _listens and _OWN_HOOK is not None:
+            GenerationMixin.__init_subclass__ = _OWN_HOOK
+        elif _listens:
+            del GenerationMixin.__init_subclass__
+        _listens = False
+
+
+def _wrap(owner: type, kind: type) -> None:
+    if "generate" in vars(owner) and owner not in _originals:
+        _originals[owner] = vars(owner)["generate"]
+        owner.generate = _guarded(_originals[owner], kind)  # type: ignore[attr-defined]
 
 
 def _below(owner: type) -> Iterator[type]:
@@ -50,10 +77,16 @@ def _below(owner: type) -> Iterator[type]:
 
 
 def _guarded(original: Callable[..., Any], kind: type) -> Callable[..., Any]:
+    parameters = inspect.signature(original).parameters
+
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
         caches = [decoder_cache(past) for past in caches_among(given, kind).values()]
+        for name in caches_among(kwargs, kind):
+            is_ours = name in CACHE_ARGUMENTS and name not in parameters
+            if is_ours and CACHE_ARGUMENT is not None and CACHE_ARGUMENT not in kwargs:
+                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)  # upstream's own name, which it does not warn of
         reason = f"{type(self).__name__} has a generate of its own, which does not tell its tokens"
         for cache in caches:
             cache.begin_without_reuse(reason)

@@ -21,7 +21,6 @@ from kvtier.hf.fed import Fed
 from kvtier.hf.hook import check_installed
 from kvtier.hf.identity import identify
 from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
-from kvtier.hf.own_generate import wrap_classes
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
@@ -105,15 +104,9 @@ class TurnCache(WindowCache, TurnTaker):
         self._check_open()
         check_installed()
         running = running_generate()
-        if running is not None and running is not self._unseen_generate:
-            new = wrap_classes(TurnTaker)
-            if self._held is not None or self.get_seq_length():
-                raise UnannouncedError(
-                    f"{new[0].__name__} was imported after this cache was made, and has a generate() of its own: call "
-                    "it again"
-                    if new
-                    else _UNANNOUNCED
-                )
+        holds_tokens = self._held is not None or bool(self.get_seq_length())
+        if running is not None and running is not self._unseen_generate and holds_tokens:
+            raise UnannouncedError(_UNANNOUNCED)
         self._unseen_generate = running
         self._held = None  # tokens without a name
 

@@ -96,6 +96,25 @@ MEMBERS = [
     Reliance("transformers.GenerationMixin.generate", "hf/hook.py", GENERATE),
     Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/compat/model_profiles.py", "(cls)"),
     Reliance("transformers.StoppingCriteria.__call__", "hf/feeding.py", "(self, input_ids, scores, **kwargs)"),
+    Reliance(
+        "transformers.GenerationMixin._prepare_cache_for_generation",
+        "hf/compat/names.py",
+        "(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)",
+    ),
+    Reliance(
+        "transformers.GenerationMixin.prepare_inputs_for_generation",
+        "hf/compat/names.py",
+        "(self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, inputs_embeds=None, "
+        "is_first_iteration=False, **kwargs)",
+        since=(5, 24),
+    ),
+    Reliance(
+        "transformers.GenerationMixin.prepare_inputs_for_generation",
+        "hf/feeding.py",
+        "(self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, inputs_embeds=None, "
+        "is_first_iteration=False, **kwargs)",
+        until=(5, 24),
+    ),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),
     Reliance("transformers.PreTrainedConfig.to_dict", "hf/description.py", "(self)"),
@@ -184,6 +203,17 @@ MEMBERS = [
         },
     ),
 ]
+
+# Under which names forward passes of models that generate take what is annotated as a cache: the first minor version in
+# which they do, and the first in which they no longer do.
+CACHE_PARAMETERS: dict[str, tuple[Version, Version | None]] = {
+    "cache": ((5, 24), None),
+    "past_key_values": ((5, 0), (5, 24)),
+    "cache_params": ((5, 0), (5, 24)),  # Mamba and xLSTM
+    "encoder_cache": ((5, 24), None),  # Voxtral Realtime, for its encoder
+    "encoder_past_key_values": ((5, 0), (5, 24)),
+    "padding_cache": ((5, 0), None),
+}
 
 # Nothing of these is imported; they are found by name.
 OTHERS = [

@@ -129,6 +129,19 @@ def test_wrapped_cache(name, mode, cache, store):
     assert store.stats().tiers[0].blocks == 0
 
 
+@pytest.mark.parametrize("argument", ["cache", "past_key_values"])
+def test_either_name_of_the_argument(store, argument):
+    model = make("t5")
+    for wrap in (False, True):
+        with TieredCache(store) as cache:
+            past = EncoderDecoderCache(cache, DynamicCache(config=model.config)) if wrap else cache
+            for seed in (0, 1):
+                given, settings = inputs("t5", seed), {"max_new_tokens": 6, "do_sample": False}
+                found = model.generate(**given, **{argument: past}, **settings)
+                assert torch.equal(found, model.generate(**given, **settings))
+                assert "encoder-decoder" in cache.last_turn.miss_reason
+
+
 def test_the_decoder_writes_into_the_cache(cache):
     model = make("t5")
     given = inputs("t5", 0)

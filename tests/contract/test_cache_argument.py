@@ -1,0 +1,67 @@
+"""Under which names transformers takes a cache: in every forward pass of a model that generates, and in generate()."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from pathlib import Path
+
+import pytest
+import transformers
+from reliance import CACHE_PARAMETERS, INSTALLED
+from upstream import CACHE, given
+
+from kvtier.hf.compat import names
+
+MODELS = Path(transformers.__file__).parent / "models"
+
+
+def cache_parameters():
+    """Each model class that generates, with the parameters of its forward pass that are annotated as a cache."""
+    for file in sorted(MODELS.glob("*/modeling_*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "GenerationMixin" not in text:
+            continue
+        for node in ast.parse(text).body:
+            if not isinstance(node, ast.ClassDef) or "GenerationMixin" not in map(ast.unparse, node.bases):
+                continue
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "forward":
+                    yield (
+                        node.name,
+                        [a.arg for a in method.args.args if a.annotation and "Cache" in ast.unparse(a.annotation)],
+                    )
+
+
+def test_forward_passes_take_a_cache_under_a_name_that_is_known():
+    """The rename of 5.24 would have been seen here: an unknown name turns reuse off for a model."""
+    found = dict(cache_parameters())
+    assert len(found) > 200  # the search finds what is there
+    for model, parameters in found.items():
+        for name in parameters:
+            since, until = CACHE_PARAMETERS.get(name, (INSTALLED, INSTALLED))
+            known = since <= INSTALLED and (until is None or until > INSTALLED)
+            assert known, f"{model}.forward takes a cache as {name}: hf/compat/names.py must know"
+    assert set(names.CACHE_ARGUMENTS) <= set(CACHE_PARAMETERS)
+    assert sum(CACHE in parameters for parameters in found.values()) > 200
+
+
+def test_the_name_in_generate_is_the_one_in_forward(model, tokens):
+    """What the wrapper passes on is upstream's own name, which it does not warn of."""
+    assert ("cache" if INSTALLED >= (5, 24) else "past_key_values") == names.CACHE_ARGUMENT
+    assert names.forward_argument(model) == names.generate_argument(model) == names.CACHE_ARGUMENT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = transformers.DynamicCache(config=model.config)
+        model.generate(tokens(5), max_new_tokens=2, do_sample=False, **{CACHE: cache})
+        model(tokens(1), **given(model, cache))
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.skipif(INSTALLED < (5, 24), reason="the old names are the only ones")
+@pytest.mark.parametrize("old", ["past_key_values", "cache_params"])
+def test_old_names_are_deprecated_ones(model, tokens, old):
+    cache = transformers.DynamicCache(config=model.config)
+    with pytest.warns(FutureWarning, match=old):
+        model.generate(tokens(5), max_new_tokens=2, do_sample=False, **{old: cache})
+    assert cache.get_seq_length() == 6
