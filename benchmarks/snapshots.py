@@ -16,6 +16,7 @@ from benchmarks.result import Result, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf import pieces
+from kvtier.hf.compat.names import passed
 
 _NONE = "at the end only"
 _SPACINGS = (2048, 1024, 512)
@@ -87,7 +88,7 @@ def hybrid() -> Any:
 
 def _seconds(model: Any, ids: torch.Tensor, cache: TieredCache) -> float:
     started = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **passed(cache), max_new_tokens=1, do_sample=False)
     return time.perf_counter() - started
 
 

@@ -33,6 +33,7 @@ from benchmarks.workload import (
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.conversation import ChatModel
 from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.hf.compat.names import passed
 
 PLAIN = "DynamicCache"
 _HOT = "TieredCache, all hot"
@@ -173,7 +174,7 @@ def _decode(chat: ChatModel, prompt: Tokens, cache: Any, before_step: Callable[[
             before_step()
             up = cache.traffic.bytes_up if tiered and cache.traffic else 0
             started = time.perf_counter()
-            logits = chat.model(feed, past_key_values=cache).logits
+            logits = chat.model(feed, **passed(cache)).logits
             feed = logits[:, -1:].argmax(-1)
             tokens.append(int(feed))
             if step:  # the first one finds nothing prefetched
@@ -223,7 +224,7 @@ def bytes_that_offloading_moves(chat: ChatModel, plain: Any, known: int) -> tupl
             for name in moved:
                 stack.enter_context(mock.patch.object(layer, name, partial(_count, moved, name, layer)))
         with torch.no_grad():
-            chat.model(torch.tensor([[1]]), past_key_values=cache)
+            chat.model(torch.tensor([[1]]), **passed(cache))
     return moved["prefetch"], moved["offload"]
 
 

@@ -14,6 +14,7 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, inte
 from benchmarks.result import Result, Target, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.compat.names import passed
 
 PLAIN = "DynamicCache"
 _TIERED = "TieredCache, 64 MiB"
@@ -37,7 +38,7 @@ def run(options: Options) -> Result:
         sequences = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **passed(cache),
             max_new_tokens=_NEW_TOKENS,
             do_sample=False,
             prefill_chunk_size=_CHUNK,

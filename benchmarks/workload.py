@@ -20,6 +20,7 @@ from benchmarks.measure import BenchmarkError, Tokens
 from kvtier import PrefixStore, TieredCache, TurnReport
 from kvtier.cli.conversation import ChatModel
 from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.hf.compat.names import passed
 
 KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """K and V of each layer, ``[1, heads, tokens, dim]``."""
@@ -95,7 +96,7 @@ def prefill(chat: ChatModel, tokens: Tokens) -> Any:
     """Return a ``DynamicCache`` that holds ``tokens``."""
     cache = DynamicCache(config=chat.model.config)
     with torch.no_grad():
-        chat.model(input_ids=torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
+        chat.model(input_ids=torch.tensor([tokens]), **passed(cache), logits_to_keep=1)
     return cache
 
 
@@ -203,7 +204,7 @@ def timed_turn(chat: HasModel, prompt: Tokens, cache: Any, new_tokens: int) -> T
     sequences = chat.model.generate(
         input_ids=input_ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **passed(cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvtier.hf.compat.names import passed
 from kvtier.hf.upstream import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -103,7 +104,7 @@ class ChatModel:
         sequences = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
+            **passed(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,

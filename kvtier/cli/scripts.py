@@ -15,7 +15,7 @@ import torch
 
 from kvtier.geometry import LayerGeometry
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.compat.names import CHUNKS_CONTINUE
+from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
 from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.stream.residency import round_up, smallest_budget_bytes
 
@@ -173,7 +173,7 @@ def _generate(model: Any, ids: torch.Tensor, cache: Any, turn: ScriptedTurn) -> 
     done = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **passed(cache),
         max_new_tokens=turn.new_tokens,
         do_sample=False,
         suppress_tokens=list(range(_MARKS)),

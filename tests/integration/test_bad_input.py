@@ -253,9 +253,7 @@ def test_an_odd_prompt_ends_as_it_does_in_plain_transformers(model, generate, to
         generate(model, ids, cache)
 
     def turn(past):
-        return model.generate(
-            odd, past_key_values=past, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
-        )
+        return model.generate(odd, **{CACHE: past}, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
 
     expected = outcome(lambda: turn(DynamicCache(config=model.config)))
     assert outcome(lambda: turn(cache)) == expected

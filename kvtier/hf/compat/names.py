@@ -40,6 +40,11 @@ CACHE_ARGUMENT = _cache_argument()
 """The name that the installed version has for it in attention models; None if kvtier does not know that name."""
 
 
+def passed(cache: Any) -> dict[str, Any]:
+    """Return ``cache``, of any class, as an argument of ``generate`` and of attention models' forward passes."""
+    return {CACHE_ARGUMENT or CACHE_ARGUMENTS[0]: cache}
+
+
 def forward_argument(model: Any) -> str | None:
     """Return the name under which ``model.forward`` takes a cache; None when it takes none."""
     parameters = inspect.signature(model.forward).parameters
