@@ -67,7 +67,8 @@ class Sampler:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._rows: dict[int, int] = {}
         self._others: list[int] = []
-        begins, counts = [], []
+        begins: list[int] = []
+        counts: list[int] = []
         for index, tensor in enumerate(tensors):
             words = _whole_words(tensor)
             if words is None:

@@ -129,22 +129,33 @@ def forget_models() -> None:
 
 
 def _look(tensors: _Named, steps: int) -> _Present:
-    present = _Present([], [], [], [], set(), steps)
-    for index, (name, tensor) in enumerate(tensors):
-        try:
+    names, present = [name for name, _ in tensors], [tensor for _, tensor in tensors]
+    places: list[_Place] = []
+    storages: list[torch.UntypedStorage] = []
+    doubtful: set[int] = set()
+    try:
+        for tensor in present:  # once per tensor in every turn: every call here costs as much as a sample
             storage = tensor.untyped_storage()
             version = _UNCOUNTED if tensor.is_inference() else tensor._version
-            size = (storage._cdata, storage.nbytes())
-            place = (id(tensor), tensor.data_ptr(), version, *size, tensor.shape, tensor.stride(), tensor.dtype)
             if version == _UNCOUNTED or (tensor.is_leaf and tensor.grad is not None):
-                present.doubtful.add(index)
-        except Exception as error:  # of any kind: tensors may be subclasses
-            raise _unread(name, tensor, error) from error
-        present.names.append(name)
-        present.tensors.append(tensor)
-        present.places.append(place)
-        present.storages.append(storage)
-    return present
+                doubtful.add(len(places))
+            storages.append(storage)
+            places.append(
+                (
+                    id(tensor),
+                    tensor.data_ptr(),
+                    version,
+                    storage._cdata,
+                    storage.nbytes(),
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                )
+            )
+    except Exception as error:  # of any kind: tensors may be subclasses
+        index = len(places)
+        raise _unread(names[index], present[index], error) from error
+    return _Present(names, present, places, storages, doubtful, steps)
 
 
 def _unchanged(known: _Model, present: _Present, tokens: npt.ArrayLike) -> bool:
@@ -192,7 +203,7 @@ def _read(model: torch.nn.Module, known: _Model | None, present: _Present, token
             values = read_values(tensor)
         except Exception as error:  # of any kind: tensors may be subclasses
             raise _unread(name, tensor, error) from error
-        storage = StorageWeakRef(present.storages[index])
+        storage = StorageWeakRef(present.storages[index])  # type: ignore[no-untyped-call]
         reads.append(_Read(storage, values.digest, values if is_table else None))
     for name, tensor, read in sorted(zip(present.names, present.tensors, reads, strict=True), key=lambda one: one[0]):
         whole.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode() + read.digest)
