@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch.optim import optimizer as torch_optimizer
 from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 from upstream import CACHE
@@ -139,6 +140,14 @@ def test_fused_step_on_a_few_rows_of_the_embedding(make_model, generate, tokens,
     assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
     with TieredCache(store) as other:
         assert_turn(model, ids, other, generate, 29)
+
+
+def test_uninstalling_leaves_no_hook_on_optimizers(model, generate, tokens, cache):
+    hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    assert_turn(model, tokens(30), cache, generate, 0)
+    watched = [len(some) for some in hooks]
+    uninstall()
+    assert [len(some) for some in hooks] == [count - 1 for count in watched]
 
 
 def test_rows_of_the_prompt_edited_without_a_count(make_model, generate, tokens, cache):
