@@ -500,6 +500,18 @@ def test_a_step_that_fails_half_way():
     assert known.noticed()
 
 
+def test_weights_that_are_read_in_the_middle_of_a_step():
+    known = Remembered(torch.nn.Parameter(numbers(300, 300)))
+
+    class Slow(torch.optim.Optimizer):
+        def step(self, closure=None):
+            assert not known.noticed()
+            edit_unseen(known.tensor)
+
+    Slow([known.tensor], {}).step()
+    assert known.noticed()
+
+
 def test_a_step_on_another_thread_while_weights_are_read(monkeypatch):
     """It ends after the tensor was read, and before the reading ends."""
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
