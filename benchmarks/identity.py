@@ -6,6 +6,7 @@ import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -13,9 +14,12 @@ from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import load_chat, seconds_of
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.anatomy import Anatomy
 from kvtier.hf.identity import identify
+from kvtier.hf.weights import digest_weights
 
 _SMALL = "SmolLM2-135M"
+_PROMPT_TOKENS = 4096
 
 
 def run(options: Options) -> Result:
@@ -26,6 +30,9 @@ def run(options: Options) -> Result:
         options.say("making a Llama of about 1 GB")
         large = random_llama()
         models[f"Llama, random, {_gigabytes(large):.2f} GB"] = large
+        options.say("making a Llama of thousands of small tensors")
+        many = random_llama(hidden_size=256, intermediate_size=256, num_hidden_layers=448, num_attention_heads=8)
+        models[f"Llama, random, {_tensors(many)} tensors"] = many
     samples = interleave(
         [Competitor(name, partial(_measure, model)) for name, model in models.items()], rounds, options.say
     )
@@ -33,6 +40,8 @@ def run(options: Options) -> Result:
     cases = (
         make_case("identity, first time in a process", samples, "first_s", facts=facts),
         make_case("identity, later turns", samples, "later_s", facts=facts),
+        make_case("of it, weights, later turns", samples, "weights_s", facts=facts),
+        make_case(f"the same with a prompt of {_PROMPT_TOKENS} different tokens", samples, "rows_s", facts=facts),
         make_case("begin() on an empty store, later turns", samples, "begin_s", facts=facts),
     )
     notes = (
@@ -42,17 +51,16 @@ def run(options: Options) -> Result:
     return Result("identity", (__doc__ or "").strip(), rounds, options.quick, cases, (), notes)
 
 
-def random_llama() -> Any:
-    """Return a bf16 Llama of about 1 GB with random weights."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=10,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
+def random_llama(**shape: int) -> Any:
+    """Return a bf16 Llama with random weights: of about 1 GB, but for what ``shape`` says."""
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=32_000, tie_word_embeddings=True, **(sizes | shape))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         previous = torch.get_default_dtype()
@@ -69,11 +77,22 @@ def _measure(model: Any) -> Sample:
     first_seconds = seconds_of(lambda: identify(unknown, "", 256))
     later_seconds = seconds_of(lambda: identify(unknown, "", 256))
     identify(model, "", 256)
+    tensors, tokens = Anatomy(model).tensors, np.arange(_PROMPT_TOKENS) * 7
+    weights_seconds = seconds_of(lambda: digest_weights(model, tensors))
+    rows_seconds = seconds_of(lambda: digest_weights(model, tensors, tokens))
     ids = torch.tensor([[1, 2, 3, 4]])
     with PrefixStore() as store, TieredCache(store, config=model.config) as cache:
         begin_seconds = seconds_of(lambda: cache.begin(model, ids))
         cache.reset()
-    return Sample({"first_s": first_seconds, "later_s": later_seconds, "begin_s": begin_seconds})
+    return Sample(
+        {
+            "first_s": first_seconds,
+            "later_s": later_seconds,
+            "weights_s": weights_seconds,
+            "rows_s": rows_seconds,
+            "begin_s": begin_seconds,
+        }
+    )
 
 
 def _bytes(model: Any) -> int:

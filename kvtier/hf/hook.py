@@ -22,6 +22,7 @@ from kvtier.hf.feeding import restore_classes
 from kvtier.hf.generate import take_turn, take_turn_without_reuse, take_unknown_turn
 from kvtier.hf.serving import is_serving, leave, occupy
 from kvtier.hf.taker import TurnTaker
+from kvtier.hf.weights import forget_models
 
 _TAKEN_BEFORE = (
     "generate() was taken from the model before the first TieredCache was made, as functools.partial(model.generate) "
@@ -141,6 +142,7 @@ def uninstall() -> None:
         _hook.active = False
         restore_classes()
         own_generate.uninstall()
+        forget_models()  # with the hooks that count the steps of optimizers
         covered = False
         for name, wrapper in _hook.wrappers.items():
             if getattr(GenerationMixin, name) is wrapper:

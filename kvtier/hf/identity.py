@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +31,7 @@ class Identity:
     manifest: Mapping[str, Any]
 
 
-def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identity | Unsound:
+def identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike = ()) -> Identity | Unsound:
     """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
     Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
@@ -40,6 +41,8 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identit
     precision of matrix products; the minor version of transformers; namespace and block size. It is equal in every
     process and on every device.
 
+    ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
+
     Of code, it covers where functions come from, and what those outside the well-known libraries do; not what they
     call. Private attributes of modules that hold no tensors are not covered.
     """
@@ -47,7 +50,7 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int) -> Identit
     unsound = why_unsound(model, anatomy)
     if unsound is not None:
         return unsound
-    weights = digest_weights(model, anatomy.tensors)
+    weights = digest_weights(model, anatomy.tensors, tokens)
     if isinstance(weights, Unread):
         return Unsound(f"the values of {weights.name} cannot be read: {weights.error}")
     manifest: dict[str, Any] = {

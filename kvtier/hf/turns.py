@@ -10,6 +10,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -153,7 +154,8 @@ class TurnCache(WindowCache, TurnTaker):
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
             return self._start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
-        identity = identify(model, self._store.namespace, self._store.block_size)
+        tokens = np.unique(np.concatenate(prompt.rows))
+        identity = identify(model, self._store.namespace, self._store.block_size, tokens)
         if isinstance(identity, Unsound):
             return self._start(Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root

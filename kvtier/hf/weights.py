@@ -4,44 +4,37 @@ The first turn reads every tensor: SHA-256 over a weighted sum of the 64-bit wor
 element changes its block's sum, and so does what changes places within a block. (It is no cryptographic hash:
 someone who wants two models to look alike can make them so.)
 
-Later turns read a tensor again when it is another tensor, lies elsewhere, has another version (PyTorch counts what
-is written in place), holds a gradient, or when one of its sampled elements differs: the whole of a small tensor,
-``SAMPLED_ELEMENTS`` of a large one, at irregular distances. PyTorch does not count what is written through
-``.data``, NumPy or by fused optimizers. Of such an edit, made between two turns of one process, only the samples
-can tell: one that changes most of a tensor is noticed, one of a few elements may be missed, and the turns after it
-then go on under the root of the model as it was. Write in place under ``torch.no_grad()`` instead, or load the
-edited model anew: both are noticed in any case.
+Later turns read a tensor whole again when
+
+- it is another tensor, lies elsewhere or has another version: PyTorch counts what is written in place;
+- it holds a gradient, or an optimizer has made a step since, whose writes PyTorch may not count;
+- it was made in inference mode, where PyTorch counts nothing;
+- one of its samples differs (``kvtier.hf.weight_samples``), or, in the weights of an ``Embedding``, any byte of a row
+  that the prompt looks up.
+
+What remains is in ``docs/limits.md``: a write to a few elements that PyTorch does not count, through ``.data``, NumPy
+or a kernel of one's own. ``torch.autograd.graph.increment_version`` makes it count.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import numpy.typing as npt
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-SAMPLED_ELEMENTS = 64
-# Samples gathered at once: so few that PyTorch does not wake other threads for them, which can take milliseconds.
-_GATHERED = 256
-_BLOCK_WORDS = 256
-_BLOCKS_AT_ONCE = 64 * 1024 * 1024 // (_BLOCK_WORDS * 8)
-_FACTORS = (np.arange(1, 2 * _BLOCK_WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
-_SMALL_BYTES = 16 * 1024
-_WORD = 8
-# dtypes that torch.take knows; others are sampled as integers of their size.
-_TAKEN = frozenset(
-    {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32}
-    | {torch.int64, torch.bool, torch.complex64, torch.complex128}
-)
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from kvtier.hf.optimizer_steps import OptimizerSteps
+from kvtier.hf.tensor_values import Values, read_values, rows_differ, why_unreadable
+from kvtier.hf.weight_samples import Sampler, Samples, UnsampledError
 
-_Place = tuple[int, int, torch.Size, torch.dtype]
+_Named = Sequence[tuple[str, torch.Tensor]]
+_Place = tuple[int, int, int, int, int, torch.Size, tuple[int, ...], torch.dtype]
+_UNCOUNTED = -1  # the version of a tensor that counts no writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,137 +45,186 @@ class Unread:
     error: str
 
 
+class _UnreadError(Exception):
+    def __init__(self, unread: Unread) -> None:
+        super().__init__(unread.error)
+        self.unread = unread
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What a tensor was when it was read last."""
+    """What a tensor was when it was read last.
 
-    tensor: weakref.ref[torch.Tensor]
-    place: _Place
-    samples: bytes
+    It holds no weak reference to the tensor: ``torch.utils.swap_tensors`` refuses tensors that have one. While it
+    holds a weak one to the storage, no other storage gets this one's address, which is part of the place.
+    """
+
+    storage: StorageWeakRef
     digest: bytes
+    table: Values | None
+    """Of the weight of an embedding: what its rows are compared with."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Model:
-    reads: dict[str, _Read]
+    """The readings of all tensors of a model, in their order, as they stood after its last turn."""
+
+    names: list[str]
+    places: list[_Place]
+    reads: list[_Read]
+    tables: list[int]
+    """Indices of the weights of embeddings."""
+    sampler: Sampler
+    samples: Samples
+    steps: int
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """Where the tensors of a model are now. While it lives, it keeps their storages from being freed."""
+
+    names: list[str]
+    tensors: list[torch.Tensor]
+    places: list[_Place]
+    storages: list[torch.UntypedStorage]
+    doubtful: set[int]
+    """Indices of tensors that PyTorch may write without counting: made in inference mode, or with a gradient."""
+    steps: int
+    """Of optimizers, before anything was read: a step meanwhile shows in the next turn."""
 
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Model] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_steps = OptimizerSteps()
 
 
-def digest_weights(model: torch.nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> str | Unread:
+def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLike = ()) -> str | Unread:
     """Return SHA-256, as hex, over names, shapes, dtypes and values of ``tensors``, which belong to ``model``.
 
     Equal on every device and in every process. What is remembered of a model holds no tensor and goes with it.
+
+    Args:
+        model: of its embeddings, the rows of ``tokens`` are compared with the last reading.
+        tensors: all tensors of the model, by name.
+        tokens: ids of the prompt. They are no part of the digest.
     """
     with _lock, torch.no_grad():
+        _steps.watch()
         known = _models.get(model)
-        before = known.reads if known is not None else {}
-        reads: list[tuple[str, _Read]] = []
-        name = ""
         try:
-            pieces, places = [], []
-            for name, tensor in tensors:  # noqa: B007  (named in the handler)
-                places.append(_place(tensor))
-                pieces.append(_sample(tensor))
-            same = known is not None and len(before) == len(tensors)
-            for (name, tensor), place, samples in zip(tensors, places, _gather(pieces), strict=True):
-                read = before.get(name)
-                if (
-                    read is None
-                    or read.samples != samples
-                    or read.place != place
-                    or read.tensor() is not tensor
-                    or (tensor.is_leaf and tensor.grad is not None)
-                ):
-                    digest = _digest(tensor)
-                    same = same and read is not None and (read.digest, read.place[2:]) == (digest, place[2:])
-                    read = _Read(weakref.ref(tensor), place, samples, digest)
-                reads.append((name, read))
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # what tensor subclasses do not offer
-            return Unread(name, str(error).partition("\n")[0])
-        if known is None or not same:
-            whole = hashlib.sha256()
-            for name, read in sorted(reads, key=lambda one: one[0]):
-                whole.update(f"{name}:{tuple(read.place[2])}:{read.place[3]}:".encode() + read.digest)
-            known = _models[model] = _Model({}, whole.hexdigest())
-        known.reads = dict(reads)
+            present = _look(tensors, _steps.count)
+            if known is None or not _unchanged(known, present, tokens):
+                known = _models[model] = _read(model, known, present, tokens)
+        except _UnreadError as error:
+            return error.unread
         return known.digest
 
 
-def _place(tensor: torch.Tensor) -> _Place:
-    version = -1 if tensor.is_inference() else tensor._version  # inference tensors do not count
-    return tensor.data_ptr(), version, tensor.shape, tensor.dtype
+def forget_models() -> None:
+    """Forget all readings, and count no steps of optimizers until the next reading."""
+    with _lock:
+        _models.clear()
+        _steps.unwatch()
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    count = tensor.numel()
-    if tensor.dtype not in _TAKEN:
-        tensor = tensor.view(_INTEGERS[tensor.dtype.itemsize])
-    return torch.take(tensor, _positions(count, tensor.device)) if count > SAMPLED_ELEMENTS else tensor.reshape(-1)
+def _look(tensors: _Named, steps: int) -> _Present:
+    names, present = [name for name, _ in tensors], [tensor for _, tensor in tensors]
+    places: list[_Place] = []
+    storages: list[torch.UntypedStorage] = []
+    doubtful: set[int] = set()
+    try:
+        for tensor in present:  # once per tensor in every turn: every call here costs as much as a sample
+            storage = tensor.untyped_storage()
+            version = _UNCOUNTED if tensor.is_inference() else tensor._version
+            if version == _UNCOUNTED or (tensor.is_leaf and tensor.grad is not None):
+                doubtful.add(len(places))
+            storages.append(storage)
+            places.append(
+                (
+                    id(tensor),
+                    tensor.data_ptr(),
+                    version,
+                    storage._cdata,
+                    storage.nbytes(),
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                )
+            )
+    except Exception as error:  # of any kind: tensors may be subclasses
+        index = len(places)
+        raise _unread(names[index], present[index], error) from error
+    return _Present(names, present, places, storages, doubtful, steps)
 
 
-def _gather(samples: Sequence[torch.Tensor]) -> list[bytes]:
-    """Return the bytes of each sample, with few transfers per device and dtype."""
-    found = [b""] * len(samples)
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault((sample.device, sample.dtype), []).append(index)
-    for (_, dtype), group in groups.items():
-        for begin in range(0, len(group), _GATHERED):
-            indices = group[begin : begin + _GATHERED]
-            data = torch.cat([samples[i] for i in indices]).view(torch.uint8).cpu().numpy().tobytes()
-            start = 0
-            for index in indices:
-                end = start + samples[index].numel() * dtype.itemsize
-                found[index] = data[start:end]
-                start = end
-    return found
+def _unchanged(known: _Model, present: _Present, tokens: npt.ArrayLike) -> bool:
+    """Whether every tensor is what it was in the last turn, as far as can be seen without reading it whole."""
+    if known.steps != present.steps or present.doubtful:
+        return False
+    if known.places != present.places or known.names != present.names:
+        return False
+    if not _read_samples(known.sampler, present).equal(known.samples):
+        return False
+    return not any(_rows_differ(known.reads[index], present.tensors[index], tokens) for index in known.tables)
 
 
-@functools.lru_cache(maxsize=512)
-def _positions(count: int, device: torch.device) -> torch.Tensor:
-    """Return one position in each of ``SAMPLED_ELEMENTS`` equal parts, at distances that fit no row length.
+def _read(model: torch.nn.Module, known: _Model | None, present: _Present, tokens: npt.ArrayLike) -> _Model:
+    """Read whole what is new or may have changed. Samples are read before: a write meanwhile will differ from them."""
+    for name, tensor in zip(present.names, present.tensors, strict=True):
+        why = why_unreadable(tensor)
+        if why is not None:
+            raise _UnreadError(Unread(name, why))
+    sampler = Sampler(present.tensors)
+    samples = _read_samples(sampler, present)
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    before = {} if known is None else {name: index for index, name in enumerate(known.names)}
+    reads: list[_Read] = []
+    tables: list[int] = []
+    whole = hashlib.sha256()
+    for index, (name, tensor, place) in enumerate(zip(present.names, present.tensors, present.places, strict=True)):
+        is_table = id(tensor) in embedded and tensor.is_contiguous()
+        if is_table:
+            tables.append(index)
+        old = before.get(name)
+        if (
+            known is not None
+            and old is not None
+            and known.steps == present.steps
+            and known.places[old] == place
+            and index not in present.doubtful
+            and known.samples.of(old) == samples.of(index)
+            and (known.reads[old].table is not None) == is_table
+            and not _rows_differ(known.reads[old], tensor, tokens)
+        ):
+            reads.append(known.reads[old])
+            continue
+        try:
+            values = read_values(tensor)
+        except Exception as error:  # of any kind: tensors may be subclasses
+            raise _unread(name, tensor, error) from error
+        storage = StorageWeakRef(present.storages[index])  # type: ignore[no-untyped-call]
+        reads.append(_Read(storage, values.digest, values if is_table else None))
+    for name, tensor, read in sorted(zip(present.names, present.tensors, reads, strict=True), key=lambda one: one[0]):
+        whole.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode() + read.digest)
+    return _Model(present.names, present.places, reads, tables, sampler, samples, present.steps, whole.hexdigest())
 
-    Element ``i`` and the next one lie in other columns whatever the width, so an edited column is met as often as an
-    edited row.
-    """
-    parts = [i * count // SAMPLED_ELEMENTS for i in range(SAMPLED_ELEMENTS + 1)]
-    return torch.tensor(
-        [
-            begin + (i * 0x9E3779B97F4A7C15 % 2**64) * (end - begin) // 2**64
-            for i, (begin, end) in enumerate(itertools.pairwise(parts))
-        ],
-        device=device,
-    )
+
+def _read_samples(sampler: Sampler, present: _Present) -> Samples:
+    try:
+        return sampler.read(present.tensors)
+    except UnsampledError as error:
+        raise _unread(present.names[error.index], present.tensors[error.index], error) from error
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
-    """Return SHA-256 over the values of one tensor, in the order of its elements."""
-    data = tensor.detach().reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256()
-    done = 0
-    if data.numel() > _SMALL_BYTES:
-        if data.storage_offset() % _WORD:
-            data = data.clone()
-        done = data.numel() // (_BLOCK_WORDS * _WORD) * (_BLOCK_WORDS * _WORD)
-        digest.update(_block_sums(data[:done].view(torch.int64).view(-1, _BLOCK_WORDS)))
-    digest.update(data[done:].cpu().numpy().tobytes())
-    return digest.digest()
+def _rows_differ(read: _Read, tensor: torch.Tensor, tokens: npt.ArrayLike) -> bool:
+    return read.table is not None and rows_differ(tensor, read.table, tokens)
 
 
-def _block_sums(blocks: torch.Tensor) -> bytes:
-    """Return the sum of each row, its words multiplied by one odd number each, modulo 2**64.
-
-    Exact in any order, so equal on every device.
-    """
-    if blocks.device.type == "cpu":
-        # One thread of NumPy reads nearly as fast as memory delivers; PyTorch would wake its threads for each tensor.
-        sums: bytes = np.einsum("bw,w->b", blocks.numpy(), _FACTORS).tobytes()  # twice as fast as @ on integers
-        return sums
-    factors = torch.from_numpy(_FACTORS).to(blocks.device)
-    begins = range(0, len(blocks), _BLOCKS_AT_ONCE)
-    parts = [(blocks[begin : begin + _BLOCKS_AT_ONCE] * factors).sum(dim=1) for begin in begins]
-    return torch.cat(parts).cpu().numpy().tobytes()
+def _unread(name: str, tensor: torch.Tensor, error: Exception) -> _UnreadError:
+    """Return the reason why a tensor cannot be read; the first line of an error where only PyTorch knows it."""
+    try:
+        why = why_unreadable(tensor)
+    except Exception:  # the error at hand says more
+        why = None
+    return _UnreadError(Unread(name, why or str(error).partition("\n")[0]))

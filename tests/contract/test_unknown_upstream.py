@@ -69,7 +69,7 @@ Renames = dict[str, dict[str, str]]
 
 
 def everywhere(old: str, new: str, files: tuple[str, ...] = WITH_A_CACHE) -> Renames:
-    return {file: {rf"^(?!.*\bimport\b)(.*?)\b{old}\b": rf"\g<1>{new}"} for file in files}
+    return {file: {rf"^(?!.*\bimport\b)(.*?)\b({old})\b": rf"\g<1>{new}"} for file in files}
 
 
 CHANGES: dict[str, Renames] = {

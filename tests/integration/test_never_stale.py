@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch.optim import optimizer as torch_optimizer
 from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 from upstream import CACHE
@@ -115,6 +116,82 @@ def test_optimizer_step_on_one_layer(model, generate, tokens, cache, optimizer, 
     steps.step()
     model.zero_grad()
     assert_turn(model, ids, cache, generate, 0)
+
+
+def train_rows(model, rows, make_optimizer):
+    """One step on a few rows of the embedding alone, as for new tokens; nothing of the training is left."""
+    weight = model.model.embed_tokens.weight
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[rows] = 1
+    make_optimizer([weight]).step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("in_prompt", [True, False])
+def test_fused_step_on_a_few_rows_of_the_embedding(make_model, generate, tokens, cache, store, optimizer, in_prompt):
+    """Its writes have no version, and no sample meets them. Rows beside the prompt may be those of the answer."""
+    ids, model = tokens(30), make_model("llama", vocab_size=2000, tie_word_embeddings=True)
+    assert_turn(model, ids, cache, generate, 0)
+    assert_turn(model, ids, cache, generate, 29)
+    rows = ids[0, [3, 9]] if in_prompt else torch.tensor([1997, 1999])
+    settings = {} if optimizer is torch.optim.SGD else {"weight_decay": 0}
+    train_rows(model, rows, lambda weights: optimizer(weights, lr=0.5, fused=True, **settings))
+    assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
+    with TieredCache(store) as other:
+        assert_turn(model, ids, other, generate, 29)
+
+
+def test_uninstalling_leaves_no_hook_on_optimizers(model, generate, tokens, cache):
+    hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    assert_turn(model, tokens(30), cache, generate, 0)
+    watched = [len(some) for some in hooks]
+    uninstall()
+    assert [len(some) for some in hooks] == [count - 1 for count in watched]
+
+
+def test_rows_of_the_prompt_edited_without_a_count(make_model, generate, tokens, cache):
+    ids, model = tokens(30), make_model("llama", vocab_size=2000)
+    assert_turn(model, ids, cache, generate, 0)
+    model.model.embed_tokens.weight.data[ids[0, 9]] += 1
+    assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
+    assert_turn(model, ids, cache, generate, 29)
+
+
+def test_weights_made_in_inference_mode(make_model, generate, tokens, cache):
+    """Writes to them have no version."""
+    ids = tokens(30)
+    with torch.inference_mode():
+        model = make_model("llama", vocab_size=2000)
+        assert model.model.embed_tokens.weight.is_inference()
+    assert_turn(model, ids, cache, generate, 0)
+    assert_turn(model, ids, cache, generate, 29)
+    with torch.inference_mode():
+        model.model.layers[0].self_attn.k_proj.weight[3, 5] += 5
+        model.model.embed_tokens.weight[ids[0, 9], 7] += 5
+    assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
+
+
+def test_models_are_converted_in_place_after_a_turn(model, generate, tokens, cache, monkeypatch):
+    """By swapping tensors, as quantisers do, which refuse tensors with weak references."""
+    ids = tokens(30)
+    assert_turn(model, ids, cache, generate, 0)
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    model.to(torch.float64)
+    assert_turn(model, ids, cache, generate, 0)
+    state = {name: tensor.detach() + 0.01 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert_turn(model, ids, cache, generate, 0)
+    assert_turn(model, ids, cache, generate, 29)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_buffers_are_off(model, generate, tokens, cache):
+    """Reading one as if it were plain crashes the process."""
+    ids = tokens(30)
+    model.register_buffer("scales", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+    for _ in range(2):
+        assert_turn(model, ids, cache, generate, 0, "scales cannot be read: its dtype is torch.qint8")
 
 
 @pytest.mark.parametrize("position", [(0, 0), (7, 33), (199, 63)])

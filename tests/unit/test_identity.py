@@ -4,128 +4,20 @@ from __future__ import annotations
 
 import enum
 import functools
-import gc
 import inspect
 import subprocess
 import sys
 import textwrap
-import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationMixin, PreTrainedConfig
 
-from kvtier.hf import weights
 from kvtier.hf.anatomy import Anatomy
 from kvtier.hf.description import describe, describe_code
 from kvtier.hf.identity import Identity, identify
 from kvtier.hf.soundness import POSITIONAL, Unsound, why_cold, why_unsound, why_unsound_call
-from kvtier.hf.weights import SAMPLED_ELEMENTS, _positions, digest_weights
-
-
-def digest(tensor):
-    """The digest of a model that has only this tensor, and that nobody has seen before."""
-    return digest_weights(torch.nn.Module(), [("weight", tensor)])
-
-
-def numbers(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
-@pytest.mark.parametrize("shape", [(), (3,), (129,), (100, 333)], ids=str)
-def test_every_element_counts(dtype, shape):
-    tensor = numbers(*shape, dtype=torch.float32).mul(9).to(dtype)
-    seen = {digest(tensor)}
-    for position in range(0, tensor.numel(), 997):
-        changed = tensor.clone().reshape(-1).view(torch.uint8)
-        changed[position * dtype.itemsize] ^= 1
-        seen.add(digest(changed.view(dtype).reshape(shape)))
-    assert len(seen) == 1 + len(range(0, tensor.numel(), 997))
-
-
-def test_same_values_same_digest():
-    tensor = numbers(300, 70)
-    expected = digest(tensor)
-    bytes_before = torch.zeros(300 * 70 * 4 + 4, dtype=torch.uint8)
-    bytes_before[4:] = tensor.reshape(-1).view(torch.uint8)
-    others = [
-        tensor.clone(),
-        tensor.t().contiguous().t(),
-        torch.cat([tensor, tensor])[300:],
-        torch.nn.Parameter(tensor),
-    ]
-    others.append(bytes_before[4:].view(torch.float32).view(300, 70))
-    with torch.inference_mode():
-        others.append(tensor.clone())
-    assert {digest(other) for other in others} == {expected}
-
-
-def test_order_counts():
-    tensor = numbers(512, 64)
-    rows, columns = tensor.clone(), tensor.clone()
-    rows[[1, 2]] = rows[[2, 1]]
-    columns[:, [0, 1, 2, 3]] = columns[:, [2, 3, 0, 1]]
-    assert len({digest(tensor), digest(rows), digest(columns), digest(tensor.reshape(64, 512))}) == 4
-    assert digest(tensor.view(torch.int32)) != digest(tensor)
-
-
-def test_empty_tensors():
-    assert digest(torch.empty(0, 4)) == digest(torch.empty(0, 4)) != digest(torch.empty(4, 0))
-
-
-def test_sums_are_the_same_where_numpy_does_not_add_them():
-    blocks = torch.randint(-(2**63), 2**63 - 1, (40, weights._BLOCK_WORDS))
-    elsewhere = (blocks * torch.from_numpy(weights._FACTORS)).sum(dim=1)
-    assert weights._block_sums(blocks) == elsewhere.numpy().tobytes()
-
-
-@pytest.mark.parametrize("width", [64, 576, 4096, 49152])
-def test_samples_keep_to_no_column(width):
-    """Samples at one distance would all lie in a few columns, and an edit of the others would never be met."""
-    positions = _positions(width * 4096, torch.device("cpu"))
-    assert len(positions) == SAMPLED_ELEMENTS
-    assert (positions.diff() > 0).all()
-    assert positions[0] >= 0
-    assert positions[-1] < width * 4096
-    assert len((positions % width).unique()) > SAMPLED_ELEMENTS / 3
-
-
-def test_a_large_edit_that_nobody_counted_is_sampled():
-    module, weight = torch.nn.Module(), numbers(500, 500)
-    before = digest_weights(module, [("weight", weight)])
-    weight.numpy()[:] *= 2
-    assert weight._version == 0
-    assert digest_weights(module, [("weight", weight)]) != before
-    weight.numpy()[:] /= 2
-    assert digest_weights(module, [("weight", weight)]) == before
-
-
-def test_an_edit_elsewhere_in_the_list_of_tensors():
-    module, tensors = torch.nn.Module(), [("a", numbers(200, 9)), ("b", numbers(200, 9) + 1)]
-    (_, a), (_, b) = tensors
-    seen = {digest_weights(module, tensors)}
-    for changed in ([("a", b), ("b", a)], tensors[:1], [("a", a), ("c", b)], [("a", a.view(9, 200)), ("b", b)]):
-        seen.add(digest_weights(module, changed))
-    assert len(seen) == 5
-    assert digest_weights(module, tensors) in seen
-
-
-def test_what_is_remembered_keeps_no_model_and_no_tensor_alive():
-    module = torch.nn.Linear(50, 50)
-    digest_weights(module, list(module.named_parameters()))
-    weight, gone = weakref.ref(module.weight), weakref.ref(module)
-    module.weight = torch.nn.Parameter(numbers(50, 50))
-    gc.collect()
-    assert weight() is None
-    del module
-    gc.collect()
-    assert gone() is None
-
 
 # --- words ------------------------------------------------------------------------------------------------------------
 

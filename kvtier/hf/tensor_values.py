@@ -1,0 +1,167 @@
+"""The bytes of one tensor → 64-bit sums of its blocks of 2 KiB, in which every byte counts, and SHA-256 over these.
+
+Only tensors are read whose bytes lie in ordinary memory in a known form. ``why_unreadable`` gives the reason for all
+others, before an operation of PyTorch can fail on them or crash the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+WORD_BYTES = 8
+BLOCK_WORDS = 256
+BLOCK_BYTES = BLOCK_WORDS * WORD_BYTES
+Sums = npt.NDArray[np.int64]
+"""One weighted sum per block, modulo 2**64: ``[blocks]``."""
+
+_FACTORS = (np.arange(1, 2 * BLOCK_WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+_SMALL_BYTES = 16 * 1024
+# An expanded tensor is copied to be read: up to this size.
+_REPEATED_BYTES = 64 * 1024 * 1024
+# On an accelerator, the products of so many blocks exist at a time.
+_DEVICE_BLOCKS_AT_ONCE = 64 * 1024 * 1024 // BLOCK_BYTES
+# On a CPU, gathered blocks stay in the cache until they are summed up.
+_BLOCKS_AT_ONCE = 256
+
+
+class Values(NamedTuple):
+    """What is remembered of a tensor's bytes: nothing for a small tensor, 8 bytes per 2 KiB for a large one."""
+
+    digest: bytes
+    sums: Sums
+    tail: bytes
+    """The bytes after the last whole block; of a small tensor, all bytes."""
+
+
+def why_unreadable(tensor: torch.Tensor) -> str | None:
+    """Return why the bytes of ``tensor`` do not say what its values are, or cannot be read; None if they can."""
+    if tensor.is_nested:
+        return "it is a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.is_quantized:
+        return f"its dtype is {tensor.dtype}, whose scales are kept apart"
+    if tensor._is_zerotensor():
+        return "it is a zero tensor without memory"
+    storage = tensor.untyped_storage()
+    if storage.device.type == "meta":  # of fake tensors, too
+        return "it is on the meta device, without values"
+    if storage.nbytes() < _extent_bytes(tensor):
+        return "its memory was released"
+    if storage.device.type == "cpu" and tensor.numel() and not tensor.data_ptr():
+        return "it has no memory of its own"
+    if tensor.nbytes > max(storage.nbytes(), _REPEATED_BYTES):
+        return f"it repeats {storage.nbytes()} bytes to {tensor.nbytes}"
+    return None
+
+
+def read_values(tensor: torch.Tensor) -> Values:
+    """Read all bytes of a readable tensor, in the order of its elements.
+
+    Raises:
+        Exception: of any kind, from subclasses of tensors that do not offer their bytes.
+    """
+    data = byte_view(tensor)
+    done = data.numel() // BLOCK_BYTES * BLOCK_BYTES if data.numel() > _SMALL_BYTES else 0
+    if data.device.type == "cpu":
+        host = memory(data.data_ptr(), data.numel())
+        aligned = host if data.data_ptr() % WORD_BYTES == 0 else host.copy()
+        sums, tail = _host_sums(aligned[:done]), host[done:].tobytes()
+    else:
+        aligned_data = data if data.data_ptr() % WORD_BYTES == 0 else data.clone()
+        sums, tail = _device_sums(aligned_data[:done]), data[done:].cpu().numpy().tobytes()
+    digest = hashlib.sha256(sums)
+    digest.update(tail)
+    return Values(digest.digest(), sums, tail)
+
+
+def memory(address: int, size_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return main memory from ``address`` on as it is: uint8 ``[size_bytes]``, read only, kept alive by the caller.
+
+    ``Tensor.numpy`` would forbid to resize the storage ever after.
+    """
+    view: npt.NDArray[np.uint8] = np.asarray(_Memory(address, size_bytes))
+    return view
+
+
+class _Memory:
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__array_interface__: dict[str, Any] = {
+            "data": (address, True),
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a readable tensor as uint8 ``[bytes]``: a view where it is contiguous."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def rows_differ(table: torch.Tensor, values: Values, rows: npt.ArrayLike) -> bool:
+    """Whether a byte in the blocks that hold ``rows`` of a contiguous ``table`` is another one than in ``values``.
+
+    Args:
+        table: ``[rows, …]``.
+        values: what ``read_values`` returned for the table.
+        rows: those that do not exist are left out.
+    """
+    row_bytes = table[:1].numel() * table.element_size()
+    chosen = np.asarray(rows, dtype=np.int64)
+    chosen = chosen[(chosen >= 0) & (chosen < len(table))]
+    if row_bytes == 0 or len(chosen) == 0:
+        return False
+    data = byte_view(table)
+    begins, ends = chosen * row_bytes // BLOCK_BYTES, ((chosen + 1) * row_bytes - 1) // BLOCK_BYTES
+    reach = np.arange(int((ends - begins).max()) + 1)
+    blocks = np.unique(np.minimum(begins[:, None] + reach, ends[:, None]))
+    whole = blocks[blocks < len(values.sums)]
+    done = len(values.sums) * BLOCK_BYTES
+    if data.device.type == "cpu":
+        host = memory(data.data_ptr(), data.numel())
+        if len(whole) < len(blocks) and host[done:].tobytes() != values.tail:
+            return True
+        rows_of_blocks = host[:done].reshape(-1, BLOCK_BYTES)
+        for begin in range(0, len(whole), _BLOCKS_AT_ONCE):
+            some = whole[begin : begin + _BLOCKS_AT_ONCE]
+            if (_host_sums(rows_of_blocks.take(some, axis=0)) != values.sums[some]).any():
+                return True
+        return False
+    if len(whole) < len(blocks) and data[done:].cpu().numpy().tobytes() != values.tail:
+        return True
+    gathered = data[:done].view(-1, BLOCK_BYTES).index_select(0, torch.from_numpy(whole).to(data.device))
+    return bool((_device_sums(gathered) != values.sums[whole]).any())
+
+
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    """Return how many bytes of its storage a strided tensor reaches into."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+
+
+def _host_sums(data: npt.NDArray[np.uint8]) -> Sums:
+    """Return the sum of each block of aligned bytes, its words multiplied by one odd number each, modulo 2**64.
+
+    Exact in any order, so equal on every device. One thread of NumPy reads nearly as fast as memory delivers; PyTorch
+    would wake its threads for each tensor.
+    """
+    sums: Sums = np.einsum("bw,w->b", data.view(np.int64).reshape(-1, BLOCK_WORDS), _FACTORS)  # twice as fast as @
+    return sums
+
+
+def _device_sums(data: torch.Tensor) -> Sums:
+    """Return the same of bytes on an accelerator, or on any device."""
+    blocks = data.view(torch.int64).view(-1, BLOCK_WORDS)
+    factors = torch.from_numpy(_FACTORS).to(blocks.device)
+    begins = range(0, len(blocks), _DEVICE_BLOCKS_AT_ONCE)
+    parts = [(blocks[begin : begin + _DEVICE_BLOCKS_AT_ONCE] * factors).sum(dim=1) for begin in begins]
+    sums: Sums = torch.cat([blocks.new_empty(0), *parts]).cpu().numpy()
+    return sums
