@@ -76,9 +76,9 @@ class TieredCache(TurnCache):
                 "config=…)."
             )
         super().__init__(store, partial(self._streaming.open, store))
-        self._lay_out(config)
         install()
         try_upstream(_cache_in_ram)
+        self._lay_out(config)
 
     # --- turns in a loop of one's own ---
 

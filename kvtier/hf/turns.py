@@ -71,7 +71,7 @@ class TurnCache(WindowCache, TurnTaker):
     # --- layers -----------------------------------------------------------------------------------------------------
 
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
-        super()._lay_out(config)
+        super()._lay_out(config if why_untrusted() is None else None)  # there, layers might not even be made
         self._held = None
         self._snapshots.lose()
 

@@ -65,23 +65,21 @@ print(json.dumps({"outcomes": found, "reused": reused, "reason": canary.why_untr
 
 GENERATION = "generation/utils.py"
 WITH_A_CACHE = (GENERATION, "masking_utils.py", "modeling_outputs.py", "models/llama/modeling_llama.py")
+APPENDING = ("cache_utils.py", "models/llama/modeling_llama.py")
 Renames = dict[str, dict[str, str]]
 
 
 def everywhere(old: str, new: str, files: tuple[str, ...] = WITH_A_CACHE) -> Renames:
+    """Call ``old``, a pattern of whole words, ``new`` in all lines of ``files`` that import nothing."""
     return {file: {rf"^(?!.*\bimport\b)(.*?)\b({old})\b": rf"\g<1>{new}"} for file in files}
 
 
 CHANGES: dict[str, Renames] = {
     "nothing": {},
     "the argument and the field of the output": everywhere(CACHE, "kv_memory"),
-    "the methods of generation": everywhere(
-        "_prepare_cache_for_generation|_prefill", "_of_another_name", (GENERATION,)
-    ),
-    "the method that tells a length": everywhere("get_seq_length", "tokens_held", (*WITH_A_CACHE, "cache_utils.py")),
-    "the method that appends": everywhere(
-        r"(?<=[a-z]\.)update(?=\(key|\(\n)|(?<=def )update", "append_states", (*WITH_A_CACHE, "cache_utils.py")
-    ),
+    "the methods of generation": everywhere("_prepare_cache_for_generation|_prefill", r"\g<2>_2", (GENERATION,)),
+    "the method that returns a length": everywhere("get_seq_length", "tokens_held", (*WITH_A_CACHE, "cache_utils.py")),
+    "the method that appends": everywhere(r"(?<=def )update|(?<=\.)update(?=\(key_states)", "append_states", APPENDING),
     "what is left of a prompt": {GENERATION: {r"input_ids.shape\[1\] - past_length": "input_ids.shape[1]"}},
 }
 
@@ -89,7 +87,7 @@ CHANGES: dict[str, Renames] = {
 @pytest.fixture(scope="module")
 def converse(tmp_path_factory):
     """``converse(change, without)``: what came of a conversation; ``without`` names parts of kvtier to leave out."""
-    packages = {}
+    packages, found = {}, {}
 
     def changed(change):
         folder = tmp_path_factory.mktemp("upstream")
@@ -109,6 +107,11 @@ def converse(tmp_path_factory):
         return folder
 
     def run(change, *without):
+        if (change, without) not in found:
+            found[change, without] = play(change, *without)
+        return found[change, without]
+
+    def play(change, *without):
         if change not in packages:
             packages[change] = changed(change)
         path = [str(packages[change]), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
