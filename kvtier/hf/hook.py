@@ -119,12 +119,13 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(original)
-    def prepare(self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        for past in caches_among(model_kwargs, TurnTaker).values() if hook.active else ():
+    def prepare(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)] if hook.active else []
+        for past in (past for model_kwargs in given for past in caches_among(model_kwargs, TurnTaker).values()):
             cache: TurnTaker = decoder_cache(past)
             if not is_serving(cache):
                 cache.begin_without_reuse(_TAKEN_BEFORE)
-        return original(self, generation_config, model_kwargs, *args)
+        return original(self, *args, **kwargs)
 
     return prepare
 

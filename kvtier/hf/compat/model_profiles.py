@@ -21,7 +21,7 @@ class ModelProfile:
     Attributes:
         off: why nothing is reused.
         off_before: the first version of transformers in which ``off`` no longer holds; None while it holds in all.
-        within_window: with a cache, the model sees no more than its sliding window, without one it sees all.
+        within: the name of the config's value up to which many tokens, in all, continue a cache rightly.
         not_padded: padded rows continue a cache to other K and V than they have at once.
         by_distance: attention depends on distances alone, so that padding shifts nothing.
         token_by_token: a pass over several tokens begins with an empty recurrent state, whatever the cache holds.
@@ -34,7 +34,7 @@ class ModelProfile:
 
     off: str | None = None
     off_before: Version | None = None
-    within_window: bool = False
+    within: str | None = None
     not_padded: bool = False
     by_distance: bool = False
     token_by_token: bool = False
@@ -50,6 +50,7 @@ class ModelProfile:
 
 
 _MISCOUNTS = "before 5.18, transformers continues this model from a cache to other K and V"
+_OWN_DICT = "the model keeps K and V in a dict of its own, and continues it by one token at a time only"
 
 PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
     {
@@ -57,9 +58,10 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
         "bloom": ModelProfile(by_distance=True),
         "cpmant": ModelProfile(off="the model puts columns of its own before the prompt's"),
         "diffusion_gemma": ModelProfile(sees_ahead=True),
-        "doge": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
+        "doge": ModelProfile(off=_MISCOUNTS, off_before=(5, 18), within="keep_window_size"),
         "embedding_gemma2": ModelProfile(sees_ahead=True),
         "falcon_mamba": ModelProfile(token_by_token=True),
+        "flaubert": ModelProfile(off=_OWN_DICT),
         "florence2": ModelProfile(sees_ahead=True),
         "git": ModelProfile(off=_MISCOUNTS, off_before=(5, 18), not_padded=True),
         "idefics2": ModelProfile(media_by_row=True),
@@ -71,7 +73,7 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
         "minimax_m3_vl": ModelProfile(not_padded=True),
         "minimax_m3_vl_text": ModelProfile(not_padded=True),
         "molmo2": ModelProfile(sees_ahead=True),
-        "moshi": ModelProfile(within_window=True),
+        "moshi": ModelProfile(within="sliding_window"),
         "mpt": ModelProfile(by_distance=True),
         "nemotron_h": ModelProfile(decodes_otherwise=True),
         "paligemma": ModelProfile(sees_ahead=True),
@@ -87,6 +89,7 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
         "rwkv": ModelProfile(carried_argument="state"),
         "smolvlm": ModelProfile(media_by_row=True),
         "unlimited_ocr": ModelProfile(sees_ahead=True),
+        "xlm": ModelProfile(off=_OWN_DICT),
         "xlstm": ModelProfile(carried_argument="cache"),
         "zamba": ModelProfile(token_by_token=True),
         "zamba2": ModelProfile(decodes_otherwise=True),
@@ -149,12 +152,15 @@ def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -
         return "transformers continues padded rows of this model to other K and V than it computes at once"
     if is_padded and _counts_columns(model):
         return "the positions of this model count padding too: what is known of a row holds for its padding only"
-    if not profile.within_window:
+    if profile.within is None:
         return None
-    window = model.config.get_text_config(decoder=True).sliding_window
+    window = getattr(model.config.get_text_config(decoder=True), profile.within)
     if longest_answer and columns + longest_answer <= window:
         return None
-    return f"transformers shows this model no more than {window} tokens of a cache; set max_new_tokens to stay within"
+    return (
+        f"beyond {window} tokens (its {profile.within}), transformers continues this model from a cache otherwise than "
+        "it computes all at once; set max_new_tokens to stay within"
+    )
 
 
 def _counts_columns(model: Any) -> bool:

@@ -48,7 +48,11 @@ def passed(cache: Any) -> dict[str, Any]:
 def forward_argument(model: Any) -> str | None:
     """Return the name under which ``model.forward`` takes a cache; None when it takes none."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    # Before 5.24, what XLM calls ``cache`` is a dict of its own.
+    new = CACHE_ARGUMENTS[0]
+    return next(
+        (name for name in CACHE_ARGUMENTS if name in parameters and (name != new or name == CACHE_ARGUMENT)), None
+    )
 
 
 def generate_argument(model: Any) -> str | None:
