@@ -69,6 +69,17 @@ FAMILIES: Mapping[str, Family] = {
             "swa_v_head_dim": 12,
         },
     ),
+    "dory": Family(
+        "runs of layers: before the loop, in it, after it; of each kind one in the loop and one outside",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+            "n_input_layers": 1,
+            "n_recurrent_layers": 2,
+            "n_output_layers": 1,
+            "n_recurrent_loops": 3,
+        },
+    ),
     "falcon_h1": Family(
         "state heads must divide twice the width", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128}
     ),
@@ -105,6 +116,18 @@ FAMILIES: Mapping[str, Family] = {
         "its layers run in cycles, and each run is counted as a layer",
         {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 2},
         without=("num_layers_per_stack",),
+    ),
+    "inkling2_loop_text": Family(
+        "the loop must begin and end with a block of layers; of each kind one in the loop and two outside",
+        {
+            "unpadded_vocab_size": 100,
+            "num_hidden_layers": 6,
+            "layer_types": ["hybrid_sliding", "hybrid"] * 3,
+            "n_layers_per_attn_res_block": 2,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4,
+            "loop_gate_rank": 8,
+        },
     ),
     "jamba": Family(
         "which layers attend follows from a period",
@@ -190,6 +213,11 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "dory:last_loop": {"recurrent_kv_cache_mode": "last_loop"},  # by default, each loop keeps K and V of its own
+}
+"""``model type:name`` → settings, of ways to run a family that keep another kind of cache than its default does."""
 
 NOT_ALONE: Mapping[str, str] = {
     "gemma4_assistant": "drafts for another model: it reads that model's K and V and has none",
