@@ -120,7 +120,6 @@ FAMILIES: Mapping[str, Family] = {
     "inkling2_loop_text": Family(
         "the loop must begin and end with a block of layers; of each kind one in the loop and two outside",
         {
-            "unpadded_vocab_size": 100,
             "num_hidden_layers": 6,
             "layer_types": ["hybrid_sliding", "hybrid"] * 3,
             "n_layers_per_attn_res_block": 2,

@@ -26,7 +26,7 @@ _BY_SIZE: Sequence[tuple[int, str]] = (
         """max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions
         original_max_position_embeddings context_length""",
     ),
-    (VOCABULARY, "vocab_size_per_layer_input"),
+    (VOCABULARY, "vocab_size_per_layer_input unpadded_vocab_size"),
     (
         64,
         """hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size
