@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from sweep.__main__ import PAGES, app
+from sweep.families import NOT_ALONE
 from sweep.judging import judge, worst
 from sweep.losses import difference
-from sweep.families import NOT_ALONE
 from sweep.models import NotMadeError, architectures, base_of, brief, listed, tiny_config, tiny_model
 from sweep.outcome import CHECKS, Outcome, Row, Run, read_json, write_json
 from sweep.page import numbers, page, reasons
