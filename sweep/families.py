@@ -10,6 +10,8 @@ _LINEAR_THEN_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid
 _CONV_THEN_FULL = ["conv", "full_attention", "conv", "full_attention"]
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 3
 
+_TRAINED = 48  # positions: more than a first prompt, fewer than a second one
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -139,6 +141,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "lfm2_moe": Family("no kinds of layers by default", {"num_hidden_layers": 4, "layer_types": _CONV_THEN_FULL}),
     "mamba2": Family("heads times their size must be twice the width", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "minimax": Family("linear attention goes through a prompt in blocks", {"block_size": 16}),
     "minimax_m3_vl_text": Family(
         "no layer is sparse by default",
         {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
@@ -214,6 +217,17 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "doge:beyond_window": {"keep_window_size": 16},  # it chooses among keys as soon as there are more
+    "phi3:longrope": {  # a sequence beyond the trained length turns all its keys by other angles
+        "original_max_position_embeddings": _TRAINED,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": _TRAINED,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    },
     "dory:last_loop": {"recurrent_kv_cache_mode": "last_loop"},  # by default, each loop keeps K and V of its own
 }
 """``model type:name`` → settings, of ways to run a family that keep another kind of cache than its default does."""

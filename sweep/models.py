@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sweep.families import NOT_ALONE, VARIANTS
-from sweep.shrink import PAD, shrink
+from sweep.shrink import PAD, WEIGHT_SPREAD, shrink
 
 MOST_PARAMETERS = 20_000_000
 
@@ -66,11 +66,20 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = model_class(config).eval()
+        _wake(model)
     # What a family's own generation config forces or forbids is not what is examined here.
     model.generation_config = GenerationConfig(
         pad_token_id=PAD, bos_token_id=1, decoder_start_token_id=1, num_return_sequences=1, use_cache=True
     )
     return model
+
+
+def _wake(model: PreTrainedModel) -> None:
+    """Give random values to parameters that begin as zeros: a gate or a convolution of zeros hides a wrong state."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.any() and not name.endswith("bias"):
+                weight.normal_(std=WEIGHT_SPREAD)
 
 
 def brief(error: BaseException) -> str:

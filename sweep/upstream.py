@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvtier.hf.compat.names import generate_argument
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, generate_argument
 from sweep.judging import judge
 from sweep.models import brief
 from sweep.outcome import Outcome
@@ -21,12 +21,14 @@ class Upstream:
         model: the model.
 
     Attributes:
-        failure: the exception in which a ``DynamicCache`` ended; None if it did not, or was not tried yet.
+        failure: the exception in which a ``DynamicCache`` ended, at first or when it was continued; None if it did not,
+            or was not tried yet.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._argument = generate_argument(model)
+        self._takes_cache = self._argument is not None
         self.failure: Exception | None = None
 
     def answer(self, ids_1t: torch.Tensor) -> Answer:
@@ -36,7 +38,7 @@ class Upstream:
             try:
                 return ask(self._model, ids_1t, cache, self._argument)
             except Exception as error:  # of any class: each model refuses in its own way
-                self.failure = error
+                self.failure, self._takes_cache = error, False
         return ask(self._model, ids_1t)
 
     def answer_rows(self, ids: torch.Tensor, mask: torch.Tensor) -> list[Answer]:
@@ -64,6 +66,7 @@ class Upstream:
             # Up to twenty times what rounding may change is taken for the model's own inexactness.
             return judge(ask(self._model, second, cache, self._argument), cold, 20 * ROUNDING)
         except Exception as error:
+            self.failure = error
             return Outcome("misnamed" if names_unknown_argument(error) else "failed", brief(error))
 
     def crash(self, error: Exception) -> Outcome:
@@ -76,15 +79,16 @@ class Upstream:
         return Outcome("upstream", f"transformers on a DynamicCache: {brief(failure)}")
 
     def _cache(self) -> DynamicCache | None:
-        return None if self._argument is None or self.failure is not None else reference_cache(self._model)
+        return reference_cache(self._model) if self._takes_cache else None
 
 
 def names_unknown_argument(error: BaseException) -> bool:
-    """Return whether ``error`` says that a function was given an argument of a name that it does not have."""
+    """Return whether ``error`` says that a function was given a cache under a name that it does not have."""
     text = str(error)
-    if isinstance(error, TypeError):
-        return "unexpected keyword argument" in text
-    return isinstance(error, ValueError) and "`model_kwargs` are not used by the model" in text
+    unknown = (isinstance(error, TypeError) and "unexpected keyword argument" in text) or (
+        isinstance(error, ValueError) and "`model_kwargs` are not used by the model" in text
+    )
+    return unknown and any(f"'{name}'" in text for name in CACHE_ARGUMENTS)
 
 
 def has_tensors(value: Any) -> bool:
