@@ -186,6 +186,7 @@ FAMILIES: Mapping[str, Family] = {
         "positions must factor, buckets be counted, and hashes be the same each time",
         {"hash_seed": 1, "num_buckets": 4, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     ),
+    "xlm": Family("it finds padding by an id, and answers where a mask stands", {"pad_index": 0, "mask_token_id": 1}),
     "xlstm": Family(
         "the width of keys is rounded up to 64", {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16}
     ),

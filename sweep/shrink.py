@@ -67,8 +67,8 @@ _BY_SIZE: Sequence[tuple[int, str]] = (
     (3, "index_topk_blocks"),
     (
         2,
-        """zero_expert_num num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk
-        moe_k linear_num_key_heads linear_num_value_heads linear_num_heads type_vocab_size o_groups""",
+        """num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk
+        moe_k zero_expert_num linear_num_key_heads linear_num_value_heads linear_num_heads type_vocab_size o_groups""",
     ),
     (
         1,
