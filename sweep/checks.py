@@ -36,6 +36,7 @@ from sweep.turns import (
 from sweep.upstream import Upstream, keeps, names_unknown_argument, token_bytes
 
 BLOCK = 8
+EVIDENT = 10  # times the rounding that is allowed: what an edit must change where a stale answer is possible
 NO_REASON = "kvtier gave no reason"
 UNSEEN = "kvtier did not see the turn"
 
@@ -192,7 +193,8 @@ class Examination:
         with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
             ask(self._model, first, cache)
             judged = self._answered(cache, ids_1t, reference)
-        if judged.right and not self._influence > self._rounding:
+        reuses = self._outcomes["reuses"].right
+        if judged.right and not self._influence > (EVIDENT if reuses else 1) * self._rounding:
             reason = f"the edit changes logits by {self._influence:.2%} of their spread: a stale answer would pass"
             return Outcome("no", reason, None, judged.deviation)
         return judged

@@ -72,7 +72,8 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "dory": Family(
-        "runs of layers: before the loop, in it, after it; of each kind one in the loop and one outside",
+        "runs of layers: before the loop, in it, after it; of each kind one in the loop and one outside; "
+        "by default, a layer changes hardly anything",
         {
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
@@ -80,6 +81,7 @@ FAMILIES: Mapping[str, Family] = {
             "n_recurrent_layers": 2,
             "n_output_layers": 1,
             "n_recurrent_loops": 3,
+            "ngpt_alpha_init": 0.5,
         },
     ),
     "falcon_h1": Family(
