@@ -222,6 +222,22 @@ def test_a_model_that_transformers_fails_on_as_well_is_called_that(examined, mod
     assert not row.green
 
 
+def test_so_is_a_cache_that_transformers_cannot_continue(examined, model):
+    original = model.generate
+
+    def generate(ids, **kwargs):
+        if any(name in kwargs and kwargs[name].get_seq_length() for name in NAMES):
+            raise IndexError("of the model's own")
+        return original(ids, **kwargs)
+
+    model.generate = generate
+    row = examined()
+    assert row.control.verdict == "failed"
+    assert row.outcomes["generates"].verdict == "yes"
+    assert row.outcomes["reuses"].verdict == "upstream"
+    assert "IndexError: of the model's own" in row.outcomes["reuses"].reason
+
+
 def test_a_failure_of_another_kind_than_that_of_transformers_is_one_of_kvtier(examined, model):
     refuse_caches(model, IndexError("of the model's own"))
     model.generate = raising_for(TieredCache, RuntimeError("of kvtier"), model.generate)

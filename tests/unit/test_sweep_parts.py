@@ -104,6 +104,13 @@ def test_the_same_seed_makes_the_same_weights():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_what_begins_as_zeros_gets_values():
+    model = tiny_model("doge")
+    gates = [layer.self_attn.A for layer in model.model.layers]
+    assert all(gate.any() for gate in gates)
+    assert torch.equal(gates[0], tiny_model("doge").model.layers[0].self_attn.A)
+
+
 def answer(ids, *logits):
     return Answer(torch.tensor([[7, *ids]]), torch.tensor(logits))
 
