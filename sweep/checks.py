@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,16 @@ def examine(model_type: str) -> Row:
     return replace(row, seconds=round(time.perf_counter() - started, 2))
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A shorter prompt and the ``other`` one with a question, as one batch ``ids [rows, columns]``."""
+
+    other: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    references: Sequence[Answer]
+
+
 class Examination:
     """One model under all checks.
 
@@ -79,28 +89,30 @@ class Examination:
         self._make_cache, self._make_store = make_cache, make_store
         self._upstream = Upstream(model)
         self._rounding = ROUNDING
-        self._influence: float | None = None
         self._outcomes: dict[str, Outcome] = {}
 
     def run(self, model_type: str, class_name: str) -> Row:
         """Return the row of ``model_type``. No exception that a turn raises leaves it."""
         first = prompt(PROMPT, seed=1)
         layers = layer_kinds(self._model)
-        try:
+        try:  # before the first TieredCache: what fails here fails without kvtier
             reference = self._upstream.answer(first)
             second = next_prompt(reference)
             cold = self._upstream.answer(second)
+            changed = self._upstream.answer(edited(second))
             kept = self._upstream.kept(first)
         except Exception as error:  # whatever it is: transformers alone cannot generate with this model
             return Row(model_type, class_name, layers, not_made=f"transformers cannot generate with it: {brief(error)}")
         control = self._upstream.control(first, second, cold)
+        batch = self._batch(second)
         if control.right and control.deviation is not None:
             # Some models compute a prompt and a new token in different ways. What that changes is no error of a cache.
             self._rounding = max(ROUNDING, 3 * control.deviation)
+        influence = compare(changed, cold).deviation
         folder = self._folder / "store"
         with self._make_store(folder, block_size=BLOCK) as store:
             with self._make_cache(store) as cache:
-                self._note("generates", self._answered, cache, first, reference)
+                self._note("generates", self._generated, cache, first, reference)
                 self._note("reuses", self._reused, cache, second, cold, "window")
             with self._make_cache(store) as cache:
                 self._note("ram", self._reused, cache, second, cold, "host")
@@ -109,17 +121,27 @@ class Examination:
             self._note("disk", self._reused, cache, second, cold, "disk")
         turns = ((first, reference), (second, cold))
         self._note("streams", self._streamed, turns, sum(map(token_bytes, getattr(kept, "layers", ()))))
-        self._note("edited", self._edited, first, second, cold)
-        self._note("padded", self._padded, first, second, cold)
+        self._note("edited", self._edited, first, edited(second), changed, influence)
+        self._note("padded", self._padded, batch, first, second, cold)
         self._note("names", self._named, turns)
-        held = keeps(kept)
-        return Row(model_type, class_name, layers, self._outcomes, control, held, influence=self._influence)
+        return Row(model_type, class_name, layers, self._outcomes, control, keeps(kept), influence=influence)
 
     def _note(self, check: str, find: Callable[..., Outcome], *arguments: Any) -> None:
         try:
             self._outcomes[check] = find(*arguments)
         except Exception as error:  # of kvtier or of the model: each is a finding
             self._outcomes[check] = self._upstream.crash(error)
+
+    def _generated(self, cache: TieredCache, ids_1t: torch.Tensor, reference: Answer) -> Outcome:
+        """Answer ``ids_1t`` on ``cache``, and then without: kvtier must leave calls alone that are not its own."""
+        judged = self._answered(cache, ids_1t, reference)
+        try:
+            without = judge(self._upstream.answer(ids_1t), reference)
+        except Exception as error:
+            return Outcome("failed", f"on transformers' own cache, once kvtier is in use: {brief(error)}")
+        if not without.right:
+            return replace(without, reason=f"on transformers' own cache, once kvtier is in use: {without.reason}")
+        return judged
 
     def _answered(self, cache: TieredCache, ids_1t: torch.Tensor, reference: Answer) -> Outcome:
         """Answer ``ids_1t`` on ``cache`` and judge the answer."""
@@ -185,37 +207,39 @@ class Examination:
         reason = (report.miss_reason if report is not None else UNSEEN) or "none of its layers can be cold"
         return Outcome("no", reason, None, found.deviation)
 
-    def _edited(self, first: torch.Tensor, second: torch.Tensor, unedited: Answer) -> Outcome:
-        """Answer a turn whose history was changed in the middle."""
-        ids_1t = edited(second)
-        reference = self._upstream.answer(ids_1t)
-        self._influence = compare(reference, unedited).deviation
+    def _edited(self, first: torch.Tensor, changed: torch.Tensor, reference: Answer, influence: float) -> Outcome:
+        """Answer a turn whose history was changed in the middle, which changes logits by ``influence``."""
         with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
             ask(self._model, first, cache)
-            judged = self._answered(cache, ids_1t, reference)
+            judged = self._answered(cache, changed, reference)
         reuses = self._outcomes["reuses"].right
-        if judged.right and not self._influence > (EVIDENT if reuses else 1) * self._rounding:
-            reason = f"the edit changes logits by {self._influence:.2%} of their spread: a stale answer would pass"
+        if judged.right and not influence > (EVIDENT if reuses else 1) * self._rounding:
+            reason = f"the edit changes logits by {influence:.2%} of their spread: a stale answer would pass"
             return Outcome("no", reason, None, judged.deviation)
         return judged
 
-    def _padded(self, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
-        """Answer in one batch what two prompts know that were asked alone, one of them behind padding; then alone."""
+    def _batch(self, second: torch.Tensor) -> _Batch | Outcome:
+        """Return a padded batch and its right answers; an outcome if transformers cannot answer it."""
         other = prompt(PROMPT + LONGER, seed=4)
         ids, mask = padded(second, torch.cat([other, prompt(QUESTION, seed=5)], 1))
         try:
-            references = self._upstream.answer_rows(ids, mask)
+            return _Batch(other, ids, mask, self._upstream.answer_rows(ids, mask))
         except Exception as error:
             misnamed = names_unknown_argument(error)
             return Outcome("failed" if misnamed else "upstream", f"transformers on a padded batch: {brief(error)}")
+
+    def _padded(self, batch: _Batch | Outcome, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
+        """Answer in one batch what two prompts know that were asked alone, one of them behind padding; then alone."""
+        if isinstance(batch, Outcome):
+            return batch
         with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
-            for known in (other, first):
+            for known in (batch.other, first):
                 ask(self._model, known, cache)
             before = cache.last_turn
-            answers = ask_rows(self._model, ids, mask, cache)
+            answers = ask_rows(self._model, batch.ids, batch.mask, cache)
             report = cache.last_turn
             answers.append(ask(self._model, second, cache))
-        pairs = zip(answers, [*references, cold], strict=True)
+        pairs = zip(answers, [*batch.references, cold], strict=True)
         found = worst([judge(answer, reference, self._rounding) for answer, reference in pairs])
         if not found.right:
             return found

@@ -17,6 +17,8 @@ from sweep.turns import ROUNDING, Answer, ask, ask_rows, reference_cache
 class Upstream:
     """One model on transformers' own cache, which it is given under transformers' own name for it.
 
+    To be asked before kvtier is in use: a failure afterwards may be one of kvtier.
+
     Args:
         model: the model.
 

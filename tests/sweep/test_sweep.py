@@ -65,9 +65,7 @@ def test_no_wrong_token_no_crash_and_reuse(model_type):
         assert row.outcomes["reuses"].reason not in (None, NO_REASON)
     else:
         assert reuse <= {"yes", "draw"}, row.outcomes["reuses"].reason
-        assert row.influence > EVIDENT * ROUNDING, (
-            "a stale answer would pass for a right one"
-        )
+        assert row.influence > EVIDENT * ROUNDING, "a stale answer would pass for a right one"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3_next", "deepseek_v32", "falcon_h1"])

@@ -238,6 +238,26 @@ def test_so_is_a_cache_that_transformers_cannot_continue(examined, model):
     assert "IndexError: of the model's own" in row.outcomes["reuses"].reason
 
 
+@pytest.mark.parametrize(("fault", "verdict"), [(1.0, "wrong"), (None, "failed")])
+def test_a_call_without_kvtier_that_kvtier_breaks_is_a_failure_of_kvtier(examined, model, fault, verdict):
+    original, in_use = model.generate, []
+
+    def generate(ids, **kwargs):
+        if any(isinstance(value, TieredCache) for value in kwargs.values()):
+            in_use.append(True)
+        elif in_use and fault is None:
+            raise TypeError("got an unexpected keyword argument 'generation_mode'")
+        elif in_use:
+            torch.nn.init.ones_(model.lm_head.weight)
+        return original(ids, **kwargs)
+
+    model.generate = generate
+    row = examined()
+    assert row.outcomes["generates"].verdict == verdict
+    assert "once kvtier is in use" in row.outcomes["generates"].reason
+    assert "upstream" not in verdicts(row).values()
+
+
 def test_a_failure_of_another_kind_than_that_of_transformers_is_one_of_kvtier(examined, model):
     refuse_caches(model, IndexError("of the model's own"))
     model.generate = raising_for(TieredCache, RuntimeError("of kvtier"), model.generate)
