@@ -79,9 +79,9 @@ def test_of_models_with_loops_layers_of_each_kind_are_in_the_loop_and_outside():
         "per_loop",
         "last_loop",
     }
-    loops = {dory: inside, inkling: slice(inkling.loop_layer_index_start, inkling.loop_layer_index_end)}
+    loops = [(dory, inside), (inkling, slice(inkling.loop_layer_index_start, inkling.loop_layer_index_end))]
     assert inkling.loop_num_passes > 1
-    for config, loop in loops.items():
+    for config, loop in loops:
         kinds = list(config.layer_types)
         within = kinds[loop]
         del kinds[loop]
