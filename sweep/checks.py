@@ -5,20 +5,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvtier import BudgetError, PrefixStore, TieredCache
+from sweep.judging import judge, worst
 from sweep.models import NotMadeError, architectures, brief, tiny_model
-from sweep.outcome import Outcome, Row, Verdict
+from sweep.outcome import Outcome, Row
 from sweep.turns import (
     LONGER,
+    NAMES,
     PROMPT,
     QUESTION,
     ROUNDING,
@@ -30,15 +32,17 @@ from sweep.turns import (
     next_prompt,
     padded,
     prompt,
-    reference_cache,
 )
+from sweep.upstream import Upstream, keeps, names_unknown_argument, token_bytes
 
 BLOCK = 8
+EVIDENT = 10  # times the rounding that is allowed: what an edit must change where a stale answer is possible
 NO_REASON = "kvtier gave no reason"
+UNSEEN = "kvtier did not see the turn"
 
 
 def examine(model_type: str) -> Row:
-    """Return what the checks find about one architecture. No exception of a model or of kvtier leaves it."""
+    """Return what the checks find about one architecture."""
     started = time.perf_counter()
     class_name = architectures()[model_type]
     try:
@@ -47,11 +51,20 @@ def examine(model_type: str) -> Row:
         return Row(model_type, class_name, not_made=str(error))
     folder = Path(tempfile.mkdtemp(prefix="kvtier-sweep-"))
     try:
-        examination = Examination(model, folder)
-        row = examination.run(model_type, class_name)
+        row = Examination(model, folder).run(model_type, class_name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return replace(row, seconds=round(time.perf_counter() - started, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A shorter prompt and the ``other`` one with a question, as one batch ``ids [rows, columns]``."""
+
+    other: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    references: Sequence[Answer]
 
 
 class Examination:
@@ -60,124 +73,118 @@ class Examination:
     Args:
         model: the model.
         folder: an empty one, for stores and pages.
+        make_cache: makes the caches under examination, as ``TieredCache`` does.
+        make_store: makes the stores behind them, as ``PrefixStore`` does.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        make_cache: Callable[..., TieredCache] = TieredCache,
+        make_store: Callable[..., PrefixStore] = PrefixStore,
+    ) -> None:
         self._model = model
         self._folder = folder
-        self._no_dynamic: str | None = None  # why transformers refuses its own cache here
+        self._make_cache, self._make_store = make_cache, make_store
+        self._upstream = Upstream(model)
         self._rounding = ROUNDING
-        self._influence: float | None = None
+        self._outcomes: dict[str, Outcome] = {}
 
     def run(self, model_type: str, class_name: str) -> Row:
-        """Return the row of ``model_type``."""
+        """Return the row of ``model_type``. No exception that a turn raises leaves it."""
         first = prompt(PROMPT, seed=1)
         layers = layer_kinds(self._model)
-        try:
-            reference = self._reference(first)
+        try:  # before the first TieredCache: what fails here fails without kvtier
+            reference = self._upstream.answer(first)
             second = next_prompt(reference)
-            cold = self._reference(second)
+            cold = self._upstream.answer(second)
+            changed = self._upstream.answer(edited(second))
+            kept = self._upstream.kept(first)
         except Exception as error:  # whatever it is: transformers alone cannot generate with this model
             return Row(model_type, class_name, layers, not_made=f"transformers cannot generate with it: {brief(error)}")
-        keeps = self._keeps(first)
-        control = self._control(first, second, cold)
-        if control.verdict in ("yes", "draw") and control.deviation is not None:
+        control = self._upstream.control(first, second, cold)
+        batch = self._batch(second)
+        if control.right and control.deviation is not None:
             # Some models compute a prompt and a new token in different ways. What that changes is no error of a cache.
             self._rounding = max(ROUNDING, 3 * control.deviation)
-        outcomes: dict[str, Outcome] = {}
-        store = PrefixStore(self._folder / "store", block_size=BLOCK)
-        try:
-            with TieredCache(store) as cache:
-                outcomes["generates"] = self._outcome(cache, first, reference, wants_reuse=False)
-                if outcomes["generates"].verdict == "refused":
-                    return Row(model_type, class_name, layers, outcomes, control, keeps)
-                outcomes["reuses"] = self._outcome(cache, second, cold)
-            with TieredCache(store) as cache:
-                outcomes["ram"] = self._outcome(cache, second, cold, tier="host")
+        influence = compare(changed, cold).deviation
+        folder = self._folder / "store"
+        with self._make_store(folder, block_size=BLOCK) as store:
+            with self._make_cache(store) as cache:
+                self._note("generates", self._generated, cache, first, reference)
+                self._note("reuses", self._reused, cache, second, cold, "window")
+            with self._make_cache(store) as cache:
+                self._note("ram", self._reused, cache, second, cold, "host")
             store.flush()
-        finally:
-            store.close()
-        with PrefixStore(self._folder / "store", block_size=BLOCK) as again, TieredCache(again) as cache:
-            outcomes["disk"] = self._outcome(cache, second, cold, tier="disk")
-        outcomes["streams"] = self._streams(first, reference, second, cold)
-        outcomes["edited"] = self._edited(first, second, cold)
-        outcomes["padded"] = self._padded(first, second, cold)
-        return Row(model_type, class_name, layers, outcomes, control, keeps, influence=self._influence)
+        with self._make_store(folder, block_size=BLOCK) as store, self._make_cache(store) as cache:
+            self._note("disk", self._reused, cache, second, cold, "disk")
+        turns = ((first, reference), (second, cold))
+        self._note("streams", self._streamed, turns, sum(map(token_bytes, getattr(kept, "layers", ()))))
+        self._note("edited", self._edited, first, edited(second), changed, influence)
+        self._note("padded", self._padded, batch, first, second, cold)
+        self._note("names", self._named, turns)
+        return Row(model_type, class_name, layers, self._outcomes, control, keeps(kept), influence=influence)
 
-    def _upstream_cache(self) -> DynamicCache | None:
-        """Return a fresh ``DynamicCache``; None where it is refused: the model then makes what it takes."""
-        return reference_cache(self._model) if self._no_dynamic is None else None
-
-    def _reference(self, ids: torch.Tensor) -> Answer:
-        """Answer on a fresh ``DynamicCache``, or on the model's own kind of cache where that is refused."""
-        if self._no_dynamic is None:
-            try:
-                return ask(self._model, ids, reference_cache(self._model))
-            except Exception as error:
-                self._no_dynamic = brief(error)
-        return ask(self._model, ids)
-
-    def _keeps(self, ids: torch.Tensor) -> bool:
-        """Return whether a ``DynamicCache`` that the model is given, or makes, holds anything after a turn."""
-        cache: Any = self._upstream_cache()
-        made = ask(self._model, ids, cache).cache
-        if cache is None:
-            cache = made
-        return type(cache) is DynamicCache and any(_has_tensors(vars(layer)) for layer in cache.layers)
-
-    def _control(self, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
-        """Let transformers continue its own cache."""
-        if self._no_dynamic is not None:
-            return Outcome("refused", self._no_dynamic)
+    def _note(self, check: str, find: Callable[..., Outcome], *arguments: Any) -> None:
         try:
-            cache = reference_cache(self._model)
-            ask(self._model, first, cache)
-            # Up to twenty times what rounding may change is taken for the model's own inexactness.
-            return judge(ask(self._model, second, cache), cold, 20 * ROUNDING)
-        except Exception as error:
-            return Outcome("failed", brief(error))
+            self._outcomes[check] = find(*arguments)
+        except Exception as error:  # of kvtier or of the model: each is a finding
+            self._outcomes[check] = self._upstream.crash(error)
 
-    def _outcome(
-        self, cache: TieredCache, ids: torch.Tensor, reference: Answer, *, wants_reuse: bool = True, tier: str = ""
+    def _generated(self, cache: TieredCache, ids_1t: torch.Tensor, reference: Answer) -> Outcome:
+        """Answer ``ids_1t`` on ``cache``, and then without: kvtier must leave calls alone that are not its own."""
+        judged = self._answered(cache, ids_1t, reference)
+        try:
+            without = judge(self._upstream.answer(ids_1t), reference)
+        except Exception as error:
+            return Outcome("failed", f"on transformers' own cache, once kvtier is in use: {brief(error)}")
+        if not without.right:
+            return replace(without, reason=f"on transformers' own cache, once kvtier is in use: {without.reason}")
+        return judged
+
+    def _answered(self, cache: TieredCache, ids_1t: torch.Tensor, reference: Answer) -> Outcome:
+        """Answer ``ids_1t`` on ``cache`` and judge the answer."""
+        return judge(ask(self._model, ids_1t, cache), reference, self._rounding)
+
+    def _reused(
+        self, cache: TieredCache, ids_1t: torch.Tensor, reference: Answer, tier: str = "", name: str | None = None
     ) -> Outcome:
-        """Answer ``ids`` on ``cache`` and judge the answer; ``tier``: where what is reused must come from."""
-        try:
-            answer = ask(self._model, ids, cache)
-        except Exception as error:
-            text = brief(error)
-            if self._no_dynamic is not None and text.split(":")[0] == self._no_dynamic.split(":")[0]:
-                return Outcome("refused", text)
-            return Outcome("failed", text)
-        report = cache.last_turn
-        judged = judge(answer, reference, self._rounding)
-        cached = report.cached_tokens if report is not None else 0
-        if judged.verdict in ("wrong", "failed") or not wants_reuse:
-            return Outcome(judged.verdict, judged.reason, cached, judged.deviation)
-        found = cached if not tier or report is None else report.cached_by_tier[tier]
-        if not found:
-            reason = report.miss_reason if report is not None else "the turn was not seen"
-            return Outcome("no", reason or NO_REASON, cached, judged.deviation)
-        return Outcome(judged.verdict, judged.reason, cached, judged.deviation)
+        """Answer a prompt whose beginning is known.
 
-    def _streams(self, first: torch.Tensor, reference: Answer, second: torch.Tensor, cold: Answer) -> Outcome:
+        Args:
+            cache: that the answer is computed on.
+            ids_1t: ``[1, columns]``, the prompt.
+            reference: the right answer.
+            tier: from which tokens must be reused; any if empty.
+            name: see ``ask``.
+        """
+        before = cache.last_turn
+        judged = judge(ask(self._model, ids_1t, cache, name), reference, self._rounding)
+        report = cache.last_turn
+        if not judged.right:
+            return judged
+        if report is None or report is before:
+            return Outcome("no", UNSEEN, None, judged.deviation)
+        if not (report.cached_by_tier[tier] if tier else report.cached_tokens):
+            return Outcome("no", report.miss_reason or NO_REASON, None, judged.deviation)
+        return replace(judged, cached=report.cached_tokens)
+
+    def _streamed(self, turns: Sequence[tuple[torch.Tensor, Answer]], bytes_per_token: int) -> Outcome:
         """Answer both turns under the smallest budget that suffices, up to some hundredths."""
-        columns = second.shape[1] + reference.logits.shape[0]
-        whole = self._bytes_per_token(first) * (columns + columns // 8 + 3 * BLOCK)
+        columns = turns[-1][0].shape[1] + turns[-1][1].logits.shape[0]
+        whole = bytes_per_token * (columns + columns // 8 + 3 * BLOCK)
         if not whole:
             return Outcome("no", "it has no layer of K and V")
-        turns = ((first, reference), (second, cold))
-        try:
-            too_small, enough = whole // 30, 2 * whole
-            found = self._under(too_small, turns)
-            if found is not None:
-                return found  # a budget does not matter to it
-            while enough - too_small > whole // 30 and (found is None or found.verdict != "wrong"):
-                budget = (too_small + enough) // 2
-                tried = self._under(budget, turns)
-                too_small, enough = (budget, enough) if tried is None else (too_small, budget)
-                found = tried or found
-        except Exception as error:
-            return Outcome("failed", brief(error))
+        too_small, enough = whole // 30, 2 * whole
+        found = self._under(too_small, turns)
+        if found is not None:
+            return found  # a budget does not matter to it
+        while enough - too_small > whole // 30 and (found is None or found.verdict != "wrong"):
+            budget = (too_small + enough) // 2
+            tried = self._under(budget, turns)
+            too_small, enough = (budget, enough) if tried is None else (too_small, budget)
+            found = tried or found
         return found or Outcome("failed", f"{enough} bytes are too small a budget, and {whole} hold everything")
 
     def _under(self, budget: int, turns: Sequence[tuple[torch.Tensor, Answer]]) -> Outcome | None:
@@ -185,63 +192,70 @@ class Examination:
         judged = []
         spill = self._folder / f"pages-{budget}"
         with (
-            PrefixStore(block_size=BLOCK) as store,
-            TieredCache(store, device_budget=budget, spill_dir=spill) as cache,
+            self._make_store(block_size=BLOCK) as store,
+            self._make_cache(store, device_budget=budget, spill_dir=spill) as cache,
         ):
-            for ids, expected in turns:
+            for ids_1t, expected in turns:
                 try:
-                    judged.append(judge(ask(self._model, ids, cache), expected, self._rounding))
+                    judged.append(judge(ask(self._model, ids_1t, cache), expected, self._rounding))
                 except BudgetError:
                     return None
             report = cache.last_turn
-        worst = next((outcome for outcome in judged if outcome.verdict == "wrong"), judged[-1])
-        if worst.verdict == "wrong" or (report is not None and report.cold_layers):
-            return worst
-        reason = (report.miss_reason if report is not None else None) or "none of its layers can be cold"
-        return Outcome("no", reason, None, worst.deviation)
+        found = worst(judged)
+        if not found.right or (report is not None and report.cold_layers):
+            return found
+        reason = (report.miss_reason if report is not None else UNSEEN) or "none of its layers can be cold"
+        return Outcome("no", reason, None, found.deviation)
 
-    def _bytes_per_token(self, ids: torch.Tensor) -> int:
-        """Return the bytes that all layers keep of one token."""
-        cache = ask(self._model, ids, self._upstream_cache()).cache
-        return sum(map(token_bytes, getattr(cache, "layers", ())))
+    def _edited(self, first: torch.Tensor, changed: torch.Tensor, reference: Answer, influence: float) -> Outcome:
+        """Answer a turn whose history was changed in the middle, which changes logits by ``influence``."""
+        with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
+            ask(self._model, first, cache)
+            judged = self._answered(cache, changed, reference)
+        reuses = self._outcomes["reuses"].right
+        if judged.right and not influence > (EVIDENT if reuses else 1) * self._rounding:
+            reason = f"the edit changes logits by {influence:.2%} of their spread: a stale answer would pass"
+            return Outcome("no", reason, None, judged.deviation)
+        return judged
 
-    def _edited(self, first: torch.Tensor, second: torch.Tensor, unedited: Answer) -> Outcome:
-        """Answer a turn whose history was changed in the middle."""
-        ids = edited(second)
-        reference = self._reference(ids)
-        self._influence = compare(reference, unedited).deviation
-        with PrefixStore(block_size=BLOCK) as store, TieredCache(store) as cache:
-            try:
-                ask(self._model, first, cache)
-            except Exception as error:
-                return Outcome("failed", brief(error))
-            return self._outcome(cache, ids, reference, wants_reuse=False)
-
-    def _padded(self, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
-        """Answer in one batch what two prompts know that were asked alone, one of them behind padding; then alone."""
+    def _batch(self, second: torch.Tensor) -> _Batch | Outcome:
+        """Return a padded batch and its right answers; an outcome if transformers cannot answer it."""
         other = prompt(PROMPT + LONGER, seed=4)
         ids, mask = padded(second, torch.cat([other, prompt(QUESTION, seed=5)], 1))
         try:
-            references = ask_rows(self._model, ids, mask, self._upstream_cache())
+            return _Batch(other, ids, mask, self._upstream.answer_rows(ids, mask))
         except Exception as error:
-            return Outcome("no", f"transformers cannot answer a padded batch: {brief(error)}")
-        with PrefixStore(block_size=BLOCK) as store, TieredCache(store) as cache:
-            try:
-                for known in (other, first):
-                    ask(self._model, known, cache)
-                answers = ask_rows(self._model, ids, mask, cache)
-                report = cache.last_turn
-                answers.append(ask(self._model, second, cache))
-            except Exception as error:
-                return Outcome("failed", brief(error))
-        pairs = zip(answers, [*references, cold], strict=True)
-        judged = [judge(answer, reference, self._rounding) for answer, reference in pairs]
-        for outcome in judged:
-            if outcome.verdict == "wrong":
-                return outcome
-        if report is None or not report.cached_tokens:
-            return Outcome("no", (report.miss_reason if report is not None else None) or NO_REASON)
-        return judged[0]
+            misnamed = names_unknown_argument(error)
+            return Outcome("failed" if misnamed else "upstream", f"transformers on a padded batch: {brief(error)}")
+
+    def _padded(self, batch: _Batch | Outcome, first: torch.Tensor, second: torch.Tensor, cold: Answer) -> Outcome:
+        """Answer in one batch what two prompts know that were asked alone, one of them behind padding; then alone."""
+        if isinstance(batch, Outcome):
+            return batch
+        with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
+            for known in (batch.other, first):
+                ask(self._model, known, cache)
+            before = cache.last_turn
+            answers = ask_rows(self._model, batch.ids, batch.mask, cache)
+            report = cache.last_turn
+            answers.append(ask(self._model, second, cache))
+        pairs = zip(answers, [*batch.references, cold], strict=True)
+        found = worst([judge(answer, reference, self._rounding) for answer, reference in pairs])
+        if not found.right:
+            return found
+        if report is None or report is before:
+            return Outcome("no", UNSEEN)
+        return found if report.cached_tokens else Outcome("no", report.miss_reason or NO_REASON)
+
+    def _named(self, turns: Sequence[tuple[torch.Tensor, Answer]]) -> Outcome:
+        """Answer both turns with the cache under one name and then another, in either order."""
+        (first, reference), (second, cold) = turns
+        found = []
+        for before, after in (NAMES, NAMES[::-1]):
+            with self._make_store(block_size=BLOCK) as store, self._make_cache(store) as cache:
+                found.append(judge(ask(self._model, first, cache, before), reference, self._rounding))
+                found.append(self._reused(cache, second, cold, name=after))
+        return replace(worst(found), cached=None)
 
 
 def layer_kinds(model: PreTrainedModel) -> str:
@@ -252,34 +266,3 @@ def layer_kinds(model: PreTrainedModel) -> str:
         return f"unknown ({brief(error)})"
     words = [kind.removesuffix("_attention").replace("_", " ") for kind in kinds]
     return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-
-
-def token_bytes(layer: Any) -> int:
-    """Return the bytes that one of transformers' layers keeps of a token: K, V, and keys of an indexer."""
-    found = 0
-    for name in ("keys", "values", "indexer_keys"):
-        tensor = getattr(layer, name, None)
-        if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3:
-            found += tensor.narrow(-2, 0, 1).nbytes if tensor.shape[-2] else 0
-    return found
-
-
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_tensors, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, torch.Tensor) and value.ndim > 1 and value.numel() > 0
-
-
-def judge(answer: Answer, reference: Answer, rounding: float = ROUNDING) -> Outcome:
-    """Return whether ``answer`` is right. Equal tokens are not enough: with other logits they are luck."""
-    comparison = compare(answer, reference, rounding)
-    verdict: Verdict = "yes"
-    reason = None
-    if comparison.differs_at is not None:
-        verdict = "draw" if comparison.draw else "wrong"
-        reason = f"differs at token {comparison.differs_at}"
-    elif comparison.deviation > rounding:
-        verdict, reason = "wrong", f"the same tokens, but logits off by {comparison.deviation:.1%} of their spread"
-    return Outcome(verdict, reason, None, comparison.deviation)

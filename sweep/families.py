@@ -10,6 +10,8 @@ _LINEAR_THEN_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid
 _CONV_THEN_FULL = ["conv", "full_attention", "conv", "full_attention"]
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 3
 
+_TRAINED = 48  # positions: more than a first prompt, fewer than a second one
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -69,6 +71,19 @@ FAMILIES: Mapping[str, Family] = {
             "swa_v_head_dim": 12,
         },
     ),
+    "dory": Family(
+        "runs of layers: before the loop, in it, after it; of each kind one in the loop and one outside; "
+        "by default, a layer changes hardly anything",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+            "n_input_layers": 1,
+            "n_recurrent_layers": 2,
+            "n_output_layers": 1,
+            "n_recurrent_loops": 3,
+            "ngpt_alpha_init": 0.5,
+        },
+    ),
     "falcon_h1": Family(
         "state heads must divide twice the width", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128}
     ),
@@ -106,6 +121,17 @@ FAMILIES: Mapping[str, Family] = {
         {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 2},
         without=("num_layers_per_stack",),
     ),
+    "inkling2_loop_text": Family(
+        "the loop must begin and end with a block of layers; of each kind one in the loop and two outside",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["hybrid_sliding", "hybrid"] * 3,
+            "n_layers_per_attn_res_block": 2,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4,
+            "loop_gate_rank": 8,
+        },
+    ),
     "jamba": Family(
         "which layers attend follows from a period",
         {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -117,6 +143,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "lfm2_moe": Family("no kinds of layers by default", {"num_hidden_layers": 4, "layer_types": _CONV_THEN_FULL}),
     "mamba2": Family("heads times their size must be twice the width", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "minimax": Family("linear attention goes through a prompt in blocks", {"block_size": 16}),
     "minimax_m3_vl_text": Family(
         "no layer is sparse by default",
         {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
@@ -161,6 +188,7 @@ FAMILIES: Mapping[str, Family] = {
         "positions must factor, buckets be counted, and hashes be the same each time",
         {"hash_seed": 1, "num_buckets": 4, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     ),
+    "xlm": Family("it finds padding by an id, and answers where a mask stands", {"pad_index": 0, "mask_token_id": 1}),
     "xlstm": Family(
         "the width of keys is rounded up to 64", {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16}
     ),
@@ -190,6 +218,22 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "doge:beyond_window": {"keep_window_size": 16},  # it chooses among keys as soon as there are more
+    "phi3:longrope": {  # a sequence beyond the trained length turns all its keys by other angles
+        "original_max_position_embeddings": _TRAINED,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": _TRAINED,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    },
+    "dory:last_loop": {"recurrent_kv_cache_mode": "last_loop"},  # by default, each loop keeps K and V of its own
+}
+"""``model type:name`` → settings, of ways to run a family that keep another kind of cache than its default does."""
 
 NOT_ALONE: Mapping[str, str] = {
     "gemma4_assistant": "drafts for another model: it reads that model's K and V and has none",

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
+
+import torch
+import transformers
 
 import kvtier
-from sweep.outcome import Outcome, Row
+from sweep.models import base_of
+from sweep.outcome import Outcome, Row, Run
+from sweep.turns import ANSWER, PROMPT, QUESTION
 
-_SIGNS = {"yes": "yes", "draw": "yes", "no": "no", "refused": "no cache", "wrong": "**wrong**", "failed": "**failed**"}
+_SIGNS = {
+    "yes": "yes",
+    "draw": "yes",
+    "no": "no",
+    "upstream": "upstream fails",
+    "wrong": "**wrong**",
+    "failed": "**failed**",
+}
+_SIZES = {"prompt": PROMPT, "answer": ANSWER, "question": QUESTION, "second": PROMPT + ANSWER + QUESTION}
 _COLUMNS = {
     "generates": "generates",
     "reuses": "reuses",
@@ -18,6 +30,7 @@ _COLUMNS = {
     "streams": "streams",
     "edited": "edited",
     "padded": "padded",
+    "names": "names",
 }
 _HEAD = """# Models
 
@@ -37,9 +50,11 @@ models get text only. Every answer is compared with the one of a fresh `DynamicC
 | streams | both turns with a `device_budget` so small that some layers are cold |
 | edited | the second turn after one token in the middle of the first was changed |
 | padded | the second turn in a batch, behind padding, of what was known without; and then alone again |
+| names | both turns, one with the cache as `past_key_values=` and one as `cache=`, in either order |
 
 *yes*: right, and it happened. *no*: right, but nothing was reused, or nothing was cold; the last column says why.
-*no cache*: the model takes none, neither a `DynamicCache` nor a `TieredCache`. **wrong** and **failed** are bugs.
+*upstream fails*: transformers ends in an exception by itself, which the last column names. **wrong** and **failed** are
+bugs. A run that finds less than this page fails.
 
 ## In numbers
 
@@ -48,9 +63,14 @@ models get text only. Every answer is compared with the one of a fresh `DynamicC
 {numbers}
 
 Found with {versions}.
-
+{accepted}
 ## Every architecture
 
+"""
+_ACCEPTED = """
+Columns that the page before this one had, given up on purpose:
+
+{lines}
 """
 _TABLE_HEAD = (
     f"| model type | layers | {' | '.join(_COLUMNS.values())} | why not all |\n|---|---|{'---|' * len(_COLUMNS)}---|\n"
@@ -61,18 +81,21 @@ def versions() -> dict[str, str]:
     """Return the versions of what decides the outcomes."""
     return {
         "kvtier": kvtier.__version__,
-        "transformers": version("transformers"),
-        "torch": version("torch").split("+")[0],
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
         "Python": platform.python_version(),
     }
 
 
-def page(rows: Sequence[Row], of: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """Return the page for ``rows``, found with the versions ``of`` in a conversation of ``sizes``."""
+def page(run: Run) -> str:
+    """Return the page for a run."""
+    rows = run.rows
+    accepted = "\n".join(f"- {line}" for line in run.accepted)
     head = _HEAD.format(
         numbers="\n".join(f"| {name} | {count} |" for name, count in numbers(rows).items()),
-        versions=", ".join(f"{name} {number}" for name, number in of.items()),
-        **sizes,
+        versions=", ".join(f"{name} {number}" for name, number in run.versions.items()),
+        accepted=_ACCEPTED.format(lines=accepted) if accepted else "",
+        **_SIZES,
     )
     made = [row for row in rows if row.not_made is None]
     others = [row for row in rows if row.not_made is not None]
@@ -85,19 +108,21 @@ def page(rows: Sequence[Row], of: Mapping[str, str], sizes: Mapping[str, int]) -
 
 def numbers(rows: Sequence[Row]) -> dict[str, str]:
     """Return the page's counts, in words."""
-    run = [row for row in rows if row.not_made is None]
+    made = [row for row in rows if row.not_made is None]
+    run = [row for row in made if row.model_type == base_of(row.model_type)]  # a variant is no architecture more
     keeping = [row for row in run if row.keeps]
 
     def share(check: str, among: Sequence[Row]) -> str:
-        count = sum(check in row.outcomes and row.outcomes[check].verdict in ("yes", "draw") for row in among)
+        count = sum(check in row.outcomes and row.outcomes[check].right for row in among)
         return f"{count} of {len(among)}, {count / max(1, len(among)):.1%}"
 
     return {
-        "architectures that transformers lists": str(len(rows)),
+        "architectures that transformers lists": str(len({base_of(row.model_type) for row in rows})),
         "run tiny where this page was made": str(len(run)),
         "generate the tokens of `DynamicCache`": share("generates", run),
         "answer an edited history as a fresh cache does": share("edited", run),
         "reuse on the second turn, with equal tokens": share("reuses", run),
+        "take the cache as `past_key_values=` and as `cache=`": share("names", run),
         "reuse in a padded batch what they know without padding": share("padded", run),
         "keep their K, V and states in a `DynamicCache`": str(len(keeping)),
         "of those, reuse on the second turn": share("reuses", keeping),
@@ -105,8 +130,13 @@ def numbers(rows: Sequence[Row]) -> dict[str, str]:
         "of those, restore from disk": share("disk", keeping),
         "of those, stream cold layers": share("streams", keeping),
         "all of it": str(sum(row.green for row in run)),
-        "wrong tokens or exceptions": str(sum(bool(row.bad) for row in run)),
+        "transformers itself fails in a column": str(sum(map(_upstream_fails, made))),
+        "wrong tokens or exceptions": str(sum(bool(row.bad) for row in made)),
     }
+
+
+def _upstream_fails(row: Row) -> bool:
+    return any(outcome.verdict == "upstream" for outcome in row.outcomes.values())
 
 
 def _line(row: Row) -> str:
@@ -118,7 +148,7 @@ def _sign(row: Row, check: str) -> str:
     outcome = row.outcomes.get(check)
     if outcome is None:
         return ""
-    counted = check in ("reuses", "ram", "disk") and outcome.verdict in ("yes", "draw") and outcome.cached
+    counted = check in ("reuses", "ram", "disk") and outcome.right and outcome.cached
     return f"{_SIGNS[outcome.verdict]} ({outcome.cached})" if counted else _SIGNS[outcome.verdict]
 
 
@@ -134,7 +164,7 @@ def reasons(row: Row) -> str:
 
 
 def _control(control: Outcome | None, mentioned: bool) -> list[str]:
-    if not mentioned or control is None or control.verdict not in ("wrong", "failed"):
+    if not mentioned or control is None or control.verdict not in ("misnamed", "wrong", "failed"):
         return []
     return [f"transformers, continuing its own cache: {control.verdict}, {control.reason}"]
 

@@ -26,12 +26,12 @@ _BY_SIZE: Sequence[tuple[int, str]] = (
         """max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions
         original_max_position_embeddings context_length""",
     ),
-    (VOCABULARY, "vocab_size_per_layer_input"),
+    (VOCABULARY, "vocab_size_per_layer_input unpadded_vocab_size"),
     (
         64,
         """hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size
         word_embed_proj_dim lru_width intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner dff dim_ff
-        feed_forward_size pronunciation_embed_dim shape_embed_dim rel_extent""",
+        feed_forward_size pronunciation_embed_dim shape_embed_dim""",
     ),
     (
         32,
@@ -49,7 +49,7 @@ _BY_SIZE: Sequence[tuple[int, str]] = (
     (
         WINDOW,
         """sliding_window attention_chunk_size sliding_window_size window_size local_attention
-        local_attention_window_len attention_window_size""",
+        local_attention_window_len attention_window_size rel_extent""",
     ),
     (12, "v_head_dim"),  # unlike the keys' 16
     (
@@ -68,7 +68,7 @@ _BY_SIZE: Sequence[tuple[int, str]] = (
     (
         2,
         """num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk
-        moe_k linear_num_key_heads linear_num_value_heads linear_num_heads type_vocab_size o_groups""",
+        moe_k zero_expert_num linear_num_key_heads linear_num_value_heads linear_num_heads type_vocab_size o_groups""",
     ),
     (
         1,

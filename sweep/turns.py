@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, generate_argument
 from sweep.shrink import PAD, VOCABULARY
 
 PROMPT = 40
@@ -15,6 +16,8 @@ ANSWER = 12
 QUESTION = 5
 LONGER = 21  # than the first: another prompt, so that the second turn of the first is behind padding beside it
 EDITED = 30  # the column that is edited: within reach of two sliding layers from the end of the second prompt
+NAMES = ("past_key_values", "cache")  # of a cache in generate(): before transformers 5.24, and since
+USUAL_NAME = NAMES[0]  # for models that know no cache: kvtier takes one under any name
 ROUNDING = 1e-3  # of the logits' standard deviation: what computing in other pieces may change
 
 
@@ -38,23 +41,30 @@ def prompt(columns: int, seed: int) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (1, columns), generator=torch.Generator().manual_seed(seed))
 
 
-def ask(model: PreTrainedModel, ids_1t: torch.Tensor, cache: Any = None) -> Answer:
-    """Let ``model`` answer greedily, in fp32, on ``cache`` or on what it makes by default."""
-    said = _generate(model, ids_1t, torch.ones_like(ids_1t), cache)
+def ask(model: PreTrainedModel, ids_1t: torch.Tensor, cache: Any = None, name: str | None = None) -> Answer:
+    """Let ``model`` answer greedily, in fp32, on ``cache`` or on the cache it makes by default.
+
+    Args:
+        model: the model.
+        ids_1t: ``[1, columns]``, the prompt.
+        cache: passed to ``generate``.
+        name: under which it is passed; by default the one that transformers has for this model.
+    """
+    said = _generate(model, ids_1t, torch.ones_like(ids_1t), cache, name)
+    kept = next((said[name] for name in CACHE_ARGUMENTS if name in said), None)
     # Models of audio return [1, codebooks, columns]; tiny ones have one codebook.
-    kept = getattr(said, "past_key_values", None)
     return Answer(said.sequences.reshape(1, -1), torch.cat(said.logits, 0), kept)
 
 
 def ask_rows(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> list[Answer]:
     """Let ``model`` answer each of ``ids [rows, columns]``."""
-    said = _generate(model, ids, mask, cache)
+    said = _generate(model, ids, mask, cache, None)
     logits = torch.stack(said.logits, 1)
     return [Answer(said.sequences[row : row + 1], logits[row]) for row in range(len(ids))]
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Any:
-    arguments = {} if cache is None else {"past_key_values": cache}
+def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any, name: str | None) -> Any:
+    arguments = {} if cache is None else {name or generate_argument(model) or USUAL_NAME: cache}
     return model.generate(
         ids,
         attention_mask=mask,
@@ -116,7 +126,9 @@ def compare(answer: Answer, reference: Answer, rounding: float = ROUNDING) -> Co
     ours, theirs = answer.sequence[0, -new:], reference.sequence[0, -new:]
     others = (ours != theirs).nonzero()
     spread = reference.logits.std().item() or 1.0
-    steps = ((answer.logits - reference.logits).abs().amax(-1) / spread).tolist()
+    steps = (answer.logits - reference.logits).abs().amax(-1) / spread
     first = int(others[0]) if len(others) else None
-    draw = first is not None and max(steps[: first + 1]) <= rounding
-    return Comparison(first, steps[0], draw, bool(torch.equal(answer.logits, reference.logits)))
+    # Beyond the first other token the two do not answer the same.
+    deviation = steps[: None if first is None else first + 1].max().item()
+    draw = first is not None and deviation <= rounding
+    return Comparison(first, deviation, draw, bool(torch.equal(answer.logits, reference.logits)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sweep.models import architectures
+from sweep.models import architectures, brief
 from sweep.outcome import Outcome, Row
 
 Examine = Callable[[str], Row]
@@ -71,7 +71,7 @@ class _Started:
         if row is not None:
             return row
         reason = f"took longer than {limit_seconds:g} s" if code is None else f"its process ended with status {code}"
-        return Row(self.name, architectures()[self.name], outcomes={"generates": Outcome("failed", reason)})
+        return _failed(self.name, reason)
 
     def end(self) -> None:
         """Let the process be gone."""
@@ -84,5 +84,13 @@ class _Started:
 def _report(name: str, examine: Examine, pipe: Connection) -> None:
     torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
     with contextlib.redirect_stdout(io.StringIO()):  # some models print
-        pipe.send(examine(name))
+        try:
+            row = examine(name)
+        except Exception as error:  # of the checks themselves, or of closing what they opened
+            row = _failed(name, f"the checks raised {brief(error)}")
+        pipe.send(row)
     pipe.close()
+
+
+def _failed(name: str, reason: str) -> Row:
+    return Row(name, architectures()[name], outcomes={"generates": Outcome("failed", reason)})

@@ -7,11 +7,12 @@ import os
 import pytest
 import transformers
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, cache_utils
+from transformers import cache_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from sweep.checks import NO_REASON, examine, judge
-from sweep.models import architectures, tiny_config, tiny_model
+from sweep.checks import EVIDENT, NO_REASON, examine
+from sweep.judging import judge
+from sweep.models import architectures, tiny_model
 from sweep.turns import PROMPT, ROUNDING, ask, edited, next_prompt, prompt, reference_cache
 
 SAMPLE = (
@@ -34,6 +35,7 @@ SAMPLE = (
     "openai-gpt",  # has no cache
     "rwkv",  # carries its states past any cache
     "bart",  # its positions count padding
+    "phi3:longrope",  # its keys depend on the length of the sequence
 )
 # Right, but without reuse; each row says why.
 WITHOUT_REUSE = {
@@ -41,6 +43,9 @@ WITHOUT_REUSE = {
     *("reformer", "xlnet", "recurrent_gemma"),  # a cache or a state of their own
     *("cpmant", "prophetnet"),  # transformers itself is wrong when it continues a cache
     *("musicgen", "musicgen_melody"),  # a generate() of their own
+    "phi3:longrope",  # a longer sequence has other keys
+    "doge:beyond_window",  # equal tokens have equal ranks, and a longer sequence chooses others among them
+    "dory:last_loop",  # what a token adds depends on whether the tokens before it were in the same pass
 }
 if Version(transformers.__version__) < Version("5.21"):  # does not tell a cache of states alone its length
     WITHOUT_REUSE |= {"mamba", "mamba2", "falcon_mamba"}
@@ -54,13 +59,13 @@ def test_no_wrong_token_no_crash_and_reuse(model_type):
         assert model_type not in SAMPLE, row.not_made
         pytest.skip(row.not_made)
     assert not row.bad
-    reuse = {row.outcomes[check].verdict for check in ("reuses", "ram", "disk")}
+    reuse = {row.outcomes[check].verdict for check in ("reuses", "ram", "disk", "names")}
     if model_type in WITHOUT_REUSE:
         assert reuse == {"no"}
         assert row.outcomes["reuses"].reason not in (None, NO_REASON)
     else:
         assert reuse <= {"yes", "draw"}, row.outcomes["reuses"].reason
-        assert row.influence > 10 * ROUNDING, "an edit changes too little: a stale answer would pass for a right one"
+        assert row.influence > EVIDENT * ROUNDING, "a stale answer would pass for a right one"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3_next", "deepseek_v32", "falcon_h1"])
@@ -81,8 +86,3 @@ def test_the_sample_has_every_kind_of_layer():
     classes = {DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in kinds}
     # Models add kinds to the mapping when they are imported: which ones depends on what ran before.
     assert {kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values() if kind.__module__ == cache_utils.__name__} <= classes
-
-
-def test_a_tiny_model_keeps_every_kind_of_layer_of_its_family():
-    for model_type in ("gemma3_text", "qwen3_next", "llama4_text", "inkling_text"):
-        assert set(tiny_config(model_type).layer_types) == set(CONFIG_MAPPING[model_type]().layer_types)

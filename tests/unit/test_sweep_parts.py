@@ -7,18 +7,22 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING
+from typer.testing import CliRunner
 
-from sweep.checks import judge
-from sweep.models import NotMadeError, brief, tiny_model
-from sweep.outcome import Outcome, Row, read_json, write_json
+from sweep.__main__ import PAGES, app
+from sweep.families import NOT_ALONE
+from sweep.judging import judge, worst
+from sweep.losses import difference
+from sweep.models import NotMadeError, architectures, base_of, brief, listed, tiny_config, tiny_model
+from sweep.outcome import CHECKS, Outcome, Row, Run, read_json, write_json
 from sweep.page import numbers, page, reasons
 from sweep.shrink import SIZES, picked_layers, shrink
 from sweep.turns import Answer
 from sweep.workers import examine_all
 
-OF = {"kvtier": "1.0"}
-CONVERSATION = {"prompt": 4, "answer": 2, "question": 1, "second": 7}
+OF = {"kvtier": "1.0", "transformers": transformers.__version__}
 ROWS = [
     Row("alpha", "A", "2 full", {c: Outcome("yes", cached=5) for c in ("generates", "reuses", "ram", "disk")}),
     Row(
@@ -28,7 +32,7 @@ ROWS = [
         {"generates": Outcome("yes"), "reuses": Outcome("no", "it forgets"), "ram": Outcome("no", "it forgets")},
         Outcome("wrong", "differs at token 3"),
     ),
-    Row("gamma", "C", "1 full", {"generates": Outcome("refused", "takes none")}),
+    Row("gamma", "C", "1 full", {"generates": Outcome("upstream", "takes none")}),
     Row("delta", "D", "1 full", {"generates": Outcome("yes"), "reuses": Outcome("wrong", "differs at token 0")}),
     Row("epsilon", "E", not_made="needs a <package>"),
 ]
@@ -49,6 +53,41 @@ def test_lists_with_an_entry_for_each_layer_keep_those_of_the_layers_that_stay()
     assert set(tiny["layer_types"]) == set(default.layer_types)
 
 
+@pytest.mark.parametrize("name", sorted(architectures().keys() - NOT_ALONE.keys()))
+def test_a_tiny_config_is_of_its_own_family_and_keeps_every_kind_of_layer(name):
+    try:
+        default = CONFIG_MAPPING[base_of(name)]()
+        tiny = tiny_config(name)
+    except ImportError as error:
+        pytest.skip(brief(error))
+    family = (default.model_type, default.get_text_config(decoder=True).model_type)
+    assert tiny.model_type in family or tiny.model_type in {part.model_type for part in parts(default)}
+    kinds = [getattr(each.get_text_config(decoder=True), "layer_types", None) or () for each in (default, tiny)]
+    assert set(kinds[0]) <= set(kinds[1])
+
+
+def parts(config):
+    return [part for part in vars(config).values() if isinstance(part, transformers.PreTrainedConfig)]
+
+
+@pytest.mark.skipif("dory" not in listed(), reason="no model with loops before transformers 5.24")
+def test_of_models_with_loops_layers_of_each_kind_are_in_the_loop_and_outside():
+    dory, inkling = tiny_config("dory"), tiny_config("inkling2_loop_text")
+    inside = slice(dory.n_input_layers, dory.n_input_layers + dory.n_recurrent_layers)
+    assert dory.n_recurrent_loops > 1
+    assert {dory.recurrent_kv_cache_mode, tiny_config("dory:last_loop").recurrent_kv_cache_mode} == {
+        "per_loop",
+        "last_loop",
+    }
+    loops = [(dory, inside), (inkling, slice(inkling.loop_layer_index_start, inkling.loop_layer_index_end))]
+    assert inkling.loop_num_passes > 1
+    for config, loop in loops:
+        kinds = list(config.layer_types)
+        within = kinds[loop]
+        del kinds[loop]
+        assert set(within) == set(kinds) == set(CONFIG_MAPPING[config.model_type]().layer_types)
+
+
 def test_configs_inside_a_config_shrink_too():
     assert shrink(CONFIG_MAPPING["gemma3"]())["text_config"]["hidden_size"] == SIZES["hidden_size"]
 
@@ -65,6 +104,13 @@ def test_the_same_seed_makes_the_same_weights():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_what_begins_as_zeros_gets_values():
+    model = tiny_model("doge")
+    gates = [layer.self_attn.A for layer in model.model.layers]
+    assert all(gate.any() for gate in gates)
+    assert torch.equal(gates[0], tiny_model("doge").model.layers[0].self_attn.A)
+
+
 def answer(ids, *logits):
     return Answer(torch.tensor([[7, *ids]]), torch.tensor(logits))
 
@@ -73,12 +119,23 @@ def test_verdicts_on_answers():
     reference = answer([1, 0], [0.0, 9.0], [9.0, 8.999])
     assert judge(reference, reference) == Outcome("yes", deviation=0.0)
     assert judge(answer([1, 1], [0.0, 9.0], [8.999, 9.0]), reference).verdict == "draw"
-    assert judge(answer([1, 1], [0.0, 9.0], [0.0, 9.0]), reference) == Outcome("wrong", "differs at token 1", None, 0.0)
+    other = judge(answer([1, 1], [0.0, 9.0], [0.0, 9.0]), reference)
+    assert (other.verdict, other.reason) == ("wrong", "differs at token 1")
+    assert other.deviation > 1.0
     # A draw after logits that were off before is none.
     assert judge(answer([1, 1], [1.0, 9.0], [8.999, 9.0]), reference).verdict == "wrong"
+    late = judge(answer([1, 0], [0.0, 9.0], [9.0, 7.0]), reference)  # right at first, wrong when it goes on
+    assert late.verdict == "wrong"
+    assert judge(answer([1, 0], [0.0, float("nan")], [9.0, 8.999]), reference).verdict == "wrong"
     lucky = judge(answer([1, 0], [1.0, 9.0], [9.0, 8.999]), reference)
     assert lucky.verdict == "wrong"
     assert "the same tokens" in lucky.reason
+
+
+def test_the_worst_of_several_verdicts_counts():
+    verdicts = ["yes", "draw", "no", "upstream", "wrong", "failed"]
+    for index, verdict in enumerate(verdicts):
+        assert worst([Outcome(each) for each in verdicts[: index + 1]]).verdict == verdict
 
 
 def odd(model_type):
@@ -99,31 +156,154 @@ def test_architectures_that_hang_die_or_raise_cost_their_own_rows():
     assert reasons == {
         "gpt2": "took longer than 3 s",
         "llama": "its process ended with status 7",
-        "opt": "its process ended with status 1",
+        "opt": "the checks raised RuntimeError: of the checks themselves",
     }
     assert all(row.bad for name, row in rows.items() if name != "mpt")
 
 
 def test_rows_survive_a_file(tmp_path):
-    write_json(ROWS, OF, tmp_path / "new" / "sweep.json")
-    assert read_json(tmp_path / "new" / "sweep.json") == (ROWS, OF)
+    run = Run(ROWS, OF, ["alpha streams: it was not examined"])
+    write_json(run, tmp_path / "new" / "sweep.json")
+    assert read_json(tmp_path / "new" / "sweep.json") == run
+
+
+def test_a_committed_file_has_nothing_that_differs_from_machine_to_machine(tmp_path):
+    outcome = Outcome("draw", "differs at token 3", cached=5, deviation=0.5)
+    run = Run([Row("alpha", "A", outcomes={"reuses": outcome}, influence=0.5, seconds=3.0)], OF)
+    write_json(run, tmp_path / "models.json", measured=False)
+    row = Row("alpha", "A", outcomes={"reuses": Outcome("draw", "differs at token 3", cached=5)})
+    assert read_json(tmp_path / "models.json").rows == [row]
 
 
 def test_the_page_has_a_line_for_every_row_and_a_reason_for_every_one_that_is_not_all_yes():
-    text = page(ROWS, OF, CONVERSATION)
+    text = page(Run(ROWS, OF))
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["alpha"] == "| alpha | 2 full | yes | yes (5) | yes (5) | yes (5) |  |  |  |  |"
+    assert lines["alpha"] == "| alpha | 2 full | yes | yes (5) | yes (5) | yes (5) |  |  |  |  |  |"
     assert "reuses, RAM: it forgets; transformers, continuing its own cache: wrong" in lines["beta"]
-    assert lines["gamma"].count("no cache") == 1
+    assert "upstream fails" in lines["gamma"]
+    assert "generates: takes none" in lines["gamma"]
     assert "**wrong**" in lines["delta"]
     assert lines["epsilon"] == "| epsilon | needs a &lt;package&gt; |"
     assert not reasons(ROWS[0])
 
 
+def test_the_page_names_losses_that_were_accepted():
+    assert "- alpha disk: no, full" in page(Run(ROWS, OF, ["alpha disk: no, full"]))
+    assert "on purpose" not in page(Run(ROWS, OF))
+
+
 def test_the_numbers_of_the_page():
-    found = numbers([*ROWS, Row("zeta", "F", "1 full", {"generates": Outcome("yes")}, keeps=False)])
+    variant = Row("alpha:often", "A", "2 full", {"generates": Outcome("yes")})
+    found = numbers([*ROWS, Row("zeta", "F", "1 full", {"generates": Outcome("yes")}, keeps=False), variant])
     assert found["architectures that transformers lists"] == "6"
     assert found["run tiny where this page was made"] == "5"
     assert found["reuse on the second turn, with equal tokens"] == "1 of 5, 20.0%"
     assert found["of those, reuse on the second turn"] == "1 of 4, 25.0%"
+    assert found["transformers itself fails in a column"] == "1"
     assert found["wrong tokens or exceptions"] == "1"
+
+
+def test_a_control_under_a_wrong_name_is_bad():
+    assert Row("alpha", "A", control=Outcome("misnamed", "as past=")).bad == ["alpha control: as past="]
+    assert not Row("alpha", "A", control=Outcome("refused", "takes none")).bad
+
+
+# --- what was lost --------------------------------------------------------------------------------------------------
+
+YES = Outcome("yes")
+
+
+def found(**outcomes):
+    return Row("llama", "LlamaForCausalLM", outcomes=outcomes)
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        (found(reuses=Outcome("no", "it forgets")), "llama reuses: no, it forgets"),
+        (found(reuses=Outcome("upstream", "ValueError")), "llama reuses: upstream, ValueError"),
+        (found(reuses=Outcome("wrong", "at token 3")), "llama reuses: wrong, at token 3"),
+        (found(reuses=Outcome("failed", "OSError")), "llama reuses: failed, OSError"),
+        (found(generates=YES), "llama reuses: the check was not run"),
+        (Row("llama", "LlamaForCausalLM", not_made="needs a package"), "llama reuses: needs a package"),
+        (None, "llama reuses: it was not examined"),
+        (found(reuses=Outcome("yes", cached=50)), "llama reuses: 50 tokens, not 51 as before"),
+        (found(reuses=YES), "llama reuses: 0 tokens, not 51 as before"),
+    ],
+)
+@pytest.mark.parametrize("was", ["yes", "draw"])
+def test_a_row_that_is_no_longer_yes_is_lost(was, now, line):
+    before = found(reuses=Outcome(was, cached=51))
+    assert difference([before], [now] if now else [], listed()).lost == [line]
+
+
+def test_what_was_not_yes_cannot_be_lost_and_a_draw_is_yes():
+    before = found(generates=YES, streams=Outcome("no", "cold"), padded=Outcome("failed", "OSError"))
+    assert not difference([before], [found(generates=Outcome("draw"), names=Outcome("no"))], listed()).lost
+
+
+def test_an_architecture_that_transformers_dropped_is_gone_and_one_more_is_new():
+    before = [Row("llama", "L", outcomes={"ram": YES}), Row("llama:old", "L", outcomes={"ram": YES}), ROWS[0]]
+    changed = difference(before, [Row("gpt2", "G", outcomes={"ram": Outcome("no", "full")})], {"llama", "gpt2"})
+    assert changed.gone == ["alpha"]
+    assert changed.new == ["gpt2"]
+    assert changed.lost == ["llama ram: it was not examined", "llama:old ram: it was not examined"]
+
+
+def sweep(tmp_path, run, *options):
+    """Let the program look at a run that has been, and return its exit status and what it printed."""
+    write_json(run, tmp_path / "sweep.json")
+    arguments = ["--from-json", "--output", str(tmp_path / "sweep.json"), "--pages", str(tmp_path), *options]
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.stdout
+
+
+def test_a_loss_fails_leaves_the_page_and_stays_a_loss_until_it_is_accepted(tmp_path):
+    assert sweep(tmp_path, Run([found(reuses=YES, ram=YES)], OF)) == (0, "new: llama\n")
+    before = (tmp_path / "models.md").read_text(), (tmp_path / "models.json").read_text()
+    worse = Run([found(reuses=YES, ram=Outcome("no", "full"))], OF)
+    for _ in range(2):
+        status, text = sweep(tmp_path, worse)
+        assert status == 1
+        assert "lost: llama ram: no, full\n" in text
+        assert ((tmp_path / "models.md").read_text(), (tmp_path / "models.json").read_text()) == before
+    status, text = sweep(tmp_path, worse, "--accept-losses")
+    assert (status, text) == (0, "lost, accepted: llama ram: no, full\n")
+    assert "- llama ram: no, full" in (tmp_path / "models.md").read_text()
+    assert sweep(tmp_path, worse) == (0, "")
+    assert "- llama ram: no, full" in (tmp_path / "models.md").read_text()
+    newer = Run(worse.rows, OF | {"kvtier": "1.1"})
+    assert sweep(tmp_path, newer) == (0, "")
+    assert "- llama ram: no, full" not in (tmp_path / "models.md").read_text()
+
+
+def test_a_wrong_answer_fails_whatever_was_there_before(tmp_path):
+    bad = Run([found(reuses=Outcome("wrong", "at token 3"))], OF)
+    for options in ((), ("--accept-losses",)):
+        status, text = sweep(tmp_path, bad, *options)
+        assert status == 1
+        assert "llama reuses: wrong, at token 3" in text
+
+
+def test_of_some_architectures_only_these_are_compared_and_the_page_stays(tmp_path):
+    gpt2 = Row("gpt2", "GPT2LMHeadModel", outcomes={"ram": YES})
+    sweep(tmp_path, Run([gpt2, found(ram=YES)], OF))
+    text = (tmp_path / "models.md").read_text()
+    assert sweep(tmp_path, Run([gpt2], OF), "gpt2") == (0, "")
+    assert sweep(tmp_path, Run([found(ram=Outcome("no", "full"))], OF), "llama")[0] == 1
+    assert (tmp_path / "models.md").read_text() == text
+
+
+def test_an_older_transformers_does_not_write_the_page(tmp_path):
+    sweep(tmp_path, Run([found(ram=YES)], OF))
+    text = (tmp_path / "models.md").read_text()
+    status, said = sweep(tmp_path, Run([found(ram=YES)], OF | {"transformers": "5.9.0"}))
+    assert status == 0
+    assert "stays as it was" in said
+    assert (tmp_path / "models.md").read_text() == text
+
+
+def test_the_committed_page_is_that_of_the_committed_run():
+    run = read_json(PAGES / "models.json")
+    assert page(run) == (PAGES / "models.md").read_text(encoding="utf-8")
+    assert {check for row in run.rows for check in row.outcomes} == set(CHECKS)
