@@ -9,14 +9,20 @@ FUZZ_STAMP := $(VENV)/.installed-fuzz
 FUZZ_SECONDS ?= 60
 # A file's tests stay together: they share what is made once.
 ON_ALL_CORES := --numprocesses auto --dist loadfile
-LOWEST := .venv-lowest
+# Versions of transformers besides the newest one, which constraints.txt pins.
 LOWEST_TRANSFORMERS := 5.17
-# What that version needs in older form than the newest one does; the rest is shared with $(VENV).
-BESIDE_LOWEST := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
-CONTRACT := build/lowest-transformers
+PREVIOUS_TRANSFORMERS := 5.23
+OLDER := $(LOWEST_TRANSFORMERS) $(PREVIOUS_TRANSFORMERS)
+# What the lowest needs in older form than the newest one does; the rest is shared with $(VENV).
+BESIDE_$(LOWEST_TRANSFORMERS) := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
+# What must hold on each of them in every change: what kvtier relies on, every mode of generate(), edited histories.
+ON_EACH := tests/contract tests/integration/test_generate_modes.py tests/integration/test_argument_names.py \
+    tests/property/test_edited_history.py
+NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check contract format wheel bench sweep docs notebooks test-lowest fuzz crash clean
+.PHONY: demo test check contract format wheel bench sweep docs notebooks older newest fuzz crash clean
+.PHONY: $(OLDER:%=contract-%) $(OLDER:%=older-%)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,7 +49,7 @@ demo: $(STAMP)  ## three turns on a long document, the last one in a new process
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
-check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and the oldest transformers
+check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and older transformers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -51,13 +57,20 @@ check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that i
 
 # Only the older packages are installed, in front of the environment's own: an environment more would hold a second
 # torch. `make test` holds the newest version to the same contract.
-$(CONTRACT)/.installed: $(STAMP) Makefile
-	rm -rf $(CONTRACT)
-	$(BIN)/pip install --quiet --no-deps --target $(CONTRACT) 'transformers==$(LOWEST_TRANSFORMERS).*' $(BESIDE_LOWEST)
+build/transformers-%/.installed: $(STAMP) Makefile
+	rm -rf build/transformers-$*
+	$(BIN)/pip install --quiet --no-deps --target build/transformers-$* 'transformers==$*.*' $(BESIDE_$*)
 	touch $@
 
-contract: $(CONTRACT)/.installed  ## what kvtier relies on upstream, on the oldest transformers that is supported
-	PYTHONPATH=$(CURDIR)/$(CONTRACT) KVTIER_TRANSFORMERS=$(LOWEST_TRANSFORMERS) $(BIN)/python -m pytest -q tests/contract tests/integration/test_generate_modes.py
+contract: $(OLDER:%=contract-%)  ## what kvtier relies on upstream, modes and edited histories, on older transformers
+
+$(OLDER:%=contract-%): contract-%: build/transformers-%/.installed
+	PYTHONPATH=$(CURDIR)/build/transformers-$* KVTIER_TRANSFORMERS=$* $(BIN)/python -m pytest -q $(ON_ALL_CORES) $(ON_EACH)
+
+older: $(OLDER:%=older-%)  ## all tests on older transformers; about a quarter of an hour each
+
+$(OLDER:%=older-%): older-%: build/transformers-%/.installed
+	PYTHONPATH=$(CURDIR)/build/transformers-$* KVTIER_TRANSFORMERS=$* $(BIN)/python -m pytest -q $(ON_ALL_CORES)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -92,12 +105,16 @@ docs: $(DOCS_STAMP)
 notebooks: $(NOTEBOOKS_STAMP)
 	$(BIN)/python notebooks/execute.py
 
-test-lowest: $(STAMP)  ## the oldest transformers that pyproject.toml admits
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --constraint constraints.txt torch
-	grep -vE '^(transformers|huggingface_hub|hf-xet)==' constraints.txt > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt 'transformers==$(LOWEST_TRANSFORMERS).*' --editable '.[dev,demo]'
-	$(LOWEST)/bin/python -m pytest
+# An environment of its own: what this transformers needs may be newer than any pin.
+newest: $(STAMP)  ## whatever transformers the index has today, pre-releases too: contract, modes, edited histories, sweep
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt torch
+	grep -vE '^(transformers|huggingface_hub|hf-xet|tokenizers|safetensors)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --upgrade --pre --constraint $(NEWEST)/constraints.txt transformers --editable '.[dev,demo]'
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(NEWEST)/bin/python -m pytest -q $(ON_ALL_CORES) $(ON_EACH)
+	mkdir -p build/newest && cp docs/models.md docs/models.json build/newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m sweep --output build/newest/sweep.json --pages build/newest
 
 fuzz: $(FUZZ_STAMP)  ## bytes chosen by the code they reach, against the readers of files; FUZZ_SECONDS=60
 	mkdir -p build/fuzz

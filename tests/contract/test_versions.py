@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 from reliance import INSTALLED, version_of
 
+from kvtier.hf.compat import names
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_the_newest_version_that_is_tested_is_the_one_that_is_pinned():
+    pinned = re.search(r"^transformers==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert version_of(pinned.group(1)) == names.NEWEST_TESTED
+    previous = re.search(r"PREVIOUS_TRANSFORMERS := ([\d.]+)", (ROOT / "Makefile").read_text())
+    assert version_of(previous.group(1)) < names.NEWEST_TESTED
 
 
 def test_the_oldest_version_is_the_one_that_is_tried():
     promised = re.search(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
     tried = re.search(r"LOWEST_TRANSFORMERS := ([\d.]+)", (ROOT / "Makefile").read_text())
     assert promised.group(1) == tried.group(1)
+    assert version_of(promised.group(1)) == names.OLDEST_TESTED
     assert version_of(promised.group(1)) <= INSTALLED < (int(promised.group(2)), 0)
 
 
