@@ -16,7 +16,7 @@ from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.call import read_loop
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.hook import install
-from kvtier.hf.inputs import remember_positions
+from kvtier.hf.positions import remember_positions
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
 from kvtier.report import TurnReport
