@@ -104,7 +104,7 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any], held: Callable[
         arguments["prefill_chunk_size"] = ids.shape[-1]  # between chunks, transformers would forget states
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)
-    missing = {} if custom or unknown_arguments(arguments) else _missing(model, arguments, ids, mask)
+    missing = _missing(model, arguments, ids, mask)
     off = _why_off(model, arguments, setting, ids, repeats)
     inputs: Inputs | Unreadable | None = None
     if off is None:
@@ -133,6 +133,19 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any], held: Callable[
     )
 
 
+def refuse_missing_media(model: PreTrainedModel, arguments: Mapping[str, Any], reason: str) -> None:
+    """Make sure that a call which begins with nothing, for this ``reason``, feeds all media of its placeholders.
+
+    Raises:
+        PromptError: it does not.
+    """
+    ids = arguments.get("inputs")
+    ids = arguments.get("input_ids") if ids is None else ids
+    missing = _missing(model, arguments, ids, arguments.get("attention_mask"))
+    if missing:
+        raise media_error(missing, reason)
+
+
 def media_error(missing: Collection[str], reason: str) -> PromptError:
     """Return what to raise where placeholders of these kinds came without media that can be taken from a cache."""
     kinds = " and ".join(missing)
@@ -144,14 +157,14 @@ def media_error(missing: Collection[str], reason: str) -> PromptError:
     )
 
 
-def _missing(
-    model: PreTrainedModel, arguments: dict[str, Any], ids: torch.Tensor | None, mask: torch.Tensor | None
-) -> Missing:
-    """Return where placeholders stand whose media were not passed."""
-    if ids is None or ids.ndim != 2 or ids.is_floating_point() or arguments.get("inputs_embeds") is not None:
+def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mask: torch.Tensor | None) -> Missing:
+    """Return where placeholders stand whose media were not passed; nothing where they may be in other arguments."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return {}
+    if arguments.get("inputs_embeds") is not None or unknown_arguments(arguments):
         return {}
     real = torch.ones(ids.shape, dtype=torch.bool)
-    if mask is not None and mask.shape == ids.shape:
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         real = torch.ne(mask, 0).to("cpu")
     return missing_media(model, arguments, ids.detach().to("cpu", torch.int64).numpy(), real.numpy())
 

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import RestoreError, StreamError
-from kvtier.hf.call import Call, eos_ids, read_call, use_cache, why_without_cache
+from kvtier.hf.call import Call, eos_ids, read_call, refuse_missing_media, use_cache, why_without_cache
 from kvtier.hf.carriers import carry, settle
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
@@ -114,6 +114,7 @@ def _without(
     original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], reason: str
 ) -> Any:
     """Run a turn that neither reuses nor is kept, whose cache is not passed on or begins empty."""
+    refuse_missing_media(model, kwargs, reason)
     cache._begin(model, Call(reason))
     try:
         return original(model, **kwargs)

@@ -209,8 +209,14 @@ def test_turns_that_cannot_begin_with_what_is_held(kind, cache):
     """Another model, decoding that starts cold: what was held cannot be used, and the picture cannot be fed."""
     row, longer = [BEFORE, A, AFTER], [BEFORE, A, AFTER, BETWEEN]
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
-    with pytest.raises(PromptError, match="starts cold"):
-        answer(seeing(kind), blind(kind, longer), cache, prompt_lookup_num_tokens=2)
+    for settings, reason in (
+        ({"prompt_lookup_num_tokens": 2}, "starts cold"),
+        ({"custom_generate": lambda model, input_ids, **_: input_ids}, "a custom generate may"),
+        ({"use_cache": False}, "use_cache=False was passed"),
+    ):
+        with pytest.raises(PromptError, match=reason):
+            answer(seeing(kind), blind(kind, longer), cache, **settings)
+        asked(kind, prompt(kind, row), prompt(kind, row), cache)
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
     other = copy.deepcopy(seeing(kind))
     with torch.no_grad():
