@@ -260,7 +260,8 @@ def _chained(
             ]
         rows.append(marked(own, marks))
         marks_of.append(tuple(marks))
-        wholes += [(pad + mark.start, pad + mark.end) for mark in marks]
+        told = len(of.marks) if of is not None else 0  # their digests are those that the cache holds, by all their bits
+        wholes += [(pad + mark.start, pad + (mark.stop if n < told else mark.end)) for n, mark in enumerate(marks)]
         needed = max(needed, pad + of.needed if of is not None else 0)
     last = types.get("token_type_ids")
     return replace(

@@ -115,6 +115,29 @@ def test_words_after_a_picture_may_change(kind, cache):
         assert cache.last_turn.cached_tokens > len(BEFORE)
 
 
+def test_words_right_after_a_picture_may_change(kind, cache):
+    """Where positions have a grid, they go on from its far end."""
+    bare = Picture(10, bare=True)
+    asked(kind, prompt(kind, [BEFORE, bare, AFTER]), prompt(kind, [BEFORE, bare, AFTER]), cache)
+    row = [BEFORE, bare, words(9, 8)]
+    assert row[2][0] != AFTER[0]
+    asked(kind, blind(kind, row), prompt(kind, row), cache)
+    asked(kind, prompt(kind, row), prompt(kind, row), cache)
+    assert cache.last_turn.cached_tokens == cache.last_turn.prompt_tokens - 1
+
+
+def test_a_picture_with_fewer_placeholders_is_not_held(kind, cache):
+    asked(kind, prompt(kind, [BEFORE, A, AFTER]), prompt(kind, [BEFORE, A, AFTER]), cache)
+    given = blind(kind, [BEFORE, A, AFTER])
+    first = given["input_ids"][0].tolist().index(PLACE)
+    given["input_ids"][0, first + 2 : first + 4] = 7
+    given["input_ids"][given["input_ids"] == PLACE] = torch.tensor(7)
+    given["input_ids"][0, first : first + 2] = PLACE
+    with pytest.raises(PromptError, match="no row that begins like row 0"):
+        answer(seeing(kind), given, cache)
+    asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)
+
+
 def test_words_before_a_picture_may_not_change(kind, cache):
     asked(kind, prompt(kind, [BEFORE, A, AFTER]), prompt(kind, [BEFORE, A, AFTER]), cache)
     for row in ([words(12, 8), A, AFTER], [BEFORE[:11], A, AFTER], [BEFORE, AFTER, A, AFTER], [BEFORE, A, AFTER, B]):
