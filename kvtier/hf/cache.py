@@ -16,6 +16,7 @@ from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.call import read_loop
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.hook import install
+from kvtier.hf.positions import remember_positions
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
 from kvtier.report import TurnReport
@@ -100,7 +101,7 @@ class TieredCache(TurnCache):
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
         self._check_open()
-        call = read_loop(model, input_ids, attention_mask)
+        call = read_loop(model, input_ids, attention_mask, self.held())
         while True:
             report = self._begin(model, call)
             try:
@@ -109,6 +110,8 @@ class TieredCache(TurnCache):
             except BlockError:
                 self.reset()  # the block was discarded: begin again with what is left
                 continue
+            if self._turn is not None and self._turn.prompt is not None:
+                remember_positions(model, self._turn.prompt)
             return report
 
     def commit(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from kvtier.errors import PromptError
 from kvtier.hf.carriers import why_not_carried
 from kvtier.hf.compat.model_profiles import profile_of
-from kvtier.hf.inputs import Inputs, read_inputs, why_not_begin
+from kvtier.hf.continued import HeldRows, missing_media
+from kvtier.hf.inputs import Inputs, Missing, read_inputs, why_not_begin
+from kvtier.hf.media import KINDS
 from kvtier.hf.prompt import Prompt, Unreadable, read_prompt
-from kvtier.hf.soundness import is_custom, why_cold, why_unsound_call
+from kvtier.hf.soundness import is_custom, unknown_arguments, why_cold, why_unsound_call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +37,7 @@ class Call:
         feeds: whether the prompt can be fed in pieces.
         watched: whether to note what is fed: returned sequences do not tell which row holds what.
         custom: whether other code than transformers' own decides what is fed.
+        missing: kinds of media of which placeholders came, but no tensors.
     """
 
     off: str | None = None
@@ -47,26 +51,47 @@ class Call:
     feeds: bool = True
     watched: bool = False
     custom: bool = False
+    missing: tuple[str, ...] = ()
 
 
-def read_loop(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Call:
+def read_loop(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, held: HeldRows | None
+) -> Call:
     """Return what ``begin`` says: a loop that feeds ``input_ids`` by itself.
+
+    Args:
+        model: the model that will be called.
+        input_ids: ``[batch, columns]``.
+        attention_mask: ``[batch, columns]``.
+        held: what the cache holds.
 
     Raises:
         PromptError: the mask has another shape than the ids.
     """
     prompt = read_prompt(input_ids, attention_mask)
-    off = why_not_begin(model, input_ids)
+    off = why_not_begin(model)
     if isinstance(prompt, Unreadable):
         return Call(off or prompt.reason, feeds=False)
+    missing = _missing(model, {}, input_ids, attention_mask)
+    if missing and off is None:
+        inputs = read_inputs(model, {}, input_ids, attention_mask, 1, missing, held)
+        if isinstance(inputs, Unreadable):
+            kinds = ", ".join(missing)
+            return Call(f"begin() is not told which {kinds} enters at the placeholders: {inputs.reason}", feeds=False)
+        prompt = inputs.prompt
     return Call(off, prompt=prompt, feeds=False)
 
 
-def read_call(model: PreTrainedModel, arguments: dict[str, Any]) -> Call:
+def read_call(model: PreTrainedModel, arguments: dict[str, Any], held: Callable[[], HeldRows | None]) -> Call:
     """Return what a call of ``generate`` with these ``arguments`` says; they are changed where a turn needs others.
 
+    Args:
+        model: the model that will be called.
+        arguments: of the call, by name.
+        held: returns what the cache holds.
+
     Raises:
-        PromptError: the mask tells of more columns than the prompt has.
+        PromptError: the mask tells of more columns than the prompt has, or media are missing that no one holds.
     """
     ids = arguments.get("inputs")
     ids = arguments.get("input_ids") if ids is None else ids
@@ -79,12 +104,20 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any]) -> Call:
         arguments["prefill_chunk_size"] = ids.shape[-1]  # between chunks, transformers would forget states
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)
+    missing = _missing(model, arguments, ids, mask)
     off = _why_off(model, arguments, setting, ids, repeats)
-    inputs = read_inputs(model, arguments, ids, mask, repeats) if off is None else None
+    inputs: Inputs | Unreadable | None = None
+    if off is None:
+        inputs = read_inputs(model, arguments, ids, mask, repeats, missing, held() if missing else None)
     if isinstance(inputs, Unreadable):
         off, inputs = inputs.reason, None
     if custom and inputs is not None and not inputs.prompt.plain:
         off, inputs = "a custom generate may feed other inputs", None
+    chunk = setting("prefill_chunk_size")
+    if inputs is not None and inputs.both_ways and chunk and chunk < inputs.prompt.columns:
+        off, inputs = "prefill_chunk_size may cut tokens apart that attend to each other both ways", None
+    if off is not None and missing:
+        raise media_error(missing, off)
     return Call(
         off,
         cold,
@@ -96,7 +129,44 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any]) -> Call:
         repeats,
         watched=custom or cold is not None or (setting("num_beams") or 1) > 1,
         custom=custom,
+        missing=tuple(missing),
     )
+
+
+def refuse_missing_media(model: PreTrainedModel, arguments: Mapping[str, Any], reason: str) -> None:
+    """Make sure that a call which begins with nothing, for this ``reason``, feeds all media of its placeholders.
+
+    Raises:
+        PromptError: it does not.
+    """
+    ids = arguments.get("inputs")
+    ids = arguments.get("input_ids") if ids is None else ids
+    missing = _missing(model, arguments, ids, arguments.get("attention_mask"))
+    if missing:
+        raise media_error(missing, reason)
+
+
+def media_error(missing: Collection[str], reason: str) -> PromptError:
+    """Return what to raise where placeholders of these kinds came without media that can be taken from a cache."""
+    kinds = " and ".join(missing)
+    tensors = " and ".join(KINDS[kind][0] for kind in missing)
+    return PromptError(
+        f"input_ids have placeholders of kind {kinds}, but no {tensors} were passed, and what entered there cannot be "
+        f"taken from this cache: {reason}. Pass {tensors}, and what belongs to it, in each turn: what is known of it "
+        "is not computed again. If the ids are meant as words, call generate() without a TieredCache"
+    )
+
+
+def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mask: torch.Tensor | None) -> Missing:
+    """Return where placeholders stand whose media were not passed; nothing where they may be in other arguments."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return {}
+    if arguments.get("inputs_embeds") is not None or unknown_arguments(arguments):
+        return {}
+    real = torch.ones(ids.shape, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        real = torch.ne(mask, 0).to("cpu")
+    return missing_media(model, arguments, ids.detach().to("cpu", torch.int64).numpy(), real.numpy())
 
 
 def _why_off(
@@ -130,6 +200,17 @@ def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -
     return mask
 
 
+def why_without_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> str | None:
+    """Return why a call must run without its cache: the call itself says so; None when it does not.
+
+    A model whose own default is to use none, such as MPT, uses one that it is given.
+    """
+    asked = arguments.get("use_cache")
+    if asked is None and getattr(model.generation_config, "use_cache", None) is not False:
+        asked = getattr(arguments.get("generation_config"), "use_cache", None)
+    return "use_cache=False was passed" if asked is False else None
+
+
 def use_cache(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Let a call use its cache: with one that it does not use, transformers feeds all tokens at every step."""
     if setting_of(model, arguments, "use_cache") is False:
@@ -148,19 +229,22 @@ def setting_of(model: PreTrainedModel, arguments: dict[str, Any], name: str) -> 
 
 def eos_ids(model: PreTrainedModel, arguments: dict[str, Any]) -> list[int]:
     """Return the ids that end a sequence."""
-    eos = setting_of(model, arguments, "eos_token_id")
-    if eos is None:
+    return _token_ids(setting_of(model, arguments, "eos_token_id"))
+
+
+def _token_ids(setting: Any) -> list[int]:
+    """Return the ids that a setting names: None, a number, or a sequence, array or tensor of numbers of any dtype."""
+    if setting is None:
         return []
-    if isinstance(eos, torch.Tensor):
-        eos = eos.tolist()
-    return [int(e) for e in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
+    if isinstance(setting, (torch.Tensor, np.ndarray)):
+        setting = setting.tolist()
+    return [int(each) for each in setting] if isinstance(setting, (list, tuple, set)) else [int(setting)]
 
 
 def _infer_mask(model: PreTrainedModel, ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
     """Return the mask that ``generate`` would infer from padding ids; None when it is all ones."""
-    pad = setting_of(model, arguments, "pad_token_id")
-    pad = pad.item() if isinstance(pad, torch.Tensor) else pad
-    if pad is None or int(pad) in eos_ids(model, arguments):
+    pads = _token_ids(setting_of(model, arguments, "pad_token_id"))
+    if len(pads) != 1 or pads[0] in eos_ids(model, arguments) or ids.dtype not in (torch.int32, torch.int64):
         return None
-    padding = ids == int(pad)
+    padding = ids == pads[0]
     return (~padding).long() if bool(padding.any()) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import RestoreError, StreamError
-from kvtier.hf.call import Call, eos_ids, read_call, use_cache
+from kvtier.hf.call import Call, eos_ids, read_call, refuse_missing_media, use_cache, why_without_cache
 from kvtier.hf.carriers import carry, settle
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
@@ -42,15 +42,16 @@ def take_turn(
         kwargs: all other arguments by name; changed.
 
     Raises:
-        PromptError: the mask tells of more columns than the prompt has.
+        PromptError: the mask tells of more columns than the prompt has, or media are missing that the cache does not
+            hold.
         StreamError: a page of a cold layer is lost, or cannot be written.
     """
-    no_cache = why_untrusted() or why_no_cache(model)
+    no_cache = why_untrusted() or why_no_cache(model) or why_without_cache(model, kwargs)
     if no_cache is not None:
         return _without(original, model, cache, kwargs, no_cache)
     settle(model)
-    call = read_call(model, kwargs)
-    streamer = kwargs.get("streamer")
+    call = read_call(model, kwargs, cache.held)
+    ends, streamer = eos_ids(model, kwargs), kwargs.get("streamer")
     stream_failed = False
     while True:
         report = cache._begin(model, call)
@@ -80,9 +81,16 @@ def take_turn(
             cache._salvage()
             raise
         break
-    sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
-    cache._commit(sequences, eos_ids(model, kwargs))
+    cache._commit(_sequences(output), ends)
     return output
+
+
+def _sequences(output: Any) -> Any:
+    """Return the sequences in what ``generate`` returned; all of it where there are none."""
+    found = output.get("sequences") if isinstance(output, Mapping) else getattr(output, "sequences", None)
+    if found is None and not isinstance(output, torch.Tensor):
+        return (output,)  # never None, which would say that nothing was answered
+    return output if found is None else found
 
 
 def _arguments(
@@ -106,6 +114,7 @@ def _without(
     original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], reason: str
 ) -> Any:
     """Run a turn that neither reuses nor is kept, whose cache is not passed on or begins empty."""
+    refuse_missing_media(model, kwargs, reason)
     cache._begin(model, Call(reason))
     try:
         return original(model, **kwargs)
@@ -128,6 +137,9 @@ def take_turn_without_reuse(
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
     cache: TurnTaker = past.self_attention_cache
+    unwanted = why_without_cache(model, kwargs)
+    if unwanted is not None:
+        return _without(original, model, cache, kwargs, unwanted)
     use_cache(model, kwargs)
     cache._begin(model, Call(ENCODER_DECODER))
     past.cross_attention_cache = DynamicCache()

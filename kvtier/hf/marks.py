@@ -19,11 +19,15 @@ WHOLE = 5
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that enters a sequence at the ids ``[start, stop)``; ``digest`` is SHA-256 of all that it is."""
+    """Something that enters a sequence at the ids ``[start, stop)``; ``digest`` is SHA-256 of all that it is.
+
+    ``is_position``: it is the position of a token, and nothing else.
+    """
 
     start: int
     stop: int
     digest: bytes
+    is_position: bool = False
 
     @property
     def end(self) -> int:
@@ -80,7 +84,7 @@ def digest_tensors(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     """Return the bytes of each row of ``tensor [rows, width]``."""
-    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy()
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().view(torch.uint8).numpy()
 
 
 def _as_id(digest: hashlib._Hash) -> int:

@@ -77,7 +77,7 @@ class Media:
     placeholder of each row and ends with the last.
 
     Attributes:
-        places: ``[rows, columns]``, where something enters.
+        places: ``[rows, columns]``, where something enters, behind padding too.
         wholes: ``(first, end)``: columns inside which one input lies in any row.
     """
 
@@ -145,21 +145,20 @@ def placeholder_id(config: Any, kind: str) -> int | None:
     return None
 
 
-def read_media(
-    arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.int64], real: Columns
-) -> Media | str | None:
+def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.int64]) -> Media | str | None:
     """Return what enters at placeholders of ``ids [rows, columns]``; None when nothing does.
+
+    Models count placeholders without a look at the mask: those that it hides are filled like all others.
 
     Args:
         arguments: of the call.
         config: of the model.
-        ids: the prompt.
-        real: ``[rows, columns]``, where it is no padding.
+        ids: the prompt, with all ids that the mask hides.
 
     Returns:
         Why it cannot be told where something enters, as text, when it cannot.
     """
-    kinds, places = [], np.zeros_like(real)
+    kinds, places = [], np.zeros(ids.shape, np.bool_)
     for kind, names in KINDS.items():
         tensors = {name: arguments[name] for name in names if arguments.get(name) is not None}
         if not tensors:
@@ -167,7 +166,7 @@ def read_media(
         if not all(isinstance(tensor, torch.Tensor) and tensor.ndim for tensor in tensors.values()):
             return f"one cannot tell what is in {', '.join(sorted(tensors))}"
         token = placeholder_id(config, kind)
-        own = (ids == token) & real
+        own = ids == token
         if token is None or not own.any():
             return f"no placeholder tells where {', '.join(sorted(tensors))} enter"
         kinds.append(_kind(kind, tensors, config, own))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvtier.errors import PromptError
 from kvtier.hf.marks import Mark, marked
 from kvtier.store.chain import TokenIds
+
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,9 +34,15 @@ class Prompt:
     answer_follows: bool = True
     """Whether generated ids say all that decides their K and V, besides what comes before them."""
     marks: tuple[tuple[Mark, ...], ...] = ()
-    """Of each row, those that have not been told whole when it ends."""
+    """The marks of each row, of which the last may reach beyond its end; empty when there are none in any row."""
     plain: bool = True
     """Whether ids are all there is to feed."""
+    positions: tuple[Positions, ...] = ()
+    """``[axes, tokens]`` of each row; empty when the order of tokens gives their positions."""
+    needed: int = 0
+    """Columns that must be known: media enter there that were not passed, so that they cannot be computed."""
+    ids: tuple[TokenIds, ...] = ()
+    """The ids of each row as they were given; empty when ``rows`` are these."""
 
     def continued(self, row: int, ids: TokenIds) -> TokenIds:
         """Return what ``row`` and generated ``ids`` after it are in a chain."""
@@ -67,8 +76,9 @@ class Prompt:
             return False
         repeats = rows // len(self.rows)
         ids = sequences[:, : self.columns].detach().to("cpu", torch.int64).numpy()
-        places = [slice(pad, pad + len(tokens)) for tokens, pad in zip(self.rows, self.pads, strict=True)]
-        return all(np.array_equal(ids[r, places[r // repeats]], self.rows[r // repeats]) for r in range(rows))
+        own = self.ids or self.rows
+        places = [slice(pad, pad + len(tokens)) for tokens, pad in zip(own, self.pads, strict=True)]
+        return all(np.array_equal(ids[r, places[r // repeats]], own[r // repeats]) for r in range(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,10 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(batch, columns)}: pass the whole "
             "conversation as input_ids with a mask of the same shape; the cache finds what it knows by itself"
         )
-    mask = attention_mask.detach().to("cpu").numpy() != 0
+    shown = attention_mask.detach() != 0
+    if not bool((shown == (attention_mask == 1)).all()):
+        return Unreadable("the attention mask has values besides 0 and 1")  # models count positions by adding them up
+    mask = shown.to("cpu").numpy()  # NumPy has not every dtype that a mask may have
     counts = mask.sum(axis=1)
     pads = np.where(counts > 0, mask.argmax(axis=1), columns) if columns else counts
     places = [slice(int(pad), int(pad + count)) for pad, count in zip(pads, counts, strict=True)]

@@ -169,19 +169,26 @@ def why_cold(arguments: Mapping[str, Any], setting: Any) -> str | None:
     return None
 
 
+DROPPED = frozenset({"labels", "next_sequence_length"})
+"""Arguments that ``generate`` takes, and passes to no forward pass."""
 # These, what generate() keeps for itself, and what it passes to models without changing K and V.
-_HARMLESS = frozenset(POSITIONAL) | {
-    "input_ids",
-    "tokenizer",
-    "assistant_tokenizer",
-    "trust_remote_code",
-    "attention_mask",
-    "use_cache",
-    "logits_to_keep",
-    "output_router_logits",
-    "return_dict",
-    "debug_io",
-}
+_HARMLESS = (
+    frozenset(POSITIONAL)
+    | DROPPED
+    | {
+        "input_ids",
+        "tokenizer",
+        "assistant_tokenizer",
+        "trust_remote_code",
+        "attention_mask",
+        "use_cache",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_router_logits",
+        "return_dict",
+        "debug_io",
+    }
+)
 _SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 
 
@@ -192,13 +199,18 @@ def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> Unsound | No
         arguments: all of them, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
-    told = _HARMLESS | _SETTINGS | CHAINED | _own_arguments(arguments.get("custom_generate"))
-    others = sorted(name for name, value in arguments.items() if value is not None and name not in told)
+    others = unknown_arguments(arguments)
     if others:
         return Unsound(f"inputs besides tokens may decide K and V: {', '.join(others)}")
     if setting("token_healing"):
         return Unsound("token healing rewrites the prompt")
     return None
+
+
+def unknown_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of ``arguments`` of a ``generate`` call that may decide K and V in a way not known."""
+    told = _HARMLESS | _SETTINGS | CHAINED | _own_arguments(arguments.get("custom_generate"))
+    return sorted(name for name, value in arguments.items() if value is not None and name not in told)
 
 
 def _own_arguments(function: Any) -> frozenset[str]:

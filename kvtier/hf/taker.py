@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kvtier.hf.call import Call
+from kvtier.hf.continued import HeldRows
 from kvtier.report import TurnReport
 
 
@@ -29,6 +30,10 @@ class TurnTaker(ABC):
         """Whether a turn has begun that is not committed."""
 
     @abstractmethod
+    def held(self) -> HeldRows | None:
+        """Return the tokens of the last turn whose K and V the cache holds; None when there are none."""
+
+    @abstractmethod
     def pass_over(self, reason: str) -> None:
         """Note a turn that could neither reuse nor be kept, and hold nothing of it."""
 
@@ -46,8 +51,11 @@ class TurnTaker(ABC):
         """Whether any layer keeps what is only valid after one token."""
 
     @abstractmethod
-    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int]) -> TurnReport:
-        """End the turn: keep prompt and generated tokens; ``sequences`` None keeps the prompt alone."""
+    def _commit(self, sequences: Any, eos_ids: Iterable[int]) -> TurnReport:
+        """End the turn: keep prompt and generated tokens; ``sequences`` None keeps the prompt alone.
+
+        Whatever goes wrong, the answer is there: nothing is raised, and nothing is kept then.
+        """
 
     @abstractmethod
     def _salvage(self) -> None:

@@ -13,20 +13,26 @@ import torch
 
 from kvtier.hf.fed import Fed
 from kvtier.hf.identity import Identity
+from kvtier.hf.marks import Mark
 from kvtier.hf.prefix import TurnPrefix
-from kvtier.hf.prompt import Prompt
+from kvtier.hf.prompt import Positions, Prompt
 from kvtier.report import Divergence, RowReport, TurnReport
 from kvtier.store.chain import TokenIds, common_run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """The tokens whose K and V all windows hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``."""
+    """The tokens whose K and V all windows hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
+
+    ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
+    """
 
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
     live: int | None = None
     """The column after which the states of all rows are valid, in models that have states."""
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    positions: tuple[Positions, ...] = ()
 
     def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
         """Return the row that shares the longest run with ``tokens``, and the run; ``preferred`` wins a draw."""
@@ -37,7 +43,7 @@ class Held:
     def cut(self, columns: int) -> Held:
         """Return the part within the first ``columns`` columns."""
         rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
-        return Held(rows, self.pads, self.live if self.live == columns else None)
+        return replace(self, rows=rows, live=self.live if self.live == columns else None)
 
 
 @dataclass(slots=True, eq=False)
@@ -145,7 +151,7 @@ class Turn:
         if seen is not None:
             lengths = [len(self.prompt.rows[p]) for p in row_of]
             rows = tuple(np.concatenate([ids[:n], _until(ids[n:], ends)]) for ids, n in zip(seen, lengths, strict=True))
-            return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
+            return self._held(rows, row_of)
         if self.custom:
             return None
         by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
@@ -154,14 +160,37 @@ class Turn:
             generated[row] if by_row and not self.prompt.ends_early(p) else nothing for row, p in enumerate(row_of)
         ]
         rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
-        return Held(rows, tuple(self.prompt.pads[p] for p in row_of))
+        return self._held(rows, row_of)
+
+    def _held(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> Held:
+        """Return the ``rows`` of the windows, which continue the prompt rows ``row_of``."""
+        prompt = self.prompt
+        assert prompt is not None
+        marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
+        positions = tuple(prompt.positions[p] for p in row_of) if prompt.positions else ()
+        return Held(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions)
+
+    def reads(self, sequences: Any) -> bool:
+        """Whether ``sequences``, which ``generate`` returned, are ids ``[rows, columns]`` of prompt and answer."""
+        if self.prompt is None:
+            return True
+        if not isinstance(sequences, torch.Tensor) or sequences.ndim != 2:
+            return False
+        integers = not (sequences.is_floating_point() or sequences.is_complex() or sequences.dtype == torch.bool)
+        rows, columns = sequences.shape
+        return integers and rows % len(self.prompt.rows) == 0 and columns >= self._returned
+
+    @property
+    def _returned(self) -> int:
+        """How many columns of the prompt ``generate`` returns before the new tokens."""
+        assert self.prompt is not None
+        return self.prompt.columns if self.prompt.returned is None else self.prompt.returned
 
     def generated(self, sequences: torch.Tensor, eos_ids: Iterable[int]) -> list[TokenIds]:
         """Return the new tokens of each of ``sequences [rows, columns]``, up to its end of sequence."""
         if self.prompt is None:
             return []
-        returned = self.prompt.columns if self.prompt.returned is None else self.prompt.returned
-        new = sequences[:, returned:].detach().to("cpu", torch.int64).numpy()
+        new = sequences[:, self._returned :].detach().to("cpu", torch.int64).numpy()
         ends = list(eos_ids)
         return [_until(ids, ends) for ids in new]
 

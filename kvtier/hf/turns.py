@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ClosedError, StreamError, UnannouncedError
-from kvtier.hf.call import Call
+from kvtier.hf.call import Call, media_error
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.fed import Fed
@@ -36,6 +36,7 @@ from kvtier.hf.turn import Held, Turn
 from kvtier.hf.windows import OpenStreams, WindowCache, host_pages
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
+from kvtier.store.chain import TokenIds
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -139,6 +140,7 @@ class TurnCache(WindowCache, TurnTaker):
         self._check_open()
         self._longest_answer = call.longest_answer
         self._salvage()
+        start = partial(self._start_call, call)
         prompt, off = call.prompt, why_untrusted() or call.off
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -152,26 +154,26 @@ class TurnCache(WindowCache, TurnTaker):
         if prompt is not None and not off:
             off = why_not_so(model, prompt.columns, prompt.is_padded, call.longest_answer)
         if prompt is None or off or prompt.columns == 0 or not prompt.rows:
-            return self._start(Turn.off(off or "the prompt is empty"))
+            return start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
         tokens = np.unique(np.concatenate(prompt.rows))
         identity = identify(model, self._store.namespace, self._store.block_size, tokens)
         if isinstance(identity, Unsound):
-            return self._start(Turn.off(identity.reason))
+            return start(Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root
         if changed:
             self._lay_out(self._config)
         self._root = identity.root
         if states and self._is_spread(model):
-            return self._start(Turn.off("states of layers on several devices are not restored"))
+            return start(Turn.off("states of layers on several devices are not restored"))
         cold = call.cold
         if self._hides_rows(prompt):
             cold = cold or "padding on the right is all that a window shows at the end of a row"
         if cold:
             if states:
-                return self._start(Turn.off(cold))  # drafts that were taken back would still be in the states
+                return start(Turn.off(cold))  # drafts that were taken back would still be in the states
             fed = Fed(prompt) if call.watched and prompt.plain else None
-            return self._start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=call.custom))
+            return start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=call.custom))
         while True:
             turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
@@ -189,9 +191,35 @@ class TurnCache(WindowCache, TurnTaker):
             if call.watched and prompt.plain:
                 turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
             try:
-                return self._start(turn, model, call.repeats)
+                return start(turn, model, call.repeats)
             except BlockError:
                 continue  # blocks that do not fit the model: they were discarded
+
+    def held(self) -> Held | None:
+        """Return the tokens of the last turn whose K and V the cache holds; None when there are none.
+
+        Raises:
+            ClosedError: the cache was closed.
+        """
+        self._check_open()
+        self._salvage()
+        return self._held_now()
+
+    def _start_call(self, call: Call, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
+        """Start the ``turn`` of a ``call``.
+
+        Raises:
+            PromptError: media of the call's prompt were not passed, and the turn does not begin with them.
+        """
+        needed = call.prompt.needed if call.prompt is not None else 0
+        if needed > (turn.prefix.columns if turn.prefix is not None else 0):
+            reason = turn.reason or "the turn would begin before the last of it entered"
+            if turn.prefix is not None:
+                turn.prefix.close()
+            if call.inputs is not None:
+                raise media_error(call.missing, reason)
+            turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
+        return self._start(turn, model, repeats)
 
     @staticmethod
     def _is_spread(model: PreTrainedModel) -> bool:
@@ -299,15 +327,26 @@ class TurnCache(WindowCache, TurnTaker):
         if column == turn.prompt.columns or column in turn.snapshot_columns:
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
 
-    def _commit(self, sequences: torch.Tensor | None, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
+    def _commit(self, sequences: Any, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
         turn, self._turn = self._turn, None
         assert turn is not None
-        generated = turn.generated(sequences, eos_ids) if sequences is not None else []
-        named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
-        if named is not None and turn.identity is not None:
-            self._keep(named, turn, whole)
-        if turn.prefix is not None:
-            turn.prefix.close()
+        generated: list[TokenIds] = []
+        try:
+            if sequences is not None and not turn.reads(sequences):
+                turn.reason = "generate() returned no ids [rows, columns] that go on from the prompt: they are not kept"
+                turn.custom, sequences = True, None  # what was fed may have been seen; nothing else can tell
+            if sequences is not None:
+                generated = turn.generated(sequences, eos_ids)
+            named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
+            if named is not None and turn.identity is not None:
+                self._keep(named, turn, whole)
+        except Exception as error:
+            # The answer is there: it must not be lost because it cannot be kept.
+            _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
+            self._lay_out(self._config)
+        finally:
+            if turn.prefix is not None:
+                turn.prefix.close()
         report = turn.report(generated)
         self.last_turn = self._streams.account(report) if self._streams is not None else report
         return self.last_turn

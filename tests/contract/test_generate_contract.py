@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     MambaConfig,
     MambaForCausalLM,
     StoppingCriteria,
@@ -20,6 +22,7 @@ from upstream import CACHE
 
 from kvtier.hf.call import _infer_mask
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
+from kvtier.hf.soundness import DROPPED
 
 
 def relied_on(where):
@@ -174,6 +177,33 @@ def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
     fed.clear()
     model.generate(ids, **{CACHE: cache}, prefill_chunk_size=4, **GREEDY)
     assert (columns(fed)[:2] == [4, 2]) == CHUNKS_CONTINUE, relied_on("hf/compat/names.py")
+
+
+@pytest.mark.parametrize("name", sorted(DROPPED))
+def test_arguments_that_no_forward_pass_is_given(model, tokens, name):
+    ids = tokens(10)
+    prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: 10, "position_ids": None})
+    assert "input_ids" in prepared
+    assert name not in prepared, relied_on("hf/soundness.py: DROPPED")
+
+
+def test_no_other_argument_is_dropped():
+    """What else ``prepare_inputs_for_generation`` keeps back is of no use to kvtier before it is known."""
+    source = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
+    (listed,) = re.findall(r"kwargs_to_avoid_forwarding = \((.*?)\)", source)
+    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/soundness.py: DROPPED")
+
+
+def test_labels_and_their_count_change_no_state(model, tokens, fed):
+    ids, (bare, labelled) = tokens(10), (DynamicCache(config=model.config) for _ in range(2))
+    expected = model.generate(ids, **{CACHE: bare}, **GREEDY)
+    fed.clear()
+    found = model.generate(ids, **{CACHE: labelled}, labels=ids, num_items_in_batch=torch.tensor(3), **GREEDY)
+    assert torch.equal(found, expected)
+    assert all("labels" not in call for call in fed), relied_on("hf/soundness.py: DROPPED")
+    for ours, theirs in zip(labelled.layers, bare.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/soundness.py")
+        assert torch.equal(ours.values, theirs.values), relied_on("hf/soundness.py")
 
 
 def test_a_streamer_gets_the_prompt_first(model, tokens):

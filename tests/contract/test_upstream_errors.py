@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import oddities
 import pytest
 import torch
 import transformers
@@ -186,6 +187,13 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
         f"{stateful} forgets its state when several tokens are fed on top of it",
         "hf/compat/model_profiles.py: token_by_token",
     )
+
+
+def test_bytes_in_patches_on_a_known_prefix():
+    model, generator = oddities.blt(), torch.Generator().manual_seed(0)
+    ids, cache = torch.randint(4, 200, (1, 24), generator=generator), DynamicCache()
+    model(ids[:, :12], **given(model, cache))
+    still_wrong(differs(model, ids, cache), "BLT cannot go on from a cache", "hf/compat/model_profiles.py")
 
 
 @pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from upstream import CACHE
 
 import kvtier
 from kvtier import BusyError, PrefixStore, PromptError, TieredCache, UninstalledError
+from kvtier.hf.soundness import DROPPED
 
 
 @pytest.fixture
@@ -22,8 +25,7 @@ def turn(model, generate):
 
     def run(cache, ids, **settings):
         torch.manual_seed(7)
-        # transformers answers use_cache=False on a cache from tokens fed twice: that is no reference.
-        expected = generate(model, ids, **{**settings, "use_cache": True}).sequences
+        expected = generate(model, ids, **settings).sequences
         torch.manual_seed(7)
         found = generate(model, ids, cache, **settings)
         assert torch.equal(found.sequences, expected)
@@ -48,7 +50,6 @@ MODES = {
     "many-samples": {"do_sample": True, "num_return_sequences": 3},
     "prefill-chunks": {"prefill_chunk_size": 4},
     "one-token": {"max_new_tokens": 1},
-    "no-cache-asked": {"use_cache": False},
     "repetition-penalty": {"repetition_penalty": 1.3},
     "end-of-sequence": {"eos_token_id": list(range(1, 60))},
 }
@@ -87,6 +88,67 @@ def test_mode_on_an_empty_cache(turn, cache, tokens, mode):
     assert cache.last_turn.cached_tokens == 0
     turn(cache, torch.cat([found.sequences[-1:], tokens(4, seed=3)], 1))
     assert cache.last_turn.cached_tokens >= 19
+
+
+def asking_for_no_cache(model, way):
+    """Settings of a call that asks for no cache."""
+    if way == "call":
+        return {"use_cache": False}
+    config = copy.deepcopy(model.generation_config)
+    config.update(use_cache=False, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
+    return {"generation_config": config}
+
+
+@pytest.mark.parametrize("way", ["call", "config"])
+def test_a_call_that_asks_for_no_cache_gets_none(model, used, tokens, store, way):
+    """Its answer is that of a forward pass over all tokens at every step; the turn after it begins from the store."""
+    cache, ids = used
+    calls, forward = [], model.forward
+    model.forward = lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
+    model.forward.__signature__ = inspect.signature(forward)
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]} if way == "call" else {}
+    asked = asking_for_no_cache(model, way)
+    found = model.generate(ids, past_key_values=cache, **settings, **asked)
+    del model.forward
+    assert [call["input_ids"].shape[1] for call in calls] == list(range(ids.shape[1], ids.shape[1] + 8))
+    assert torch.equal(found, model.generate(ids, max_new_tokens=8, do_sample=False, suppress_tokens=[0]))
+    assert cache.last_turn.miss_reason == "use_cache=False was passed"
+    assert cache.get_seq_length() == 0
+    model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert cache.last_turn.cached_by_tier["host"] == 37
+
+
+@pytest.mark.parametrize("way", ["call", "config"])
+def test_a_model_that_uses_no_cache_by_default_uses_one_that_it_is_given(model, used, way):
+    """As MPT: only a call that says so itself does without."""
+    cache, ids = used
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
+    expected = model.generate(ids, **settings)
+    model.generation_config.use_cache = False
+    asked = {} if way == "call" else asking_for_no_cache(model, way)
+    assert torch.equal(
+        model.generate(ids, past_key_values=cache, **(settings if way == "call" else {}), **asked), expected
+    )
+    assert cache.last_turn.cached_tokens == 37
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
+def test_experts_that_are_weighed_by_the_whole_prompt(make_model, tokens, cache, tmp_path):
+    """X-LoRA computes every forward pass twice, and asks generate() for no cache."""
+    peft = pytest.importorskip("peft")
+    where = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": False}
+    for number in range(2):
+        peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=4, **where)).save_pretrained(tmp_path / str(number))
+    base = make_model("llama")
+    base.config.use_cache = False
+    experts = {str(number): str(tmp_path / str(number)) for number in range(2)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, adapters=experts)
+    model, ids = peft.get_peft_model(base, config).eval(), tokens(14)
+    expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    for _ in range(2):
+        found = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        assert torch.equal(found, expected)
+        assert cache.last_turn.miss_reason == "use_cache=False was passed"
 
 
 @pytest.mark.parametrize("tier", ["window", "host"])
@@ -132,6 +194,63 @@ def test_plain_tensor_is_returned(model, used):
     assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
     assert cache.last_turn.cached_tokens == ids.shape[1] - 1
     assert cache.last_turn.generated_tokens == 5
+
+
+MASKS = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", MASKS, ids=str)
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], ids=str)
+def test_masks_and_ids_of_any_type(model, turn, cache, tokens, dtype, ids_dtype, settings):
+    ids = tokens(24, rows=2).to(ids_dtype)
+    ids[1, :10] = 0
+    mask = (ids != 0).to(dtype)
+    turn(cache, ids[:, :20], attention_mask=mask[:, :20])
+    found = turn(cache, ids, attention_mask=mask, **settings)
+    assert found.sequences.dtype == turn(cache, ids, attention_mask=mask).sequences.dtype
+    assert [row.cached_tokens for row in cache.last_turn.rows] == [23, 13]
+
+
+def test_a_mask_that_moves_positions_is_never_taken_for_one_of_ones(turn, cache, tokens):
+    ids = tokens(20)
+    turn(cache, ids, attention_mask=torch.full_like(ids, 2))
+    assert "besides 0 and 1" in cache.last_turn.miss_reason
+    turn(cache, ids, attention_mask=torch.ones_like(ids))
+    assert cache.last_turn.cached_tokens == 0
+    turn(cache, ids, attention_mask=torch.full_like(ids, 2))
+    assert cache.last_turn.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "as_type",
+    [
+        int,
+        np.int64,
+        torch.tensor,
+        lambda n: torch.tensor([n], dtype=torch.int32),
+        lambda n: torch.tensor(n, dtype=torch.uint8),
+    ],
+    ids=["int", "numpy", "tensor", "int32-row", "uint8"],
+)
+def test_special_ids_of_any_type(model, cache, tokens, as_type):
+    """A padding id is masked, and what follows an end of sequence is not kept, however the call writes them."""
+    ids = tokens(12, rows=2)
+    ids[1, :4] = 0
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": as_type(0), "eos_token_id": as_type(5)}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
+    assert [row.prompt_tokens for row in cache.last_turn.rows] == [12, 8]
+
+
+@pytest.mark.parametrize("name", sorted(DROPPED | {"num_items_in_batch"}))
+def test_arguments_that_decide_no_k_and_v(model, used, turn, name):
+    """Trainers pass labels to generate()."""
+    cache, ids = used
+    if name == "next_sequence_length":
+        pytest.skip("generate() refuses it, since it passes its own")
+    turn(cache, ids, **{name: ids})
+    assert cache.last_turn.cached_tokens == 37
 
 
 def test_output_carries_the_cache(model, used, generate):

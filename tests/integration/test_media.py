@@ -233,19 +233,6 @@ def test_beams_and_samples(kind, turn, cache, settings):
     assert turn(kind, [*two, C, AFTER]) >= columns(kind, *row)
 
 
-def test_placeholders_without_pictures_are_words(kind, turn):
-    """Their ids are what they are; the same ids with pictures are others."""
-    model = seeing(kind)
-    seen = prompt(kind, [BEFORE, A, AFTER])
-    unseen = {name: seen[name] for name in ("input_ids", "attention_mask")}
-    with TieredCache() as cache:
-        answer(model, seen, cache)
-        expected = answer(model, unseen)
-        assert torch.equal(answer(model, unseen, cache).sequences, expected.sequences)
-        assert cache.last_turn.cached_tokens == 13
-        assert torch.equal(answer(model, seen, cache).sequences, answer(model, seen).sequences)
-
-
 def test_loops_are_not_told_of_pictures(kind, cache):
     model, given = seeing(kind), prompt(kind, [BEFORE, A, AFTER])
     report = cache.begin(model, given["input_ids"])
@@ -393,3 +380,59 @@ def test_other_families(name, cache, store):
     _, known, _ = ask(cache, *row, said, B, AFTER, BETWEEN)
     assert known >= more
     assert cache.last_turn.miss_reason is None
+
+
+@pytest.mark.parametrize("hidden", ["whole", "part"])
+def test_pictures_that_the_mask_hides(kind, cache, hidden):
+    """Models fill all placeholders, hidden ones too: each picture stays with its own."""
+    row = [words(3, 4), A, BEFORE, B, AFTER]
+    columns_hidden = columns(kind, *row[:2]) if hidden == "whole" else 6
+    seen = columns(kind, *row[:4]) - columns_hidden
+    for pictures, known in (
+        (row, 0),
+        (row, None),
+        ([row[0], C, *row[2:]], 0),
+        ([*row[:3], C, AFTER], None),
+        (row, None),
+    ):
+        given = prompt(kind, pictures)
+        given["attention_mask"][0, :columns_hidden] = 0
+        try:
+            expected = answer(seeing(kind), given)
+        except RuntimeError:
+            assert hidden == "part" and kind in BY_GRID  # noqa: PT018 - positions of part of a picture
+            with pytest.raises(RuntimeError):
+                answer(seeing(kind), given, cache)
+            return
+        found = answer(seeing(kind), given, cache)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
+        if known is not None and (hidden == "part" or pictures is row):
+            assert cache.last_turn.cached_tokens == known
+        elif known is None:
+            assert 0 < cache.last_turn.cached_tokens <= seen + len(AFTER) - 1
+
+
+@pytest.mark.parametrize("chunk", [3, 5, 8, 13])
+@pytest.mark.parametrize("what", ["words", "picture"])
+def test_chunks_that_cut_tokens_apart_that_attend_to_each_other(cache, what, chunk):
+    """They have other K and V then: what came of such a turn is no part of any other."""
+    model, types = seeing("gemma3"), torch.zeros(1, 30, dtype=torch.long)
+    given = prompt("gemma3", [BEFORE, A, BETWEEN])
+    if what == "words":
+        types[0, 6:20] = 1
+        ids = torch.tensor([words(30)])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types}
+    for settings in ({"prefill_chunk_size": chunk}, {}, {"prefill_chunk_size": chunk}, {}, {"prefill_chunk_size": 64}):
+        found, expected = answer(model, given, cache, **settings), answer(model, given, **settings)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
+        if settings == {"prefill_chunk_size": chunk}:
+            assert "attend to each other both ways" in cache.last_turn.miss_reason
+    assert cache.last_turn.cached_tokens == given["input_ids"].shape[1] - 1
+    ids = torch.tensor([words(30, 5)])  # words alone attend to earlier ones
+    for known in (0, 29):
+        answer(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}, cache, prefill_chunk_size=chunk)
+        assert cache.last_turn.cached_tokens == known

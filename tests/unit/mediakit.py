@@ -11,6 +11,8 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel
 from upstream import CACHE
 
+from kvtier import TieredCache
+
 VOCABULARY = 190  # words; above them are ids that stand for something
 END, START, PLACE = 196, 197, 199
 _TEXT: dict[str, Any] = {
@@ -212,9 +214,10 @@ def prompt(family: str, *rows: Sequence[Part]) -> dict[str, Any]:
 
 def answer(model: PreTrainedModel, given: dict[str, Any], cache: Any = None, **settings: Any) -> Any:
     """``generate`` with logits; on a fresh ``DynamicCache`` by default."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
     return model.generate(
         **given,
-        **({CACHE: DynamicCache(config=model.config)} if cache is None else {"past_key_values": cache}),
+        **{"past_key_values" if isinstance(cache, TieredCache) else CACHE: cache},
         return_dict_in_generate=True,
         output_logits=True,
         **{"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [0, START, END, 198, PLACE], **settings},

@@ -80,6 +80,27 @@ def test_ids_of_vectors_tell_all_vectors_before():
     assert not (ours == vector_ids(vectors.double())).any()
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64],
+    ids=str,
+)
+def test_vectors_of_any_type_lie_as_they_like(dtype):
+    """Strides, a gradient and a lazy sign are no part of a value; each value is."""
+    plain = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    strided = torch.stack([plain, plain], 2)[:, :, 0]
+    assert not strided.is_contiguous()
+    assert np.array_equal(vector_ids(strided), vector_ids(plain))
+    assert digest_tensors([("a", strided)]) == digest_tensors([("a", plain)])
+    if dtype is torch.complex64:
+        lazy = plain.conj().imag  # the sign of which is applied when it is read
+        assert lazy.is_neg()
+        assert np.array_equal(vector_ids(lazy), vector_ids(lazy.resolve_neg()))
+    other = plain.clone()
+    other.view(torch.uint8)[4, 0] += 1
+    assert np.flatnonzero(vector_ids(plain) != vector_ids(other)).tolist() == [4, 5, 6, 7, 8]
+
+
 def test_digests_tell_names_types_shapes_and_bytes():
     ones = torch.ones(2, 3)
     all_of = [
@@ -185,7 +206,7 @@ def test_pictures_that_are_padding_are_not_counted():
 
 def media_of(family, ids, **tensors):
     table = torch.tensor([ids]).numpy()
-    found = read_media(tensors, seeing(family).config, table, table != 0)
+    found = read_media(tensors, seeing(family).config, table)
     assert isinstance(found, Media)
     return found
 
@@ -254,6 +275,63 @@ def test_words_of_a_type_are_a_run():
     assert np.flatnonzero(changed.rows[0] != found.rows[0]).tolist() == list(range(5, 12))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16])
+def test_types_and_positions_of_any_type(dtype):
+    ids, types = torch.tensor([words(20)]), torch.zeros(1, 20, dtype=torch.long)
+    types[0, 5:12] = 1
+    plain, found = (
+        read_inputs(seeing("gemma3"), {"token_type_ids": each}, ids, None, 1).prompt
+        for each in (types, types.to(dtype))
+    )
+    assert np.array_equal(plain.rows[0], found.rows[0])
+    assert plain.wholes == found.wholes
+    positions = torch.arange(3, 23)[None]
+    if not dtype.is_floating_point and dtype is not torch.bool:
+        plain, found = (
+            read_inputs(seeing("llava"), {"position_ids": each}, ids, None, 1).prompt
+            for each in (positions, positions.to(dtype))
+        )
+        assert np.array_equal(plain.rows[0], found.rows[0])
+
+
+def test_types_go_on_where_a_shorter_prompt_ended_with_words():
+    ids = torch.tensor([words(20)])
+    types = torch.zeros(1, 14, dtype=torch.long)
+    types[0, 5:12] = 1
+    whole = torch.cat([types, torch.zeros(1, 6, dtype=torch.long)], 1)
+    shorter, longer = (read_inputs(seeing("gemma3"), {"token_type_ids": t}, ids, None, 1) for t in (types, whole))
+    assert np.array_equal(shorter.prompt.rows[0], longer.prompt.rows[0])
+    assert torch.equal(shorter.arguments["token_type_ids"], whole)
+    assert not longer.arguments
+    for odd in (types[:, :10], torch.cat([whole, whole], 1), types[0], torch.zeros(2, 20), types * 0.5):
+        found = read_inputs(seeing("gemma3"), {"token_type_ids": odd}, ids, None, 1)
+        assert isinstance(found, Unreadable)
+        assert "token_type_ids" in found.reason
+    seen = prompt("gemma3", [words(14), Picture(1)])  # a picture after the types is one of no type
+    seen["token_type_ids"] = types
+    found = read_inputs(seeing("gemma3"), seen, seen["input_ids"], None, 1)
+    assert "another shape" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "types", "both_ways"),
+    [
+        ("gemma3", [0] * 20, False),
+        ("gemma3", [0] * 5 + [1] + [0] * 14, False),  # alone
+        ("gemma3", [0] * 5 + [1, 1] + [0] * 13, True),
+    ],
+)
+def test_tokens_that_may_attend_to_each_other_both_ways(kind, types, both_ways):
+    given = {"token_type_ids": torch.tensor([types])}
+    assert read_inputs(seeing(kind), given, torch.tensor([words(20)]), None, 1).both_ways is both_ways
+
+
+@pytest.mark.parametrize(("kind", "both_ways"), [("gemma3", True), ("qwen2_5_vl", False), ("llava", False)])
+def test_pictures_that_may_attend_both_ways(kind, both_ways):
+    """Where types count positions, or are none, attention looks back alone."""
+    assert read(kind, [words(6), Picture(1), words(3)]).both_ways is both_ways
+
+
 def test_answers_that_repeat_a_type_are_not_kept():
     row = [words(6), Picture(1, bare=True)]
     assert read("gemma3", row).prompt.answer_follows is False
@@ -270,7 +348,7 @@ def test_answers_that_repeat_a_type_are_not_kept():
         ([words(6), Picture(1)], {"pixel_values": [torch.ones(3, 8, 8)]}, "cannot tell what is in pixel_values"),
         ([words(6), Picture(1)], {"token_type_ids": torch.ones(1, 3)}, "another shape"),
         ([words(6)], {"position_ids": torch.arange(5)[None]}, "another shape"),
-        ([words(6)], {"position_ids": torch.ones(6)}, "another shape"),
+        ([words(6)], {"position_ids": torch.ones(1, 6)}, "no integers"),
         ([words(6)], {"inputs_embeds": torch.ones(6, 64)}, "batch, columns, width"),
     ],
     ids=["nowhere", "a-list", "types", "positions", "positions-of-rows", "vectors"],

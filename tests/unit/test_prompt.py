@@ -82,12 +82,23 @@ def test_other_dimensions_are_unreadable(dimensions):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize(
+    "mask_dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32],
+)
 def test_ids_and_masks_of_any_type(dtype, mask_dtype):
     ids, mask = torch.tensor([[9, 1, 2], [3, 4, 5]], dtype=dtype), torch.tensor([[0, 1, 1], [1, 1, 1]]).to(mask_dtype)
     prompt = read_prompt(ids, mask)
     assert rows_of(prompt) == [[1, 2], [3, 4, 5]]
     assert all(row.dtype == np.int64 for row in prompt.rows)
+
+
+@pytest.mark.parametrize("odd", [2.0, -1.0, 0.5, float("nan"), float("-inf")])
+def test_a_mask_that_is_no_yes_or_no_is_unreadable(odd):
+    """Models add masks up to positions: with 2 in it, these jump."""
+    found = read_prompt(torch.ones(1, 3, dtype=torch.long), torch.tensor([[1.0, odd, 1.0]]))
+    assert isinstance(found, Unreadable)
+    assert found.reason == "the attention mask has values besides 0 and 1"
 
 
 def test_large_ids_keep_all_their_bits():

@@ -56,6 +56,7 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
     {
         "big_bird": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
         "bloom": ModelProfile(by_distance=True),
+        "blt": ModelProfile(off="the model divides bytes into other patches when it continues a cache than at once"),
         "cpmant": ModelProfile(off="the model puts columns of its own before the prompt's"),
         "diffusion_gemma": ModelProfile(sees_ahead=True),
         "doge": ModelProfile(off=_MISCOUNTS, off_before=(5, 18), within="keep_window_size"),
