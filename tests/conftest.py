@@ -82,7 +82,7 @@ def generate() -> Generate:
             settings["attention_mask"] = (ids != 0).long()
         return model.generate(
             ids,
-            **({CACHE: DynamicCache(config=model.config)} if cache is None else {"past_key_values": cache}),
+            **{CACHE: DynamicCache(config=model.config) if cache is None else cache},
             return_dict_in_generate=True,
             output_logits=True,
             **settings,

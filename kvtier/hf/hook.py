@@ -17,6 +17,7 @@ from transformers import (
 
 from kvtier.errors import ConfigurationError, UninstalledError
 from kvtier.hf import own_generate
+from kvtier.hf.compat.model_profiles import cache_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
 from kvtier.hf.feeding import restore_classes
 from kvtier.hf.generate import take_turn, take_turn_without_reuse, take_unknown_turn
@@ -74,10 +75,14 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
         if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
             return original(self, *args, **kwargs)
         caches = caches_among(given, TurnTaker)
-        if not caches or all(is_serving(decoder_cache(past)) for past in caches.values()):
-            return original(self, *args, **kwargs)  # some ways of decoding call generate again inside a turn
+        if not caches:
+            return original(self, *args, **kwargs)
         name, past = _the_one_of(caches, given)
         cache: TurnTaker = decoder_cache(past)
+        if is_serving(cache):  # some ways of decoding call generate again inside a turn
+            if name in CACHE_ARGUMENTS:
+                given[cache_argument(self) or name] = given.pop(name)
+            return original(self, **given)
         try:
             try:
                 occupy(cache)

@@ -504,7 +504,7 @@ def test_after_uninstall_a_cache_is_not_taken_for_a_prompt_it_does_not_know(mode
     try:
         kvtier.uninstall()
         with pytest.raises(UninstalledError, match="make a new TieredCache"):
-            model.generate(tokens(length, seed=3), past_key_values=cache, **settings)
+            model.generate(tokens(length, seed=3), **{CACHE: cache}, **settings)
         found, _ = loop(model, cache, tokens(length, seed=3))
         assert torch.equal(found, model.generate(tokens(length, seed=3), max_new_tokens=6, do_sample=False))
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
-from upstream import CACHE
+from upstream import CACHE, PEFT_KNOWS_IT
 
 from kvtier import PrefixStore, TieredCache, UninstalledError, uninstall
 
@@ -656,6 +656,7 @@ def test_adapter_names_of_single_rows(model, generate, tokens, cache):
         assert_turn(model, ids, cache, generate, 0, "_adapter_names_pre_forward_hook", adapter_names=[name])
 
 
+@pytest.mark.skipif(not PEFT_KNOWS_IT, reason="this transformers wants a newer PEFT")
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning"])
 def test_virtual_tokens_are_off(model, generate, tokens, cache, store, kind):
     """Prompt learning feeds the model tokens that no prompt names."""
