@@ -103,6 +103,16 @@ _Entry = tuple[str, Any, str | None]
 
 def _class_entries(kind: type) -> Iterator[_Entry]:
     """Yield what a released class holds besides the methods that it came with."""
+    for key, value, words in _class_content_in_words(kind):
+        if words is None or not (kind is torch.nn.Module or key in _BEFORE_FORWARD):
+            yield key, value, words
+
+
+# PyTorch and transformers wrap some of these themselves, when they first need to.
+_BEFORE_FORWARD = frozenset({"__init__", "__new__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__"})
+
+
+def _class_content_in_words(kind: type) -> Iterator[_Entry]:
     for key, value in class_content(kind):
         if key in NOT_FORWARD or (key.startswith("__") and not callable(value)):
             continue
