@@ -21,6 +21,7 @@ from kvtier.hf.reads import Reads, join, reads_of_class
 _SKIPPED = frozenset(vars(torch.nn.Module())) | {
     "_hf_hook",  # accelerate's: soundness judges it
     "_is_hf_initialized",
+    "_output_capturing_hooks_installed",  # transformers' hooks, which soundness judges
     "all_tied_weights_keys",
     "dynamo_ctx",  # how torch.compile made the module
     "generation_config",
@@ -33,6 +34,7 @@ _SKIPPED = frozenset(vars(torch.nn.Module())) | {
     "rope_deltas",  # of the last prompt: a turn counts its positions itself, or forgets them
     "warnings_issued",
 }
+_SPECIAL = frozenset({"_hf_hook", "_compiled_call_impl", "rope_type"})
 _WHOLE = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -49,6 +51,8 @@ class _Line(NamedTuple):
     """What was said of a module in the last turn, and the values that it was said of: equal ones may be others."""
 
     name: str
+    number: int
+    """Of the class, among those of the model."""
     kind: type
     keys: tuple[str, ...]
     values: list[Any]
@@ -57,6 +61,8 @@ class _Line(NamedTuple):
     """Attributes that have to be read every time."""
     plain: tuple[str, ...]
     """Attributes of which ``values`` are."""
+    is_special: bool
+    """Whether soundness has to look at the module in any case."""
 
 
 class _Last(NamedTuple):
@@ -131,67 +137,76 @@ class Anatomy:
                 self._note_configs(value, f"{name}.{key}")
 
     def _walk(self) -> None:
-        seen, waiting, kinds, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
+        seen, waiting, numbers, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
+        parts, lines, tensors = self.parts, self._lines, self.tensors
+        index = len(lines)
         while waiting:
             name, module, offloaded = waiting.pop()
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            attributes = vars(module)
-            part = Part(name, module, attributes)
-            self.parts.append(part)
-            kind = type(module)
-            if kind not in kinds:
-                if issubclass(kind, torch.jit.ScriptModule):
-                    self.unreadable.append(f"{name or 'the model'} (compiled by torch.jit)")
-                    continue
-                kinds[kind] = len(kinds)
+            attributes, kind = vars(module), type(module)
+            number = numbers.get(kind)
+            if number is None:
+                number = numbers[kind] = len(numbers)
                 self._reads = None
-            dot = f"{name}." if name else ""
-            if "_hf_hook" in attributes:
-                offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
-            if attributes["training"] or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
-                self.examined.append(part)
-            elif "_hf_hook" in attributes or "rope_type" in attributes or kind.__module__.startswith("bitsandbytes."):
-                self.examined.append(part)
-            index = len(self._lines)
+            if issubclass(kind, torch.jit.ScriptModule):
+                self.unreadable.append(f"{name or 'the model'} (compiled by torch.jit)")
+                continue
             line = before[index] if index < len(before) else None
-            if line is None or not (
-                line.name == name
-                and line.kind is kind
-                and line.keys == tuple(attributes)
-                and all(map(is_, line.values, map(attributes.__getitem__, line.plain)))
+            if (
+                line is None
+                or line.name != name
+                or line.kind is not kind
+                or line.number != number
+                or line.keys != tuple(attributes)
+                or not all(map(is_, line.values, map(attributes.__getitem__, line.plain)))
             ):
-                line = self._describe_plain(name, kind, attributes)
-            self._lines.append(line)
-            compiled = " compiled" if attributes.get("_compiled_call_impl") is not None else ""  # by module.compile()
-            text.append(f"{name}: {kinds[kind]}{compiled}{line.words}")
-            for tensors in (attributes["_parameters"], attributes["_buffers"]):
-                if tensors:
-                    for key, tensor in tensors.items():
-                        if tensor is not None:
+                line = self._describe_plain(name, number, kind, attributes)
+            lines.append(line)
+            index += 1
+            text.append(line.words)
+            part = Part(name, module, attributes)
+            parts.append(part)
+            dot = f"{name}." if name else ""
+            if line.is_special:
+                if "_hf_hook" in attributes:
+                    offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
+                if attributes.get("_compiled_call_impl") is not None:  # by module.compile()
+                    text.append("compiled")
+                self.examined.append(part)
+            elif attributes["training"] or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+                self.examined.append(part)
+            for held in (attributes["_parameters"], attributes["_buffers"]):
+                if held:
+                    for key, tensor in held.items():
+                        if type(tensor) in _WHOLE and not tensor.is_meta:
+                            tensors.append((dot + key, tensor))
+                        elif tensor is not None:
                             self._add_tensor(dot + key, tensor, offloaded)
-            for key in line.rest:
-                self._read(part, key, dot, offloaded)
-            if attributes["_modules"]:
-                for key, child in attributes["_modules"].items():
-                    if child is not None:
-                        waiting.append((dot + key, child, offloaded))
+            if line.rest:
+                for key in line.rest:
+                    self._read(part, key, dot, offloaded)
+            children = attributes["_modules"]
+            if children:
+                waiting += [(dot + key, child, offloaded) for key, child in children.items() if child is not None]
 
-    def _describe_plain(self, name: str, kind: type, attributes: dict[str, Any]) -> _Line:
+    def _describe_plain(self, name: str, number: int, kind: type, attributes: dict[str, Any]) -> _Line:
         """Describe the attributes of a module that no edit can change in place."""
-        plain, rest, words = [], [], []
+        plain, rest, words = [], [], [f"{name}: {number}"]
         for key, value in attributes.items():
             if key in _SKIPPED:
                 continue
             if type(value) in PLAIN or id(value) in self._configs:
-                if self._is_read(kind, key):
+                if _value_of_class(kind, key) is not value and self._is_read(kind, key):
                     plain.append(key)
-                    words.append(f" {key}={self._configs.get(id(value)) or repr(value)}")
+                    words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
                     continue
             rest.append(key)
         values = [attributes[key] for key in plain]
-        return _Line(name, kind, tuple(attributes), values, "".join(words), tuple(rest), tuple(plain))
+        special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
+        keys = tuple(attributes)
+        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), tuple(plain), special)
 
     def _is_read(self, kind: type, key: str) -> bool:
         """Whether code of a module's own class, or of others that are known by now, may read an attribute."""
@@ -204,6 +219,8 @@ class Anatomy:
     def _read(self, part: Part, key: str, dot: str, offloaded: _Offloaded | None) -> None:
         """Note what was set on a module besides tensors, children and plain values that are read."""
         value = part.attributes[key]
+        if type(value) in PLAIN and _value_of_class(type(part.module), key) is value:
+            return  # an adapter that was disabled and is enabled again says what its class says
         is_method = callable(value) and (key == "_old_forward" or hasattr(type(part.module), key))
         if not is_method and not self._is_read(type(part.module), key):
             self._unread.append((part, key))
@@ -232,7 +249,7 @@ class Anatomy:
             self._described |= new
             own = [kind for kind in self._kinds if kind in new and origin_of_class(kind) is not Origin.RELEASED]
             self.text += [f"{class_name(kind)}: {self.describer.describe(kind, class_name(kind))}" for kind in own]
-            self.text += describe_patches(new, self.describer)
+            self.text += describe_patches(new, self.describer.met.modules, self.describer)
         unread, self._unread = self._unread, []
         self._reads = None
         before = len(self.text)
@@ -292,6 +309,14 @@ class Anatomy:
         mesh = tensor.device_mesh
         self.processes = max(self.processes, int(mesh.size()))
         self.text.append(f"{name}: {tensor.placements} of {tuple(mesh.shape)} at {mesh.get_coordinate()}")
+
+
+_NOTHING = object()
+
+
+def _value_of_class(kind: type, key: str) -> Any:
+    """Return what an object of a class has under a name that was not set on itself."""
+    return next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _NOTHING)
 
 
 class _Offloaded(NamedTuple):

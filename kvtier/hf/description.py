@@ -85,9 +85,14 @@ def describe_code(function: Any) -> str:
 
 
 class Met:
-    """The names in functions that were described. Code of one's own may put names together, and hand modules on."""
+    """The names in functions that were described. Code of one's own may put names together, and hand modules on.
+
+    Attributes:
+        modules: where the functions were defined.
+    """
 
     def __init__(self) -> None:
+        self.modules: set[str] = set()
         self._names: set[str] = set()
         self._anything = False
 
@@ -95,6 +100,7 @@ class Met:
         """Note what a function names; of what is handed to others by code of one's own, nothing is known."""
         names = facts_of(function.__code__).names
         self._names |= names
+        self.modules.add(str(function.__globals__.get("__name__")))
         if is_own:
             installed = origin_of_function(function) is Origin.INSTALLED
             self._anything = self._anything or installed or not READS_ANYTHING.isdisjoint(names)

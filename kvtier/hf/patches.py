@@ -46,10 +46,11 @@ _modules: dict[str, _Seen] = {}
 _called_modules: dict[str, _Seen] = {}
 
 
-def describe_patches(classes: Iterable[type], describer: Describer) -> list[str]:
+def describe_patches(classes: Iterable[type], modules: Iterable[str], describer: Describer) -> list[str]:
     """Return in words what released classes hold that is not theirs, and what their modules do.
 
-    Classes of one's own are described elsewhere, whole.
+    Classes of one's own are described elsewhere, whole. ``modules`` hold functions that are called, besides what the
+    classes' modules import.
     """
     found: list[str] = []
     homes: dict[str, Any] = {}
@@ -65,7 +66,7 @@ def describe_patches(classes: Iterable[type], describer: Describer) -> list[str]
                 homes.setdefault(base.__module__, sys.modules.get(base.__module__))
     for module in _ALWAYS:
         homes.setdefault(module.__name__, module)
-    called: set[str] = set()
+    called = {name for name in modules if name.startswith(COMPUTING) and name in sys.modules}
     for name in sorted(homes):
         if isinstance(homes[name], (types.ModuleType, type)):
             found += _words(homes[name], name, _module_entries, _modules, name, describer)

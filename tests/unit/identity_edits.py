@@ -403,7 +403,7 @@ CLASS_EDITS = {
         llama.LlamaMLP, "forward", torch.no_grad()(posing(llama.LlamaMLP.forward, n))
     ),
     "partialmethod": lambda n: put(llama.LlamaMLP, "forward", functools.partialmethod(scale, n)),
-    "property of a class": lambda n: put(llama.LlamaAttention, "scaling", property(with_cell(n))),
+    "property of a class": lambda n: put(llama.LlamaAttention, "ratio", property(with_cell(n))),
     "attribute of a class": lambda n: put(llama.LlamaAttention, "scaling_of_class", n),
     "list of a class": lambda n: put(llama.LlamaAttention, "numbers", [n]),
     "forward of another released class": lambda n: put(
@@ -424,7 +424,7 @@ CLASS_EDITS = {
     "released function in place of another": lambda n: put(
         llama, "rotate_half", (llama.rotate_half, llama.repeat_kv)[n - 1]
     ),
-    "class of a released module": lambda n: put(llama, "LlamaRMSNorm", class_with(n)),
+    "class of a released module": lambda n: put(llama, "LlamaRMSNorm", type("LlamaRMSNorm", (llama.LlamaRMSNorm,), {"n": n})),
     "constant of a released module": lambda n: put(llama, "SCALE", n),
     "table of a released module": lambda n: put(llama, "TABLE", {"a": n}),
     "function that attention calls": lambda n: put(sdpa_attention, "repeat_kv", posing(sdpa_attention.repeat_kv, n)),
@@ -503,8 +503,9 @@ def unread_name_read_by_dynamic_code(model, n):
 
 
 def trusted_hook(model, n):
-    torch.nn.utils.spectral_norm(model.lm_head, n_power_iterations=n)
-    model.lm_head.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.nn.utils.spectral_norm(model.lm_head, n_power_iterations=n)
 
 
 MODEL_EDITS = {
