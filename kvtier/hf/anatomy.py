@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from operator import is_
+from collections.abc import Callable, Iterator, Mapping
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,12 +55,12 @@ class _Line(NamedTuple):
     """Of the class, among those of the model."""
     kind: type
     keys: tuple[str, ...]
-    values: list[Any]
+    values: tuple[Any, ...]
     words: str
     rest: tuple[str, ...]
     """Attributes that have to be read every time."""
-    plain: tuple[str, ...]
-    """Attributes of which ``values`` are."""
+    plain: Callable[[dict[str, Any]], tuple[Any, ...]]
+    """Returns the attributes of which ``values`` are."""
     is_special: bool
     """Whether soundness has to look at the module in any case."""
 
@@ -112,6 +112,7 @@ class Anatomy:
         self._kept: list[PreTrainedConfig] = []
         self._note_configs(getattr(model, "config", None), "config")
         self._kinds: dict[type, int] = {}
+        self._scripts: set[type] = set()
         self._unread: list[tuple[Part, str]] = []
         self._reads: Reads | None = None
         self._lines: list[_Line] = []
@@ -139,6 +140,7 @@ class Anatomy:
     def _walk(self) -> None:
         seen, waiting, numbers, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
         parts, lines, tensors = self.parts, self._lines, self.tensors
+        scripts = self._scripts
         index = len(lines)
         while waiting:
             name, module, offloaded = waiting.pop()
@@ -150,7 +152,9 @@ class Anatomy:
             if number is None:
                 number = numbers[kind] = len(numbers)
                 self._reads = None
-            if issubclass(kind, torch.jit.ScriptModule):
+                if issubclass(kind, torch.jit.ScriptModule):
+                    scripts.add(kind)
+            if kind in scripts:
                 self.unreadable.append(f"{name or 'the model'} (compiled by torch.jit)")
                 continue
             line = before[index] if index < len(before) else None
@@ -160,7 +164,7 @@ class Anatomy:
                 or line.kind is not kind
                 or line.number != number
                 or line.keys != tuple(attributes)
-                or not all(map(is_, line.values, map(attributes.__getitem__, line.plain)))
+                or not all(map(is_, line.values, line.plain(attributes)))
             ):
                 line = self._describe_plain(name, number, kind, attributes)
             lines.append(line)
@@ -197,16 +201,17 @@ class Anatomy:
         for key, value in attributes.items():
             if key in _SKIPPED:
                 continue
-            if type(value) in PLAIN or id(value) in self._configs:
-                if _value_of_class(kind, key) is not value and self._is_read(kind, key):
-                    plain.append(key)
-                    words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
-                    continue
-            rest.append(key)
-        values = [attributes[key] for key in plain]
+            is_plain = type(value) in PLAIN or id(value) in self._configs
+            if is_plain and _value_of_class(kind, key) is not value and self._is_read(kind, key):
+                plain.append(key)
+                words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
+            else:
+                rest.append(key)
+        get = itemgetter(*plain, "training", "training")  # two names more: so it always returns a tuple
+        values = tuple(attributes[key] for key in plain)
         special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
         keys = tuple(attributes)
-        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), tuple(plain), special)
+        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), get, special)
 
     def _is_read(self, kind: type, key: str) -> bool:
         """Whether code of a module's own class, or of others that are known by now, may read an attribute."""

@@ -10,11 +10,12 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Packages whose version, not their code, stands for what their functions do.
 RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels", "numpy", "kvtier"})
-_STDLIB_FOLDER = os.path.dirname(os.__file__)
+_STDLIB_FOLDER = str(Path(os.__file__).parent)
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
 _GLOBAL_READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 
@@ -41,16 +42,16 @@ def top_package(module: object) -> str:
 @functools.lru_cache(maxsize=4096)
 def _origin_of_file(filename: str, package: str) -> Origin:
     if package in sys.stdlib_module_names or package == "builtins":
-        in_installed = _INSTALLED_FOLDERS.intersection(filename.split(os.sep))
+        in_installed = _INSTALLED_FOLDERS.intersection(Path(filename).parts)
         if filename.startswith("<frozen ") or (filename.startswith(_STDLIB_FOLDER + os.sep) and not in_installed):
             return Origin.RELEASED
     elif package in RELEASED:
         home = getattr(sys.modules.get(package), "__file__", None)
-        if home is not None and filename.startswith(os.path.dirname(home) + os.sep):
+        if home is not None and filename.startswith(str(Path(home).parent) + os.sep):
             return Origin.RELEASED
         if filename.startswith("<"):  # what dataclasses and the like generate
             return Origin.INSTALLED
-    if package != "__main__" and _INSTALLED_FOLDERS.intersection(filename.split(os.sep)):
+    if package != "__main__" and _INSTALLED_FOLDERS.intersection(Path(filename).parts):
         return Origin.INSTALLED
     return Origin.OWN
 
@@ -195,9 +196,9 @@ def _fragments(instructions: list[dis.Instruction]) -> Iterator[str]:
         else:
             continue
         for one in before:
-            if isinstance(one.argval, str) and one.opname == "LOAD_CONST" and one.argval.isidentifier():
-                if len(one.argval.strip("_")) >= _SHORTEST_FRAGMENT:
-                    yield one.argval
+            is_name = isinstance(one.argval, str) and one.opname == "LOAD_CONST" and one.argval.isidentifier()
+            if is_name and len(one.argval.strip("_")) >= _SHORTEST_FRAGMENT:
+                yield one.argval
 
 
 def _strings(constants: tuple[Any, ...]) -> Iterator[str]:

@@ -357,7 +357,7 @@ class Describer:
             raise Undescribable(path, kind.__qualname__)
         if method != "attributes":
             try:
-                made: Any = copyreg.dispatch_table[kind](value) if method == "table" else kind.__reduce_ex__(value, 4)
+                made: Any = copyreg.dispatch_table[kind](value) if method == "table" else value.__reduce_ex__(4)
             except Exception as error:
                 raise Undescribable(path, kind.__qualname__) from error
             if isinstance(made, str):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from kvtier.hf.code import RELEASED, Origin, behind, facts_of, origin_of_class, origin_of_function, top_package
-from kvtier.hf.reads import COMPUTING
 from kvtier.hf.description import NOT_FORWARD, PLAIN, Describer, class_content, class_name, installed_version
+from kvtier.hf.reads import COMPUTING
 
 # Functions that any model calls.
 _ALWAYS: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor)
@@ -58,7 +58,11 @@ def describe_patches(classes: Iterable[type], modules: Iterable[str], describer:
     waiting = sorted(set(classes), key=class_name)
     for kind in waiting:
         for base in kind.__mro__:
-            if base in done or top_package(base.__module__) in _UNEXAMINED or origin_of_class(base) is not Origin.RELEASED:
+            if (
+                base in done
+                or top_package(base.__module__) in _UNEXAMINED
+                or origin_of_class(base) is not Origin.RELEASED
+            ):
                 continue
             done.add(base)
             found += _words(base, class_name(base), _class_entries, _classes, base, describer)
@@ -95,7 +99,9 @@ def _words(
         calls = {str(value.__globals__.get("__name__")) for value in functions}
         calls = {name for name in calls if name.startswith(COMPUTING) and name in sys.modules}
         seen = memory[key] = _Seen(state, f"{name}: {';'.join(fixed)}", again, frozenset(calls))
-    return [seen.words] + [f"{name}.{entry}: {describer.describe(value, f'{name}.{entry}')}" for entry, value in seen.again]
+    return [seen.words] + [
+        f"{name}.{entry}: {describer.describe(value, f'{name}.{entry}')}" for entry, value in seen.again
+    ]
 
 
 _Entry = tuple[str, Any, str | None]
@@ -166,7 +172,10 @@ def _named_code(module: Any) -> Iterator[_Entry]:
 
 
 _CONTAINERS = frozenset({list, dict, tuple, set, frozenset})
-_WRITTEN_IN_C = (types.GetSetDescriptorType, types.MemberDescriptorType, types.BuiltinFunctionType) + (
+_WRITTEN_IN_C = (
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.BuiltinFunctionType,
     types.WrapperDescriptorType,
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
@@ -213,5 +222,9 @@ def _class_words(kind: type) -> str | None:
 
 
 def _joined(inside: list[Any], name: str, seen: frozenset[int]) -> str | None:
-    words = [_released_words(part, seen) for part in inside if not (isinstance(part, type) and f"{part.__qualname__}." in name)]
+    words = [
+        _released_words(part, seen)
+        for part in inside
+        if not (isinstance(part, type) and f"{part.__qualname__}." in name)
+    ]
     return None if None in words else " ".join([name, *(word or "" for word in words)]).rstrip()

@@ -12,8 +12,8 @@ import torch
 
 from kvtier.hf.code import READS_ANYTHING, Origin, behind, facts_of, origin_of_class, origin_of_function
 
-# Where released code of models lies, which computes with modules. Other released code is handed tensors and configs: of the bases
-# of a model's classes and of functions that models call, it counts what they name, not what they call in turn.
+# Where released code of models lies, which computes with modules. Other released code is handed tensors and configs:
+# of the bases of a model's classes and of functions that models call, what they name counts, not what they call.
 COMPUTING = (
     "transformers.activations",
     "transformers.integrations.",
@@ -26,6 +26,8 @@ COMPUTING = (
 )
 # Every module has them; what they name is judged elsewhere, hook by hook.
 _BASES = frozenset({object, torch.nn.Module})
+
+
 class Reads(NamedTuple):
     """What a piece of code, with all that it calls by name, may read.
 

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from kvtier.hf.anatomy import Anatomy, Part
-from kvtier.hf.code import Origin, behind, origin_of_class, origin_of_function, package_of
+from kvtier.hf.code import Origin, behind, origin_of_class, package_of
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, POSITIONAL
 from kvtier.hf.description import NOT_FORWARD
 from kvtier.hf.inputs import CHAINED

@@ -286,7 +286,7 @@ VALUES = {
     "nested function": lambda n: (lambda: lambda x: x + 1) if n == 1 else (lambda: lambda x: x + 2),
     "cached function": lambda n: functools.lru_cache(with_cell(n)),
     "property": lambda n: property(with_cell(n)),
-    "code": lambda n: (compile(f"{n}", "a", "eval")),
+    "code": lambda n: compile(f"{n}", "a", "eval"),
     "wrapped": lambda n: functools.wraps(llama.LlamaMLP.forward)(with_cell(n)),
     "deeply nested": deep,
     "refers to itself": looped,
@@ -424,14 +424,18 @@ CLASS_EDITS = {
     "released function in place of another": lambda n: put(
         llama, "rotate_half", (llama.rotate_half, llama.repeat_kv)[n - 1]
     ),
-    "class of a released module": lambda n: put(llama, "LlamaRMSNorm", type("LlamaRMSNorm", (llama.LlamaRMSNorm,), {"n": n})),
+    "class of a released module": lambda n: put(
+        llama, "LlamaRMSNorm", type("LlamaRMSNorm", (llama.LlamaRMSNorm,), {"n": n})
+    ),
     "constant of a released module": lambda n: put(llama, "SCALE", n),
     "table of a released module": lambda n: put(llama, "TABLE", {"a": n}),
     "function that attention calls": lambda n: put(sdpa_attention, "repeat_kv", posing(sdpa_attention.repeat_kv, n)),
     "function that masks call": lambda n: put(masks, "and_masks", posing(masks.and_masks, n)),
     "function of torch": lambda n: put(torch, "matmul", posing(torch.matmul, n)),
     "function of torch.nn.functional": lambda n: put(functional, "linear", with_cell(n)),
-    "another function of torch.nn.functional": lambda n: put(functional, "silu", (functional.silu, functional.gelu)[n - 1]),
+    "another function of torch.nn.functional": lambda n: put(
+        functional, "silu", (functional.silu, functional.gelu)[n - 1]
+    ),
     "method of tensors": lambda n: put(torch.Tensor, "__matmul__", with_cell(n)),
 }
 
