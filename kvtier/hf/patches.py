@@ -116,12 +116,13 @@ def _class_entries(kind: type) -> Iterator[_Entry]:
 
 
 # PyTorch and transformers wrap some of these themselves, when they first need to.
+_REMEMBERED = "_cached_value"  # what transformers found out about a class, when it was first asked
 _BEFORE_FORWARD = frozenset({"__init__", "__new__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__"})
 
 
 def _class_content_in_words(kind: type) -> Iterator[_Entry]:
     for key, value in class_content(kind):
-        if key in NOT_FORWARD or (key.startswith("__") and not callable(value)):
+        if key.endswith(_REMEMBERED) or key in NOT_FORWARD or (key.startswith("__") and not callable(value)):
             continue
         if type(value) in _SCALARS:
             yield key, value, repr(value)
