@@ -179,7 +179,7 @@ class Anatomy:
                 if attributes.get("_compiled_call_impl") is not None:  # by module.compile()
                     text.append("compiled")
                 self.examined.append(part)
-            elif attributes["training"] or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            elif attributes.get("training") or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 self.examined.append(part)
             for held in (attributes["_parameters"], attributes["_buffers"]):
                 if held:
@@ -207,7 +207,7 @@ class Anatomy:
                 words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
             else:
                 rest.append(key)
-        get = itemgetter(*plain, "training", "training")  # two names more: so it always returns a tuple
+        get = itemgetter(*plain, "_modules", "_modules")  # two names more: so it always returns a tuple
         values = tuple(attributes[key] for key in plain)
         special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
         keys = tuple(attributes)

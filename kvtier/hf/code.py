@@ -209,8 +209,11 @@ def _strings(constants: tuple[Any, ...]) -> Iterator[str]:
             yield from _strings(tuple(constant))
 
 
+_KINDS_OF_CODE = 0x3FF  # flags besides those of __future__, which do not matter once code is compiled
+
+
 def _digest(code: types.CodeType) -> str:
-    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & _KINDS_OF_CODE)
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     digest = hashlib.sha256(repr((shape, names, getattr(code, "co_exceptiontable", b""))).encode())
     digest.update(code.co_code)

@@ -47,7 +47,6 @@ _NO_CONTENT = frozenset(
     {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate__"}
     | {"__annotate_func__", "__annotations_cache__", "__static_attributes__", "__firstlineno__", "__slots__"}
     | {"__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__dataclass_fields__"}
-    | {"___needs_generation_tag"}  # of torch.compile
     | {"__dataclass_params__", "__match_args__", "__signature__", "__hash__", "__slotnames__"}
 )
 # Methods that may be replaced without changing what a forward pass computes.
