@@ -201,6 +201,8 @@ class Anatomy:
         for key, value in attributes.items():
             if key in _SKIPPED:
                 continue
+            if kind.__module__.startswith("torch._dynamo.") and key != "forward":
+                continue  # how torch.compile made the module around one that is looked at by itself
             is_plain = type(value) in PLAIN or id(value) in self._configs
             if is_plain and _value_of_class(kind, key) is not value and self._is_read(kind, key):
                 plain.append(key)

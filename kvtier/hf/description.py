@@ -55,6 +55,10 @@ NOT_FORWARD = frozenset(
 )
 _BUILT_IN_OPERATORS = frozenset({"aten", "prims", "prim", "higher_order", "mkldnn", "quantized", "inductor", "_c10d"})
 
+_LONGEST = 200
+# A model that holds more is not worth a look at all of it in every turn.
+_MOST_VALUES = 50_000
+
 Found = list[tuple[str, Any]]
 """Tensors, modules and script objects met inside a value, with the path to each."""
 
@@ -111,7 +115,7 @@ class Met:
 
 
 class Describer:
-    """Words for values of one moment. Functions and classes that are met again are not described again.
+    """Words for values of one moment. What is met again is not described again.
 
     Tensors, modules and script objects are only named: they are appended to ``found``, for the caller to read.
     Dicts are sorted, except those that code of one's own reads: it may go through them in their order.
@@ -126,7 +130,7 @@ class Describer:
         self.found = found
         self.classes: set[type] = set()
         self.met = Met()
-        self._done: dict[int, str] = {}
+        self._done: dict[tuple[int, bool], str] = {}
         self._kept: list[Any] = []  # keeps ids from being given to others
         self._open: dict[int, int] = {}
         self._in_own_code = 0
@@ -141,7 +145,8 @@ class Describer:
             return kind.__name__
         if kind is torch.device:
             return "device"  # the same model on another device is the same model
-        if (done := self._done.get(id(value))) is not None:
+        known_as = (id(value), bool(self._in_own_code))
+        if (done := self._done.get(known_as)) is not None:
             return done
         if id(value) in self._open:  # counted from the outermost value: it says which one is meant
             return f"<{self._open[id(value)]}>"
@@ -150,9 +155,12 @@ class Describer:
             words = self._whole(value, kind, path)
         finally:
             del self._open[id(value)]
-        if isinstance(value, (types.FunctionType, type)):
-            self._done[id(value)] = words
-            self._kept.append(value)
+        if len(words) > _LONGEST:  # what is met many times must not be repeated in words
+            words = f"#{hashlib.sha256(words.encode()).hexdigest()}"
+        self._done[known_as] = words
+        self._kept.append(value)
+        if len(self._kept) > _MOST_VALUES:
+            raise Undescribable(path, f"more than {_MOST_VALUES} values inside")
         return words
 
     # --- plain values -----------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ def _readers() -> tuple[tuple[str, Callable[[], Any]], ...]:
 def settings() -> dict[str, str]:
     """Return every setting of PyTorch in words, autocast included."""
     found = {name: _read(reader) for name, reader in _readers()}
+    for name, value in found.items():
+        if name.endswith("fp32_precision") and value == "none":
+            found[name] = "ieee"  # what is never set; older settings that are set back leave this behind
     found["autocast"] = str(sorted(autocast().items()))
     return {name: value for name, value in found.items() if value}
 

@@ -144,7 +144,7 @@ def _module_entries(module: Any) -> Iterator[_Entry]:
     for key, value, words in _named_code(module):
         yield key, value, words
     for key, value in list(vars(module).items()):
-        if key.startswith("__") and key.endswith("__"):
+        if key.startswith("__"):  # Python's, and what torch.compile leaves
             continue
         if type(value) in _SCALARS:
             yield key, value, repr(value)
@@ -162,7 +162,7 @@ def _foreign_entries(module: Any) -> Iterator[_Entry]:
 
 def _named_code(module: Any) -> Iterator[_Entry]:
     for key, value in list(vars(module).items()):
-        if key.startswith("__") and key.endswith("__") and not isinstance(module, type):
+        if key.startswith("__") and not isinstance(module, type):
             continue
         if isinstance(value, type):
             yield key, value, _class_words(value)
