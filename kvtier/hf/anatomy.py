@@ -63,6 +63,8 @@ class _Line(NamedTuple):
     """Returns the attributes of which ``values`` are."""
     is_special: bool
     """Whether soundness has to look at the module in any case."""
+    inherited: tuple[str, ...]
+    """Attributes that are as the class has them, and are not said for that."""
 
 
 class _Last(NamedTuple):
@@ -165,6 +167,7 @@ class Anatomy:
                 or line.number != number
                 or line.keys != tuple(attributes)
                 or not all(map(is_, line.values, line.plain(attributes)))
+                or (line.inherited and not all(_value_of_class(kind, k) is attributes[k] for k in line.inherited))
             ):
                 line = self._describe_plain(name, number, kind, attributes)
             lines.append(line)
@@ -198,13 +201,17 @@ class Anatomy:
     def _describe_plain(self, name: str, number: int, kind: type, attributes: dict[str, Any]) -> _Line:
         """Describe the attributes of a module that no edit can change in place."""
         plain, rest, words = [], [], [f"{name}: {number}"]
+        inherited = []
         for key, value in attributes.items():
             if key in _SKIPPED:
                 continue
             if kind.__module__.startswith("torch._dynamo.") and key != "forward":
                 continue  # how torch.compile made the module around one that is looked at by itself
             is_plain = type(value) in PLAIN or id(value) in self._configs
-            if is_plain and _value_of_class(kind, key) is not value and self._is_read(kind, key):
+            if is_plain and _value_of_class(kind, key) is value:
+                plain.append(key)  # an adapter that was disabled and is enabled again says what its class says
+                inherited.append(key)
+            elif is_plain and self._is_read(kind, key):
                 plain.append(key)
                 words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
             else:
@@ -213,7 +220,7 @@ class Anatomy:
         values = tuple(attributes[key] for key in plain)
         special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
         keys = tuple(attributes)
-        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), get, special)
+        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), get, special, tuple(inherited))
 
     def _is_read(self, kind: type, key: str) -> bool:
         """Whether code of a module's own class, or of others that are known by now, may read an attribute."""
@@ -226,8 +233,6 @@ class Anatomy:
     def _read(self, part: Part, key: str, dot: str, offloaded: _Offloaded | None) -> None:
         """Note what was set on a module besides tensors, children and plain values that are read."""
         value = part.attributes[key]
-        if type(value) in PLAIN and _value_of_class(type(part.module), key) is value:
-            return  # an adapter that was disabled and is enabled again says what its class says
         is_method = callable(value) and (key == "_old_forward" or hasattr(type(part.module), key))
         if not is_method and not self._is_read(type(part.module), key):
             self._unread.append((part, key))

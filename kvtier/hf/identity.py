@@ -38,14 +38,15 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: np
     Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
     tensors (``kvtier.hf.weights`` says which edits between two turns of a process can be missed); active adapters of
-    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and the
-    precision of matrix products; the minor version of transformers; namespace and block size. It is equal in every
+    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
+    settings of precision (``kvtier.hf.numerics``); the minor version of transformers; namespace and block size. It is equal in every
     process and on every device.
 
     ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
 
-    Of code, it covers where functions come from, and what those outside the well-known libraries do; not what they
-    call. Private attributes of modules that hold no tensors are not covered.
+    Of code of one's own, it covers what it does and all that it reads; of released packages, versions and patches
+    (``kvtier.hf.patches``). Attributes that no code of the model names are not covered (``kvtier.hf.reads``). What
+    cannot be described, and any exception of the model's code, is a reason not to reuse.
     """
     try:
         return _identify(model, namespace, block_size, tokens)
@@ -64,9 +65,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _identify(
-    model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike
-) -> Identity | Unsound:
+def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | Unsound:
     anatomy = Anatomy(model)
     unsound = why_unsound(model, anatomy)
     if unsound is not None:
