@@ -128,7 +128,7 @@ def _class_content_in_words(kind: type) -> Iterator[_Entry]:
             yield key, value, repr(value)
         elif isinstance(value, (types.FunctionType, staticmethod, classmethod, property)):
             words = _released_words(value)
-            if words != f"{class_name(kind)}.{key}":
+            if words is None or (words != f"{class_name(kind)}.{key}" and not words.startswith("kvtier.hf.hook.")):
                 yield key, value, words
         elif isinstance(value, type):
             yield key, value, _class_words(value)
