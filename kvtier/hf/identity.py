@@ -39,8 +39,8 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: np
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
     tensors (``kvtier.hf.weights`` says which edits between two turns of a process can be missed); active adapters of
     every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
-    settings of precision (``kvtier.hf.numerics``); the minor version of transformers; namespace and block size. It is equal in every
-    process and on every device.
+    settings of precision (``kvtier.hf.numerics``); the minor version of transformers; namespace and block size. It is
+    equal in every process and on every device.
 
     ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
 
