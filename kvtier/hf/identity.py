@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
-import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from kvtier.hf.anatomy import Anatomy
-from kvtier.hf.description import config_values, describe, describe_code
+from kvtier.hf.description import Undescribable, config_values, describe
+from kvtier.hf.numerics import settings
 from kvtier.hf.soundness import Unsound, why_unsound
 from kvtier.hf.weights import Unread, digest_weights
 from kvtier.store.format import FORMAT_VERSION
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,34 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: np
     Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
     tensors (``kvtier.hf.weights`` says which edits between two turns of a process can be missed); active adapters of
-    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and the
-    precision of matrix products; the minor version of transformers; namespace and block size. It is equal in every
-    process and on every device.
+    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
+    settings of precision (``kvtier.hf.numerics``); the minor version of transformers; namespace and block size. It is
+    equal in every process and on every device.
 
     ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
 
-    Of code, it covers where functions come from, and what those outside the well-known libraries do; not what they
-    call. Private attributes of modules that hold no tensors are not covered.
+    Of code of one's own, it covers what it does and all that it reads; of released packages, versions and patches
+    (``kvtier.hf.patches``). Attributes that no code of the model names are not covered (``kvtier.hf.reads``). What
+    cannot be described, and any exception of the model's code, is a reason not to reuse.
     """
+    try:
+        return _identify(model, namespace, block_size, tokens)
+    except Undescribable as reason:
+        return Unsound(f"what the model computes with is not known: {reason}")
+    except Exception as error:  # of code of all kinds that a model may hold: it must not end a generate()
+        _log.debug("identifying %s failed", type(model).__name__, exc_info=True)
+        return Unsound(f"the model cannot be identified: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    try:
+        text = str(error).partition("\n")[0]
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | Unsound:
     anatomy = Anatomy(model)
     unsound = why_unsound(model, anatomy)
     if unsound is not None:
@@ -53,43 +73,32 @@ def identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: np
     weights = digest_weights(model, anatomy.tensors, tokens)
     if isinstance(weights, Unread):
         return Unsound(f"the values of {weights.name} cannot be read: {weights.error}")
+    values = config_values(model.config)
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "model": type(model).__name__,
-        "config": config_values(model.config),
-        "attention": dict(_implementations(model.config)),
+        "config": _readable(values),
+        "config_digest": hashlib.sha256(describe(values, "config", []).encode()).hexdigest(),
+        "attention": anatomy.attention,
         "modules": hashlib.sha256("\n".join(anatomy.text).encode()).hexdigest(),
         "weights": weights,
         "adapters": _adapters(anatomy),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
-        "autocast": _autocast(),
-        "matmul": torch.get_float32_matmul_precision(),
+        "torch": settings(),
         "namespace": namespace,
         "block_size": block_size,
     }
-    text = json.dumps(manifest, sort_keys=True, default=str)
+    text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))
 
 
-def _autocast() -> dict[str, str]:
-    """Return the dtype of autocast on each kind of device where it is on."""
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
-    return {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
-def _implementations(config: PreTrainedConfig, name: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield how each config of a model computes attention, masks and experts."""
-    attention = getattr(config, "_attn_implementation", None)
-    functions = [
-        describe_code(registry[attention])
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-        if attention in registry
-    ]
-    yield name, [attention, *functions, getattr(config, "_experts_implementation", None)]
-    for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _implementations(value, f"{name}.{key}")
+def _readable(value: Any) -> Any:
+    """Return a config's values as JSON has them, for people who read a manifest: the root goes by the digest."""
+    if isinstance(value, Mapping):
+        return {str(key): _readable(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(inside) for inside in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else type(value).__qualname__
 
 
 def _adapters(anatomy: Anatomy) -> list[str]:
@@ -104,5 +113,5 @@ def _adapters(anatomy: Anatomy) -> list[str]:
                 "merged": getattr(module, "merged_adapters", None),
                 "disabled": getattr(module, "_disable_adapters", None),
             }
-            found.add(f"{type(module).__name__} {describe(state, '', [])}")
+            found.add(f"{type(module).__name__} {describe(state, 'an adapter', [])}")
     return sorted(found)

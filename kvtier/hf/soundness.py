@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +13,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from kvtier.hf.anatomy import Anatomy, Part
+from kvtier.hf.code import Origin, behind, origin_of_class, package_of
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, POSITIONAL
-from kvtier.hf.description import own_code, package_of
+from kvtier.hf.description import NOT_FORWARD
 from kvtier.hf.inputs import CHAINED
+from kvtier.hf.reads import reads_of_class
 
 # Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
 _TRUSTED = frozenset({"transformers", "accelerate", "kvtier"})
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
-# Methods that may be replaced on a model without changing what a forward pass computes.
-_NOT_FORWARD = frozenset(
-    {"extra_repr", "generate", "load_state_dict", "push_to_hub", "save_pretrained", "state_dict"}  # torchao: extra_repr
-)
 # The decoder's prompt is a few tokens, and the encoder runs in every call: there is little to gain either.
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
@@ -52,8 +52,8 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
     if prompt_learning and not getattr(model, "_adapters_disabled", False):
         yield "prompt learning feeds virtual tokens that no prompt names"
     yield from _global_hooks()
-    for part in anatomy.parts:
-        if part.module.training:
+    for part in anatomy.examined:
+        if part.module.training and _minds_training(type(part.module)):
             yield f"{_called(part)} is in training mode (call model.eval())"
         hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
         if hooks[0] or hooks[1]:
@@ -62,7 +62,7 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
             yield from _accelerate_hooks(part)
         if "rope_type" in part.attributes:
             yield from _lengths(part.attributes["rope_type"])
-        if package_of(type(part.module)) == "bitsandbytes":
+        if type(part.module).__module__.startswith("bitsandbytes."):
             yield from _columns_of_all_tokens(part)
     yield from _patches(anatomy)
     yield from _config_reasons(getattr(model, "config", None))
@@ -72,14 +72,51 @@ def _called(part: Part) -> str:
     return part.name or "the model"
 
 
+def _minds_training(kind: type) -> bool:
+    """Whether code of a module's class may compute something else in training mode; of other code, it is assumed."""
+    if origin_of_class(kind) is not Origin.RELEASED:
+        return True
+    reads = reads_of_class(kind)
+    return reads.unknown or "training" in reads.names
+
+
 def _trusted(function: Any) -> bool:
-    function = own_code(function)
-    owner = function if hasattr(function, "__qualname__") else type(function)
-    return package_of(function) in _TRUSTED or str(owner.__module__).startswith(_TRUSTED_MODULES)
+    """Whether a hook or a method and all the code that was handed to it come from packages that are known."""
+    return all(package_of(part) in _TRUSTED or _computes_weights(part) for part in _handed(function, set()))
+
+
+def _computes_weights(part: Any) -> bool:
+    part = behind(part)
+    kind = part if isinstance(part, type) else type(part)
+    module = part.__globals__.get("__name__") if isinstance(part, types.FunctionType) else kind.__module__
+    return str(module).startswith(_TRUSTED_MODULES) and package_of(part) == "torch"
+
+
+def _handed(function: Any, seen: set[int]) -> Iterable[Any]:
+    """Yield a callable, and those that it holds: bound objects, arguments, variables of the functions around it."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, torch.nn.Module):  # looked at by itself
+        return
+    inside: list[Any] = []
+    if isinstance(function, types.MethodType):
+        inside = [function.__func__, function.__self__]
+    elif isinstance(function, functools.partial):
+        inside = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, types.FunctionType):
+        yield function
+        inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        inside += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    elif callable(function):
+        yield function
+    for part in inside:
+        if callable(part) and not (isinstance(part, type) and package_of(part)):
+            yield from _handed(part, seen)
 
 
 def _hook_name(hook: Any) -> str:
-    hook = own_code(hook)
+    hook = behind(hook)
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
@@ -101,8 +138,12 @@ def _global_hooks() -> Iterable[str]:
 def _accelerate_hooks(part: Part) -> Iterable[str]:
     hook = part.attributes["_hf_hook"]
     for one in getattr(hook, "hooks", (hook,)):
-        if package_of(type(one)) not in _TRUSTED:
+        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, _methods_set_on(one))):
             yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
+
+
+def _methods_set_on(hook: Any) -> list[Any]:
+    return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
 
 
 def _patches(anatomy: Anatomy) -> Iterable[str]:
@@ -110,9 +151,9 @@ def _patches(anatomy: Anatomy) -> Iterable[str]:
     for part, key, value in anatomy.callables:
         method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
         own = getattr(type(part.module), method, None)
-        if not callable(own) or method in _NOT_FORWARD:
+        if not callable(own) or method in NOT_FORWARD:
             continue
-        if own_code(value) is not own_code(own) and not _trusted(value) and not _calls_compiled(part, method):
+        if behind(value) is not behind(own) and not _trusted(value) and not _calls_compiled(part, method):
             yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
 
 

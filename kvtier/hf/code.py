@@ -1,0 +1,232 @@
+"""Code and where it comes from. A function is judged by its code object, never by the names that it carries."""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import hashlib
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Packages whose version, not their code, stands for what their functions do.
+RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels", "numpy", "kvtier"})
+_STDLIB_FOLDER = str(Path(os.__file__).parent)
+_INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
+_GLOBAL_READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+
+
+class Origin(enum.Enum):
+    """Who wrote a piece of code.
+
+    RELEASED: a package of ``RELEASED`` or Python itself; its version stands for its code.
+    INSTALLED: another package in site-packages, or code that a released package generates; its text is read, not what
+        it calls.
+    OWN: everything else; its text is read, and everything that it reads.
+    """
+
+    RELEASED = "released"
+    INSTALLED = "installed"
+    OWN = "own"
+
+
+def top_package(module: object) -> str:
+    """Return ``torch`` of ``torch.nn.functional``; an empty string of what is no module's name."""
+    return module.partition(".")[0] if isinstance(module, str) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _origin_of_file(filename: str, package: str) -> Origin:
+    if package in sys.stdlib_module_names or package == "builtins":
+        in_installed = _INSTALLED_FOLDERS.intersection(Path(filename).parts)
+        if filename.startswith("<frozen ") or (filename.startswith(_STDLIB_FOLDER + os.sep) and not in_installed):
+            return Origin.RELEASED
+    elif package in RELEASED:
+        home = getattr(sys.modules.get(package), "__file__", None)
+        if home is not None and filename.startswith(str(Path(home).parent) + os.sep):
+            return Origin.RELEASED
+        if filename.startswith("<"):  # what dataclasses and the like generate
+            return Origin.INSTALLED
+    if package != "__main__" and _INSTALLED_FOLDERS.intersection(Path(filename).parts):
+        return Origin.INSTALLED
+    return Origin.OWN
+
+
+def origin_of_function(function: types.FunctionType) -> Origin:
+    """Return who wrote a Python function: its file must lie where the package of its globals does."""
+    return _origin_of_file(function.__code__.co_filename, package_of_function(function))
+
+
+def package_of_function(function: types.FunctionType) -> str:
+    """Return the top-level package in whose globals a Python function runs."""
+    return top_package(function.__globals__.get("__name__"))
+
+
+def origin_of_class(kind: type) -> Origin:
+    """Return who wrote a class: a released class is found under its name in its module.
+
+    Single methods may be patched all the same: see ``origin_of_function``.
+    """
+    module = sys.modules.get(kind.__module__)
+    found: Any = module
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    if found is not kind:
+        is_heap = kind.__flags__ & (1 << 9)  # Py_TPFLAGS_HEAPTYPE: the others are written in C
+        is_bound = type(kind).__name__ == "pybind11_type" and top_package(kind.__module__) in RELEASED
+        return Origin.RELEASED if is_bound or not is_heap else Origin.OWN
+    return origin_of_module(module)
+
+
+def origin_of_module(module: types.ModuleType | None) -> Origin:
+    """Return who wrote a module."""
+    name = str(getattr(module, "__name__", ""))
+    file = getattr(module, "__file__", None)
+    if file is None:  # built into Python, or C code without a file of its own
+        known = top_package(name) in RELEASED | sys.stdlib_module_names
+        return Origin.RELEASED if known and top_package(name) != "__main__" else Origin.OWN
+    if top_package(name) in sys.stdlib_module_names and "lib-dynload" in file:
+        return Origin.RELEASED
+    return _origin_of_file(file, top_package(name))
+
+
+def behind(function: Any) -> Any:
+    """Return the function behind partials, bound methods and ``torch.compile``."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif isinstance(function, types.MethodType):
+            function = function.__func__
+        elif is_compiled(function):
+            function = function.__dict__["_torchdynamo_orig_callable"]
+        else:
+            return function
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether ``torch.compile`` made a function."""
+    return (
+        isinstance(function, types.FunctionType)
+        and "_torchdynamo_orig_callable" in function.__dict__
+        and package_of_function(function) == "torch"
+        and origin_of_function(function) is Origin.RELEASED
+    )
+
+
+def package_of(function: Any) -> str:
+    """Return the released package that wrote a callable, or the class of an object that is called; else nothing."""
+    function = behind(function)
+    if isinstance(function, types.FunctionType):
+        return package_of_function(function) if origin_of_function(function) is Origin.RELEASED else ""
+    kind = function if isinstance(function, type) else type(function)
+    return top_package(kind.__module__) if origin_of_class(kind) is Origin.RELEASED else ""
+
+
+def nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield a code object and all that are defined inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from nested(constant)
+
+
+class CodeFacts:
+    """What can be read off a code object and those inside it, each when it is asked for first."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code  # keeps its id from being given to another
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything but file names and line numbers."""
+        return _digest(self.code)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Globals, attributes and string constants that it names."""
+        return frozenset(name for one in nested(self.code) for name in (*one.co_names, *_strings(one.co_consts)))
+
+    @functools.cached_property
+    def globals_read(self) -> tuple[str, ...]:
+        """The names that it looks up in its globals, sorted."""
+        instructions = (i for one in nested(self.code) for i in dis.get_instructions(one))
+        return tuple(sorted({i.argval for i in instructions if i.opname in _GLOBAL_READS}))
+
+    @functools.cached_property
+    def fragments(self) -> frozenset[str]:
+        """Pieces from which it may put together the names of attributes."""
+        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names))
+        return frozenset(piece for one in dynamic for piece in _fragments(list(dis.get_instructions(one))))
+
+
+# Ways to reach an attribute whose name is no constant.
+_DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "attrgetter", "__getattribute__"})
+# With one of these, code of one's own may read any attribute.
+READS_ANYTHING = frozenset(
+    {"__dict__", "__getattribute__", "__getstate__", "__reduce_ex__", "attrgetter", "deepcopy", "eval", "exec"}
+    | {"getattr", "getmembers", "pickle", "vars"}
+)
+_SHORTEST_FRAGMENT = 4
+_ADDITIONS = frozenset({"BINARY_OP", "BINARY_ADD", "BINARY_MODULO"})
+_facts: dict[int, CodeFacts] = {}
+_MOST_FACTS = 50_000
+
+
+def facts_of(code: types.CodeType) -> CodeFacts:
+    """Return what can be read off a code object. Remembered by the object, since code never changes."""
+    found = _facts.get(id(code))
+    if found is None:
+        if len(_facts) >= _MOST_FACTS:
+            _facts.clear()
+        found = _facts[id(code)] = CodeFacts(code)
+    return found
+
+
+def _fragments(instructions: list[dis.Instruction]) -> Iterator[str]:
+    """Yield the constants from which code puts strings together."""
+    for index, instruction in enumerate(instructions):
+        if instruction.opname == "BUILD_STRING":
+            before = instructions[max(index - 4 * int(instruction.argval or 0), 0) : index]
+        elif instruction.opname in _ADDITIONS:
+            before = instructions[max(index - 4, 0) : index]
+        else:
+            continue
+        for one in before:
+            is_name = isinstance(one.argval, str) and one.opname == "LOAD_CONST" and one.argval.isidentifier()
+            if is_name and len(one.argval.strip("_")) >= _SHORTEST_FRAGMENT:
+                yield one.argval
+
+
+def _strings(constants: tuple[Any, ...]) -> Iterator[str]:
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _strings(tuple(constant))
+
+
+_KINDS_OF_CODE = 0x3FF  # flags besides those of __future__, which do not matter once code is compiled
+
+
+def _digest(code: types.CodeType) -> str:
+    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & _KINDS_OF_CODE)
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    digest = hashlib.sha256(repr((shape, names, getattr(code, "co_exceptiontable", b""))).encode())
+    digest.update(code.co_code)
+    for constant in code.co_consts:
+        digest.update(_constant(constant).encode())
+    return digest.hexdigest()
+
+
+def _constant(constant: Any) -> str:
+    if isinstance(constant, types.CodeType):
+        return _digest(constant)
+    if isinstance(constant, frozenset):
+        return f"frozenset({sorted(map(_constant, constant))})"
+    if isinstance(constant, tuple):
+        return f"tuple({list(map(_constant, constant))})"
+    return f"{type(constant).__name__} {constant!r}"
