@@ -157,10 +157,15 @@ class CodeFacts:
         return tuple(sorted({i.argval for i in instructions if i.opname in _GLOBAL_READS}))
 
     @functools.cached_property
+    def looked_up(self) -> frozenset[str]:
+        """The names that it looks up, in its globals or on objects: cheaper to know than which of them are globals."""
+        return frozenset(name for one in nested(self.code) for name in one.co_names)
+
+    @functools.cached_property
     def fragments(self) -> frozenset[str]:
         """Pieces from which it may put together the names of attributes."""
-        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names))
-        return frozenset(piece for one in dynamic for piece in _fragments(list(dis.get_instructions(one))))
+        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names) and _joins(one))
+        return frozenset(piece for one in dynamic for piece in _fragments(one))
 
 
 # Ways to reach an attribute whose name is no constant.
@@ -172,6 +177,9 @@ READS_ANYTHING = frozenset(
 )
 _SHORTEST_FRAGMENT = 4
 _ADDITIONS = frozenset({"BINARY_OP", "BINARY_ADD", "BINARY_MODULO"})
+_BUILD_STRING, _LOAD_CONST = dis.opmap["BUILD_STRING"], dis.opmap["LOAD_CONST"]
+_INLINE_CACHE = dis.opmap.get("CACHE", -1)  # since Python 3.11
+_JOINING = frozenset(dis.opmap[name] for name in (*_ADDITIONS, "BUILD_STRING") if name in dis.opmap)
 _facts: dict[int, CodeFacts] = {}
 _MOST_FACTS = 50_000
 
@@ -186,19 +194,36 @@ def facts_of(code: types.CodeType) -> CodeFacts:
     return found
 
 
-def _fragments(instructions: list[dis.Instruction]) -> Iterator[str]:
-    """Yield the constants from which code puts strings together."""
-    for index, instruction in enumerate(instructions):
-        if instruction.opname == "BUILD_STRING":
-            before = instructions[max(index - 4 * int(instruction.argval or 0), 0) : index]
-        elif instruction.opname in _ADDITIONS:
+def _joins(code: types.CodeType) -> bool:
+    """Whether a code object has an instruction by which strings are put together: reading all of them costs more."""
+    return not _JOINING.isdisjoint(code.co_code[::2])
+
+
+def _fragments(code: types.CodeType) -> Iterator[str]:
+    """Yield the constants from which a code object puts strings together."""
+    instructions = _instructions(code)
+    for index, (operation, argument) in enumerate(instructions):
+        if operation == _BUILD_STRING:
+            before = instructions[max(index - 4 * argument, 0) : index]
+        elif operation in _JOINING:
             before = instructions[max(index - 4, 0) : index]
         else:
             continue
-        for one in before:
-            is_name = isinstance(one.argval, str) and one.opname == "LOAD_CONST" and one.argval.isidentifier()
-            if is_name and len(one.argval.strip("_")) >= _SHORTEST_FRAGMENT:
-                yield one.argval
+        for constant in (code.co_consts[n] for operation, n in before if operation == _LOAD_CONST):
+            is_name = isinstance(constant, str) and constant.isidentifier()
+            if is_name and len(constant.strip("_")) >= _SHORTEST_FRAGMENT:
+                yield constant
+
+
+def _instructions(code: types.CodeType) -> list[tuple[int, int]]:
+    """Return operations and their arguments. ``dis`` returns more of them, which costs ten times as much."""
+    found, extended = [], 0
+    for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        argument |= extended
+        extended = argument << 8 if operation == dis.EXTENDED_ARG else 0
+        if operation not in (dis.EXTENDED_ARG, _INLINE_CACHE):
+            found.append((operation, argument))
+    return found
 
 
 def _strings(constants: tuple[Any, ...]) -> Iterator[str]:

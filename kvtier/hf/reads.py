@@ -142,8 +142,8 @@ class _Reader:
                 continue
         if origin is Origin.RELEASED and not str(function.__globals__.get("__name__")).startswith(COMPUTING):
             return
-        for name in facts.globals_read:
-            value = function.__globals__.get(name)
+        for name in facts.looked_up & function.__globals__.keys():
+            value = function.__globals__[name]
             if not isinstance(value, types.ModuleType):
                 yield value
             elif origin is Origin.OWN:
