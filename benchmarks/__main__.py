@@ -27,6 +27,7 @@ NAMES = (
     "memory",
     "stream",
     "window",
+    "update",
     "catalog",
     "eviction",
     "snapshots",

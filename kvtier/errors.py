@@ -4,7 +4,7 @@ KvtierError
 ├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
 │   └── BudgetError                   ``device_budget`` is too small: the message names the smallest that works
 ├── ClosedError                       a cache or store is used after ``close()``
-├── BusyError                         a cache is asked for a second turn before its first one has ended
+├── BusyError                         a cache is changed, or asked for a second turn, before its turn has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
 │   └── UnannouncedError              a ``generate()`` that kvtier did not see feeds a cache that holds other tokens
 ├── UnknownNameError (KeyError)       nothing in the store is called so
@@ -39,7 +39,7 @@ class ClosedError(KvtierError):
 
 
 class BusyError(KvtierError):
-    """The cache is having a turn on another thread."""
+    """The cache is serving ``generate()``, which nothing else may change under it."""
 
 
 class PromptError(KvtierError, ValueError):

@@ -9,13 +9,24 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """K and V of one layer for one token: ``[k_heads, k_dim]`` and ``[v_heads, v_dim]`` of ``dtype``."""
+    """K and V of one layer for one token: ``[k_heads, k_dim]`` and ``[v_heads, v_dim]``.
+
+    Attributes:
+        dtype: of K, and of V unless ``v_dtype`` is set.
+        v_dtype: of V where it differs; such layers are held, but neither stored nor offloaded.
+    """
 
     k_heads: int
     k_dim: int
     v_heads: int
     v_dim: int
     dtype: torch.dtype
+    v_dtype: torch.dtype | None = None
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """Dtype of V."""
+        return self.dtype if self.v_dtype is None else self.v_dtype
 
     @property
     def k_bytes(self) -> int:
@@ -25,7 +36,7 @@ class LayerGeometry:
     @property
     def v_bytes(self) -> int:
         """Bytes of V for one token."""
-        return self.v_heads * self.v_dim * self.dtype.itemsize
+        return self.v_heads * self.v_dim * self.values_dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -35,7 +46,9 @@ class LayerGeometry:
     @classmethod
     def of(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerGeometry:
         """Return the geometry of ``[batch, heads, tokens, dim]`` K and V."""
-        return cls(k_bhtd.shape[1], k_bhtd.shape[3], v_bhtd.shape[1], v_bhtd.shape[3], k_bhtd.dtype)
+        k_shape, v_shape, dtype = k_bhtd.shape, v_bhtd.shape, k_bhtd.dtype
+        v_dtype = v_bhtd.dtype
+        return cls(k_shape[1], k_shape[3], v_shape[1], v_shape[3], dtype, None if v_dtype is dtype else v_dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvtier.buffers import empty_rows, new_buffer, writable_results
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.tenants import Tenants
@@ -21,7 +22,13 @@ def first_visible(begin: int, sliding_window: int) -> int:
 
 
 class LayerMemory(Protocol):
-    """K and V of one layer for all rows, wherever they are."""
+    """K and V of one layer for all rows, wherever they are.
+
+    Attributes:
+        geometry: of K and V.
+    """
+
+    geometry: LayerGeometry
 
     @property
     def rows(self) -> int:
@@ -64,17 +71,18 @@ class Window:
     def __init__(self, rows: int, geometry: LayerGeometry, capacity: int, device: torch.device | str) -> None:
         self.geometry = geometry
         g = geometry
-        self.k = torch.empty(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
-        self.v = torch.empty(rows, g.v_heads, capacity, g.v_dim, dtype=g.dtype, device=device)
+        self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
+        self.v = new_buffer(rows, g.v_heads, capacity, g.v_dim, dtype=g.values_dtype, device=device)
+        self._room = capacity
 
     @classmethod
     def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerGeometry, capacity: int) -> Window:
         """Return an empty window whose buffers lie in ``memory``, ``[bytes]``, which must be large enough."""
         g, k_bytes, v_bytes = geometry, rows * capacity * geometry.k_bytes, rows * capacity * geometry.v_bytes
         window = cls.__new__(cls)
-        window.geometry = geometry
+        window.geometry, window._room = geometry, capacity
         window.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
-        window.v = memory[k_bytes : k_bytes + v_bytes].view(g.dtype).view(rows, g.v_heads, capacity, g.v_dim)
+        window.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
         return window
 
     @classmethod
@@ -94,8 +102,8 @@ class Window:
 
     @property
     def capacity(self) -> int:
-        """Columns there is room for, in both buffers: an interrupt may come between the growth of one and the other."""
-        return min(self.k.shape[2], self.v.shape[2])
+        """Columns there is room for, in both buffers."""
+        return self._room
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +124,7 @@ class Window:
         Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
         """
         twin = Window.__new__(Window)
-        twin.geometry, twin.k, twin.v = self.geometry, self.k, self.v
+        twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k, self.v, self._room
         if self._tenants is None:
             self._tenants = Tenants()
         twin._tenants = self._tenants
@@ -125,7 +133,7 @@ class Window:
 
     def reserve(self, columns: int, live: int) -> None:
         """Have room for ``columns``; the first ``live`` keep their values."""
-        if columns > self.capacity:
+        if columns > self._room:
             self.grow(self.capacity_for(columns), live)
 
     def grow(self, capacity: int, live: int) -> None:
@@ -137,8 +145,11 @@ class Window:
 
     def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Have these buffers, which nobody shares."""
+        # An interrupt may come at any time, between the two buffers too: the smaller one says what room there is.
+        self._room = min(self._room, k.shape[2])
         self.k, self.v = k, v
-        if self._tenants is not None:  # only now: an interrupt may come between any two lines
+        self._room = k.shape[2]
+        if self._tenants is not None:  # only now
             self._tenants.leave(self)
             self._tenants = None
 
@@ -152,11 +163,16 @@ class Window:
         self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put K and V into the columns from ``begin`` on, and have room for them; return those from ``first`` on."""
-        end = begin + k_bhtd.shape[2]
-        self.reserve(end, live=begin)
-        self._make_writable(begin, end, live=begin)
-        self.write(begin, k_bhtd, v_bhtd)
-        return self.k[:, :, first:end], self.v[:, :, first:end]
+        columns = k_bhtd.shape[2]
+        end = begin + columns
+        if end > self._room:
+            self.reserve(end, live=begin)
+        if self._tenants is not None:
+            self._make_writable(begin, end, live=begin)
+        k, v = self.k, self.v  # `narrow` is half as dear as a slice, and this is done for each layer and token
+        k.narrow(2, begin, columns).copy_(k_bhtd)
+        v.narrow(2, begin, columns).copy_(v_bhtd)
+        return k.narrow(2, first, end - first), v.narrow(2, first, end - first)
 
     def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of the first ``columns`` columns, as views."""
@@ -225,12 +241,13 @@ class Window:
     def __deepcopy__(self, memo: dict[int, Any]) -> Window:
         """Copy the buffers."""
         twin = Window.__new__(Window)
-        twin.geometry, twin.k, twin.v = self.geometry, self.k.clone(), self.v.clone()
+        with writable_results():
+            twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k.clone(), self.v.clone(), self._room
         return twin
 
 
 def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, in_place: bool) -> torch.Tensor:
-    target = buffer if in_place else buffer.new_empty(len(rows), *buffer.shape[1:])
+    target = buffer if in_place else empty_rows(buffer, len(rows), buffer.shape[1:])
     for begin in range(0, live, _SELECTED_TOGETHER):  # in pieces: a second copy of all would need as much memory again
         columns = slice(begin, min(begin + _SELECTED_TOGETHER, live))
         target[:, :, columns] = buffer[:, :, columns].index_select(0, rows)

@@ -16,7 +16,9 @@ from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.call import read_loop
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.hook import install
+from kvtier.hf.layer_marks import LayerMarks
 from kvtier.hf.positions import remember_positions
+from kvtier.hf.serving import refuse_inside
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
 from kvtier.report import TurnReport
@@ -97,10 +99,12 @@ class TieredCache(TurnCache):
             attention_mask: ``[batch, columns]``; rows may be padded on the left.
 
         Raises:
+            BusyError: ``generate()`` is using the cache.
             ClosedError: the cache was closed.
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
         self._check_open()
+        refuse_inside(self, "begin()")
         call = read_loop(model, input_ids, attention_mask, self.held())
         while True:
             report = self._begin(model, call)
@@ -108,7 +112,7 @@ class TieredCache(TurnCache):
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()
             except BlockError:
-                self.reset()  # the block was discarded: begin again with what is left
+                self.start_over()  # the block was discarded: begin again with what is left
                 continue
             if self._turn is not None and self._turn.prompt is not None:
                 remember_positions(model, self._turn.prompt)
@@ -126,12 +130,14 @@ class TieredCache(TurnCache):
             ttl: seconds after its last use at which it is forgotten.
 
         Raises:
+            BusyError: ``generate()`` is using the cache.
             ClosedError: the cache was closed.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
             PromptError: no turn has begun, or ``sequences`` do not begin with its prompt, or there is nothing to name.
             StoreError: the name cannot be kept; the turn has ended all the same.
         """
         self._check_open()
+        refuse_inside(self, "commit()")
         if name is not None:
             checked_name(name)
             checked_ttl(ttl)
@@ -181,7 +187,10 @@ class TieredCache(TurnCache):
         self._store.flush()
 
     def close(self) -> None:
-        """Let go of the windows; write what is queued. Closes a store that was opened here and nobody else uses."""
+        """Let go of the windows; write what is queued. Closes a store that was opened here and nobody else uses.
+
+        Inside ``generate()``, that call ends with a ``ClosedError`` if it goes on.
+        """
         if self._closed:
             return
         self._end_turn()
@@ -216,6 +225,21 @@ class TieredCache(TurnCache):
         """
         return copy.deepcopy(self)
 
+    def __copy__(self) -> TieredCache:
+        """Do as ``fork`` does: two caches with the same layers would each overwrite what the other knows."""
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a TieredCache cannot be pickled: what it knows is in its store. Open the store's folder in the other "
+            "process, TieredCache(folder), and call generate() with the same tokens"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
         self._check_open()
@@ -229,7 +253,9 @@ class TieredCache(TurnCache):
         self._copy_layers_to(twin, memo)
         if turn is not None:
             twin._turn = turn.twin(memo if any(not layer.complete for layer in self._windows) else None)
-        twin._held, twin._root, twin.last_turn = self._held, self._root, self.last_turn
+        if self._held is not None and self._marks is not None and self._marks.still_hold(self.layers):
+            twin._held, twin._marks = self._held, LayerMarks(twin.layers)
+        twin._root, twin.last_turn, twin._calls = self._root, self.last_turn, self._calls.copy()
         twin._snapshots, twin._fed_columns = copy.deepcopy(self._snapshots), self._fed_columns
         return twin
 

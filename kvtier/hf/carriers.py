@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvtier.buffers import as_writable
 from kvtier.hf.compat.model_profiles import profile_of
 
 
@@ -48,7 +49,7 @@ class CarriedStates:
     def hold(self, new: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors, in the order of their names: those that were restored, or else ``new`` ones."""
         if any(tensor is None for tensor in self.tensors.values()):
-            self.tensors = dict(zip(self.tensors, new, strict=True))
+            self.tensors = dict(zip(self.tensors, map(as_writable, new), strict=True))
         return [tensor for tensor in self.tensors.values() if tensor is not None]
 
 

@@ -73,7 +73,7 @@ def take_turn(
                 cache._salvage()
                 raise
             stream_failed = isinstance(error, StreamError)
-            cache.reset()
+            cache.start_over()
             if streamer is not None:
                 kwargs["streamer"] = _WithoutPrompt(streamer)
             continue

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    CacheLayerMixin,
-)
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtier.hf.prefix import MakeMemory, TurnPrefix
 from kvtier.hf.streamed import StreamedPrefix
@@ -21,11 +19,16 @@ def new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
     return Window.like(k_bhtd, v_bhtd, 0)
 
 
-class WindowLayer(CacheLayerMixin):
+class WindowLayer(DynamicLayer):
     """Full attention. The window holds every token; appending writes in place.
 
     K and V are detached: the window is for inference. Tensors returned by ``update`` are views of the window and
-    stay valid until the next call that changes the layer.
+    stay valid until the next call that changes the layer. A ``DynamicLayer`` by type only: nothing of it is used.
+
+    Attributes:
+        window: where K and V are; None before the first token, and while all of a prefix is still to come.
+        length: columns held, those of an expected prefix included.
+        changes: how often tokens were appended or rows moved, whoever did it.
     """
 
     is_sliding = False
@@ -35,6 +38,7 @@ class WindowLayer(CacheLayerMixin):
         self.make = make
         self.is_optional = is_optional
         self.window: LayerMemory | None = None
+        self.changes = 0
         self.reset()
 
     def reset(self) -> None:
@@ -44,24 +48,41 @@ class WindowLayer(CacheLayerMixin):
         self.window = None
         self._prefix: tuple[TurnPrefix, int] | None = None
         self._empty_prefix: TurnPrefix | None = None
+        self._came_early = False
         self.length = 0
-        self.is_initialized = False
+        self.changes += 1
 
     @property
     def windows(self) -> tuple[WindowLayer, ...]:
         """All windows that belong to this layer, in the order in which the store keeps them."""
         return (self,)
 
-    # The public K and V of a transformers layer are what is held, without spare capacity.
+    # The public K and V of a transformers layer are what is held, without spare capacity. Some models read them before
+    # their first update of a pass: a prefix that is still to come is waited for.
     @property
     def keys(self) -> torch.Tensor | None:
-        """``[batch, k_heads, length, k_dim]``, or None before the first token."""
+        """``[batch, k_heads, length, k_dim]``, or None before the first token.
+
+        Raises:
+            RestoreError: a page of an expected prefix could not be read, or does not fit; its block was discarded.
+        """
+        self.bring_prefix()
         return None if self.window is None else self.window.contents(self.length)[0]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """``[batch, v_heads, length, v_dim]``, or None before the first token."""
+        """``[batch, v_heads, length, v_dim]``, or None before the first token.
+
+        Raises:
+            RestoreError: a page of an expected prefix could not be read, or does not fit; its block was discarded.
+        """
+        self.bring_prefix()
         return None if self.window is None else self.window.contents(self.length)[1]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether ``keys`` and ``values`` are tensors."""
+        return self.is_used
 
     @property
     def rows(self) -> int:
@@ -82,7 +103,6 @@ class WindowLayer(CacheLayerMixin):
         """Make an empty window for K and V of these shapes."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.window = self.make(key_states, value_states)
-        self.is_initialized = True
 
     def expect(self, prefix: TurnPrefix, layer: int) -> None:
         """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for windows that stay empty."""
@@ -102,37 +122,55 @@ class WindowLayer(CacheLayerMixin):
             BudgetError: the budget of the device is too small.
             StreamError: a page of a cold layer is lost, or cannot be written.
         """
-        key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        if self._prefix is not None or self.window is None or self._came_early:
+            self._prepare(key_states, value_states)
+        assert self.window is not None
+        begin = self.length
+        self.changes += 1  # first: an interrupt may come at any time
+        states = self.window.append(begin, key_states, value_states, self._first_visible(begin))
+        self.length = begin + key_states.shape[2]
+        return states
+
+    def _prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Have a window for the first K and V of a turn, with the expected prefix in it.
+
+        Raises:
+            RestoreError: a page of the expected prefix could not be read, or does not fit.
+        """
         if self._prefix is not None:
             prefix, layer = self._prefix
             self.window = prefix.take(layer, self.window, key_states, value_states, self.make)
-            self._prefix, self.is_initialized = None, True
+            self._prefix = None
             self.dtype, self.device = key_states.dtype, key_states.device
         elif self.window is None:
             if self._empty_prefix is not None:
                 raise self._empty_prefix.reject("a layer that had nothing when the prefix was kept has something now")
             self.lazy_initialization(key_states, value_states)
-        assert self.window is not None
-        begin = self.length
-        states = self.window.append(begin, key_states, value_states, self._first_visible(begin))
-        self.length = begin + key_states.shape[-2]
-        return states
+        elif self._came_early:  # to the model's device; this layer may be on another one
+            self._came_early = False
+            if self.window.device != key_states.device:
+                k, v = (part.to(key_states.device) for part in self.window.contents(self.length))
+                moved = self.make(key_states, value_states)
+                moved.append(0, k, v, 0)
+                self.window.close()
+                self.window, self.device = moved, key_states.device
 
     def _first_visible(self, begin: int) -> int:
         """Return the first column that new tokens at column ``begin`` attend to."""
         return 0
 
-    def all_keys(self) -> torch.Tensor | None:
-        """Return ``keys``, those of an expected prefix too: the first tokens of a turn are still to come.
+    def bring_prefix(self) -> None:
+        """Hold the expected prefix now, before any token comes after it.
 
         Raises:
             RestoreError: a page could not be read, or does not fit; its block was discarded.
         """
         if self._prefix is not None:
             prefix, layer = self._prefix
-            like = self.window.contents(0) if self.window is not None else None
-            self.update(*prefix.nothing(layer, like))
-        return self.keys
+            self._prepare(*prefix.nothing(layer, self.window.contents(0) if self.window is not None else None))
+            self._came_early = True
 
     def copy_to(self, twin: WindowLayer, streams: Streams) -> None:
         """Let ``twin`` hold the same on other streams."""
@@ -143,7 +181,7 @@ class WindowLayer(CacheLayerMixin):
             self._prefix = None
         if isinstance(self.window, StreamedLayer):
             twin.window = self.window.twin(streams.deck(self.window.device))
-            twin.length, twin.is_initialized = self.length, self.is_initialized
+            twin.length = self.length
             twin.dtype, twin.device = self.dtype, self.device
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -167,21 +205,23 @@ class WindowLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        if self.window is not None:
-            self.window.select(beam_idx, self.length)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
-        if self.window is not None:
-            self.window.select(indices, self.length)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
+        self._select(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
         if self.window is not None:
-            self.window.select(torch.arange(self.rows).repeat_interleave(repeats), self.length)
+            self.changes += 1
+            self.window.select(rows, self.length)
 
 
-class SlidingWindowLayer(WindowLayer):
+class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
     """Sliding or chunked attention: attention sees the last ``sliding_window - 1`` columns and the new ones.
 
     The window keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
@@ -190,7 +230,7 @@ class SlidingWindowLayer(WindowLayer):
     is_sliding = True
 
     def __init__(self, sliding_window: int, make: MakeMemory = new_window, **kwargs: Any) -> None:
-        super().__init__(make)
+        WindowLayer.__init__(self, make)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
 
@@ -201,8 +241,11 @@ class SlidingWindowLayer(WindowLayer):
         """Return the columns that attention sees at most."""
         return self.sliding_window
 
+    def activate_past_recording(self) -> None:
+        """Do nothing: the window keeps what ``crop`` needs."""
 
-class IndexedLayer(WindowLayer):
+
+class IndexedLayer(WindowLayer, DynamicIndexedLayer):
     """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window.
 
     Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
@@ -218,11 +261,11 @@ class IndexedLayer(WindowLayer):
         # Layers may share what one of them has chosen.
         self.indexer = WindowLayer(make_indexer, is_optional=True)
         self.positions = WindowLayer(make_positions, is_optional=True)
-        super().__init__(make)
+        WindowLayer.__init__(self, make)
 
     def reset(self) -> None:
         """Hold nothing."""
-        super().reset()
+        WindowLayer.reset(self)
         self.indexer.reset()
         self.positions.reset()
 
@@ -232,9 +275,20 @@ class IndexedLayer(WindowLayer):
         return (self, self.indexer, self.positions)
 
     @property
+    def is_indexer_initialized(self) -> bool:
+        """Whether ``indexer_keys`` is a tensor."""
+        return self.indexer.is_used
+
+    @property
+    def indexer_keys(self) -> torch.Tensor | None:
+        """``[batch, length, dim]``, or None before the first token."""
+        keys = self.indexer.keys
+        return None if keys is None else keys[:, 0]
+
+    @property
     def indexer_position_ids(self) -> torch.Tensor | None:
         """``[dimensions, batch, length]``, as the model has set it; None where it has not."""
-        held = self.positions.all_keys()
+        held = self.positions.keys
         return None if held is None else held[:, 0].permute(2, 0, 1)
 
     @indexer_position_ids.setter
@@ -252,24 +306,24 @@ class IndexedLayer(WindowLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns."""
-        super().crop(tokens_to_remove)
+        WindowLayer.crop(self, tokens_to_remove)
         self.indexer.crop(tokens_to_remove)
         self.positions.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        super().reorder_cache(beam_idx)
+        WindowLayer.reorder_cache(self, beam_idx)
         self.indexer.reorder_cache(beam_idx)
         self.positions.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
-        super().batch_select_indices(indices)
+        WindowLayer.batch_select_indices(self, indices)
         self.indexer.batch_select_indices(indices)
         self.positions.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
-        super().batch_repeat_interleave(repeats)
+        WindowLayer.batch_repeat_interleave(self, repeats)
         self.indexer.batch_repeat_interleave(repeats)
         self.positions.batch_repeat_interleave(repeats)

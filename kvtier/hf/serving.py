@@ -42,6 +42,19 @@ def is_serving(cache: Any) -> bool:
     return _threads.get(id(cache)) == threading.get_ident()
 
 
+def refuse_inside(cache: Any, what: str) -> None:
+    """Make sure that no wrapped ``generate()`` call is using ``cache``, on any thread.
+
+    Raises:
+        BusyError: one is; ``what`` would change the cache under it.
+    """
+    if id(cache) in _threads:
+        raise BusyError(
+            f"{what} inside generate(): this TieredCache is serving that call; do it after generate() has returned, or "
+            "on another cache: fork() is possible at any time"
+        )
+
+
 def running_generate() -> FrameType | None:
     """Return the innermost ``generate()`` of a model that is running on this thread, wrapped by kvtier or not.
 

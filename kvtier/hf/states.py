@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from kvtier.buffers import writable_results
+
 # What layers of linear attention and convolutions keep; a layer that also has a window keeps that apart.
 _LINEAR = (
     "conv_states",
@@ -121,10 +123,12 @@ def put_states(layers: Mapping[int, Any], rows: Sequence[torch.Tensor], device: 
         for name in parsed[0][0]:
             if name.startswith(prefix):
                 try:
-                    joined = torch.cat([tensors[name] for tensors, _ in parsed]).to(device)
+                    with writable_results():  # models and layers write states in place
+                        joined = torch.cat([tensors[name] for tensors, _ in parsed]).to(device)
+                        joined = joined.repeat_interleave(repeats, 0)
                 except RuntimeError as error:
                     raise UnreadableError(f"{name} has another shape in every row: {error}") from error
-                _set(layer, name.removeprefix(prefix).split("."), joined.repeat_interleave(repeats, 0))
+                _set(layer, name.removeprefix(prefix).split("."), joined)
         layer.device = device
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.record_past = False
@@ -176,13 +180,45 @@ def _forget(layer: Any) -> None:
 
 def move_rows(layer: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace every tensor of states, ``[rows, …]``, by what ``move`` makes of it."""
-    for path, tensor in list(_tensors(layer)):
-        _set(layer, path, move(tensor))
+    with writable_results():
+        for path, tensor in list(_tensors(layer)):
+            _set(layer, path, move(tensor))
 
 
 def copy_states(layer: Any, twin: Any) -> None:
     """Let ``twin``, a layer of the same kind, have the same states."""
-    for name, value in _attributes(layer).items():
-        setattr(twin, name, copy.deepcopy(value))
+    with writable_results():
+        for name, value in _attributes(layer).items():
+            setattr(twin, name, _copied(value))
     if hasattr(layer, "device"):
         twin.device = layer.device
+
+
+def clone_states(layer: Any, memo: dict[int, Any]) -> None:
+    """Let a deep copy of ``layer`` that uses ``memo`` take clones of its states, which may belong to a graph."""
+    with writable_results():
+        for _, tensor in _tensors(layer):
+            memo.setdefault(id(tensor), tensor.detach().clone())
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy; tensors are detached, for what belongs to a graph cannot be copied deeply."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return copy.copy(value)
+
+
+def state_marks(layer: Any) -> list[tuple[torch.Tensor, int]]:
+    """Return the tensors of states that a layer has, and how often each was written in place.
+
+    Equal marks, by ``same_marks``, mean that no model has changed them. Tensors made in inference mode do not count
+    writes; kvtier makes none that are written, and layers that make their own replace them.
+    """
+    return [(tensor, -1 if tensor.is_inference() else tensor._version) for _, tensor in _tensors(layer)]
+
+
+def same_marks(one: Sequence[tuple[torch.Tensor, int]], other: Sequence[tuple[torch.Tensor, int]]) -> bool:
+    """Whether two of ``state_marks`` are of the same tensors, unchanged in between."""
+    return len(one) == len(other) and all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))

@@ -70,5 +70,5 @@ class TurnTaker(ABC):
         """Return the columns held."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Hold nothing."""
+    def start_over(self) -> None:
+        """Hold nothing, and forget the turn: the call that it is part of begins it again."""

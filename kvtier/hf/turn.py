@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.errors import BusyError
 from kvtier.hf.fed import Fed
 from kvtier.hf.identity import Identity
 from kvtier.hf.marks import Mark
@@ -57,7 +59,12 @@ class Turn:
         reason: why not more was reused.
         prompt_only: whether generated tokens can no longer be told by row.
         row_of: the prompt row that each cache row continues; None until rows are known to have moved.
-        cropped: whether tokens were taken back; if others come after that, they are not those of the sequences.
+        cropped_to: columns that were left when tokens were taken back; if others come after that, they are not those of
+            the sequences.
+        intact: columns that no later token has overwritten, and that were fed to every layer by whole forward passes.
+        is_strict: whether only the running ``generate()`` may change the cache, which appends and nothing else.
+        ends: columns that each layer held after its last update of the turn, and the forward pass that made it.
+        passes: forward passes of the turn, the one that is running included.
         fed: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
         custom: whether nothing else can tell: the prompt may not have been fed.
         match_seconds: time it took to find the prefix.
@@ -78,7 +85,11 @@ class Turn:
     reason: str | None = None
     prompt_only: bool = False
     row_of: list[int] | None = None
-    cropped: bool = False
+    cropped_to: int | None = None
+    intact: int = sys.maxsize
+    is_strict: bool = False
+    ends: dict[int, tuple[int, int]] = field(default_factory=dict)
+    passes: int = 0
     fed: Fed | None = None
     custom: bool = False
     match_seconds: float = 0.0
@@ -104,7 +115,8 @@ class Turn:
         """
         prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
         row_of = list(self.row_of) if self.row_of is not None else None
-        return replace(self, prefix=prefix, row_of=row_of, fed=copy.deepcopy(self.fed))
+        fed, ends = copy.deepcopy(self.fed), dict(self.ends)
+        return replace(self, prefix=prefix, row_of=row_of, fed=fed, ends=ends, is_strict=False)
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
@@ -118,12 +130,50 @@ class Turn:
         if self.fed is not None:
             self.fed.move(rows.tolist())
 
-    def appending(self, begin: int, columns: int) -> None:
-        """Note that a layer of ``begin`` columns is given ``columns`` more."""
-        if self.cropped:
+    def appending(self, layer: int, begin: int, columns: int) -> None:
+        """Note that ``layer``, which holds ``begin`` columns, is given ``columns`` more.
+
+        Raises:
+            BusyError: something else than the running ``generate()`` has changed the layer.
+        """
+        ends = self.ends
+        held = ends.get(layer)
+        expected, last_pass = held if held is not None else (self._known_columns, 0)
+        if begin != expected:
+            self._changed(layer, begin, expected)
+        if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
+            self.passes += 1
+        elif last_pass != self.passes - 1:  # a pass that ended early did not come here; later ones saw what it left
+            self.intact = min(self.intact, begin)
+        ends[layer] = begin + columns, self.passes
+        if self.cropped_to is not None:
             self.prompt_only = True
+            if self.fed is None:
+                self.intact = min(self.intact, self.cropped_to)
         if self.fed is not None:
             self.fed.appended(begin, columns)
+
+    @property
+    def _known_columns(self) -> int:
+        return self.prefix.columns if self.prefix is not None else 0
+
+    def _changed(self, layer: int, begin: int, expected: int) -> None:
+        if self.is_strict:
+            raise BusyError(
+                f"this TieredCache was changed inside generate(): layer {layer} holds {begin} columns where generate() "
+                f"has fed {expected}. Change it (crop, reset, layers) after generate() has returned, or stop "
+                "generate() by a stopping criterion and call it again with the prompt that is wanted"
+            )
+        self.prompt_only = True
+        self.intact = min(self.intact, begin, expected)
+
+    def cropped(self, columns: int, ends: Mapping[int, int]) -> None:
+        """Note that tokens were taken back: ``columns`` are left, ``ends`` of them in each layer."""
+        self.cropped_to = columns if self.cropped_to is None else min(columns, self.cropped_to)
+        if not self.is_strict:  # else the next update finds that the layers are not as generate() left them
+            self.ends = {layer: (ends[layer], last_pass) for layer, (_, last_pass) in self.ends.items()}
+        if self.fed is not None:
+            self.fed.cut(columns)
 
     def prompt_rows(self, held_rows: int) -> list[int]:
         """Return the prompt row that each of ``held_rows`` cache rows continues."""
@@ -168,7 +218,7 @@ class Turn:
         assert prompt is not None
         marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
         positions = tuple(prompt.positions[p] for p in row_of) if prompt.positions else ()
-        return Held(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions)
+        return Held(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions).cut(self.intact)
 
     def reads(self, sequences: Any) -> bool:
         """Whether ``sequences``, which ``generate`` returned, are ids ``[rows, columns]`` of prompt and answer."""

@@ -21,12 +21,13 @@ from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.fed import Fed
 from kvtier.hf.hook import check_installed
 from kvtier.hf.identity import identify
+from kvtier.hf.layer_marks import LayerMarks
 from kvtier.hf.layers import SlidingWindowLayer, WindowLayer
 from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
-from kvtier.hf.serving import running_generate
+from kvtier.hf.serving import is_serving, refuse_inside, running_generate
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.states import UnreadableError
@@ -65,6 +66,8 @@ class TurnCache(WindowCache, TurnTaker):
         self._held: Held | None = None
         self._snapshots = Snapshots()
         self._root: str | None = None
+        self._marks: LayerMarks | None = None
+        self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the call itself: a number could be given to a later one
         self._longest_answer = 0
         self.last_turn = None
@@ -85,17 +88,26 @@ class TurnCache(WindowCache, TurnTaker):
 
         Raises:
             BudgetError: ``device_budget`` is too small for so many tokens.
+            BusyError: something else than the running ``generate()`` has changed the layer.
             ClosedError: the cache was closed.
             StreamError: a page of a cold layer is lost, or cannot be written.
             UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
-        if self._turn is None:
+        layers = self.layers
+        layer = layers[layer_idx] if layer_idx < len(layers) else self._layer(layer_idx)
+        turn = self._turn
+        if turn is None:
             self._feed_unannounced()
         else:
-            begin = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
-            self._turn.appending(begin, key_states.shape[-2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            turn.appending(layer_idx, layer.get_seq_length(), key_states.shape[2])
+        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return states
+
+    # Models without attention come here alone.
+    def _feeding_states(self) -> None:
+        if self._turn is None:
+            self._feed_unannounced()
 
     def _feed_unannounced(self) -> None:
         """Prepare for tokens that no turn has announced: in a loop of one's own they are fine, in ``generate()`` not.
@@ -113,7 +125,16 @@ class TurnCache(WindowCache, TurnTaker):
         self._held = None  # tokens without a name
 
     def reset(self) -> None:
-        """Hold nothing. The store keeps what it has."""
+        """Hold nothing. The store keeps what it has.
+
+        Raises:
+            BusyError: ``generate()`` is using the cache.
+        """
+        refuse_inside(self, "reset()")
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Hold nothing, and forget the turn."""
         self._unseen_generate = None
         self._end_turn()
         self._lay_out(self._config)
@@ -123,9 +144,8 @@ class TurnCache(WindowCache, TurnTaker):
         self._snapshots.live = None
         super().crop(tokens_to_remove)
         if self._turn is not None and tokens_to_remove:
-            self._turn.cropped = True
-            if self._turn.fed is not None:
-                self._turn.fed.cut(self.get_seq_length())
+            ends = {index: self.layers[index].get_seq_length() for index in self._turn.ends}
+            self._turn.cropped(self.get_seq_length(), ends)
 
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         before, turn = self._row_count, self._turn
@@ -139,13 +159,15 @@ class TurnCache(WindowCache, TurnTaker):
     def _begin(self, model: PreTrainedModel, call: Call) -> TurnReport:
         self._check_open()
         self._longest_answer = call.longest_answer
+        # These take tokens back, or may do anything. Of calls whose arguments were not read, nothing is known.
+        self._is_strict = is_serving(self) and call.ids is not None and call.cold is None and not call.custom
         self._salvage()
         start = partial(self._start_call, call)
         prompt, off = call.prompt, why_untrusted() or call.off
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             off = off or "the model has no config"
-        elif config is not self._config:
+        elif not self._fits(config):
             self._lay_out(config)
         off = off or self._no_reuse or (why_off(model) if config is not None else None)
         states = bool(self._states)
@@ -241,8 +263,11 @@ class TurnCache(WindowCache, TurnTaker):
         return bool(windows) and (trailing >= min(windows) or bool(getattr(text, "attention_chunk_size", None)))
 
     def _held_now(self) -> Held | None:
-        """Return what all windows hold, cut to their length: a crop between turns shortens it."""
-        if self._held is None or not self.layers:
+        """Return what all windows hold, cut to their length: a crop between turns shortens it.
+
+        None where anything else has changed a layer since, by whatever way.
+        """
+        if self._held is None or not self.layers or self._marks is None or not self._marks.still_hold(self.layers):
             return None
         if not self._windows:
             return self._held
@@ -273,7 +298,9 @@ class TurnCache(WindowCache, TurnTaker):
             except BaseException:
                 turn.prefix.close()
                 raise
-        self._turn = turn
+        turn.is_strict = self._is_strict
+        self._turn, self._marks = turn, None
+        self._calls.clear()
         self._fed_columns = turn.prefix.columns if turn.prefix is not None else 0
         if self._streams is not None:
             self._streams.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
@@ -293,6 +320,7 @@ class TurnCache(WindowCache, TurnTaker):
         """Begin a turn with empty layers that neither reuses nor is kept."""
         self._check_open()
         self._salvage()
+        self._is_strict = False
         self._start(Turn.off(reason))
 
     @property
@@ -302,7 +330,7 @@ class TurnCache(WindowCache, TurnTaker):
 
     def pass_over(self, reason: str) -> None:
         """Hold nothing, and report a turn that could neither reuse nor be kept."""
-        self.reset()
+        self.start_over()
         self.last_turn = Turn.off(reason).report()
 
     @property
@@ -324,12 +352,17 @@ class TurnCache(WindowCache, TurnTaker):
         turn = self._turn
         if turn is None or turn.prompt is None or not self._states:
             return
-        if column == turn.prompt.columns or column in turn.snapshot_columns:
+        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(turn.passes):
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
 
     def _commit(self, sequences: Any, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
         turn, self._turn = self._turn, None
-        assert turn is not None
+        if turn is None:  # the cache was closed inside generate(), whose answer is right all the same
+            self.last_turn = Turn.off("the cache was closed before the turn ended").report()
+            return self.last_turn
+        if "layers" not in vars(self):  # they were deleted inside generate()
+            turn = Turn.off("the layers of the cache were deleted")
+            self._lay_out(self._config)
         generated: list[TokenIds] = []
         try:
             if sequences is not None and not turn.reads(sequences):
@@ -338,7 +371,12 @@ class TurnCache(WindowCache, TurnTaker):
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
             named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
-            if named is not None and turn.identity is not None:
+            if self._states and (whole or not is_serving(self)) and not self._in_step(turn.passes):
+                turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
+                self._lay_out(self._config)
+            elif self._has_grown:
+                turn.reason = "the model appends layers to a cache that its config does not tell of"
+            elif named is not None and turn.identity is not None:
                 self._keep(named, turn, whole)
         except Exception as error:
             # The answer is there: it must not be lost because it cannot be kept.
@@ -372,11 +410,15 @@ class TurnCache(WindowCache, TurnTaker):
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept in the store: %s", error)
         self._held = replace(held, live=self._snapshots.live)
+        self._marks = LayerMarks(self.layers)
 
     def _store_rows(self, held: Held, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None) -> None:
         assert turn.identity is not None
         root, manifest = turn.identity.root, turn.identity.manifest
         windows = [layer.window for layer in self._windows]
+        if any(window is not None and window.geometry.v_dtype is not None for window in windows):
+            _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
+            return
         for row, (tokens, pad) in enumerate(zip(held.rows, held.pads, strict=True)):
             read = partial(host_pages, windows, row, pad)
             self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
@@ -405,13 +447,16 @@ class TurnCache(WindowCache, TurnTaker):
         turn = self._turn
         if turn is None:
             return
+        if "layers" not in vars(self):
+            self.start_over()
+            return
         # In a first pass that was interrupted, a window that is still to be filled looks like one that never is.
         begun = all(layer.complete and layer.length and layer.window is not None for layer in self._windows)
         if turn.prompt is not None and begun and (self._windows or self._snapshots.taken):
             turn.prompt_only = True
             self._commit(None, (), whole=False)
         else:
-            self.reset()
+            self.start_over()
 
     def _can_start_again(self) -> bool:
         return any(not layer.complete for layer in self._windows)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from kvtier.buffers import writable_results
+from kvtier.errors import ConfigurationError
 from kvtier.hf.layers import WindowLayer
-from kvtier.hf.layout import MakeLayerMemory, build_layer, build_layers, windows_of
-from kvtier.hf.state_layers import HybridLayer, StateLayer
-from kvtier.hf.states import copy_states, has_states, move_rows, rows_of
+from kvtier.hf.layout import (
+    MakeLayerMemory,
+    build_layer,
+    build_layers,
+    config_values,
+    describe_layers,
+    upstream_layers,
+    windows_of,
+)
+from kvtier.hf.state_layers import HybridLayer, HybridSlidingLayer
+from kvtier.hf.states import clone_states, copy_states, has_states, move_rows, rows_of, state_marks
 from kvtier.pages import Page
 from kvtier.stream.streams import Streams
 from kvtier.stream.traffic import Traffic
@@ -43,8 +49,18 @@ class WindowCache(DynamicCache):
         self._streams = open_streams(lambda: len(self._windows))
         self._config: PreTrainedConfig | None = None
         self._no_reuse: str | None = None
+        self._config_values: dict[str, Any] = {}
+        self._laid_out: list[tuple[type, dict[str, Any]]] = []
         self._warned_of: PreTrainedConfig | None = None
         self._fed_columns = 0
+        self._calls: Counter[tuple[str, int, int]] = Counter()
+        """``(what, layer, which of its states)`` → how often a model changed states of a layer in the current turn."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do about layers that were deleted; called for attributes that are missing."""
+        if name == "layers":
+            raise ConfigurationError("the layers of this TieredCache were deleted; call reset(), or make a new one")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @property
     def _make(self) -> MakeLayerMemory | None:
@@ -54,15 +70,37 @@ class WindowCache(DynamicCache):
         """Let go of what is held, and have empty layers for a model."""
         self._config = config
         self._let_go()
-        self.layers, self._no_reuse = build_layers(config, self._make) if config is not None else ([], None)
+        self._no_reuse = None
+        if config is not None:
+            self._config_values = config_values(config)
+            upstream = upstream_layers(config)
+            self._laid_out = describe_layers(upstream)
+            self.layers, self._no_reuse = build_layers(config, self._make, upstream)
         why = self._no_reuse or (None if self._windows else "none of its layers keeps K and V alone")
         if config is not None and why and self._streams is not None and config is not self._warned_of:
             self._warned_of = config
             _log.warning("device_budget has no effect on this model: %s", why)
 
+    def _fits(self, config: PreTrainedConfig) -> bool:
+        """Whether the layers are those that ``config`` lays out now: it may have been edited since."""
+        if config is not self._config:
+            return False
+        values = config_values(config)
+        if values != self._config_values:
+            if describe_layers(upstream_layers(config)) != self._laid_out:
+                return False
+            self._config_values = values
+        return True
+
+    @property
+    def _has_grown(self) -> bool:
+        """Whether a model has appended layers of its own to those that its config lays out."""
+        return self._config is not None and len(self.layers) != len(self._laid_out)
+
     def _let_go(self) -> None:
-        for layer in self.layers:
-            layer.reset()
+        for layer in vars(self).get("layers", ()):  # they may have been deleted
+            if isinstance(layer, WindowLayer):
+                layer.reset()
         self.layers = []
 
     @property
@@ -74,55 +112,171 @@ class WindowCache(DynamicCache):
         """Layers that keep what is only valid after one token, by their indices."""
         return {index: layer for index, layer in enumerate(self.layers) if has_states(layer)}
 
-    @property
-    def is_linear(self) -> list[bool]:
-        """Return which layers have linear attention and no full attention beside it."""
-        return [
-            isinstance(layer, LinearAttentionCacheLayerMixin)
-            and (not isinstance(layer, HybridLayer) or layer.is_sliding)
-            and not isinstance(layer, LinearAttentionAndFullAttentionLayer)
-            for layer in self.layers
-        ]
+    def _layer(self, layer_idx: int) -> Any:
+        """Return a layer. Where no config is known, layers of full attention are made as they are asked for."""
+        layers = self.layers
+        while len(layers) <= layer_idx:
+            layers.append(build_layer(len(self._windows), self._make))
+        return layers[layer_idx]
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
-
-        Raises:
-            BudgetError: ``device_budget`` is too small for so many tokens.
-            StreamError: a page of a cold layer is lost, or cannot be written.
-        """
-        while len(self.layers) <= layer_idx:
-            self.layers.append(build_layer(len(self._windows), self._make))
-        states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
-            key_states, value_states, *args, **kwargs
-        )
-        return states
+    def _feeding_states(self) -> None:
+        """Note that a model is about to change states."""
 
     # Layers of linear attention tell nobody how many tokens they have seen: one forward pass asks the first of them for
     # its state once, and gives it all new tokens, unless there is only one.
+    @torch.compiler.disable
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """Return a layer's convolution state; None before the first token."""
-        if state_idx == 0 and layer_idx == next(iter(self._states)):
+        """Return a layer's convolution state; None before the first token.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self._feeding_states()
+        self._check_has_states(layer_idx)
+        self._calls["get_conv_state", layer_idx, state_idx] += 1
+        if state_idx == 0 and layer_idx == self._first_linear:
             self._fed_columns += 1
         state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
 
+    @torch.compiler.disable
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see."""
-        if state_idx == 0 and layer_idx == next(iter(self._states)):
+        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self._feeding_states()
+        self._check_has_states(layer_idx)
+        self._calls["update_conv_state", layer_idx, state_idx] += 1
+        if state_idx == 0 and layer_idx == self._first_linear:
             self._fed_columns += conv_states.shape[-1] - 1
-        seen: torch.Tensor = super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        with writable_results():
+            seen: torch.Tensor = super().update_conv_state(conv_states.detach(), layer_idx, state_idx, **kwargs)
         return seen
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a layer's recurrent state; None before the first token.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self._check_has_states(layer_idx)
+        state: torch.Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
+
+    @torch.compiler.disable
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Give a layer its new state; return it.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self._feeding_states()
+        self._check_has_states(layer_idx)
+        self._calls["update_recurrent_state", layer_idx, state_idx] += 1
+        with writable_results():
+            state: torch.Tensor = super().update_recurrent_state(
+                recurrent_states.detach(), layer_idx, state_idx, **kwargs
+            )
+        return state
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Return whether a layer with states, by default the last one, has seen tokens.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        if layer_idx is None or layer_idx < len(self.layers):
+            self._check_has_states(layer_idx)
+        state = (layer_idx,) if state_idx is None else (layer_idx, state_idx)
+        return bool(super().has_previous_state(*state))
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Return whether a layer keeps what ``crop`` needs to take states back."""
+        return layer_idx < len(self.layers) and bool(getattr(self.layers[layer_idx], "record_past", False))
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Append ``[batch, new tokens, dim]`` to a layer's indexer; return the indexer's keys of all tokens.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with an indexer.
+        """
+        if layer_idx >= len(self.layers) or not hasattr(self.layers[layer_idx], "update_indexer"):
+            raise self._no_layer(layer_idx, "an indexer")
+        keys: torch.Tensor = self.layers[layer_idx].update_indexer(indexer_key_states)
+        return keys
+
+    def _in_step(self, passes: int) -> bool:
+        """Whether all layers with states saw the same forward passes of the turn, ``passes`` where windows count them.
+
+        Layers of one kind are called, and written, equally often in a pass. One that ended early leaves a difference.
+        """
+        seen: dict[tuple[type, int], set[tuple[Any, ...]]] = {}
+        lengths = set()
+        for index, layer in self._states.items():
+            if isinstance(layer, CacheLayerMixin):
+                lengths.add(layer.get_seq_length())
+            if not isinstance(layer, LinearAttentionCacheLayerMixin):
+                continue
+            calls = sorted((what, state, n) for (what, of, state), n in self._calls.items() if of == index)
+            written = [version for _, version in state_marks(layer)]
+            seen.setdefault((type(layer), layer.number_of_states), set()).add((*calls, *written))
+            asked = self._calls["get_conv_state", index, 0]  # once a pass; some then write the state in place
+            if asked and passes and asked != passes:
+                return False
+        return len(lengths) <= 1 and all(len(each) == 1 for each in seen.values())
+
+    @property
+    def _first_linear(self) -> int | None:
+        linear = (i for i, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionCacheLayerMixin))
+        return next(linear, None)
+
+    def _check_has_states(self, layer_idx: int | None) -> None:
+        if layer_idx is None:
+            if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
+                raise self._no_layer(None, "states")
+        elif layer_idx >= len(self.layers) or not isinstance(self.layers[layer_idx], LinearAttentionCacheLayerMixin):
+            raise self._no_layer(layer_idx, "states")
+
+    def _no_layer(self, layer_idx: int | None, what: str) -> ConfigurationError:
+        which = "any layer" if layer_idx is None else f"layer {layer_idx}"
+        if self._config is None:
+            return ConfigurationError(
+                f"{which} of this TieredCache was asked for {what}, but it does not know the model's layers yet: pass "
+                "config=model.config to TieredCache(), or call begin(model, input_ids) before the model"
+            )
+        there = layer_idx is not None and layer_idx < len(self.layers)
+        found = f"a {type(self.layers[layer_idx]).__name__}" if there and layer_idx is not None else "no such layer"
+        return ConfigurationError(
+            f"{which} of this TieredCache was asked for {what}, but the config it was given lays out {found} "
+            "there: pass the config of the model that is called, or call begin(model, input_ids) first"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns that ``layer_idx`` holds; where no layer can tell, those that were fed."""
         if self.layers and not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return self._fed_columns
         return int(super().get_seq_length(layer_idx))
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return the columns that a layer shows at most, or the most of all; -1 where there is no limit."""
+        layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
+        return max((int(layer.get_max_length()) for layer in layers if hasattr(layer, "get_max_length")), default=-1)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return False: the cache counts, in Python, what it is given."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Return whether ``crop`` can take tokens back from every layer."""
+        return all(bool(getattr(layer, "is_croppable", False)) for layer in self.layers)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
@@ -145,7 +299,7 @@ class WindowCache(DynamicCache):
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Let row ``i`` of every layer be its former row ``rows[i]``."""
         for layer in self.layers:
-            if has_states(layer) and not isinstance(layer, StateLayer):
+            if has_states(layer) and not isinstance(layer, (HybridLayer, HybridSlidingLayer)):
                 move_rows(layer, lambda states: states[rows.to(states.device)])
             else:
                 move(layer)
@@ -161,7 +315,10 @@ class WindowCache(DynamicCache):
                     # A layer that waits for a prefix may yet move what is behind it.
                     live = layer.length if layer.complete else layer.window.capacity
                     memo[id(layer.window)] = layer.window.share(live)
-            twin.layers = copy.deepcopy(self.layers, memo)
+            for layer in self._states.values():
+                clone_states(layer, memo)
+            with writable_results():
+                twin.layers = copy.deepcopy(self.layers, memo)
             return
         twin._streams.keep_files_of(self._streams)
         while len(twin.layers) < len(self.layers):

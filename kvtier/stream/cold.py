@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvtier.buffers import new_buffer
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.stream.runs import Part
@@ -93,8 +94,8 @@ class ColdPages:
             StreamError: a page is lost.
         """
         g, paged = self.tail.geometry, self.paged
-        k = torch.empty(g.k_heads, end - begin, g.k_dim, dtype=g.dtype)
-        v = torch.empty(g.v_heads, end - begin, g.v_dim, dtype=g.dtype)
+        k = new_buffer(g.k_heads, end - begin, g.k_dim, dtype=g.dtype)
+        v = new_buffer(g.v_heads, end - begin, g.v_dim, dtype=g.values_dtype)
         landing, at = Landing.on(k, v), 0
         for part in self.between(begin, min(end, paged)):
             part.run.read(part.rows[row], part.first, part.last, landing.cut(at, at + part.tokens))

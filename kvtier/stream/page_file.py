@@ -27,15 +27,15 @@ class PageFile:
     def __init__(self, folder: SpillFolder, rows: int, tokens: int, geometry: LayerGeometry) -> None:
         g = geometry
         self.rows, self.tokens, self.geometry = rows, tokens, geometry
-        name = DTYPE_NAMES.get(g.dtype)
-        if name is None:
-            raise StreamError(f"cold pages of {g.dtype} cannot be kept in files")
+        k_name, v_name = DTYPE_NAMES.get(g.dtype), DTYPE_NAMES.get(g.values_dtype)
+        if k_name is None or v_name is None:
+            raise StreamError(f"cold pages of {g.dtype} and {g.values_dtype} cannot be kept in files")
         k_bytes, v_bytes = rows * tokens * g.k_bytes, rows * tokens * g.v_bytes
         self.path = path = folder.new_file()
         self._header = encode_header(
             [
-                ("k", name, (rows, g.k_heads, tokens, g.k_dim), k_bytes),
-                ("v", name, (rows, g.v_heads, tokens, g.v_dim), v_bytes),
+                ("k", k_name, (rows, g.k_heads, tokens, g.k_dim), k_bytes),
+                ("v", v_name, (rows, g.v_heads, tokens, g.v_dim), v_bytes),
             ],
             {"format": "kvtier-pages/1"},
         )

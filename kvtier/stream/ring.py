@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from kvtier.buffers import new_buffer
 from kvtier.errors import BudgetError, KvtierError
 from kvtier.geometry import LayerGeometry
 from kvtier.stream.residency import PREFETCH_DEPTH
@@ -186,7 +187,7 @@ class Ring:
             self._give_up(slot)
             self._make_room(wanted.nbytes)
             self._ledger.set(id(slot), wanted.nbytes)
-            slot.memory = torch.empty(wanted.nbytes, dtype=torch.uint8, device=self._device)
+            slot.memory = new_buffer(wanted.nbytes, dtype=torch.uint8, device=self._device)
             before = [self._engine.mark()]
         window = slot.window(wanted.rows, wanted.geometry)
         try:

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 import torch
 
+from kvtier.buffers import new_buffer
 from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine, Pair, Task
 from kvtier.transfer.host import ThreadEngine
 from kvtier.transfer.threads import Readers
@@ -105,11 +106,11 @@ class StreamEngine(CopyEngine):
         """Return pinned memory; pageable, with one warning, where no more can be pinned."""
         if self._pinned:
             try:
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+                return new_buffer(nbytes, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 self._pinned = False
                 _log.warning("cannot pin host memory (%s); copies to and from %s will be slow", error, self._device)
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
         """Let threads and copies end."""

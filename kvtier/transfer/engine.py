@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kvtier.buffers import new_buffer
+
 Fence = Any
 """A point that something can be ordered after. Opaque: only the engine that made it can wait for it."""
 
@@ -124,7 +126,7 @@ class InlineEngine(CopyEngine):
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Return pageable memory."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
         """Nothing to let go of."""

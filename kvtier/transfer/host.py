@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from kvtier.buffers import new_buffer
 from kvtier.transfer.engine import CopyEngine, Fence, Pair, Task, copy_pairs
 from kvtier.transfer.threads import Readers
 
@@ -62,7 +63,7 @@ class ThreadEngine(CopyEngine):
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Return memory."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
         """Let what runs end, drop the rest, join the threads."""

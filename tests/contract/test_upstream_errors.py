@@ -237,7 +237,7 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
         wrong = False
     except (AttributeError, NotImplementedError):
         wrong = True
-    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/state_layers.py: StateLayer")
+    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/windows.py: _move_rows")
 
 
 def test_states_alone_are_right_whatever_the_version_tells(tokens, store):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from upstream import CACHE
 
-from kvtier import TieredCache
+from kvtier import BusyError, TieredCache
 
 
 @pytest.fixture
@@ -290,6 +290,7 @@ def test_what_is_fed_after_tokens_were_taken_back_is_not_taken_for_the_answer(mo
             return torch.zeros(1, dtype=torch.bool)
 
     settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
-    found = model.generate(ids, past_key_values=cache, stopping_criteria=StoppingCriteriaList([TakeBack()]), **settings)
-    same(cache, torch.cat([found, tokens(3, seed=2)], 1))
+    with pytest.raises(BusyError, match="changed inside generate"):
+        model.generate(ids, past_key_values=cache, stopping_criteria=StoppingCriteriaList([TakeBack()]), **settings)
+    same(cache, torch.cat([ids, tokens(3, seed=2)], 1))
     assert cache.last_turn.cached_tokens == ids.shape[1]

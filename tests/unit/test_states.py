@@ -10,30 +10,31 @@ import torch
 from families import build
 from safetensors.torch import load
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from kvtier.hf.layout import build_layers
-from kvtier.hf.state_layers import HybridLayer, StateLayer
+from kvtier.hf.state_layers import HybridLayer
 from kvtier.hf.states import UnreadableError, has_states, move_rows, put_states, read_states, rows_of
 
 CPU = torch.device("cpu")
 
 
-def filled(rows: int = 2, channels: int = 3, seed: int = 0) -> StateLayer:
+def filled(rows: int = 2, channels: int = 3, seed: int = 0) -> LinearAttentionLayer:
     """A layer that has seen seven tokens."""
-    layer, generator = StateLayer(), torch.Generator().manual_seed(seed)
+    layer, generator = LinearAttentionLayer(), torch.Generator().manual_seed(seed)
     layer.update_conv_state(torch.randn(rows, channels, 7, generator=generator), conv_kernel_size=4)
     layer.update_recurrent_state(torch.randn(rows, 2, channels, 5, generator=generator))
     return layer
 
 
-def same(a: StateLayer, b: StateLayer, a_row: int, b_row: int) -> bool:
+def same(a: LinearAttentionLayer, b: LinearAttentionLayer, a_row: int, b_row: int) -> bool:
     pairs = ((a.conv_states, b.conv_states), (a.recurrent_states, b.recurrent_states))
     return all(torch.equal(ours[i][a_row], theirs[i][b_row]) for ours, theirs in pairs for i in ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_comes_back_to_the_bit(dtype):
-    layer, fresh = filled(), StateLayer()
+    layer, fresh = filled(), LinearAttentionLayer()
     move_rows(layer, lambda states: states.to(dtype))
     put_states({5: fresh}, [read_states({5: layer}, 1)], CPU)
     assert rows_of(fresh) == 1
@@ -43,7 +44,7 @@ def test_a_row_comes_back_to_the_bit(dtype):
 
 
 def test_what_was_read_does_not_change_with_the_layer():
-    layer, fresh = filled(), StateLayer()
+    layer, fresh = filled(), LinearAttentionLayer()
     before, kept = read_states({0: layer}, 0), layer.conv_states[0][0].clone()
     layer.conv_states[0].zero_()  # as the kernels of one decoding step do: in place
     put_states({0: fresh}, [before], CPU)
@@ -51,7 +52,7 @@ def test_what_was_read_does_not_change_with_the_layer():
 
 
 def test_rows_are_repeated_next_to_each_other():
-    layer, fresh = filled(), StateLayer()
+    layer, fresh = filled(), LinearAttentionLayer()
     put_states({0: fresh}, [read_states({0: layer}, row) for row in (1, 0)], CPU, repeats=3)
     assert rows_of(fresh) == 6
     assert all(same(fresh, layer, row, source) for row, source in enumerate([1, 1, 1, 0, 0, 0]))
@@ -65,24 +66,24 @@ def test_a_layer_that_held_something_else_holds_only_what_was_put():
 
 
 def test_rows_of_different_positions_are_refused():
-    early = StateLayer()
+    early = LinearAttentionLayer()
     early.update_conv_state(torch.zeros(1, 3, 2), conv_kernel_size=2)
     with pytest.raises(UnreadableError, match="not of one position"):
-        put_states({0: StateLayer()}, [read_states({0: filled()}, 0), read_states({0: early}, 0)], CPU)
+        put_states({0: LinearAttentionLayer()}, [read_states({0: filled()}, 0), read_states({0: early}, 0)], CPU)
 
 
 def test_states_of_other_layers_are_refused():
     states = read_states({0: filled(), 2: filled()}, 0)
     with pytest.raises(UnreadableError, match="other layers"):
-        put_states({0: StateLayer()}, [states], CPU)
+        put_states({0: LinearAttentionLayer()}, [states], CPU)
     with pytest.raises(UnreadableError, match="has no"):
-        put_states({0: StateLayer(), 2: build_layers(build("deepseek_v4").config)[0][0]}, [states], CPU)
+        put_states({0: LinearAttentionLayer(), 2: build_layers(build("deepseek_v4").config)[0][0]}, [states], CPU)
 
 
 def test_rows_of_different_shapes_are_refused():
     rows = [read_states({0: filled(channels=3)}, 0), read_states({0: filled(channels=4)}, 0)]
     with pytest.raises(UnreadableError, match="another shape"):
-        put_states({0: StateLayer()}, rows, CPU)
+        put_states({0: LinearAttentionLayer()}, rows, CPU)
 
 
 def _with_numbers(states: torch.Tensor, **numbers: object) -> torch.Tensor:
@@ -94,7 +95,7 @@ def _with_numbers(states: torch.Tensor, **numbers: object) -> torch.Tensor:
 @pytest.mark.parametrize("number", ["0.update", "0.__class__", "0.conv_states.0.data", "0.has_previous_state.7"])
 def test_only_what_a_layer_has_is_set(number):
     with pytest.raises(UnreadableError, match="has no"):
-        put_states({0: StateLayer()}, [_with_numbers(read_states({0: filled()}, 0), **{number: 1})], CPU)
+        put_states({0: LinearAttentionLayer()}, [_with_numbers(read_states({0: filled()}, 0), **{number: 1})], CPU)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_bytes_that_are_no_states_are_refused(damage):
     data = damage(read_states({0: filled()}, 0).numpy().tobytes())
     states = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     with pytest.raises(UnreadableError):
-        put_states({0: StateLayer()}, [states], CPU)
+        put_states({0: LinearAttentionLayer()}, [states], CPU)
 
 
 def test_a_layer_whose_tensors_have_different_rows_is_not_read():
