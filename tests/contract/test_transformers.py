@@ -286,7 +286,8 @@ def test_attributes_of_states():
 def test_classes_of_layers():
     """Reuse is off for every model that has a layer of a class that kvtier does not know."""
     register_all_layer_types()
-    known = {*_KINDS, getattr(cache_utils, "DummyLayer", None)}
+    # Layers of states alone stay transformers' own.
+    known = {*_KINDS, cache_utils.LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None)}
     for name, kind in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.items()):
         if name not in {*_NAMED_KINDS, *_WHOLE, *NOT_KEPT}:
             assert kind in known, changed(f"{kind.__name__}, the class of {name} layers,", "is new", "hf/layers.py")
