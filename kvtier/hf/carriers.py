@@ -121,6 +121,11 @@ class _MiniMaxFront(Carried):
     _cache: Any
 
     @property
+    def stands_for(self) -> Any:
+        """The cache behind it: ``generate`` returns this one in its output, and may be given it back."""
+        return self._cache
+
+    @property
     def layers(self) -> list[Any]:
         layers: list[Any] = self._cache.layers
         return layers

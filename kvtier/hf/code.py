@@ -17,7 +17,16 @@ from typing import Any
 RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels", "numpy", "kvtier"})
 _STDLIB_FOLDER = str(Path(os.__file__).parent)
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
-_GLOBAL_READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+# Operations that look a name up → by how many bits its index is shifted: one holds a flag too since Python 3.11.
+_GLOBAL_READS = {
+    dis.opmap[name]: bits
+    for name, bits in {
+        "LOAD_GLOBAL": int(sys.version_info >= (3, 11)),
+        "LOAD_NAME": 0,
+        "LOAD_FROM_DICT_OR_GLOBALS": 0,
+    }.items()
+    if name in dis.opmap
+}
 
 
 class Origin(enum.Enum):
@@ -153,13 +162,7 @@ class CodeFacts:
     @functools.cached_property
     def globals_read(self) -> tuple[str, ...]:
         """The names that it looks up in its globals, sorted."""
-        instructions = (i for one in nested(self.code) for i in dis.get_instructions(one))
-        return tuple(sorted({i.argval for i in instructions if i.opname in _GLOBAL_READS}))
-
-    @functools.cached_property
-    def looked_up(self) -> frozenset[str]:
-        """The names that it looks up, in its globals or on objects: cheaper to know than which of them are globals."""
-        return frozenset(name for one in nested(self.code) for name in one.co_names)
+        return tuple(sorted({name for one in nested(self.code) for name in _globals_read(one)}))
 
     @functools.cached_property
     def fragments(self) -> frozenset[str]:
@@ -213,6 +216,12 @@ def _fragments(code: types.CodeType) -> Iterator[str]:
             is_name = isinstance(constant, str) and constant.isidentifier()
             if is_name and len(constant.strip("_")) >= _SHORTEST_FRAGMENT:
                 yield constant
+
+
+def _globals_read(code: types.CodeType) -> Iterator[str]:
+    for operation, argument in _instructions(code):
+        if operation in _GLOBAL_READS:
+            yield code.co_names[argument >> _GLOBAL_READS[operation]]
 
 
 def _instructions(code: types.CodeType) -> list[tuple[int, int]]:

@@ -83,7 +83,8 @@ def missing_media(
     config = getattr(model, "config", None)
     if not takes_media(model) or getattr(config, "is_encoder_decoder", False):
         return {}
-    passed = {kind for kind, names in KINDS.items() if any(arguments.get(name) is not None for name in names)}
+    # What belongs to a tensor, such as its grid, may be passed without it.
+    passed = {kind for kind, names in KINDS.items() if arguments.get(names[0]) is not None}
     answered = {placeholder_id(config, kind) for kind in passed} | {None}
     tokens = {kind: placeholder_id(config, kind) for kind in KINDS}
     places = {kind: (ids == token) & real for kind, token in tokens.items() if token not in answered}

@@ -61,6 +61,7 @@ _MOST_VALUES = 50_000
 
 Found = list[tuple[str, Any]]
 """Tensors, modules and script objects met inside a value, with the path to each."""
+_OF_DICTS = (dict.__iter__, OrderedDict.__iter__)
 
 
 class Undescribable(Exception):  # noqa: N818  (no error of the caller's)
@@ -172,7 +173,8 @@ class Describer:
             return f"{self.describe(kind, path)}.{value.name}={self.describe(value.value, path)}"
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
-        if isinstance(value, (dict, types.MappingProxyType)):  # other mappings may load what they show
+        shows_what_is_there = getattr(kind, "__iter__", None) in _OF_DICTS  # other mappings may load what they show
+        if isinstance(value, types.MappingProxyType) or shows_what_is_there:
             return self._subclass(value, path, self._mapping(value, path), (dict, types.MappingProxyType))
         if isinstance(value, (set, frozenset)):
             words = sorted(self.describe(item, f"{path}.item") for item in value)

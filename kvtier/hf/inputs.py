@@ -85,7 +85,8 @@ def read_inputs(
     Raises:
         PromptError: the mask has another shape than the prompt.
     """
-    given = {name: arguments[name] for name in CHAINED if arguments.get(name) is not None}
+    left_out = {name for kind in missing or () for name in KINDS[kind]}
+    given = {name: arguments[name] for name in CHAINED - left_out if arguments.get(name) is not None}
     reason = _why_not(model, given)
     if reason is not None:
         return Unreadable(reason)

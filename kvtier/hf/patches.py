@@ -120,6 +120,15 @@ _REMEMBERED = "_cached_value"  # what transformers found out about a class, when
 _BEFORE_FORWARD = frozenset({"__init__", "__new__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__"})
 
 
+def _below_ours(value: Any) -> Any:
+    """Return what kvtier has wrapped, or ``value``: its wrappers come and go without a change of the model."""
+    while isinstance(value, types.FunctionType) and str(value.__globals__.get("__name__")).startswith("kvtier.hf."):
+        if not hasattr(value, "__wrapped__"):
+            break
+        value = value.__wrapped__
+    return value
+
+
 def _class_content_in_words(kind: type) -> Iterator[_Entry]:
     for key, value in class_content(kind):
         if key.endswith(_REMEMBERED) or key in NOT_FORWARD or (key.startswith("__") and not callable(value)):
@@ -127,9 +136,12 @@ def _class_content_in_words(kind: type) -> Iterator[_Entry]:
         if type(value) in _SCALARS:
             yield key, value, repr(value)
         elif isinstance(value, (types.FunctionType, staticmethod, classmethod, property)):
-            words = _released_words(value)
-            if words is None or (words != f"{class_name(kind)}.{key}" and not words.startswith("kvtier.hf.hook.")):
-                yield key, value, words
+            below = _below_ours(value)
+            if below is not value and any(below is _below_ours(vars(base).get(key)) for base in kind.__mro__[1:]):
+                continue  # a method that the class inherits, which kvtier has wrapped on the class
+            words = _released_words(below)
+            if words is None or words != f"{class_name(kind)}.{key}":
+                yield key, below, words
         elif isinstance(value, type):
             yield key, value, _class_words(value)
         elif not isinstance(value, _WRITTEN_IN_C):

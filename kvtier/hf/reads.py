@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 import weakref
@@ -24,6 +25,8 @@ COMPUTING = (
     "transformers.models.",
     "peft.tuners.",
 )
+# How containers are looked through that show what they have: those that transformers fills on demand would load it all.
+_SHOWING = tuple(kind.__iter__ for kind in (dict, collections.OrderedDict, list, tuple, set, frozenset))
 # Every module has them; what they name is judged elsewhere, hook by hook.
 _BASES = frozenset({object, torch.nn.Module})
 
@@ -112,7 +115,7 @@ class _Reader:
                 yield type(value.__self__)
         elif isinstance(value, functools._lru_cache_wrapper):
             yield value.__wrapped__
-        elif isinstance(value, (dict, list, tuple, set, frozenset)):
+        elif isinstance(value, (dict, list, tuple, set, frozenset)) and type(value).__iter__ in _SHOWING:
             inside = list(value.values()) if isinstance(value, dict) else list(value)
             self._names.update(item for item in inside if isinstance(item, str))
             yield from (item for item in inside if callable(item) or isinstance(item, (dict, list, tuple)))
@@ -142,8 +145,8 @@ class _Reader:
                 continue
         if origin is Origin.RELEASED and not str(function.__globals__.get("__name__")).startswith(COMPUTING):
             return
-        for name in facts.looked_up & function.__globals__.keys():
-            value = function.__globals__[name]
+        for name in facts.globals_read:
+            value = function.__globals__.get(name)
             if not isinstance(value, types.ModuleType):
                 yield value
             elif origin is Origin.OWN:

@@ -83,7 +83,7 @@ class WindowCache(DynamicCache):
 
     def _fits(self, config: PreTrainedConfig) -> bool:
         """Whether the layers are those that ``config`` lays out now: it may have been edited since."""
-        if config is not self._config:
+        if config is not self._config or self._has_grown:
             return False
         values = config_values(config)
         if values != self._config_values:
@@ -94,7 +94,7 @@ class WindowCache(DynamicCache):
 
     @property
     def _has_grown(self) -> bool:
-        """Whether a model has appended layers of its own to those that its config lays out."""
+        """Whether there are more or fewer layers than the config lays out: a model may append its own."""
         return self._config is not None and len(self.layers) != len(self._laid_out)
 
     def _let_go(self) -> None:

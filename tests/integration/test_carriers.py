@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import Cache, DynamicCache
+from upstream import CACHE
 
 import kvtier
 from kvtier import ConfigurationError, PrefixStore, TieredCache
@@ -219,3 +220,17 @@ def test_moshi_is_reused_as_far_as_its_window(store):
             model.generate(first, past_key_values=cache, do_sample=False, eos_token_id=list(range(100)), **short)
             assert cache.last_turn.cached_tokens == 0
             assert f"{window} tokens" in cache.last_turn.miss_reason
+
+
+def test_what_minimax_returns_may_be_handed_back(built, store):
+    model, ids = built("minimax"), prompt(20)
+    with TieredCache(store) as cache:
+        said = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **SETTINGS)
+        returned = getattr(said, CACHE)
+        longer = torch.cat([said.sequences, prompt(3, 1)], 1)
+        edited = longer.clone()
+        edited[0, 7] = edited[0, 7] % 60 + 1
+        for then, known in ((longer, 25), (edited, 0)):
+            found = model.generate(then, **{CACHE: returned}, **SETTINGS)
+            assert torch.equal(found, model.generate(then, **SETTINGS))
+            assert cache.last_turn.cached_tokens == known

@@ -9,6 +9,7 @@ import families
 import pytest
 import torch
 from transformers import Cache, LogitsProcessor, StoppingCriteria
+from upstream import given
 
 from kvtier import BusyError, ClosedError, ConfigurationError, TieredCache
 from kvtier.errors import KvtierError
@@ -188,7 +189,7 @@ def test_states_in_a_graph_can_be_forked(build, store):
     model, ids = build("qwen3_next"), prompt(20)
     with TieredCache(store) as cache:
         cache.begin(model, ids)
-        model(ids, past_key_values=cache)
+        model(ids, **given(model, cache))
         with cache.fork() as twin:
             assert not any(s.requires_grad for layer in twin._states.values() for s in layer.recurrent_states.values())
 

@@ -24,6 +24,7 @@ from upstream import CACHE
 
 from kvtier import PrefixStore, PromptError, TieredCache
 from kvtier.hf.compat.names import MEDIA_CONTINUE
+from kvtier.hf.media import KINDS
 
 pytestmark = pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers")
 
@@ -106,6 +107,19 @@ def test_what_is_not_held_is_asked_for(kind, cache, types):
     longer = [*row, said, BETWEEN]
     asked(kind, blind(kind, longer), prompt(kind, longer), cache)  # whatever failed elsewhere
     assert cache.last_turn.cached_tokens > len(BEFORE)
+
+
+def test_what_belongs_to_a_picture_may_be_passed_without_it(kind, cache):
+    """Grids and sizes say nothing of what a picture shows: they are no picture."""
+    whole = prompt(kind, [BEFORE, A, AFTER])
+    row = [BEFORE, A, AFTER, asked(kind, whole, whole, cache), words(6, 8)]
+    seen = prompt(kind, row)
+    beside = {name: seen[name] for names in KINDS.values() for name in names[1:] if name in seen}
+    given = {**blind(kind, row), **beside}
+    asked(kind, given, seen, cache)
+    assert cache.last_turn.prompt_tokens - cache.last_turn.cached_tokens <= 7
+    with TieredCache(cache.store) as other, pytest.raises(PromptError, match="cache holds nothing"):
+        answer(seeing(kind), given, other)
 
 
 def test_words_after_a_picture_may_change(kind, cache):

@@ -73,8 +73,10 @@ _GENERATE_ARGUMENT = _find_generate_argument()
 
 
 def decoder_cache(value: Any) -> Any:
-    """Return the cache of the decoder's own K and V: ``value`` itself, or the one inside an ``EncoderDecoderCache``."""
-    return value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+    """Return the cache of the decoder's own K and V: ``value`` itself, or the one inside or behind it."""
+    if isinstance(value, EncoderDecoderCache):
+        return value.self_attention_cache
+    return value.stands_for if isinstance(getattr(type(value), "stands_for", None), property) else value
 
 
 def caches_among(arguments: Mapping[str, Any], kind: type) -> dict[str, Any]:
