@@ -248,6 +248,8 @@ class Describer:
         if isinstance(value, functools.partial):
             parts = (value.func, value.args, value.keywords)
             return self._subclass(value, path, f"partial {self.describe(parts, path)}", (functools.partial,))
+        if type(value).__name__ == "instancemethod":  # of a class that pybind11 made, which is named beside it
+            return f"instancemethod {value.__name__}"
         if isinstance(value, _BUILTINS):
             owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
             if isinstance(owner, types.ModuleType) or owner is None:

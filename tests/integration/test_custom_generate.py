@@ -241,7 +241,7 @@ def test_upstream_still_goes_wrong_when_it_assists_on_a_known_prefix(make_model,
         model(ids[:, :20], **{CACHE: known})
         expected = model.generate(ids, **settings)
         try:
-            wrong += not torch.equal(model.generate(ids, past_key_values=known, **settings), expected)
+            wrong += not torch.equal(model.generate(ids, **{CACHE: known}, **settings), expected)
         except (RuntimeError, ValueError):
             wrong += 1
     assert wrong

@@ -102,7 +102,7 @@ class Forgetful(TieredCache):
     """Holds nothing at the start of a turn; the store behind it may know the prompt."""
 
     def _begin(self, *args, **kwargs):
-        self.reset()
+        self.start_over()
         return super()._begin(*args, **kwargs)
 
 
