@@ -102,6 +102,7 @@ class WindowCache(DynamicCache):
             if isinstance(layer, WindowLayer):
                 layer.reset()
         self.layers = []
+        self._fed_columns = 0
 
     @property
     def _windows(self) -> list[WindowLayer]:
