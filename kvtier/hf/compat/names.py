@@ -61,15 +61,7 @@ def generate_argument(model: Any) -> str | None:
     From 5.24 on that is one name for all models. Before, it is the name that the model's forward pass has.
     """
     name = forward_argument(model)
-    return _GENERATE_ARGUMENT if name is not None and CACHE_ARGUMENTS[0] == _GENERATE_ARGUMENT else name
-
-
-def _find_generate_argument() -> str | None:
-    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
-
-
-_GENERATE_ARGUMENT = _find_generate_argument()
+    return CACHE_ARGUMENT if name is not None and CACHE_ARGUMENTS[0] == CACHE_ARGUMENT else name
 
 
 def decoder_cache(value: Any) -> Any:
