@@ -8,6 +8,7 @@ from typing import Any
 import families
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from upstream import CACHE
 
 VOCABULARY = 6  # five words; 0 is padding
 HEAD_DIM = 8
@@ -45,7 +46,7 @@ def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, **setti
     return model.generate(
         ids,
         attention_mask=(ids != 0).long(),
-        **({} if cache is None else {"past_key_values": cache}),
+        **({} if cache is None else {CACHE: cache}),
         suppress_tokens=[0],
         return_dict_in_generate=True,
         output_logits=True,
