@@ -269,3 +269,6 @@ class TieredCache(TurnCache):
 def _cache_in_ram() -> TieredCache:
     """Return a cache over a store of its own."""
     return TieredCache(PrefixStore())
+
+
+install()  # Python takes `generate` from the model before it makes a cache among the arguments of the call

@@ -26,8 +26,8 @@ from kvtier.hf.taker import TurnTaker
 from kvtier.hf.weights import forget_models
 
 _TAKEN_BEFORE = (
-    "generate() was taken from the model before the first TieredCache was made, as functools.partial(model.generate) "
-    "does; take it afterwards, so that kvtier sees the prompt"
+    "generate() was taken from the model before kvtier was imported, as functools.partial(model.generate) does, or "
+    "after uninstall(); take it afterwards, so that kvtier sees the prompt"
 )
 
 
@@ -45,7 +45,7 @@ _hook: _Hook | None = None
 
 
 def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Done by the first ``TieredCache``; further calls change nothing.
+    """Wrap ``GenerationMixin.generate``. Done with the import of kvtier, and by the first cache after ``uninstall``.
 
     Calls without a ``TieredCache`` pass through untouched.
     """

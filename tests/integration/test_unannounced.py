@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -150,3 +152,24 @@ def test_the_running_call_is_found_whatever_wraps_it(model, tokens):
 def test_calls_that_are_seen_keep_no_frame(model, cache, tokens):
     model.generate(tokens(12), past_key_values=cache, **SETTINGS)
     assert cache._unseen_generate is None
+
+
+def test_a_cache_made_among_the_arguments_of_the_first_call(tmp_path):
+    """Python takes ``generate`` from the model before it makes the cache."""
+    script = f"""
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from kvtier import TieredCache
+
+torch.manual_seed(0)
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+model = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).eval()
+ids = torch.arange(1, 31)[None]
+model.generate(ids, past_key_values=TieredCache({str(tmp_path / "kv")!r}), max_new_tokens=3, do_sample=False)
+cache = TieredCache({str(tmp_path / "kv")!r})
+model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+print(cache.last_turn.cached_tokens)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 16, run.stderr
