@@ -50,6 +50,7 @@ FAMILIES = (
     "qwen3_next",
     "lfm2",
 )
+ARGUMENTS = ("past_key_values", "cache")  # kvtier knows both with every transformers
 CARRIERS = ("rwkv", "xlstm", "minimax")  # they take no DynamicCache
 
 words = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=7).map(tuple)
@@ -69,6 +70,7 @@ class Step:
         through: the cache that is asked: the ``same`` one, a ``new`` one over the same store, or one on a store that
             was ``reopened``; in RAM, such a store knows nothing.
         sampled: whether words are drawn.
+        argument: the name under which ``generate`` is given the cache.
     """
 
     change: str
@@ -78,6 +80,7 @@ class Step:
     new: int
     through: str
     sampled: bool
+    argument: str
 
 
 CHANGES = {
@@ -102,6 +105,7 @@ steps = st.builds(
     new=st.integers(1, 4),
     through=st.sampled_from(["same"] * 6 + ["new", "reopened"]),
     sampled=st.sampled_from([False, False, True]),
+    argument=st.sampled_from(ARGUMENTS),
 )
 beginnings = st.lists(st.integers(1, VOCABULARY - 1), min_size=3, max_size=24).map(tuple)
 
@@ -161,7 +165,7 @@ class Conversations:
     def ask(self, rows: list[Tokens], step: Step) -> list[Tokens]:
         ids = left_padded(rows)
         mode = {"max_new_tokens": step.new, **({"do_sample": True, "top_k": 0} if step.sampled else {})}
-        found = answer(self.model, ids, self.cache, **mode)
+        found = answer(self.model, ids, self.cache, step.argument, **mode)
         report = self.cache.last_turn
         note(f"{step.change}: {rows} knew {report.cached_tokens} ({report.miss_reason})")
         event(f"{self.name}: {'reused' if report.cached_tokens else 'not reused'}")
@@ -185,7 +189,7 @@ class Conversations:
 
 
 def _step(change: str, which: int, at: int = 0, words: Tokens = (1, 4, 2, 3, 5), through: str = "same") -> Step:
-    return Step(change, which, at, words, 2, through, False)
+    return Step(change, which, at, words, 2, through, False, ARGUMENTS[which])
 
 
 # What the cache holds of one conversation is as long as what is known of the other.

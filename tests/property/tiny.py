@@ -40,13 +40,13 @@ def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
     return torch.tensor([(0,) * (columns - len(row)) + row for row in rows])
 
 
-def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, **settings: Any) -> Any:
+def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, argument: str = CACHE, **settings: Any) -> Any:
     """``generate`` with logits and always the same dice; by default on the ``DynamicCache`` that it makes itself."""
     torch.manual_seed(11)
     return model.generate(
         ids,
         attention_mask=(ids != 0).long(),
-        **({} if cache is None else {CACHE: cache}),
+        **({} if cache is None else {argument: cache}),
         suppress_tokens=[0],
         return_dict_in_generate=True,
         output_logits=True,
