@@ -391,7 +391,7 @@ class GemmaTurns(Turns):
 
 
 # A tenth of the steps interrupts or damages something: shorter runs would seldom see what comes of it.
-_SETTINGS = settings(max_examples=max(1, settings().max_examples // 2), stateful_step_count=20)
+_SETTINGS = settings(max_examples=max(1, settings().max_examples // 4), stateful_step_count=20)
 TestLlamaTurns = LlamaTurns.TestCase
 TestGemmaTurns = GemmaTurns.TestCase
 TestLlamaTurns.settings = TestGemmaTurns.settings = _SETTINGS

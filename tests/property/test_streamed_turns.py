@@ -52,7 +52,7 @@ class StreamedGemmaTurns(StreamedTurns):
     family = "gemma3"
 
 
-_SETTINGS = settings(max_examples=max(1, settings().max_examples // 2), stateful_step_count=20)
+_SETTINGS = settings(max_examples=max(1, settings().max_examples // 4), stateful_step_count=20)
 TestStreamedLlamaTurns = StreamedLlamaTurns.TestCase
 TestStreamedGemmaTurns = StreamedGemmaTurns.TestCase
 TestStreamedLlamaTurns.settings = TestStreamedGemmaTurns.settings = _SETTINGS
