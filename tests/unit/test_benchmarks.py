@@ -443,7 +443,10 @@ def test_a_new_process_that_fails_says_why(monkeypatch):
 
 @pytest.mark.parametrize(
     ("replaced_names", "threads", "message"),
-    [(["DynamicCache.update"], [], "changed transformers: DynamicCache.update"), ([], ["kvtier-read"], "kvtier-read")],
+    [
+        (["DynamicCache.update"], [], "changed transformers: DynamicCache.update"),
+        (imports.WRAPPED, ["kvtier-read"], "kvtier-read"),
+    ],
 )
 def test_an_import_with_effects_stops_the_benchmark(monkeypatch, replaced_names, threads, message):
     seen = {"seconds": 2.0, "kvtier_seconds": 1.0, "replaced": replaced_names, "threads_started": threads}
