@@ -14,7 +14,8 @@ KvtierError
     ├── StoreVersionError             written by a newer kvtier
     ├── ArchiveError                  a file of an exported prefix cannot be written, or is not to be imported
     └── BlockError                    one block is missing, damaged or not what it claims to be
-        └── RestoreError              the same, noticed while a turn was already reading it
+        ├── UnavailableError          one block cannot be opened or read now: nothing says that it is damaged
+        └── RestoreError              either, noticed while a turn was already reading it
 """
 
 
@@ -75,6 +76,10 @@ class ArchiveError(StoreError):
 
 class BlockError(StoreError):
     """A stored block is missing, damaged, or not what it claims to be."""
+
+
+class UnavailableError(BlockError):
+    """A stored block cannot be opened or read now, for want of permission, memory, descriptors or a working drive."""
 
 
 class RestoreError(BlockError):

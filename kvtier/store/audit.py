@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kvtier.errors import BlockError
+from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
 from kvtier.store.folder import StoreFolder
-from kvtier.store.format import BlockFile
+from kvtier.store.format import BlockFile, unusable
 from kvtier.store.lifecycle import State
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner, pid_of
@@ -76,6 +76,8 @@ class Audit:
         path = self._path(place)
         try:
             self._catalog.adopt([self.look_at(path)])
+        except UnavailableError:
+            raise
         except BlockError:
             self._folder.filesystem.delete(path)
             self._catalog.abort_store(place.key, owner)
@@ -134,6 +136,8 @@ class Audit:
                         partial(self.drop, key),
                     )
                 continue
+            except OSError:  # it cannot be reached now
+                continue
             if nbytes != entry.nbytes:
                 yield Discrepancy(
                     "accounting",
@@ -146,6 +150,8 @@ class Audit:
         """Take in a block file that nobody knew; delete one that is no whole block."""
         try:
             self._catalog.adopt([self.look_at(path)])
+        except UnavailableError:
+            raise
         except BlockError:
             self._folder.filesystem.delete(path)
             raise
@@ -163,6 +169,7 @@ class Audit:
             whole: read every byte, and compare the checksums.
 
         Raises:
+            UnavailableError: it cannot be read now.
             BlockError: it is no whole block, or not the one that its place says.
         """
         try:
@@ -173,8 +180,12 @@ class Audit:
             finally:
                 file.close()
             written_at = path.stat().st_mtime
+        except FileNotFoundError as error:
+            if self._folder.is_there():
+                raise BlockError(f"{path} is missing") from error
+            raise unusable(path, error) from error
         except OSError as error:
-            raise BlockError(f"{path}: {error}") from error
+            raise unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):
             raise BlockError(f"{path} holds another block than its place says")
         return file.id, self._folder.allocated_bytes(file.nbytes), written_at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,11 +124,15 @@ class Tier(Protocol):
         """Open a block for reading, with a lease on it until it is closed; None when it is not (or no longer) here.
 
         Raises:
+            UnavailableError: it is here, and cannot be opened now.
             BlockError: it is here, but not usable.
         """
 
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored."""
+
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Find blocks that could not be read again only after a while. Nothing of them is forgotten."""
 
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used these blocks now, and how often blocks were restored."""

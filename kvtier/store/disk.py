@@ -22,11 +22,11 @@ from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import take_part
-from kvtier.store.format import BlockFile, encode_block
+from kvtier.store.format import BlockFile, encode_block, unusable
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
 from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
-from kvtier.store.pause import Pause, is_full
+from kvtier.store.pause import Pause, Withheld, is_full
 from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
@@ -86,6 +86,7 @@ class DiskTier:
         self._pause = Pause(clock)
         self._warned: set[str] = set()
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
+        self._withheld = Withheld(clock)
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
         self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be taken back
         self._putting = threading.RLock()
@@ -395,19 +396,31 @@ class DiskTier:
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Let blocks that could not be read be found again only after a while, a longer one each time."""
+        self._withheld.add(keys)
+
+    def _is_found(self, key: str) -> bool:
+        """Whether a block that has a row can be found."""
+        return key not in self._lost and key not in self._withheld
+
     def __contains__(self, key: str) -> bool:
-        return key not in self._lost and self.ask(lambda: self.catalog.contains(key, self._since), False)
+        return self._is_found(key) and self.ask(lambda: self.catalog.contains(key, self._since), False)
 
     def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
         nothing: list[BlockId] = []
         found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since), nothing)
-        return [block for block in found if block.key not in self._lost]
+        return [block for block in found if self._is_found(block.key)]
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
         nothing: list[BlockId] = []
-        return self.ask(lambda: self.catalog.tails(parent, tokens), nothing)
+        return [
+            block
+            for block in self.ask(lambda: self.catalog.tails(parent, tokens), nothing)
+            if self._is_found(block.key)
+        ]
 
     def entry(self, key: str) -> Entry | None:
         """Return what is known of a block that lives here."""
@@ -417,6 +430,7 @@ class DiskTier:
         """Open a block for reading, with a lease on it; None when it is not (or no longer) here.
 
         Raises:
+            UnavailableError: its file cannot be opened now.
             BlockError: its file is missing or damaged.
         """
         if block.key not in self:
@@ -434,7 +448,9 @@ class DiskTier:
             if error.errno == errno.ENOENT and block.key not in self:
                 raise _GoneError from error
             self.count("errors.read")
-            raise BlockError(f"{path}: {error}") from error
+            if error.errno == errno.ENOENT and self.folder.is_there():
+                raise BlockError(f"{path} is missing") from error
+            raise unusable(path, error) from error
         if not lock_shared(fd):
             os.close(fd)
             raise _GoneError

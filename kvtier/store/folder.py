@@ -110,9 +110,9 @@ class StoreFolder:
         """Return the files of all names."""
         return sorted((self.path / "names").glob("*.json"))
 
-    def block_files(self) -> Iterator[Path]:
-        """Yield every block file. Links are not followed."""
-        for path in _files(self.path / "blocks", 2):
+    def block_files(self, unlisted: list[str] | None = None) -> Iterator[Path]:
+        """Yield every block file. Links are not followed. Folders that cannot be listed now go to ``unlisted``."""
+        for path in _files(self.path / "blocks", 2, unlisted):
             if path.suffix == _BLOCK_SUFFIX:
                 yield path
 
@@ -170,6 +170,13 @@ class StoreFolder:
             self._safe.add(path.parent)
         return self.filesystem.open_read(path)
 
+    def is_there(self) -> bool:
+        """Whether the folder can be reached now, so that a file that is missing in it is missing indeed."""
+        try:
+            return stat.S_ISREG((self.path / "kvtier.json").stat().st_mode)
+        except OSError:
+            return False
+
     def allocated_bytes(self, nbytes: int) -> int:
         """Return what a file of ``nbytes`` takes on the drive."""
         return self.filesystem.allocated_bytes(self.path, nbytes)
@@ -179,7 +186,7 @@ class StoreFolder:
         return self.filesystem.free_bytes(self.path)
 
 
-def _files(folder: Path, depth: int) -> Iterator[Path]:
+def _files(folder: Path, depth: int, unlisted: list[str] | None = None) -> Iterator[Path]:
     """Yield the files that lie ``depth`` folders below ``folder``. Links are left out."""
     try:
         with os.scandir(folder) as entries:
@@ -188,8 +195,12 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
             ]
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        if unlisted is not None:
+            unlisted.append(f"{folder}: {error}")
+        return
     for path, is_folder in sorted(found):
         if is_folder and depth:
-            yield from _files(path, depth - 1)
+            yield from _files(path, depth - 1, unlisted)
         elif not is_folder and not depth:
             yield path

@@ -8,6 +8,7 @@ checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encod
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtier.errors import BlockError
+from kvtier.errors import BlockError, UnavailableError
 from kvtier.geometry import Geometry
 from kvtier.headers import DTYPE_NAMES, encode_header
 from kvtier.pages import Landing, Page
@@ -121,6 +122,17 @@ def _v(layer: int) -> int:
     return 2 + 2 * layer
 
 
+# What lies where a file should be: a link, a folder, a pipe without a writer.
+_NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})
+
+
+def unusable(path: str | os.PathLike[str], error: OSError | MemoryError) -> BlockError:
+    """Return what a failed call of the system tells of a block file: only what is no file is damage."""
+    if isinstance(error, OSError) and error.errno in _NO_FILE:
+        return BlockError(f"{path}: {error}")
+    return UnavailableError(f"{path}: {error or type(error).__name__}")
+
+
 class BlockFile:
     """A block file open for reading. Its header and ids are checked at once, each page when it is read.
 
@@ -132,7 +144,8 @@ class BlockFile:
         fd: a descriptor that is open already; it is closed with the file, and when this raises.
 
     Raises:
-        BlockError: the file cannot be read, or is not a whole block of this format.
+        UnavailableError: the file cannot be read now.
+        BlockError: it is not a whole block of this format.
     """
 
     tier = "disk"
@@ -144,7 +157,10 @@ class BlockFile:
             if fd is None:
                 self._fd = os.open(path, _OPEN_FLAGS)
             self._read_header()
-        except (OSError, *NOT_JSON) as error:
+        except (OSError, MemoryError) as error:
+            self.close()
+            raise unusable(path, error) from error
+        except NOT_JSON as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
         except BlockError:
@@ -182,10 +198,12 @@ class BlockFile:
 
     def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         begin, end = self._begins[index], self._ends[index]
-        payload = np.empty(end - begin, dtype=np.uint8)
         try:
+            payload = np.empty(end - begin, dtype=np.uint8)
             fill(self._fd, memoryview(payload), self._data_start + begin)
-        except (OSError, ValueError) as error:
+        except (OSError, MemoryError) as error:
+            raise unusable(self.path, error) from error
+        except ValueError as error:
             raise BlockError(f"{self.path}: {error}") from error
         if zlib.crc32(payload) != self._crc32[index]:
             raise BlockError(f"{self.path}: checksum of tensor {index} differs")
@@ -195,7 +213,8 @@ class BlockFile:
         """Read the page of ``layer``.
 
         Raises:
-            BlockError: it cannot be read, or its checksum differs.
+            UnavailableError: it cannot be read now.
+            BlockError: its checksum differs.
         """
         g, tokens = self.geometry.layers[layer], len(self.id.tokens)
         k, v = self._payload(_k(layer)), self._payload(_v(layer))
@@ -206,6 +225,8 @@ class BlockFile:
             )
         except BlockError as error:
             raise BlockError(f"{self.path}: layer {layer}: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UnavailableError(f"{self.path}: no memory to decode layer {layer}") from error
 
     @property
     def is_plain(self) -> bool:
@@ -238,7 +259,7 @@ class BlockFile:
             if os.preadv(self._fd, heads, self._data_start + begin) != end - begin:
                 return False
         except OSError as error:
-            raise BlockError(f"{self.path}: {error}") from error
+            raise unusable(self.path, error) from error
         if not check:
             return True
         for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
 from kvtier.store.fork import take_part
 from kvtier.store.lifecycle import BlockLease, Leases
+from kvtier.store.pause import Withheld
 
 
 class HostReader:
@@ -92,6 +93,7 @@ class HostTier:
         self._clock = clock
         self._is_pinned = is_pinned
         self._ttl_seconds = ttl_seconds
+        self._withheld = Withheld(clock)
         self._blocks: dict[str, _Resident] = {}
         self._children: dict[str, set[str]] = {}
         self._ghosts: dict[str, Usage] = {}  # the oldest first
@@ -219,6 +221,10 @@ class HostTier:
                 raise
             self._changed.notify_all()
 
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Find blocks again only after a while: what a turn has for them does not fit."""
+        self._withheld.add(keys)
+
     def shrink(self, to_bytes: int) -> list[Entry]:
         """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went."""
         gone = []
@@ -247,6 +253,8 @@ class HostTier:
         return resident is not None and self._is_fresh(key, resident)
 
     def _is_fresh(self, key: str, resident: _Resident) -> bool:
+        if key in self._withheld:
+            return False
         if self._ttl_seconds is None:
             return True
         return resident.used_at >= self._clock() - self._ttl_seconds or self._is_pinned(key)

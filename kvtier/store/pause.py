@@ -1,14 +1,15 @@
-"""Pauses: after a drive proved to be full, writing waits before it tries again."""
+"""Pauses: what failed is tried again after a while: writing to a full drive, reading a block that cannot be read."""
 
 from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_SECONDS = 1.0
 _LONGEST_SECONDS = 60.0
+_MOST_WITHHELD = 10_000  # pauses that are remembered before those that are over are forgotten
 
 
 def is_full(error: BaseException) -> bool:
@@ -52,3 +53,26 @@ class Pause:
         """Go on. Returns whether there was a pause."""
         paused, self.reason, self._seconds = self.reason is not None, None, 0.0
         return paused
+
+
+class Withheld:
+    """Blocks that are not to be found for a while, since they could not be read. Nothing of them is forgotten.
+
+    Args:
+        clock: Unix time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pauses: dict[str, Pause] = {}
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Withhold blocks, each for longer than the last time."""
+        if len(self._pauses) > _MOST_WITHHELD:
+            self._pauses = {key: pause for key, pause in self._pauses.items() if pause.holds()}
+        for key in keys:
+            self._pauses.setdefault(key, Pause(self._clock)).begin("it could not be read", told=False)
+
+    def __contains__(self, key: str) -> bool:
+        pause = self._pauses.get(key)
+        return pause is not None and pause.holds()

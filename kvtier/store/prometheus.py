@@ -9,7 +9,7 @@ from typing import Literal
 from kvtier.store.stats import StoreStats, TierStats
 
 # Shown as 0 before they happen: a series that begins at 1 has no increase that could be seen.
-_MISS_REASONS = ("unknown", "diverged", "shorter", "damaged", "gone")
+_MISS_REASONS = ("unknown", "diverged", "shorter", "damaged", "unavailable", "gone")
 _ERROR_REASONS = ("write", "read", "catalog", "delete")
 _Labels = Mapping[str, str]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kvtier.errors import BlockError, StoreError
+from kvtier.errors import BlockError, StoreError, UnavailableError
 from kvtier.store.audit import Audit
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
@@ -112,8 +112,15 @@ def _opened(
 
 def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     """Make files and catalog agree."""
-    rebuilt = catalog.rebuild_once(lambda: _shown(_whole_files(folder, audit)))
-    same_boot = catalog.begin_boot(boot_id())
+    unavailable: list[str] = []
+    rebuilt = catalog.rebuild_once(lambda: _shown(_whole_files(folder, audit, unavailable)))
+    same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
+    if unavailable:
+        _log.warning(
+            "%s (and %d more); left as it is, and looked at again at the next open",
+            unavailable[0],
+            len(unavailable) - 1,
+        )
     if rebuilt:
         parts = [audit.leftovers(), audit.names()]
     elif same_boot:
@@ -137,12 +144,14 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     audit.bury()
 
 
-def _whole_files(folder: StoreFolder, audit: Audit) -> Iterator[tuple[BlockId, int, float]]:
-    """Yield what there is in block files; those that cannot be used are removed."""
+def _whole_files(folder: StoreFolder, audit: Audit, unavailable: list[str]) -> Iterator[tuple[BlockId, int, float]]:
+    """Yield what there is in block files; damaged ones are removed. What cannot be read now goes to ``unavailable``."""
     damaged = 0
-    for path in folder.block_files():
+    for path in folder.block_files(unavailable):
         try:
             yield audit.look_at(path)
+        except UnavailableError as error:
+            unavailable.append(str(error))
         except BlockError as error:
             with contextlib.suppress(OSError):
                 folder.filesystem.delete(path)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from kvtier.errors import BlockError, RestoreError
+from kvtier.errors import BlockError, RestoreError, UnavailableError
 from kvtier.pages import Landing
 from kvtier.store.base import BlockReader
 from kvtier.store.match import Span
@@ -28,7 +28,7 @@ def summary(errors: Mapping[str, BlockError]) -> str:
 class Restore:
     """The pages of ``rows``, one task a layer, in layer order.
 
-    Each page is read once, however many rows use it. Blocks that fail are reported together through ``damaged``, by
+    Each page is read once, however many rows use it. Blocks that fail are reported together through ``unusable``, by
     ``wait`` or at the latest by ``close``; their bytes are never taken for K and V, since ``wait`` raises.
     """
 
@@ -37,13 +37,13 @@ class Restore:
         rows: Sequence[Sequence[Span]],
         readers: Mapping[str, BlockReader],
         reading: Readers,
-        damaged: Callable[[Mapping[str, BlockError]], None],
+        unusable: Callable[[Mapping[str, BlockError]], None],
         snapshots: Sequence[str] = (),
     ) -> None:
         self.geometry = next(iter(readers.values())).geometry
         self._readers = readers
         self._reading = reading
-        self._damaged = damaged
+        self._note_unusable = unusable
         self._snapshots = tuple(snapshots)
         self._uses: dict[str, list[tuple[int, Span]]] = {}
         for row, spans in enumerate(rows):
@@ -187,7 +187,7 @@ class Restore:
         failed = {key: self._failed[key] for key in self._readers if key in self._failed}
         news = {key: error for key, error in failed.items() if key not in self._reported}
         self._reported.update(news)
-        self._damaged(news)
+        self._note_unusable(news)
         return failed
 
     def give_head_start(self, seconds: float) -> None:
@@ -195,10 +195,9 @@ class Restore:
         wait(self._layers, timeout=seconds)
 
     def reject(self, reason: str) -> RestoreError:
-        """Discard all blocks: they do not fit the model. Returns what to raise."""
-        error = RestoreError(reason)
-        self._damaged(dict.fromkeys(self._readers, error))
-        return error
+        """Withhold all blocks: they do not fit the layers as they are now. Returns what to raise."""
+        self._note_unusable(dict.fromkeys(self._readers, UnavailableError(reason)))
+        return RestoreError(reason)
 
     def close(self) -> None:
         """Stop, and close the files. Nothing is written to a landing afterwards. May be called more than once."""

@@ -55,7 +55,8 @@ class StoreStats:
         lookup_tokens: their tokens.
         hit_tokens: of those, tokens that were found.
         misses: lookups that found less than all, by reason: ``unknown`` (nothing begins so), ``diverged`` (other ids
-            from some token on), ``shorter`` (what is known ends before), ``damaged``, ``gone``.
+            from some token on), ``shorter`` (what is known ends before), ``damaged``, ``gone``;
+            and blocks that could not be read: ``unavailable``.
         committed_tokens: tokens that were new.
         queued_writes: blocks waiting to be written to disk.
         errors: failures that cost a recompute, by what failed: ``write``, ``read``, ``catalog``, ``delete``.

@@ -4,7 +4,8 @@ The story of this wing. A turn *matches* its tokens against the chains of its ro
 found (``restore``) and has their pages put where they are to lie, layer by layer, by threads. At its end it *commits*
 its tokens: blocks that are not known yet are copied out of the windows into the RAM tier and written behind to the disk
 tier (``commits``). What came from disk is not copied to the RAM tier: the page cache of the system has it already.
-A block that turns out to be damaged is discarded, warned about once, and from then on a miss.
+A block that turns out to be damaged is discarded, warned about once, and from then on a miss. One that cannot be read
+now is a miss for a while, and nothing of it is forgotten.
 
 What its owner does with it (names, pins, forgetting, verification) is in ``PrefixStore``'s second half.
 """
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError, UnavailableError
 from kvtier.store.base import BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.codec import CODECS
@@ -53,6 +54,7 @@ _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
+_UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
 
 
@@ -238,8 +240,8 @@ class PrefixStore(ManagedStore):
         There must be at least one block among them. Of ``snapshots``, one for each row, only the states are read.
 
         Raises:
-            BlockError: blocks cannot be used. Every one of them was found out and discarded, so a new ``match`` finds
-                what is left, and one ``commit`` puts back what was lost.
+            BlockError: blocks cannot be used. Every one of them was found out and discarded, or withheld where it only
+                cannot be read now, so a new ``match`` finds what is left, and one ``commit`` puts back what was lost.
             ClosedError: the store was closed.
         """
         self._check_open()
@@ -247,13 +249,13 @@ class PrefixStore(ManagedStore):
         blocks |= {snapshot.key: snapshot for snapshot in snapshots}
         readers: dict[str, BlockReader] = {}
         missing: dict[str, BlockError] = {}
-        damaged: dict[str, BlockError] = {}
+        unusable: dict[str, BlockError] = {}
         try:
             for key, block in blocks.items():
                 try:
                     reader = self._open(block)
                 except BlockError as error:
-                    missing[key] = damaged[key] = error
+                    missing[key] = unusable[key] = error
                     continue
                 if reader is None:  # evicted since it was matched
                     missing[key] = BlockError(f"block {key[:12]} is gone")
@@ -261,10 +263,10 @@ class PrefixStore(ManagedStore):
                 else:
                     readers[key] = reader
             if not missing and len({reader.geometry for reader in readers.values()}) > 1:
-                missing = damaged = dict.fromkeys(
+                missing = unusable = dict.fromkeys(
                     readers, BlockError("layers differ from those of the blocks beside it")
                 )
-            self._damaged(damaged)
+            self._note_unusable(unusable)
             if missing:
                 raise BlockError(summary(missing)) from next(iter(missing.values()))
         except BaseException:
@@ -274,7 +276,7 @@ class PrefixStore(ManagedStore):
         self._commits.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return Restore(rows, readers, self._reading, self._damaged, [snapshot.key for snapshot in snapshots])
+        return Restore(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in snapshots])
 
     def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
@@ -287,17 +289,29 @@ class PrefixStore(ManagedStore):
             return reader
         return None
 
-    def _damaged(self, errors: Mapping[str, BlockError]) -> None:
-        """Discard blocks, given by key with what is wrong with them, and warn of those not warned of before."""
-        if not errors:
-            return
-        for key in errors:
-            for tier in self._tiers:
+    def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
+        """Discard damaged blocks, given by key with what is wrong with them; withhold those that cannot be read now.
+
+        Warn of damaged blocks not warned of before, and once of blocks that cannot be read.
+        """
+        unavailable = {key: error for key, error in errors.items() if isinstance(error, UnavailableError)}
+        damaged = {key: error for key, error in errors.items() if key not in unavailable}
+        for tier in self._tiers:
+            tier.withhold(unavailable)
+            for key in damaged:
                 tier.discard(key)
         with self._lock:
-            self._tally["misses.damaged"] += len(errors)
-            news = {key: error for key, error in errors.items() if key not in self._warned}
+            for reason, keys in (("damaged", damaged), ("unavailable", unavailable)):
+                if keys:
+                    self._tally[f"misses.{reason}"] += len(keys)
+            news = {key: error for key, error in damaged.items() if key not in self._warned}
             self._warned.update(news)
+            is_first = bool(unavailable) and _UNAVAILABLE not in self._warned
+            self._warned.update([_UNAVAILABLE] * is_first)
+        if is_first:
+            _log.warning(
+                "stored blocks cannot be used now: %s; they stay, and their tokens are recomputed", summary(unavailable)
+            )
         if len(news) == 1:
             _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
         elif news:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kvtier.errors import BlockError
+from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.audit import Audit, Discrepancy
 from kvtier.store.catalog import Catalog
 from kvtier.store.database import Database
@@ -28,9 +28,10 @@ class Problem:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: ``damaged`` (a block's bytes), ``missing`` (a row without its file), ``orphan`` (a file without its row),
-            ``accounting``, ``leftover`` (of a writer that died), ``name`` (its file is damaged), ``permissions``
-            (others can read), ``catalog`` (SQLite finds it damaged; it is made anew at the next open).
+        kind: ``damaged`` (a block's bytes), ``unreadable`` (they cannot be read now, and stay), ``missing`` (a row
+            without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a writer that
+            died), ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it
+            damaged; it is made anew at the next open).
         subject: the file, or what else it is about.
         text: what is wrong.
         repaired: whether it was put right.
@@ -106,6 +107,9 @@ def verify(
 def _mended(discrepancy: Discrepancy) -> bool:
     try:
         discrepancy.mend()
+    except UnavailableError as error:
+        _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
+        return False
     except BlockError:
         return True  # it was no block at all, and is gone
     except (OSError, sqlite3.Error) as error:
@@ -131,7 +135,7 @@ def _read_all(
                 if error is None:
                     yield size, None
                 elif catalog.entry(path.stem) is not None:  # or it was evicted, or is being written
-                    yield size, Discrepancy("damaged", str(path), error, partial(audit.drop, path.stem))
+                    yield size, _problem(audit, path, error)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -143,10 +147,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _damage(audit: Audit, path: Path) -> str | None:
+def _problem(audit: Audit, path: Path, error: BlockError) -> Discrepancy:
+    if isinstance(error, UnavailableError):
+        return Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))
+    return Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))
+
+
+def _damage(audit: Audit, path: Path) -> BlockError | None:
     """Read a block file whole; return what is wrong with it."""
     try:
         audit.look_at(path, whole=True)
     except BlockError as error:
-        return str(error)
+        return error
     return None

@@ -63,7 +63,7 @@ def test_what_a_store_has_done(tmp_path):
 def test_reasons_are_there_before_they_happen():
     found = parsed(exposition(StoreStats(None, (TierStats("host"),))))
     reasons = {labels[0][1] for name, labels in found if name == "kvtier_store_misses_total"}
-    assert reasons == {"unknown", "diverged", "shorter", "damaged", "gone"}
+    assert reasons == {"unknown", "diverged", "shorter", "damaged", "unavailable", "gone"}
     assert found["kvtier_store_errors_total", (("reason", "write"),)] == 0
 
 

@@ -1,0 +1,199 @@
+"""What cannot be opened or read now is a miss that deletes nothing; only a failed check is damage."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from storekit import ROOT, commit, count, restored_length
+
+from kvtier import PrefixStore
+from kvtier.errors import BlockError, UnavailableError
+from kvtier.store.filesystem import LocalFilesystem, SystemCalls
+from kvtier.store.format import BlockFile
+
+KNOWN = 18
+ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+
+
+class Refusing(SystemCalls):
+    """Opens no block file while ``error`` is set."""
+
+    error: OSError | None = None
+
+    def open(self, path: Path, flags: int, mode: int = 0) -> int:
+        if self.error is not None and path.suffix == ".safetensors" and not flags & os.O_CREAT:
+            raise self.error
+        return super().open(path, flags, mode)
+
+
+class Clock:
+    now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def refusing():
+    return Refusing()
+
+
+@pytest.fixture
+def reopened(tmp_path, clock, refusing):
+    """A store that knows ``KNOWN`` tokens in files, none in RAM."""
+    settings = {"block_size": 4, "host_budget": 1, "clock": clock, "filesystem": LocalFilesystem(refusing)}
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        commit(store, count(KNOWN))
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        yield store
+
+
+def files(store: PrefixStore) -> list[Path]:
+    return sorted(store.path.rglob("*.safetensors"))
+
+
+def attempt(store: PrefixStore) -> int:
+    """Restore as a turn does: what cannot be used is left out by the next match. Return the tokens that came."""
+    for _ in range(20):
+        try:
+            return restored_length(store, count(KNOWN))
+        except BlockError:
+            continue
+    raise AssertionError("it is matched again and again")
+
+
+def fail_to_open(error, refusing, monkeypatch):
+    refusing.error = error
+
+
+def fail_to_read(error, refusing, monkeypatch):
+    def preadv(*_):
+        raise error
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("fail", [fail_to_open, fail_to_read])
+def test_an_error_of_the_system_deletes_nothing(reopened, clock, refusing, monkeypatch, caplog, fail, number):
+    before = files(reopened)
+    with monkeypatch.context() as patched:
+        fail(OSError(number, os.strerror(number)), refusing, patched)
+        assert attempt(reopened) == 0
+        assert attempt(reopened) == 0
+    refusing.error = None
+    assert files(reopened) == before
+    assert reopened.stats().misses["unavailable"] > 0
+    assert "damaged" not in reopened.stats().misses
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    clock.now += 1.5
+    assert attempt(reopened) == KNOWN
+
+
+def test_so_does_want_of_memory(reopened, clock, monkeypatch):
+    before, empty = files(reopened), np.empty
+
+    def none_left(shape, *args, **kwargs):
+        if np.prod(shape) >= 64:  # ids are less
+            raise MemoryError
+        return empty(shape, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "empty", none_left)
+        patched.setattr(BlockFile, "_read_straight", lambda *_: False)
+        assert attempt(reopened) == 0
+    assert files(reopened) == before
+    clock.now += 1.5
+    assert attempt(reopened) == KNOWN
+
+
+def test_a_block_that_fails_again_is_tried_less_often(reopened, clock, refusing):
+    refusing.error = OSError(errno.EACCES, "no")
+    tries = []
+    for _ in range(40):
+        clock.now += 1.0
+        before = reopened.stats().misses.get("unavailable", 0)
+        attempt(reopened)
+        tries.append(reopened.stats().misses["unavailable"] > before)
+    assert 4 <= sum(tries) <= 10
+
+
+def test_a_folder_that_is_out_of_reach_is_not_empty(reopened, clock):
+    """A drive that was unmounted, a folder that was renamed: each file seems to be missing."""
+    reopened.path.rename(away := reopened.path.with_name("away"))
+    assert attempt(reopened) == 0
+    away.rename(reopened.path)
+    clock.now += 1.5
+    assert attempt(reopened) == KNOWN
+
+
+def test_a_file_that_is_missing_is_forgotten(reopened):
+    files(reopened)[0].unlink()
+    assert attempt(reopened) < KNOWN
+    assert reopened.stats().misses["damaged"] == 1
+
+
+def test_what_is_known_by_a_row_is_not_written_twice(reopened, clock, refusing):
+    """A turn that had to compute the tokens again commits them: the files that cannot be read are there."""
+    refusing.error = OSError(errno.EMFILE, "too many")
+    before = {path: path.stat().st_ino for path in files(reopened)}
+    assert attempt(reopened) == 0
+    commit(reopened, count(KNOWN))
+    reopened.flush()
+    assert {path: path.stat().st_ino for path in files(reopened)} == before
+
+
+def test_a_catalog_that_is_made_anew_leaves_what_it_cannot_read(reopened, clock, refusing, caplog):
+    path, before = reopened.path, files(reopened)
+    reopened.close()
+    settings = {"block_size": 4, "host_budget": 1, "clock": clock, "filesystem": LocalFilesystem(refusing)}
+    for file in path.glob("catalog.sqlite*"):
+        file.unlink()
+    refusing.error = OSError(errno.EMFILE, "too many")
+    with PrefixStore(path, **settings) as store:
+        assert files(store) == before
+        assert attempt(store) == 0
+    assert "looked at again at the next open" in caplog.text
+    refusing.error = None
+    with PrefixStore(path, **settings) as store:
+        assert attempt(store) == KNOWN
+
+
+def test_verify_tells_it_from_damage_and_removes_nothing(reopened, refusing):
+    before = files(reopened)
+    refusing.error = OSError(errno.EACCES, "no")
+    report = reopened.verify(repair=True)
+    assert {problem.kind for problem in report.problems} == {"unreadable"}
+    assert not any(problem.repaired for problem in report.problems)
+    assert files(reopened) == before
+
+
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EISDIR, errno.ENXIO])
+def test_what_is_no_file_is_damage(reopened, refusing, number):
+    """A link, a folder or a pipe in the place of a block."""
+    refusing.error = OSError(number, os.strerror(number))
+    attempt(reopened)
+    assert set(reopened.stats().misses) & {"damaged", "unavailable"} == {"damaged"}
+
+
+def test_blocks_that_do_not_fit_stay(reopened, clock):
+    restore = reopened.restore([reopened.match(ROOT, count(KNOWN)).spans])
+    restore.reject("blocks of 2 layers do not fit 0")
+    restore.close()
+    assert attempt(reopened) == 0
+    clock.now += 1.5
+    assert attempt(reopened) == KNOWN
+
+
+def test_it_is_a_block_error():
+    assert issubclass(UnavailableError, BlockError)
