@@ -68,14 +68,14 @@ class WindowCache(DynamicCache):
 
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
         """Let go of what is held, and have empty layers for a model."""
-        self._config = config
+        self._config = None  # until the layers are whole: an interrupt may come at any time
         self._let_go()
         self._no_reuse = None
         if config is not None:
-            self._config_values = config_values(config)
             upstream = upstream_layers(config)
-            self._laid_out = describe_layers(upstream)
+            self._config_values, self._laid_out = config_values(config), describe_layers(upstream)
             self.layers, self._no_reuse = build_layers(config, self._make, upstream)
+        self._config = config
         why = self._no_reuse or (None if self._windows else "none of its layers keeps K and V alone")
         if config is not None and why and self._streams is not None and config is not self._warned_of:
             self._warned_of = config

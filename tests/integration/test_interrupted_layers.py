@@ -5,6 +5,7 @@ KVTIER_INTERRUPT_POINTS=1000000 tries every point instead of a few, on caches of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -17,7 +18,8 @@ import torch
 from interrupts import InterruptAtLine
 from transformers import cache_utils
 
-import kvtier.hf
+import kvtier.hf.layout
+import kvtier.hf.windows
 from kvtier import PrefixStore, TieredCache
 
 MANY = "KVTIER_INTERRUPT_POINTS" in os.environ
@@ -198,3 +200,21 @@ def test_interrupt_at_lines_of_cache_and_model(name, start, tokens):
             played.play(start, then, functools.partial(interrupt, at))
         except Exception as error:
             raise AssertionError(f"interrupted at line {at} of {lines}, then {then}: {error}") from error
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["ram", "disk"])
+def test_interrupts_while_layers_are_laid_out_lose_nothing(model, generate, tokens, tmp_path, on_disk):
+    """The next turn has layers for what the store knows, and finds all of it."""
+    files = {kvtier.hf.windows.__file__, kvtier.hf.layout.__file__}
+    ids = tokens(30)
+    with PrefixStore(tmp_path if on_disk else None, block_size=8) as store:
+        with TieredCache(store) as cache:
+            generate(model, ids, cache)
+        for at in itertools.count():
+            with TieredCache(store) as cache:
+                with contextlib.suppress(KeyboardInterrupt), InterruptAtLine(at, files) as interrupt:
+                    cache.begin(model, ids)
+                assert cache.begin(model, ids).cached_tokens == 29, at
+            if not interrupt.came:
+                break
+    assert at > 20
