@@ -325,8 +325,23 @@ class Catalog:
             session.evicted(valued)
             gone.append(place)
             freed += place.nbytes
+        if all_or_nothing and freed < nbytes and self._evictable_bytes(connection, passed) < nbytes - freed:
+            raise _NotEnoughError
         session.end()
         return gone
+
+    def _evictable_bytes(self, connection: sqlite3.Connection, staying: Iterable[str]) -> int:
+        """Return what all blocks that may go take; of those being read, only ``staying`` are known, and stay.
+
+        What follows a block keeps it: blocks that are pinned or ``staying``, and those before them, stay.
+        """
+        keys = [bytes.fromhex(key) for key in staying if key]
+        (held,) = connection.execute(_HELD_BYTES.format(keys=",".join("?" * len(keys))), keys).fetchone()
+        (total,) = connection.execute(
+            "SELECT bytes - (SELECT COALESCE(SUM(bytes), 0) FROM blocks WHERE state != ?) FROM total",
+            (int(State.READY),),
+        ).fetchone()
+        return int(total) - int(held)
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
@@ -427,6 +442,16 @@ _OUTCOMES = {
     State.LEAVING: Prepared.LEAVING,
 }
 _ENTRY = f"key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, {PINNED}"
+_HELD_BYTES = f"""
+WITH RECURSIVE held(key, parent, bytes) AS (
+    SELECT key, parent, bytes FROM blocks
+        WHERE state = {State.READY:d} AND (key IN ({{keys}}) OR key IN (SELECT key FROM links WHERE pinned))
+    UNION
+    SELECT blocks.key, blocks.parent, blocks.bytes FROM blocks JOIN held ON blocks.key = held.parent
+        WHERE blocks.state = {State.READY:d}
+)
+SELECT COALESCE(SUM(bytes), 0) FROM held
+"""
 _SET_DEPTHS = """
 WITH RECURSIVE walk(key, depth, tokens) AS (
     SELECT key, 0, tokens FROM blocks WHERE parent = root

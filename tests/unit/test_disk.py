@@ -18,7 +18,7 @@ from storekit import ROOT, allocated, block, block_files, chain, count, leftover
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.pages import Landing
-from kvtier.store import recovery
+from kvtier.store import disk, recovery
 from kvtier.store.base import Block
 from kvtier.store.catalog import Prepared
 from kvtier.store.database import connect
@@ -514,6 +514,34 @@ def test_the_drive_keeps_its_floor(tmp_path, caplog):
     with opened(tmp_path, filesystem=Drive(), floor_bytes=10 * SIZE) as tier:
         assert not tier.put(block(count(4, first=200)))
     assert "free_space_floor" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_nothing_is_evicted_for_room_that_cannot_be_made(tmp_path, monkeypatch, pinned):
+    """Others have filled the drive to below its floor: what this store may evict is less than what is wanted."""
+
+    class Drive(LocalFilesystem):
+        free = 2**40
+
+        def free_bytes(self, folder):
+            return self.free
+
+    monkeypatch.setattr(disk, "_BATCH", 4)
+    drive = Drive()
+    with opened(tmp_path, filesystem=drive, floor_bytes=100 * SIZE) as tier:
+        for each in chain(count(12), 4):
+            assert tier.put(each)
+        for first in range(100, 200, 10):
+            assert tier.put(block(count(4, first=first)))
+        if pinned:
+            key = chain(count(12), 4)[-1].id.key
+            with tier.catalog._database.transaction() as connection:
+                connection.execute("INSERT INTO links VALUES ('a', 0, ?, 1)", (bytes.fromhex(key),))
+        drive.free = (90 if pinned else 87) * SIZE  # short of 11 or 14 blocks with the new one, of 13
+        assert not tier.put(block(count(4, first=500)))
+        assert len(tier) == 13
+        drive.free += SIZE  # what is not pinned is just enough
+        assert tier.put(block(count(4, first=500)))
 
 
 class FullDrive(LocalFilesystem):
