@@ -20,6 +20,7 @@ from kvtier.store.lifecycle import Move, State, after, sources
 from kvtier.store.valuation import PINNED, Place, Session, Valuation
 
 _REBUILD_CACHE_KIB = 128 * 1024  # rows come in no order: without, each is read from the file again
+_KEYS_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more
 _FOREVER = float("-inf")
 _SAME_IDS = (
     "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key "
@@ -66,6 +67,20 @@ class Catalog:
                 f"SELECT 1 FROM blocks WHERE key = :key AND {_FOUND}", {"key": bytes.fromhex(key), "since": since}
             ).fetchone()
         return found is not None
+
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Return those of ``keys`` that are neither ready nor being written."""
+        present: set[bytes] = set()
+        with self._database.reading() as connection:
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                some = [bytes.fromhex(key) for key in keys[start : start + _KEYS_AT_ONCE]]
+                rows = connection.execute(
+                    f"SELECT key FROM blocks WHERE key IN ({','.join('?' * len(some))}) "
+                    f"AND state IN ({State.READY:d}, {State.WRITING:d})",
+                    some,
+                )
+                present.update(row[0] for row in rows)
+        return [key for key in keys if bytes.fromhex(key) not in present]
 
     def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
         """Return the identity of such a block."""

@@ -69,19 +69,43 @@ class Commits:
                 self._manifests[root] = manifest
         new = 0
         keys: list[str] = []
+        known: list[str] = []
         for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
             stop = start + len(block.tokens)
             if states is not None:
                 keys += self._keep_snapshots(block, start, read, states)
                 if len(block.tokens) < block_size:
                     break  # nothing could begin with it
-            if self.stands_for(block, block_size) is None:
+            there = self.stands_for(block, block_size)
+            if there is not None:
+                known.append(there)
+            else:
+                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: it comes before this one
+                known = []
                 if not self._keep(Block(block, read(start, stop), start), keep_tails=states is not None):
                     break  # its children could never be reached
                 new += len(block.tokens)
             keys.append(block.key)
+        self._write_what_disk_lacks(known, keep_tails=states is not None)
         self._touch(keys)
         return new
+
+    def _write_what_disk_lacks(self, keys: Sequence[str], *, keep_tails: bool) -> None:
+        """Write known blocks of a chain once more that are in RAM alone: the drive was full, or they were evicted.
+
+        Without them, nothing that follows could be kept on disk. It is done behind the caller.
+        """
+        disk = self._disk
+        if disk is None or not keys:
+            return
+
+        def write() -> None:
+            for key in disk.absent(keys):
+                block = self._host.block(key)
+                if block is None or not self._put(disk, block, keep_tails):
+                    break  # what follows would be an orphan
+
+        self._write_behind(write)
 
     def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
         """Keep the snapshots of prefixes that end in ``block``, which begins with token ``start``; return their keys.

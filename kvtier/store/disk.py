@@ -407,6 +407,11 @@ class DiskTier:
     def __contains__(self, key: str) -> bool:
         return self._is_found(key) and self.ask(lambda: self.catalog.contains(key, self._since), False)
 
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Return those of ``keys`` that are neither here nor being written; none when the catalog fails."""
+        nothing: list[str] = []
+        return self.ask(lambda: self.catalog.absent(keys), nothing)
+
     def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
         nothing: list[BlockId] = []

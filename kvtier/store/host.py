@@ -312,6 +312,11 @@ class HostTier:
         resident = self._blocks.get(key)
         return resident.block.id if resident is not None and key in self else None
 
+    def block(self, key: str) -> Block | None:
+        """Return a block that lives here."""
+        resident = self._blocks.get(key)
+        return resident.block if resident is not None else None
+
     def open(self, block: BlockId) -> HostReader | None:
         """Open a block for reading, with a lease on it; None when it is not here."""
         with self._lock:

@@ -197,3 +197,49 @@ def test_blocks_that_do_not_fit_stay(reopened, clock):
 
 def test_it_is_a_block_error():
     assert issubclass(UnavailableError, BlockError)
+
+
+class Full(SystemCalls):
+    """Takes no block file while ``full``."""
+
+    full = False
+
+    def write(self, fd: int, piece: memoryview) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(fd, piece)
+
+
+@pytest.mark.parametrize("why", ["full", "evicted"])
+def test_what_the_disk_lacks_is_written_again(tmp_path, clock, why):
+    """A chain whose beginning is in RAM alone goes on; the next process finds all of it."""
+    drive = Full()
+    settings = {"block_size": 4, "clock": clock, "filesystem": LocalFilesystem(drive), "free_space_floor": 0}
+    with PrefixStore(tmp_path, **settings) as store:
+        drive.full = why == "full"
+        commit(store, count(KNOWN))
+        store.flush()
+        if why == "evicted":
+            store._disk.shrink(0)
+        assert not files(store)
+        drive.full = False
+        clock.now += 100
+        commit(store, count(2 * KNOWN))
+        store.flush()
+        assert restored_length(store, count(2 * KNOWN)) == 2 * KNOWN
+    with PrefixStore(tmp_path, **settings) as store:
+        assert restored_length(store, count(2 * KNOWN)) == 2 * KNOWN
+
+
+def test_a_turn_that_adds_nothing_writes_again_too(tmp_path, clock):
+    drive = Full()
+    settings = {"block_size": 4, "clock": clock, "filesystem": LocalFilesystem(drive), "free_space_floor": 0}
+    with PrefixStore(tmp_path, **settings) as store:
+        drive.full = True
+        commit(store, count(KNOWN))
+        store.flush()
+        drive.full = False
+        clock.now += 100
+        commit(store, count(KNOWN))
+    with PrefixStore(tmp_path, **settings) as store:
+        assert restored_length(store, count(KNOWN)) == KNOWN
