@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kvtier.paths import folder_path
 from kvtier.store import PrefixStore
-from kvtier.store.store import folder_path
 from kvtier.stream.streams import AUTO, MakeEngine, Streams, default_spill_folder
 from kvtier.units import parse_bytes, physical_memory_bytes
 

@@ -27,12 +27,14 @@ from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
 from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
 from kvtier.store.pause import Pause, Withheld, is_full
+from kvtier.store.records import read_record
 from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
 _ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
+_MANIFEST_BYTES = 16 * 2**20
 _BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
 
 
@@ -143,7 +145,7 @@ class DiskTier:
     def description(self, root: str) -> Mapping[str, Any]:
         """Return what ``root`` stands for; empty when nobody has noted it, or it cannot be read."""
         try:
-            found = json.loads(self.folder.root(root).read_text(encoding="utf-8"))
+            found = read_record(self.folder.root(root), _MANIFEST_BYTES)
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -158,7 +160,7 @@ class DiskTier:
         wanted = json.loads(json.dumps(dict(manifest), default=str))
         try:
             try:
-                if json.loads(path.read_text(encoding="utf-8")) == wanted or not anew:
+                if read_record(path, _MANIFEST_BYTES) == wanted or not anew:
                     return
                 self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
             except FileNotFoundError:

@@ -11,7 +11,9 @@ owners/<process>-<random>.lock             who is at work
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import stat
 import uuid
@@ -19,11 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtier.errors import StoreError, StoreVersionError
+from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.store.filesystem import Filesystem, is_leftover, is_temporary
-from kvtier.store.format import FORMAT_VERSION
+from kvtier.store.format import FORMAT_VERSION, BlockFile
+from kvtier.store.records import MARKER_BYTES, read_record
 
+_log = logging.getLogger("kvtier.store.folder")
 _BLOCK_SUFFIX = ".safetensors"
+_BLOCKS_TO_TRY = 16  # before a folder with a damaged marker is taken for somebody else's
 _PARTS = ("blocks", "roots", "names", "owners")
 
 
@@ -63,21 +68,38 @@ class StoreFolder:
     def _check_version(self) -> None:
         marker = self.path / "kvtier.json"
         try:
-            version = json.loads(marker.read_text(encoding="utf-8"))["format_version"]
+            version = read_record(marker, MARKER_BYTES)["format_version"]
             if type(version) is not int:
                 raise ValueError(f"format_version {version!r}")
         except FileNotFoundError:
-            # Durable in any case: a folder whose marker is lost could not be opened again.
-            text = json.dumps({"format_version": FORMAT_VERSION}, indent=1)
-            self.filesystem.write_whole(marker, [memoryview(text.encode())], durable=True)
+            self._write_marker(marker)
             return
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
+            if not self._has_blocks():
+                raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
+            _log.warning("%s is damaged (%s); its blocks say what it was, and it is written anew", marker, error)
+            self._write_marker(marker)
+            return
         if version > FORMAT_VERSION:
             raise StoreVersionError(
                 f"{self.path} was written by a newer kvtier (format {version}, this one reads {FORMAT_VERSION}); "
                 "update kvtier or pass another folder"
             )
+
+    def _write_marker(self, marker: Path) -> None:
+        # Durable in any case: a folder whose marker is lost could not be opened again.
+        text = json.dumps({"format_version": FORMAT_VERSION}, indent=1)
+        self.filesystem.write_whole(marker, [memoryview(text.encode())], durable=True)
+
+    def _has_blocks(self) -> bool:
+        """Whether there is a whole block file of this format among the first few."""
+        for path in itertools.islice(self.block_files(), _BLOCKS_TO_TRY):
+            try:
+                BlockFile(str(path)).close()
+            except BlockError:
+                continue
+            return True
+        return False
 
     @property
     def catalog(self) -> Path:

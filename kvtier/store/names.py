@@ -6,18 +6,19 @@ is kept as its keys: blocks may come and go, the name stays until it is removed 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kvtier.errors import ConfigurationError, UnknownNameError
 from kvtier.store.database import Database
 from kvtier.store.folder import StoreFolder
+from kvtier.store.records import read_record
 
 _LONGEST = 200
+_LONGEST_SECONDS = 1e12
+_MOST_TOKENS = 2**53
 _MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
 
 
@@ -94,12 +95,14 @@ def checked_ttl(ttl: object) -> float | None:
     """Return ``ttl`` in seconds.
 
     Raises:
-        ConfigurationError: it is no positive number.
+        ConfigurationError: it is no positive number, or one of more than 30,000 years.
     """
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < float("inf"):
-        raise ConfigurationError(f"ttl={ttl!r:.80} must be a number of seconds greater than 0, or None.")
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= _LONGEST_SECONDS:
+        raise ConfigurationError(
+            f"ttl={ttl!r:.80} must be a number of seconds greater than 0 and at most {_LONGEST_SECONDS:.0e}, or None."
+        )
     return float(ttl)
 
 
@@ -312,9 +315,7 @@ def _read(path: Path) -> Name:
         OSError: it cannot be read.
         ValueError: it is no file of a name.
     """
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError("it is too large")
-    values: Any = json.loads(path.read_text(encoding="utf-8"))
+    values = read_record(path, _MAX_FILE_BYTES)
     try:
         name = Name(
             checked_name(values["name"]),
@@ -328,7 +329,8 @@ def _read(path: Path) -> Name:
     except (KeyError, TypeError) as error:
         raise ValueError(f"it is no file of a name ({error!r})") from error
     keys_are_keys = all(isinstance(key, str) and len(bytes.fromhex(key)) == 32 for key in (name.root, *name.keys))
-    numbers = type(name.tokens) is int and name.tokens > 0 and isinstance(name.created_at, (int, float))
+    is_time = type(name.created_at) in (int, float) and abs(name.created_at) < _LONGEST_SECONDS  # NaN is not
+    numbers = type(name.tokens) is int and 0 < name.tokens < _MOST_TOKENS and is_time
     if not (keys_are_keys and numbers and isinstance(name.pinned, bool)):
         raise ValueError("it is no file of a name")
     return name

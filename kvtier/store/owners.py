@@ -78,7 +78,9 @@ class Owner:
             return _runs(int(match[1])) and self._path(name).exists()
         try:
             fd = os.open(self._path(name), os.O_RDWR | _NOFOLLOW)
-        except FileNotFoundError:
+        except PermissionError:  # of another user, root perhaps: its lock cannot be asked
+            return _runs(int(match[1]))
+        except OSError:  # it is gone, or something else bears its name
             return False
         try:
             return not lock_shared(fd)

@@ -7,7 +7,8 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 
-from kvtier.store.store import PrefixStore, folder_path
+from kvtier.paths import folder_path
+from kvtier.store.store import PrefixStore
 
 _IN_RAM = ""  # the name of the store of those who name no folder; it stays for as long as the process
 

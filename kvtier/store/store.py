@@ -21,13 +21,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError, UnavailableError
+from kvtier.paths import folder_path
 from kvtier.store.base import BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.codec import CODECS
@@ -56,17 +56,6 @@ DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 _UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
-
-
-def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
-    """Return ``value`` as the path of a folder.
-
-    Raises:
-        ConfigurationError: it is no path, or empty, which would be the current folder; the message names ``argument``.
-    """
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigurationError(f"{argument}={value!r} is not the path of a folder.")
-    return Path(value).expanduser()
 
 
 class PrefixStore(ManagedStore):

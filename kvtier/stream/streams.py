@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kvtier.geometry import LayerGeometry
+from kvtier.paths import user_cache_folder
 from kvtier.report import TurnReport
 from kvtier.stream.below import LowerTiers
 from kvtier.stream.deck import Deck
@@ -150,7 +150,11 @@ def _devices_like(device: torch.device) -> int:
 
 
 def default_spill_folder(store_folder: Path | None) -> Path:
-    """Return where page files go if nobody said: beside the blocks of the store, else in the user's cache folder."""
+    """Return where page files go if nobody said: beside the blocks of the store, else in the user's cache folder.
+
+    Raises:
+        ConfigurationError: the user has none.
+    """
     if store_folder is not None:
         return store_folder / "spill"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvtier" / "spill"
+    return user_cache_folder("spill_dir") / "kvtier" / "spill"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvtier.store.records import read_record
 
 _MAX_FILE_BYTES = 16 * 2**20
 
@@ -30,9 +31,7 @@ class RootFile:
         """Read the file of ``root``. A file that is missing or damaged is told, not raised: K and V do not need it."""
         path = folder / "roots" / f"{root}.json"
         try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise ValueError("it is too large")
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_record(path, _MAX_FILE_BYTES)
             if not isinstance(manifest, dict):
                 raise ValueError("it holds no object")
         except (OSError, ValueError, RecursionError) as error:
