@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
+
+LONGEST_CLOCK = 2**53
+_LARGEST = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +75,37 @@ class PolicyState:
         return replace(self, clock=self.clock + 1)
 
     @classmethod
-    def from_text(cls, text: str) -> PolicyState:
-        """Read what ``to_text`` wrote."""
-        return cls(**json.loads(text)) if text else cls()
+    def from_text(cls, text: str, policy: str) -> PolicyState | None:
+        """Read what ``to_text`` wrote for the ``policy`` of that name; None of anything else."""
+        try:
+            values = json.loads(text)
+            if values.pop("policy") != policy or values.keys() != {each.name for each in fields(cls)}:
+                return None
+            is_sound = (
+                type(values["clock"]) is int
+                and 0 <= values["clock"] <= LONGEST_CLOCK
+                and 0 <= values["came_back_share"] <= 1
+                and all(0 <= values[name] < _LARGEST for name in ("favour", "stay"))  # NaN is not
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return cls(**values) if is_sound else None
 
-    def to_text(self) -> str:
-        """Write it down."""
-        return json.dumps(asdict(self))
+    def to_text(self, policy: str) -> str:
+        """Write it down for the ``policy`` of that name: what the numbers mean is that policy's."""
+        return json.dumps({"policy": policy, **asdict(self)})
 
 
 class EvictionPolicy(Protocol):
     """Values blocks, in constant time and without side effects. The leaf of the lowest value goes first.
 
     The value of a block is its priority, plus the lead if it came back.
+
+    Attributes:
+        name: what it is called, and the version of what its state means: a state of another name begins anew.
     """
+
+    name: str
 
     def priority(self, usage: Usage, state: PolicyState) -> float:
         """Return what to store with a block that was just put or used."""
@@ -102,6 +122,8 @@ class EvictionPolicy(Protocol):
 
 class LeastRecentlyUsed:
     """The block goes first that was not used for longest."""
+
+    name = "least-recently-used/1"
 
     def priority(self, usage: Usage, state: PolicyState) -> float:
         """Return when it was used."""
@@ -137,6 +159,7 @@ class Adaptive:
     it in favour of its kind, the more the smaller the share of its kind among the evicted is.
     """
 
+    name = "adaptive/1"
     REFERENCE_TOKENS = 32768
     COST_WEIGHT = 0.5
     STEP = 0.003

@@ -125,6 +125,8 @@ class PrefixStore(ManagedStore):
         self.path = folder_path(path, "path") if path is not None else None
         self._clock = clock
         policy = policy or Adaptive()
+        if not isinstance(getattr(policy, "name", None), str):
+            raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.")
         self._pinned: frozenset[str] = frozenset()  # in a store without folder
         self._disk: DiskTier | None = None
         self._owner: Owner | None = None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction import LONGEST_CLOCK, EvictionPolicy, PolicyState, Usage
 from kvtier.store.lifecycle import State
 
 PINNED = "EXISTS (SELECT 1 FROM links WHERE links.key = blocks.key AND links.pinned)"
@@ -54,11 +54,19 @@ class Session:
         self._policy = policy
         self._connection = connection
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
-        self._state = PolicyState.from_text(self._text)
+        self._state = self._read_state()
+
+    def _read_state(self) -> PolicyState:
+        """Return what the policy has learnt; where that cannot be read, a fresh state that no block is younger than."""
+        state = PolicyState.from_text(self._text, self._policy.name)
+        if state is None:
+            (last_use,) = self._connection.execute("SELECT COALESCE(MAX(last_use), -1) FROM blocks").fetchone()
+            state = PolicyState(clock=min(last_use + 1, LONGEST_CLOCK))
+        return state
 
     def end(self) -> None:
         """Write down the state, if it is another one."""
-        text = self._state.to_text()
+        text = self._state.to_text(self._policy.name)
         if text != self._text:
             self._connection.execute("UPDATE total SET policy = ?", (text,))
             self._text = text

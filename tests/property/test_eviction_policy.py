@@ -61,7 +61,7 @@ def test_a_state_stays_finite_and_survives_being_written_down(events, clock):
             state = policy.evicted(usage, policy.priority(usage, state), state)
         else:
             state = policy.returned(usage, state)
-        assert PolicyState.from_text(state.to_text()) == state
+        assert PolicyState.from_text(state.to_text(policy.name), policy.name) == state
         assert 0 <= policy.lead(state) <= state.clock
         assert 0 <= state.came_back_share <= 1
         assert 0 <= state.stay <= state.clock

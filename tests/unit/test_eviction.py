@@ -1,10 +1,11 @@
 """What the policies say, and that both tiers do what they say."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from storekit import ROOT, block, chain, count
+from storekit import ROOT, block, chain, commit, count, restored_length
 
 from kvtier import PrefixStore
 from kvtier.store.catalog import Catalog, Prepared
@@ -29,8 +30,40 @@ def after(policy, state, *ghosts):
 
 def test_a_state_outlives_a_process_as_text():
     state = PolicyState(clock=7, favour=1.5, came_back_share=0.25, stay=3.5)
-    assert PolicyState.from_text(state.to_text()) == state
-    assert PolicyState.from_text("") == PolicyState()
+    assert PolicyState.from_text(state.to_text("mine/1"), "mine/1") == state
+    assert PolicyState.from_text(state.to_text("mine/1"), "mine/2") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "[1]",
+        "7",
+        "[" * 100_000,
+        '{"policy": "mine/1"}',
+        *(
+            json.dumps({"policy": "mine/1", **asdict(LATER), name: value})
+            for name, value in [
+                ("more", 1),
+                ("clock", 1.5),
+                ("clock", -1),
+                ("clock", 2**60),
+                ("clock", True),
+                ("favour", float("nan")),
+                ("favour", float("inf")),
+                ("favour", 10**400),
+                ("stay", "1"),
+                ("stay", None),
+                ("came_back_share", 2),
+            ]
+        ),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_state_that_is_no_state_is_none(text):
+    assert PolicyState.from_text(text, "mine/1") is None
 
 
 def test_a_turn_counts_once_and_a_block_came_back_with_the_second():
@@ -124,6 +157,8 @@ def test_without_evictions_and_whatever_the_bytes_the_last_use_decides():
 class Lead:
     """Least recently used, but with a lead that a test sets."""
 
+    name = "lead/1"
+
     def __init__(self, turns):
         self.turns = turns
 
@@ -163,7 +198,7 @@ class InRam:
 
 class InRows:
     def __init__(self, policy):
-        self.database = Database(None)
+        self.policy, self.database = policy, Database(None)
         self.tier = Catalog(self.database, policy, lambda: 0.0)
 
     def put(self, block):
@@ -180,7 +215,7 @@ class InRows:
 
     def state(self):
         with self.database.reading() as connection:
-            return PolicyState.from_text(*connection.execute("SELECT policy FROM total").fetchone())
+            return PolicyState.from_text(*connection.execute("SELECT policy FROM total").fetchone(), self.policy.name)
 
     def ghosts(self):
         with self.database.reading() as connection:
@@ -267,3 +302,22 @@ def test_a_store_adapts_unless_told_otherwise():
 
     assert left() == 4
     assert left(policy=LeastRecentlyUsed()) == 0
+
+
+@pytest.mark.parametrize("text", ["nonsense", '{"policy": "least-recently-used/1", "clock": 3}', "[" * 100_000])
+def test_a_state_that_cannot_be_read_begins_anew_and_stops_no_write(tmp_path, caplog, text):
+    """Nor are blocks that come now taken for older than those that are there."""
+    settings = {"block_size": 4, "host_budget": 1, "disk_budget": 6 * 4096, "free_space_floor": 0}
+    with PrefixStore(tmp_path, **settings) as store:
+        for first in range(0, 60, 20):
+            commit(store, count(4, first=first))
+            commit(store, count(4, first=first))
+        with store._database.transaction() as connection:
+            connection.execute("UPDATE total SET policy = ?", (text,))
+        for first in range(100, 500, 20):
+            commit(store, count(4, first=first))
+        store.flush()
+        assert restored_length(store, count(4, first=480)) == 4
+    assert not caplog.records
+    with PrefixStore(tmp_path, **settings) as store:
+        assert restored_length(store, count(4, first=480)) == 4
