@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import shutil
 import uuid
 import weakref
@@ -21,6 +23,8 @@ except ImportError:  # Windows: a folder that a killed process left is not told 
 
 _log = logging.getLogger("kvtier.stream")
 _LOCK = "owner.lock"
+_NAME = re.compile(r"\d+-[0-9a-f]{32}")
+_ATTEMPTS = 10
 
 
 class SpillFolder:
@@ -43,7 +47,7 @@ class SpillFolder:
 
     def new_file(self) -> str:
         """Return a path that no file has."""
-        if self._path is None:
+        if self._path is None or not (self._path / _LOCK).exists():  # somebody may have tidied up
             try:
                 self._make()
             except OSError as error:
@@ -65,15 +69,31 @@ class SpillFolder:
             Path(path).unlink()
 
     def _make(self) -> None:
+        """Make the folder, with a lock in it that this process holds.
+
+        Raises:
+            OSError: it cannot be made; nothing is left of it.
+        """
+        if self._remove is not None:
+            self._remove()
         self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.parent / f"{os.getpid()}-{uuid.uuid4().hex}"
-        path.mkdir(mode=0o700)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody can sweep it either
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._remove = weakref.finalize(self, _remove, path, lock, os.getpid())
-        self._path = path
+        for _ in range(_ATTEMPTS):
+            path = self.parent / f"{os.getpid()}-{uuid.uuid4().hex}"
+            path.mkdir(mode=0o700)
+            try:
+                lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # another process has swept the empty folder
+                continue
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                raise
+            if _is_held(path, lock):
+                self._remove = weakref.finalize(self, _remove, path, lock, os.getpid())
+                self._path = path
+                return
+            os.close(lock)  # another process has seen it without its lock, and sweeps it
+        raise OSError(errno.EAGAIN, "other processes delete each folder that is made", str(self.parent))
 
     def close(self) -> None:
         """Delete the folder and what is in it, when the last of its users closes it."""
@@ -88,13 +108,37 @@ def _remove(path: Path, lock: int, pid: int) -> None:
     os.close(lock)
 
 
+def _is_held(path: Path, lock: int) -> bool:
+    """Take the lock of a folder; whether nobody else had it, and the folder is still there."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: then nobody can sweep it either
+        return True
+    try:
+        return (path / _LOCK).stat().st_ino == os.fstat(lock).st_ino
+    except FileNotFoundError:
+        return False
+
+
 def _sweep(parent: Path) -> None:
-    """Delete the folders whose owners are gone."""
+    """Delete the folders whose owners are gone. Only what bears the name of such a folder is looked at."""
     if fcntl is None:
         return
-    for lock_path in parent.glob(f"*/{_LOCK}"):
+    try:
+        folders = [path for path in parent.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:  # there is none yet
+        return
+    for path in folders:
         try:
-            lock = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # pages come after the lock: without one it is empty, or none of ours
+            continue
         except OSError:
             continue
         try:
@@ -102,7 +146,7 @@ def _sweep(parent: Path) -> None:
         except OSError:
             continue  # its owner lives
         else:
-            _log.info("deleting %s, left by a process that was killed", lock_path.parent)
-            shutil.rmtree(lock_path.parent, ignore_errors=True)
+            _log.info("deleting %s, left by a process that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)

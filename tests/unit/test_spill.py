@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from kvtier.errors import StreamError
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing
+from kvtier.stream import spill
 from kvtier.stream.page_file import PageFile
 from kvtier.stream.spill import SpillFolder
 
@@ -158,3 +161,78 @@ def test_a_forked_child_leaves_the_files_of_its_parent(folder):
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
     assert torch.equal(load_file(file.path)["k"], k)
+
+
+def named(parent, pid=1):
+    """A folder that bears the name of a spill folder."""
+    path = parent / f"{pid}-{'0' * 32}"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "lock"])
+def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeypatch, moment):
+    """By another process, which sees it before it has its lock, or before the lock is held."""
+    parent, swept = tmp_path / "spill", []
+    opened, locked = os.open, spill.fcntl.flock
+
+    def sweep_once():
+        if not swept:
+            swept.append(True)
+            spill._sweep(parent)
+
+    def open_late(path, *args, **kwargs):
+        if Path(path).name == "owner.lock" and moment == "mkdir":
+            sweep_once()
+        return opened(path, *args, **kwargs)
+
+    def lock_late(fd, how):
+        if moment == "lock":
+            sweep_once()
+        locked(fd, how)
+
+    folder = SpillFolder(parent)
+    monkeypatch.setattr(spill.os, "open", open_late)
+    monkeypatch.setattr(spill.fcntl, "flock", lock_late)
+    file, k, _ = filled(folder)
+    assert swept
+    assert torch.equal(load_file(file.path)["k"], k)
+    spill._sweep(parent)
+    assert Path(file.path).exists(), "its owner lives"
+    folder.close()
+
+
+def test_a_folder_that_somebody_deleted_is_made_again(folder):
+    filled(folder)
+    shutil.rmtree(folder.parent)
+    file, k, _ = filled(folder)
+    assert torch.equal(load_file(file.path)["k"], k)
+    spill._sweep(folder.parent)
+    assert Path(file.path).exists()
+
+
+def test_a_folder_without_a_lock_is_not_left_and_is_swept(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    folder = SpillFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(spill.os, "open", full)
+        with pytest.raises(StreamError, match="No space left"):
+            folder.new_file()
+    assert not list(tmp_path.iterdir())
+    killed = named(tmp_path)  # between making the folder and its lock
+    SpillFolder(tmp_path).close()
+    assert not killed.exists()
+
+
+def test_what_is_not_ours_is_not_swept(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "owner.lock").touch()
+    full = named(tmp_path)
+    (full / "letter.txt").touch()
+    pipe = named(tmp_path, 2)
+    os.mkfifo(pipe / "owner.lock")
+    SpillFolder(tmp_path).close()
+    assert (tmp_path / "thesis" / "owner.lock").exists()
+    assert (full / "letter.txt").exists()
