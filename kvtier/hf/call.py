@@ -163,7 +163,7 @@ def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mas
         return {}
     if arguments.get("inputs_embeds") is not None or unknown_arguments(arguments):
         return {}
-    real = torch.ones(ids.shape, dtype=torch.bool)
+    real = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         real = torch.ne(mask, 0).to("cpu")
     return missing_media(model, arguments, ids.detach().to("cpu", torch.int64).numpy(), real.numpy())

@@ -39,8 +39,8 @@ class Fed:
         for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
             ids[row, pad : pad + len(tokens)], real[row, pad : pad + len(tokens)] = tokens, True
         self._real = torch.from_numpy(real)
-        self._pads = torch.tensor(prompt.pads)
-        self._early = torch.tensor([prompt.ends_early(row) for row in range(len(prompt.rows))])
+        self._pads = torch.tensor(prompt.pads, device="cpu")
+        self._early = torch.tensor([prompt.ends_early(row) for row in range(len(prompt.rows))], device="cpu")
         self._ids = torch.from_numpy(ids[:, :columns].copy())
         self._passing: tuple[int, torch.Tensor] | None = None
         self._checks: list[torch.Tensor] = []  # looked at in the end: asking a device for each would hold it up
@@ -62,7 +62,9 @@ class Fed:
             return
         rows = ids.shape[0]
         if self._row_of is None and rows % len(self._prompt.rows) == 0:
-            self._row_of = torch.arange(len(self._prompt.rows)).repeat_interleave(rows // len(self._prompt.rows))
+            self._row_of = torch.arange(len(self._prompt.rows), device="cpu").repeat_interleave(
+                rows // len(self._prompt.rows)
+            )
             self._ids = self._ids[self._row_of]
         if self._row_of is None or rows != len(self._row_of) or begin > self._ids.shape[1]:
             self._doubt("rows or columns of the cache came from elsewhere")
@@ -96,7 +98,7 @@ class Fed:
         if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != end - begin:
             self._doubt("positions are not one for each token")
             return
-        columns = torch.arange(begin, end)
+        columns = torch.arange(begin, end, device="cpu")
         real = self._real[self._row_of, begin:end]
         matters = torch.cat([real, ~early[:, None].expand(-1, end - begin - real.shape[1])], 1)
         matters = matters.to(positions.device)

@@ -185,7 +185,7 @@ def _vectors(
     returned = input_ids.shape[1] if input_ids is not None and input_ids.ndim == 2 else 0
     if returned not in (0, columns):
         return Unreadable("inputs_embeds and input_ids have different lengths")
-    prompt = read_prompt(torch.zeros(batch, columns, dtype=torch.long), attention_mask)
+    prompt = read_prompt(torch.zeros(batch, columns, dtype=torch.long, device="cpu"), attention_mask)
     if isinstance(prompt, Unreadable):
         return prompt
     rows = tuple(vector_ids(embeds[row, pad:]) for row, pad in enumerate(prompt.pads))

@@ -213,7 +213,7 @@ class WindowLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
-        self._select(torch.arange(self.rows).repeat_interleave(repeats))
+        self._select(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
 
     def _select(self, rows: torch.Tensor) -> None:
         if self.window is not None:
@@ -232,7 +232,7 @@ class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int, make: MakeMemory = new_window, **kwargs: Any) -> None:
         WindowLayer.__init__(self, make)
         self.sliding_window = sliding_window
-        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
+        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long, device="cpu")
 
     def _first_visible(self, begin: int) -> int:
         return first_visible(begin, self.sliding_window)

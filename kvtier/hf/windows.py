@@ -289,7 +289,7 @@ class WindowCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
-        rows = torch.arange(self._row_count).repeat_interleave(repeats)
+        rows = torch.arange(self._row_count, device="cpu").repeat_interleave(repeats)
         self._move_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     @property
@@ -340,7 +340,7 @@ def host_pages(windows: Iterable[LayerMemory | None], row: int, pad: int, start:
 
     Of a window that no forward pass has filled there is nothing.
     """
-    nothing = torch.empty(0, stop - start, 0)
+    nothing = torch.empty(0, stop - start, 0, device="cpu")
     return tuple(
         Page(nothing, nothing) if window is None else window.page(row, pad + start, pad + stop) for window in windows
     )

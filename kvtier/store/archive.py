@@ -295,7 +295,7 @@ class Archive:
         """
         if not self._is_snapshot:
             return None
-        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8)
+        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
         self._fill(memoryview(states.numpy()), self._data_start + self._begins[-1])
         return states
 
@@ -308,7 +308,9 @@ class Archive:
             self._fill(memoryview(part[head]), begin + (head * len(self.tokens) + start) * row_bytes)
         shape = (heads, stop - start, dim)
         return (
-            torch.from_numpy(part.reshape(-1)).view(dtype).view(shape) if part.size else torch.empty(shape, dtype=dtype)
+            torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
+            if part.size
+            else torch.empty(shape, dtype=dtype, device="cpu")
         )
 
     def _fill(self, buffer: memoryview, offset: int) -> None:

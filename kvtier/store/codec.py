@@ -76,7 +76,9 @@ def decode(payload: _Bytes, codec: str, shape: tuple[int, ...], dtype: torch.dty
     if codec == "raw":
         if payload.nbytes != size:
             raise BlockError(f"payload has {payload.nbytes} bytes where {shape} of {dtype} takes {size}")
-        return torch.from_numpy(payload).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        return (
+            torch.from_numpy(payload).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype, device="cpu")
+        )
     word = _WORDS.get(dtype.itemsize)
     split = word is not None and dtype.is_floating_point
     plane = size // dtype.itemsize if split else size
