@@ -15,8 +15,24 @@ import kvtier
 PACKAGE = Path(kvtier.__file__).parent
 # What ``torch.set_default_device`` reaches.
 MAKING = frozenset(
-    "arange as_tensor asarray empty empty_strided eye full linspace ones rand randint randn randperm scalar_tensor "
-    "tensor zeros".split()
+    [
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "empty_strided",
+        "eye",
+        "full",
+        "linspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "scalar_tensor",
+        "tensor",
+        "zeros",
+    ]
 )
 # Whole models and their inputs, made and used together where the user has them made.
 BESIDE = {"hf/compat/canary.py"}
