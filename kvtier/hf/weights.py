@@ -19,6 +19,7 @@ or a kernel of one's own. ``torch.autograd.graph.increment_version`` makes it co
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -95,8 +96,22 @@ class _Present:
 
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Model] = weakref.WeakKeyDictionary()
+_reading: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+"""Held while a model is looked at."""
 _lock = threading.Lock()
 _steps = OptimizerSteps()
+
+
+def _let_go() -> None:
+    """Let go, in a child that was forked, of what a thread of its parent may have held."""
+    global _lock
+    _lock = threading.Lock()
+    for model in list(_reading):
+        _reading[model] = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLike = ()) -> str | Unread:
@@ -109,13 +124,18 @@ def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLik
         tensors: all tensors of the model, by name.
         tokens: ids of the prompt. They are no part of the digest.
     """
-    with _lock, torch.no_grad():
+    with _lock:
         _steps.watch()
-        known = _models.get(model)
+        alone = _reading.setdefault(model, threading.Lock())
+    with alone, torch.no_grad():  # a large model is read for long: turns of others go on meanwhile
+        with _lock:
+            known = _models.get(model)
         try:
             present = _look(tensors, _steps.count)
             if known is None or not _unchanged(known, present, tokens):
-                known = _models[model] = _read(model, known, present, tokens)
+                known = _read(model, known, present, tokens)
+                with _lock:
+                    _models[model] = known
         except _UnreadError as error:
             return error.unread
         return known.digest

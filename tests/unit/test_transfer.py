@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from concurrent.futures import CancelledError
 
 import pytest
 from interrupts import InterruptAtLine
@@ -114,3 +115,54 @@ def test_closing_readers_drops_what_waits_and_joins_the_threads():
     assert second.cancelled()
     assert threading.active_count() == before
     readers.close()
+
+
+# --- no threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """A process that may start no thread, until ``undo`` is called."""
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        yield patched
+
+
+def test_without_threads_the_caller_reads(no_threads):
+    readers, done = Readers(), []
+    assert readers.submit(lambda: done.append(1) or 7).result(timeout=5) == 7
+    with pytest.raises(ZeroDivisionError):
+        readers.submit(lambda: 1 // 0).result(timeout=5)
+    no_threads.undo()
+    assert readers.submit(lambda: done.append(2) or 8).result(timeout=5) == 8
+    readers.close()
+    assert done == [1, 2], "each task runs once, though the pool may come to it later"
+
+
+def test_without_threads_the_caller_writes(no_threads):
+    writer, done = Writer(), []
+    writer.submit(lambda: done.append(1))
+    writer.submit(lambda: 1 // 0)
+    writer.flush()
+    assert done == [1]
+    no_threads.undo()
+    writer.submit(lambda: done.append(2))
+    writer.flush()
+    writer.close()
+    assert done == [1, 2]
+
+
+def test_what_a_closed_pool_drops_is_cancelled():
+    readers, go = Readers(threads=1), threading.Event()
+    running, waiting = readers.submit(go.wait), readers.submit(lambda: 1)
+    closing = threading.Thread(target=readers.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=5)
+    go.set()
+    closing.join()
+    assert running.result(timeout=5)
