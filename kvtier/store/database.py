@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import State
 
 SCHEMA_VERSION = 4
@@ -122,7 +122,7 @@ class Database:
         self._open: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
         self._closed = False
-        take_part(self)
+        take_part(self, Rank.DATABASE)
         with self._lock:
             self._open = self._connect("rwc")
             try:

@@ -21,7 +21,7 @@ from kvtier.store.base import Block, Entry
 from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 from kvtier.store.format import BlockFile, encode_block, unusable
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
@@ -94,7 +94,7 @@ class DiskTier:
         self._putting = threading.RLock()
         self._sleep: Callable[[float], None] = time.sleep
         self._counting = threading.Lock()
-        take_part(self)
+        take_part(self, Rank.DISK)
 
     def before_fork(self) -> None:
         """Let writing go on: the child has nothing to do with it."""

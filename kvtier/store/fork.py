@@ -7,10 +7,24 @@ fork. So whoever has either comes to rest before a fork, and goes on after it, i
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
+from enum import IntEnum
 from typing import Protocol
+
+
+class Rank(IntEnum):
+    """The order in which locks are taken: who holds one may wait for those after it, and for none before it."""
+
+    STORE = 0
+    HOST = 1
+    LOADS = 2
+    DISK = 3
+    DATABASE = 4
+    LEASES = 5
+    OWNER = 6
 
 
 class Forkable(Protocol):
@@ -23,20 +37,22 @@ class Forkable(Protocol):
         """Go on."""
 
 
-_members: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_members: weakref.WeakKeyDictionary[Forkable, tuple[Rank, int]] = weakref.WeakKeyDictionary()
+"""Each with its place: its rank, and when it came, since those of one rank never wait for each other."""
+_numbers = itertools.count()
 _resting: list[Forkable] = []
 _lock = threading.Lock()
 
 
-def take_part(member: Forkable) -> None:
-    """Have ``member`` told of every fork, for as long as it lives."""
+def take_part(member: Forkable, rank: Rank) -> None:
+    """Have ``member``, whose lock has this ``rank``, told of every fork, for as long as it lives."""
     with _lock:
-        _members.add(member)
+        _members[member] = (rank, next(_numbers))
 
 
 def _before() -> None:
     _lock.acquire()
-    for member in list(_members):
+    for member, _ in sorted(_members.items(), key=lambda each: each[1]):
         member.before_fork()
         _resting.append(member)
 

@@ -14,7 +14,7 @@ from kvtier.pages import Landing, Page
 from kvtier.store.base import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 from kvtier.store.pause import Withheld
 
@@ -101,7 +101,7 @@ class HostTier:
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        take_part(self)
+        take_part(self, Rank.HOST)
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""

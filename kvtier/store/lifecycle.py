@@ -14,7 +14,7 @@ import weakref
 from enum import IntEnum, unique
 from types import MappingProxyType, TracebackType
 
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 
 
 @unique
@@ -103,7 +103,7 @@ class Leases:
     def __init__(self) -> None:
         self._readers: dict[str, int] = {}
         self._lock = threading.RLock()  # a lease may be collected while this thread holds it
-        take_part(self)
+        take_part(self, Rank.LEASES)
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""

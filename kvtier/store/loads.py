@@ -19,7 +19,7 @@ from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import BlockReader
 from kvtier.store.chain import BlockId
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 
 HELD_BYTES = 256 * 2**20
@@ -49,15 +49,19 @@ class SharedLoads:
         self._loads: dict[str, _Load] = {}
         self._left = held_bytes
         self._lock = threading.RLock()
-        take_part(self)
+        take_part(self, Rank.LOADS)
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on. A child opens files of its own: a read that its parent had begun would never end."""
+        """Go on. A child reads for itself: a read that its parent had begun would never end there."""
         if in_child:
+            for load in self._loads.values():
+                load.pages.clear()
+                load.needed.clear()
+                load.waiting.clear()
             self._loads = {}
         self._lock.release()
 

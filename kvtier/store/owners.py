@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 
 fcntl: ModuleType | None
 try:
@@ -35,7 +35,7 @@ class Owner:
         self._fd = -1
         self._closed = False
         self._begin()
-        take_part(self)
+        take_part(self, Rank.OWNER)
 
     def _begin(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -54,6 +55,8 @@ class Restore:
         self._reported: set[str] = set()
         self._lent: set[str] = set()
         self._closed = False
+        self._place: Place | None = None
+        self._pid = os.getpid()
 
     @property
     def has_states(self) -> bool:
@@ -91,6 +94,7 @@ class Restore:
         Args:
             place: says where they are to lie.
         """
+        self._place = place
         layers = range(len(self.geometry.layers))
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
@@ -171,9 +175,20 @@ class Restore:
             RestoreError: one could not be read. The other layers were then waited for too, and every block that failed
                 was discarded: all that is lost is found out at once, not one block an attempt.
         """
+        self._go_on_after_fork()
         if not self._layers[layer].result():
             wait(self._layers)
             raise self._lost()
+
+    def _go_on_after_fork(self) -> None:
+        """Read here, in a child that was forked, what the threads of its parent had not yet read."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        for layer, landed in enumerate(self._layers):
+            if not landed.done() and self._place is not None:
+                self._layers[layer] = Future()
+                self._layers[layer].set_result(self._land(layer, self._place))
 
     def _lost(self) -> RestoreError:
         """Report the blocks that failed; return what to raise."""
@@ -192,6 +207,7 @@ class Restore:
 
     def give_head_start(self, seconds: float) -> None:
         """Wait until all pages have landed or failed, but not longer than ``seconds``."""
+        self._go_on_after_fork()
         wait(self._layers, timeout=seconds)
 
     def reject(self, reason: str) -> RestoreError:
@@ -204,6 +220,8 @@ class Restore:
         if self._closed:
             return
         self._closed = True
+        if self._pid != os.getpid():  # a child that was forked has none of the threads
+            self._layers = [layer for layer in self._layers if layer.done()]
         for layer in self._layers:
             layer.cancel()
         for layer in self._layers:

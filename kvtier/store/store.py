@@ -37,7 +37,7 @@ from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import Adaptive, EvictionPolicy
 from kvtier.store.filesystem import LOCAL, Filesystem
 from kvtier.store.folder import StoreFolder
-from kvtier.store.fork import take_part
+from kvtier.store.fork import Rank, take_part
 from kvtier.store.host import HostTier
 from kvtier.store.inventory import Inventory
 from kvtier.store.management import ManagedStore
@@ -147,7 +147,7 @@ class PrefixStore(ManagedStore):
         self._lock = threading.Lock()
         self._closed = False
         _open_stores.add(self)
-        take_part(self)
+        take_part(self, Rank.STORE)
 
     def _open_folder(
         self, folder: StoreFolder, settings: DiskSettings, policy: EvictionPolicy, connect: Connect

@@ -1,5 +1,7 @@
 """Pages land where they are to lie, each read once, and nothing lands after close."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -236,3 +238,42 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
         assert len(landed) == after_close
         for reader in restore._readers.values():
             assert reader._load.reader._fd == -1
+
+
+@pytest.mark.parametrize("end", ["wait", "close"])
+@pytest.mark.parametrize("readers", [1, 2], ids=["alone", "shared"])
+def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypatch, end, readers):
+    """The threads that its parent waits for are not in it."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(18))
+    read, parent = os.preadv, os.getpid()
+    blocked, go = threading.Event(), threading.Event()
+
+    def slow(*args):
+        if os.getpid() == parent and threading.current_thread() is not threading.main_thread():
+            blocked.set()
+            go.wait(timeout=60)
+        return read(*args)
+
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        buffers = [windows(1, 18) for _ in range(readers)]
+        restores = [store.restore([store.match(ROOT, count(18)).spans]) for _ in buffers]
+        monkeypatch.setattr(os, "preadv", slow)
+        for own, restore in zip(buffers, restores, strict=True):
+            restore.start(lambda layer, row, own=own: (Landing.on(*(t[row] for t in own[layer])), 0))
+        assert blocked.wait(timeout=60)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # ends a child that waits for ever
+            right = True
+            for own, restore in zip(buffers, restores, strict=True):
+                for layer, expected in enumerate(truth(ROOT, count(18), 0, 18)) if end == "wait" else ():
+                    restore.wait(layer)
+                    right = right and same_bits(own[layer][0][0], expected.k_htd)
+                restore.close()
+            os._exit(0 if right else 1)
+        _, status = os.waitpid(pid, 0)
+        go.set()
+        assert os.waitstatus_to_exitcode(status) == 0
+        for restore in restores:
+            restore.close()
