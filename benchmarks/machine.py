@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from kvtier.units import physical_memory_bytes
+from kvtier.memory import host_memory_bytes
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,7 @@ def describe_machine() -> Machine:
     return Machine(
         cpu=_cpu_model(),
         cores=_usable_cores(),
-        memory_bytes=physical_memory_bytes(),
+        memory_bytes=host_memory_bytes(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 import torch
 
 from kvtier.cli.findings import Finding, gigabytes
+from kvtier.memory import free_host_memory_bytes, host_memory_bytes
 from kvtier.transfer import CopyEngine, InlineEngine, engine_for
-from kvtier.units import physical_memory_bytes
 
 _PACKAGES = ("kvtier", "torch", "transformers", "accelerate", "safetensors")
 _PIECE_BYTES = 64 * 2**20  # what streaming pins at once
@@ -34,7 +33,7 @@ def versions() -> Finding:
 def processor() -> Finding:
     """Count cores and RAM."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    total, free = physical_memory_bytes(), int(psutil.virtual_memory().available)
+    total, free = host_memory_bytes(), free_host_memory_bytes()
     facts = {"cores": cores, "threads": torch.get_num_threads(), "ram_bytes": total, "free_ram_bytes": free}
     text = f"{cores} cores, {gigabytes(total)} of RAM, {gigabytes(free)} of it free"
     if free < _GIB:

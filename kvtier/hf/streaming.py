@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kvtier.memory import host_memory_bytes
 from kvtier.paths import folder_path
 from kvtier.store import PrefixStore
 from kvtier.stream.streams import AUTO, MakeEngine, Streams, default_spill_folder
-from kvtier.units import parse_bytes, physical_memory_bytes
+from kvtier.units import parse_bytes
 
 
 class Streaming:
@@ -35,7 +36,7 @@ class Streaming:
         if device_budget is not None and device_budget != AUTO:
             device_budget = parse_bytes(device_budget, "device_budget")
         self._device_budget = device_budget
-        default = physical_memory_bytes() // 2
+        default = host_memory_bytes() // 2
         self._host_budget_bytes = default if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
         self._engine = engine

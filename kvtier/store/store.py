@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError, UnavailableError
+from kvtier.memory import default_host_budget_bytes
 from kvtier.paths import folder_path
 from kvtier.store.base import BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds
@@ -48,7 +49,7 @@ from kvtier.store.recovery import open_catalog
 from kvtier.store.restore import Restore, summary
 from kvtier.store.stats import StoreStats, snapshot
 from kvtier.transfer import Readers, Writer
-from kvtier.units import default_host_budget_bytes, parse_bytes
+from kvtier.units import parse_bytes
 
 _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256

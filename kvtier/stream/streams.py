@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kvtier.geometry import LayerGeometry
+from kvtier.memory import free_device_bytes
 from kvtier.paths import user_cache_folder
 from kvtier.report import TurnReport
 from kvtier.stream.below import LowerTiers
@@ -17,7 +18,6 @@ from kvtier.stream.layer import StreamedLayer
 from kvtier.stream.spill import SpillFolder
 from kvtier.stream.traffic import Ledger, Traffic
 from kvtier.transfer import CopyEngine
-from kvtier.units import free_device_bytes
 
 MakeEngine = Callable[[torch.device], CopyEngine]
 AUTO = "auto"

@@ -272,7 +272,7 @@ def test_an_accelerator(monkeypatch, free, level):
 
 
 def test_a_machine_without_free_memory(monkeypatch):
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: namedtuple("M", "available")(10**8))
+    monkeypatch.setattr(devices, "free_host_memory_bytes", lambda: 10**8)
     assert devices.processor().level == "note"
 
 

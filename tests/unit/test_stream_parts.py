@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import ConfigurationError
 from kvtier.geometry import LayerGeometry
+from kvtier.memory import free_device_bytes
 from kvtier.stream.below import LowerTiers
 from kvtier.stream.residency import cold_order, round_up, smallest_budget_bytes
 from kvtier.stream.runs import HostRun
@@ -20,7 +21,6 @@ from kvtier.stream.spill import SpillFolder
 from kvtier.stream.staging import Staging
 from kvtier.stream.traffic import Ledger, Traffic
 from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
-from kvtier.units import free_device_bytes
 
 
 @given(st.integers(1, 200))
@@ -176,7 +176,7 @@ def test_free_memory_leaves_a_reserve(monkeypatch):
         available = 10 * 2**30
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
-    monkeypatch.setattr("kvtier.units.physical_memory_bytes", lambda: 20 * 2**30)
+    monkeypatch.setattr("kvtier.memory.host_memory_bytes", lambda: 20 * 2**30)
     assert free_device_bytes(torch.device("cpu")) == 8 * 2**30
     Memory.available = 2**20
     assert free_device_bytes(torch.device("cpu")) == 0

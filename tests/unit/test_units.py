@@ -3,7 +3,7 @@
 import pytest
 
 from kvtier.errors import ConfigurationError
-from kvtier.units import default_host_budget_bytes, parse_bytes, physical_memory_bytes
+from kvtier.units import parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,3 @@ def test_refuses_budgets_that_hold_nothing(wrong):
 def test_a_wrong_count_is_a_value_error_too():
     with pytest.raises(ValueError, match="parsecs"):
         parse_bytes("12 parsecs", "budget")
-
-
-def test_default_budget_is_a_quarter_of_the_memory_and_at_most_4_gib():
-    assert default_host_budget_bytes() == min(physical_memory_bytes() // 4, 4 * 2**30)
-    assert 0 < default_host_budget_bytes() <= 4 * 2**30
