@@ -183,6 +183,17 @@ class PrefixStore(ManagedStore):
             self._reading, self._writing = Readers(), Writer()
         self._lock.release()
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a PrefixStore cannot be pickled or copied: it holds locks and files. Open its folder in the other "
+            "process, PrefixStore(folder)"
+        )
+
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""

@@ -1,8 +1,13 @@
 """Whoever names the same folder has the same store; the last one out closes it."""
 
-import pytest
+import copy
+import io
+import pickle
 
-from kvtier import ConfigurationError, TieredCache
+import pytest
+import torch
+
+from kvtier import ConfigurationError, PrefixStore, TieredCache
 from kvtier.store.shared import Lease
 
 
@@ -52,3 +57,11 @@ def test_the_store_in_ram_outlives_its_caches():
 def test_what_is_no_folder_is_refused(store):
     with pytest.raises(ConfigurationError, match="neither a folder nor a PrefixStore"):
         TieredCache(store)
+
+
+@pytest.mark.parametrize(
+    "send", [pickle.dumps, copy.deepcopy, lambda store: torch.save({"store": store}, io.BytesIO())]
+)
+def test_a_store_says_how_another_process_gets_it(tmp_path, send):
+    with PrefixStore(tmp_path) as store, pytest.raises(TypeError, match=r"PrefixStore\(folder\)"):
+        send(store)
