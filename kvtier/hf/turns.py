@@ -352,7 +352,7 @@ class TurnCache(WindowCache, TurnTaker):
         turn = self._turn
         if turn is None or turn.prompt is None or not self._states:
             return
-        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(turn.passes):
+        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(turn.passes, ended=True):
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
 
     def _commit(self, sequences: Any, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
@@ -371,7 +371,8 @@ class TurnCache(WindowCache, TurnTaker):
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
             named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
-            if self._states and (whole or not is_serving(self)) and not self._in_step(turn.passes):
+            ended = whole and is_serving(self)  # in a loop of one's own, the last pass may have been interrupted
+            if self._states and (whole or not is_serving(self)) and not self._in_step(turn.passes, ended=ended):
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
                 self._lay_out(self._config)
             elif self._has_grown:

@@ -212,10 +212,12 @@ class WindowCache(DynamicCache):
         keys: torch.Tensor = self.layers[layer_idx].update_indexer(indexer_key_states)
         return keys
 
-    def _in_step(self, passes: int) -> bool:
+    def _in_step(self, passes: int, *, ended: bool) -> bool:
         """Whether all layers with states saw the same forward passes of the turn, ``passes`` where windows count them.
 
         Layers of one kind are called, and written, equally often in a pass. One that ended early leaves a difference.
+        Where the last pass has ``ended``, a layer that has nothing is one that the model does not use: before 5.23,
+        Nemotron-H has layers of states in the places of its MLPs.
         """
         seen: dict[tuple[type, int], set[tuple[Any, ...]]] = {}
         lengths = set()
@@ -226,6 +228,8 @@ class WindowCache(DynamicCache):
                 continue
             calls = sorted((what, state, n) for (what, of, state), n in self._calls.items() if of == index)
             written = [version for _, version in state_marks(layer)]
+            if ended and not calls and not written:
+                continue
             seen.setdefault((type(layer), layer.number_of_states), set()).add((*calls, *written))
             asked = self._calls["get_conv_state", index, 0]  # once a pass; some then write the state in place
             if asked and passes and asked != passes:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvtier import TieredCache
+from kvtier.hf.compat.model_profiles import why_off
 from sweep.models import tiny_model
 from sweep.turns import padded
 
@@ -42,6 +43,8 @@ def test_a_prompt_is_reused_beside_other_padding(store, name):
 @pytest.mark.parametrize("name", ["bart", "marian", "roformer", "whisper", "trocr"])
 def test_where_positions_count_padding_only_prompts_without_it_are_reused(store, name):
     model, text = tiny_model(name), prompt(20)
+    if why_off(model) is not None:
+        pytest.skip("this transformers continues it wrongly")
     with TieredCache(store) as cache:
         assert ask(model, *padded(text), cache) == [0]
         longer = torch.cat([text, prompt(3, 1)], 1)
@@ -53,6 +56,8 @@ def test_where_positions_count_padding_only_prompts_without_it_are_reused(store,
 @pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
 def test_padded_rows_that_go_on_otherwise_are_not_reused(store, name):
     model, text = tiny_model(name), prompt(20)
+    if why_off(model) is not None:
+        pytest.skip("this transformers continues it wrongly")
     with TieredCache(store) as cache:
         for _ in range(2):
             assert ask(model, *padded(text, prompt(9, 1)), cache) == []

@@ -14,6 +14,7 @@ from upstream import CACHE, given
 import kvtier
 from kvtier import PrefixStore, PromptError, TieredCache
 from kvtier.errors import UnannouncedError
+from kvtier.hf.compat.model_profiles import why_off
 from kvtier.hf.compat.names import PREPARE_CACHE
 from kvtier.hf.serving import running_generate
 
@@ -126,7 +127,8 @@ def test_a_loop_outside_of_generate_may_feed_without_a_turn(any_model, store, to
         ids = tokens(12)
         with torch.no_grad():
             any_model(ids[:, :8], use_cache=True, **given(any_model, cache))
-            assert cache.get_seq_length() == 8
+            if why_off(any_model) is None:  # else nobody counts the tokens of states alone
+                assert cache.get_seq_length() == 8
         assert running_generate() is None
 
 

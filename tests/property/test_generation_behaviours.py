@@ -12,6 +12,8 @@ import pytest
 from behaviours import BEHAVIOURS
 from subject import Subject
 
+from kvtier.hf.compat.names import INSTALLED
+
 EVERYTHING = os.environ.get("KVTIER_BEHAVIOURS") == "all"
 # One of each: full, windows, shared, indexed with latent K and V, states in layers of their own, states beside K and V.
 EVERY_BEHAVIOUR = ("llama", "gemma3n", "deepseek_v32", "qwen3_next", "falcon_h1")
@@ -27,4 +29,6 @@ def _cases():
 
 @pytest.mark.parametrize(("name", "behaviour"), list(_cases()))
 def test_behaviour(name, behaviour, store):
+    if name == "deepseek_v4" and "beams" in behaviour and INSTALLED < (5, 23):
+        pytest.skip("this transformers mixes up the beams of the model; kvtier answers as without a cache")
     BEHAVIOURS[behaviour](Subject(name, store))

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 from storekit import DAMAGES, block_files, bytes_in_ram, bytes_on_disk, damage
 from tiny import (
+    CHUNKS,
     HEAD_DIM,
     VOCABULARY,
     Tokens,
@@ -50,7 +51,7 @@ modes = st.one_of(
     st.sampled_from(
         [
             {"eos_token_id": 3},
-            {"prefill_chunk_size": 3},
+            CHUNKS,
             {"do_sample": True, "top_k": 0},
             {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
             {"do_sample": True, "top_k": 0, "num_return_sequences": 3},

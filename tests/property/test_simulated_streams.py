@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import HEAD_DIM, answer, assert_same_answer, left_padded, tiny, with_columns_of
+from tiny import CHUNKS, HEAD_DIM, answer, assert_same_answer, left_padded, tiny, with_columns_of
 from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
@@ -26,9 +26,7 @@ LAYERS = 4
 PAGE = 4
 TOKEN_BYTES = 2 * HEAD_DIM * 4 * LAYERS
 words = st.integers(1, 5)
-modes = st.sampled_from(
-    [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}]
-)
+modes = st.sampled_from([{}, CHUNKS, {"num_beams": 2}, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}])
 
 
 def budget(rows: int, columns: int, share: float) -> int:

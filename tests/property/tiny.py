@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from upstream import CACHE
 
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
+
 VOCABULARY = 6  # five words; 0 is padding
 HEAD_DIM = 8
 _SHAPE: dict[str, Any] = {
@@ -22,6 +24,7 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "initializer_range": 0.6,  # smaller models need larger weights for history to decide
 }
+CHUNKS: dict[str, Any] = {"prefill_chunk_size": 3} if CHUNKS_CONTINUE else {}  # where not, such a turn is off
 Tokens = tuple[int, ...]
 
 

@@ -8,9 +8,11 @@ import threading
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
+from kvtier.hf.compat.names import INSTALLED, OLDEST_TESTED
 from sweep.__main__ import PAGES, app
 from sweep.families import NOT_ALONE
 from sweep.judging import judge, worst
@@ -60,6 +62,10 @@ def test_a_tiny_config_is_of_its_own_family_and_keeps_every_kind_of_layer(name):
         tiny = tiny_config(name)
     except ImportError as error:
         pytest.skip(brief(error))
+    except StrictDataclassFieldValidationError as error:
+        if INSTALLED > OLDEST_TESTED:
+            raise
+        pytest.skip(brief(error))  # there, some configs cannot be made without all their parts
     family = (default.model_type, default.get_text_config(decoder=True).model_type)
     assert tiny.model_type in family or tiny.model_type in {part.model_type for part in parts(default)}
     kinds = [getattr(each.get_text_config(decoder=True), "layer_types", None) or () for each in (default, tiny)]
