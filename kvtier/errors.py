@@ -83,4 +83,7 @@ class UnavailableError(BlockError):
 
 
 class RestoreError(BlockError):
-    """A block failed while a turn was already reading it; the turn must start again without that block."""
+    """A block failed while a turn was already reading it; the turn must start again without that block.
+
+    The store has discarded a damaged block, and withholds one that cannot be read now, before this is raised.
+    """

@@ -112,7 +112,7 @@ class TieredCache(TurnCache):
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()
             except BlockError:
-                self.start_over()  # the block was discarded: begin again with what is left
+                self.start_over()  # the block is not found again: begin with what is left
                 continue
             if self._turn is not None and self._turn.prompt is not None:
                 remember_positions(model, self._turn.prompt)

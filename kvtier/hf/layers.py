@@ -64,7 +64,7 @@ class WindowLayer(DynamicLayer):
         """``[batch, k_heads, length, k_dim]``, or None before the first token.
 
         Raises:
-            RestoreError: a page of an expected prefix could not be read, or does not fit; its block was discarded.
+            RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
         return None if self.window is None else self.window.contents(self.length)[0]
@@ -74,7 +74,7 @@ class WindowLayer(DynamicLayer):
         """``[batch, v_heads, length, v_dim]``, or None before the first token.
 
         Raises:
-            RestoreError: a page of an expected prefix could not be read, or does not fit; its block was discarded.
+            RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
         return None if self.window is None else self.window.contents(self.length)[1]
@@ -165,7 +165,7 @@ class WindowLayer(DynamicLayer):
         """Hold the expected prefix now, before any token comes after it.
 
         Raises:
-            RestoreError: a page could not be read, or does not fit; its block was discarded.
+            RestoreError: a page could not be read, or does not fit.
         """
         if self._prefix is not None:
             prefix, layer = self._prefix

@@ -64,7 +64,7 @@ def plan_turn(
         try:
             restore = store.restore(wanted, snapshots) if snapshots or any(wanted) else None
         except BlockError:
-            continue  # it was discarded
+            continue  # what failed is not found again
         break
     prefix = make_prefix(columns, plans, restore, len(held.rows) if held else 0)
     turn = Turn(prompt, identity, prefix, divergences=divergences, known_columns=common, known=known, limit=limit)

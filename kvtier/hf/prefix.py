@@ -74,7 +74,7 @@ class TurnPrefix:
             columns: what the windows will need in this turn, as far as one can tell.
 
         Raises:
-            RestoreError: the store's blocks are not of this model; they were discarded.
+            RestoreError: the blocks of the store are not of this model.
         """
         self._expect(windows)
         restore = self._restore
@@ -123,7 +123,7 @@ class TurnPrefix:
         """Return the states of each row, U8 ``[bytes]``.
 
         Raises:
-            RestoreError: they could not be read; the block was discarded.
+            RestoreError: they could not be read.
         """
         assert self._restore is not None
         states = [self._restore.states(row) for row in range(self.rows)]
@@ -150,7 +150,7 @@ class TurnPrefix:
             make: returns an empty place for K and V like these.
 
         Raises:
-            RestoreError: a page could not be read, or does not fit; its block was discarded.
+            RestoreError: a page could not be read, or does not fit.
         """
         started = time.perf_counter()
         memory = self._fill(layer, old, k_bhtd, v_bhtd, make)
@@ -208,7 +208,7 @@ class TurnPrefix:
         """Wait for all pages.
 
         Raises:
-            RestoreError: one could not be read; its block was discarded.
+            RestoreError: one could not be read.
         """
         if self._restore is not None:
             for layer in range(len(self._landed)):

@@ -74,7 +74,7 @@ class StreamedPrefix(TurnPrefix):
         """Choose which layers are to be cold with ``columns`` columns.
 
         Raises:
-            RestoreError: the store's blocks are not of this model; they were discarded.
+            RestoreError: the blocks of the store are not of this model.
         """
         self._expect(windows)
         if self._restore is None:
@@ -222,7 +222,7 @@ class StreamedPrefix(TurnPrefix):
         """Return ``layer`` with the prefix in it before any token comes after it.
 
         Raises:
-            RestoreError: a page could not be read; its block was discarded.
+            RestoreError: a page could not be read.
         """
         if old is not None and self._restore is None:
             k, v = old.contents(0)
@@ -238,7 +238,7 @@ class StreamedPrefix(TurnPrefix):
         """Read every page once, to see that it can be read.
 
         Raises:
-            RestoreError: one could not be read; its block was discarded.
+            RestoreError: one could not be read.
         """
         if self._restore is not None:
             self._restore.check()

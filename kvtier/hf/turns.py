@@ -215,7 +215,7 @@ class TurnCache(WindowCache, TurnTaker):
             try:
                 return start(turn, model, call.repeats)
             except BlockError:
-                continue  # blocks that do not fit the model: they were discarded
+                continue  # blocks that do not fit the model: they are withheld
 
     def held(self) -> Held | None:
         """Return the tokens of the last turn whose K and V the cache holds; None when there are none.
@@ -352,7 +352,9 @@ class TurnCache(WindowCache, TurnTaker):
         turn = self._turn
         if turn is None or turn.prompt is None or not self._states:
             return
-        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(turn.passes, ended=True):
+        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(
+            turn.passes, ended=True
+        ):
             self._snapshots.take(self._states, column, len(turn.prompt.rows))
 
     def _commit(self, sequences: Any, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:

@@ -67,7 +67,7 @@ class Restore:
         """Return the states of the snapshot of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
 
         Raises:
-            RestoreError: they could not be read; the block was discarded.
+            RestoreError: they could not be read.
         """
         key = self._snapshots[row]
         try:
@@ -108,7 +108,7 @@ class Restore:
             end: so are spans whose first token is not before this one.
 
         Raises:
-            RestoreError: a page could not be read; its block was discarded.
+            RestoreError: a page could not be read.
         """
         if not self._land(layer, place, begin, end):
             raise self._lost()
@@ -143,7 +143,7 @@ class Restore:
         """Read all pages once, to see that they can be read.
 
         Raises:
-            RestoreError: one could not; its block was discarded.
+            RestoreError: one could not.
         """
         for key, reader in self._readers.items():
             try:
