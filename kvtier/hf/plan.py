@@ -29,8 +29,8 @@ def plan_turn(
 ) -> Turn:
     """Return the turn that reuses as much of ``prompt`` as can be, the windows first.
 
-    Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are not found again, and what
-    is left is planned with. A model with ``states`` can only go on from where they are known.
+    Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are not found again, and
+    what is left is planned with. A model with ``states`` can only go on from where they are known.
     """
     plans, from_window = [], []
     for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
