@@ -297,6 +297,8 @@ class PrefixStore(ManagedStore):
 
         Warn of damaged blocks not warned of before, and once of blocks that cannot be read.
         """
+        if not errors:
+            return
         unavailable = {key: error for key, error in errors.items() if isinstance(error, UnavailableError)}
         damaged = {key: error for key, error in errors.items() if key not in unavailable}
         for tier in self._tiers:

@@ -47,13 +47,13 @@ class SpillFolder:
 
     def new_file(self) -> str:
         """Return a path that no file has."""
-        if self._path is None or not (self._path / _LOCK).exists():  # somebody may have tidied up
-            try:
+        try:
+            if self._path is None or not (self._path / _LOCK).exists():  # somebody may have tidied up
                 self._make()
-            except OSError as error:
-                raise StreamError(
-                    f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
-                ) from error
+        except OSError as error:
+            raise StreamError(
+                f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
+            ) from error
         return f"{self._path}/{uuid.uuid4().hex}.safetensors"
 
     def share(self) -> SpillFolder:
