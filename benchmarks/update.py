@@ -103,7 +103,7 @@ def _model(heads: int, dim: int) -> Any:
     """Return a random Llama, only so that a turn has a model to begin on."""
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=48,  # of any number of heads here
         intermediate_size=32,
         num_hidden_layers=_LAYERS,
         num_attention_heads=2 * heads,
