@@ -36,8 +36,7 @@ class Streaming:
         if device_budget is not None and device_budget != AUTO:
             device_budget = parse_bytes(device_budget, "device_budget")
         self._device_budget = device_budget
-        default = host_memory_bytes() // 2
-        self._host_budget_bytes = default if host_budget is None else parse_bytes(host_budget, "host_budget")
+        self._host_budget_bytes = None if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
         self._engine = engine
 
@@ -47,7 +46,7 @@ class Streaming:
             return None
         return Streams(
             self._device_budget,
-            self._host_budget_bytes,
+            host_memory_bytes() // 2 if self._host_budget_bytes is None else self._host_budget_bytes,
             self._spill or default_spill_folder(store.path),
             store.block_size,
             total_layers,

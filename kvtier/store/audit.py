@@ -17,7 +17,7 @@ from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
 from kvtier.store.folder import StoreFolder
-from kvtier.store.format import BlockFile, unusable
+from kvtier.store.format import BlockFile
 from kvtier.store.lifecycle import State
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner, pid_of
@@ -180,12 +180,8 @@ class Audit:
             finally:
                 file.close()
             written_at = path.stat().st_mtime
-        except FileNotFoundError as error:
-            if self._folder.is_there():
-                raise BlockError(f"{path} is missing") from error
-            raise unusable(path, error) from error
         except OSError as error:
-            raise unusable(path, error) from error
+            raise self._folder.unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):
             raise BlockError(f"{path} holds another block than its place says")
         return file.id, self._folder.allocated_bytes(file.nbytes), written_at

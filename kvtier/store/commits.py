@@ -96,11 +96,12 @@ class Commits:
         Without them, nothing that follows could be kept on disk. It is done behind the caller.
         """
         disk = self._disk
-        if disk is None or not keys:
+        in_ram = [key for key in keys if self._host.block(key) is not None]  # the others are on disk
+        if disk is None or not in_ram:
             return
 
         def write() -> None:
-            for key in disk.absent(keys):
+            for key in disk.absent(in_ram):
                 block = self._host.block(key)
                 if block is None or not self._put(disk, block, keep_tails):
                     break  # what follows would be an orphan

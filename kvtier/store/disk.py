@@ -22,19 +22,18 @@ from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import Rank, take_part
-from kvtier.store.format import BlockFile, encode_block, unusable
+from kvtier.store.format import BlockFile, encode_block
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
 from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
 from kvtier.store.pause import Pause, Withheld, is_full
-from kvtier.store.records import read_record
+from kvtier.store.records import MANIFEST_BYTES, read_record
 from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
 _ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
-_MANIFEST_BYTES = 16 * 2**20
 _BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
 
 
@@ -145,7 +144,7 @@ class DiskTier:
     def description(self, root: str) -> Mapping[str, Any]:
         """Return what ``root`` stands for; empty when nobody has noted it, or it cannot be read."""
         try:
-            found = read_record(self.folder.root(root), _MANIFEST_BYTES)
+            found = read_record(self.folder.root(root), MANIFEST_BYTES)
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -160,7 +159,7 @@ class DiskTier:
         wanted = json.loads(json.dumps(dict(manifest), default=str))
         try:
             try:
-                if read_record(path, _MANIFEST_BYTES) == wanted or not anew:
+                if read_record(path, MANIFEST_BYTES) == wanted or not anew:
                     return
                 self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
             except FileNotFoundError:
@@ -455,9 +454,7 @@ class DiskTier:
             if error.errno == errno.ENOENT and block.key not in self:
                 raise _GoneError from error
             self.count("errors.read")
-            if error.errno == errno.ENOENT and self.folder.is_there():
-                raise BlockError(f"{path} is missing") from error
-            raise unusable(path, error) from error
+            raise self.folder.unusable(path, error) from error
         if not lock_shared(fd):
             os.close(fd)
             raise _GoneError

@@ -18,6 +18,8 @@ from typing import Protocol
 
 from kvtier.store.mounts import mounted_kind
 
+# Never through a link; and a pipe that bears the name of a file must not keep whoever opens it waiting for a writer.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
@@ -187,7 +189,7 @@ class LocalFilesystem:
     def open_read(self, path: Path) -> int:
         """Open a file for reading, unless it is a link."""
         # Without waiting: a pipe of that name would have no writer.
-        return self._calls.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return self._calls.open(path, READ_FLAGS)
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
         """Round ``nbytes`` up to whole allocation units of the drive, which is asked once a folder."""

@@ -10,6 +10,7 @@ owners/<process>-<random>.lock             who is at work
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.store.filesystem import Filesystem, is_leftover, is_temporary
-from kvtier.store.format import FORMAT_VERSION, BlockFile
+from kvtier.store.format import FORMAT_VERSION, BlockFile, unusable
 from kvtier.store.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.folder")
@@ -192,8 +193,16 @@ class StoreFolder:
             self._safe.add(path.parent)
         return self.filesystem.open_read(path)
 
-    def is_there(self) -> bool:
-        """Whether the folder can be reached now, so that a file that is missing in it is missing indeed."""
+    def unusable(self, path: Path, error: OSError) -> BlockError:
+        """Return what a call of the system that failed tells of the block file ``path``.
+
+        A file that is missing is missing indeed only if the folder can be reached now.
+        """
+        if error.errno == errno.ENOENT and self._is_there():
+            return BlockError(f"{path} is missing")
+        return unusable(path, error)
+
+    def _is_there(self) -> bool:
         try:
             return stat.S_ISREG((self.path / "kvtier.json").stat().st_mode)
         except OSError:

@@ -25,6 +25,7 @@ from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
+from kvtier.store.filesystem import READ_FLAGS
 from kvtier.store.layout import (
     MAX_LAYERS,
     NOT_JSON,
@@ -41,8 +42,6 @@ from kvtier.store.layout import (
 
 FORMAT_VERSION = 1
 _FORMAT = f"kvtier/{FORMAT_VERSION}"
-# A pipe that bears the name of a block would otherwise keep whoever opens it waiting for a writer.
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
 _METADATA = ("format", "codec", "key", "parent", "root", "crc32", "shapes", "dtypes")
 _Shapes = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]
@@ -155,7 +154,7 @@ class BlockFile:
         self._fd = -1 if fd is None else fd
         try:
             if fd is None:
-                self._fd = os.open(path, _OPEN_FLAGS)
+                self._fd = os.open(path, READ_FLAGS)
             self._read_header()
         except (OSError, MemoryError) as error:
             self.close()

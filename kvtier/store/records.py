@@ -8,8 +8,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+from kvtier.store.filesystem import READ_FLAGS
+
 MARKER_BYTES = 4096
+MANIFEST_BYTES = 16 * 2**20  # of what a root stands for
 
 
 def read_record(path: Path, at_most_bytes: int) -> Any:
@@ -21,7 +23,7 @@ def read_record(path: Path, at_most_bytes: int) -> Any:
         ValueError: it is no JSON, no ordinary file (a pipe would never end), or larger than ``at_most_bytes``.
         RecursionError: its brackets never end.
     """
-    fd = os.open(path, _FLAGS)
+    fd = os.open(path, READ_FLAGS)
     with os.fdopen(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

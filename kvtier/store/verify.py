@@ -107,14 +107,11 @@ def verify(
 def _mended(discrepancy: Discrepancy) -> bool:
     try:
         discrepancy.mend()
-    except UnavailableError as error:
+    except (UnavailableError, OSError, sqlite3.Error) as error:
         _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
         return False
     except BlockError:
         return True  # it was no block at all, and is gone
-    except (OSError, sqlite3.Error) as error:
-        _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
-        return False
     return True
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtier.store.records import read_record
-
-_MAX_FILE_BYTES = 16 * 2**20
+from kvtier.store.records import MANIFEST_BYTES, read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class RootFile:
         """Read the file of ``root``. A file that is missing or damaged is told, not raised: K and V do not need it."""
         path = folder / "roots" / f"{root}.json"
         try:
-            manifest = read_record(path, _MAX_FILE_BYTES)
+            manifest = read_record(path, MANIFEST_BYTES)
             if not isinstance(manifest, dict):
                 raise ValueError("it holds no object")
         except (OSError, ValueError, RecursionError) as error:
