@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.demo_model import demo_model_folder
+from kvtier.hf.compat.names import passed
 
 HERE = demo_model_folder()
 pytestmark = [
@@ -58,7 +59,7 @@ def answer(model: PreTrainedModel, prompt: torch.Tensor, cache: Any) -> Answer:
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **passed(cache),
         max_new_tokens=NEW,
         do_sample=False,
         output_logits=True,
