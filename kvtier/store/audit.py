@@ -17,7 +17,6 @@ from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
 from kvtier.store.folder import StoreFolder
-from kvtier.store.format import BlockFile
 from kvtier.store.lifecycle import State
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner, pid_of
@@ -173,7 +172,7 @@ class Audit:
             BlockError: it is no whole block, or not the one that its place says.
         """
         try:
-            file = BlockFile(str(path), self._folder.open(path))
+            file = self._folder.block_file(path)
             try:
                 if whole:
                     file.check()
@@ -206,10 +205,7 @@ class Audit:
 
     def permissions(self) -> Iterator[Discrepancy]:
         """Yield what users other than the owner could read or change."""
-        inside = [
-            self._folder.path / part for part in ("blocks", "roots", "names", "owners", "kvtier.json", "catalog.sqlite")
-        ]
-        for path in [*inside, *self._folder.names(), *self._folder.block_files()]:
+        for path in [*self._folder.parts, *self._folder.names(), *self._folder.block_files()]:
             try:
                 mode = stat.S_IMODE(path.lstat().st_mode)
             except FileNotFoundError:

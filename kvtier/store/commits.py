@@ -209,7 +209,7 @@ class Commits:
         for tail in tier.tails(block.parent, block.tokens):
             if self._disk is None or tier is self._disk:
                 self._rename(tail.key, block.key)
-            tier.discard(tail.key)
+            tier.discard_unread([tail.key])
 
     def _rename(self, old: str, new: str) -> None:
         """See to it that names of chains that end in block ``old`` mean block ``new``, which begins with it."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -14,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError
@@ -23,9 +22,10 @@ from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.format import BlockFile, encode_block
+from kvtier.store.leases import FileLeases
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
-from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
+from kvtier.store.owners import Owner, pid_of
 from kvtier.store.pause import Pause, Withheld, is_full
 from kvtier.store.records import MANIFEST_BYTES, read_record
 from kvtier.store.valuation import Place
@@ -34,7 +34,7 @@ _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
 _ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
-_BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
+_BATCH = 64  # blocks that leave at once: each is claimed meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,7 @@ class DiskTier:
         self.leases = Leases()
         self._owner = owner
         self._clock = clock
+        self._between = FileLeases(folder.leases)  # leases between processes
         self._loads = SharedLoads(self.leases)
         self._pause = Pause(clock)
         self._warned: set[str] = set()
@@ -296,23 +297,23 @@ class DiskTier:
     @contextmanager
     def _claims(self) -> Iterator[Callable[[Place], bool]]:
         """Give what tells whether a block is being read; one that is not cannot be, until this ends."""
-        claims: list[int] = []
+        claims: list[str] = []
 
         def is_leased(place: Place) -> bool:
-            if place.key in self.leases:
+            if self._is_read(place.key):
                 return True
-            try:
-                fd = self.folder.open(self.folder.block(place.key, place.root))
-            except OSError:
-                return False  # it is missing, or not to be read by anyone
-            claims.append(fd)
-            return not lock_alone(fd)
+            claims.append(place.key)
+            return False
 
         try:
             yield is_leased
         finally:
-            for fd in claims:
-                os.close(fd)
+            for key in claims:
+                self._between.unclaim(key)
+
+    def _is_read(self, key: str) -> bool:
+        """Whether somebody reads block ``key``. If not, nobody can begin to before it is unclaimed."""
+        return key in self.leases or not self._between.claim(key)
 
     def _delete(self, places: Iterable[Place]) -> int:
         """Delete the files of blocks that are leaving; return how many bytes that gave back."""
@@ -345,8 +346,22 @@ class DiskTier:
         """Forget a block and delete its file; unknown keys are ignored."""
         self.discard_all([key])
 
+    def discard_unread(self, keys: Iterable[str]) -> list[Place]:
+        """Forget blocks and delete their files, but for those that are being read; return those that went.
+
+        A file that is deleted while it is read takes its bytes until then, and nobody would count them.
+        """
+        gone: list[Place] = []
+        for key in keys:
+            if not self._is_read(key):
+                try:
+                    gone += self.discard_all([key])
+                finally:
+                    self._between.unclaim(key)
+        return gone
+
     def discard_all(self, keys: Sequence[str]) -> list[Place]:
-        """Forget blocks and delete their files; return those that were there."""
+        """Forget blocks and delete their files, also those that are being read; return those that were there."""
         for key in keys:
             self._loads.forget(key)
         self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
@@ -364,7 +379,7 @@ class DiskTier:
         """Forget what nobody has used for as long as ``settings.ttl_seconds``."""
         if self.settings.ttl_seconds is None:
             return []
-        gone = self.discard_all(self.unused_since(self._since))
+        gone = self.discard_unread(self.unused_since(self._since))
         self.count("expirations", len(gone))
         return gone
 
@@ -447,26 +462,27 @@ class DiskTier:
             return None
 
     def _open(self, block: BlockId) -> BlockFile:
+        if not self._between.share(block.key):
+            raise _GoneError  # it is being evicted
         path = self.folder.block(block.key, block.root)
         try:
-            fd = self.folder.open(path)
-        except OSError as error:
-            if error.errno == errno.ENOENT and block.key not in self:
+            file = self.folder.block_file(path)
+        except BaseException as error:
+            self._between.release(block.key)
+            if isinstance(error.__cause__, FileNotFoundError) and block.key not in self:
                 raise _GoneError from error
-            self.count("errors.read")
-            raise self.folder.unusable(path, error) from error
-        if not lock_shared(fd):
-            os.close(fd)
-            raise _GoneError
-        try:
-            file = BlockFile(str(path), fd)
-        except BlockError:
-            self.count("errors.read")
+            if isinstance(error, BlockError):
+                self.count("errors.read")
             raise
+        file.when_closed(partial(self._between.release, block.key))
         if (file.id.key, file.id.parent, file.id.root) != (block.key, block.parent, block.root):
             file.close()
             raise BlockError(f"{path} holds another block than the catalog says")
         return file
+
+    def close(self) -> None:
+        """End the leases of what nobody reads any more. May be called more than once."""
+        self._between.close()
 
     # --- counting ---------------------------------------------------------------------------------------------------
 

@@ -221,6 +221,11 @@ class HostTier:
                 raise
             self._changed.notify_all()
 
+    def discard_unread(self, keys: Iterable[str]) -> None:
+        """Forget blocks. Who reads one may finish: its bytes are counted by whoever holds them."""
+        for key in keys:
+            self.discard(key)
+
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks again only after a while: what a turn has for them does not fit."""
         self._withheld.add(keys)

@@ -416,7 +416,10 @@ class ManagedStore(ABC):
             self._host.expire()
             tier.expire()
             if seconds is not None:
-                self._remove(tier.unused_since(self._clock() - seconds))
+                unused = tier.unused_since(self._clock() - seconds)
+                self._host.discard_unread(unused)
+                if self._disk is not None:
+                    self._disk.discard_unread(unused)
             if limit is not None:
                 self._host.shrink(limit)
                 tier.shrink(limit)

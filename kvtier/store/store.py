@@ -394,6 +394,8 @@ class PrefixStore(ManagedStore):
         self._closed = True
         self._writing.close()
         self._reading.close()
+        if self._disk is not None:
+            self._disk.close()
         self._database.close()
         if self._owner is not None:
             self._owner.close()
