@@ -125,7 +125,7 @@ class Audit:
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
-                nbytes = self._folder.allocated_bytes(path.lstat().st_size)
+                nbytes = self._folder.used_bytes(path)
             except FileNotFoundError:
                 if self._catalog.entry(key) is not None:
                     yield Discrepancy(
@@ -179,11 +179,12 @@ class Audit:
             finally:
                 file.close()
             written_at = path.stat().st_mtime
+            nbytes = self._folder.used_bytes(path)
         except OSError as error:
             raise self._folder.unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):
             raise BlockError(f"{path} holds another block than its place says")
-        return file.id, self._folder.allocated_bytes(file.nbytes), written_at
+        return file.id, nbytes, written_at
 
     def total(self) -> Iterator[Discrepancy]:
         """Yield a sum that is not the sum of what it sums."""

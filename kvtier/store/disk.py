@@ -87,6 +87,7 @@ class DiskTier:
         self._loads = SharedLoads(self.leases)
         self._pause = Pause(clock)
         self._warned: set[str] = set()
+        self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         self._withheld = Withheld(clock)
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
@@ -181,7 +182,7 @@ class DiskTier:
             return False
         try:
             pieces = encode_block(block, self.settings.codec)
-            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces))
+            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces)) + self._excess_bytes
             kept = self._put(block.id, pieces, size)
         except NoRoom as error:
             self.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
@@ -211,10 +212,27 @@ class DiskTier:
                 if prepared is not Prepared.RESERVED:
                     return prepared is Prepared.PRESENT
                 self._write(block, pieces, size)
+                self.count("written_bytes", sum(piece.nbytes for piece in pieces))
+                self._count_what_it_takes(block, size)
                 return self.catalog.complete_store(block.key, self._owner.name)
             except BaseException:
                 self._abort_store(block)
                 raise
+
+    def _count_what_it_takes(self, block: BlockId, reserved: int) -> None:
+        """Count the file of ``block`` for what the drive says it takes, and make room if that is more than expected.
+
+        Raises:
+            NoRoom: there is none.
+        """
+        excess = self.folder.used_bytes(self.folder.block(block.key, block.root)) - reserved
+        if excess <= 0:
+            return
+        self._excess_bytes += excess  # the next one will take as much more
+        self.catalog.set_bytes(block.key, reserved + excess)
+        budget = self.settings.budget_bytes
+        if not self._make_room(self.catalog.total_bytes - budget, block.parent):
+            raise NoRoom(f"disk_budget={budget} has no room for a block that takes {reserved + excess} bytes there")
 
     def _prepare_store(self, block: BlockId, size: int) -> Prepared:
         """Reserve ``size`` bytes, once others have made room for them.
@@ -393,6 +411,13 @@ class DiskTier:
         """Unix time before which a block must not have been used last to be found."""
         ttl = self.settings.ttl_seconds
         return self._clock() - ttl if ttl is not None else float("-inf")
+
+    def trim(self) -> None:
+        """Evict what is beyond the budget: it may have been larger when the blocks were written."""
+        nothing: list[Place] = []
+        gone = self.ask(lambda: self.shrink(self.settings.budget_bytes), nothing)
+        if gone:
+            _log.info("%d blocks left %s: its budget is smaller than it was", len(gone), self.folder.path)
 
     def shrink(self, to_bytes: int) -> list[Place]:
         """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went.

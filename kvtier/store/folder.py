@@ -240,6 +240,10 @@ class StoreFolder:
         """Return what a file of ``nbytes`` takes on the drive."""
         return self.filesystem.allocated_bytes(self.path, nbytes)
 
+    def used_bytes(self, path: Path) -> int:
+        """Return what a file takes on the drive."""
+        return self.filesystem.used_bytes(path)
+
     def free_bytes(self) -> int:
         """Return how much may still be written to the drive."""
         return self.filesystem.free_bytes(self.path)

@@ -74,6 +74,7 @@ class HostTier:
         clock: Unix time.
         is_pinned: whether a block must stay.
         ttl_seconds: how long a block is kept after its last use; None for ever.
+        before_waiting: called before a put waits for room: has what waits to be written written.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class HostTier:
         clock: Callable[[], float],
         is_pinned: Callable[[str], bool] = lambda key: False,
         ttl_seconds: float | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
@@ -93,6 +95,7 @@ class HostTier:
         self._clock = clock
         self._is_pinned = is_pinned
         self._ttl_seconds = ttl_seconds
+        self._before_waiting = before_waiting
         self._withheld = Withheld(clock)
         self._blocks: dict[str, _Resident] = {}
         self._children: dict[str, set[str]] = {}
@@ -146,6 +149,7 @@ class HostTier:
             if victim is not None:
                 self._evict(victim)
             elif writing and self._writing:
+                self._before_waiting()
                 self._changed.wait()
             else:
                 return False
