@@ -303,21 +303,28 @@ def test_an_interrupt_ends_the_wait(model, generate, tokens, patient):
     assert torch.equal(answer(model, generate, patient, ids), found)
 
 
-def test_an_interrupt_at_any_line_frees_the_cache(patient):
-    def call():
-        return serving.exclusively(patient, "reset()", lambda: None)
+def test_an_interrupt_at_any_line_frees_the_cache_and_wakes_others(store):
+    with TieredCache(store, wait_seconds=threading.TIMEOUT_MAX) as cache:
+        others = []
 
-    files = {serving.__file__}
-    at, came = 0, True
-    while came:
-        with InterruptAtLine(at, files) as interrupt:
-            try:
-                call()
-            except KeyboardInterrupt:
-                assert interrupt.came
-        came, at = interrupt.came, at + 1
-        assert Elsewhere(lambda: when_waiting(lambda: pytest.fail("busy"), call)).result() is None
-    assert at > 8
+        def call():
+            return serving.exclusively(cache, "reset()", lambda: None)
+
+        def hold():
+            waiting = threading.Event()
+            others.append(Elsewhere(lambda: when_waiting(waiting.set, call)))
+            assert waiting.wait(LONG_SECONDS)
+
+        at, came = 0, True
+        while came:
+            interrupt = InterruptAtLine(at, {serving.__file__})
+            with contextlib.suppress(KeyboardInterrupt), interrupt:
+                serving.exclusively(cache, "reset()", hold)
+            came, at = interrupt.came, at + 1
+            while others:  # first: the next call would wake it
+                assert others.pop().result() is None
+            assert Elsewhere(call).result() is None
+        assert at > 8
 
 
 def test_a_signal_handler_may_use_another_cache(patient):
@@ -400,6 +407,8 @@ class TestChildren:
             sides.append(os.fork())
             if sides[0] == 0:
                 signal.alarm(int(LONG_SECONDS))
+            with pytest.raises(BusyError, match="inside generate"):
+                patient.reset()
 
         right = False
         try:
@@ -430,6 +439,8 @@ def test_one_thread_at_a_time(threads):
         if how == "asks again":
             with contextlib.suppress(BusyError):
                 serving.exclusively(cache, "reset()", lambda: wrong.append("came in"))
+            if not serving.is_serving(cache):
+                wrong.append("was put out")
         inside.pop()
         if how == "raises":
             raise RuntimeError
