@@ -29,6 +29,7 @@ NAMES = (
     "window",
     "update",
     "catalog",
+    "writes",
     "eviction",
     "snapshots",
     "gpu",
