@@ -283,9 +283,11 @@ class PrefixStore(ManagedStore):
                     self._count("misses.gone")
                 else:
                     readers[key] = reader
-            if not missing and len({reader.geometry for reader in readers.values()}) > 1:
+            if not missing and len(geometries := Counter(reader.geometry for reader in readers.values())) > 1:
+                ((usual, _),) = geometries.most_common(1)
+                odd = [key for key, reader in readers.items() if reader.geometry != usual]
                 missing = unusable = dict.fromkeys(
-                    readers, BlockError("layers differ from those of the blocks beside it")
+                    odd, BlockError("its layers differ from those of the blocks beside it")
                 )
             self._note_unusable(unusable)
             if missing:
