@@ -243,8 +243,7 @@ class Commits:
         for tail in tier.tails(block.parent, block.tokens):
             if self._disk is None or tier is self._disk:
                 self._rename(tail.key, block.key)
-            elif self._behind.waits(tail.key):
-                self._behind.submit(partial(self._rename, tail.key, block.key))
+            # A tail that waits is the end of no name: ``write_down`` has it written.
             tier.discard_unread([tail.key])  # first: what nobody is to write must not be in RAM for ever
             since = self._behind.take_back(tail.key)
             if since is not None:
