@@ -136,7 +136,7 @@ class PrefixStore(ManagedStore):
             self._names = Names(self._database, None, clock)
         else:
             self._open_folder(StoreFolder(self.path, filesystem, durability == "full"), settings, policy, connect)
-        self._host = HostTier(host_bytes, policy, clock, lambda key: key in self._pinned, ttl)
+        self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._inventory = Inventory(self._host, self._disk, self._names)
         self._commits = Commits(self._host, self._disk, self._names, self._write_behind)

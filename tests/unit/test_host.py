@@ -29,7 +29,7 @@ def test_the_budget_holds_after_every_put_and_no_block_outlives_its_parent(seque
         kept = {key: resident.block for key, resident in tier._blocks.items()}
         assert tier.nbytes == sum(b.nbytes for b in kept.values())
         assert all(b.id.parent == ROOT or b.id.parent in kept for b in kept.values())
-        for leaf in [k for k in kept if not tier._following(k)][discarded:]:
+        for leaf in [k for k in kept if not tier.entry(k).children][discarded:]:
             tier.discard(leaf)
 
 
@@ -115,7 +115,7 @@ def test_a_block_that_is_discarded_may_be_read_to_the_end():
 def test_what_is_pinned_stays():
     first, second = block(count(4)), block(count(4, first=9))
     pinned = {first.id.key}
-    tier = new_tier(SIZE, is_pinned=pinned.__contains__)
+    tier = new_tier(SIZE, pinned=lambda: frozenset(pinned))
     tier.put(first)
     assert not tier.put(second)
     pinned.clear()
@@ -154,7 +154,7 @@ def test_what_is_not_there_is_nowhere():
     assert tier.open(block(count(4)).id) is None
     assert tier.find("nothing") is None
     assert tier.entry("nothing") is None
-    assert tier._following("nothing") == []
+    assert tier.nearest("nothing", count(4)) == tier.tails("nothing", count(4)) == []
     assert len(tier) == tier.nbytes == 0
 
 
@@ -165,7 +165,7 @@ def test_putting_a_block_twice_counts_it_once():
     assert tier.nbytes == SIZE
     tier.discard(block(count(4)).id.key)
     assert tier.nbytes == 0
-    assert tier._following(ROOT) == []
+    assert tier.nearest(ROOT, count(4)) == []
 
 
 def test_a_forked_child_waits_for_no_block_that_its_parent_is_writing():
