@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -14,10 +13,11 @@ from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 from kvtier.store.pause import Withheld
+from kvtier.store.ram_valuation import RamValuation
 from kvtier.store.residents import Resident, Residents
 
 LONGEST_WAIT_SECONDS = 2.0
@@ -85,15 +85,13 @@ class HostTier:
         self.counts: Counter[str] = Counter()
         ended: set[str] = set()
         self.leases = Leases(ended.add)
-        self._policy = policy
-        self._state = PolicyState()
+        self._valuation = RamValuation(policy)
         self._clock = clock
         self._pinned = pinned
         self._ttl_seconds = ttl_seconds
         self._longest_wait_seconds = longest_wait_seconds
         self._withheld = Withheld(clock)
         self._blocks = Residents(self.leases, ended, pinned)
-        self._ghosts: OrderedDict[str, Usage] = OrderedDict()  # the oldest first
         self._writing: dict[str, BlockLease] = {}
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
         self._lock = threading.RLock()
@@ -139,8 +137,8 @@ class HostTier:
         if key not in self._blocks:
             if size > self.budget_bytes or not self._make_room(block.id.parent, size, writing):
                 return False
-            usage = self._usage(block, size)
-            self._blocks.add(block, size, usage, self._policy.priority(usage, self._state), self._clock())
+            usage, priority = self._valuation.entered(block, size)
+            self._blocks.add(block, size, usage, priority, self._clock())
         if writing and key not in self._writing:
             self._writing[key] = self.leases.prepare_load(key)
         return True
@@ -162,22 +160,12 @@ class HostTier:
             self._changed.wait(wait_until - now)
         return True
 
-    def _usage(self, block: Block, size: int) -> Usage:
-        ghost = self._ghosts.pop(block.id.key, None)
-        if ghost is None:
-            return Usage(0, self._state.clock, len(block.id.tokens), block.depth_tokens, size)
-        self._state = self._policy.returned(ghost, self._state)
-        return replace(ghost, last_use=self._state.clock, nbytes=size)
-
     def _least_valued(self, keep: str) -> str | None:
-        return self._blocks.least_valued(self._policy.lead(self._state), keep)
+        return self._blocks.least_valued(self._valuation.lead, keep)
 
     def _evict(self, key: str) -> None:
         resident = self._blocks[key]
-        self._state = self._policy.evicted(resident.usage, resident.priority, self._state)
-        self._ghosts[key] = resident.usage
-        while len(self._ghosts) > max(len(self._blocks), 1):
-            self._ghosts.popitem(last=False)
+        self._valuation.evicted(key, resident.usage, resident.priority, most_ghosts=len(self._blocks))
         self.counts["evictions"] += 1
         self.discard(key)
 
@@ -309,13 +297,12 @@ class HostTier:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used these blocks now, and how often blocks were restored."""
         with self._lock:
-            self._state = self._state.tick()
+            self._valuation.tick()
             now = self._clock()
             for key in keys:
                 resident = self._blocks.get(key)
                 if resident is not None:
-                    usage = resident.usage.used(self._state)
-                    self._blocks.use(key, usage, self._policy.priority(usage, self._state), now)
+                    self._blocks.use(key, *self._valuation.used(resident.usage), now)
             for key, n in hits.items():
                 resident = self._blocks.get(key)
                 if resident is not None:

@@ -78,6 +78,95 @@ def test_blocks_that_are_being_written_are_not_evicted_and_a_put_waits_for_them(
     assert second.id.key in tier
 
 
+def test_a_put_waits_for_other_blocks_to_be_written_no_longer_than_it_says():
+    tier = new_tier(2 * SIZE, longest_wait_seconds=0)
+    first, second = chain(count(8), 4)
+    assert tier.put(first, writing=True)
+    assert tier.put(second, writing=True)
+    third = block(count(4, first=90))
+    assert not tier.put(third, writing=True)
+    assert third.id.key not in tier.leases
+    tier.written(second.id.key)
+    assert tier.put(third, writing=True)
+
+
+def test_what_is_written_for_others_ends_no_wait_later():
+    """Each block that is written wakes up all that wait; there may still be no room."""
+    tier = new_tier(SIZE, longest_wait_seconds=0.05)
+    tier.put(block(count(4)), writing=True)
+    results, ended = [], threading.Event()
+
+    def put():
+        results.append(tier.put(block(count(4, first=9)), writing=True))
+        ended.set()
+
+    def wake():
+        while not ended.is_set():
+            tier.written("another")
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (put, wake)]
+    for thread in threads:
+        thread.start()
+    assert ended.wait(timeout=30)
+    assert results == [False]
+    for thread in threads:
+        thread.join(timeout=30)
+
+
+def test_a_block_that_is_here_already_is_leased_while_it_is_written():
+    tier = new_tier(SIZE)
+    first, second = block(count(4)), block(count(4, first=9))
+    tier.put(first)
+    assert tier.put(first, writing=True)
+    assert tier.put(first, writing=True)
+    assert not tier.put(second)
+    tier.written(first.id.key)
+    assert tier.put(second)
+
+
+def test_a_lease_that_is_collected_lets_a_leaf_go_that_was_passed_over():
+    tier = new_tier(2 * SIZE)
+    first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
+    for each in (first, second):
+        tier.put(each)
+    reader = tier.open(first.id)
+    tier.put(third)
+    assert first.id.key in tier
+    del reader
+    gc.collect()
+    tier.put(fourth)
+    assert first.id.key not in tier
+    assert third.id.key in tier
+
+
+def test_a_leaf_that_was_passed_over_goes_when_it_is_no_longer_pinned():
+    pinned = set()
+    tier = new_tier(2 * SIZE, pinned=lambda: frozenset(pinned))
+    first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
+    for each in (first, second):
+        tier.put(each)
+    pinned.add(first.id.key)
+    tier.put(third)
+    assert first.id.key in tier
+    pinned.clear()
+    tier.put(fourth)
+    assert first.id.key not in tier
+    assert third.id.key in tier
+
+
+def test_blocks_expire_by_their_last_use_where_the_clock_was_set_back():
+    now = [100.0]
+    tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0], ttl_seconds=10)
+    first, second = block(count(4)), block(count(4, first=9))
+    tier.put(first)
+    now[0] = 50
+    tier.put(second)
+    assert tier.unused_since(75) == [second.id.key]
+    now[0] = 61
+    tier.expire()
+    assert [entry.key for entry in tier.entries()] == [first.id.key]
+
+
 def test_a_block_that_is_being_read_is_not_evicted():
     tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
