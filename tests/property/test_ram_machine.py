@@ -205,8 +205,9 @@ class RamMachine(RuleBasedStateMachine):
         budget=st.sampled_from([6, 20, 60]),
         policy=st.sampled_from([Adaptive, LeastRecentlyUsed, Coarse, Coarse]),
         ttl=st.sampled_from([None, TTL]),
+        begun=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=12),
     )
-    def begin(self, budget, policy, ttl):
+    def begin(self, budget, policy, ttl, begun):
         self.now = 1000.0
         self.model = Model(budget, policy(), lambda: self.now, ttl)
         self.tier = HostTier(
@@ -219,6 +220,21 @@ class RamMachine(RuleBasedStateMachine):
         )
         self.made: dict[str, Block] = {}
         self.readers = []
+        for parent, turns in begun:
+            self.put_and_touch(list(self.made)[parent] if parent < len(self.made) else ROOT, turns)
+
+    def put_and_touch(self, parent, turns):
+        block = self.made_block(parent, ids(len(self.made)), 1, is_snapshot=False)
+        assert self.tier.put(block) == self.model.put(block, False)
+        for _ in range(turns):
+            self.tier.touch([block.id.key], {})
+            self.model.touch([block.id.key], {})
+
+    def made_block(self, parent, tokens, size, *, is_snapshot):
+        identity = BlockId.of(ROOT, parent, tokens, snapshot=is_snapshot)
+        before = self.made.get(parent)
+        depth = before.depth_tokens + len(before.id.tokens) if before is not None else 0
+        return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
 
     def draw_block(self, data):
         """A new block after any that was ever made, or one of those."""
@@ -226,13 +242,11 @@ class RamMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(parents), label="parent")
         tokens = ids(*data.draw(TOKENS, label="tokens"))
         size = data.draw(st.integers(1, 4), label="bytes")
-        identity = BlockId.of(ROOT, parent, tokens, snapshot=data.draw(st.booleans(), label="snapshot"))
-        before = self.made.get(parent)
-        depth = before.depth_tokens + len(before.id.tokens) if before is not None else 0
-        return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
+        return self.made_block(parent, tokens, size, is_snapshot=data.draw(st.booleans(), label="snapshot"))
 
     def draw_key(self, data):
-        return data.draw(st.sampled_from(sorted(self.made) or ["nothing"]), label="key")
+        """A block that is here, or was."""
+        return data.draw(st.sampled_from(sorted(self.model.blocks) or sorted(self.made) or ["nothing"]), label="key")
 
     # --- what turns do --------------------------------------------------------------------------------------------
 
@@ -241,11 +255,11 @@ class RamMachine(RuleBasedStateMachine):
         block = self.draw_block(data)
         assert self.tier.put(block, writing=writing) == self.model.put(block, writing)
 
-    @rule(data=st.data())
-    def put_what_was_here(self, data):
-        if self.made:
-            block = self.made[self.draw_key(data)]
-            assert self.tier.put(block) == self.model.put(block, False)
+    @precondition(lambda self: self.made)
+    @rule(data=st.data(), writing=st.booleans())
+    def put_what_was_here(self, data, writing):
+        block = self.made[data.draw(st.sampled_from(sorted(self.made)), label="key")]
+        assert self.tier.put(block, writing=writing) == self.model.put(block, writing)
 
     @rule(data=st.data())
     def written(self, data):
@@ -255,7 +269,7 @@ class RamMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), times=st.integers(1, 3))
     def touch(self, data, times):
-        keys = data.draw(st.lists(st.sampled_from(sorted(self.made) or ["nothing"]), max_size=4), label="keys")
+        keys = data.draw(st.lists(st.sampled_from(sorted(self.model.blocks) or ["nothing"]), max_size=4), label="keys")
         for _ in range(times):
             self.tier.touch(keys, Counter(keys[:1]))
             self.model.touch(keys, Counter(keys[:1]))
@@ -296,8 +310,9 @@ class RamMachine(RuleBasedStateMachine):
         self.tier.discard(key)
         self.model.discard(key)
 
-    @rule(to_bytes=st.integers(0, 20))
-    def shrink(self, to_bytes):
+    @rule(nbytes=st.integers(1, 8) | st.just(100))
+    def shrink(self, nbytes):
+        to_bytes = self.model.nbytes - nbytes
         assert [entry.key for entry in self.tier.shrink(to_bytes)] == self.model.shrink(to_bytes)
 
     @rule(data=st.data())

@@ -52,6 +52,8 @@ def test_the_parent_of_the_new_block_stays():
     assert tier.put(parent)
     assert not tier.put(child)
     assert parent.id.key in tier
+    assert tier.put(block(count(4, first=9))), "the parent stays for its child alone"
+    assert parent.id.key not in tier
 
 
 def test_a_block_larger_than_the_budget_evicts_nothing():
@@ -137,6 +139,19 @@ def test_a_lease_that_is_collected_lets_a_leaf_go_that_was_passed_over():
     tier.put(fourth)
     assert first.id.key not in tier
     assert third.id.key in tier
+
+
+def test_a_block_that_is_discarded_while_it_is_read_does_not_come_back():
+    tier = new_tier(2 * SIZE)
+    first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
+    for each in (first, second):
+        tier.put(each)
+    reader = tier.open(first.id)
+    tier.put(third)
+    tier.discard(first.id.key)
+    reader.close()
+    tier.put(fourth)
+    assert [entry.key for entry in tier.shrink(0)] == [third.id.key, fourth.id.key]
 
 
 def test_a_leaf_that_was_passed_over_goes_when_it_is_no_longer_pinned():

@@ -5,6 +5,7 @@ line (moving the rest of a list, comparing bytes) is not counted.
 """
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ def test_a_call_costs_no_more_with_thirty_times_the_blocks(call, kind):
     assert many <= 2 * few + 20, (few, many)
 
 
-def test_ghosts_of_a_tier_that_shrinks_cost_no_more():
-    few, many = (lines(lambda tier=Filled(n, "free").tier, n=n: tier.shrink(n // 2)) / n for n in (FEW, MANY))
+def test_a_tier_that_shrinks_by_half_pays_for_each_block_the_same():
+    tiers = [(Filled(blocks, "free").tier, blocks // 2) for blocks in (FEW, MANY)]
+    few, many = (lines(partial(tier.shrink, half)) / half for tier, half in tiers)
     assert many <= 2 * few
 
 
