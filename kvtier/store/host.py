@@ -91,7 +91,7 @@ class HostTier:
         self._ttl_seconds = ttl_seconds
         self._longest_wait_seconds = longest_wait_seconds
         self._withheld = Withheld(clock)
-        self._blocks = Residents(self.leases, ended, pinned)
+        self._blocks = Residents(self.leases.__contains__, ended, pinned)
         self._writing: dict[str, BlockLease] = {}
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
         self._lock = threading.RLock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection
 
 Leaf = tuple[float, int, str]
 """Priority, the number of the put, key. Of equal priorities, the block goes first that was put first."""
@@ -57,13 +57,15 @@ class Leaves:
     its queue when its last lease ends, or when the pinned blocks are others. Not thread-safe, but for ``ended``.
 
     Args:
-        leases: keys of blocks that are leased.
-        ended: keys of blocks whose last lease has ended; any thread may add to it, after the lease has left ``leases``.
+        is_leased: whether a block is leased.
+        ended: keys of blocks whose last lease has ended. Any thread may add one, once the block is leased no more.
         pinned: returns the keys of blocks that must stay; another object whenever they are others.
     """
 
-    def __init__(self, leases: Container[str], ended: set[str], pinned: Callable[[], Collection[str]]) -> None:
-        self._leases = leases
+    def __init__(
+        self, is_leased: Callable[[str], bool], ended: set[str], pinned: Callable[[], Collection[str]]
+    ) -> None:
+        self._is_leased = is_leased
         self._ended = ended
         self._pinned = pinned
         self._pinned_before: Collection[str] = ()
@@ -113,7 +115,7 @@ class Leaves:
                 kept = first
             elif key in pinned:
                 self._pinned_aside[key] = queue, first
-            elif key in self._leases:
+            elif self._is_leased(key):
                 self._leased_aside[key] = queue, first
             else:
                 break

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds
@@ -41,14 +42,16 @@ class Residents(Mapping[str, Resident]):
     All other calls take O(log n) steps in the number of blocks, amortised. Not thread-safe, but for ``get``.
 
     Args:
-        leases: keys of blocks that are leased.
+        is_leased: whether a block is leased.
         ended: keys of blocks whose last lease has ended.
         pinned: returns the keys of blocks that must stay; another object whenever they are others.
     """
 
-    def __init__(self, leases: Container[str], ended: set[str], pinned: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, is_leased: Callable[[str], bool], ended: set[str], pinned: Callable[[], Collection[str]]
+    ) -> None:
         self._blocks: OrderedDict[str, Resident] = OrderedDict()
-        self._new_leaves = lambda: Leaves(leases, ended, pinned)
+        self._new_leaves = partial(Leaves, is_leased, ended, pinned)
         self._leaves = self._new_leaves()
         self._siblings = Siblings()
         self._nbytes = 0

@@ -119,7 +119,7 @@ def test_a_queue_keeps_no_more_stale_entries_than_it_says():
 
 def test_leases_that_ended_are_forgotten_without_an_eviction():
     ended = set()
-    leaves = Leaves((), ended, frozenset)
+    leaves = Leaves(lambda key: False, ended, frozenset)
     for number in range(10):
         ended.add(str(number))
         leaves.put("a", 0.0, number, came_back=False)
