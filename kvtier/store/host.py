@@ -134,20 +134,22 @@ class HostTier:
                 raise
 
     def _put(self, block: Block, key: str, size: int, writing: bool) -> bool:
-        if key not in self._blocks:
-            if size > self.budget_bytes or not self._make_room(block.id.parent, size, writing):
-                return False
+        if key not in self._blocks and not self._make_room(block, size, writing):
+            return False
+        if key not in self._blocks:  # another thread may have put it during a wait
             usage, priority = self._valuation.entered(block, size)
             self._blocks.add(block, size, usage, priority, self._clock())
         if writing and key not in self._writing:
             self._writing[key] = self.leases.prepare_load(key)
         return True
 
-    def _make_room(self, parent: str, size: int, may_wait: bool) -> bool:
-        """Evict until ``size`` more bytes fit, never ``parent``; return whether they do."""
+    def _make_room(self, block: Block, size: int, may_wait: bool) -> bool:
+        """Evict until ``block`` fits, never its parent; return whether it does."""
+        if size > self.budget_bytes:
+            return False
         wait_until: float | None = None
         while self._blocks.nbytes + size > self.budget_bytes:
-            victim = self._least_valued(parent)
+            victim = self._least_valued(block.id.parent)
             if victim is not None:
                 self._evict(victim)
                 continue

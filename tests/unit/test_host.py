@@ -115,6 +115,30 @@ def test_what_is_written_for_others_ends_no_wait_later():
         thread.join(timeout=30)
 
 
+def test_a_block_that_another_thread_puts_during_the_wait_is_put_once():
+    searched = threading.Event()
+    tier = new_tier(2 * SIZE, pinned=lambda: searched.set() or frozenset())
+    first, second = chain(count(8), 4)
+    wanted = block(count(4, first=90))
+    for each in (first, second):
+        tier.put(each, writing=True)
+    searched.clear()
+    put = threading.Thread(target=tier.put, args=(wanted,), kwargs={"writing": True}, daemon=True)
+    put.start()
+    assert searched.wait(timeout=30)
+    tier.before_fork()  # the lock is free once the other thread waits
+    for each in (second, first):
+        tier.discard(each.id.key)
+    tier.put(wanted)
+    tier.after_fork(in_child=False)
+    put.join(timeout=30)
+    assert not put.is_alive()
+    assert tier.nbytes == SIZE
+    tier.discard(wanted.id.key)
+    assert tier.nearest(ROOT, count(4)) == []
+    assert tier.nbytes == 0
+
+
 def test_a_block_that_is_here_already_is_leased_while_it_is_written():
     tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
