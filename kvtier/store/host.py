@@ -60,8 +60,10 @@ class HostTier:
     """Blocks in RAM. ``nbytes`` never exceeds ``budget_bytes``.
 
     A block that is being read, or written to disk, is not evicted. Thread-safe. An interrupt may end a call at any
-    point: a block is then here, or not, and the next call counts and sorts all of them anew. All other calls take
-    O(log n) steps for each block that they name or evict, amortised, but for those that list every block.
+    point: a block is then here, or not, and the next call counts and sorts all of them anew.
+
+    All other calls take O(log n) steps for each block that they name, evict or expire, amortised, but for ``entries``.
+    Passed over one by one are siblings that have expired or are withheld, and pinned blocks by ``unused_since``.
 
     Args:
         budget_bytes: what all tensors take at most.

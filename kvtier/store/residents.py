@@ -39,7 +39,7 @@ class Residents(Mapping[str, Resident]):
     """Blocks by key, in the order of their last use.
 
     An interrupt may end a call at any point: a block is then here, or not, and the next call derives the rest anew.
-    All other calls take O(log n) steps in the number of blocks, amortised. Not thread-safe, but for ``get``.
+    All other calls take O(log n) steps in the number of blocks, amortised. Not thread-safe, but for looking a key up.
 
     Args:
         is_leased: whether a block is leased.
