@@ -71,6 +71,7 @@ class HostTier:
         clock: Unix time.
         pinned: returns the keys of blocks that must stay; another object whenever they are others.
         ttl_seconds: how long a block is kept after its last use; None for ever.
+        before_waiting: called before a put waits for room: has what waits to be written written.
         longest_wait_seconds: how long a put waits in all for other blocks to be written.
     """
 
@@ -81,6 +82,7 @@ class HostTier:
         clock: Callable[[], float],
         pinned: Callable[[], Collection[str]] = frozenset,
         ttl_seconds: float | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
         longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
     ) -> None:
         self.budget_bytes = budget_bytes
@@ -91,6 +93,7 @@ class HostTier:
         self._clock = clock
         self._pinned = pinned
         self._ttl_seconds = ttl_seconds
+        self._before_waiting = before_waiting
         self._longest_wait_seconds = longest_wait_seconds
         self._withheld = Withheld(clock)
         self._blocks = Residents(self.leases.__contains__, ended, pinned)
@@ -161,6 +164,7 @@ class HostTier:
             wait_until = now + self._longest_wait_seconds if wait_until is None else wait_until
             if now >= wait_until:
                 return False
+            self._before_waiting()
             self._changed.wait(wait_until - now)
         return True
 
@@ -193,6 +197,11 @@ class HostTier:
                 lease.end()
             self._blocks.remove(key)
             self._changed.notify_all()
+
+    def discard_unread(self, keys: Iterable[str]) -> None:
+        """Forget blocks. Who reads one may finish: its bytes are counted by whoever holds them."""
+        for key in keys:
+            self.discard(key)
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks again only after a while: what a turn has for them does not fit."""

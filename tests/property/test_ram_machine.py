@@ -330,9 +330,10 @@ class RamMachine(RuleBasedStateMachine):
         self.tier.expire()
         self.model.expire()
 
-    @rule(seconds=st.integers(-1, 40))
-    def unused(self, seconds):
-        since = self.now - seconds
+    @rule(data=st.data())
+    def unused(self, data):
+        times = sorted({known.used_at for known in self.model.blocks.values()} | {self.now})
+        since = data.draw(st.sampled_from(times), label="since")
         found = self.tier.unused_since(since)
         assert len(found) == len(set(found))
         assert set(found) == self.model.unused_since(since)

@@ -267,6 +267,17 @@ def test_what_nobody_uses_for_long_is_not_found_and_then_gone():
     assert tier.entry(new.id.key).hits == 2
 
 
+def test_blocks_that_were_used_lately_hide_none_that_were_not():
+    now = [0.0]
+    tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0])
+    first, second = block(count(4)), block(count(4, first=9))
+    for each in (first, second):
+        tier.put(each)
+    now[0] = 8
+    tier.touch([first.id.key], {})
+    assert tier.unused_since(5) == [second.id.key]
+
+
 def test_it_shrinks_leaf_by_leaf():
     tier = new_tier(9 * SIZE)
     for each in chain(count(12), 4):

@@ -243,3 +243,21 @@ def test_a_turn_that_adds_nothing_writes_again_too(tmp_path, clock):
         commit(store, count(KNOWN))
     with PrefixStore(tmp_path, **settings) as store:
         assert restored_length(store, count(KNOWN)) == KNOWN
+
+
+def test_a_prompt_may_have_more_blocks_than_the_process_descriptors(tmp_path):
+    """macOS allows 256; a long prompt has thousands of blocks."""
+    resource = pytest.importorskip("resource")
+    settings = {"block_size": 4, "host_budget": 1}
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        commit(store, count(600))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 16, hard))
+        try:
+            assert restored_length(store, count(600)) == 600
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert store.stats().misses.get("unavailable", 0) == 0
+        assert len(files(store)) == 150
