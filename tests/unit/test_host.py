@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from storekit import ROOT, block, chain, count, ids, same_bits
 
+from kvtier.store.base import Block
+from kvtier.store.chain import BlockId
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.host import HostTier
 
@@ -295,6 +297,21 @@ def test_what_is_not_there_is_nowhere():
     assert tier.entry("nothing") is None
     assert tier.nearest("nothing", count(4)) == tier.tails("nothing", count(4)) == []
     assert len(tier) == tier.nbytes == 0
+
+
+def test_a_block_and_snapshots_with_the_same_ids_are_told_apart():
+    tier = new_tier(9 * SIZE)
+    pages = block(count(4)).pages
+    twins = [Block(BlockId.of(ROOT, ROOT, count(4), snapshot=snapshot), pages) for snapshot in (False, True)]
+    for first, second in (twins, twins[::-1]):
+        for gone, left in ((first, second), (second, first)):
+            for each in (first, second):
+                tier.put(each)
+            assert {each.key for each in tier.tails(ROOT, count(5))} == {each.id.key for each in twins}
+            tier.discard(gone.id.key)
+            assert [each.key for each in tier.tails(ROOT, count(5))] == [left.id.key]
+            tier.discard(left.id.key)
+            assert tier.tails(ROOT, count(5)) == []
 
 
 def test_putting_a_block_twice_counts_it_once():

@@ -28,11 +28,25 @@ class Scene:
             assert self.tier.put(each)
         self.reader = self.tier.open(self.others[0].id)
         self.pinned = frozenset([self.others[1].id.key])
+        assert self.tier.put(block(count(4, first=80)))  # the eviction passes over what is leased or pinned
         self.new = block(count(4, first=100))
         self.now += 1
 
     def put(self):
         self.tier.put(self.new, writing=True)
+
+    def put_once_nothing_is_held(self):
+        self.tier.put(self.new, writing=True)
+
+    def prepare_put_once_nothing_is_held(self):
+        self.reader.close()
+        self.pinned = frozenset()
+
+    def put_after_the_leaf_that_comes_first(self):
+        self.tier.put(chain(count(16), 4)[3], writing=True)
+
+    def prepare_put_after_the_leaf_that_comes_first(self):
+        self.tier.touch([entry.key for entry in self.tier.entries() if entry.key != self.chain[2].id.key], {})
 
     def touch(self):
         self.tier.touch([each.id.key for each in (self.others[2], self.chain[0], self.chain[2])], {})
@@ -62,16 +76,30 @@ class Scene:
             assert set(self.tier.unused_since(each.used_at)) == old
         self.reader.close()
         self.pinned = frozenset()
-        self.tier.written(self.new.id.key)
+        for key in here:
+            self.tier.written(key)
         assert len(self.tier.shrink(0)) == len(here)
         assert self.tier.nbytes == 0
         assert self.tier.nearest(ROOT, count(4)) == []
 
 
-@pytest.mark.parametrize("call", ["put", "touch", "discard", "shrink", "close", "look"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "put",
+        "put_once_nothing_is_held",
+        "put_after_the_leaf_that_comes_first",
+        "touch",
+        "discard",
+        "shrink",
+        "close",
+        "look",
+    ],
+)
 def test_a_call_that_is_interrupted_at_any_line_leaves_a_sound_tier(call):
     for at in itertools.count():
         scene = Scene()
+        getattr(scene, f"prepare_{call}", lambda: None)()
         interrupt = InterruptAtLine(at, FILES)
         with contextlib.suppress(KeyboardInterrupt), interrupt:
             getattr(scene, call)()
