@@ -30,6 +30,7 @@ NAMES = (
     "update",
     "catalog",
     "ram_tier",
+    "writes",
     "eviction",
     "snapshots",
     "gpu",

@@ -32,7 +32,7 @@ from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
-_ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
+_ELSEWHERE_SECONDS = 2.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
 _BATCH = 64  # blocks that leave at once: each is claimed meanwhile
 

@@ -56,7 +56,7 @@ _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
-DEFAULT_TAIL_DELAY_SECONDS = 10.0
+DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
 _UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
@@ -283,9 +283,11 @@ class PrefixStore(ManagedStore):
                     self._count("misses.gone")
                 else:
                     readers[key] = reader
-            if not missing and len({reader.geometry for reader in readers.values()}) > 1:
+            if not missing and len(geometries := Counter(reader.geometry for reader in readers.values())) > 1:
+                ((usual, _),) = geometries.most_common(1)
+                odd = [key for key, reader in readers.items() if reader.geometry != usual]
                 missing = unusable = dict.fromkeys(
-                    readers, BlockError("layers differ from those of the blocks beside it")
+                    odd, BlockError("its layers differ from those of the blocks beside it")
                 )
             self._note_unusable(unusable)
             if missing:

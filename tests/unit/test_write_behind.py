@@ -201,8 +201,8 @@ def test_a_name_is_a_reason_to_write(tmp_path):
         store.export("kept", tmp_path / "file")
     with PrefixStore(tmp_path / "kv", block_size=8) as store:
         assert restored_length(store, count(20)) == 20
-    with PrefixStore(tmp_path / "other", block_size=8, write_on="second-use") as store:
-        store.import_(tmp_path / "file")
+    with PrefixStore(tmp_path / "other", block_size=8, write_on="second-use", host_budget=1) as store:
+        store.import_(tmp_path / "file")  # there is no RAM to keep it in
     with PrefixStore(tmp_path / "other", block_size=8) as store:
         assert restored_length(store, count(20)) == 20
 
