@@ -29,6 +29,7 @@ NAMES = (
     "window",
     "update",
     "catalog",
+    "ram_tier",
     "writes",
     "eviction",
     "snapshots",

@@ -210,7 +210,7 @@ class Commits:
 
         try:
             if not self._host.put(block, writing=True):
-                return self._put(disk, block, keep_tails)  # larger than the RAM tier: nothing to write behind from
+                return self._put(disk, block, keep_tails)  # no room in RAM, or not in time: nothing to write from
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
             queued = (
                 self._behind.submit_at_rest(key, write, since)

@@ -151,7 +151,7 @@ class PrefixStore(ManagedStore):
         else:
             self._open_folder(StoreFolder(self.path, filesystem, durability == "full"), settings, policy, connect)
         self._behind = WriteBehind(tail_delay, self._warn_of_stall)
-        self._host = HostTier(host_bytes, policy, clock, lambda key: key in self._pinned, ttl, self._behind.hurry)
+        self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl, self._behind.hurry)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._inventory = Inventory(self._host, self._disk, self._names)
         self._commits = Commits(
