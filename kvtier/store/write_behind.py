@@ -43,8 +43,12 @@ class WriteBehind:
         """Queue ``task``. Returns False when the queue stays full: the drive hangs, or is much too slow."""
         queued = self._writer.submit(task)
         if not queued:
-            self._stalled()
+            self.note_stall()
         return queued
+
+    def note_stall(self) -> None:
+        """Tell that something is not written, since the drive does not keep up."""
+        self._stalled()
 
     def submit_at_rest(self, key: str, task: Task, since: float | None) -> bool:
         """Queue ``task``, which writes the tail ``key``, for when its conversation rests.
