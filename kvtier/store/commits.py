@@ -210,9 +210,9 @@ class Commits:
 
         try:
             if not self._host.put(block, writing=True):
-                if block.nbytes > self._host.budget_bytes:
-                    return self._put(disk, block, keep_tails)  # there is nothing to write it behind from
-                self._behind.note_stall()  # RAM is full of what is not written yet
+                if not self._host.is_writing:
+                    return self._put(disk, block, keep_tails)  # no room in RAM: there is nothing to write behind from
+                self._behind.note_stall()  # RAM stays full of what is not written yet
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
             queued = (

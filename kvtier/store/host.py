@@ -246,6 +246,11 @@ class HostTier:
         return len(self._blocks)
 
     @property
+    def is_writing(self) -> bool:
+        """Whether blocks are leased until they are written."""
+        return bool(self._writing)
+
+    @property
     def nbytes(self) -> int:
         """What the tensors of all blocks take."""
         with self._lock:
