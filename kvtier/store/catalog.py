@@ -14,9 +14,10 @@ import numpy as np
 
 from kvtier.store.base import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
-from kvtier.store.database import SCHEMA_VERSION, Database
+from kvtier.store.database import Database
 from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.lifecycle import Move, State, after, sources
+from kvtier.store.schema import SCHEMA_VERSION
 from kvtier.store.valuation import PINNED, Place, Session, Valuation
 
 _REBUILD_CACHE_KIB = 128 * 1024  # rows come in no order: without, each is read from the file again
@@ -212,15 +213,21 @@ class Catalog:
 
     def rebuild_once(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> bool:
         """Fill tables that were just made with the blocks ``found``; other processes wait for it. Returns whether."""
+        if self._is_filled():
+            return False
         with self._database.transaction() as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == SCHEMA_VERSION:
+            if self._is_filled():
                 return False
             connection.execute(f"PRAGMA cache_size = -{_REBUILD_CACHE_KIB}")
             self._adopt(connection, found())
             connection.execute("PRAGMA cache_size = -2000")  # SQLite's own
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             return True
+
+    def _is_filled(self) -> bool:
+        with self._database.reading() as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        return bool(version == SCHEMA_VERSION)
 
     def _depth(self, connection: sqlite3.Connection, block: BlockId) -> int | None:
         """Return how many tokens precede ``block``; None when its parent is not there, or leaving."""
@@ -360,7 +367,10 @@ class Catalog:
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
-        gone = []
+        gone: list[Place] = []
+        keys = list(keys)
+        if not keys:
+            return gone  # nothing to change is nothing to wait for
         with self._database.transaction() as connection:
             for key in keys:
                 row = connection.execute(
@@ -373,6 +383,9 @@ class Catalog:
 
     def complete_delete(self, keys: Iterable[str]) -> None:
         """Forget blocks whose files are gone."""
+        keys = list(keys)
+        if not keys:
+            return
         with self._database.transaction() as connection:
             for key in keys:
                 self._move(connection, key, Move.COMPLETE_DELETE)
@@ -445,10 +458,12 @@ class Catalog:
 
     def begin_boot(self, boot: str) -> bool:
         """Note which boot of the machine this is; return whether it is the one of before."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             (before,) = connection.execute("SELECT boot FROM total").fetchone()
-            connection.execute("UPDATE total SET boot = ?", (boot,))
-        return bool(boot) and before == boot
+        if before != boot:
+            with self._database.transaction() as connection:
+                connection.execute("UPDATE total SET boot = ?", (boot,))
+        return bool(boot) and bool(before == boot)
 
 
 _OUTCOMES = {

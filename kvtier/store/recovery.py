@@ -20,18 +20,19 @@ from kvtier.errors import BlockError, StoreError, UnavailableError
 from kvtier.store.audit import Audit
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
-from kvtier.store.database import Connect, Database, boot_id
+from kvtier.store.connection import Connect
+from kvtier.store.database import Database, boot_id
 from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.folder import StoreFolder
 from kvtier.store.mounts import is_shared_over_network
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner
-from kvtier.store.pause import is_full
+from kvtier.store.pause import is_full, is_locked
 
 _log = logging.getLogger("kvtier.store.recovery")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is
 # What SQLite says when the file is what it should be, but cannot be used now.
-_NOT_DAMAGED = ("locked", "unable to open", "disk I/O", "full")
+_NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def open_catalog(
             try:
                 return _opened(folder, owner, policy, clock, connect, alone)
             except sqlite3.DatabaseError as error:
-                if alone and "locked" in str(error):
+                if alone and is_locked(error):
                     raise StoreError(
                         f"{folder.path} is in use by another process; on {kind} only one at a time may use a store, "
                         "since SQLite's locks do not hold there: pass a folder on a local drive"
@@ -80,8 +81,10 @@ def open_catalog(
 
 def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
     """Whether ``error`` tells of a damaged file, rather than of one that cannot be used now."""
-    operational = isinstance(error, sqlite3.OperationalError)
-    return not operational or (os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED))
+    if not isinstance(error, sqlite3.OperationalError):
+        return True
+    is_usable = os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED)
+    return is_usable and not is_locked(error)
 
 
 def _opened(
@@ -137,9 +140,9 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
             except (OSError, BlockError) as error:
                 _log.warning("%s: %s", discrepancy.subject, error)
             except sqlite3.OperationalError as error:
-                if not is_full(error):
+                if not is_full(error) and not is_locked(error):
                     raise
-                # What is there can be read all the same. The rest counts, and waits for an open that has room.
+                # What is there can be read all the same. The rest counts, and waits for an open that can write.
                 _log.warning("%s cannot be put right yet: %s", discrepancy.subject, error)
     audit.bury()
 

@@ -21,7 +21,7 @@ from kvtier.pages import Landing
 from kvtier.store import disk, recovery
 from kvtier.store.base import Block
 from kvtier.store.catalog import Prepared
-from kvtier.store.database import connect
+from kvtier.store.connection import connect
 from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.filesystem import LOCAL, LocalFilesystem
@@ -450,7 +450,7 @@ def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, ca
     with opened(tmp_path) as tier:
 
         def fail(*arguments):
-            raise sqlite3.OperationalError("database is locked")
+            raise sqlite3.OperationalError("disk I/O error")
 
         with monkeypatch.context() as patched:
             patched.setattr(tier.catalog, "complete_store", fail)
@@ -463,18 +463,19 @@ def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, ca
         assert_reads(tier, first)
 
 
-def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, caplog):
+def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, monkeypatch, caplog):
     """What a full disk does: reading works, writing does not. A match that finds it again would never end."""
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         key = block(count(4)).id.key
-        with tier.database.reading() as connection:
-            connection.execute("PRAGMA query_only = ON")
+
+        def fail(*arguments):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(tier.catalog, "discard", fail)
         tier.discard(key)
         assert tier.entry(key) is None
         assert tier.nearest(ROOT, count(4)) == []
-        with tier.database.reading() as connection:
-            connection.execute("PRAGMA query_only = OFF")
     assert len(warnings(caplog)) == 1
 
 

@@ -1,0 +1,95 @@
+"""The tables of a catalog, and what a row of them may hold.
+
+``blocks`` has a row for each block, its state one of ``lifecycle.State``; ``ids`` its token ids, in the order in which
+neighbours share most; ``names`` and ``pins`` what people called and pinned; ``ghosts`` what was evicted lately;
+``total`` one row of sums. All of it can be made anew from the files.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+
+from kvtier.store.lifecycle import State
+
+SCHEMA_VERSION = 4
+_HERE = f"({State.WRITING:d}, {State.READY:d})"  # blocks that hold their parent
+SCHEMA = f"""
+CREATE TABLE blocks (
+    key BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, state INTEGER NOT NULL, owner TEXT NOT NULL,
+    tokens INTEGER NOT NULL, depth INTEGER NOT NULL, bytes INTEGER NOT NULL, children INTEGER NOT NULL,
+    uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL, priority REAL NOT NULL,
+    used_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX leaves ON blocks (uses > 1, priority) WHERE state = {State.READY:d} AND children = 0;
+CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
+CREATE INDEX by_root ON blocks (root);
+CREATE INDEX by_use ON blocks (used_at);
+CREATE TABLE ids (
+    parent BLOB NOT NULL, ids BLOB NOT NULL, key BLOB NOT NULL, PRIMARY KEY (parent, ids, key)
+) WITHOUT ROWID;
+CREATE TABLE names (
+    name TEXT PRIMARY KEY, root BLOB NOT NULL, tokens INTEGER NOT NULL, pinned INTEGER NOT NULL, ttl REAL,
+    created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL
+) WITHOUT ROWID;
+CREATE INDEX names_expire ON names (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE links (
+    name TEXT NOT NULL, place INTEGER NOT NULL, key BLOB NOT NULL, pinned INTEGER NOT NULL, PRIMARY KEY (name, place)
+) WITHOUT ROWID;
+CREATE INDEX links_key ON links (key);
+CREATE INDEX pins ON links (key) WHERE pinned;
+CREATE TABLE ghosts (key BLOB PRIMARY KEY, uses INTEGER NOT NULL, last_use INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX ghosts_age ON ghosts (last_use);
+CREATE TABLE total (
+    id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL, policy TEXT NOT NULL, boot TEXT NOT NULL
+);
+INSERT INTO total VALUES (0, 0, '', '');
+CREATE TRIGGER added AFTER INSERT ON blocks BEGIN
+    UPDATE total SET bytes = bytes + NEW.bytes;
+    UPDATE blocks SET children = children + 1 WHERE key = NEW.parent;
+END;
+CREATE TRIGGER removed AFTER DELETE ON blocks BEGIN
+    UPDATE total SET bytes = bytes - OLD.bytes;
+    UPDATE blocks SET children = children - 1 WHERE key = OLD.parent AND OLD.state IN {_HERE};
+    DELETE FROM ids WHERE key = OLD.key AND parent = OLD.parent;
+END;
+CREATE TRIGGER resized AFTER UPDATE OF bytes ON blocks BEGIN
+    UPDATE total SET bytes = bytes + NEW.bytes - OLD.bytes;
+END;
+CREATE TRIGGER left AFTER UPDATE OF state ON blocks WHEN OLD.state IN {_HERE} AND NEW.state NOT IN {_HERE} BEGIN
+    UPDATE blocks SET children = children - 1 WHERE key = NEW.parent;
+END;
+"""
+TABLES = ("blocks", "ids", "names", "links", "ghosts", "total")
+
+# What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
+_SOUND: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("key", "parent", "root"), lambda value: isinstance(value, bytes) and len(value) == 32),
+    **dict.fromkeys(("tokens", "depth", "bytes", "children", "uses", "hits"), lambda value: type(value) is int),
+    **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
+    "ids": lambda value: isinstance(value, bytes) and len(value) % 8 == 0,
+    "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},
+    "name": lambda value: isinstance(value, str),
+}
+
+
+def sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+    """Return ``row``.
+
+    Raises:
+        sqlite3.DatabaseError: it holds what its columns cannot.
+    """
+    for (column, *_), value in zip(cursor.description, row, strict=True):
+        if column in _SOUND and not _SOUND[column](value):
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {value!r:.40} as {column}")
+    return row
+
+
+def statements(script: str) -> Iterator[str]:
+    """Split ``script`` into statements: ``executescript`` would commit what is open."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
