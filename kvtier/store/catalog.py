@@ -6,7 +6,6 @@ ready rows are ever found. States and moves are those of ``lifecycle``; a move t
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, auto
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from kvtier.store.base import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.connection import Statements
 from kvtier.store.database import Database
 from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.lifecycle import Move, State, after, sources
@@ -144,7 +144,7 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """Return what is known of every ready block."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
         return [_entry(row) for row in rows]
 
@@ -188,10 +188,10 @@ class Catalog:
 
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
         """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(long=True) as connection:
             return self._adopt(connection, found)
 
-    def _adopt(self, connection: sqlite3.Connection, found: Iterable[tuple[BlockId, int, float]]) -> int:
+    def _adopt(self, connection: Statements, found: Iterable[tuple[BlockId, int, float]]) -> int:
         session = self._valuation.session(connection)
         new = 0
         for block, nbytes, used_at in found:
@@ -215,7 +215,7 @@ class Catalog:
         """Fill tables that were just made with the blocks ``found``; other processes wait for it. Returns whether."""
         if self._is_filled():
             return False
-        with self._database.transaction() as connection:
+        with self._database.transaction(long=True) as connection:
             if self._is_filled():
                 return False
             connection.execute(f"PRAGMA cache_size = -{_REBUILD_CACHE_KIB}")
@@ -229,7 +229,7 @@ class Catalog:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
         return bool(version == SCHEMA_VERSION)
 
-    def _depth(self, connection: sqlite3.Connection, block: BlockId) -> int | None:
+    def _depth(self, connection: Statements, block: BlockId) -> int | None:
         """Return how many tokens precede ``block``; None when its parent is not there, or leaving."""
         if block.parent == block.root:
             return 0
@@ -241,7 +241,7 @@ class Catalog:
 
     def _insert(
         self,
-        connection: sqlite3.Connection,
+        connection: Statements,
         session: Session,
         block: BlockId,
         depth: int,
@@ -275,7 +275,7 @@ class Catalog:
             },
         )
 
-    def _move(self, connection: sqlite3.Connection, key: str, move: Move, owner: str | None = None) -> bool:
+    def _move(self, connection: Statements, key: str, move: Move, owner: str | None = None) -> bool:
         """Change the state of a block, if its state allows; with ``owner``, only what that one has begun."""
         # A lease is no state of a row: what is leased is ready here.
         states = [state for state in sources(move) if state not in (State.ABSENT, State.LEASED)]
@@ -321,7 +321,7 @@ class Catalog:
 
     def _evict(
         self,
-        connection: sqlite3.Connection,
+        connection: Statements,
         nbytes: int,
         owner: str,
         passed: set[str],
@@ -352,7 +352,7 @@ class Catalog:
         session.end()
         return gone
 
-    def _evictable_bytes(self, connection: sqlite3.Connection, staying: Iterable[str]) -> int:
+    def _evictable_bytes(self, connection: Statements, staying: Iterable[str]) -> int:
         """Return what all blocks that may go take; of those being read, only ``staying`` are known, and stay.
 
         What follows a block keeps it: blocks that are pinned or ``staying``, and those before them, stay.
@@ -392,7 +392,7 @@ class Catalog:
 
     def unused_since(self, since: float) -> list[str]:
         """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND NOT {PINNED} "
                 "ORDER BY depth DESC",
@@ -402,7 +402,7 @@ class Catalog:
 
     def moving(self, state: State) -> list[tuple[Place, str]]:
         """Return the blocks that are ``WRITING`` or ``LEAVING``, each with its owner."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 "SELECT key, root, bytes, owner FROM blocks WHERE state = ?", (int(state),)
             ).fetchall()
@@ -424,7 +424,7 @@ class Catalog:
 
     def files(self) -> dict[str, int]:
         """Return the bytes of every block whose file may exist, by key."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             return {row[0].hex(): row[1] for row in connection.execute("SELECT key, bytes FROM blocks")}
 
     def set_bytes(self, key: str, nbytes: int) -> None:
@@ -434,7 +434,7 @@ class Catalog:
 
     def recount(self) -> tuple[int, int]:
         """Count all bytes anew; return what the total was and is."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(long=True) as connection:
             (before,) = connection.execute("SELECT bytes FROM total").fetchone()
             connection.execute("UPDATE total SET bytes = (SELECT COALESCE(SUM(bytes), 0) FROM blocks)")
             (now,) = connection.execute("SELECT bytes FROM total").fetchone()
@@ -449,7 +449,7 @@ class Catalog:
 
     def counts(self) -> tuple[int, int]:
         """Return the number of ready blocks, and of those that are pinned."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             (ready,) = connection.execute(f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d}").fetchone()
             (pinned,) = connection.execute(
                 f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND {PINNED}"
@@ -488,6 +488,7 @@ WITH RECURSIVE walk(key, depth, tokens) AS (
     UNION ALL
     SELECT c.key, walk.depth + walk.tokens, c.tokens
     FROM walk JOIN ids ON ids.parent = walk.key JOIN blocks AS c ON c.key = ids.key
+    WHERE c.parent != c.root  -- or a root that is a block, too, would never end
 )
 UPDATE blocks SET depth = walk.depth FROM walk WHERE walk.key = blocks.key AND blocks.depth != walk.depth
 """

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kvtier.store.pause import is_locked
 
 LOCKED_SECONDS = 2.0
 """How long one statement waits for a lock that another process holds."""
+
+TURN_SECONDS = 2.0
+"""How long one statement of a turn may run: it looks at a few rows, however many there are."""
+LONG_SECONDS = 120.0
+"""How long one statement may run that looks at all rows."""
+_STEPS = 1000  # of SQLite's machine, between looks at the clock; a statement of fewer is never cut off
+_ROWS_AT_ONCE = 500
+_MOST_BYTES = 64 * 2**20  # of one value or row: ids of seven million tokens
 
 Connect = Callable[[str, float], sqlite3.Connection]
 """``(uri, seconds to wait for locks)`` → a connection in autocommit mode that any thread may use."""
@@ -20,6 +32,61 @@ Connect = Callable[[str, float], sqlite3.Connection]
 def connect(uri: str, timeout_seconds: float) -> sqlite3.Connection:
     """Connect to the database at ``uri``."""
     return sqlite3.connect(uri, uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False)
+
+
+class Statements:
+    """A connection whose statements are cut off when they run for too long: a hostile file can make any endless.
+
+    Attributes:
+        limit_seconds: how long each may run, until its last row is fetched.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.limit_seconds = TURN_SECONDS
+        self._connection = connection
+        self._cut_off_at = math.inf
+        connection.set_progress_handler(self._is_over, _STEPS)
+        if hasattr(connection, "setlimit"):  # since Python 3.11
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._cut_off_at
+
+    def execute(self, statement: str, values: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
+        """Execute a statement."""
+        self._cut_off_at = time.monotonic() + self.limit_seconds
+        return self._connection.execute(statement, values)
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[Any] | dict[str, Any]]) -> None:
+        """Execute a statement once for each of ``rows``."""
+        rows = iter(rows)
+        while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            self._cut_off_at = time.monotonic() + self.limit_seconds
+            self._connection.executemany(statement, some)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self._connection.in_transaction
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+@contextmanager
+def _too_long_is_damage() -> Iterator[None]:
+    """Take a statement that was cut off for one on a damaged file.
+
+    Raises:
+        sqlite3.DatabaseError: a statement was cut off.
+    """
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "interrupted" not in str(error):
+            raise
+        raise sqlite3.DatabaseError("database disk image is malformed: a statement ran for too long") from error
 
 
 class Access:
@@ -36,11 +103,11 @@ class Access:
         lock: is held by the thread that uses the connection.
     """
 
-    def __init__(self, path: Path | None, open_connection: Callable[[str], sqlite3.Connection]) -> None:
+    def __init__(self, path: Path | None, open_connection: Callable[[str], Statements]) -> None:
         self.lock = threading.RLock()
         self._path = path
         self._open_connection = open_connection
-        self._open: sqlite3.Connection | None = None
+        self._open: Statements | None = None
         self._opened: tuple[int, int] | None = None
         self._patience_milliseconds = 0
         self._is_impatient = False
@@ -57,16 +124,23 @@ class Access:
         return self._user == threading.get_ident()
 
     @contextmanager
-    def held(self) -> Iterator[sqlite3.Connection]:
+    def held(self, limit_seconds: float) -> Iterator[Statements]:
         """Hold the connection; it is made anew after a fork, and when the file is another one than it was.
+
+        Each statement may run for ``limit_seconds``.
 
         Raises:
             sqlite3.Error: it cannot be made, or the access was closed.
         """
-        with self.lock:
+        with self.lock, _too_long_is_damage():
             before, self._user = self._user, threading.get_ident()
             try:
-                yield self._connection()
+                connection = self._connection()
+                limit_before, connection.limit_seconds = connection.limit_seconds, limit_seconds
+                try:
+                    yield connection
+                finally:
+                    connection.limit_seconds = limit_before
             except sqlite3.OperationalError as error:
                 if is_locked(error):
                     self._wait_for_others(False)
@@ -76,12 +150,12 @@ class Access:
             finally:
                 self._user = before
 
-    def _connection(self) -> sqlite3.Connection:
+    def _connection(self) -> Statements:
         if self._open is not None and self._file() != self._opened and not self._open.in_transaction:
             self.disconnect()  # deleted under us, or made anew by another process
         return self._open or self.connect("rw")  # a file that is gone by now is not made anew, and empty
 
-    def connect(self, mode: str) -> sqlite3.Connection:
+    def connect(self, mode: str) -> Statements:
         """Connect in a SQLite mode.
 
         Raises:
@@ -90,7 +164,8 @@ class Access:
         if self._closed:
             raise sqlite3.ProgrammingError("the catalog was closed")
         self._opened = self._file()
-        self._open = self._open_connection(mode)
+        with _too_long_is_damage():
+            self._open = self._open_connection(mode)
         if self._opened is None:  # it was made this moment
             self._opened = self._file()
         (self._patience_milliseconds,) = self._open.execute("PRAGMA busy_timeout").fetchone()

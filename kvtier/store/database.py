@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from kvtier.store.connection import LOCKED_SECONDS, Access, Connect, connect
+from kvtier.store.connection import LOCKED_SECONDS, LONG_SECONDS, TURN_SECONDS, Access, Connect, Statements, connect
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.pause import is_locked
-from kvtier.store.schema import SCHEMA, SCHEMA_VERSION, TABLES, sound_row, statements
+from kvtier.store.schema import SCHEMA, is_made, sound_row, statements
 
 _PAGE_BYTES = 8192  # ids of a block of 256 tokens fit into one page, with room
 _RETRY_SECONDS = 0.01
@@ -26,7 +26,8 @@ class Database:
     """The tables of a store. Thread-safe; several processes may share the file (WAL).
 
     Changes wait at most ``LOCKED_SECONDS`` for other processes, and not at all after one wait that was in vain, until
-    a change succeeds. Queries wait neither for changes of this process nor for those of others.
+    a change succeeds. Queries wait neither for changes of this process nor for those of others. A statement that runs
+    for longer than ``TURN_SECONDS``, or ``LONG_SECONDS`` where it looks at all rows, is cut off: the file is damaged.
 
     Args:
         path: the file; None for tables in RAM.
@@ -56,11 +57,14 @@ class Database:
                 self._reader.disconnect()
                 raise
 
-    def _connect(self, mode: str, *, only_reads: bool = False) -> sqlite3.Connection:
+    def _connect(self, mode: str, *, only_reads: bool = False) -> Statements:
         uri = f"{self._path.as_uri()}?mode={mode}" if self._path is not None else "file::memory:"
-        connection = self._make_connection(uri, 0.0 if self._exclusive else LOCKED_SECONDS)
-        connection.row_factory = sound_row
+        made = self._make_connection(uri, 0.0 if self._exclusive else LOCKED_SECONDS)
+        made.row_factory = sound_row
+        connection = Statements(made)
         try:
+            connection.execute("PRAGMA trusted_schema=OFF")  # until it is compared, the schema may be a stranger's
+            connection.execute("PRAGMA cell_size_check=ON")
             connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten, too
@@ -68,6 +72,8 @@ class Database:
                 connection.execute("PRAGMA query_only=ON")
             if self._exclusive:
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+            if mode != "rwc" and not is_made(connection):
+                raise sqlite3.OperationalError("unable to open the catalog: another process is making it anew")
         except BaseException:
             connection.close()
             raise
@@ -95,7 +101,7 @@ class Database:
         give_up_at = time.monotonic() + self._writer.patience_seconds
         while True:
             try:
-                with self._writer.held() as connection:
+                with self._writer.held(TURN_SECONDS) as connection:
                     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
                     if mode != "wal":  # to set it anew would wait for who writes
                         connection.execute("PRAGMA journal_mode=WAL")
@@ -107,30 +113,35 @@ class Database:
                 return
 
     def _make_tables(self) -> None:
-        """Make the tables unless they are there; those of another version are replaced."""
-        with self.reading() as connection:
-            if _has_tables(connection):
+        """Make the tables unless they are there."""
+        with self._writer.held(TURN_SECONDS) as connection:
+            if is_made(connection):
                 return
         with self.transaction() as connection:
-            if _has_tables(connection):
-                return  # made this moment by another process
-            for table in TABLES:
-                connection.execute(f"DROP TABLE IF EXISTS {table}")
+            if is_made(connection):
+                return  # this moment, by another process
             for statement in statements(SCHEMA):
                 connection.execute(statement)
-            connection.execute("PRAGMA user_version = 0")
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Hold a connection for queries: within ``transaction`` the same, so that a change sees what it changed."""
+    def reading(self, *, long: bool = False) -> Iterator[Statements]:
+        """Hold a connection for queries: within ``transaction`` the same, so that a change sees what it changed.
+
+        Args:
+            long: they look at all rows.
+        """
         access = self._writer if self._writer.is_used_by_this_thread() else self._reader
-        with _rows_as_written(), access.held() as connection:
+        with _rows_as_written(), access.held(LONG_SECONDS if long else TURN_SECONDS) as connection:
             yield connection
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the connection for changes that happen together or not at all."""
-        with _rows_as_written(), self._writer.held() as connection:
+    def transaction(self, *, long: bool = False) -> Iterator[Statements]:
+        """Hold the connection for changes that happen together or not at all.
+
+        Args:
+            long: they look at all rows.
+        """
+        with _rows_as_written(), self._writer.held(LONG_SECONDS if long else TURN_SECONDS) as connection:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
@@ -142,12 +153,15 @@ class Database:
 
     def truncate_log(self) -> None:
         """Move what the write-ahead log holds into the file, and leave nothing of it in the log."""
-        with self._writer.held() as connection, self._reader.lock:  # a query of this process would keep the log
+        with (
+            self._writer.held(LONG_SECONDS) as connection,
+            self._reader.lock,
+        ):  # a query of this process would keep the log
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def problems(self) -> list[str]:
         """Return what SQLite finds wrong with the file; an empty list when all is well."""
-        with self.reading() as connection:
+        with self.reading(long=True) as connection:
             found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
 
@@ -156,13 +170,6 @@ class Database:
         with self._writer.lock, self._reader.lock:
             self._reader.close()
             self._writer.close()
-
-
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    """Whether the tables are there. Version 0: they were made, and are to be filled."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'total'").fetchone()
-    return bool(tables) and version in (0, SCHEMA_VERSION)
 
 
 @contextmanager

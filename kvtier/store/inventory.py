@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -139,11 +139,8 @@ class Inventory:
         sums: dict[str, tuple[int, int]] = {}
 
         def sum_up(key: str) -> tuple[int, int]:
-            path = []
-            while key in entries and key not in sums:
-                path.append(key)
-                key = entries[key].parent
-            tokens, nbytes = sums.get(key, (0, 0))
+            path = _way_up(key, entries, sums)
+            tokens, nbytes = sums.get(entries[path[-1]].parent, (0, 0))
             for each in reversed(path):
                 tokens, nbytes = tokens + entries[each].tokens, nbytes + entries[each].nbytes
                 sums[each] = tokens, nbytes
@@ -181,10 +178,7 @@ class Inventory:
                 f"{len(found) or 'no'} block{'s have keys' if len(found) > 1 else ' has a key'} that "
                 f"begin{'' if len(found) > 1 else 's'} with {key_prefix!r:.80}; chains() lists them"
             )
-        keys, key = [], found[0]
-        while key in entries:
-            keys.append(key)
-            key = entries[key].parent
+        keys = _way_up(found[0], entries)
         keys.reverse()
         return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
 
@@ -211,11 +205,13 @@ class Inventory:
         """Add to ``gone`` what holds all of ``tokens``; return what leads there, parents first."""
         leading: list[str] = []
         places: list[tuple[str, int]] = [(root, 0)]
+        seen: set[str] = set()
         while places:
             parent, start = places.pop()
             rest = tokens[start:]
             for key in following.get(parent, ()):
-                block = self.find(key)
+                block = self.find(key) if key not in seen else None
+                seen.add(key)
                 if block is None:
                     continue
                 shared = common_run(block.tokens, rest)
@@ -227,13 +223,24 @@ class Inventory:
         return leading
 
     @staticmethod
-    def _with_all_below(key: str, following: dict[str, list[str]]) -> list[str]:
-        found = [key]
-        for each in found:
-            found += following.get(each, ())
+    def _with_all_below(key: str, following: dict[str, list[str]]) -> set[str]:
+        found, ahead = {key}, [key]
+        while ahead:
+            children = set(following.get(ahead.pop(), ())) - found
+            found |= children
+            ahead += children
         return found
 
     def nbytes(self, keys: Iterable[str]) -> Counter[str]:
         """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``."""
         found = [entry for entry in map(self.entry, keys) if entry is not None]
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+
+def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:
+    """Return ``key`` and the blocks before it, up to ``known`` ones, each once: parents may form a cycle."""
+    way: dict[str, None] = {}
+    while key in entries and key not in known and key not in way:
+        way[key] = None
+        key = entries[key].parent
+    return list(way)

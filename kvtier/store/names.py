@@ -6,12 +6,12 @@ is kept as its keys: blocks may come and go, the name stays until it is removed 
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvtier.errors import ConfigurationError, UnknownNameError
+from kvtier.store.connection import Statements
 from kvtier.store.database import Database
 from kvtier.store.folder import StoreFolder
 from kvtier.store.records import read_record
@@ -127,7 +127,7 @@ class Names:
         with self._database.transaction() as connection:
             self._insert_rows(connection, name, used_at)
 
-    def _insert_rows(self, connection: sqlite3.Connection, name: Name, used_at: float) -> None:
+    def _insert_rows(self, connection: Statements, name: Name, used_at: float) -> None:
         self._remove_rows(connection, name.name)
         connection.execute(
             "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -176,7 +176,7 @@ class Names:
         return self._rows("ORDER BY name", ())
 
     def _rows(self, which: str, values: tuple[object, ...]) -> list[tuple[Name, float, float | None]]:
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 f"SELECT name, root, tokens, pinned, ttl, created_at, used_at, expires_at FROM names {which}", values
             ).fetchall()
@@ -223,7 +223,7 @@ class Names:
             self._remove_rows(connection, name)
 
     @staticmethod
-    def _remove_rows(connection: sqlite3.Connection, name: str) -> None:
+    def _remove_rows(connection: Statements, name: str) -> None:
         connection.execute("DELETE FROM names WHERE name = ?", (name,))
         connection.execute("DELETE FROM links WHERE name = ?", (name,))
 
@@ -239,7 +239,7 @@ class Names:
 
     def pinned_blocks(self) -> set[str]:
         """Return the keys of all blocks that are pinned."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             return {key.hex() for (key,) in connection.execute("SELECT key FROM links WHERE pinned")}
 
     def touched(self, keys: Sequence[str]) -> None:

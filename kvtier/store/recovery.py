@@ -28,6 +28,7 @@ from kvtier.store.mounts import is_shared_over_network
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner
 from kvtier.store.pause import is_full, is_locked
+from kvtier.store.schema import OtherVersionError
 
 _log = logging.getLogger("kvtier.store.recovery")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is
@@ -58,6 +59,7 @@ def open_catalog(
     alone = is_shared_over_network(kind)
     try:
         damage = "it failed when it was last used" if folder.damage_mark.exists() else None
+        is_of_another_version = False
         if damage is None:
             try:
                 return _opened(folder, owner, policy, clock, connect, alone)
@@ -69,8 +71,11 @@ def open_catalog(
                     ) from error
                 if not _is_damage(error, path):
                     raise StoreError(f"cannot open {path}: {error}") from error
-                damage = str(error)
-        _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
+                is_of_another_version, damage = isinstance(error, OtherVersionError), str(error)
+        if is_of_another_version:
+            _log.info("%s is made anew from the block files: %s", path, damage)
+        else:
+            _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
         for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         folder.damage_mark.unlink(missing_ok=True)

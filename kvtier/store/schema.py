@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
 
+from kvtier.store.connection import Statements
 from kvtier.store.lifecycle import State
 
 SCHEMA_VERSION = 4
@@ -60,7 +63,6 @@ CREATE TRIGGER left AFTER UPDATE OF state ON blocks WHEN OLD.state IN {_HERE} AN
     UPDATE blocks SET children = children - 1 WHERE key = NEW.parent;
 END;
 """
-TABLES = ("blocks", "ids", "names", "links", "ghosts", "total")
 
 # What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
 _SOUND: dict[str, Callable[[object], bool]] = {
@@ -93,3 +95,36 @@ def statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+
+
+class OtherVersionError(sqlite3.DatabaseError):
+    """The tables are those of another version of kvtier."""
+
+
+def is_made(connection: Statements) -> bool:
+    """Whether the tables are there, those of ``SCHEMA`` and nothing else. In version 0 they are still to be filled.
+
+    Triggers and views of a stranger would run with every statement.
+
+    Raises:
+        OtherVersionError: they are those of another version.
+        sqlite3.DatabaseError: they are others.
+    """
+    ours = _ours()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    found = connection.execute(f"{_OBJECTS} LIMIT ?", (len(ours) + 1,)).fetchall()
+    if found and version not in (0, SCHEMA_VERSION):
+        raise OtherVersionError(f"its tables are of version {version}, those of this kvtier of {SCHEMA_VERSION}")
+    if found and (len(found) != len(ours) or set(found) != ours):
+        raise sqlite3.DatabaseError("database disk image is malformed: its tables are not those of kvtier")
+    return bool(found)
+
+
+_OBJECTS = "SELECT type, name AS object, tbl_name, sql FROM sqlite_master"
+
+
+@cache
+def _ours() -> frozenset[tuple[str, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(SCHEMA)
+        return frozenset(connection.execute(_OBJECTS))

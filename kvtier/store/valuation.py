@@ -6,11 +6,11 @@ The policy is pure; here is what it is fed from and where its numbers go: column
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.store.chain import BlockId
+from kvtier.store.connection import Statements
 from kvtier.store.eviction import LONGEST_CLOCK, EvictionPolicy, PolicyState, Usage
 from kvtier.store.lifecycle import State
 
@@ -42,7 +42,7 @@ class Valuation:
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
 
-    def session(self, connection: sqlite3.Connection) -> Session:
+    def session(self, connection: Statements) -> Session:
         """Return what values blocks within the transaction that ``connection`` has open."""
         return Session(self._policy, connection)
 
@@ -50,7 +50,7 @@ class Valuation:
 class Session:
     """Values blocks within one transaction. ``end`` writes down what the policy has learnt."""
 
-    def __init__(self, policy: EvictionPolicy, connection: sqlite3.Connection) -> None:
+    def __init__(self, policy: EvictionPolicy, connection: Statements) -> None:
         self._policy = policy
         self._connection = connection
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
