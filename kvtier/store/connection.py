@@ -37,31 +37,39 @@ def connect(uri: str, timeout_seconds: float) -> sqlite3.Connection:
 class Statements:
     """A connection whose statements are cut off when they run for too long: a hostile file can make any endless.
 
-    Attributes:
-        limit_seconds: how long each may run, until its last row is fetched.
+    Each may run for ``TURN_SECONDS``, until its last row is fetched.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self.limit_seconds = TURN_SECONDS
+        self._limit_seconds = TURN_SECONDS
         self._connection = connection
         self._cut_off_at = math.inf
         connection.set_progress_handler(self._is_over, _STEPS)
         if hasattr(connection, "setlimit"):  # since Python 3.11
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
 
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Let each statement run for ``seconds`` meanwhile."""
+        before, self._limit_seconds = self._limit_seconds, seconds
+        try:
+            yield
+        finally:
+            self._limit_seconds = before
+
     def _is_over(self) -> bool:
         return time.monotonic() > self._cut_off_at
 
     def execute(self, statement: str, values: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
         """Execute a statement."""
-        self._cut_off_at = time.monotonic() + self.limit_seconds
+        self._cut_off_at = time.monotonic() + self._limit_seconds
         return self._connection.execute(statement, values)
 
     def executemany(self, statement: str, rows: Iterable[Sequence[Any] | dict[str, Any]]) -> None:
         """Execute a statement once for each of ``rows``."""
         rows = iter(rows)
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            self._cut_off_at = time.monotonic() + self.limit_seconds
+            self._cut_off_at = time.monotonic() + self._limit_seconds
             self._connection.executemany(statement, some)
 
     @property
@@ -136,11 +144,8 @@ class Access:
             before, self._user = self._user, threading.get_ident()
             try:
                 connection = self._connection()
-                limit_before, connection.limit_seconds = connection.limit_seconds, limit_seconds
-                try:
+                with connection.limited(limit_seconds):
                     yield connection
-                finally:
-                    connection.limit_seconds = limit_before
             except sqlite3.OperationalError as error:
                 if is_locked(error):
                     self._wait_for_others(False)

@@ -16,9 +16,9 @@ from pathlib import Path
 from kvtier.store.connection import LOCKED_SECONDS, LONG_SECONDS, TURN_SECONDS, Access, Connect, Statements, connect
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.pause import is_locked
-from kvtier.store.schema import SCHEMA, is_made, sound_row, statements
+from kvtier.store.schema import SCHEMA, SCHEMA_VERSION, is_made, sound_row, statements
 
-_PAGE_BYTES = 8192  # ids of a block of 256 tokens fit into one page, with room
+_PAGE_BYTES = 8192  # the row of a block of 256 tokens lies in one page, with room
 _RETRY_SECONDS = 0.01
 
 
@@ -122,6 +122,8 @@ class Database:
                 return  # this moment, by another process
             for statement in statements(SCHEMA):
                 connection.execute(statement)
+            if self._path is None:  # there are no files to fill them from
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def reading(self, *, long: bool = False) -> Iterator[Statements]:

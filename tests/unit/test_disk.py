@@ -28,8 +28,10 @@ from kvtier.store.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.folder import StoreFolder
 from kvtier.store.format import FORMAT_VERSION, BlockFile, encode_block
 from kvtier.store.loads import HELD_BYTES
+from kvtier.store.names import Name
 from kvtier.store.owners import Owner
 from kvtier.store.recovery import open_catalog
+from kvtier.testing.faults import Faults, FaultyFilesystem
 
 SIZE = allocated(sum(piece.nbytes for piece in encode_block(block(count(4, first=10)), "raw")))
 ROOMY = 100 * SIZE
@@ -535,9 +537,8 @@ def test_nothing_is_evicted_for_room_that_cannot_be_made(tmp_path, monkeypatch, 
         for first in range(100, 200, 10):
             assert tier.put(block(count(4, first=first)))
         if pinned:
-            key = chain(count(12), 4)[-1].id.key
-            with tier.catalog._database.transaction() as connection:
-                connection.execute("INSERT INTO links VALUES ('a', 0, ?, 1)", (bytes.fromhex(key),))
+            keys = tuple(each.id.key for each in chain(count(12), 4))
+            tier.names.assign(Name("a", ROOT, keys, 12, True, None, 0.0))
         drive.free = (90 if pinned else 87) * SIZE  # short of 11 or 14 blocks with the new one, of 13
         assert not tier.put(block(count(4, first=500)))
         assert len(tier) == 13
@@ -813,3 +814,25 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     folder.mkdir(mode=0o500)
     with pytest.raises(StoreError, match="pass a folder you can write to"):
         refused(folder)
+
+
+def test_a_catalog_that_was_half_made_anew_goes_on_with_the_files_that_it_lacks(tmp_path):
+    blocks = chain(count(12), 4)
+    with opened(tmp_path) as tier:
+        for each in blocks:
+            tier.put(each)
+        tier.rows("UPDATE blocks SET state = 1, owner = 'dead' WHERE key = ?", bytes.fromhex(blocks[2].id.key))
+        tier.rows("DELETE FROM blocks WHERE key = ?", bytes.fromhex(blocks[1].id.key))
+        tier.rows("PRAGMA user_version = 0")
+        files = [tier.folder.block(each.id.key, ROOT) for each in blocks]
+    drive = FaultyFilesystem(Faults())
+    with opened(tmp_path, filesystem=drive) as tier:
+        read = {subject for call, subject in drive.faults.met if call == "open" and subject.endswith(".safetensors")}
+        assert read == {str(files[1]), str(files[2])}
+        assert [tier.entry(each.id.key).depth_tokens for each in blocks] == [0, 4, 8]
+        assert tier.nbytes == real_bytes(tmp_path)
+    with opened(tmp_path) as tier:
+        tier.rows("PRAGMA user_version = 0")
+    files[2].unlink()  # while it is half made
+    with opened(tmp_path) as tier:
+        assert tier.entry(blocks[2].id.key) is None

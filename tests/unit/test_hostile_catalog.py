@@ -190,4 +190,4 @@ def test_a_root_that_is_a_block_too_ends(tmp_path, monkeypatch):
         catalog = Catalog(database, LeastRecentlyUsed(), lambda: 0.0)
         own_child = BlockId(ROOT, ROOT, ROOT, count(4))
         assert catalog.adopt([(own_child, 10, 0.0)]) == 1
-        assert catalog.rebuild_once(lambda: [(own_child, 10, 0.0)])
+        assert catalog.rebuild(lambda: [(own_child, 10, 0.0)])
