@@ -1,4 +1,4 @@
-"""Which blocks the disk tier holds: the rows of ``blocks`` and ``ids``, and every change of their state.
+"""Which blocks the disk tier holds: the rows of ``blocks``, and every change of their state.
 
 A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Only
 ready rows are ever found. States and moves are those of ``lifecycle``; a move that a row cannot make changes nothing.
@@ -6,27 +6,29 @@ ready rows are ever found. States and moves are those of ``lifecycle``; a move t
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from enum import Enum, auto
 
-import numpy as np
-
+from kvtier.store.adoption import Adoption, Rebuilt
 from kvtier.store.base import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
-from kvtier.store.database import SCHEMA_VERSION, Database
+from kvtier.store.connection import Statements
+from kvtier.store.database import Database
 from kvtier.store.eviction import EvictionPolicy
-from kvtier.store.lifecycle import Move, State, after, sources
-from kvtier.store.valuation import PINNED, Place, Session, Valuation
+from kvtier.store.id_codes import decode_ids, encode_ids
+from kvtier.store.lifecycle import Move, State, after
+from kvtier.store.rows import batches, bytes_up_to, depth_after, insert, is_filled, move
+from kvtier.store.schema import RECOUNT
+from kvtier.store.valuation import Place, Valuation
 
-_REBUILD_CACHE_KIB = 128 * 1024  # rows come in no order: without, each is read from the file again
-_KEYS_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more
+_KEYS_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more; and a transaction should be short
+_PASSED_MOST = 64  # siblings that cannot be used now, between a sequence and its neighbour
 _FOREVER = float("-inf")
-_SAME_IDS = (
-    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key "
-    f"WHERE ids.parent = ? AND ids = ? AND state = {State.READY:d}"
-)
-_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR {PINNED})"
+_IDENTITY = "key, parent, root, ids"
+_BEFORE = "ids <= ? ORDER BY ids DESC"
+_AFTER = "ids > ? ORDER BY ids"
+_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR pins > 0)"
 
 
 class Prepared(Enum):
@@ -57,6 +59,7 @@ class Catalog:
         self._database = database
         self._valuation = Valuation(policy)
         self._clock = clock
+        self._adoption = Adoption(database, self._valuation)
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -86,51 +89,42 @@ class Catalog:
         """Return the identity of such a block."""
         with self._database.reading() as connection:
             row = connection.execute(
-                "SELECT blocks.key, blocks.parent, root, ids FROM blocks JOIN ids ON ids.parent = blocks.parent "
-                f"AND ids.key = blocks.key WHERE blocks.key = :key AND {_FOUND}",
+                f"SELECT {_IDENTITY} FROM blocks WHERE key = :key AND {_FOUND}",
                 {"key": bytes.fromhex(key), "since": since},
             ).fetchone()
-        return _block_id(row) if row else None
+            return _block_id(row) if row else None
 
     def nearest(self, parent: str, tokens: TokenIds, since: float = _FOREVER) -> list[BlockId]:
-        """Return, of the blocks after ``parent``, the two beside ``tokens`` in the order of their bytes.
+        """Return, of the blocks after ``parent``, the two beside ``tokens`` in the order of their ids.
 
         One of them shares the longest run with ``tokens`` that any does: in that order, what two sequences share can
-        only shrink with the distance between them.
+        only shrink with the distance between them. Blocks that cannot be used now are passed, but no more than some.
         """
-        found = []
-        values = {"parent": bytes.fromhex(parent), "ids": _as_bytes(tokens), "since": since}
+        ids = encode_ids(tokens)
         with self._database.reading() as connection:
-            for side, order in (("<=", "DESC"), (">", "ASC")):
-                row = connection.execute(
-                    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key "
-                    f"WHERE ids.parent = :parent AND ids {side} :ids AND {_FOUND} ORDER BY ids {order} LIMIT 1",
-                    values,
-                ).fetchone()
-                if row is not None:
-                    found.append(_block_id(row))
-        return found
+            found = [_neighbour(connection, parent, side, ids, since) for side in (_BEFORE, _AFTER)]
+        return [block for block in found if block is not None]
 
     def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
         """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
         found: list[BlockId] = []
-        bound, shared = tokens, len(tokens) - 1
+        longest = len(tokens) - 1  # all that is left to find is no longer than this
         with self._database.reading() as connection:
-            while shared > 0:
-                # All that is left to find is no longer than what the last neighbour shares with ``tokens``.
-                bound = tokens[:shared]
-                row = connection.execute(
-                    "SELECT ids.key, ids.parent, root, ids FROM ids JOIN blocks ON blocks.key = ids.key WHERE "
-                    f"ids.parent = ? AND ids <= ? AND state = {State.READY:d} ORDER BY ids DESC LIMIT 1",
-                    (bytes.fromhex(parent), _as_bytes(bound)),
-                ).fetchone()
-                if row is None:
+            while longest > 0:
+                ids = encode_ids(tokens[:longest])
+                block = _neighbour(connection, parent, _BEFORE, ids, _FOREVER)
+                if block is None:
                     break
-                block = _block_id(row)
                 shared = common_run(block.tokens, tokens)
                 if shared == len(block.tokens):
-                    found += map(_block_id, connection.execute(_SAME_IDS, row[1::2]))  # a snapshot beside a block
+                    rows = connection.execute(
+                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND state = {State.READY:d} "
+                        "LIMIT ?",
+                        (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
+                    )
+                    found += map(_block_id, rows)  # a snapshot beside a block
                     shared -= 1
+                longest = min(shared, longest - 1)
         return found
 
     def entry(self, key: str) -> Entry | None:
@@ -143,8 +137,16 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """Return what is known of every ready block."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
+        return [_entry(row) for row in rows]
+
+    def linked_entries(self) -> list[Entry]:
+        """Return what is known of every ready block that a name is about."""
+        with self._database.reading(long=True) as connection:
+            rows = connection.execute(
+                f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d} AND key IN (SELECT key FROM links)"
+            ).fetchall()
         return [_entry(row) for row in rows]
 
     # --- storing ----------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ class Catalog:
             row = connection.execute("SELECT state FROM blocks WHERE key = ?", (bytes.fromhex(block.key),)).fetchone()
             if row is not None:
                 return _OUTCOMES[State(row[0])]
-            depth = self._depth(connection, block)
+            depth = depth_after(connection, block)
             if depth is None:
                 return Prepared.ORPHAN
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
@@ -163,19 +165,19 @@ class Catalog:
                 return Prepared.NO_ROOM
             session = self._valuation.session(connection)
             state = after(State.ABSENT, Move.PREPARE_STORE)
-            self._insert(connection, session, block, depth, nbytes, state, owner)
+            insert(connection, session, block, depth, nbytes, state, owner, self._clock())
             session.end()
             return Prepared.RESERVED
 
     def complete_store(self, key: str, owner: str) -> bool:
         """Make a prepared block ready: its file is in place. Returns whether ``owner`` had prepared it."""
         with self._database.transaction() as connection:
-            return self._move(connection, key, Move.COMPLETE_STORE, owner)
+            return move(connection, key, Move.COMPLETE_STORE, owner)
 
     def abort_store(self, key: str, owner: str) -> bool:
         """Take a prepared block back. Returns whether ``owner`` had prepared it."""
         with self._database.transaction() as connection:
-            return self._move(connection, key, Move.ABORT_STORE, owner)
+            return move(connection, key, Move.ABORT_STORE, owner)
 
     def writer(self, key: str) -> str | None:
         """Return the owner that is writing a block; None when nobody is."""
@@ -187,99 +189,11 @@ class Catalog:
 
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
         """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
-        with self._database.transaction() as connection:
-            return self._adopt(connection, found)
+        return self._adoption.adopt(found)
 
-    def _adopt(self, connection: sqlite3.Connection, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        session = self._valuation.session(connection)
-        new = 0
-        for block, nbytes, used_at in found:
-            key = bytes.fromhex(block.key)
-            row = connection.execute("SELECT state FROM blocks WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                depth, state = self._depth(connection, block) or 0, after(State.ABSENT, Move.ADOPT)
-                self._insert(connection, session, block, depth, nbytes, state, "", used_at)
-            elif row[0] == State.WRITING:
-                connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, key))
-                self._move(connection, block.key, Move.ADOPT)
-            else:
-                continue
-            new += 1
-        session.end()
-        if new:
-            connection.execute(_SET_DEPTHS)
-        return new
-
-    def rebuild_once(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> bool:
-        """Fill tables that were just made with the blocks ``found``; other processes wait for it. Returns whether."""
-        with self._database.transaction() as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == SCHEMA_VERSION:
-                return False
-            connection.execute(f"PRAGMA cache_size = -{_REBUILD_CACHE_KIB}")
-            self._adopt(connection, found())
-            connection.execute("PRAGMA cache_size = -2000")  # SQLite's own
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            return True
-
-    def _depth(self, connection: sqlite3.Connection, block: BlockId) -> int | None:
-        """Return how many tokens precede ``block``; None when its parent is not there, or leaving."""
-        if block.parent == block.root:
-            return 0
-        row = connection.execute(
-            f"SELECT depth + tokens FROM blocks WHERE key = ? AND state != {State.LEAVING:d}",
-            (bytes.fromhex(block.parent),),
-        ).fetchone()
-        return int(row[0]) if row else None
-
-    def _insert(
-        self,
-        connection: sqlite3.Connection,
-        session: Session,
-        block: BlockId,
-        depth: int,
-        nbytes: int,
-        state: State,
-        owner: str,
-        used_at: float | None = None,
-    ) -> None:
-        key = bytes.fromhex(block.key)
-        usage, priority = session.entered(block, depth, nbytes)
-        connection.execute(
-            "INSERT INTO ids VALUES (?, ?, ?)", (bytes.fromhex(block.parent), _as_bytes(block.tokens), key)
-        )
-        connection.execute(
-            "INSERT INTO blocks SELECT :key, :parent, :root, :state, :owner, :tokens, :depth, :bytes, "
-            f"(SELECT COUNT(*) FROM ids JOIN blocks AS c ON c.key = ids.key WHERE ids.parent = :key "
-            f"AND c.state != {State.LEAVING:d}), :uses, 0, :last_use, :priority, :used_at",
-            {
-                "key": key,
-                "parent": bytes.fromhex(block.parent),
-                "root": bytes.fromhex(block.root),
-                "state": state,
-                "owner": owner,
-                "tokens": len(block.tokens),
-                "depth": depth,
-                "bytes": nbytes,
-                "uses": usage.uses,
-                "last_use": usage.last_use,
-                "priority": priority,
-                "used_at": self._clock() if used_at is None else used_at,
-            },
-        )
-
-    def _move(self, connection: sqlite3.Connection, key: str, move: Move, owner: str | None = None) -> bool:
-        """Change the state of a block, if its state allows; with ``owner``, only what that one has begun."""
-        # A lease is no state of a row: what is leased is ready here.
-        states = [state for state in sources(move) if state not in (State.ABSENT, State.LEASED)]
-        (target,) = {after(state, move) for state in states}
-        change = "DELETE FROM blocks" if target is State.ABSENT else f"UPDATE blocks SET state = {target:d}"
-        where = f"WHERE key = ? AND state IN ({', '.join(f'{state:d}' for state in states)})"
-        values: list[object] = [bytes.fromhex(key)]
-        if owner is not None:
-            where += " AND owner = ?"
-            values.append(owner)
-        return connection.execute(f"{change} {where}", values).rowcount > 0
+    def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
+        """Fill tables that were just made with the blocks ``found``, as ``Adoption.rebuild`` does."""
+        return self._adoption.rebuild(found)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -308,80 +222,81 @@ class Catalog:
         """
         try:
             with self._database.transaction() as connection:
-                return self._evict(connection, nbytes, owner, {keep}, leased, at_most, all_or_nothing)
+                if not is_filled(connection):  # what follows a block may not be known yet
+                    return []
+                return self._evict(connection, nbytes, owner, keep, leased, at_most, all_or_nothing)
         except _NotEnoughError:
             return []
 
     def _evict(
         self,
-        connection: sqlite3.Connection,
+        connection: Statements,
         nbytes: int,
         owner: str,
-        passed: set[str],
+        keep: str,
         leased: Callable[[Place], bool],
         at_most: int,
         all_or_nothing: bool,
     ) -> list[Place]:
         session = self._valuation.session(connection)
         gone: list[Place] = []
+        staying: list[str] = []
         freed = 0
         while freed < nbytes and len(gone) < at_most:
-            valued = session.least(passed)
+            valued = session.least()
             if valued is None:
                 if all_or_nothing:
                     raise _NotEnoughError
                 break
             place = valued.place
-            if leased(place):
-                passed.add(place.key)
+            if place.key == keep or leased(place):
+                staying.append(place.key)
                 continue
             connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
-            self._move(connection, place.key, Move.EVICT)
+            move(connection, place.key, Move.EVICT)
             session.evicted(valued)
             gone.append(place)
             freed += place.nbytes
-        if all_or_nothing and freed < nbytes and self._evictable_bytes(connection, passed) < nbytes - freed:
-            raise _NotEnoughError
+        if all_or_nothing and freed < nbytes:
+            # What follows a block keeps it: those before a block that stays, stay too.
+            left = self._evictable_bytes(connection) - bytes_up_to(connection, [*staying, *([keep] if keep else [])])
+            if left < nbytes - freed:
+                raise _NotEnoughError
         session.end()
         return gone
 
-    def _evictable_bytes(self, connection: sqlite3.Connection, staying: Iterable[str]) -> int:
-        """Return what all blocks that may go take; of those being read, only ``staying`` are known, and stay.
-
-        What follows a block keeps it: blocks that are pinned or ``staying``, and those before them, stay.
-        """
-        keys = [bytes.fromhex(key) for key in staying if key]
-        (held,) = connection.execute(_HELD_BYTES.format(keys=",".join("?" * len(keys))), keys).fetchone()
-        (total,) = connection.execute(
-            "SELECT bytes - (SELECT COALESCE(SUM(bytes), 0) FROM blocks WHERE state != ?) FROM total",
-            (int(State.READY),),
-        ).fetchone()
-        return int(total) - int(held)
+    @staticmethod
+    def _evictable_bytes(connection: Statements) -> int:
+        """Return what all blocks take that are ready and not pinned. Names pin whole chains."""
+        (nbytes,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
+        return int(nbytes)
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
         gone = []
-        with self._database.transaction() as connection:
-            for key in keys:
-                row = connection.execute(
-                    "SELECT key, root, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
-                ).fetchone()
-                if row is not None and self._move(connection, key, Move.DISCARD):
-                    connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
-                    gone.append(Place(row[0].hex(), row[1].hex(), row[2]))
+        for some in batches(keys, _KEYS_AT_ONCE):
+            with self._database.transaction() as connection:
+                for key in some:
+                    row = connection.execute(
+                        "SELECT key, root, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                    ).fetchone()
+                    if row is not None and move(connection, key, Move.DISCARD):
+                        connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
+                        gone.append(Place(row[0].hex(), row[1].hex(), row[2]))
         return gone
 
     def complete_delete(self, keys: Iterable[str]) -> None:
         """Forget blocks whose files are gone."""
-        with self._database.transaction() as connection:
-            for key in keys:
-                self._move(connection, key, Move.COMPLETE_DELETE)
+        for some in batches(keys, _KEYS_AT_ONCE):
+            with self._database.transaction() as connection:
+                for key in some:
+                    move(connection, key, Move.COMPLETE_DELETE)
 
     def unused_since(self, since: float) -> list[str]:
         """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
-                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND NOT {PINNED} "
+                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND pins = 0 "
                 "ORDER BY depth DESC",
                 (since,),
             ).fetchall()
@@ -389,7 +304,7 @@ class Catalog:
 
     def moving(self, state: State) -> list[tuple[Place, str]]:
         """Return the blocks that are ``WRITING`` or ``LEAVING``, each with its owner."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 "SELECT key, root, bytes, owner FROM blocks WHERE state = ?", (int(state),)
             ).fetchall()
@@ -411,7 +326,7 @@ class Catalog:
 
     def files(self) -> dict[str, int]:
         """Return the bytes of every block whose file may exist, by key."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             return {row[0].hex(): row[1] for row in connection.execute("SELECT key, bytes FROM blocks")}
 
     def set_bytes(self, key: str, nbytes: int) -> None:
@@ -421,9 +336,9 @@ class Catalog:
 
     def recount(self) -> tuple[int, int]:
         """Count all bytes anew; return what the total was and is."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(long=True) as connection:
             (before,) = connection.execute("SELECT bytes FROM total").fetchone()
-            connection.execute("UPDATE total SET bytes = (SELECT COALESCE(SUM(bytes), 0) FROM blocks)")
+            connection.execute(RECOUNT)
             (now,) = connection.execute("SELECT bytes FROM total").fetchone()
         return before, now
 
@@ -437,18 +352,17 @@ class Catalog:
     def counts(self) -> tuple[int, int]:
         """Return the number of ready blocks, and of those that are pinned."""
         with self._database.reading() as connection:
-            (ready,) = connection.execute(f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d}").fetchone()
-            (pinned,) = connection.execute(
-                f"SELECT COUNT(*) FROM blocks WHERE state = {State.READY:d} AND {PINNED}"
-            ).fetchone()
+            ready, pinned = connection.execute("SELECT ready, pinned FROM total").fetchone()
         return int(ready), int(pinned)
 
     def begin_boot(self, boot: str) -> bool:
         """Note which boot of the machine this is; return whether it is the one of before."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             (before,) = connection.execute("SELECT boot FROM total").fetchone()
-            connection.execute("UPDATE total SET boot = ?", (boot,))
-        return bool(boot) and before == boot
+        if before != boot:
+            with self._database.transaction() as connection:
+                connection.execute("UPDATE total SET boot = ?", (boot,))
+        return bool(boot) and bool(before == boot)
 
 
 _OUTCOMES = {
@@ -456,34 +370,23 @@ _OUTCOMES = {
     State.WRITING: Prepared.ELSEWHERE,
     State.LEAVING: Prepared.LEAVING,
 }
-_ENTRY = f"key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, {PINNED}"
-_HELD_BYTES = f"""
-WITH RECURSIVE held(key, parent, bytes) AS (
-    SELECT key, parent, bytes FROM blocks
-        WHERE state = {State.READY:d} AND (key IN ({{keys}}) OR key IN (SELECT key FROM links WHERE pinned))
-    UNION
-    SELECT blocks.key, blocks.parent, blocks.bytes FROM blocks JOIN held ON blocks.key = held.parent
-        WHERE blocks.state = {State.READY:d}
-)
-SELECT COALESCE(SUM(bytes), 0) FROM held
-"""
-_SET_DEPTHS = """
-WITH RECURSIVE walk(key, depth, tokens) AS (
-    SELECT key, 0, tokens FROM blocks WHERE parent = root
-    UNION ALL
-    SELECT c.key, walk.depth + walk.tokens, c.tokens
-    FROM walk JOIN ids ON ids.parent = walk.key JOIN blocks AS c ON c.key = ids.key
-)
-UPDATE blocks SET depth = walk.depth FROM walk WHERE walk.key = blocks.key AND blocks.depth != walk.depth
-"""
+_ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0"
 
 
-def _as_bytes(tokens: TokenIds) -> bytes:
-    return np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since: float) -> BlockId | None:
+    """Return the first block after ``parent`` on one side of ``ids`` that can be used."""
+    rows = connection.execute(
+        f"SELECT {_IDENTITY}, state, used_at >= ? OR pins > 0 FROM blocks INDEXED BY siblings "
+        f"WHERE parent = ? AND {side} LIMIT ?",
+        (since, bytes.fromhex(parent), ids, _PASSED_MOST),
+    )
+    with closing(rows):
+        found = next((row for row in rows if row[4] == State.READY and row[5]), None)
+    return _block_id(found[:4]) if found is not None else None
 
 
 def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
-    return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), np.frombuffer(row[3], dtype="<i8").astype(np.int64))
+    return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), decode_ids(row[3]))
 
 
 def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:

@@ -26,7 +26,7 @@ from kvtier.store.leases import FileLeases
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
 from kvtier.store.owners import Owner, pid_of
-from kvtier.store.pause import Pause, Withheld, is_full
+from kvtier.store.pause import Pause, Withheld, is_full, is_locked
 from kvtier.store.records import MANIFEST_BYTES, read_record
 from kvtier.store.valuation import Place
 
@@ -190,6 +190,8 @@ class DiskTier:
         except (BlockError, OSError, sqlite3.Error) as error:
             if is_full(error):
                 self._pause.begin(f"the drive is full ({error})", told=not self._has_room())
+            elif is_locked(error):
+                self._pause.begin(f"another process holds the catalog ({error})", told=False)
             self._cannot_write(error)
             return False
         if self._pause.end():

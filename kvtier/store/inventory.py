@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -46,6 +46,14 @@ class Forgotten:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Linked:
+    """What all names are about: the rows of their blocks, and the names of each block."""
+
+    entries: Mapping[str, Entry]
+    names: Mapping[str, set[str]]
+
+
 class Inventory:
     """What a store has, over all its tiers. Reads only; the disk tier's view counts where there is one."""
 
@@ -56,8 +64,12 @@ class Inventory:
 
     def entry(self, key: str) -> Entry | None:
         """Return what is known of a block: on disk or, while it is not written yet, in RAM."""
-        found = self._disk.entry(key) if self._disk is not None else None
-        return found or self._host.entry(key)
+        return self._entry_on_disk(key, None) or self._host.entry(key)
+
+    def _entry_on_disk(self, key: str, linked: _Linked | None) -> Entry | None:
+        if self._disk is None:
+            return None
+        return self._disk.entry(key) if linked is None else linked.entries.get(key)
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a block."""
@@ -69,20 +81,34 @@ class Inventory:
 
     # --- chains -----------------------------------------------------------------------------------------------------
 
+    def described_all(self, names: Sequence[tuple[Name, float, float | None]]) -> tuple[NamedPrefix, ...]:
+        """Return what is known of all names there are; the rows of their blocks are asked for at once."""
+        by_key: dict[str, set[str]] = {}
+        for name, *_ in names:
+            for key in name.keys:
+                by_key.setdefault(key, set()).add(name.name)
+        disk, nothing = self._disk, list[Entry]()
+        entries = [] if disk is None else disk.ask(disk.catalog.linked_entries, nothing)
+        linked = _Linked({entry.key: entry for entry in entries}, by_key)
+        return tuple(self._described(*each, linked) for each in names)
+
     def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
         """Return what is known of a name."""
+        return self._described(name, used_at, expires_at, None)
+
+    def _described(self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None) -> NamedPrefix:
         kept: list[Entry] = []
         by_tier = {"host": 0, "disk": 0}
         tokens = 0
         for key in name.keys:
-            entry = self.entry(key)
+            entry = self._entry_on_disk(key, linked) or self._host.entry(key)
             if entry is None:
                 break
             counted = min(entry.tokens, name.tokens - tokens)
             by_tier["host" if key in self._host else "disk"] += counted
             tokens += counted
             kept.append(entry)
-        own = set(self.own([entry.key for entry in kept], {name.name}))
+        own = set(self._own([entry.key for entry in kept], {name.name}, linked))
         return NamedPrefix(
             name=name.name,
             root=name.root,
@@ -100,37 +126,57 @@ class Inventory:
 
     def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
         """Return which of the blocks ``keys``, in order of a chain, nothing uses but this chain and ``names``."""
+        return self._own(keys, names, None)
+
+    def _own(self, keys: Sequence[str], names: set[str], linked: _Linked | None) -> list[str]:
         own: list[str] = []
-        blocks = [self.find(key) for key in keys]
-        for key, after in zip(reversed(keys), [None, *reversed(blocks[1:])], strict=False):
-            entry = self.entry(key)
-            if entry is None:
+        for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
+            on_disk, in_ram = self._entry_on_disk(key, linked), self._host.entry(key)
+            if on_disk is None and in_ram is None:
                 continue
-            beside = self._snapshots_on_the_way(key, after)
-            others = self._children(entry) - len(beside) - bool(own and after and own[-1] == after.key)
-            if others > 0 or self._names.of_blocks([key, *beside]) - names:
+            if self._names_of([key], linked) - names:
+                break
+            is_followed = bool(own) and own[-1] == after
+            beside: list[str] = []
+            if self._has_others(on_disk, in_ram, after, linked):
+                beside = self._snapshots_on_the_way(key, after)
+            children = max(entry.children for entry in (on_disk, in_ram) if entry is not None)
+            if children > len(beside) + is_followed or self._names_of(beside, linked) - names:
                 break
             own += [*beside, key]
         else:
-            if blocks and blocks[0] is not None:
-                own += self._snapshots_on_the_way(blocks[0].root, blocks[0])
+            if keys and (first := self.find(keys[0])) is not None:
+                own += self._snapshots_on_the_way(first.root, keys[0])
         return own
 
-    def _snapshots_on_the_way(self, parent: str, after: BlockId | None) -> list[str]:
-        """Return the snapshots after ``parent`` that ``after``, the next block of a chain, begins with."""
+    def _has_others(
+        self, on_disk: Entry | None, in_ram: Entry | None, after: str | None, linked: _Linked | None
+    ) -> bool:
+        """Whether a block, of which the tiers know this, is followed in one of them by others than ``after``."""
         if after is None:
+            return False
+        is_after_on_disk = on_disk is not None and self._entry_on_disk(after, linked) is not None
+        return (on_disk is not None and on_disk.children > is_after_on_disk) or (
+            in_ram is not None and in_ram.children > (after in self._host)
+        )
+
+    def _names_of(self, keys: Sequence[str], linked: _Linked | None) -> set[str]:
+        if linked is None:
+            return self._names.of_blocks(keys)
+        return set[str]().union(*(linked.names.get(key, ()) for key in keys))
+
+    def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
+        """Return the snapshots after ``parent`` that ``after``, the next block of a chain, begins with."""
+        block = self.find(after) if after is not None else None
+        if block is None:
             return []
         tiers = (self._host, self._disk) if self._disk is not None else (self._host,)
-        tails = (tail for tier in tiers for tail in tier.tails(parent, after.tokens))
+        tails = (tail for tier in tiers for tail in tier.tails(parent, block.tokens))
         found = {tail.key for tail in tails if tail.is_snapshot}
-        whole = BlockId.of(after.root, after.parent, after.tokens, snapshot=True)
+        whole = BlockId.of(block.root, block.parent, block.tokens, snapshot=True)
         if any(whole.key in tier for tier in tiers):
             found.add(whole.key)
-        return sorted(found - {after.key})
-
-    def _children(self, entry: Entry) -> int:
-        in_ram = self._host.entry(entry.key)
-        return max(entry.children, in_ram.children if in_ram else 0)
+        return sorted(found - {block.key})
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that no other goes beyond, the last used first."""
@@ -139,11 +185,8 @@ class Inventory:
         sums: dict[str, tuple[int, int]] = {}
 
         def sum_up(key: str) -> tuple[int, int]:
-            path = []
-            while key in entries and key not in sums:
-                path.append(key)
-                key = entries[key].parent
-            tokens, nbytes = sums.get(key, (0, 0))
+            path = _way_up(key, entries, sums)
+            tokens, nbytes = sums.get(entries[path[-1]].parent, (0, 0))
             for each in reversed(path):
                 tokens, nbytes = tokens + entries[each].tokens, nbytes + entries[each].nbytes
                 sums[each] = tokens, nbytes
@@ -181,10 +224,7 @@ class Inventory:
                 f"{len(found) or 'no'} block{'s have keys' if len(found) > 1 else ' has a key'} that "
                 f"begin{'' if len(found) > 1 else 's'} with {key_prefix!r:.80}; chains() lists them"
             )
-        keys, key = [], found[0]
-        while key in entries:
-            keys.append(key)
-            key = entries[key].parent
+        keys = _way_up(found[0], entries)
         keys.reverse()
         return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
 
@@ -211,11 +251,13 @@ class Inventory:
         """Add to ``gone`` what holds all of ``tokens``; return what leads there, parents first."""
         leading: list[str] = []
         places: list[tuple[str, int]] = [(root, 0)]
+        seen: set[str] = set()
         while places:
             parent, start = places.pop()
             rest = tokens[start:]
             for key in following.get(parent, ()):
-                block = self.find(key)
+                block = self.find(key) if key not in seen else None
+                seen.add(key)
                 if block is None:
                     continue
                 shared = common_run(block.tokens, rest)
@@ -227,13 +269,24 @@ class Inventory:
         return leading
 
     @staticmethod
-    def _with_all_below(key: str, following: dict[str, list[str]]) -> list[str]:
-        found = [key]
-        for each in found:
-            found += following.get(each, ())
+    def _with_all_below(key: str, following: dict[str, list[str]]) -> set[str]:
+        found, ahead = {key}, [key]
+        while ahead:
+            children = set(following.get(ahead.pop(), ())) - found
+            found |= children
+            ahead += children
         return found
 
     def nbytes(self, keys: Iterable[str]) -> Counter[str]:
         """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``."""
         found = [entry for entry in map(self.entry, keys) if entry is not None]
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+
+def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:
+    """Return ``key`` and the blocks before it, up to ``known`` ones, each once: parents may form a cycle."""
+    way: dict[str, None] = {}
+    while key in entries and key not in known and key not in way:
+        way[key] = None
+        key = entries[key].parent
+    return list(way)

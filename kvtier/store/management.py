@@ -131,7 +131,7 @@ class ManagedStore(ABC):
         """
         self._forget_what_is_due()
         with self._asked():
-            return tuple(self._inventory.described(*each) for each in self._names.all())
+            return self._inventory.described_all(self._names.all())
 
     def named(self, name: str) -> NamedPrefix:
         """Return what is called ``name``.

@@ -6,17 +6,20 @@ is kept as its keys: blocks may come and go, the name stays until it is removed 
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from kvtier.errors import ConfigurationError, UnknownNameError
+from kvtier.store.connection import Statements
 from kvtier.store.database import Database
 from kvtier.store.folder import StoreFolder
 from kvtier.store.records import read_record
 
 _LONGEST = 200
+_OF_NAME = itemgetter(slice(8))
 _LONGEST_SECONDS = 1e12
 _MOST_TOKENS = 2**53
 _MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
@@ -127,13 +130,19 @@ class Names:
         with self._database.transaction() as connection:
             self._insert_rows(connection, name, used_at)
 
-    def _insert_rows(self, connection: sqlite3.Connection, name: Name, used_at: float) -> None:
-        self._remove_rows(connection, name.name)
+    def _insert_rows(self, connection: Statements, name: Name, used_at: float) -> None:
+        keys = [bytes.fromhex(key) for key in name.keys]
+        links = [(key, int(name.pinned)) for key in keys]
+        old = connection.execute("SELECT key, pinned FROM links WHERE name = ? ORDER BY place", (name.name,)).fetchall()
+        # A conversation that goes on is named anew each turn: what begins its chain stays.
+        kept = next((i for i, (a, b) in enumerate(zip(old, links, strict=False)) if a != b), min(len(old), len(links)))
+        self._remove_rows(connection, name.name, kept)
         connection.execute(
-            "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO names VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 name.name,
                 bytes.fromhex(name.root),
+                bytes.fromhex(name.keys[-1] if name.keys else name.root),
                 name.tokens,
                 name.pinned,
                 name.ttl_seconds,
@@ -144,12 +153,12 @@ class Names:
         )
         connection.executemany(
             "INSERT INTO links VALUES (?, ?, ?, ?)",
-            [(name.name, place, bytes.fromhex(key), name.pinned) for place, key in enumerate(name.keys)],
+            [(name.name, place, *links[place]) for place in range(kept, len(links))],
         )
 
     def find(self, name: str) -> Name | None:
         """Return what is written down of ``name``; None when nothing bears it."""
-        found = self._rows("WHERE name = ?", (name,))
+        found = self._rows("WHERE n.name = ?", (name,))
         return found[0][0] if found else None
 
     def get(self, name: str) -> Name:
@@ -166,31 +175,33 @@ class Names:
         Raises:
             UnknownNameError: nothing bears it.
         """
-        found = self._rows("WHERE name = ?", (name,))
+        found = self._rows("WHERE n.name = ?", (name,))
         if not found:
             raise UnknownNameError(f"nothing is called {name!r:.80} here; names() lists what has a name")
         return found[0]
 
     def all(self) -> list[tuple[Name, float, float | None]]:
         """Return every name, with the Unix times of its last use and of its end."""
-        return self._rows("ORDER BY name", ())
+        return self._rows("", ())
 
     def _rows(self, which: str, values: tuple[object, ...]) -> list[tuple[Name, float, float | None]]:
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             rows = connection.execute(
-                f"SELECT name, root, tokens, pinned, ttl, created_at, used_at, expires_at FROM names {which}", values
+                "SELECT n.name, n.root, n.tokens, n.pinned, n.ttl, n.created_at, n.used_at, n.expires_at, "
+                f"l.key AS link FROM names AS n LEFT JOIN links AS l ON l.name = n.name {which} "
+                "ORDER BY n.name, l.place",
+                values,
             ).fetchall()
             found = []
-            for name, root, tokens, pinned, ttl, created_at, used_at, expires_at in rows:
-                links = connection.execute("SELECT key FROM links WHERE name = ? ORDER BY place", (name,)).fetchall()
-                keys = tuple(key.hex() for (key,) in links)
+            for (name, root, tokens, pinned, ttl, created_at, used_at, expires_at), links in groupby(rows, _OF_NAME):
+                keys = tuple(link.hex() for *_, link in links if link is not None)
                 written = Name(name, root.hex(), keys, tokens, bool(pinned), ttl, created_at)
                 found.append((written, used_at, expires_at))
         return found
 
     def __len__(self) -> int:
         with self._database.reading() as connection:
-            (count,) = connection.execute("SELECT COUNT(*) FROM names").fetchone()
+            (count,) = connection.execute("SELECT names FROM total").fetchone()
         return int(count)
 
     def set_pinned(self, name: str, pinned: bool) -> None:
@@ -223,9 +234,9 @@ class Names:
             self._remove_rows(connection, name)
 
     @staticmethod
-    def _remove_rows(connection: sqlite3.Connection, name: str) -> None:
+    def _remove_rows(connection: Statements, name: str, kept_links: int = 0) -> None:
         connection.execute("DELETE FROM names WHERE name = ?", (name,))
-        connection.execute("DELETE FROM links WHERE name = ?", (name,))
+        connection.execute("DELETE FROM links WHERE name = ? AND place >= ?", (name, kept_links))
 
     def of_blocks(self, keys: Iterable[str]) -> set[str]:
         """Return the names whose chains have one of the blocks ``keys``."""
@@ -239,7 +250,7 @@ class Names:
 
     def pinned_blocks(self) -> set[str]:
         """Return the keys of all blocks that are pinned."""
-        with self._database.reading() as connection:
+        with self._database.reading(long=True) as connection:
             return {key.hex() for (key,) in connection.execute("SELECT key FROM links WHERE pinned")}
 
     def touched(self, keys: Sequence[str]) -> None:
@@ -249,16 +260,14 @@ class Names:
         now = self._clock()
         with self._database.transaction() as connection:
             connection.executemany(
-                "UPDATE names SET used_at = :now, expires_at = :now + ttl WHERE name IN (SELECT l.name FROM links AS l "
-                "WHERE l.key = :key AND NOT EXISTS "
-                "(SELECT 1 FROM links AS after WHERE after.name = l.name AND after.place > l.place))",
+                "UPDATE names SET used_at = :now, expires_at = :now + ttl WHERE last = :key",
                 [{"now": now, "key": bytes.fromhex(key)} for key in keys],
             )
 
     def replaced(self, old: str, new: str) -> None:
         """Note that block ``new`` now answers for block ``old``, which it begins with."""
         for name in self.of_blocks([old]):
-            for written, used_at, _ in self._rows("WHERE name = ?", (name,)):
+            for written, used_at, _ in self._rows("WHERE n.name = ?", (name,)):
                 keys = tuple(new if key == old else key for key in written.keys)
                 self.assign(replace(written, keys=keys), used_at)
 

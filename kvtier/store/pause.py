@@ -19,6 +19,11 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
 
 
+def is_locked(error: BaseException) -> bool:
+    """Whether ``error`` says that another process holds a lock on a database."""
+    return isinstance(error, sqlite3.OperationalError) and "lock" in str(error)  # "database is locked" and others
+
+
 class Pause:
     """Whether to write. Each failure doubles the wait, from a second to a minute; a success ends it.
 

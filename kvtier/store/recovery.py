@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,21 +19,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kvtier.errors import BlockError, StoreError, UnavailableError
+from kvtier.store.adoption import Rebuilt
 from kvtier.store.audit import Audit
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
-from kvtier.store.database import Connect, Database, boot_id
+from kvtier.store.connection import Connect
+from kvtier.store.database import Database, boot_id
 from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.folder import StoreFolder
 from kvtier.store.mounts import is_shared_over_network
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner
-from kvtier.store.pause import is_full
+from kvtier.store.pause import is_full, is_locked
+from kvtier.store.rows import batches
+from kvtier.store.schema import OtherVersionError
 
 _log = logging.getLogger("kvtier.store.recovery")
+_FILES_AT_ONCE = 500
+_KEY = re.compile("[0-9a-f]{64}")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is
 # What SQLite says when the file is what it should be, but cannot be used now.
-_NOT_DAMAGED = ("locked", "unable to open", "disk I/O", "full")
+_NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +65,23 @@ def open_catalog(
     alone = is_shared_over_network(kind)
     try:
         damage = "it failed when it was last used" if folder.damage_mark.exists() else None
+        is_of_another_version = False
         if damage is None:
             try:
                 return _opened(folder, owner, policy, clock, connect, alone)
             except sqlite3.DatabaseError as error:
-                if alone and "locked" in str(error):
+                if alone and is_locked(error):
                     raise StoreError(
                         f"{folder.path} is in use by another process; on {kind} only one at a time may use a store, "
                         "since SQLite's locks do not hold there: pass a folder on a local drive"
                     ) from error
                 if not _is_damage(error, path):
                     raise StoreError(f"cannot open {path}: {error}") from error
-                damage = str(error)
-        _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
+                is_of_another_version, damage = isinstance(error, OtherVersionError), str(error)
+        if is_of_another_version:
+            _log.info("%s is made anew from the block files: %s", path, damage)
+        else:
+            _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
         for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         folder.damage_mark.unlink(missing_ok=True)
@@ -80,8 +92,10 @@ def open_catalog(
 
 def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
     """Whether ``error`` tells of a damaged file, rather than of one that cannot be used now."""
-    operational = isinstance(error, sqlite3.OperationalError)
-    return not operational or (os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED))
+    if not isinstance(error, sqlite3.OperationalError):
+        return True
+    is_usable = os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED)
+    return is_usable and not is_locked(error)
 
 
 def _opened(
@@ -113,7 +127,7 @@ def _opened(
 def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     """Make files and catalog agree."""
     unavailable: list[str] = []
-    rebuilt = catalog.rebuild_once(lambda: _shown(_whole_files(folder, audit, unavailable)))
+    rebuilt = catalog.rebuild(lambda: _shown(_whole_files(folder, catalog, audit, unavailable)))
     same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
     if unavailable:
         _log.warning(
@@ -121,9 +135,9 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
             unavailable[0],
             len(unavailable) - 1,
         )
-    if rebuilt:
-        parts = [audit.leftovers(), audit.names()]
-    elif same_boot:
+    if rebuilt is Rebuilt.ANEW:
+        parts = [audit.unfinished(), audit.leftovers(), audit.names()]
+    elif same_boot and rebuilt is Rebuilt.NOT:
         parts = [audit.unfinished(), audit.loose_ends(), audit.names()]
     else:
         parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
@@ -137,17 +151,22 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
             except (OSError, BlockError) as error:
                 _log.warning("%s: %s", discrepancy.subject, error)
             except sqlite3.OperationalError as error:
-                if not is_full(error):
+                if not is_full(error) and not is_locked(error):
                     raise
-                # What is there can be read all the same. The rest counts, and waits for an open that has room.
+                # What is there can be read all the same. The rest counts, and waits for an open that can write.
                 _log.warning("%s cannot be put right yet: %s", discrepancy.subject, error)
     audit.bury()
 
 
-def _whole_files(folder: StoreFolder, audit: Audit, unavailable: list[str]) -> Iterator[tuple[BlockId, int, float]]:
-    """Yield what there is in block files; damaged ones are removed. What cannot be read now goes to ``unavailable``."""
+def _whole_files(
+    folder: StoreFolder, catalog: Catalog, audit: Audit, unavailable: list[str]
+) -> Iterator[tuple[BlockId, int, float]]:
+    """Yield what there is in block files that have no row; damaged ones are removed.
+
+    What cannot be read now goes to ``unavailable``.
+    """
     damaged = 0
-    for path in folder.block_files(unavailable):
+    for path in _unknown(sorted(folder.block_files(unavailable)), catalog):
         try:
             yield audit.look_at(path)
         except UnavailableError as error:
@@ -158,6 +177,17 @@ def _whole_files(folder: StoreFolder, audit: Audit, unavailable: list[str]) -> I
             damaged += 1
             if damaged == 1:
                 _log.warning("%s; removed, like all that cannot be used", error)
+
+
+def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
+    """Yield those of ``paths`` whose names are no keys that ``catalog`` has, neighbours together: so are their rows.
+
+    Where it begins is random: processes that make a catalog anew at once do not all read the same files.
+    """
+    begin = random.randrange(len(paths)) if paths else 0
+    for some in batches(paths[begin:] + paths[:begin], _FILES_AT_ONCE):
+        unknown = set(catalog.absent([path.stem for path in some if _KEY.fullmatch(path.stem)]))
+        yield from (path for path in some if path.stem in unknown or not _KEY.fullmatch(path.stem))
 
 
 def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:

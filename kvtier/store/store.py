@@ -33,7 +33,8 @@ from kvtier.store.base import BlockReader, Tier
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.codec import CODECS
 from kvtier.store.commits import Commits, Read, States
-from kvtier.store.database import Connect, Database, connect
+from kvtier.store.connection import Connect, connect
+from kvtier.store.database import Database
 from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import Adaptive, EvictionPolicy
 from kvtier.store.filesystem import LOCAL, Filesystem

@@ -6,16 +6,18 @@ The policy is pure; here is what it is fed from and where its numbers go: column
 
 from __future__ import annotations
 
-import sqlite3
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier.store.chain import BlockId
+from kvtier.store.connection import LONG_SECONDS, Statements
 from kvtier.store.eviction import LONGEST_CLOCK, EvictionPolicy, PolicyState, Usage
 from kvtier.store.lifecycle import State
 
-PINNED = "EXISTS (SELECT 1 FROM links WHERE links.key = blocks.key AND links.pinned)"
 _MIN_GHOSTS = 1024
+_GHOSTS_AT_ONCE = 16  # after many blocks were forgotten at once, ghosts follow bit by bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Valued:
     """A block, and what the policy knows of it."""
 
     place: Place
+    parent: str
     usage: Usage
     priority: float
 
@@ -42,7 +45,7 @@ class Valuation:
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
 
-    def session(self, connection: sqlite3.Connection) -> Session:
+    def session(self, connection: Statements) -> Session:
         """Return what values blocks within the transaction that ``connection`` has open."""
         return Session(self._policy, connection)
 
@@ -50,17 +53,21 @@ class Valuation:
 class Session:
     """Values blocks within one transaction. ``end`` writes down what the policy has learnt."""
 
-    def __init__(self, policy: EvictionPolicy, connection: sqlite3.Connection) -> None:
+    def __init__(self, policy: EvictionPolicy, connection: Statements) -> None:
         self._policy = policy
         self._connection = connection
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
         self._state = self._read_state()
+        # Of each queue, the priority and key of the last leaf that the index gave, and leaves that it has not, a heap.
+        self._passed: list[tuple[float, bytes]] = [(-math.inf, b"")] * 2
+        self._exposed: tuple[list[_Leaf], list[_Leaf]] = ([], [])
 
     def _read_state(self) -> PolicyState:
         """Return what the policy has learnt; where that cannot be read, a fresh state that no block is younger than."""
         state = PolicyState.from_text(self._text, self._policy.name)
         if state is None:
-            (last_use,) = self._connection.execute("SELECT COALESCE(MAX(last_use), -1) FROM blocks").fetchone()
+            with self._connection.limited(LONG_SECONDS):
+                (last_use,) = self._connection.execute("SELECT COALESCE(MAX(last_use), -1) FROM blocks").fetchone()
             state = PolicyState(clock=min(last_use + 1, LONGEST_CLOCK))
         return state
 
@@ -97,34 +104,62 @@ class Session:
                 (usage.uses, usage.last_use, self._policy.priority(usage, self._state), now, bytes.fromhex(key)),
             )
 
-    def least(self, passed: set[str]) -> Valued | None:
-        """Return the leaf of the lowest value that is not in ``passed``: the first of one of two queues."""
-        lead, firsts = self._policy.lead(self._state), []
-        for came_back in (0, 1):
-            rows = self._connection.execute(
-                "SELECT key, root, bytes, uses, last_use, tokens, depth, priority FROM blocks INDEXED BY leaves "
-                f"WHERE state = {State.READY:d} AND children = 0 AND (uses > 1) = {came_back} AND NOT {PINNED} "
-                "ORDER BY priority"
-            )
-            row = next((row for row in rows if row[0].hex() not in passed), None)
-            if row is not None:
-                firsts.append((row[7] + came_back * lead, row))
-        if not firsts:
+    def least(self) -> Valued | None:
+        """Return the leaf of the lowest value of those that this session has not returned: the first of two queues.
+
+        A block becomes a leaf when ``evicted`` is told of the last that follows it.
+        """
+        lead = self._policy.lead(self._state)
+        heads = [(row[0] + came_back * lead, came_back, row) for came_back in (0, 1) if (row := self._head(came_back))]
+        if not heads:
             return None
-        row = min(firsts, key=lambda each: each[0])[1]
-        return Valued(Place(row[0].hex(), row[1].hex(), row[2]), Usage(row[3], row[4], row[5], row[6], row[2]), row[7])
+        _, came_back, row = min(heads, key=lambda each: each[0])
+        priority, key, parent, root, nbytes, uses, last_use, tokens, depth = row
+        exposed = self._exposed[came_back]
+        if exposed and exposed[0] is row:
+            heapq.heappop(exposed)
+        else:
+            self._passed[came_back] = (priority, key)
+        return Valued(
+            Place(key.hex(), root.hex(), nbytes), parent.hex(), Usage(uses, last_use, tokens, depth, nbytes), priority
+        )
+
+    def _head(self, came_back: int) -> _Leaf | None:
+        """Return the first leaf of a queue that was not returned yet: one that came late, or the next in the index."""
+        heads: list[_Leaf] = self._exposed[came_back][:1]
+        heads += self._connection.execute(
+            f"SELECT {_LEAF} FROM blocks INDEXED BY leaves WHERE {_IS_LEAF} AND (uses > 1) = ? "
+            "AND (priority, key) > (?, ?) ORDER BY priority, key LIMIT 1",
+            (came_back, *self._passed[came_back]),
+        )
+        return min(heads, default=None)
 
     def evicted(self, valued: Valued) -> None:
         """Learn from an eviction, and remember the block as a ghost; of those, no more than there are blocks."""
         self._state = self._policy.evicted(valued.usage, valued.priority, self._state)
         self._connection.execute(
-            "INSERT OR REPLACE INTO ghosts VALUES (?, ?, ?)",
+            "INSERT INTO ghosts VALUES (?, ?, ?) "
+            "ON CONFLICT (key) DO UPDATE SET uses = excluded.uses, last_use = excluded.last_use",
             (bytes.fromhex(valued.place.key), valued.usage.uses, self._state.clock),
         )
-        (ghosts,) = self._connection.execute("SELECT COUNT(*) FROM ghosts").fetchone()
-        if ghosts > _MIN_GHOSTS:
-            (blocks,) = self._connection.execute("SELECT COUNT(*) FROM blocks").fetchone()
+        ghosts, blocks = self._connection.execute("SELECT ghosts, blocks FROM total").fetchone()
+        too_many = ghosts - max(_MIN_GHOSTS, blocks)
+        if too_many > 0:
             self._connection.execute(
                 "DELETE FROM ghosts WHERE key IN (SELECT key FROM ghosts ORDER BY last_use LIMIT ?)",
-                (max(0, ghosts - max(_MIN_GHOSTS, blocks)),),
+                (min(too_many, _GHOSTS_AT_ONCE),),
             )
+        self._expose(bytes.fromhex(valued.parent))
+
+    def _expose(self, key: bytes) -> None:
+        """See to it that a block is found that has become a leaf in a part of its queue that was passed already."""
+        row = self._connection.execute(f"SELECT {_LEAF} FROM blocks WHERE {_IS_LEAF} AND key = ?", (key,)).fetchone()
+        if row is not None:
+            came_back = int(row[5] > 1)
+            if row[:2] <= self._passed[came_back]:
+                heapq.heappush(self._exposed[came_back], row)
+
+
+_Leaf = tuple[float, bytes, bytes, bytes, int, int, int, int, int]
+_LEAF = "priority, key, parent, root, bytes, uses, last_use, tokens, depth"
+_IS_LEAF = f"state = {State.READY:d} AND children = 0 AND pins = 0"

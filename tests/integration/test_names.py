@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from storekit import OTHER_ROOT, ROOT, UNIT, block_files, commit, count, ids, restored_length, restored_length_at_last
@@ -18,6 +19,7 @@ from kvtier import (
     TieredCache,
     UnknownNameError,
 )
+from kvtier.testing.faults import Faults
 
 
 class Clock:
@@ -529,3 +531,19 @@ def test_forgetting_a_text(place):
         assert store.forget("a secret", encode=lambda text: list(text.encode())).blocks == 2
         assert restored_length(store, count(8)) == 8
         assert len(store.chains()) == 1
+
+
+def test_to_list_names_takes_no_more_questions_however_many_there_are(tmp_path):
+    faults = Faults()
+    asked = []
+    with PrefixStore(tmp_path, block_size=4, host_budget=1, connect=faults.connect) as store:
+        for first in range(100, 109):
+            tokens = np.concatenate([count(8), count(6, first=first)])
+            commit(store, tokens)
+            store.name(str(first), ROOT, tokens)
+            faults.plan()
+            names = store.names()
+            asked.append(sum(text.startswith("SELECT") for _, text in faults.met))
+    assert len(names) == 9
+    assert all(0 < name.own_bytes < name.nbytes for name in names)
+    assert asked[-1] == asked[1]

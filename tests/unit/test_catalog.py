@@ -1,19 +1,24 @@
 """The rows behind the disk tier."""
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, contextmanager
+from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from storekit import OTHER_ROOT, ROOT, block, chain, count, ids
 
+from kvtier.store.adoption import Rebuilt
 from kvtier.store.catalog import Catalog, Prepared
-from kvtier.store.chain import common_run
+from kvtier.store.chain import BlockId, common_run
 from kvtier.store.database import Database
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.lifecycle import State
+from kvtier.store.names import Name, Names
+from kvtier.store.schema import OtherVersionError
 
 BUDGET = 100
 
@@ -32,10 +37,17 @@ def new_catalog(path=None, clock=None):
 
 
 @pytest.fixture
-def catalog(tmp_path):
+def empty_catalog(tmp_path):
+    """Tables that were just made."""
     catalog, database = new_catalog(tmp_path / "catalog.sqlite")
     yield catalog
     database.close()
+
+
+@pytest.fixture
+def catalog(empty_catalog):
+    empty_catalog.rebuild(list)
+    return empty_catalog
 
 
 def prepare(catalog, block, size=10, budget=BUDGET, owner="me"):
@@ -216,27 +228,93 @@ def found_of(*blocks):
     return [(each.id, 10, 500.0) for each in blocks]
 
 
-def test_the_tables_are_filled_once_and_count_a_block_once(catalog, tmp_path):
-    first, second, third = chain(count(12), 4)
-    assert catalog.rebuild_once(lambda: found_of(third, first, first, second))
-    assert (catalog.counts(), catalog.total_bytes) == ((3, 0), 30)
-    assert [catalog.entry(each.id.key).depth_tokens for each in (first, second, third)] == [0, 4, 8]
-    assert [catalog.entry(each.id.key).children for each in (first, second, third)] == [1, 1, 0]
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_the_tables_are_filled_once_and_count_a_block_once(empty_catalog, tmp_path, order):
+    links = chain(count(16), 4)
+    blocks = [links[place] for place in order]
+    assert empty_catalog.rebuild(lambda: found_of(*blocks, blocks[0])) is Rebuilt.ANEW
+    assert (empty_catalog.counts(), empty_catalog.total_bytes) == ((4, 0), 40)
+    assert [empty_catalog.entry(each.id.key).depth_tokens for each in links] == [0, 4, 8, 12]
+    assert [empty_catalog.entry(each.id.key).children for each in links] == [1, 1, 1, 0]
     other, database = new_catalog(tmp_path / "catalog.sqlite")
     with closing(database):
-        assert not other.rebuild_once(lambda: pytest.fail("another process has done it"))
+        assert other.rebuild(lambda: pytest.fail("another process has done it")) is Rebuilt.NOT
 
 
-def test_a_rebuild_that_fails_is_done_again(catalog):
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_blocks_that_are_adopted_in_any_order_lie_where_they_belong(catalog, order):
+    links = chain(count(16), 4)
+    for place in order:
+        catalog.adopt(found_of(links[place]))
+    assert [catalog.entry(each.id.key).depth_tokens for each in links] == [0, 4, 8, 12]
+
+
+def test_blocks_whose_first_is_lost_begin_anew(empty_catalog):
+    _, second, third = chain(count(12), 4)
+    empty_catalog.rebuild(lambda: found_of(third, second))
+    assert [empty_catalog.entry(each.id.key).depth_tokens for each in (second, third)] == [0, 4]
+
+
+def test_a_rebuild_that_fails_goes_on(empty_catalog, monkeypatch):
+    first, second = block(count(4)), block(count(4, first=9))
+
     def found():
-        yield from found_of(block(count(4)))
+        yield from found_of(first)
         raise OSError("the drive is gone")
 
+    monkeypatch.setattr("kvtier.store.adoption._ROWS_AT_ONCE", 1)
     with pytest.raises(OSError, match="gone"):
-        catalog.rebuild_once(found)
-    assert catalog.counts() == (0, 0)
-    assert catalog.rebuild_once(lambda: found_of(block(count(4))))
-    assert catalog.counts() == (1, 0)
+        empty_catalog.rebuild(found)
+    assert empty_catalog.counts() == (1, 0)
+    assert empty_catalog.rebuild(lambda: found_of(first, second)) is Rebuilt.RESUMED
+    assert empty_catalog.counts() == (2, 0)
+
+
+def test_nothing_is_evicted_before_all_files_are_known(empty_catalog, monkeypatch):
+    """What follows a block may be among those that are not."""
+    monkeypatch.setattr("kvtier.store.adoption._ROWS_AT_ONCE", 1)
+    first, second = chain(count(8), 4)
+
+    def found():
+        yield from found_of(first)
+        assert empty_catalog.counts() == (1, 0)
+        assert evict(empty_catalog, 1) == []
+        yield from found_of(second)
+
+    empty_catalog.rebuild(found)
+    assert evict(empty_catalog, 1) == [second.id.key]
+
+
+def test_who_makes_the_catalog_anew_ends_when_another_process_has(empty_catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvtier.store.adoption._ROWS_AT_ONCE", 1)
+    blocks = chain(count(8), 4)
+    other, database = new_catalog(tmp_path / "catalog.sqlite")
+
+    def found():
+        yield from found_of(blocks[0])
+        other.rebuild(lambda: found_of(*blocks))
+        assert evict(other, 1) == [blocks[1].id.key]
+        delete(other, [blocks[1].id.key])
+        yield from found_of(blocks[1])  # read before it was evicted
+
+    with closing(database):
+        assert empty_catalog.rebuild(found) is Rebuilt.NOT
+        assert empty_catalog.counts() == (1, 0)
+
+
+def test_the_log_stays_small_while_the_tables_are_filled(empty_catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvtier.store.adoption._ROWS_AT_ONCE", 50)
+    log = tmp_path / "catalog.sqlite-wal"
+    sizes = []
+
+    def found():
+        for first in range(1000):
+            sizes.append(log.stat().st_size)
+            yield BlockId.of(ROOT, ROOT, count(256, first=first)), 10, 500.0
+
+    empty_catalog.rebuild(found)
+    assert max(sizes) < 12 * 2**20
+    assert log.stat().st_size == 0
 
 
 def test_a_file_whose_writer_died_is_adopted_with_its_real_bytes(catalog):
@@ -306,13 +384,12 @@ def test_what_is_no_database_is_an_error(tmp_path):
         Database(tmp_path / "other.sqlite")
 
 
-def test_tables_of_another_version_are_made_anew(tmp_path):
+def test_tables_of_another_version_are_told_from_damage(tmp_path):
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as old:
         old.execute("CREATE TABLE blocks (key TEXT)")
         old.execute("PRAGMA user_version = 1")
-    catalog, database = new_catalog(tmp_path / "catalog.sqlite")
-    with closing(database):
-        assert catalog.rebuild_once(list)
+    with pytest.raises(OtherVersionError, match="version 1"):
+        Database(tmp_path / "catalog.sqlite")
 
 
 def test_a_fork_leaves_no_connection_and_the_catalog_goes_on(tmp_path):
@@ -352,3 +429,180 @@ def test_ids_survive_whatever_they_are(catalog):
     extremes = ids(0, -1, 2**63 - 1, -(2**63))
     put(catalog, block(extremes))
     assert np.array_equal(catalog.find(block(extremes).id.key).tokens, extremes)
+
+
+# --- sums that triggers keep ------------------------------------------------------------------------------------------
+
+
+class CountedMachine(RuleBasedStateMachine):
+    """Whatever happens to rows, the sums of ``total``, the pins and the children are what counting gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.database = Database(None)
+        self.catalog = Catalog(self.database, LeastRecentlyUsed(), Clock())
+        self.names = Names(self.database, None, Clock())
+
+    @rule(tokens=SEQUENCES, end=st.sampled_from(["complete_store", "abort_store", None]))
+    def put(self, tokens, end):
+        for each in chain(ids(*tokens), 4):
+            outcome = prepare(self.catalog, each)
+            if outcome is Prepared.RESERVED and end is not None:
+                getattr(self.catalog, end)(each.id.key, "me")
+            elif outcome is not Prepared.PRESENT:
+                break
+
+    @rule(tokens=SEQUENCES)
+    def adopt(self, tokens):
+        self.catalog.adopt(found_of(*chain(ids(*tokens), 4)[-1:]))
+
+    @rule(tokens=SEQUENCES, nbytes=st.integers(1, 30))
+    def resize(self, tokens, nbytes):
+        self.catalog.set_bytes(chain(ids(*tokens), 4)[-1].id.key, nbytes)
+
+    @rule(nbytes=st.integers(1, 60), all_or_nothing=st.booleans())
+    def evict(self, nbytes, all_or_nothing):
+        evict(self.catalog, nbytes, all_or_nothing=all_or_nothing)
+
+    @rule(tokens=SEQUENCES)
+    def discard(self, tokens):
+        self.catalog.discard([chain(ids(*tokens), 4)[0].id.key], "me")
+
+    @rule()
+    def delete(self):
+        delete(self.catalog, [place.key for place, _ in self.catalog.moving(State.LEAVING)])
+
+    @rule(tokens=SEQUENCES, name=st.sampled_from("ab"), pinned=st.booleans())
+    def name(self, tokens, name, pinned):
+        keys = tuple(each.id.key for each in chain(ids(*tokens), 4))
+        self.names.assign(Name(name, ROOT, keys, len(tokens), pinned, None, 0.0))
+        assert self.names.get(name).keys == keys
+
+    @rule(name=st.sampled_from("ab"))
+    def unname(self, name):
+        self.names.remove(name)
+
+    @invariant()
+    def counts(self):
+        with self.database.reading() as connection:
+            kept = connection.execute(
+                "SELECT bytes, held_bytes, blocks, ready, pinned, ghosts, names FROM total"
+            ).fetchone()
+            counted = connection.execute(
+                f"SELECT TOTAL(bytes), TOTAL(bytes * (state != {State.READY:d} OR {PINNED})), COUNT(*), "
+                f"TOTAL(state = {State.READY:d}), TOTAL(state = {State.READY:d} AND {PINNED}), "
+                "(SELECT COUNT(*) FROM ghosts), (SELECT COUNT(*) FROM names) FROM blocks"
+            ).fetchone()
+            assert kept == counted
+            wrong = connection.execute(
+                "SELECT key FROM blocks WHERE pins != (SELECT COUNT(*) FROM links WHERE pinned AND key = blocks.key) "
+                "OR children != (SELECT COUNT(*) FROM blocks AS c WHERE c.parent = blocks.key "
+                f"AND c.state != {State.LEAVING:d})"
+            ).fetchall()
+            assert wrong == []
+        assert self.catalog.counts() == kept[3:5]
+        assert len(self.names) == kept[6]
+
+    def teardown(self):
+        self.database.close()
+
+
+PINNED = "EXISTS (SELECT 1 FROM links WHERE links.key = blocks.key AND links.pinned)"
+TestSums = CountedMachine.TestCase
+TestSums.settings = settings(stateful_step_count=20)
+
+
+# --- questions whose cost does not grow with the rows -----------------------------------------------------------------
+
+
+class CountingConnection(sqlite3.Connection):
+    """Counts the steps of SQLite's machine, which are the same on every computer."""
+
+    steps = 0
+
+    def set_progress_handler(self, handler, n):
+        super().set_progress_handler(self._step, 1)
+
+    def _step(self):
+        CountingConnection.steps += 1
+        return False
+
+
+def counting(uri, seconds):
+    return sqlite3.connect(
+        uri, uri=True, timeout=seconds, isolation_level=None, check_same_thread=False, factory=CountingConnection
+    )
+
+
+def siblings(n):
+    return [BlockId.of(ROOT, ROOT, count(4, first=8 * first)) for first in range(n)]
+
+
+def old_and_pinned(n):
+    return [BlockId.of(ROOT, ROOT, count(4, first=10**6 + 8 * first)) for first in range(n)]
+
+
+@contextmanager
+def crowd(n):
+    """A catalog of ``n`` siblings that are not pinned and as many that are, older, under ``n`` names."""
+    with closing(Database(None, make_connection=counting)) as database:
+        clock = Clock()
+        catalog = Catalog(database, LeastRecentlyUsed(), clock)
+        names = Names(database, None, clock)
+        catalog.adopt((each, 10, 1.0) for each in old_and_pinned(n))
+        for number, each in enumerate(old_and_pinned(n)):
+            names.assign(Name(str(number), ROOT, (each.key,), 4, True, None, 0.0))
+        catalog.adopt((each, 10, 500.0) for each in siblings(n))
+        yield catalog, names
+
+
+def new_block():
+    return block(count(4, first=3))
+
+
+def delete_one(catalog, names):
+    catalog.discard([siblings(10)[7].key], "me")
+    catalog.complete_delete([siblings(10)[7].key])
+
+
+OPERATIONS = {
+    "contains": lambda catalog, names: catalog.contains(siblings(10)[7].key),
+    "find": lambda catalog, names: catalog.find(siblings(10)[7].key),
+    "nearest": lambda catalog, names: catalog.nearest(ROOT, ids(8, 9, 1)),
+    "nearest of what has expired": lambda catalog, names: catalog.nearest(ROOT, ids(8, 9, 1), since=900.0),
+    "tails": lambda catalog, names: catalog.tails(ROOT, count(5, first=16)),
+    "put": lambda catalog, names: put(catalog, new_block(), budget=10**9),
+    "use": lambda catalog, names: catalog.touch([siblings(10)[7].key], {siblings(10)[7].key: 1}),
+    "use of a name": lambda catalog, names: names.touched([old_and_pinned(10)[7].key]),
+    "name": lambda catalog, names: names.assign(Name("new", ROOT, (siblings(10)[7].key,), 4, True, None, 0.0)),
+    "evict": lambda catalog, names: evict(catalog, 10),
+    "evict more than one batch": lambda catalog, names: catalog.evict(20, "me", "", lambda _: False, at_most=1),
+    "evict beside what is read": lambda catalog, names: evict(catalog, 10, leased=[siblings(1)[0].key]),
+    "delete": delete_one,
+    "counts": lambda catalog, names: (catalog.counts(), catalog.total_bytes, len(names)),
+    "what has expired": lambda catalog, names: catalog.unused_since(400.0),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_what_a_turn_asks_takes_no_more_among_many_blocks(operation, monkeypatch):
+    monkeypatch.setattr("kvtier.store.valuation._MIN_GHOSTS", 10)
+    steps = []
+    for n in (100, 500):
+        with crowd(n) as (catalog, names):
+            delete(catalog, evict(catalog, 150))  # ghosts
+            CountingConnection.steps = 0
+            operation(catalog, names)
+            steps.append(CountingConnection.steps)
+    assert steps[1] <= steps[0] + 20
+
+
+def test_leased_leaves_are_passed_once_in_an_eviction():
+    steps = []
+    for n in (100, 400):
+        with crowd(n) as (catalog, _):
+            leased = {each.key for each in siblings(n)[: n - 10]}
+            CountingConnection.steps = 0
+            assert len(evict(catalog, 50, leased=leased)) == 5
+            steps.append(CountingConnection.steps)
+    assert steps[1] < 5 * steps[0]

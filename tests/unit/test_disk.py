@@ -21,15 +21,17 @@ from kvtier.pages import Landing
 from kvtier.store import disk, recovery
 from kvtier.store.base import Block
 from kvtier.store.catalog import Prepared
-from kvtier.store.database import connect
+from kvtier.store.connection import connect
 from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.folder import StoreFolder
 from kvtier.store.format import FORMAT_VERSION, BlockFile, encode_block
 from kvtier.store.loads import HELD_BYTES
+from kvtier.store.names import Name
 from kvtier.store.owners import Owner
 from kvtier.store.recovery import open_catalog
+from kvtier.testing.faults import Faults, FaultyFilesystem
 
 SIZE = allocated(sum(piece.nbytes for piece in encode_block(block(count(4, first=10)), "raw")))
 ROOMY = 100 * SIZE
@@ -452,7 +454,7 @@ def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, ca
     with opened(tmp_path) as tier:
 
         def fail(*arguments):
-            raise sqlite3.OperationalError("database is locked")
+            raise sqlite3.OperationalError("disk I/O error")
 
         with monkeypatch.context() as patched:
             patched.setattr(tier.catalog, "complete_store", fail)
@@ -465,18 +467,19 @@ def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, ca
         assert_reads(tier, first)
 
 
-def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, caplog):
+def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, monkeypatch, caplog):
     """What a full disk does: reading works, writing does not. A match that finds it again would never end."""
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         key = block(count(4)).id.key
-        with tier.database.reading() as connection:
-            connection.execute("PRAGMA query_only = ON")
+
+        def fail(*arguments):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(tier.catalog, "discard", fail)
         tier.discard(key)
         assert tier.entry(key) is None
         assert tier.nearest(ROOT, count(4)) == []
-        with tier.database.reading() as connection:
-            connection.execute("PRAGMA query_only = OFF")
     assert len(warnings(caplog)) == 1
 
 
@@ -536,9 +539,8 @@ def test_nothing_is_evicted_for_room_that_cannot_be_made(tmp_path, monkeypatch, 
         for first in range(100, 200, 10):
             assert tier.put(block(count(4, first=first)))
         if pinned:
-            key = chain(count(12), 4)[-1].id.key
-            with tier.catalog._database.transaction() as connection:
-                connection.execute("INSERT INTO links VALUES ('a', 0, ?, 1)", (bytes.fromhex(key),))
+            keys = tuple(each.id.key for each in chain(count(12), 4))
+            tier.names.assign(Name("a", ROOT, keys, 12, True, None, 0.0))
         drive.free = (90 if pinned else 87) * SIZE  # short of 11 or 14 blocks with the new one, of 13
         assert not tier.put(block(count(4, first=500)))
         assert len(tier) == 13
@@ -814,3 +816,25 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     folder.mkdir(mode=0o500)
     with pytest.raises(StoreError, match="pass a folder you can write to"):
         refused(folder)
+
+
+def test_a_catalog_that_was_half_made_anew_goes_on_with_the_files_that_it_lacks(tmp_path):
+    blocks = chain(count(12), 4)
+    with opened(tmp_path) as tier:
+        for each in blocks:
+            tier.put(each)
+        tier.rows("UPDATE blocks SET state = 1, owner = 'dead' WHERE key = ?", bytes.fromhex(blocks[2].id.key))
+        tier.rows("DELETE FROM blocks WHERE key = ?", bytes.fromhex(blocks[1].id.key))
+        tier.rows("PRAGMA user_version = 0")
+        files = [tier.folder.block(each.id.key, ROOT) for each in blocks]
+    drive = FaultyFilesystem(Faults())
+    with opened(tmp_path, filesystem=drive) as tier:
+        read = {subject for call, subject in drive.faults.met if call == "open" and subject.endswith(".safetensors")}
+        assert read == {str(files[1]), str(files[2])}
+        assert [tier.entry(each.id.key).depth_tokens for each in blocks] == [0, 4, 8]
+        assert tier.nbytes == real_bytes(tmp_path)
+    with opened(tmp_path) as tier:
+        tier.rows("PRAGMA user_version = 0")
+    files[2].unlink()  # while it is half made
+    with opened(tmp_path) as tier:
+        assert tier.entry(blocks[2].id.key) is None
