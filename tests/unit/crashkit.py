@@ -48,10 +48,11 @@ def quick_folder() -> Iterator[Path]:
 # --- children ---------------------------------------------------------------------------------------------------------
 
 
-def fork(task: Callable[..., object], *arguments: object, hung_seconds: float = HUNG_SECONDS) -> int:
+def fork(task: Callable[..., object], *arguments: object, hung_seconds: float | None = HUNG_SECONDS) -> int:
     """Do ``task`` in a child that ends with it: with 0, or with 1 and a traceback. Returns its process id.
 
-    One that takes ``hung_seconds`` ends with a traceback of all its threads.
+    One that takes ``hung_seconds`` ends with a traceback of all its threads. A child of such a child needs None: it
+    would wait for ever on its parent's watchdog, which it lacks.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads that a child lacks: stores see to theirs
@@ -60,7 +61,8 @@ def fork(task: Callable[..., object], *arguments: object, hung_seconds: float = 
         return pid
     code = 1
     try:
-        faulthandler.dump_traceback_later(hung_seconds, exit=True)
+        if hung_seconds is not None:
+            faulthandler.dump_traceback_later(hung_seconds, exit=True)
         task(*arguments)
         code = 0
     except BaseException:

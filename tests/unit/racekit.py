@@ -139,7 +139,7 @@ def work_in_hardship(folder: Path, seed: int, turns: int) -> None:
             known.append(tokens)
             del known[:-20]
             if deed < 0.3:
-                assert ended(fork(one_turn, store, tokens)) == 0
+                assert ended(fork(one_turn, store, tokens, hung_seconds=None)) == 0
 
 
 def one_turn(store: PrefixStore, tokens: list[int]) -> None:
@@ -219,7 +219,7 @@ def processes(folder: str, number: int, turns: int, seed: int) -> None:
 
 def hardship(folder: str, number: int, turns: int, seed: int) -> None:
     """Race ``number`` processes with few descriptors, beside one that keeps the catalog locked for seconds."""
-    locker = fork(lock_now_and_then, Path(folder), seed, os.getpid(), hung_seconds=10**6)
+    locker = fork(lock_now_and_then, Path(folder), seed, os.getpid(), hung_seconds=None)
     try:
         race(Path(folder), [(work_in_hardship, Path(folder), seed + n, turns) for n in range(number)], turns, seed)
     finally:
