@@ -365,6 +365,7 @@ class PrefixStore(ManagedStore):
     def _expire_on_disk(self) -> None:
         if self._disk is not None:
             self._disk.expire()
+        self._database.finish_overwriting()
 
     def _write_behind(self, task: Callable[[], None]) -> None:
         _drain_at_the_end()
@@ -373,6 +374,7 @@ class PrefixStore(ManagedStore):
     def flush(self) -> None:
         """Wait until everything committed so far is on disk."""
         self._writing.flush()
+        self._database.finish_overwriting()
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and what it has done since it was opened.
