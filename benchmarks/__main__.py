@@ -29,6 +29,8 @@ NAMES = (
     "window",
     "update",
     "catalog",
+    "ram_tier",
+    "writes",
     "eviction",
     "snapshots",
     "gpu",

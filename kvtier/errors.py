@@ -40,7 +40,7 @@ class ClosedError(KvtierError):
 
 
 class BusyError(KvtierError):
-    """The cache is serving ``generate()``, which nothing else may change under it."""
+    """Another call is using the cache, which nothing else may change under it."""
 
 
 class PromptError(KvtierError, ValueError):

@@ -18,7 +18,7 @@ from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.hook import install
 from kvtier.hf.layer_marks import LayerMarks
 from kvtier.hf.positions import remember_positions
-from kvtier.hf.serving import refuse_inside
+from kvtier.hf.serving import exclusively
 from kvtier.hf.streaming import Streaming
 from kvtier.hf.turns import TurnCache
 from kvtier.report import TurnReport
@@ -48,11 +48,13 @@ class TieredCache(TurnCache):
         host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
             machine's. Without accelerator, cold layers go to disk at once.
         spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
+        wait_seconds: how long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call that is using the cache
+            on another thread, before ``BusyError``. 0: not at all.
         engine: ``device`` → what moves bytes there; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, or ``spill_dir`` no path.
+            count, ``spill_dir`` no path, or ``wait_seconds`` no number of seconds.
         StoreError: the folder cannot be used.
     """
 
@@ -64,6 +66,7 @@ class TieredCache(TurnCache):
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,
         spill_dir: str | os.PathLike[str] | None = None,
+        wait_seconds: float = 0.0,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -78,7 +81,7 @@ class TieredCache(TurnCache):
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
             )
-        super().__init__(store, partial(self._streaming.open, store))
+        super().__init__(store, partial(self._streaming.open, store), wait_seconds)
         install()
         try_upstream(_cache_in_ram)
         self._lay_out(config)
@@ -99,12 +102,16 @@ class TieredCache(TurnCache):
             attention_mask: ``[batch, columns]``; rows may be padded on the left.
 
         Raises:
-            BusyError: ``generate()`` is using the cache.
+            BusyError: another call is using the cache.
             ClosedError: the cache was closed.
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
         self._check_open()
-        refuse_inside(self, "begin()")
+        return exclusively(self, "begin()", partial(self._begin_loop, model, input_ids, attention_mask))
+
+    def _begin_loop(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> TurnReport:
         call = read_loop(model, input_ids, attention_mask, self.held())
         while True:
             report = self._begin(model, call)
@@ -130,14 +137,17 @@ class TieredCache(TurnCache):
             ttl: seconds after its last use at which it is forgotten.
 
         Raises:
-            BusyError: ``generate()`` is using the cache.
+            BusyError: another call is using the cache.
             ClosedError: the cache was closed.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
             PromptError: no turn has begun, or ``sequences`` do not begin with its prompt, or there is nothing to name.
             StoreError: the name cannot be kept; the turn has ended all the same.
         """
         self._check_open()
-        refuse_inside(self, "commit()")
+        return exclusively(self, "commit()", partial(self._commit_loop, sequences, name, pin, ttl))
+
+    def _commit_loop(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
+        self._check_open()  # again: the cache may have been closed while this call waited
         if name is not None:
             checked_name(name)
             checked_ttl(ttl)
@@ -243,7 +253,9 @@ class TieredCache(TurnCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
         self._check_open()
-        twin = TieredCache(self._store, config=self._config, **self._streaming.arguments)
+        twin = TieredCache(
+            self._store, config=self._config, wait_seconds=self.wait_seconds, **self._streaming.arguments
+        )
         twin._lease = self._lease.twin() if self._lease is not None else None
         turn = self._turn
         if turn is not None and turn.prefix is not None and self._streams is None:

@@ -21,7 +21,7 @@ from kvtier.hf.compat.model_profiles import cache_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
 from kvtier.hf.feeding import restore_classes
 from kvtier.hf.generate import take_turn, take_turn_without_reuse, take_unknown_turn
-from kvtier.hf.serving import is_serving, leave, occupy
+from kvtier.hf.serving import GENERATE, exclusively, is_serving
 from kvtier.hf.taker import TurnTaker
 from kvtier.hf.weights import forget_models
 
@@ -83,24 +83,23 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             if name in CACHE_ARGUMENTS:
                 given[cache_argument(self) or name] = given.pop(name)
             return original(self, **given)
-        try:
-            try:
-                occupy(cache)
-                if name not in CACHE_ARGUMENTS:
-                    return take_unknown_turn(original, self, cache, given, name)
-                del given[name]
-                if past is cache and getattr(self.config, "is_encoder_decoder", False):
-                    # Passed on as it is, it would take what the encoder says for tokens of the decoder.
-                    past = EncoderDecoderCache(cache, DynamicCache())
-                if isinstance(past, EncoderDecoderCache):
-                    return take_turn_without_reuse(original, self, past, given)
-                return take_turn(original, self, cache, given)
-            finally:
-                leave(cache)
-        finally:  # an interrupt may have come in place of the first
-            leave(cache)
+        return exclusively(cache, GENERATE, functools.partial(_take, original, self, name, past, given))
 
     return generate
+
+
+def _take(original: Callable[..., Any], model: PreTrainedModel, name: str, past: Any, given: dict[str, Any]) -> Any:
+    """Run ``generate`` as a turn of the cache ``past``, which was ``given`` under ``name``."""
+    cache: TurnTaker = decoder_cache(past)
+    if name not in CACHE_ARGUMENTS:
+        return take_unknown_turn(original, model, cache, given, name)
+    del given[name]
+    if past is cache and getattr(model.config, "is_encoder_decoder", False):
+        # Passed on as it is, it would take what the encoder says for tokens of the decoder.
+        past = EncoderDecoderCache(cache, DynamicCache())
+    if isinstance(past, EncoderDecoderCache):
+        return take_turn_without_reuse(original, model, past, given)
+    return take_turn(original, model, cache, given)
 
 
 def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:

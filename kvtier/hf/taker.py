@@ -16,6 +16,11 @@ from kvtier.report import TurnReport
 class TurnTaker(ABC):
     """A cache that takes turns: what the hook asks of it."""
 
+    @property
+    @abstractmethod
+    def wait_seconds(self) -> float:
+        """How long a call waits for one that is using the cache on another thread."""
+
     @abstractmethod
     def _begin(self, model: PreTrainedModel, call: Call) -> TurnReport:
         """Begin a turn of ``model``, whose pages may still be on their way."""

@@ -27,7 +27,7 @@ from kvtier.hf.pieces import plan_pieces
 from kvtier.hf.plan import MakePrefix, plan_turn
 from kvtier.hf.prefix import TurnPrefix
 from kvtier.hf.prompt import Prompt
-from kvtier.hf.serving import is_serving, refuse_inside, running_generate
+from kvtier.hf.serving import checked_wait_seconds, exclusively, is_serving, running_generate
 from kvtier.hf.snapshots import Snapshots
 from kvtier.hf.soundness import Unsound
 from kvtier.hf.states import UnreadableError
@@ -54,13 +54,18 @@ class TurnCache(WindowCache, TurnTaker):
     Args:
         store: where prefixes are kept.
         open_streams: opens what its layers live on.
+        wait_seconds: how long a call waits for one that is using the cache on another thread.
+
+    Raises:
+        ConfigurationError: ``wait_seconds`` is no number of seconds.
     """
 
     last_turn: TurnReport | None
 
-    def __init__(self, store: PrefixStore, open_streams: OpenStreams) -> None:
+    def __init__(self, store: PrefixStore, open_streams: OpenStreams, wait_seconds: float = 0.0) -> None:
         super().__init__(open_streams)
         self._store = store
+        self._wait_seconds = checked_wait_seconds(wait_seconds)
         self._closed = False
         self._turn: Turn | None = None
         self._held: Held | None = None
@@ -71,6 +76,11 @@ class TurnCache(WindowCache, TurnTaker):
         self._unseen_generate: FrameType | None = None  # the call itself: a number could be given to a later one
         self._longest_answer = 0
         self.last_turn = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call on another thread."""
+        return self._wait_seconds
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
@@ -128,10 +138,9 @@ class TurnCache(WindowCache, TurnTaker):
         """Hold nothing. The store keeps what it has.
 
         Raises:
-            BusyError: ``generate()`` is using the cache.
+            BusyError: another call is using the cache.
         """
-        refuse_inside(self, "reset()")
-        self.start_over()
+        exclusively(self, "reset()", self.start_over)
 
     def start_over(self) -> None:
         """Hold nothing, and forget the turn."""

@@ -17,7 +17,6 @@ from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.catalog import Catalog
 from kvtier.store.chain import BlockId
 from kvtier.store.folder import StoreFolder
-from kvtier.store.format import BlockFile
 from kvtier.store.lifecycle import State
 from kvtier.store.names import Names
 from kvtier.store.owners import Owner, pid_of
@@ -126,7 +125,7 @@ class Audit:
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
-                nbytes = self._folder.allocated_bytes(path.lstat().st_size)
+                nbytes = self._folder.used_bytes(path)
             except FileNotFoundError:
                 if self._catalog.entry(key) is not None:
                     yield Discrepancy(
@@ -173,18 +172,19 @@ class Audit:
             BlockError: it is no whole block, or not the one that its place says.
         """
         try:
-            file = BlockFile(str(path), self._folder.open(path))
+            file = self._folder.block_file(path)
             try:
                 if whole:
                     file.check()
             finally:
                 file.close()
             written_at = path.stat().st_mtime
+            nbytes = self._folder.used_bytes(path)
         except OSError as error:
             raise self._folder.unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):
             raise BlockError(f"{path} holds another block than its place says")
-        return file.id, self._folder.allocated_bytes(file.nbytes), written_at
+        return file.id, nbytes, written_at
 
     def total(self) -> Iterator[Discrepancy]:
         """Yield a sum that is not the sum of what it sums."""
@@ -206,10 +206,7 @@ class Audit:
 
     def permissions(self) -> Iterator[Discrepancy]:
         """Yield what users other than the owner could read or change."""
-        inside = [
-            self._folder.path / part for part in ("blocks", "roots", "names", "owners", "kvtier.json", "catalog.sqlite")
-        ]
-        for path in [*inside, *self._folder.names(), *self._folder.block_files()]:
+        for path in [*self._folder.parts, *self._folder.names(), *self._folder.block_files()]:
             try:
                 mode = stat.S_IMODE(path.lstat().st_mode)
             except FileNotFoundError:

@@ -131,6 +131,9 @@ class Tier(Protocol):
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored."""
 
+    def discard_unread(self, keys: Iterable[str]) -> object:
+        """Forget blocks, but for those whose bytes would stay since they are being read."""
+
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks that could not be read again only after a while. Nothing of them is forgotten."""
 

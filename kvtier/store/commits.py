@@ -16,6 +16,7 @@ from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
 from kvtier.store.names import Names
+from kvtier.store.write_behind import WriteBehind
 
 Read = Callable[[int, int], tuple[Page, ...]]
 """``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
@@ -32,17 +33,25 @@ class Commits:
         host: the RAM tier.
         disk: the file tier, if there is one.
         names: told when a block takes the place of another.
-        write_behind: queues what can be done behind the caller.
+        behind: does what can be done behind the caller.
+        on_second_use: write a block to disk when a second turn uses it, not when the first one does.
     """
 
     def __init__(
-        self, host: HostTier, disk: DiskTier | None, names: Names, write_behind: Callable[[Callable[[], None]], None]
+        self,
+        host: HostTier,
+        disk: DiskTier | None,
+        names: Names,
+        behind: WriteBehind,
+        *,
+        on_second_use: bool = False,
     ) -> None:
         self._host = host
         self._disk = disk
         self._tiers: tuple[Tier, ...] = (host, disk) if disk is not None else (host,)
         self._names = names
-        self._write_behind = write_behind
+        self._behind = behind
+        self._on_second_use = on_second_use
         self._manifests: dict[str, Mapping[str, Any]] = {}
         self._hits: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -56,16 +65,18 @@ class Commits:
         block_size: int,
         states: States | None = None,
         *,
-        describe_anew: bool = True,
+        imported: bool = False,
     ) -> int:
         """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, snapshots apart.
 
-        Without ``describe_anew``, ``manifest`` is a stranger's word, and only taken where nothing is known.
+        What is ``imported`` comes from a file: its ``manifest`` is a stranger's word, and only taken where nothing is
+        known; and all of it is written to disk, whether it is used again or not.
         """
         if manifest is not None and root not in self._manifests:
-            if self._disk is not None:
-                self._write_behind(partial(self._disk.describe_root, root, manifest, anew=describe_anew))
-            if self._disk is None or describe_anew:
+            is_noted = self._disk is None or self._behind.submit(
+                partial(self._disk.describe_root, root, manifest, anew=not imported)
+            )
+            if is_noted and (self._disk is None or not imported):
                 self._manifests[root] = manifest
         new = 0
         keys: list[str] = []
@@ -82,7 +93,13 @@ class Commits:
             else:
                 self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: it comes before this one
                 known = []
-                if not self._keep(Block(block, read(start, stop), start), keep_tails=states is not None):
+                kept = self._keep(
+                    Block(block, read(start, stop), start),
+                    keep_tails=states is not None,
+                    is_tail=len(block.tokens) < block_size,
+                    imported=imported,
+                )
+                if not kept:
                     break  # its children could never be reached
                 new += len(block.tokens)
             keys.append(block.key)
@@ -90,13 +107,19 @@ class Commits:
         self._touch(keys)
         return new
 
+    def write_down(self, keys: Sequence[str]) -> None:
+        """Write what disk lacks of a chain, behind the caller: it was given a name, and is to outlive this process."""
+        self._behind.hurry()
+        self._write_what_disk_lacks(keys, keep_tails=True)
+
     def _write_what_disk_lacks(self, keys: Sequence[str], *, keep_tails: bool) -> None:
         """Write known blocks of a chain once more that are in RAM alone: the drive was full, or they were evicted.
 
         Without them, nothing that follows could be kept on disk. It is done behind the caller.
         """
         disk = self._disk
-        in_ram = [key for key in keys if self._host.block(key) is not None]  # the others are on disk
+        # The others are on disk, or will be.
+        in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
         if disk is None or not in_ram:
             return
 
@@ -106,7 +129,7 @@ class Commits:
                 if block is None or not self._put(disk, block, keep_tails):
                     break  # what follows would be an orphan
 
-        self._write_behind(write)
+        self._behind.submit(write)
 
     def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
         """Keep the snapshots of prefixes that end in ``block``, which begins with token ``start``; return their keys.
@@ -143,7 +166,7 @@ class Commits:
         if self._disk is None:
             self._names.touched(keys)
         elif keys:
-            self._write_behind(partial(self._touch_on_disk, self._disk, keys, hits))
+            self._behind.submit(partial(self._touch_on_disk, self._disk, keys, hits))
 
     def _touch_on_disk(self, disk: DiskTier, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         disk.touch(keys, hits)
@@ -172,9 +195,10 @@ class Commits:
                         return child.key
         return None
 
-    def _keep(self, block: Block, *, keep_tails: bool) -> bool:
+    def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
+        """Put ``block`` into RAM, and see to it that it is written. Returns whether it is kept somewhere."""
         disk = self._disk
-        if disk is None:
+        if disk is None or (self._on_second_use and not imported):
             return self._put(self._host, block, keep_tails)
         key = block.id.key
 
@@ -186,10 +210,18 @@ class Commits:
 
         try:
             if not self._host.put(block, writing=True):
-                return self._put(disk, block, keep_tails)  # larger than the RAM tier: nothing to write behind from
-            if not keep_tails:
-                self._drop_shorter(self._host, block.id)
-            self._write_behind(write)
+                if not self._host.is_writing:
+                    return self._put(disk, block, keep_tails)  # no room in RAM: there is nothing to write behind from
+                self._behind.note_stall()  # RAM stays full of what is not written yet
+                return False
+            since = None if keep_tails else self._drop_shorter(self._host, block.id)
+            queued = (
+                self._behind.submit_at_rest(key, write, since)
+                if is_tail and not keep_tails
+                else self._behind.submit(write)
+            )
+            if not queued:
+                self._host.written(key)  # it stays in RAM, and is written when a turn uses it again
         except BaseException:
             # An interrupt: whether the block is put, and queued, is unknown. Leased, it might never be evicted; known,
             # it might never be written.
@@ -204,12 +236,22 @@ class Commits:
             self._drop_shorter(tier, block.id)
         return True
 
-    def _drop_shorter(self, tier: Tier, block: BlockId) -> None:
-        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it."""
+    def _drop_shorter(self, tier: Tier, block: BlockId) -> float | None:
+        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it.
+
+        Returns:
+            Since when they have waited to be written; None if none of them did.
+        """
+        waited = []
         for tail in tier.tails(block.parent, block.tokens):
             if self._disk is None or tier is self._disk:
                 self._rename(tail.key, block.key)
-            tier.discard(tail.key)
+            # A tail that waits is the end of no name: ``write_down`` has it written.
+            tier.discard_unread([tail.key])  # first: what nobody is to write must not be in RAM for ever
+            since = self._behind.take_back(tail.key)
+            if since is not None:
+                waited.append(since)
+        return min(waited, default=None)
 
     def _rename(self, old: str, new: str) -> None:
         """See to it that names of chains that end in block ``old`` mean block ``new``, which begins with it."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -14,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError
@@ -23,18 +22,19 @@ from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.format import BlockFile, encode_block
+from kvtier.store.leases import FileLeases
 from kvtier.store.lifecycle import Leases, State
 from kvtier.store.loads import SharedLoads, SharedReader
-from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
+from kvtier.store.owners import Owner, pid_of
 from kvtier.store.pause import Pause, Withheld, is_full, is_locked
 from kvtier.store.records import MANIFEST_BYTES, read_record
 from kvtier.store.valuation import Place
 
 _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
-_ELSEWHERE_SECONDS = 10.0  # how long to wait for another owner to write a block
+_ELSEWHERE_SECONDS = 2.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
-_BATCH = 64  # blocks that leave at once: each holds a lock on its file meanwhile
+_BATCH = 64  # blocks that leave at once: each is claimed meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,11 @@ class DiskTier:
         self.leases = Leases()
         self._owner = owner
         self._clock = clock
+        self._between = FileLeases(folder.leases)  # leases between processes
         self._loads = SharedLoads(self.leases)
         self._pause = Pause(clock)
         self._warned: set[str] = set()
+        self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         self._withheld = Withheld(clock)
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
@@ -180,7 +182,7 @@ class DiskTier:
             return False
         try:
             pieces = encode_block(block, self.settings.codec)
-            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces))
+            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces)) + self._excess_bytes
             kept = self._put(block.id, pieces, size)
         except NoRoom as error:
             self.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
@@ -212,10 +214,27 @@ class DiskTier:
                 if prepared is not Prepared.RESERVED:
                     return prepared is Prepared.PRESENT
                 self._write(block, pieces, size)
+                self.count("written_bytes", sum(piece.nbytes for piece in pieces))
+                self._count_what_it_takes(block, size)
                 return self.catalog.complete_store(block.key, self._owner.name)
             except BaseException:
                 self._abort_store(block)
                 raise
+
+    def _count_what_it_takes(self, block: BlockId, reserved: int) -> None:
+        """Count the file of ``block`` for what the drive says it takes, and make room if that is more than expected.
+
+        Raises:
+            NoRoom: there is none.
+        """
+        excess = self.folder.used_bytes(self.folder.block(block.key, block.root)) - reserved
+        if excess <= 0:
+            return
+        self._excess_bytes += excess  # the next one will take as much more
+        self.catalog.set_bytes(block.key, reserved + excess)
+        budget = self.settings.budget_bytes
+        if not self._make_room(self.catalog.total_bytes - budget, block.parent):
+            raise NoRoom(f"disk_budget={budget} has no room for a block that takes {reserved + excess} bytes there")
 
     def _prepare_store(self, block: BlockId, size: int) -> Prepared:
         """Reserve ``size`` bytes, once others have made room for them.
@@ -298,23 +317,23 @@ class DiskTier:
     @contextmanager
     def _claims(self) -> Iterator[Callable[[Place], bool]]:
         """Give what tells whether a block is being read; one that is not cannot be, until this ends."""
-        claims: list[int] = []
+        claims: list[str] = []
 
         def is_leased(place: Place) -> bool:
-            if place.key in self.leases:
+            if self._is_read(place.key):
                 return True
-            try:
-                fd = self.folder.open(self.folder.block(place.key, place.root))
-            except OSError:
-                return False  # it is missing, or not to be read by anyone
-            claims.append(fd)
-            return not lock_alone(fd)
+            claims.append(place.key)
+            return False
 
         try:
             yield is_leased
         finally:
-            for fd in claims:
-                os.close(fd)
+            for key in claims:
+                self._between.unclaim(key)
+
+    def _is_read(self, key: str) -> bool:
+        """Whether somebody reads block ``key``. If not, nobody can begin to before it is unclaimed."""
+        return key in self.leases or not self._between.claim(key)
 
     def _delete(self, places: Iterable[Place]) -> int:
         """Delete the files of blocks that are leaving; return how many bytes that gave back."""
@@ -347,8 +366,22 @@ class DiskTier:
         """Forget a block and delete its file; unknown keys are ignored."""
         self.discard_all([key])
 
+    def discard_unread(self, keys: Iterable[str]) -> list[Place]:
+        """Forget blocks and delete their files, but for those that are being read; return those that went.
+
+        A file that is deleted while it is read takes its bytes until then, and nobody would count them.
+        """
+        gone: list[Place] = []
+        for key in keys:
+            if not self._is_read(key):
+                try:
+                    gone += self.discard_all([key])
+                finally:
+                    self._between.unclaim(key)
+        return gone
+
     def discard_all(self, keys: Sequence[str]) -> list[Place]:
-        """Forget blocks and delete their files; return those that were there."""
+        """Forget blocks and delete their files, also those that are being read; return those that were there."""
         for key in keys:
             self._loads.forget(key)
         self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
@@ -366,7 +399,7 @@ class DiskTier:
         """Forget what nobody has used for as long as ``settings.ttl_seconds``."""
         if self.settings.ttl_seconds is None:
             return []
-        gone = self.discard_all(self.unused_since(self._since))
+        gone = self.discard_unread(self.unused_since(self._since))
         self.count("expirations", len(gone))
         return gone
 
@@ -380,6 +413,13 @@ class DiskTier:
         """Unix time before which a block must not have been used last to be found."""
         ttl = self.settings.ttl_seconds
         return self._clock() - ttl if ttl is not None else float("-inf")
+
+    def trim(self) -> None:
+        """Evict what is beyond the budget: it may have been larger when the blocks were written."""
+        nothing: list[Place] = []
+        gone = self.ask(lambda: self.shrink(self.settings.budget_bytes), nothing)
+        if gone:
+            _log.info("%d blocks left %s: its budget is smaller than it was", len(gone), self.folder.path)
 
     def shrink(self, to_bytes: int) -> list[Place]:
         """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went.
@@ -449,26 +489,27 @@ class DiskTier:
             return None
 
     def _open(self, block: BlockId) -> BlockFile:
+        if not self._between.share(block.key):
+            raise _GoneError  # it is being evicted
         path = self.folder.block(block.key, block.root)
         try:
-            fd = self.folder.open(path)
-        except OSError as error:
-            if error.errno == errno.ENOENT and block.key not in self:
+            file = self.folder.block_file(path)
+        except BaseException as error:
+            self._between.release(block.key)
+            if isinstance(error.__cause__, FileNotFoundError) and block.key not in self:
                 raise _GoneError from error
-            self.count("errors.read")
-            raise self.folder.unusable(path, error) from error
-        if not lock_shared(fd):
-            os.close(fd)
-            raise _GoneError
-        try:
-            file = BlockFile(str(path), fd)
-        except BlockError:
-            self.count("errors.read")
+            if isinstance(error, BlockError):
+                self.count("errors.read")
             raise
+        file.when_closed(partial(self._between.release, block.key))
         if (file.id.key, file.id.parent, file.id.root) != (block.key, block.parent, block.root):
             file.close()
             raise BlockError(f"{path} holds another block than the catalog says")
         return file
+
+    def close(self) -> None:
+        """End the leases of what nobody reads any more. May be called more than once."""
+        self._between.close()
 
     # --- counting ---------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from kvtier.store.mounts import mounted_kind
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
+_STAT_BLOCK_BYTES = 512  # the unit of ``st_blocks``, whatever the drive
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
 # Temporary files of this process. A restarted container often has the process id of the one that died: what bears our
 # own id and is not in here is a dead writer's.
@@ -63,6 +64,13 @@ class Filesystem(Protocol):
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
         """Return what a file of ``nbytes`` below ``folder`` takes on its drive, in whole allocation units."""
+
+    def used_bytes(self, path: Path) -> int:
+        """Return what the file at ``path`` takes on its drive: what the drive says, but no less than its bytes do.
+
+        A drive says more than ``allocated_bytes`` where it hands out larger pieces than it tells; it says less while
+        it has not written a file out, or where it compresses.
+        """
 
     def free_bytes(self, folder: Path) -> int:
         """Return how many bytes a user without privileges may still write to the drive of ``folder``."""
@@ -198,6 +206,12 @@ class LocalFilesystem:
             drive = os.statvfs(folder)
             unit = self._allocation_units[str(folder)] = drive.f_frsize or drive.f_bsize or 1
         return -(-nbytes // unit) * unit
+
+    def used_bytes(self, path: Path) -> int:
+        """Ask the drive."""
+        found = path.lstat()
+        told = getattr(found, "st_blocks", 0) * _STAT_BLOCK_BYTES
+        return max(told, self.allocated_bytes(path.parent, found.st_size))
 
     def free_bytes(self, folder: Path) -> int:
         """Ask the drive, leaving out what it keeps for the administrator."""

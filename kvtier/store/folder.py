@@ -6,11 +6,11 @@ blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the k
 roots/<root>.json                          what a root stands for
 names/<sha256 of the name>.json            what a prefix was called
 owners/<process>-<random>.lock             who is at work
+leases.lock                                which blocks are being read
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -19,17 +19,19 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.store.filesystem import Filesystem, is_leftover, is_temporary
-from kvtier.store.format import FORMAT_VERSION, BlockFile, unusable
+from kvtier.store.format import FORMAT_VERSION, BlockFile, what_failed
 from kvtier.store.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.folder")
 _BLOCK_SUFFIX = ".safetensors"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker is taken for somebody else's
+_FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
 _PARTS = ("blocks", "roots", "names", "owners")
 
 
@@ -53,7 +55,14 @@ class StoreFolder:
         self._safe: set[Path] = set()  # folders that are made, and no links
         try:
             filesystem.make_folder(path, durable=durable)
-            for name in ("kvtier.json", "catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm", *_PARTS):
+            for name in (
+                "kvtier.json",
+                "catalog.sqlite",
+                "catalog.sqlite-wal",
+                "catalog.sqlite-shm",
+                "leases.lock",
+                *_PARTS,
+            ):
                 filesystem.refuse_links(path, path / name)
             self._check_version()
             for name in _PARTS:
@@ -103,6 +112,11 @@ class StoreFolder:
         return False
 
     @property
+    def parts(self) -> list[Path]:
+        """The files and folders that every store has."""
+        return [self.path / name for name in (*_PARTS, *_FILES)]
+
+    @property
     def catalog(self) -> Path:
         """The database."""
         return self.path / "catalog.sqlite"
@@ -111,6 +125,11 @@ class StoreFolder:
     def damage_mark(self) -> Path:
         """A file that is there when the database proved to be damaged: it is made anew at the next open."""
         return self.path / "catalog.damaged"
+
+    @property
+    def leases(self) -> Path:
+        """The file whose locks tell which blocks are being read."""
+        return self.path / "leases.lock"
 
     @property
     def owners(self) -> Path:
@@ -182,7 +201,16 @@ class StoreFolder:
         text = json.dumps(dict(values), indent=1, default=str)
         self.filesystem.write_whole(path, [memoryview(text.encode())], self._durable)
 
-    def open(self, path: Path) -> int:
+    def block_file(self, path: Path) -> BlockFile:
+        """Open the block file at ``path``.
+
+        Raises:
+            UnavailableError: it cannot be read now.
+            BlockError: it is missing, or damaged.
+        """
+        return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path))
+
+    def _open(self, path: Path) -> int:
         """Open a file for reading, if no link is on the way; return its descriptor.
 
         Raises:
@@ -193,14 +221,14 @@ class StoreFolder:
             self._safe.add(path.parent)
         return self.filesystem.open_read(path)
 
-    def unusable(self, path: Path, error: OSError) -> BlockError:
+    def unusable(self, path: Path, error: OSError | MemoryError) -> BlockError:
         """Return what a call of the system that failed tells of the block file ``path``.
 
         A file that is missing is missing indeed only if the folder can be reached now.
         """
-        if error.errno == errno.ENOENT and self._is_there():
+        if isinstance(error, FileNotFoundError) and self._is_there():
             return BlockError(f"{path} is missing")
-        return unusable(path, error)
+        return what_failed(path, error)
 
     def _is_there(self) -> bool:
         try:
@@ -211,6 +239,10 @@ class StoreFolder:
     def allocated_bytes(self, nbytes: int) -> int:
         """Return what a file of ``nbytes`` takes on the drive."""
         return self.filesystem.allocated_bytes(self.path, nbytes)
+
+    def used_bytes(self, path: Path) -> int:
+        """Return what a file takes on the drive."""
+        return self.filesystem.used_bytes(path)
 
     def free_bytes(self) -> int:
         """Return how much may still be written to the drive."""

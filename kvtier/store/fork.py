@@ -24,7 +24,9 @@ class Rank(IntEnum):
     DISK = 3
     DATABASE = 4
     LEASES = 5
-    OWNER = 6
+    DESCRIPTORS = 6
+    FILE_LEASES = 7
+    OWNER = 8
 
 
 class Forkable(Protocol):

@@ -12,7 +12,10 @@ import errno
 import functools
 import json
 import os
+import weakref
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
+from kvtier.store.descriptors import ReadFile
 from kvtier.store.filesystem import READ_FLAGS
 from kvtier.store.layout import (
     MAX_LAYERS,
@@ -125,7 +129,7 @@ def _v(layer: int) -> int:
 _NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
 
-def unusable(path: str | os.PathLike[str], error: OSError | MemoryError) -> BlockError:
+def what_failed(path: str | os.PathLike[str], error: OSError | MemoryError) -> BlockError:
     """Return what a failed call of the system tells of a block file: only what is no file is damage."""
     if isinstance(error, OSError) and error.errno in _NO_FILE:
         return BlockError(f"{path}: {error}")
@@ -140,7 +144,8 @@ class BlockFile:
 
     Args:
         path: where it lies.
-        fd: a descriptor that is open already; it is closed with the file, and when this raises.
+        open_file: opens it for reading; by default, ``path`` as it is.
+        unusable: says what a failed call of the system tells of it.
 
     Raises:
         UnavailableError: the file cannot be read now.
@@ -149,16 +154,22 @@ class BlockFile:
 
     tier = "disk"
 
-    def __init__(self, path: str, fd: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        open_file: Callable[[], int] | None = None,
+        unusable: Callable[[OSError | MemoryError], BlockError] | None = None,
+    ) -> None:
         self.path = path
-        self._fd = -1 if fd is None else fd
+        self._file = ReadFile(open_file or partial(os.open, path, READ_FLAGS))
+        self._unusable = unusable or partial(what_failed, path)
+        self._when_closed: Callable[[], object] = lambda: None
         try:
-            if fd is None:
-                self._fd = os.open(path, READ_FLAGS)
-            self._read_header()
+            with self._file.reading() as fd:
+                self._read_header(fd)
         except (OSError, MemoryError) as error:
             self.close()
-            raise unusable(path, error) from error
+            raise self._unusable(error) from error
         except NOT_JSON as error:
             self.close()
             raise BlockError(f"{path}: {error}") from error
@@ -166,10 +177,10 @@ class BlockFile:
             self.close()
             raise
 
-    def _read_header(self) -> None:
+    def _read_header(self, fd: int) -> None:
         # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
         # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
-        opened = open_header(self._fd, _METADATA)
+        opened = open_header(fd, _METADATA)
         metadata, layout = opened.metadata, opened.layout
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
         if metadata["format"] != _FORMAT:
@@ -199,9 +210,10 @@ class BlockFile:
         begin, end = self._begins[index], self._ends[index]
         try:
             payload = np.empty(end - begin, dtype=np.uint8)
-            fill(self._fd, memoryview(payload), self._data_start + begin)
+            with self._file.reading() as fd:
+                fill(fd, memoryview(payload), self._data_start + begin)
         except (OSError, MemoryError) as error:
-            raise unusable(self.path, error) from error
+            raise self._unusable(error) from error
         except ValueError as error:
             raise BlockError(f"{self.path}: {error}") from error
         if zlib.crc32(payload) != self._crc32[index]:
@@ -255,10 +267,11 @@ class BlockFile:
         if len(heads) > _MAX_PIECES or not adjacent or sum(head.nbytes for head in heads) != end - begin:
             return False
         try:
-            if os.preadv(self._fd, heads, self._data_start + begin) != end - begin:
-                return False
+            with self._file.reading() as fd:
+                if os.preadv(fd, heads, self._data_start + begin) != end - begin:
+                    return False
         except OSError as error:
-            raise unusable(self.path, error) from error
+            raise self._unusable(error) from error
         if not check:
             return True
         for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):
@@ -289,8 +302,24 @@ class BlockFile:
     def detach(self) -> None:
         """Nothing is held in memory for it."""
 
+    def hold(self) -> None:
+        """Stay readable, although the file is about to be deleted.
+
+        Raises:
+            UnavailableError: it cannot be opened now.
+            BlockError: it is gone.
+        """
+        try:
+            self._file.hold()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def when_closed(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called once, when the file is closed, or collected without that."""
+        self._when_closed = end = weakref.finalize(self, call)
+        end.atexit = False
+
     def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the file. May be called more than once."""
+        self._file.close()
+        self._when_closed()

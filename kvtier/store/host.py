@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import Block, Entry
-from kvtier.store.chain import BlockId, TokenIds, common_run
-from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.eviction import EvictionPolicy
 from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 from kvtier.store.pause import Withheld
+from kvtier.store.ram_valuation import RamValuation
+from kvtier.store.residents import Resident, Residents
+
+LONGEST_WAIT_SECONDS = 2.0
+"""How long a put waits in all for other blocks to be written: on a drive that hangs, they never are."""
 
 
 class HostReader:
@@ -51,29 +56,23 @@ class HostReader:
         self._lease.end()
 
 
-@dataclass(slots=True, eq=False)
-class _Resident:
-    """A block that is here, and what the policy knows of it."""
-
-    block: Block
-    usage: Usage
-    priority: float
-    used_at: float
-    hits: int = 0
-
-
 class HostTier:
     """Blocks in RAM. ``nbytes`` never exceeds ``budget_bytes``.
 
     A block that is being read, or written to disk, is not evicted. Thread-safe. An interrupt may end a call at any
-    point: a block is then here, or not, and the bytes are counted anew.
+    point: a block is then here, or not, and the next call counts and sorts all of them anew.
+
+    All other calls take O(log n) steps for each block that they name, evict or expire, amortised, but for ``entries``.
+    Passed over one by one are siblings that have expired or are withheld, and pinned blocks by ``unused_since``.
 
     Args:
         budget_bytes: what all tensors take at most.
         policy: which leaf goes first.
         clock: Unix time.
-        is_pinned: whether a block must stay.
+        pinned: returns the keys of blocks that must stay; another object whenever they are others.
         ttl_seconds: how long a block is kept after its last use; None for ever.
+        before_waiting: called before a put waits for room: has what waits to be written written.
+        longest_wait_seconds: how long a put waits in all for other blocks to be written.
     """
 
     def __init__(
@@ -81,22 +80,23 @@ class HostTier:
         budget_bytes: int,
         policy: EvictionPolicy,
         clock: Callable[[], float],
-        is_pinned: Callable[[str], bool] = lambda key: False,
+        pinned: Callable[[], Collection[str]] = frozenset,
         ttl_seconds: float | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
+        longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
     ) -> None:
         self.budget_bytes = budget_bytes
-        self.nbytes = 0
         self.counts: Counter[str] = Counter()
-        self.leases = Leases()
-        self._policy = policy
-        self._state = PolicyState()
+        ended: set[str] = set()
+        self.leases = Leases(ended.add)
+        self._valuation = RamValuation(policy)
         self._clock = clock
-        self._is_pinned = is_pinned
+        self._pinned = pinned
         self._ttl_seconds = ttl_seconds
+        self._before_waiting = before_waiting
+        self._longest_wait_seconds = longest_wait_seconds
         self._withheld = Withheld(clock)
-        self._blocks: dict[str, _Resident] = {}
-        self._children: dict[str, set[str]] = {}
-        self._ghosts: dict[str, Usage] = {}  # the oldest first
+        self._blocks = Residents(self.leases.__contains__, ended, pinned)
         self._writing: dict[str, BlockLease] = {}
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
         self._lock = threading.RLock()
@@ -121,10 +121,11 @@ class HostTier:
 
         Args:
             block: what to keep.
-            writing: take a lease on it until ``written`` is called. Waits for room while others are being written.
+            writing: take a lease on it until ``written`` is called, also where it is here already. Waits for room while
+                others are being written, for ``longest_wait_seconds`` at most.
 
         Returns:
-            False when there is no room for it, however much were evicted.
+            False when there is no room for it, however much were evicted, or none in time. There is no lease then.
         """
         with self._lock:
             try:
@@ -132,62 +133,49 @@ class HostTier:
             except BaseException:
                 resident = self._blocks.get(block.id.key)
                 if resident is not None and resident.block is block:
-                    self.discard(block.id.key)  # half put: it might not be listed
-                self._recount()
+                    self.discard(block.id.key)
+                elif writing:
+                    self.written(block.id.key)
                 raise
 
     def _put(self, block: Block, key: str, size: int, writing: bool) -> bool:
-        if key in self._blocks:
-            return True
-        if size > self.budget_bytes:
+        if key not in self._blocks and not self._make_room(block, size, writing):
             return False
-        while self.nbytes + size > self.budget_bytes:
-            victim = self._least_valued(block.id.parent)
-            if victim is not None:
-                self._evict(victim)
-            elif writing and self._writing:
-                self._changed.wait()
-            else:
-                return False
-        usage = self._usage(block, size)
-        priority = self._policy.priority(usage, self._state)
-        self._blocks[key] = _Resident(block, usage, priority, self._clock())
-        self.nbytes += size
-        self._children.setdefault(block.id.parent, set()).add(key)
-        if writing:
+        if key not in self._blocks:  # another thread may have put it during a wait
+            usage, priority = self._valuation.entered(block, size)
+            self._blocks.add(block, size, usage, priority, self._clock())
+        if writing and key not in self._writing:
             self._writing[key] = self.leases.prepare_load(key)
         return True
 
-    def _usage(self, block: Block, size: int) -> Usage:
-        ghost = self._ghosts.pop(block.id.key, None)
-        if ghost is None:
-            return Usage(0, self._state.clock, len(block.id.tokens), block.depth_tokens, size)
-        self._state = self._policy.returned(ghost, self._state)
-        return replace(ghost, last_use=self._state.clock, nbytes=size)
+    def _make_room(self, block: Block, size: int, may_wait: bool) -> bool:
+        """Evict until ``block`` fits, never its parent; return whether it does."""
+        if size > self.budget_bytes:
+            return False
+        wait_until: float | None = None
+        while self._blocks.nbytes + size > self.budget_bytes:
+            victim = self._least_valued(block.id.parent)
+            if victim is not None:
+                self._evict(victim)
+                continue
+            if not may_wait or not self._writing:
+                return False
+            now = time.monotonic()
+            wait_until = now + self._longest_wait_seconds if wait_until is None else wait_until
+            if now >= wait_until:
+                return False
+            self._before_waiting()
+            self._changed.wait(wait_until - now)
+        return True
 
     def _least_valued(self, keep: str) -> str | None:
-        """Return the leaf that is to go first: not ``keep``, not leased, not pinned; None when there is none."""
-        best, least = None, 0.0
-        lead = self._policy.lead(self._state)
-        for key, resident in self._blocks.items():
-            value = resident.priority + lead if resident.usage.came_back else resident.priority
-            if best is not None and value >= least:
-                continue
-            if key != keep and not self._children.get(key) and key not in self.leases and not self._is_pinned(key):
-                best, least = key, value
-        return best
+        return self._blocks.least_valued(self._valuation.lead, keep)
 
     def _evict(self, key: str) -> None:
         resident = self._blocks[key]
-        self._state = self._policy.evicted(resident.usage, resident.priority, self._state)
-        self._ghosts[key] = resident.usage
-        while len(self._ghosts) > max(len(self._blocks), 1):
-            del self._ghosts[next(iter(self._ghosts))]
+        self._valuation.evicted(key, resident.usage, resident.priority, most_ghosts=len(self._blocks))
         self.counts["evictions"] += 1
         self.discard(key)
-
-    def _recount(self) -> None:
-        self.nbytes = sum(resident.block.nbytes for resident in self._blocks.values())
 
     def written(self, key: str) -> None:
         """End the lease of a block that was put with ``writing=True``. May be called more than once."""
@@ -202,24 +190,18 @@ class HostTier:
     def discard(self, key: str) -> None:
         """Forget a block; unknown keys are ignored. Who reads it may finish."""
         with self._lock:
-            resident = self._blocks.get(key)
-            if resident is None:
+            if key not in self._blocks:
                 return
-            parent = resident.block.id.parent
-            siblings = self._children.get(parent, set())
-            siblings.discard(key)  # first: what is listed is here
-            if not siblings:
-                self._children.pop(parent, None)
             lease = self._writing.pop(key, None)
             if lease is not None:
                 lease.end()
-            try:
-                del self._blocks[key]
-                self.nbytes -= resident.block.nbytes
-            except BaseException:
-                self._recount()
-                raise
+            self._blocks.remove(key)
             self._changed.notify_all()
+
+    def discard_unread(self, keys: Iterable[str]) -> None:
+        """Forget blocks. Who reads one may finish: its bytes are counted by whoever holds them."""
+        for key in keys:
+            self.discard(key)
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks again only after a while: what a turn has for them does not fit."""
@@ -229,7 +211,7 @@ class HostTier:
         """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went."""
         gone = []
         with self._lock:
-            while self.nbytes > to_bytes and (victim := self._least_valued("")) is not None:
+            while self._blocks.nbytes > to_bytes and (victim := self._least_valued("")) is not None:
                 gone.append(self._entry(victim))
                 self._evict(victim)
         return gone
@@ -237,7 +219,8 @@ class HostTier:
     def unused_since(self, since: float) -> list[str]:
         """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
         with self._lock:
-            return [k for k, r in self._blocks.items() if r.used_at < since and not self._is_pinned(k)]
+            pinned = self._pinned()
+            return [key for key in self._blocks.used_before(since) if key not in pinned]
 
     def expire(self) -> None:
         """Forget what nobody has used for as long as ``ttl_seconds``."""
@@ -252,33 +235,37 @@ class HostTier:
         resident = self._blocks.get(key)
         return resident is not None and self._is_fresh(key, resident)
 
-    def _is_fresh(self, key: str, resident: _Resident) -> bool:
+    def _is_fresh(self, key: str, resident: Resident) -> bool:
         if key in self._withheld:
             return False
         if self._ttl_seconds is None:
             return True
-        return resident.used_at >= self._clock() - self._ttl_seconds or self._is_pinned(key)
+        return resident.used_at >= self._clock() - self._ttl_seconds or key in self._pinned()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def _following(self, parent: str) -> list[BlockId]:
+    @property
+    def is_writing(self) -> bool:
+        """Whether blocks are leased until they are written."""
+        return bool(self._writing)
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors of all blocks take."""
         with self._lock:
-            found = [(key, self._blocks[key]) for key in self._children.get(parent, ())]
-        return [resident.block.id for key, resident in found if self._is_fresh(key, resident)]
+            return self._blocks.nbytes
 
     def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return the block after ``parent`` that shares the longest run with ``tokens``."""
-        following = self._following(parent)
-        return [max(following, key=lambda block: common_run(block.tokens, tokens))] if following else []
+        with self._lock:
+            found = self._blocks.nearest(parent, tokens, self.__contains__)
+        return [found] if found is not None else []
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
-        return [
-            block
-            for block in self._following(parent)
-            if len(block.tokens) < len(tokens) and common_run(block.tokens, tokens) == len(block.tokens)
-        ]
+        with self._lock:
+            return [block for block in self._blocks.tails(parent, tokens) if block.key in self]
 
     def entry(self, key: str) -> Entry | None:
         """Return what is known of a block that lives here."""
@@ -300,11 +287,11 @@ class HostTier:
             len(block.tokens),
             usage.depth_tokens,
             resident.block.nbytes,
-            len(self._children.get(key, ())),
+            self._blocks.children(key),
             usage.uses,
             resident.hits,
             resident.used_at,
-            self._is_pinned(key),
+            key in self._pinned(),
         )
 
     def find(self, key: str) -> BlockId | None:
@@ -328,14 +315,13 @@ class HostTier:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used these blocks now, and how often blocks were restored."""
         with self._lock:
-            self._state = self._state.tick()
+            self._valuation.tick()
             now = self._clock()
             for key in keys:
                 resident = self._blocks.get(key)
                 if resident is not None:
-                    resident.usage = resident.usage.used(self._state)
-                    resident.priority = self._policy.priority(resident.usage, self._state)
-                    resident.used_at = now
+                    self._blocks.use(key, *self._valuation.used(resident.usage), now)
             for key, n in hits.items():
-                if key in self._blocks:
-                    self._blocks[key].hits += n
+                resident = self._blocks.get(key)
+                if resident is not None:
+                    resident.hits += n

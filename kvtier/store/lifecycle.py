@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from enum import IntEnum, unique
 from types import MappingProxyType, TracebackType
 
@@ -98,9 +99,13 @@ class Leases:
 
     Guarantees: a lease that is dropped without being ended is ended when it is collected, so nothing stays pinned by
     accident. Thread-safe.
+
+    Args:
+        ended: called with the key of a block after its last lease, in any thread and at any moment: it takes no lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[str], None] = lambda key: None) -> None:
+        self._ended = ended
         self._readers: dict[str, int] = {}
         self._lock = threading.RLock()  # a lease may be collected while this thread holds it
         take_part(self, Rank.LEASES)
@@ -127,7 +132,10 @@ class Leases:
             if left > 0:
                 self._readers[key] = left
             else:
-                self._readers.pop(key, None)
+                try:
+                    self._readers.pop(key, None)
+                finally:  # an interrupt may come between
+                    self._ended(key)
 
     def state(self, key: str) -> State:
         """Return what a ready block is: ``READY`` or ``LEASED``."""

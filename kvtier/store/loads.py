@@ -7,10 +7,12 @@ later is bounded; beyond that they read for themselves.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -25,11 +27,22 @@ from kvtier.store.lifecycle import BlockLease, Leases
 HELD_BYTES = 256 * 2**20
 
 
+class FileReader(BlockReader, Protocol):
+    """A block that is read from a file."""
+
+    def hold(self) -> None:
+        """Stay readable, although the file is about to be deleted.
+
+        Raises:
+            BlockError: it is gone, or cannot be opened now.
+        """
+
+
 @dataclass(slots=True, eq=False)
 class _Load:
     """One open block, and the pages that some of its readers have and others still need."""
 
-    reader: BlockReader
+    reader: FileReader
     users: int = 0
     waiting: set[SharedReader] = field(default_factory=set)
     pages: dict[int, Future[Page]] = field(default_factory=dict)
@@ -65,7 +78,7 @@ class SharedLoads:
             self._loads = {}
         self._lock.release()
 
-    def open(self, block: BlockId, open_block: Callable[[], BlockReader]) -> SharedReader:
+    def open(self, block: BlockId, open_block: Callable[[], FileReader]) -> SharedReader:
         """Return a reader of ``block``, which ``open_block`` opens if nobody has.
 
         Raises:
@@ -89,9 +102,15 @@ class SharedLoads:
             raise
 
     def forget(self, key: str) -> None:
-        """Let whoever opens block ``key`` from now on open it anew: another file may have taken its place."""
+        """Let whoever opens block ``key`` from now on open it anew: its file is to be deleted.
+
+        Those who read it may finish.
+        """
         with self._lock:
-            self._loads.pop(key, None)
+            load = self._loads.pop(key, None)
+            if load is not None:
+                with contextlib.suppress(BlockError):  # it is gone already: they find out
+                    load.reader.hold()
 
     def enter(self, load: _Load, reader: SharedReader) -> None:
         """Count one more reader of ``load``."""

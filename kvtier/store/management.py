@@ -122,6 +122,7 @@ class ManagedStore(ABC):
             if before is not None:  # a conversation that goes on is named anew each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
+            self._commits.write_down(keys)
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
 
@@ -407,7 +408,7 @@ class ManagedStore(ABC):
                 archive.manifest,
                 archive.block_size,
                 None if states is None else {len(archive.tokens): states},
-                describe_anew=False,
+                imported=True,
             )
             self.flush()
             keys = self._commits.chain_of(blocks, archive.block_size)
@@ -436,7 +437,10 @@ class ManagedStore(ABC):
             self._host.expire()
             tier.expire()
             if seconds is not None:
-                self._remove(tier.unused_since(self._clock() - seconds))
+                unused = tier.unused_since(self._clock() - seconds)
+                self._host.discard_unread(unused)
+                if self._disk is not None:
+                    self._disk.discard_unread(unused)
             if limit is not None:
                 self._host.shrink(limit)
                 tier.shrink(limit)

@@ -83,7 +83,7 @@ class Owner:
         except OSError:  # it is gone, or something else bears its name
             return False
         try:
-            return not lock_shared(fd)
+            return _is_locked(fd)
         finally:
             os.close(fd)
 
@@ -111,26 +111,17 @@ def pid_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def lock_shared(fd: int) -> bool:
-    """Take a lock on an open file that others may share; whether nobody had it alone. It ends with the file."""
-    return _lock(fd, "LOCK_SH")
-
-
-def lock_alone(fd: int) -> bool:
-    """Take a lock on an open file that nobody shares; whether nobody had one."""
-    return _lock(fd, "LOCK_EX")
-
-
-def _lock(fd: int, kind: str) -> bool:
+def _is_locked(fd: int) -> bool:
+    """Whether another one has the lock of an open file. If not, it is shared until the file is closed."""
     if fcntl is None:
-        return True
-    try:
-        fcntl.flock(fd, getattr(fcntl, kind) | fcntl.LOCK_NB)
-    except BlockingIOError:
         return False
-    except OSError:  # a drive without locks, which only one process uses at a time
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    return True
+    except OSError:  # a drive without locks, which only one process uses at a time
+        pass
+    return False
 
 
 def _runs(pid: int) -> bool:

@@ -84,6 +84,7 @@ def _metrics(stats: StoreStats) -> Iterator[_Metric]:
     yield _counter("lookup_tokens", "Tokens of prompts that were matched.", stats.lookup_tokens)
     yield _counter("hit_tokens", "Of those, tokens that were found.", stats.hit_tokens)
     yield _counter("committed_tokens", "Tokens that were new.", stats.committed_tokens)
+    yield _counter("written_bytes", "Bytes of block files that were written.", stats.written_bytes)
     misses = "Lookups that found less than all, and blocks that could not be restored."
     yield _Metric("kvtier_store_misses_total", "counter", misses, _by_reason(stats.misses, _MISS_REASONS))
     errors = "Failures of the disk tier that cost a recompute."

@@ -58,7 +58,8 @@ class StoreStats:
             from some token on), ``shorter`` (what is known ends before), ``damaged``, ``gone``;
             and blocks that could not be read: ``unavailable``.
         committed_tokens: tokens that were new.
-        queued_writes: blocks waiting to be written to disk.
+        written_bytes: bytes of block files that were written.
+        queued_writes: blocks waiting to be written to disk, or for their conversation to rest.
         errors: failures that cost a recompute, by what failed: ``write``, ``read``, ``catalog``, ``delete``.
         paused: why nothing is written to disk at the moment; None when writing goes on.
         names: how many names there are.
@@ -71,6 +72,7 @@ class StoreStats:
     hit_tokens: int = 0
     misses: Mapping[str, int] = field(default_factory=_nothing)
     committed_tokens: int = 0
+    written_bytes: int = 0
     queued_writes: int = 0
     errors: Mapping[str, int] = field(default_factory=_nothing)
     paused: str | None = None
@@ -137,6 +139,7 @@ def snapshot(
         hit_tokens=tally.get("hit_tokens", 0),
         misses=_by_reason(tally, "misses."),
         committed_tokens=tally.get("committed_tokens", 0),
+        written_bytes=disk.counts["written_bytes"] if disk is not None else 0,
         queued_writes=queued_writes,
         errors=_by_reason(disk.counts if disk is not None else {}, "errors."),
         paused=disk.paused if disk is not None else None,

@@ -49,13 +49,16 @@ from kvtier.store.owners import Owner
 from kvtier.store.recovery import open_catalog
 from kvtier.store.restore import Restore, summary
 from kvtier.store.stats import StoreStats, snapshot
-from kvtier.transfer import Readers, Writer
+from kvtier.store.write_behind import WriteBehind
+from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
 
 _log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
+DEFAULT_TAIL_DELAY_SECONDS = 60.0
+_A_DAY = 86_400.0
 _UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
 
@@ -80,6 +83,11 @@ class PrefixStore(ManagedStore):
             when it likes, and a power cut may cost blocks, which are then recomputed.
         ttl: seconds after its last use at which a block expires, unless it is pinned; None for never.
         policy: which blocks go first when there is no room.
+        tail_delay: seconds for which a conversation rests before its last block, which the next turn replaces by a
+            longer one, is written to disk; while turn follows turn, at most six times as long. ``flush`` and ``close``
+            write it at once. With 0, each turn writes it.
+        write_on: ``"first-use"``: what a turn computes is written to disk; ``"second-use"``: it is kept in RAM alone
+            until another turn uses it, so that prompts that never come back are not written.
         filesystem: what touches the folder; for tests and unusual drives.
         connect: what connects to the catalog; for tests.
         clock: Unix time; for tests.
@@ -102,6 +110,8 @@ class PrefixStore(ManagedStore):
         durability: str = "full",
         ttl: float | None = None,
         policy: EvictionPolicy | None = None,
+        tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
+        write_on: str = "first-use",
         filesystem: Filesystem = LOCAL,
         connect: Connect = connect,
         clock: Callable[[], float] = time.time,
@@ -114,6 +124,10 @@ class PrefixStore(ManagedStore):
             raise ConfigurationError(f"namespace={namespace!r} must be a string.")
         if durability not in ("full", "lazy"):
             raise ConfigurationError(f"durability={durability!r} is unknown; pass 'full' or 'lazy'.")
+        if write_on not in ("first-use", "second-use"):
+            raise ConfigurationError(f"write_on={write_on!r} is unknown; pass 'first-use' or 'second-use'.")
+        if isinstance(tail_delay, bool) or not isinstance(tail_delay, (int, float)) or not 0 <= tail_delay < _A_DAY:
+            raise ConfigurationError(f"tail_delay={tail_delay!r} must be seconds, 0 or more, and less than a day.")
         ttl = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
         settings = DiskSettings(
@@ -137,12 +151,14 @@ class PrefixStore(ManagedStore):
             self._names = Names(self._database, None, clock)
         else:
             self._open_folder(StoreFolder(self.path, filesystem, durability == "full"), settings, policy, connect)
-        self._host = HostTier(host_bytes, policy, clock, lambda key: key in self._pinned, ttl)
+        self._behind = WriteBehind(tail_delay, self._warn_of_stall)
+        self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl, self._behind.hurry)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._inventory = Inventory(self._host, self._disk, self._names)
-        self._commits = Commits(self._host, self._disk, self._names, self._write_behind)
+        self._commits = Commits(
+            self._host, self._disk, self._names, self._behind, on_second_use=write_on == "second-use"
+        )
         self._reading = Readers()
-        self._writing = Writer()
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._warned: set[str] = set()
         self._tally: Counter[str] = Counter()
@@ -173,6 +189,7 @@ class PrefixStore(ManagedStore):
         self._owner, self._database, self._names, self._audit = owner, opened.database, opened.names, opened.audit
         self._disk = DiskTier(folder, opened.catalog, owner, settings, self._clock)
         self._disk.expire()
+        self._disk.trim()
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""
@@ -181,7 +198,8 @@ class PrefixStore(ManagedStore):
     def after_fork(self, in_child: bool) -> None:
         """Go on; in a child with threads of its own and nothing queued, since its parent does what it has queued."""
         if in_child:
-            self._reading, self._writing = Readers(), Writer()
+            self._reading = Readers()
+            self._behind.begin_anew()
         self._lock.release()
 
     def __reduce__(self) -> Any:
@@ -266,9 +284,11 @@ class PrefixStore(ManagedStore):
                     self._count("misses.gone")
                 else:
                     readers[key] = reader
-            if not missing and len({reader.geometry for reader in readers.values()}) > 1:
+            if not missing and len(geometries := Counter(reader.geometry for reader in readers.values())) > 1:
+                ((usual, _),) = geometries.most_common(1)
+                odd = [key for key, reader in readers.items() if reader.geometry != usual]
                 missing = unusable = dict.fromkeys(
-                    readers, BlockError("layers differ from those of the blocks beside it")
+                    odd, BlockError("its layers differ from those of the blocks beside it")
                 )
             self._note_unusable(unusable)
             if missing:
@@ -353,13 +373,14 @@ class PrefixStore(ManagedStore):
             ClosedError: the store was closed.
         """
         self._check_open()
+        _drain_at_the_end()
         new = self._commits.commit(root, tokens, read, manifest, self.block_size, states)
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS
             self._host.expire()
             if self._disk is not None:
-                self._write_behind(self._expire_on_disk)
+                self._behind.submit(self._expire_on_disk)
         return new
 
     def _expire_on_disk(self) -> None:
@@ -367,13 +388,14 @@ class PrefixStore(ManagedStore):
             self._disk.expire()
         self._database.finish_overwriting()
 
-    def _write_behind(self, task: Callable[[], None]) -> None:
-        _drain_at_the_end()
-        self._writing.submit(task)
+    def _warn_of_stall(self) -> None:
+        if self._disk is not None:
+            self._disk.count("errors.write")
+            self._disk.warn("stall", f"writing to {self.path} hangs; what is computed now is kept in RAM alone")
 
     def flush(self) -> None:
-        """Wait until everything committed so far is on disk."""
-        self._writing.flush()
+        """Wait until everything committed so far is on disk, but for what waits for its second use."""
+        self._behind.flush()
         self._database.finish_overwriting()
 
     def stats(self) -> StoreStats:
@@ -386,7 +408,7 @@ class PrefixStore(ManagedStore):
         with self._lock:
             tally = Counter(self._tally)
         path = str(self.path) if self.path is not None else None
-        return snapshot(path, self._host, self._disk, self._names, self._pinned, tally, self._writing.queued)
+        return snapshot(path, self._host, self._disk, self._names, self._pinned, tally, self._behind.queued)
 
     # --- resources --------------------------------------------------------------------------------------------------
 
@@ -395,8 +417,10 @@ class PrefixStore(ManagedStore):
         if self._closed:
             return
         self._closed = True
-        self._writing.close()
+        self._behind.close()
         self._reading.close()
+        if self._disk is not None:
+            self._disk.close()
         self._database.close()
         if self._owner is not None:
             self._owner.close()

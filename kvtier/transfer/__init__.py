@@ -3,7 +3,8 @@
 from kvtier.transfer.accelerator import StreamEngine, engine_for
 from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine
 from kvtier.transfer.host import ThreadEngine
-from kvtier.transfer.threads import Readers, Writer
+from kvtier.transfer.threads import Readers
+from kvtier.transfer.writer import Writer
 
 __all__ = [
     "CopyEngine",

@@ -1,16 +1,13 @@
-"""Threads that read, and a thread that writes."""
+"""Threads that read."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Queue
 from typing import Any, TypeVar
 
-_log = logging.getLogger("kvtier.transfer")
 T = TypeVar("T")
 
 
@@ -73,67 +70,3 @@ class Readers:
             pool, self._pool = self._pool, None
         if pool is not None and self._pid == os.getpid():
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Writer:
-    """One thread that runs tasks in order, behind the caller. At most ``depth`` tasks wait; more block the caller.
-
-    Where no thread can be started, the caller runs them. Whoever queues a task handles its errors inside it; one that
-    raises all the same is logged, and the next one runs.
-    """
-
-    def __init__(self, depth: int = 64) -> None:
-        self._queue: Queue[Callable[[], None] | None] = Queue(maxsize=depth)
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Queue ``task``; block while the queue is full."""
-        with self._lock:
-            if self._pid != os.getpid():  # the parent's queue and thread are not ours after a fork
-                self._queue, self._thread, self._pid = Queue(maxsize=self._queue.maxsize), None, os.getpid()
-            if self._thread is None or self._thread.ident is None:  # made but never started: an interrupt came between
-                self._thread = threading.Thread(target=self._run, name="kvtier-write", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:  # no thread can be started: nothing is queued, and the caller does it
-                    self._thread = None
-            has_thread = self._thread is not None
-        if has_thread:
-            self._queue.put(task)
-        else:
-            self._do(task)
-
-    def _run(self) -> None:
-        while (task := self._queue.get()) is not None:
-            try:
-                self._do(task)
-            finally:
-                self._queue.task_done()
-        self._queue.task_done()
-
-    @staticmethod
-    def _do(task: Callable[[], None]) -> None:
-        try:
-            task()
-        except Exception:
-            _log.exception("a task behind generate() failed; what it was to write is not kept")
-
-    @property
-    def queued(self) -> int:
-        """How many tasks wait to be run, or run."""
-        return self._queue.unfinished_tasks if self._pid == os.getpid() else 0
-
-    def flush(self) -> None:
-        """Wait until every task queued so far has run."""
-        if self._thread is not None and self._pid == os.getpid():
-            self._queue.join()
-
-    def close(self) -> None:
-        """Run what is queued, then end the thread."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None and self._pid == os.getpid():
-            self._queue.put(None)
-            thread.join()

@@ -151,7 +151,7 @@ def test_rows_leave_leaf_by_leaf_in_the_order_of_their_value_and_what_is_kept_st
 def test_ram_loses_leaf_by_leaf_in_the_order_of_their_value_and_what_is_pinned_stays(turns, policy, data):
     expected = Expected(policy())
     pinned = set()
-    tier = HostTier(10**6, policy(), lambda: 0.0, lambda key: key in pinned)
+    tier = HostTier(10**6, policy(), lambda: 0.0, lambda: frozenset(pinned))
     paths = {}
     for path in turns:
         for end in range(1, len(path) + 1):

@@ -5,10 +5,14 @@ Like ``crashkit``, to be run in an interpreter of its own that forks the workers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import select
+import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -24,6 +28,9 @@ from kvtier import PrefixStore, StoreError
 
 UNIT = 4096
 SECONDS_A_TURN = 2
+DESCRIPTORS = 64
+BOUND_SECONDS = 2.0  # for which a turn waits for others, at most
+SLACK_SECONDS = 4.0  # for what it has to do, on a busy machine
 SETTINGS: dict[str, Any] = {
     "block_size": 4,
     "host_budget": 3_000,  # a few blocks, so that most come from files
@@ -112,6 +119,48 @@ def work(folder: Path, seed: int, turns: int) -> None:
             turn(store, dice, known, f"process {seed}")
 
 
+def work_in_hardship(folder: Path, seed: int, turns: int) -> None:
+    """Have ``turns`` turns with few descriptors, beside somebody who locks the catalog, and fork now and then."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+    dice, known = random.Random(seed), []
+    with PrefixStore(folder, **SETTINGS) as store:
+        for _ in range(turns):
+            deed = dice.random()
+            if deed < 0.2:
+                with contextlib.suppress(StoreError):  # the catalog is locked: unlike a turn, its owner is told
+                    turn(store, dice, known, f"process {seed}")
+                continue
+            tokens = some_chain(dice, known)
+            began = time.monotonic()
+            restored_length_at_last(store, ids(*tokens))
+            commit(store, ids(*tokens))
+            seconds = time.monotonic() - began
+            assert seconds < BOUND_SECONDS + SLACK_SECONDS, f"a turn took {seconds:.1f} s"
+            known.append(tokens)
+            del known[:-20]
+            if deed < 0.3:
+                assert ended(fork(one_turn, store, tokens)) == 0
+
+
+def one_turn(store: PrefixStore, tokens: list[int]) -> None:
+    """Go on with a store, in a child, in which its parent may be at anything."""
+    restored_length_at_last(store, ids(*tokens))
+    commit(store, ids(*tokens, 7, 7, 7))
+    store.close()
+
+
+def lock_now_and_then(folder: Path, seed: int, parent: int) -> None:
+    """Keep the catalog locked for a while, and again, as a process does that is stopped while it writes."""
+    dice = random.Random(seed)
+    uri = f"{(folder / 'catalog.sqlite').as_uri()}?mode=rw"
+    while os.getppid() == parent:
+        # The file is not there yet, or somebody else locks it at the moment.
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(uri, uri=True)) as held:
+            held.execute("BEGIN IMMEDIATE")
+            time.sleep(dice.random() * 2 * BOUND_SECONDS)
+        time.sleep(dice.random() * BOUND_SECONDS)
+
+
 def work_in_threads(folder: Path, seed: int, threads: int, turns: int) -> None:
     """Have ``threads`` share a store, each with ``turns`` turns."""
     failures: list[str] = []
@@ -166,6 +215,16 @@ def race(folder: Path, workers: list[tuple[Any, ...]], turns: int, seed: int) ->
 def processes(folder: str, number: int, turns: int, seed: int) -> None:
     """Race ``number`` processes."""
     race(Path(folder), [(work, Path(folder), seed + n, turns) for n in range(number)], turns, seed)
+
+
+def hardship(folder: str, number: int, turns: int, seed: int) -> None:
+    """Race ``number`` processes with few descriptors, beside one that keeps the catalog locked for seconds."""
+    locker = fork(lock_now_and_then, Path(folder), seed, os.getpid(), hung_seconds=10**6)
+    try:
+        race(Path(folder), [(work_in_hardship, Path(folder), seed + n, turns) for n in range(number)], turns, seed)
+    finally:
+        os.kill(locker, signal.SIGKILL)
+        ended(locker)
 
 
 def threads(folder: str, number: int, turns: int, seed: int) -> None:

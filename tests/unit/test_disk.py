@@ -53,10 +53,12 @@ class Opened(DiskTier):
 
     def die(self):
         """End as a killed process does: the system takes the lock, and nothing is tidied up."""
+        super().close()
         self.database.close()
         os.close(self.owner._fd)
 
     def close(self):
+        super().close()
         self.database.close()
         self.owner.close()
 

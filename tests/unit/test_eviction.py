@@ -190,10 +190,10 @@ class InRam:
         return gone.key
 
     def state(self):
-        return self.tier._state
+        return self.tier._valuation.state
 
     def ghosts(self):
-        return len(self.tier._ghosts)
+        return len(self.tier._valuation.ghosts)
 
 
 class InRows:
@@ -271,7 +271,7 @@ def test_ghosts_in_ram_are_no_more_than_blocks():
     tier = HostTier(3 * SIZE, LeastRecentlyUsed(), lambda: 0.0)
     for first in range(0, 80, 4):
         assert tier.put(block(count(4, first=first)))
-        assert len(tier._ghosts) <= 3
+        assert len(tier._valuation.ghosts) <= 3
 
 
 def test_ghosts_in_rows_are_bounded(monkeypatch):

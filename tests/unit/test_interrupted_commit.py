@@ -12,10 +12,15 @@ from kvtier import PrefixStore
 from kvtier.store.catalog import Catalog
 from kvtier.store.disk import DiskTier
 from kvtier.store.host import HostTier
+from kvtier.store.leaves import Leaves
+from kvtier.store.ram_valuation import RamValuation
+from kvtier.store.residents import Residents
+from kvtier.store.siblings import Siblings
 from kvtier.transfer import Writer
 
 BLOCK_BYTES = sum(page.nbytes for page in truth("ff" * 32, count(4), 0, 4))
-FILES = {part.__init__.__code__.co_filename for part in (PrefixStore, HostTier, DiskTier, Catalog, Writer)}
+PARTS = (PrefixStore, HostTier, Residents, Leaves, Siblings, RamValuation, DiskTier, Catalog, Writer)
+FILES = {part.__init__.__code__.co_filename for part in PARTS}
 
 
 def commit_interrupted(at, *arguments):

@@ -51,6 +51,17 @@ def test_a_block_is_leased_until_its_last_reader_is_done():
     assert len(leases) == 0
 
 
+def test_the_end_of_the_last_lease_is_told_when_it_has_left():
+    told = []
+    leases = Leases(lambda key: told.append((key, key in leases)))
+    first, second = leases.prepare_load("a"), leases.prepare_load("a")
+    first.end()
+    assert told == []
+    second.end()
+    second.end()
+    assert told == [("a", False)]
+
+
 def test_a_lease_that_is_lost_ends():
     leases = Leases()
     leases.prepare_load("a")

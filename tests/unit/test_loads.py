@@ -33,6 +33,9 @@ class Drive(HostReader):
         self.reads.append(layer)
         super().land(layer, *where)
 
+    def hold(self):
+        pass
+
     def close(self):
         self.closed = True
 

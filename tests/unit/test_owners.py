@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kvtier.store.owners import Owner, lock_alone, lock_shared, pid_of
+from kvtier.store.owners import Owner, pid_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks that the system lets go of")
 
@@ -94,15 +94,3 @@ def test_a_forked_child_is_another_owner(tmp_path):
     os.close(write)
     other.close()
     owner.close()
-
-
-def test_locks_on_files_exclude_as_they_say(tmp_path):
-    (tmp_path / "file").touch()
-    fds = [os.open(tmp_path / "file", os.O_RDONLY) for _ in range(3)]
-    assert lock_shared(fds[0])
-    assert lock_shared(fds[1])
-    assert not lock_alone(fds[2])
-    os.close(fds[0])
-    os.close(fds[1])
-    assert lock_alone(fds[2])
-    os.close(fds[2])

@@ -166,3 +166,69 @@ def test_what_a_closed_pool_drops_is_cancelled():
     go.set()
     closing.join()
     assert running.result(timeout=5)
+
+
+# --- later, and not too late ------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_holds_callers_up_once_and_not_for_long():
+    writer, gate, running = Writer(depth=1, wait_seconds=0.05), threading.Event(), threading.Event()
+    writer.submit(lambda: running.set() or gate.wait())
+    assert running.wait(30)
+    assert writer.submit(lambda: None)
+    assert not writer.submit(lambda: None)
+    writer._wait_seconds = 1000.0
+    assert not writer.submit(lambda: None), "nothing has ended since: it would wait in vain, too"
+    gate.set()
+    writer.flush()
+    assert writer.submit(lambda: None)
+    writer.close()
+
+
+def test_what_is_postponed_runs_when_its_time_has_come():
+    now, done, other = [0.0], threading.Event(), threading.Event()
+    writer = Writer(clock=lambda: now[0])
+    writer.postpone("a", 5.0, done.set)
+    writer.submit(other.set)
+    assert other.wait(30)
+    assert not done.is_set()
+    assert writer.queued == 1
+    now[0] = 5.0
+    writer.submit(lambda: None)
+    assert done.wait(30)
+    writer.close()
+
+
+def test_what_is_postponed_runs_without_any_other_task():
+    done, writer = threading.Event(), Writer()
+    writer.postpone("a", 0.01, done.set)
+    assert done.wait(30)
+    writer.close()
+
+
+def test_what_is_dropped_never_runs(writer):
+    done = []
+    writer.postpone("a", 1000.0, lambda: done.append("a"))
+    writer.postpone("b", 1000.0, lambda: done.append("b"))
+    assert writer.drop("a")
+    assert not writer.drop("a")
+    writer.flush()
+    assert done == ["b"]
+    assert writer.queued == 0
+
+
+def test_without_threads_what_is_postponed_runs_at_the_end(no_threads):
+    writer, done = Writer(), []
+    writer.postpone("a", 0.0, lambda: done.append(1))
+    assert done == []
+    writer.flush()
+    assert done == [1]
+
+
+def test_a_closed_writer_can_be_used_again():
+    writer, done = Writer(), []
+    writer.close()
+    for _ in range(2):
+        writer.submit(lambda: done.append(1))
+        writer.close()
+    assert done == [1, 1]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from storekit import ROOT, commit, count, restored_length
+from storekit import ROOT, chain, commit, count, restored_length
 
 from kvtier import PrefixStore
 from kvtier.errors import BlockError, UnavailableError
+from kvtier.store.base import Block
+from kvtier.store.chain import TokenIds
 from kvtier.store.filesystem import LocalFilesystem, SystemCalls
-from kvtier.store.format import BlockFile
+from kvtier.store.format import BlockFile, encode_block
 
 KNOWN = 18
 ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
@@ -62,11 +64,11 @@ def files(store: PrefixStore) -> list[Path]:
     return sorted(store.path.rglob("*.safetensors"))
 
 
-def attempt(store: PrefixStore) -> int:
+def attempt(store: PrefixStore, tokens: TokenIds | None = None) -> int:
     """Restore as a turn does: what cannot be used is left out by the next match. Return the tokens that came."""
     for _ in range(20):
         try:
-            return restored_length(store, count(KNOWN))
+            return restored_length(store, count(KNOWN) if tokens is None else tokens)
         except BlockError:
             continue
     raise AssertionError("it is matched again and again")
@@ -243,3 +245,37 @@ def test_a_turn_that_adds_nothing_writes_again_too(tmp_path, clock):
         commit(store, count(KNOWN))
     with PrefixStore(tmp_path, **settings) as store:
         assert restored_length(store, count(KNOWN)) == KNOWN
+
+
+def test_a_prompt_may_have_more_blocks_than_the_process_descriptors(tmp_path):
+    """macOS allows 256; a long prompt has thousands of blocks."""
+    resource = pytest.importorskip("resource")
+    settings = {"block_size": 4, "host_budget": 1}
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        commit(store, count(600))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 16, hard))
+        try:
+            assert restored_length(store, count(600)) == 600
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert store.stats().misses.get("unavailable", 0) == 0
+        assert len(files(store)) == 150
+
+
+def test_one_block_of_other_layers_costs_the_others_nothing(tmp_path):
+    """A file that a stranger put there, with a key and checksums that are right."""
+    settings = {"block_size": 4, "host_budget": 1}
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        commit(store, count(20))
+    odd = chain(count(20), 4)[3]
+    path = next(tmp_path.rglob(f"{odd.id.key}.safetensors"))
+    path.write_bytes(b"".join(encode_block(Block(odd.id, odd.pages[:1], odd.depth_tokens), "raw")))
+    with PrefixStore(tmp_path / "kv", **settings) as store:
+        assert attempt(store, count(20)) == 12
+        assert len(files(store)) == 4
+        commit(store, count(20))
+        store.flush()
+        assert attempt(store, count(20)) == 20

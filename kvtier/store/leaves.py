@@ -1,0 +1,131 @@
+"""Blocks that may be evicted, in two queues: the least valued of them is found without looking at all."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection
+
+Leaf = tuple[float, int, str]
+"""Priority, the number of the put, key. Of equal priorities, the block goes first that was put first."""
+
+MOST_STALE = 64
+"""Stale entries that a queue keeps beside as many as it has leaves."""
+
+
+class Queue:
+    """Leaves of one kind, the lowest first. Every call takes O(log n) steps, amortised.
+
+    An entry that is taken out stays in the heap as a stale one until it comes first. The heap is made anew before stale
+    entries outnumber leaves by more than ``MOST_STALE``.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[Leaf] = []
+        self._leaves: dict[str, Leaf] = {}
+
+    def add(self, leaf: Leaf) -> None:
+        """Add a leaf, in the place of one with the same key."""
+        self._leaves[leaf[2]] = leaf
+        heapq.heappush(self._heap, leaf)
+        self._bound()
+
+    def drop(self, key: str) -> None:
+        """Take a leaf out; unknown keys are ignored."""
+        if self._leaves.pop(key, None) is not None:
+            self._bound()
+
+    def first(self) -> Leaf | None:
+        """Return the lowest leaf; None when there is none."""
+        while self._heap and self._leaves.get(self._heap[0][2]) is not self._heap[0]:
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+    def _bound(self) -> None:
+        if len(self._heap) > 2 * len(self._leaves) + MOST_STALE:
+            self._heap = list(self._leaves.values())
+            heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        """Return the number of entries, stale ones included."""
+        return len(self._heap)
+
+
+class Leaves:
+    """All leaves of a tier, by whether they came back.
+
+    A leaf that comes first and must stay is put aside, so that the next search does not meet it again. It returns to
+    its queue when its last lease ends, or when the pinned blocks are others. Not thread-safe, but for ``ended``.
+
+    Args:
+        is_leased: whether a block is leased.
+        ended: keys of blocks whose last lease has ended. Any thread may add one, once the block is leased no more.
+        pinned: returns the keys of blocks that must stay; another object whenever they are others.
+    """
+
+    def __init__(
+        self, is_leased: Callable[[str], bool], ended: set[str], pinned: Callable[[], Collection[str]]
+    ) -> None:
+        self._is_leased = is_leased
+        self._ended = ended
+        self._pinned = pinned
+        self._pinned_before: Collection[str] = ()
+        self._once, self._again = Queue(), Queue()
+        self._leased_aside: dict[str, tuple[Queue, Leaf]] = {}
+        self._pinned_aside: dict[str, tuple[Queue, Leaf]] = {}
+
+    def put(self, key: str, priority: float, number: int, *, came_back: bool) -> None:
+        """Add a leaf, or give it another priority."""
+        self._return_ended()  # here, where all leaves come by, so that ``ended`` stays bounded
+        self.drop(key)
+        (self._again if came_back else self._once).add((priority, number, key))
+
+    def drop(self, key: str) -> None:
+        """Take out a block that has gone, or is a leaf no more; unknown keys are ignored."""
+        for place in (self._once, self._again):
+            place.drop(key)
+        for aside in (self._leased_aside, self._pinned_aside):
+            aside.pop(key, None)
+
+    def least_valued(self, lead: float, keep: str) -> str | None:
+        """Return the key of the leaf that is to go first; None when there is none.
+
+        Args:
+            lead: how much more leaves are worth that came back.
+            keep: the key of a block that must stay.
+        """
+        self._return_ended()
+        pinned = self._pinned()
+        if pinned is not self._pinned_before:
+            while self._pinned_aside:
+                queue, leaf = self._pinned_aside.popitem()[1]
+                queue.add(leaf)
+            self._pinned_before = pinned
+        found = []
+        for queue, more in ((self._once, 0.0), (self._again, lead)):
+            first = self._first(queue, keep, pinned)
+            if first is not None:
+                found.append((first[0] + more, *first[1:]))
+        return min(found)[2] if found else None
+
+    def _first(self, queue: Queue, keep: str, pinned: Collection[str]) -> Leaf | None:
+        kept = None
+        while (first := queue.first()) is not None:
+            key = first[2]
+            if key == keep:
+                kept = first
+            elif key in pinned:
+                self._pinned_aside[key] = queue, first
+            elif self._is_leased(key):
+                self._leased_aside[key] = queue, first
+            else:
+                break
+            queue.drop(key)
+        if kept is not None:
+            queue.add(kept)
+        return first
+
+    def _return_ended(self) -> None:
+        while self._ended:
+            aside = self._leased_aside.pop(self._ended.pop(), None)
+            if aside is not None:
+                aside[0].add(aside[1])

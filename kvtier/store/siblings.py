@@ -1,0 +1,81 @@
+"""Blocks by the block that they follow, in the order of their ids: neighbours are found without comparing them all."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from kvtier.store.chain import BlockId, TokenIds, common_run
+
+
+class Siblings:
+    """The blocks after each parent, sorted by the bytes of their ids.
+
+    In that order, the run that two sequences share can only shrink with the distance between them. Finding a place
+    reads the ids of O(log n) of n siblings. Adding and removing a block also moves the rest of a list of pointers,
+    8 bytes each, which one copy of memory does. Not thread-safe.
+    """
+
+    def __init__(self, blocks: Iterable[BlockId] = ()) -> None:
+        self._after: dict[str, list[BlockId]] = {}
+        for block in blocks:
+            self._after.setdefault(block.parent, []).append(block)
+        for siblings in self._after.values():
+            siblings.sort(key=_bytes_of)
+
+    def add(self, block: BlockId) -> None:
+        """Add a block that is not here."""
+        siblings = self._after.setdefault(block.parent, [])
+        siblings.insert(bisect_right(siblings, _bytes_of(block), key=_bytes_of), block)
+
+    def remove(self, block: BlockId) -> None:
+        """Remove a block that is here."""
+        siblings = self._after[block.parent]
+        index = bisect_left(siblings, _bytes_of(block), key=_bytes_of)
+        while siblings[index].key != block.key:  # a snapshot has the ids of the block beside it
+            index += 1
+        del siblings[index]
+        if not siblings:
+            del self._after[block.parent]
+
+    def count(self, parent: str) -> int:
+        """Return how many blocks follow ``parent``."""
+        return len(self._after.get(parent, ()))
+
+    def nearest(self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool]) -> BlockId | None:
+        """Return a block after ``parent`` that shares the longest run with ``tokens``; None when there is none.
+
+        Only blocks with a key that ``is_found`` count. The others beside ``tokens`` are passed one by one.
+        """
+        siblings = self._after.get(parent, [])
+        index = bisect_right(siblings, _as_bytes(tokens), key=_bytes_of)
+        beside = (range(index - 1, -1, -1), range(index, len(siblings)))
+        sides = (next((siblings[i] for i in side if is_found(siblings[i].key)), None) for side in beside)
+        found = [block for block in sides if block is not None]
+        return max(found, key=lambda block: common_run(block.tokens, tokens), default=None)
+
+    def tails(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
+        """Yield the blocks after ``parent`` that ``tokens`` begin with, and go beyond, the longest first."""
+        siblings = self._after.get(parent, [])
+        shared = len(tokens) - 1
+        while shared >= 0:
+            # A tail that is left has at most ``shared`` ids: its bytes are at most those of as many of ``tokens``.
+            index = bisect_right(siblings, _as_bytes(tokens[:shared]), key=_bytes_of) - 1
+            if index < 0:
+                return
+            length = len(siblings[index].tokens)
+            shared = common_run(siblings[index].tokens, tokens)
+            if shared == length:
+                first = bisect_left(siblings, _as_bytes(tokens[:length]), key=_bytes_of)
+                yield from siblings[first : index + 1]  # a block, and a snapshot beside it
+                shared -= 1
+
+
+def _as_bytes(tokens: TokenIds) -> bytes:
+    return np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+
+
+def _bytes_of(block: BlockId) -> bytes:
+    return _as_bytes(block.tokens)
