@@ -1,4 +1,7 @@
-"""A store of 100,000 blocks: opening it, looking a long prompt up, making its catalog anew, and verifying files."""
+"""A store of 100,000 blocks: opening it, looking a long prompt up, making its catalog anew, and verifying files.
+
+Beside it, what the catalog alone costs as its rows grow in number.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from benchmarks import page_cache
+from benchmarks import catalog_rows, page_cache
 from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from kvtier import PrefixStore
@@ -46,6 +49,7 @@ def run(options: Options) -> Result:
         large = Path(scratch) / "large"
         nbytes = _write_large(large, 8 if options.quick else 192)
         verifying = [_verify_case(large, nbytes, rounds, options, dropped=dropped) for dropped in _cache_states()]
+    row_cases, row_targets = catalog_rows.cases(options, rounds)
     hashing = interleave([Competitor("chain_keys", _hash)], rounds, options.say)
     facts = {"blocks": blocks, "block_tokens": _BLOCK}
     cases = [
@@ -54,6 +58,7 @@ def run(options: Options) -> Result:
         make_case(f"match() of {_PROMPT:,} tokens", looking, "seconds", facts=facts),
         make_case(f"keys of {_HASHED:,} tokens", hashing, "seconds", facts=facts),
         *verifying,
+        *row_cases,
     ]
     by_title = {case.title: case for case in cases}
     known = by_title[f"match() of {_PROMPT:,} tokens"]
@@ -67,6 +72,7 @@ def run(options: Options) -> Result:
             for case in verifying
             if case.facts["page_cache"] == _DROPPED  # memory is no drive: there it is the checksums that take the time
         ),
+        *row_targets,
     ]
     return Result(
         "catalog",

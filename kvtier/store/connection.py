@@ -197,6 +197,15 @@ class Access:
         if self._open is not None:
             self._open.execute(f"PRAGMA busy_timeout={milliseconds:d}")
 
+    @contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        """Wait for no other process meanwhile. For the thread that holds the connection."""
+        self._set_timeout(0)
+        try:
+            yield
+        finally:
+            self._set_timeout(0 if self._is_impatient else self._patience_milliseconds)
+
     def disconnect(self) -> None:
         """Close the connection. The next use makes another one."""
         connection, self._open = self._open, None

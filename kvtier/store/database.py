@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Database:
         self._path = path.absolute() if path is not None else None
         self._exclusive = exclusive
         self._make_connection = make_connection
+        self._is_file_kept = self._is_log_kept = False  # with copies of deleted rows in it
         self._writer = self._reader = Access(self._path, self._connect)
         if path is not None and not exclusive:
             self._reader = Access(self._path, partial(self._connect, only_reads=True))
@@ -148,18 +149,55 @@ class Database:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
+                if self._is_log_kept and not self._is_file_kept:  # to write the file anew is too much for a turn
+                    self.finish_overwriting()
             except BaseException:
                 if connection.in_transaction:  # left open, it would keep every process from writing
                     connection.execute("ROLLBACK")
                 raise
 
-    def truncate_log(self) -> None:
-        """Move what the write-ahead log holds into the file, and leave nothing of it in the log."""
-        with (
-            self._writer.held(LONG_SECONDS) as connection,
-            self._reader.lock,
-        ):  # a query of this process would keep the log
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    def truncate_log(self) -> bool:
+        """Move what the write-ahead log holds into the file; return whether nothing of it is left in the log.
+
+        It is, while another process reads. The next change tries again.
+        """
+        with self._writer.held(LONG_SECONDS) as connection, self._reader.lock:  # a query of our own would keep the log
+            (is_kept, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._is_log_kept = bool(is_kept)
+            return not is_kept
+
+    def overwrite_deleted(self) -> bool:
+        """Leave nothing of deleted rows in the file and its log; return whether it is done.
+
+        SQLite overwrites a deleted row where it lies. When it moved the row between pages before, a copy may lie in the
+        unused part of a page. So the file is written anew, by way of memory: a temporary file would hold ids outside of
+        the folder. What other processes keep from being done now, ``finish_overwriting`` and ``close`` try again.
+        """
+        self.overwrite_later()
+        try:
+            with self._writer.held(LONG_SECONDS) as connection, self._reader.lock:
+                connection.execute("PRAGMA temp_store=MEMORY")
+                connection.execute("VACUUM")
+                self._is_file_kept = False
+        except sqlite3.OperationalError as error:
+            if not is_locked(error):
+                raise
+            return False
+        return self.truncate_log()
+
+    def overwrite_later(self) -> None:
+        """Have ``finish_overwriting`` overwrite what was deleted."""
+        self._is_file_kept = self._is_log_kept = self._path is not None
+
+    def finish_overwriting(self) -> None:
+        """Do what is left to do of ``overwrite_deleted``, as far as it can be done without waiting. Raises nothing."""
+        with suppress(sqlite3.Error):
+            if self._is_file_kept:
+                with self._writer.lock, self._writer.not_waiting():
+                    self.overwrite_deleted()
+            elif self._is_log_kept:
+                with self._writer.lock, self._writer.not_waiting():
+                    self.truncate_log()
 
     def problems(self) -> list[str]:
         """Return what SQLite finds wrong with the file; an empty list when all is well."""
@@ -169,6 +207,7 @@ class Database:
 
     def close(self) -> None:
         """Close the database."""
+        self.finish_overwriting()
         with self._writer.lock, self._reader.lock:
             self._reader.close()
             self._writer.close()

@@ -6,6 +6,7 @@ Names, pins, ends, forgetting, pruning, verification. Unlike in a turn, a disk t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from abc import ABC, abstractmethod
@@ -29,6 +30,8 @@ from kvtier.store.names import Name, NamedPrefix, Names, checked_name, checked_t
 from kvtier.store.usage import StoreUsage, measure
 from kvtier.store.verify import Progress, VerifyReport, verify
 from kvtier.units import parse_bytes
+
+_log = logging.getLogger("kvtier.store")
 
 
 class ManagedStore(ABC):
@@ -289,19 +292,35 @@ class ManagedStore(ABC):
             _, keys, _ = self._inventory.keys_to(key_prefix)
             return self._remove(self._inventory.own(keys, set()))
 
-    def _forget_name(self, name: str) -> Forgotten:
+    def _forget_name(self, name: str, *, in_a_turn: bool = False) -> Forgotten:
         written = self._names.get(name)
         keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
         self._names.remove(name)
-        return self._remove(keys)
+        return self._remove(keys, in_a_turn=in_a_turn)
 
-    def _remove(self, keys: Sequence[str]) -> Forgotten:
+    def _remove(self, keys: Sequence[str], *, in_a_turn: bool = False) -> Forgotten:
+        """Remove blocks, and overwrite their rows: in a turn later, since it takes long.
+
+        Raises:
+            StoreError: the catalog cannot be written now.
+        """
         sums = self._inventory.nbytes(keys)
         for key in keys:
             self._host.discard(key)
         if self._disk is not None and keys:
             self._disk.discard_all(keys)
-            self._database.truncate_log()
+            kept = sum(map(self._disk.catalog.contains, keys))
+            if kept:
+                raise StoreError(f"{kept} of {len(keys)} blocks in {self.path} cannot be removed now; try again later")
+            if in_a_turn:
+                self._database.overwrite_later()
+            elif not self._database.overwrite_deleted():
+                _log.warning(
+                    "another process uses the catalog of %s: copies of what was removed, its token ids among them, "
+                    "stay in catalog.sqlite or catalog.sqlite-wal until this store flushes, writes or is closed "
+                    "after that process is done",
+                    self.path,
+                )
         return Forgotten(sums["blocks"], sums["bytes"])
 
     def _forget_what_is_due(self) -> None:
@@ -311,8 +330,9 @@ class ManagedStore(ABC):
         except sqlite3.Error:
             return  # the tier that asks next warns of it
         for name in due:
-            with contextlib.suppress(KeyError, OSError, sqlite3.Error):  # another process does it, or the next turn
-                self._forget_name(name)
+            # Another process does it, or the next turn.
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error, StoreError):
+                self._forget_name(name, in_a_turn=True)
 
     # --- archives ---------------------------------------------------------------------------------------------------
 

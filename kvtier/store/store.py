@@ -386,6 +386,7 @@ class PrefixStore(ManagedStore):
     def _expire_on_disk(self) -> None:
         if self._disk is not None:
             self._disk.expire()
+        self._database.finish_overwriting()
 
     def _warn_of_stall(self) -> None:
         if self._disk is not None:
@@ -395,6 +396,7 @@ class PrefixStore(ManagedStore):
     def flush(self) -> None:
         """Wait until everything committed so far is on disk, but for what waits for its second use."""
         self._behind.flush()
+        self._database.finish_overwriting()
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and what it has done since it was opened.
