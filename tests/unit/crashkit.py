@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import random
+import resource
 import select
 import signal
 import sys
@@ -34,6 +35,7 @@ BUDGETS = {"roomy": 2**30, "tight": 20 * 4096}
 KILLS_A_FOLDER = 10
 LONGEST_LIFE_SECONDS = 0.3
 HUNG_SECONDS = 120
+DESCRIPTORS = 64  # that a worker may have open
 
 
 @contextlib.contextmanager
@@ -113,6 +115,7 @@ def some_chain(dice: random.Random, known: list[list[int]]) -> list[int]:
 
 def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
     """Use a store until killed. What is told through ``tell``, a line each, is what ``Told`` reads."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     dice, known, roomy = random.Random(seed), [], settings["disk_budget"] == BUDGETS["roomy"]
 
     def say(word: str, name: str = "", tokens: list[int] | None = None) -> None:

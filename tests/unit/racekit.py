@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crashkit import HUNG_SECONDS, assert_sound, ended, fork, some_chain
+from crashkit import DESCRIPTORS, HUNG_SECONDS, assert_sound, ended, fork, some_chain
 from storekit import ROOT, commit, ids, restored_length_at_last
 
 from kvtier import PrefixStore, StoreError
 
 UNIT = 4096
 SECONDS_A_TURN = 2
-DESCRIPTORS = 64
 BOUND_SECONDS = 2.0  # for which a turn waits for others, at most
 SLACK_SECONDS = 4.0  # for what it has to do, on a busy machine
 SETTINGS: dict[str, Any] = {
