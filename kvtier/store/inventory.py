@@ -278,9 +278,17 @@ class Inventory:
         return found
 
     def nbytes(self, keys: Iterable[str]) -> Counter[str]:
-        """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``."""
-        found = [entry for entry in map(self.entry, keys) if entry is not None]
+        """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``.
+
+        Those count too that no turn finds any more, since they could not be removed before.
+        """
+        found = [entry for entry in map(self._kept, keys) if entry is not None]
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+    def _kept(self, key: str) -> Entry | None:
+        disk = self._disk
+        on_disk = disk.ask(lambda: disk.catalog.entry(key), None) if disk is not None else None
+        return on_disk or self._host.entry(key)
 
 
 def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:

@@ -106,7 +106,10 @@ def test_a_reader_that_keeps_the_log_is_told_and_the_rest_is_done_later(store, t
     assert len(warnings(caplog)) == 1
 
 
-def test_what_is_locked_is_not_forgotten_and_that_is_told(store, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_locked_is_not_forgotten_and_that_is_told(store, tmp_path, named):
+    if not named:
+        store.unname("secret")
     with another_process(tmp_path, "BEGIN IMMEDIATE"), pytest.raises(StoreError):
         store.forget(np.concatenate([PREFIX, SECRET]))
     assert store.forget(np.concatenate([PREFIX, SECRET])).blocks == 10

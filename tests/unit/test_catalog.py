@@ -142,6 +142,16 @@ def test_the_leaf_that_was_not_used_for_longest_goes(catalog):
     assert evict(catalog, 1) == [parent.id.key]
 
 
+def test_a_block_leaves_after_the_last_that_follows_it_in_one_eviction(catalog):
+    parent, child = chain(count(8), 4)
+    other = block(count(4, first=50))
+    for each in (parent, child, other):
+        put(catalog, each)
+    for each in (parent, other, child):
+        catalog.touch([each.id.key], {})
+    assert evict(catalog, 30) == [other.id.key, child.id.key, parent.id.key]
+
+
 def test_what_leaves_is_not_found_but_counts_until_it_is_gone(catalog):
     new = block(count(4))
     put(catalog, new)
