@@ -1,7 +1,4 @@
-"""A store of 100,000 blocks: opening it, looking a long prompt up, making its catalog anew, and verifying files.
-
-Beside it, what the catalog alone costs as its rows grow in number.
-"""
+"""A store of 100,000 blocks: opening, looking up, making its catalog anew, verifying; and what more rows cost."""
 
 from __future__ import annotations
 

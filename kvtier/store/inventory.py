@@ -101,9 +101,9 @@ class Inventory:
         by_tier = {"host": 0, "disk": 0}
         tokens = 0
         for key in name.keys:
-            entry = self._entry_on_disk(key, linked) or self._host.entry(key)
+            entry = self._host.entry(key) if self._disk is None else self._entry_on_disk(key, linked)
             if entry is None:
-                break
+                break  # what is in RAM alone may go at any moment: no name holds on to it
             counted = min(entry.tokens, name.tokens - tokens)
             by_tier["host" if key in self._host else "disk"] += counted
             tokens += counted

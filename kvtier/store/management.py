@@ -31,6 +31,7 @@ from kvtier.store.usage import StoreUsage, measure
 from kvtier.store.verify import Progress, VerifyReport, verify
 from kvtier.units import parse_bytes
 
+_TRIES = 3
 _log = logging.getLogger("kvtier.store")
 
 
@@ -102,15 +103,19 @@ class ManagedStore(ABC):
             StoreError: the store does not have all of it, or the disk fails.
         """
         checked_name(name)
-        keys = []
-        with self._asked():
-            for key in self._commits.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
-                if key is None:
-                    break
-                keys.append(key)
-        if not keys or len(keys) * self.block_size < len(tokens):
-            raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
-        return self._set_name(name, root, keys, len(tokens), pin, ttl)
+        for _ in range(_TRIES):
+            keys = []
+            with self._asked():
+                for key in self._commits.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
+                    if key is None:
+                        break
+                    keys.append(key)
+            if not keys or len(keys) * self.block_size < len(tokens):
+                raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
+            named = self._set_name(name, root, keys, len(tokens), pin, ttl)
+            if named.kept_tokens == len(tokens):
+                break  # else a turn of another thread has replaced its end by a longer one meanwhile
+        return named
 
     def _set_name(
         self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
@@ -123,6 +128,7 @@ class ManagedStore(ABC):
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
             self._commits.write_down(keys)
+            self.flush()  # a name holds on to what is on disk
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,13 @@ def end(folder: Path) -> None:
 # --- the race ---------------------------------------------------------------------------------------------------------
 
 
-def race(folder: Path, workers: list[tuple[Any, ...]], turns: int, seed: int) -> None:
+def race(
+    folder: Path,
+    workers: list[tuple[Any, ...]],
+    turns: int,
+    seed: int,
+    before_the_end: Callable[[], None] = lambda: None,
+) -> None:
     """Fork workers, weigh the folder at random moments until all have ended, and look at it. Prints what was seen."""
     torch.set_num_threads(1)
     dice = random.Random(seed)
@@ -206,6 +213,7 @@ def race(folder: Path, workers: list[tuple[Any, ...]], turns: int, seed: int) ->
         weights.append(weighed(folder))
     os.close(all_ended)
     codes = [ended(pid) for pid in living]
+    before_the_end()
     if any(codes) or ended(fork(end, folder)):
         sys.exit(f"the workers ended with {codes}; see above for what went wrong")
     print(json.dumps({"weighings": len(weights), "heaviest": max(weights), "seconds": time.monotonic() - began}))
@@ -219,11 +227,13 @@ def processes(folder: str, number: int, turns: int, seed: int) -> None:
 def hardship(folder: str, number: int, turns: int, seed: int) -> None:
     """Race ``number`` processes with few descriptors, beside one that keeps the catalog locked for seconds."""
     locker = fork(lock_now_and_then, Path(folder), seed, os.getpid(), hung_seconds=None)
-    try:
-        race(Path(folder), [(work_in_hardship, Path(folder), seed + n, turns) for n in range(number)], turns, seed)
-    finally:
+
+    def stop_locking() -> None:
         os.kill(locker, signal.SIGKILL)
         ended(locker)
+
+    workers = [(work_in_hardship, Path(folder), seed + n, turns) for n in range(number)]
+    race(Path(folder), workers, turns, seed, stop_locking)
 
 
 def threads(folder: str, number: int, turns: int, seed: int) -> None:

@@ -24,6 +24,7 @@ from storekit import (
 from kvtier import BlockError, PrefixStore, RestoreError
 from kvtier.pages import Landing
 from kvtier.store import restore as restore_module
+from kvtier.store.descriptors import OF_THIS_PROCESS
 from kvtier.store.format import BlockFile
 
 
@@ -213,7 +214,7 @@ def test_a_failure_is_reported_once(tmp_path, monkeypatch):
 def test_nothing_lands_after_close(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
-    reading, go, landed = threading.Event(), threading.Event(), []
+    reading, go, landed, open_before = threading.Event(), threading.Event(), [], len(OF_THIS_PROCESS)
     read = BlockFile.land
 
     def land(self, *where, check=True):
@@ -236,8 +237,7 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
         after_close = len(landed)
         store.flush()
         assert len(landed) == after_close
-        for reader in restore._readers.values():
-            assert reader._load.reader._fd == -1
+        assert len(OF_THIS_PROCESS) == open_before
 
 
 @pytest.mark.parametrize("end", ["wait", "close"])
