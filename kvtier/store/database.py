@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from kvtier.fork import Rank, take_part
 from kvtier.store.connection import LOCKED_SECONDS, LONG_SECONDS, TURN_SECONDS, Access, Connect, Statements, connect
-from kvtier.store.fork import Rank, take_part
 from kvtier.store.pause import is_locked
 from kvtier.store.schema import SCHEMA, SCHEMA_VERSION, is_made, sound_row, statements
 

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError
+from kvtier.fork import Rank, take_part
 from kvtier.store.base import Block, Entry
 from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.folder import StoreFolder
-from kvtier.store.fork import Rank, take_part
 from kvtier.store.format import BlockFile, encode_block
 from kvtier.store.leases import FileLeases
 from kvtier.store.lifecycle import Leases, State

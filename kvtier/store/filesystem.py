@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from kvtier.descriptors import OF_THIS_PROCESS
 from kvtier.store.mounts import mounted_kind
 
 # Never through a link; and a pipe that bears the name of a file must not keep whoever opens it waiting for a writer.
@@ -160,7 +161,8 @@ class LocalFilesystem:
             self._sync_folder(path.parent)
 
     def _write_new(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
-        fd = self._calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fd = OF_THIS_PROCESS.open(lambda: self._calls.open(path, flags, _FILE_MODE))
         try:
             if stat.S_IMODE(os.fstat(fd).st_mode) & _FILE_MODE != _FILE_MODE:  # taken by the umask
                 os.fchmod(fd, _FILE_MODE)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.descriptors import ReadFile
 from kvtier.errors import BlockError, UnavailableError
 from kvtier.geometry import Geometry
 from kvtier.headers import DTYPE_NAMES, encode_header
@@ -28,7 +29,6 @@ from kvtier.pages import Landing, Page
 from kvtier.store import codec as codecs
 from kvtier.store.base import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
-from kvtier.store.descriptors import ReadFile
 from kvtier.store.filesystem import READ_FLAGS
 from kvtier.store.layout import (
     MAX_LAYERS,

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
+from kvtier.fork import Rank, take_part
 from kvtier.geometry import Geometry, LayerGeometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction import EvictionPolicy
-from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 from kvtier.store.pause import Withheld
 from kvtier.store.ram_valuation import RamValuation

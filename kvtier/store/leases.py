@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-from kvtier.store.fork import Rank, take_part
+from kvtier.fork import Rank, take_part
 
 fcntl: ModuleType | None
 try:

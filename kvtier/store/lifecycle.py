@@ -15,7 +15,7 @@ from collections.abc import Callable
 from enum import IntEnum, unique
 from types import MappingProxyType, TracebackType
 
-from kvtier.store.fork import Rank, take_part
+from kvtier.fork import Rank, take_part
 
 
 @unique

@@ -17,11 +17,11 @@ from typing import Protocol
 import torch
 
 from kvtier.errors import BlockError
+from kvtier.fork import Rank, take_part
 from kvtier.geometry import Geometry
 from kvtier.pages import Landing, Page
 from kvtier.store.base import BlockReader
 from kvtier.store.chain import BlockId
-from kvtier.store.fork import Rank, take_part
 from kvtier.store.lifecycle import BlockLease, Leases
 
 HELD_BYTES = 256 * 2**20

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from kvtier.store.fork import Rank, take_part
+from kvtier.fork import Rank, take_part
 
 fcntl: ModuleType | None
 try:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError, UnavailableError
+from kvtier.fork import Rank, take_part
 from kvtier.memory import default_host_budget_bytes
 from kvtier.paths import folder_path
 from kvtier.store.base import BlockReader, Tier
@@ -39,7 +40,6 @@ from kvtier.store.disk import DiskSettings, DiskTier
 from kvtier.store.eviction import Adaptive, EvictionPolicy
 from kvtier.store.filesystem import LOCAL, Filesystem
 from kvtier.store.folder import StoreFolder
-from kvtier.store.fork import Rank, take_part
 from kvtier.store.host import HostTier
 from kvtier.store.inventory import Inventory
 from kvtier.store.management import ManagedStore

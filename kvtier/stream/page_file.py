@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from kvtier.descriptors import OF_THIS_PROCESS
 from kvtier.errors import StreamError
 from kvtier.geometry import LayerGeometry
 from kvtier.headers import DTYPE_NAMES, encode_header
 from kvtier.pages import Landing
 from kvtier.stream.spill import SpillFolder
 
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 _Transfer = Callable[[int, list[memoryview], int], int]
 _MAX_PIECES = 1024  # of one vectored system call (IOV_MAX of Linux and macOS)
 
@@ -51,7 +55,7 @@ class PageFile:
             StreamError: the disk is full, or fails.
         """
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, _WRITE_FLAGS, 0o600))
             try:
                 if os.fstat(fd).st_size < self.nbytes:
                     os.ftruncate(fd, self.nbytes)
@@ -71,7 +75,7 @@ class PageFile:
             StreamError: the file is gone, cut short, or cannot be read.
         """
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, _READ_FLAGS))
             try:
                 if os.fstat(fd).st_size != self.nbytes:
                     raise StreamError(f"the page file {self.path} has been cut short or changed: its K and V are lost")

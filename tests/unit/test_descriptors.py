@@ -5,9 +5,14 @@ import os
 import threading
 
 import pytest
+import torch
 
+from kvtier.descriptors import OF_THIS_PROCESS, Descriptors, ReadFile
 from kvtier.errors import UnavailableError
-from kvtier.store.descriptors import Descriptors, ReadFile
+from kvtier.geometry import LayerGeometry
+from kvtier.pages import Landing
+from kvtier.stream.page_file import PageFile
+from kvtier.stream.spill import SpillFolder
 
 
 @pytest.fixture
@@ -131,3 +136,30 @@ def test_a_child_opens_files_of_its_own(files):
             os._exit(0 if len(descriptors) == 0 and text(file) == "0" else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert text(file) == "0"
+
+
+def test_pages_of_cold_layers_are_read_and_written_where_only_idle_files_are_in_the_way(tmp_path, monkeypatch):
+    """An answer would end in the middle: its K and V are in these files alone."""
+    idle = [tmp_path / str(n) for n in range(3)]
+    for path in idle:
+        path.touch()
+        with read_file(path, OF_THIS_PROCESS).reading():
+            pass
+    real = os.open
+
+    def open_if_room(path, *arguments):
+        if len(OF_THIS_PROCESS) >= 3:
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(path, *arguments)
+
+    geometry = LayerGeometry(2, 4, 2, 4, torch.float32)
+    pages = PageFile(SpillFolder(tmp_path / "spilled"), 1, 3, geometry)
+    k_bhtd, v_bhtd = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    k_htd, v_htd = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_if_room)
+        pages.write(0, k_bhtd, v_bhtd)
+        assert len(OF_THIS_PROCESS) < 3
+        pages.read(0, 0, 3, Landing.on(k_htd, v_htd))
+    assert torch.equal(k_htd, k_bhtd[0])
+    assert torch.equal(v_htd, v_bhtd[0])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from kvtier.store import fork
+from kvtier import fork
 
 
 class Member:

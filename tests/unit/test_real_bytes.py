@@ -5,8 +5,7 @@ import time
 import pytest
 from storekit import ROOT, allocated, block, commit, count, restored_length, truth
 
-from kvtier import PrefixStore
-from kvtier.store import descriptors
+from kvtier import PrefixStore, descriptors
 from kvtier.store.filesystem import LocalFilesystem
 from kvtier.store.format import encode_block
 

@@ -22,9 +22,9 @@ from storekit import (
 )
 
 from kvtier import BlockError, PrefixStore, RestoreError
+from kvtier.descriptors import OF_THIS_PROCESS
 from kvtier.pages import Landing
 from kvtier.store import restore as restore_module
-from kvtier.store.descriptors import OF_THIS_PROCESS
 from kvtier.store.format import BlockFile
 
 

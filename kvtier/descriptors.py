@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from kvtier.errors import UnavailableError
-from kvtier.store.fork import Rank, take_part
+from kvtier.fork import Rank, take_part
 
 resource: ModuleType | None
 try:
@@ -73,12 +73,7 @@ class Descriptors:
                 opened.users += 1
                 self._open.move_to_end(file)
                 return opened.fd
-        try:
-            fd = open_file()
-        except OSError as error:
-            if error.errno not in _TOO_MANY or not self._close_idle(0):
-                raise
-            fd = open_file()
+        fd = self.open(open_file)
         with self._lock:
             opened = self._open.get(file)
             if opened is None:
@@ -87,6 +82,19 @@ class Descriptors:
             opened.users += 1
         os.close(fd)  # another thread was faster
         return opened.fd
+
+    def open(self, open_file: Callable[[], int]) -> int:
+        """Return what ``open_file`` returns; if too many files are open, those that nobody uses are closed for it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        try:
+            return open_file()
+        except OSError as error:
+            if error.errno not in _TOO_MANY or not self._close_idle(0):
+                raise
+        return open_file()
 
     def give_back(self, file: ReadFile) -> None:
         """Let the descriptor of ``file`` be closed when there is no room for it."""
