@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from kvtier.errors import UnavailableError
+from kvtier.errors import GoneError
 from kvtier.fork import Rank, take_part
 
 resource: ModuleType | None
@@ -156,7 +156,7 @@ class ReadFile:
 
         Raises:
             OSError: it cannot be opened.
-            UnavailableError: another file is in its place.
+            GoneError: the file is gone since it was read first, or another one is in its place.
         """
         fd = self._descriptors.borrow(self, self._open_same)
         try:
@@ -165,12 +165,17 @@ class ReadFile:
             self._descriptors.give_back(self)
 
     def _open_same(self) -> int:
-        fd = self._open_file()
+        try:
+            fd = self._open_file()
+        except FileNotFoundError as error:
+            if self._identity is None:
+                raise
+            raise GoneError(f"{error}: it was there before") from error
         try:
             found = os.fstat(fd)
             identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
             if self._identity not in (None, identity):
-                raise UnavailableError("another file is in its place")
+                raise GoneError("another file is in its place")
             self._identity = identity
         except BaseException:
             os.close(fd)
@@ -182,7 +187,7 @@ class ReadFile:
 
         Raises:
             OSError: it cannot be opened.
-            UnavailableError: another file is in its place.
+            GoneError: the file is gone since it was read first, or another one is in its place.
         """
         if not self._is_held:
             self._descriptors.borrow(self, self._open_same)

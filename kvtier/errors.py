@@ -15,6 +15,7 @@ KvtierError
     ├── ArchiveError                  a file of an exported prefix cannot be written, or is not to be imported
     └── BlockError                    one block is missing, damaged or not what it claims to be
         ├── UnavailableError          one block cannot be opened or read now: nothing says that it is damaged
+        │   └── GoneError             it was evicted, or written anew, after it was found
         └── RestoreError              either, noticed while a turn was already reading it
 """
 
@@ -80,6 +81,10 @@ class BlockError(StoreError):
 
 class UnavailableError(BlockError):
     """A stored block cannot be opened or read now, for want of permission, memory, descriptors or a working drive."""
+
+
+class GoneError(UnavailableError):
+    """A stored block was evicted, or written anew, after it was found: whoever looks again finds what is there now."""
 
 
 class RestoreError(BlockError):

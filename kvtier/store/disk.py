@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from kvtier.errors import BlockError
+from kvtier.errors import BlockError, GoneError
 from kvtier.fork import Rank, take_part
 from kvtier.store.base import Block, Entry
 from kvtier.store.catalog import Catalog, Prepared
@@ -485,19 +485,19 @@ class DiskTier:
             return None
         try:
             return self._loads.open(block, lambda: self._open(block))
-        except _GoneError:
+        except GoneError:
             return None
 
     def _open(self, block: BlockId) -> BlockFile:
         if not self._between.share(block.key):
-            raise _GoneError  # it is being evicted
+            raise GoneError(f"block {block.key[:12]} is being evicted")
         path = self.folder.block(block.key, block.root)
         try:
             file = self.folder.block_file(path)
         except BaseException as error:
             self._between.release(block.key)
             if isinstance(error.__cause__, FileNotFoundError) and block.key not in self:
-                raise _GoneError from error
+                raise GoneError(f"{path} is gone") from error
             if isinstance(error, BlockError):
                 self.count("errors.read")
             raise
@@ -524,7 +524,3 @@ class DiskTier:
 
     def __len__(self) -> int:
         return self.ask(self.catalog.counts, (0, 0))[0]
-
-
-class _GoneError(BlockError):
-    """A block was evicted after it was found."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, StoreError, UnavailableError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, StoreError, UnavailableError
 from kvtier.fork import Rank, take_part
 from kvtier.memory import default_host_budget_bytes
 from kvtier.paths import folder_path
@@ -320,14 +320,17 @@ class PrefixStore(ManagedStore):
         """
         if not errors:
             return
-        unavailable = {key: error for key, error in errors.items() if isinstance(error, UnavailableError)}
-        damaged = {key: error for key, error in errors.items() if key not in unavailable}
+        gone = {key for key, error in errors.items() if isinstance(error, GoneError)}
+        unavailable = {
+            key: error for key, error in errors.items() if isinstance(error, UnavailableError) and key not in gone
+        }
+        damaged = {key: error for key, error in errors.items() if not isinstance(error, UnavailableError)}
         for tier in self._tiers:
             tier.withhold(unavailable)
             for key in damaged:
                 tier.discard(key)
         with self._lock:
-            for reason, keys in (("damaged", damaged), ("unavailable", unavailable)):
+            for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
                 if keys:
                     self._tally[f"misses.{reason}"] += len(keys)
             news = {key: error for key, error in damaged.items() if key not in self._warned}

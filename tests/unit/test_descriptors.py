@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtier.descriptors import OF_THIS_PROCESS, Descriptors, ReadFile
-from kvtier.errors import UnavailableError
+from kvtier.errors import GoneError
 from kvtier.geometry import LayerGeometry
 from kvtier.pages import Landing
 from kvtier.stream.page_file import PageFile
@@ -66,7 +66,7 @@ def test_another_file_in_the_place_of_the_first_is_not_read(files):
     file = read_file(files[0], Descriptors(0))
     assert text(file) == "0"
     files[1].replace(files[0])
-    with pytest.raises(UnavailableError, match="another file"):
+    with pytest.raises(GoneError, match="another file"):
         text(file)
 
 
@@ -77,8 +77,10 @@ def test_a_file_that_is_held_outlives_its_name(files):
     files[0].unlink()
     assert text(file) == "0"
     file.close()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(GoneError, match="was there before"):
         text(file)
+    with pytest.raises(FileNotFoundError):
+        text(read_file(files[0], Descriptors(0)))
 
 
 def test_want_of_descriptors_closes_what_nobody_uses(files):

@@ -3,9 +3,12 @@
 import time
 
 import pytest
+import torch
 from storekit import ROOT, allocated, block, commit, count, restored_length, truth
 
 from kvtier import PrefixStore, descriptors
+from kvtier.errors import RestoreError
+from kvtier.pages import Landing
 from kvtier.store.filesystem import LocalFilesystem
 from kvtier.store.format import encode_block
 
@@ -122,3 +125,28 @@ def test_what_is_forgotten_is_deleted_at_once_and_its_reader_may_finish(tmp_path
         ]
         restore.close()
         assert len(descriptors.OF_THIS_PROCESS) == 0
+
+
+def test_a_block_that_was_written_anew_while_it_is_read_is_neither_damaged_nor_withheld(tmp_path, monkeypatch):
+    """What another process does, whose leases do not hold everywhere: the reader looks again, and finds it."""
+    monkeypatch.setattr(descriptors.OF_THIS_PROCESS, "_most", 0)
+    with PrefixStore(tmp_path, **SETTINGS) as store:
+        commit(store, count(8))
+        store.flush()
+        for another in (True, False):
+            restore = store.restore([store.match(ROOT, count(8)).spans])
+            path = next(tmp_path.rglob("*.safetensors"))
+            content = path.read_bytes()
+            path.unlink()
+            if another:
+                path.write_bytes(content)
+            restore.start(lambda layer, row: (Landing.on(torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)), 0))
+            with pytest.raises(RestoreError):
+                restore.wait(0)
+            restore.close()
+            path.write_bytes(content)
+            assert restored_length(store, count(8)) == 8
+        misses = store.stats().misses
+        assert misses["gone"] == 2
+        assert "damaged" not in misses
+        assert "unavailable" not in misses
