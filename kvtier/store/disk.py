@@ -382,18 +382,27 @@ class DiskTier:
 
     def discard_all(self, keys: Sequence[str]) -> list[Place]:
         """Forget blocks and delete their files, also those that are being read; return those that were there."""
-        for key in keys:
-            self._loads.forget(key)
-        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
         try:
-            gone = self.catalog.discard(keys, self._owner.name)
-            self._lost.difference_update(keys)
-            self._delete(gone)
-            return gone
+            return self.remove(keys)
         except (OSError, sqlite3.Error) as error:
             self.count("errors.delete")
             self.warn("discard", f"cannot delete a block in {self.folder.path}: {error}")
             return []
+
+    def remove(self, keys: Sequence[str]) -> list[Place]:
+        """Do the same for the owner of the store, who is told if it cannot be done.
+
+        Raises:
+            OSError: the folder fails.
+            sqlite3.Error: the catalog fails, or is locked. The blocks are not found any more by this process.
+        """
+        for key in keys:
+            self._loads.forget(key)
+        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
+        gone = self.catalog.discard(keys, self._owner.name)
+        self._lost.difference_update(keys)
+        self._delete(gone)
+        return gone
 
     def expire(self) -> list[Place]:
         """Forget what nobody has used for as long as ``settings.ttl_seconds``."""

@@ -308,16 +308,14 @@ class ManagedStore(ABC):
         """Remove blocks, and overwrite their rows: in a turn later, since it takes long.
 
         Raises:
-            StoreError: the catalog cannot be written now.
+            OSError: the folder fails.
+            sqlite3.Error: the catalog fails, or is locked.
         """
         sums = self._inventory.nbytes(keys)
         for key in keys:
             self._host.discard(key)
         if self._disk is not None and keys:
-            self._disk.discard_all(keys)
-            kept = sum(map(self._disk.catalog.contains, keys))
-            if kept:
-                raise StoreError(f"{kept} of {len(keys)} blocks in {self.path} cannot be removed now; try again later")
+            self._disk.remove(keys)
             if in_a_turn:
                 self._database.overwrite_later()
             elif not self._database.overwrite_deleted():
@@ -337,7 +335,7 @@ class ManagedStore(ABC):
             return  # the tier that asks next warns of it
         for name in due:
             # Another process does it, or the next turn.
-            with contextlib.suppress(KeyError, OSError, sqlite3.Error, StoreError):
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error):
                 self._forget_name(name, in_a_turn=True)
 
     # --- archives ---------------------------------------------------------------------------------------------------
