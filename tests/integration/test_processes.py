@@ -236,7 +236,7 @@ import os, signal, sys, threading
 from functools import partial
 from storekit import commit, count, restored_length
 from kvtier import PrefixStore
-from kvtier.store.catalog import Catalog
+from kvtier.store.valuation import Session
 from kvtier.store.folder import StoreFolder
 from kvtier.store.shared import Lease
 
@@ -256,7 +256,7 @@ when = ("after_in_parent", "after_in_child") if sys.argv[2] == "the start of a w
 os.register_at_fork(**dict.fromkeys(when, go_on.set))
 store = PrefixStore(folder, block_size=4)
 if sys.argv[2] == "a transaction":
-    hold_up(Catalog, "_insert")
+    hold_up(Session, "entered")
     commit(store, count(4))
 elif sys.argv[2] == "the start of a writer":
     committing = threading.Thread(target=commit, args=(store, count(4)))
