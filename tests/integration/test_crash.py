@@ -13,7 +13,7 @@ import pytest
 from storekit import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
-KILLS = int(os.environ.get("KVTIER_KILLS", "50"))
+KILLS = int(os.environ.get("KVTIER_KILLS", "30"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 SECONDS_A_KILL = 20
 

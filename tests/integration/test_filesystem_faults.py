@@ -1,6 +1,6 @@
 """Promise 4, call by call: each thing that a store asks of its drive or of SQLite fails once, and from there on.
 
-A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every twelfth one does,
+A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every twentieth one does,
 from another one on in each test.
 """
 
@@ -20,7 +20,7 @@ from storekit import block_files, commit, count, damage, restored_length, restor
 from kvtier import PrefixStore, StoreError
 from kvtier.testing.faults import DISK_ERRORS, Deed, Fault, Faults, FaultyFilesystem
 
-STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "12"))
+STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "20"))
 SECONDS_A_POINT = 10
 
 

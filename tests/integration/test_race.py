@@ -17,7 +17,7 @@ from kvtier import PrefixStore
 from kvtier.store import names
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
-TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "40"))
+TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "25"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 
 
