@@ -1,7 +1,7 @@
 """Promise 4, call by call: each thing that a store asks of its drive or of SQLite fails once, and from there on.
 
-A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every twentieth one does,
-from another one on in each test.
+A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every twentieth one
+does, from another one on in each test.
 """
 
 from __future__ import annotations
