@@ -98,11 +98,12 @@ class Descriptors:
 
     def give_back(self, file: ReadFile) -> None:
         """Let the descriptor of ``file`` be closed when there is no room for it."""
+        limit = self._limit()
         with self._lock:
             self._open[file].users -= 1
-            full = len(self._open) > self._limit()
+            full = len(self._open) > limit
         if full:
-            self._close_idle(self._limit())
+            self._close_idle(limit)
 
     def close(self, file: ReadFile) -> None:
         """Close the descriptor of ``file``, if one is open. Nobody uses it."""

@@ -118,9 +118,11 @@ class Commits:
         Without them, nothing that follows could be kept on disk. It is done behind the caller.
         """
         disk = self._disk
+        if disk is None:
+            return
         # The others are on disk, or will be.
         in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
-        if disk is None or not in_ram:
+        if not in_ram:
             return
 
         def write() -> None:
