@@ -16,8 +16,8 @@ OLDER := $(LOWEST_TRANSFORMERS) $(PREVIOUS_TRANSFORMERS)
 # What the lowest needs in older form than the newest one does; the rest is shared with $(VENV).
 BESIDE_$(LOWEST_TRANSFORMERS) := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
 # What must hold on each of them in every change: what kvtier relies on, every mode of generate(), edited histories.
-ON_EACH := tests/contract tests/integration/test_generate_modes.py tests/integration/test_argument_names.py \
-    tests/property/test_edited_history.py
+ON_EACH := tests/contract tests/hf/generate/test_generate_modes.py tests/hf/generate/test_argument_names.py \
+    tests/hf/turn/test_edited_history.py
 NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
@@ -118,11 +118,11 @@ newest: $(STAMP)  ## whatever transformers the index has today, pre-releases too
 
 fuzz: $(FUZZ_STAMP)  ## bytes chosen by the code they reach, against the readers of files; FUZZ_SECONDS=60
 	mkdir -p build/fuzz
-	$(BIN)/python tests/fuzz/coverage_guided.py -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
+	PYTHONPATH=. $(BIN)/python tests/fuzz/coverage_guided.py -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
 	    -max_len=65536 -artifact_prefix=build/fuzz/ build/fuzz tests/fuzz/corpus
 
 crash: $(STAMP)  ## a thousand killed processes, and races at full length; about ten minutes
-	KVTIER_KILLS=1000 KVTIER_RACE_TURNS=500 $(BIN)/python -m pytest tests/integration/test_crash.py tests/integration/test_race.py
+	KVTIER_KILLS=1000 KVTIER_RACE_TURNS=500 $(BIN)/python -m pytest tests/system/test_crash.py tests/system/test_race.py
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -15,12 +15,12 @@ from benchmarks import catalog_rows, page_cache
 from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from kvtier import PrefixStore
-from kvtier.pages import Page
-from kvtier.store.base import Block
+from kvtier.kv.page import Page
+from kvtier.platform.filesystem import LOCAL
+from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds, chain_keys
-from kvtier.store.filesystem import LOCAL
-from kvtier.store.folder import StoreFolder
-from kvtier.store.format import encode_block
+from kvtier.store.format.block_file import encode_block
+from kvtier.store.tiers.disk.folder import StoreFolder
 
 ROOT = "c4" * 32
 T = TypeVar("T")

@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Target, make_case
-from kvtier.store.catalog import Catalog, Prepared
 from kvtier.store.chain import BlockId, chain_keys
-from kvtier.store.database import Database
-from kvtier.store.eviction import Adaptive
+from kvtier.store.eviction.adaptive import Adaptive
+from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
+from kvtier.store.tiers.disk.catalog.database import Database
 
 _ROOT = "c4" * 32
 _BLOCK = 256  # tokens

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from benchmarks.replay import Contender, Place
 from benchmarks.trace import Trace
-from kvtier.store.eviction import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction.base import EvictionPolicy, PolicyState, Usage
 
 
 class Library(Contender):

@@ -8,7 +8,7 @@ from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import keys_values, load_chat, prefill, running_text, seeded, timed_turn
 from kvtier import PrefixStore
-from kvtier.cli.conversation import ChatModel
+from kvtier.cli.demo.conversation import ChatModel
 
 PLAIN = "DynamicCache"
 TIERED = "TieredCache"

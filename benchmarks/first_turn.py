@@ -12,7 +12,7 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, inte
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import TimedTurn, load_chat, reported, running_text, timed_turn
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.conversation import ChatModel
+from kvtier.cli.demo.conversation import ChatModel
 
 PLAIN = "DynamicCache"
 RAM = "TieredCache, RAM only"

@@ -24,7 +24,7 @@ from benchmarks.measure import BenchmarkError, Tokens
 
 if TYPE_CHECKING:
     from benchmarks.workload import KeysValues
-    from kvtier.cli.conversation import ChatModel
+    from kvtier.cli.demo.conversation import ChatModel
 
 CacheKind = Literal["dynamic", "tiered_ram", "tiered_folder", "torch_load", "torch_load_mmap"]
 
@@ -92,7 +92,7 @@ def run_fresh_turn(
 
 def main(task_name: str, result_name: str) -> None:
     """Run the turn that ``task_name`` describes."""
-    from kvtier.cli.conversation import ChatModel
+    from kvtier.cli.demo.conversation import ChatModel
 
     task = json.loads(Path(task_name).read_text(encoding="utf-8"))
     chat = ChatModel(task["model"])

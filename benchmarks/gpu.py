@@ -17,9 +17,9 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, Skip
 from benchmarks.result import Case, Result, make_case
 from benchmarks.workload import KeysValues, reported, timed_turn
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.demo_model import demo_model_folder
-from kvtier.cli.devices import accelerators, link
-from kvtier.stream.streams import MakeEngine
+from kvtier.cli.demo.model import demo_model_folder
+from kvtier.cli.doctor.devices import accelerators, link
+from kvtier.offload.manager import MakeEngine
 from kvtier.transfer import engine_for
 
 PLAIN = "DynamicCache"

@@ -14,9 +14,9 @@ from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import load_chat, seconds_of
 from kvtier import PrefixStore, TieredCache
-from kvtier.hf.anatomy import Anatomy
-from kvtier.hf.identity import identify
-from kvtier.hf.weights import digest_weights
+from kvtier.hf.identity.fingerprint import identify
+from kvtier.hf.identity.module_walk import Anatomy
+from kvtier.hf.identity.weights.digest import digest_weights
 
 _SMALL = "SmolLM2-135M"
 _PROMPT_TOKENS = 4096

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from kvtier.memory import host_memory_bytes
+from kvtier.platform.memory import host_memory_bytes
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

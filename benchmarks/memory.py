@@ -10,7 +10,7 @@ from benchmarks.measure import Competitor, Options, Sample, Tokens, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import copied, hold_first_turn, load_chat, seeded
 from kvtier import PrefixStore
-from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.cli.demo.model import ensure_demo_model
 
 PLAIN = "DynamicCache"
 BY_HAND = "torch.load"

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
-from kvtier.pages import Page
-from kvtier.store.base import Block
+from kvtier.kv.page import Page
+from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.eviction import Adaptive
-from kvtier.store.host import HostTier
+from kvtier.store.eviction.adaptive import Adaptive
+from kvtier.store.tiers.host.tier import HostTier
 
 ROOT = "c4" * 32
 _BLOCK = 256  # tokens

@@ -16,7 +16,7 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, inte
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import KeysValues, expect_source, keys_values, load_chat, prefill, running_text, seeded
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.conversation import ChatModel
+from kvtier.cli.demo.conversation import ChatModel
 
 PLAIN = "safetensors and memcpy"
 PLAIN_NEW_MEMORY = "safetensors and memcpy, new memory"

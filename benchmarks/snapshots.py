@@ -15,8 +15,8 @@ from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
-from kvtier.hf import pieces
 from kvtier.hf.compat.names import passed
+from kvtier.hf.turn import prefill_plan as pieces
 
 _NONE = "at the end only"
 _SPACINGS = (2048, 1024, 512)

@@ -31,8 +31,8 @@ from benchmarks.workload import (
     seeded_cache,
 )
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.conversation import ChatModel
-from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.cli.demo.conversation import ChatModel
+from kvtier.cli.demo.model import ensure_demo_model
 from kvtier.hf.compat.names import passed
 
 PLAIN = "DynamicCache"

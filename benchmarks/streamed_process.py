@@ -75,7 +75,7 @@ def measure_growth(model_folder: str, store: Path, prompt: Tokens, budget_bytes:
 def main(model_folder: str, store_folder: str, budget: str, tokens: str) -> None:
     """Decode; say ``ready`` first, and wait for the prompt."""
     from kvtier import PrefixStore, TieredCache
-    from kvtier.cli.conversation import ChatModel
+    from kvtier.cli.demo.conversation import ChatModel
 
     chat = ChatModel(model_folder)
     sys.stdout.write(_READY)

@@ -15,8 +15,8 @@ from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import Conversation, copied, expect_source, hold_first_turn, load_chat, reported, seeded
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.conversation import Answer, ChatModel
-from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.cli.demo.conversation import Answer, ChatModel
+from kvtier.cli.demo.model import ensure_demo_model
 
 COLD = "DynamicCache, cold"
 CONTINUED = "DynamicCache, same object"

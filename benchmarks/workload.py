@@ -18,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import BenchmarkError, Tokens
 from kvtier import PrefixStore, TieredCache, TurnReport
-from kvtier.cli.conversation import ChatModel
-from kvtier.cli.demo_model import ensure_demo_model
+from kvtier.cli.demo.conversation import ChatModel
+from kvtier.cli.demo.model import ensure_demo_model
 from kvtier.hf.compat.names import passed
 
 KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -37,7 +37,7 @@ def load_chat() -> ChatModel:
 
 def document() -> str:
     """Return the shipped document."""
-    return resources.files("kvtier.cli").joinpath("lighthouse.txt").read_text(encoding="utf-8").strip()
+    return resources.files("kvtier.cli.demo").joinpath("lighthouse.txt").read_text(encoding="utf-8").strip()
 
 
 def first_prompt(chat: ChatModel, tokens: int) -> Tokens:

@@ -12,8 +12,8 @@ import torch
 from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from kvtier import PrefixStore
-from kvtier.geometry import Geometry, LayerGeometry
-from kvtier.pages import Page
+from kvtier.kv.page import Page
+from kvtier.kv.spec import Geometry, LayerGeometry
 from kvtier.store.store import DEFAULT_TAIL_DELAY_SECONDS
 
 ROOT = "77" * 32

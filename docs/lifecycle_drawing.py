@@ -1,4 +1,4 @@
-"""Draw the life of a block from ``kvtier.store.lifecycle.TABLE``: ``python docs/lifecycle_drawing.py``.
+"""Draw the life of a block from ``kvtier.store.tiers.block_states.TABLE``: ``python docs/lifecycle_drawing.py``.
 
 Writes ``docs/images/lifecycle.svg`` and prints nothing. A test sees to it that the drawing is the table's.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from kvtier.store.lifecycle import TABLE, Move, State
+from kvtier.store.tiers.block_states import TABLE, Move, State
 
 DRAWING = Path(__file__).parent / "images" / "lifecycle.svg"
 _WIDTH, _HEIGHT, _BOX = 860, 430, (110, 40)

@@ -31,7 +31,7 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
-bundled = resources.files("kvtier.cli") / "lighthouse.txt"
+bundled = resources.files("kvtier.cli.demo") / "lighthouse.txt"
 text = args.document.read_text() if args.document else bundled.read_text()
 document = tokenizer(text).input_ids
 document += (document * (args.tokens // len(document)))[: max(0, args.tokens - len(document))]

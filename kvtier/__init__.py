@@ -19,7 +19,7 @@ from kvtier.errors import (
     UnknownNameError,
 )
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.hook import uninstall
+from kvtier.hf.generate.hook import uninstall
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import families
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
-from upstream import CACHE
 
 from kvtier import PrefixStore, TieredCache
+from tests.support import families
+from tests.support.upstream import CACHE
 
 # A change must not fail for what another one broke: CI tries the same examples every time. New ones are looked for by
 # `pytest --hypothesis-profile=nightly`, or with HYPOTHESIS_PROFILE=nightly in the environment.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli import demo, doctor, store
+from kvtier.cli import store
+from kvtier.cli.demo import command as demo
+from kvtier.cli.doctor import command as doctor
 
 app = typer.Typer(
     name="kvtier",

@@ -13,19 +13,19 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError, ConfigurationError, PromptError
-from kvtier.hf.call import read_loop
 from kvtier.hf.compat.canary import try_upstream
-from kvtier.hf.hook import install
-from kvtier.hf.layer_marks import LayerMarks
-from kvtier.hf.positions import remember_positions
-from kvtier.hf.serving import exclusively
-from kvtier.hf.streaming import Streaming
-from kvtier.hf.turns import TurnCache
+from kvtier.hf.generate.hook import install
+from kvtier.hf.inputs.positions import remember_positions
+from kvtier.hf.inputs.request import read_loop
+from kvtier.hf.layers.layer_marks import LayerMarks
+from kvtier.hf.offload_config import Streaming
+from kvtier.hf.turn.exclusive_use import exclusively
+from kvtier.hf.turn.manager import TurnCache
+from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
-from kvtier.store.shared import Lease
-from kvtier.stream.streams import MakeEngine
+from kvtier.store.open_stores import Lease
 from kvtier.transfer import engine_for
 
 _log = logging.getLogger("kvtier.hf")

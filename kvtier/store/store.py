@@ -27,28 +27,31 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, StoreError, UnavailableError
-from kvtier.fork import Rank, take_part
-from kvtier.memory import default_host_budget_bytes
-from kvtier.paths import folder_path
-from kvtier.store.base import BlockReader, Tier
+from kvtier.platform.filesystem import LOCAL, Filesystem
+from kvtier.platform.fork_safety import Rank, take_part
+from kvtier.platform.memory import default_host_budget_bytes
+from kvtier.platform.paths import folder_path
+from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.codec import CODECS
-from kvtier.store.commits import Commits, Read, States
-from kvtier.store.connection import Connect, connect
-from kvtier.store.database import Database
-from kvtier.store.disk import DiskSettings, DiskTier
-from kvtier.store.eviction import Adaptive, EvictionPolicy
-from kvtier.store.filesystem import LOCAL, Filesystem
-from kvtier.store.folder import StoreFolder
-from kvtier.store.host import HostTier
-from kvtier.store.inventory import Inventory
-from kvtier.store.management import ManagedStore
-from kvtier.store.match import PrefixMatch, Span, longest_match, snapshots_of
-from kvtier.store.names import Names, checked_ttl
-from kvtier.store.owners import Owner
-from kvtier.store.recovery import open_catalog
-from kvtier.store.restore import Restore, summary
-from kvtier.store.stats import StoreStats, snapshot
+from kvtier.store.commit import Commits, Read, States
+from kvtier.store.eviction.adaptive import Adaptive
+from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.format.codecs import CODECS
+from kvtier.store.load import Restore, summary
+from kvtier.store.lookup import PrefixMatch, Span, longest_match, snapshots_of
+from kvtier.store.manage.admin import ManagedStore
+from kvtier.store.manage.inventory import Inventory
+from kvtier.store.manage.stats import StoreStats, snapshot
+from kvtier.store.names import checked_ttl
+from kvtier.store.tiers.base import Tier
+from kvtier.store.tiers.disk.catalog.connection import Connect, connect
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.names import Names
+from kvtier.store.tiers.disk.owners import Owner
+from kvtier.store.tiers.disk.recovery import open_catalog
+from kvtier.store.tiers.disk.tier import DiskSettings, DiskTier
+from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
@@ -142,7 +145,7 @@ class PrefixStore(ManagedStore):
         self._clock = clock
         policy = policy or Adaptive()
         if not isinstance(getattr(policy, "name", None), str):
-            raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.")
+            raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.base.")
         self._pinned: frozenset[str] = frozenset()  # in a store without folder
         self._disk: DiskTier | None = None
         self._owner: Owner | None = None

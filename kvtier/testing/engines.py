@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvtier.transfer.engine import CopyEngine
+from kvtier.transfer.base import CopyEngine
 
 _LENGTH = 64
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from kvtier.store.filesystem import LocalFilesystem, SystemCalls
+from kvtier.platform.filesystem import LocalFilesystem, SystemCalls
 
 T = TypeVar("T")
 CALLS = ("open", "write", "fsync", "rename", "unlink", "mkdir", "statement")

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 
 import torch
 
-from kvtier.buffers import new_buffer
-from kvtier.transfer.engine import CopyEngine, Fence, InlineEngine, Pair, Task
-from kvtier.transfer.host import ThreadEngine
+from kvtier.kv.allocation import new_buffer
+from kvtier.transfer.base import CopyEngine, Fence, InlineEngine, Pair, Task
+from kvtier.transfer.cpu import ThreadEngine
 from kvtier.transfer.threads import Readers
 
 _log = logging.getLogger("kvtier.transfer")

@@ -59,30 +59,30 @@ APPEND = "(self, key_states, value_states, *args, **kwargs)"
 
 # What is imported by name.
 IMPORTS = [
-    Reliance("transformers.__version__", "hf/identity.py"),
-    Reliance("transformers.GenerationMixin", "hf/hook.py"),
-    Reliance("transformers.EncoderDecoderCache", "hf/generate.py"),
-    Reliance("transformers.DynamicCache", "hf/layout.py"),
-    Reliance("transformers.GenerationConfig", "hf/soundness.py"),
-    Reliance("transformers.PreTrainedConfig", "hf/description.py"),
-    Reliance("transformers.PreTrainedModel", "hf/generate.py"),
-    Reliance("transformers.Cache", "hf/feeding.py"),
-    Reliance("transformers.StoppingCriteria", "hf/feeding.py"),
-    Reliance("transformers.StoppingCriteriaList", "hf/generate.py"),
+    Reliance("transformers.__version__", "hf/identity/fingerprint.py"),
+    Reliance("transformers.GenerationMixin", "hf/generate/hook.py"),
+    Reliance("transformers.EncoderDecoderCache", "hf/generate/run.py"),
+    Reliance("transformers.DynamicCache", "hf/layers/build.py"),
+    Reliance("transformers.GenerationConfig", "hf/identity/eligibility.py"),
+    Reliance("transformers.PreTrainedConfig", "hf/identity/stable_repr.py"),
+    Reliance("transformers.PreTrainedModel", "hf/generate/run.py"),
+    Reliance("transformers.Cache", "hf/generate/prefill.py"),
+    Reliance("transformers.StoppingCriteria", "hf/generate/prefill.py"),
+    Reliance("transformers.StoppingCriteriaList", "hf/generate/run.py"),
     Reliance("transformers.cache_utils", "hf/compat/names.py"),
-    Reliance("transformers.cache_utils.Cache", "hf/windows.py"),
-    Reliance("transformers.cache_utils.CacheLayerMixin", "hf/windows.py"),
-    Reliance("transformers.cache_utils.DynamicLayer", "hf/layout.py"),
-    Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layout.py"),
-    Reliance("transformers.cache_utils.DynamicIndexedLayer", "hf/layout.py"),
-    Reliance("transformers.cache_utils.LinearAttentionLayer", "hf/state_layers.py"),
-    Reliance("transformers.cache_utils.LinearAttentionAndFullAttentionLayer", "hf/layout.py"),
-    Reliance("transformers.cache_utils.LinearAttentionAndSlidingWindowAttentionLayer", "hf/layout.py"),
-    Reliance("transformers.cache_utils.LinearAttentionCacheLayerMixin", "hf/states.py"),
+    Reliance("transformers.cache_utils.Cache", "hf/layers/container.py"),
+    Reliance("transformers.cache_utils.CacheLayerMixin", "hf/layers/container.py"),
+    Reliance("transformers.cache_utils.DynamicLayer", "hf/layers/build.py"),
+    Reliance("transformers.cache_utils.DynamicSlidingWindowLayer", "hf/layers/build.py"),
+    Reliance("transformers.cache_utils.DynamicIndexedLayer", "hf/layers/build.py"),
+    Reliance("transformers.cache_utils.LinearAttentionLayer", "hf/layers/hybrid.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndFullAttentionLayer", "hf/layers/build.py"),
+    Reliance("transformers.cache_utils.LinearAttentionAndSlidingWindowAttentionLayer", "hf/layers/build.py"),
+    Reliance("transformers.cache_utils.LinearAttentionCacheLayerMixin", "hf/layers/states.py"),
     Reliance("transformers.cache_utils.DummyLayer", "hf/compat/names.py", since=(5, 23)),
-    Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate.py"),
-    Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/anatomy.py"),
-    Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/anatomy.py"),
+    Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate/run.py"),
+    Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
+    Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
     Reliance("transformers.AutoModelForCausalLM", "hf/upstream.py"),
     Reliance("transformers.AutoTokenizer", "hf/upstream.py"),
     Reliance("transformers.LlamaConfig", "hf/upstream.py"),
@@ -93,9 +93,9 @@ IMPORTS = [
 
 # What is called, overridden or read on them.
 MEMBERS = [
-    Reliance("transformers.GenerationMixin.generate", "hf/hook.py", GENERATE),
+    Reliance("transformers.GenerationMixin.generate", "hf/generate/hook.py", GENERATE),
     Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/compat/model_profiles.py", "(cls)"),
-    Reliance("transformers.StoppingCriteria.__call__", "hf/feeding.py", "(self, input_ids, scores, **kwargs)"),
+    Reliance("transformers.StoppingCriteria.__call__", "hf/generate/prefill.py", "(self, input_ids, scores, **kwargs)"),
     Reliance(
         "transformers.GenerationMixin._prepare_cache_for_generation",
         "hf/compat/names.py",
@@ -110,31 +110,33 @@ MEMBERS = [
     ),
     Reliance(
         "transformers.GenerationMixin.prepare_inputs_for_generation",
-        "hf/feeding.py",
+        "hf/generate/prefill.py",
         "(self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, inputs_embeds=None, "
         "is_first_iteration=False, **kwargs)",
         until=(5, 24),
     ),
-    Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate.py", "(self, value)"),
-    Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate.py", "(self)"),
-    Reliance("transformers.PreTrainedConfig.to_dict", "hf/description.py", "(self)"),
-    Reliance("transformers.PreTrainedConfig.get_text_config", "hf/layout.py", "(self, decoder=None, encoder=None)"),
-    Reliance("transformers.PreTrainedConfig._attn_implementation", "hf/anatomy.py", "property"),
-    Reliance("transformers.PreTrainedConfig._experts_implementation", "hf/anatomy.py", "property"),
-    Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate.py", "(self, *caches)"),
+    Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate/run.py", "(self, value)"),
+    Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate/run.py", "(self)"),
+    Reliance("transformers.PreTrainedConfig.to_dict", "hf/identity/stable_repr.py", "(self)"),
+    Reliance(
+        "transformers.PreTrainedConfig.get_text_config", "hf/layers/build.py", "(self, decoder=None, encoder=None)"
+    ),
+    Reliance("transformers.PreTrainedConfig._attn_implementation", "hf/identity/module_walk.py", "property"),
+    Reliance("transformers.PreTrainedConfig._experts_implementation", "hf/identity/module_walk.py", "property"),
+    Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate/run.py", "(self, *caches)"),
     Reliance(
         "transformers.DynamicCache.__init__",
-        "hf/layout.py",
+        "hf/layers/build.py",
         "(self, ddp_cache_data=None, config=None, offloading=False, offload_only_non_sliding=False)",
     ),
     Reliance(
         "transformers.cache_utils.DynamicSlidingWindowLayer.__init__",
-        "hf/layout.py",
+        "hf/layers/build.py",
         "(self, sliding_window, **kwargs)",
     ),
     *_of(
         "transformers.cache_utils.Cache",
-        "hf/windows.py",
+        "hf/layers/container.py",
         {
             "__init__": (
                 "(self, layers=None, layer_class_to_replicate=None, offloading=False, offload_only_non_sliding=True)"
@@ -147,21 +149,21 @@ MEMBERS = [
             "update_conv_state": "(self, conv_states, layer_idx, state_idx=0, **kwargs)",
         },
     ),
-    Reliance("transformers.cache_utils.Cache.is_linear", "hf/feeding.py", "property"),
+    Reliance("transformers.cache_utils.Cache.is_linear", "hf/generate/prefill.py", "property"),
     Reliance(
         "transformers.cache_utils.Cache.get_conv_state",
-        "hf/windows.py",
+        "hf/layers/container.py",
         "(self, layer_idx, state_idx=0)",
         since=(5, 21),
     ),
     *_of(
         "transformers.cache_utils.DynamicIndexedLayer",
-        "hf/layers.py",
+        "hf/layers/attention.py",
         {"update_indexer": "(self, indexer_key_states)"},
     ),
     *_of(
         "transformers.cache_utils.LinearAttentionLayer",
-        "hf/state_layers.py",
+        "hf/layers/hybrid.py",
         {
             "__init__": "(self, number_of_states=1, **kwargs)",
             "crop": "(self, tokens_to_remove)",
@@ -171,7 +173,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.Cache",
-        "hf/turns.py",
+        "hf/turn/manager.py",
         {
             "reset": "(self)",
             "crop": "(self, tokens_to_remove)",
@@ -180,7 +182,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.CacheLayerMixin",
-        "hf/layers.py",
+        "hf/layers/attention.py",
         {
             "lazy_initialization": "(self, key_states, value_states)",
             "update": APPEND,
@@ -194,7 +196,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.DynamicLayer",
-        "hf/layers.py",
+        "hf/layers/attention.py",
         {
             "crop": "(self, tokens_to_remove)",
             "batch_select_indices": "(self, indices)",
@@ -219,49 +221,51 @@ CACHE_PARAMETERS: dict[str, tuple[Version, Version | None]] = {
 OTHERS = [
     Reliance(
         "transformers.models.minimax.modeling_minimax.MiniMaxCache.get_linear_cache",
-        "hf/carriers.py",
+        "hf/compat/external_state.py",
         "(self, layer_idx)",
     ),
     Reliance(
         "transformers.models.minimax.modeling_minimax.MiniMaxCache.set_linear_cache",
-        "hf/carriers.py",
+        "hf/compat/external_state.py",
         "(self, layer_idx, linear_cache)",
     ),
     Reliance(
         "transformers.models.xlstm.modeling_xlstm.xLSTMCache.__init__",
-        "hf/carriers.py",
+        "hf/compat/external_state.py",
         "(self, config, max_batch_size, dtype=torch.bfloat16, device=None, **kwargs)",
     ),
-    Reliance("transformers.models.rwkv.modeling_rwkv.RwkvModel._rescale_layers", "hf/carriers.py", "(self)"),
-    Reliance("accelerate.hooks.ModelHook", "hf/soundness.py"),
-    Reliance("accelerate.hooks.SequentialHook", "hf/soundness.py"),
-    Reliance("accelerate.hooks.AlignDevicesHook", "hf/anatomy.py"),
-    Reliance("accelerate.utils.offload.PrefixedDataset", "hf/anatomy.py"),
-    Reliance("accelerate.utils.offload.OffloadedWeightsLoader", "hf/anatomy.py"),
-    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "hf/identity.py"),
-    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters", "hf/identity.py"),
-    Reliance("peft.tuners.tuners_utils.BaseTunerLayer.merged_adapters", "hf/identity.py"),
-    Reliance("peft.PeftModel.active_peft_config", "hf/soundness.py", "property"),
+    Reliance(
+        "transformers.models.rwkv.modeling_rwkv.RwkvModel._rescale_layers", "hf/compat/external_state.py", "(self)"
+    ),
+    Reliance("accelerate.hooks.ModelHook", "hf/identity/eligibility.py"),
+    Reliance("accelerate.hooks.SequentialHook", "hf/identity/eligibility.py"),
+    Reliance("accelerate.hooks.AlignDevicesHook", "hf/identity/module_walk.py"),
+    Reliance("accelerate.utils.offload.PrefixedDataset", "hf/identity/module_walk.py"),
+    Reliance("accelerate.utils.offload.OffloadedWeightsLoader", "hf/identity/module_walk.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "hf/identity/fingerprint.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters", "hf/identity/fingerprint.py"),
+    Reliance("peft.tuners.tuners_utils.BaseTunerLayer.merged_adapters", "hf/identity/fingerprint.py"),
+    Reliance("peft.PeftModel.active_peft_config", "hf/identity/eligibility.py", "property"),
 ]
 
 # Every public member of a class that kvtier stands in for, and who answers it. A new one may read or change what the
 # cache holds past kvtier's methods: look at what calls it, and add it here.
 KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.cache_utils.Cache": {
-        "update": "hf/turns.py",
-        "reset": "hf/turns.py",
-        "crop": "hf/turns.py",
-        "reorder_cache": "hf/windows.py",
-        "batch_select_indices": "hf/windows.py",
-        "batch_repeat_interleave": "hf/windows.py",
-        "get_seq_length": "hf/windows.py",
+        "update": "hf/turn/manager.py",
+        "reset": "hf/turn/manager.py",
+        "crop": "hf/turn/manager.py",
+        "reorder_cache": "hf/layers/container.py",
+        "batch_select_indices": "hf/layers/container.py",
+        "batch_repeat_interleave": "hf/layers/container.py",
+        "get_seq_length": "hf/layers/container.py",
         "get_mask_sizes": "asks one layer",
         "get_max_length": "asks the layers",
         "get_query_offset": "is get_seq_length",
         "has_previous_state": "asks one linear layer",
-        "get_conv_state": "hf/windows.py",
+        "get_conv_state": "hf/layers/container.py",
         "get_recurrent_state": "asks one linear layer",
-        "update_conv_state": "hf/windows.py",
+        "update_conv_state": "hf/layers/container.py",
         "update_recurrent_state": "of one linear layer",
         "update_indexer": "of one indexed layer",
         "activate_past_recording": "of the layers that have it",
@@ -281,14 +285,14 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "max_cache_len": "asks the layers; gone in 5.20",
     },
     "transformers.cache_utils.CacheLayerMixin": {
-        "lazy_initialization": "hf/layers.py",
-        "update": "hf/layers.py",
-        "get_mask_sizes": "hf/layers.py",
-        "get_seq_length": "hf/layers.py",
-        "get_max_length": "hf/layers.py",
-        "reset": "hf/layers.py",
-        "reorder_cache": "hf/layers.py",
-        "is_croppable": "hf/layers.py",
+        "lazy_initialization": "hf/layers/attention.py",
+        "update": "hf/layers/attention.py",
+        "get_mask_sizes": "hf/layers/attention.py",
+        "get_seq_length": "hf/layers/attention.py",
+        "get_max_length": "hf/layers/attention.py",
+        "reset": "hf/layers/attention.py",
+        "reorder_cache": "hf/layers/attention.py",
+        "is_croppable": "hf/layers/attention.py",
         "is_compileable": "stays False",
         "supports_early_init": "for export",
         "prefetch": "for transformers' own offloading",
@@ -296,16 +300,16 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "get_max_cache_shape": "is get_max_length; gone in 5.20",
     },
     "transformers.cache_utils.DynamicLayer": {
-        "crop": "hf/layers.py",
-        "batch_select_indices": "hf/layers.py",
-        "batch_repeat_interleave": "hf/layers.py",
-        "is_sliding": "hf/layers.py",
+        "crop": "hf/layers/attention.py",
+        "batch_select_indices": "hf/layers/attention.py",
+        "batch_repeat_interleave": "hf/layers/attention.py",
+        "is_sliding": "hf/layers/attention.py",
     },
     "transformers.cache_utils.DynamicSlidingWindowLayer": {
         "activate_past_recording": "windows keep every column: nothing to record",
     },
     "transformers.cache_utils.DynamicIndexedLayer": {
-        "update_indexer": "hf/layers.py",
+        "update_indexer": "hf/layers/attention.py",
         "lazy_initialization_indexer": "is done by update_indexer",
     },
     "transformers.cache_utils.LinearAttentionLayer": {
@@ -319,9 +323,9 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
         "supports_early_init": "for export",
         "prefetch": "for transformers' own offloading",
         "offload": "for transformers' own offloading",
-        "crop": "hf/state_layers.py",
-        "reset": "hf/state_layers.py",
-        "reorder_cache": "hf/state_layers.py",
+        "crop": "hf/layers/hybrid.py",
+        "reset": "hf/layers/hybrid.py",
+        "reorder_cache": "hf/layers/hybrid.py",
     },
     "transformers.EncoderDecoderCache": {"check_dynamic_cache": "asks for DynamicCache, which TieredCache is"},
 }
@@ -342,7 +346,7 @@ STATES = {
 }
 
 # Kinds of layers that a config can ask for, those that models register for themselves included. A new one needs a
-# decision in hf/layout.py: a window, states, or no reuse.
+# decision in hf/layers/build.py: a window, states, or no reuse.
 LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
@@ -366,11 +370,11 @@ LAYER_TYPES = {
 # Those of them that kvtier does not keep: reuse is off.
 NOT_KEPT = {"reference_sliding_attention"}
 
-# How rotary positions are computed. hf/soundness.py must name those that depend on the length of the sequence.
+# How rotary positions are computed. hf/identity/eligibility.py must name those that depend on the length of the sequence.
 ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}
 ROPE_TYPES = ROPE_TYPES_BY_LENGTH | {"linear", "yarn", "llama3", "proportional"}
 
-# Settings of generate(). hf/soundness.py takes all of them to choose tokens, not K and V, but for those it names: a new
+# Settings of generate(). hf/identity/eligibility.py takes all of them to choose tokens, not K and V, but for those it names: a new
 # one may decide which tokens are fed, how often, or in which form.
 _SETTINGS = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import transformers
 from reliance import CACHE_PARAMETERS, INSTALLED
-from upstream import CACHE, given
 
 from kvtier.hf.compat import names
+from tests.support.upstream import CACHE, given
 
 MODELS = Path(transformers.__file__).parent / "models"
 

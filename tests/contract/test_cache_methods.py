@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-import families
 import pytest
 import torch
 from transformers import DynamicCache, cache_utils
@@ -13,7 +12,8 @@ from kvtier import ConfigurationError, TieredCache
 from kvtier.errors import KvtierError
 from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.compat.names import INSTALLED
-from kvtier.hf.layout import build_layers, upstream_layers
+from kvtier.hf.layers.build import build_layers, upstream_layers
+from tests.support import families
 
 STATE = torch.ones(1, 2, 3)
 CALLS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from upstream import given
 
 import kvtier
+from tests.support.upstream import given
 
 PACKAGE = Path(kvtier.__file__).parent
 # What ``torch.set_default_device`` reaches.

@@ -18,11 +18,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from upstream import CACHE
 
-from kvtier.hf.call import _infer_mask
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
-from kvtier.hf.soundness import DROPPED
+from kvtier.hf.inputs.arguments import DROPPED
+from kvtier.hf.inputs.request import _infer_mask
+from tests.support.upstream import CACHE
 
 
 def relied_on(where):
@@ -70,7 +70,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [0]}
 
 @pytest.mark.parametrize("known", [0, 1, 9])
 def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
-    where = relied_on("hf/generate.py")
+    where = relied_on("hf/generate/run.py")
     ids, cache = tokens(10), Watched(model.config)
     if known:
         model(input_ids=ids[:, :known], **{CACHE: cache})
@@ -81,10 +81,10 @@ def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
     assert fed[0][CACHE] is cache, where
     assert torch.equal(fed[0]["input_ids"], ids[:, known:]), where
     assert torch.equal(fed[0]["position_ids"], torch.arange(known, 10)[None]), where
-    assert [layer for layer, _ in cache.updates] == [0, 1, 2] * 4, relied_on("hf/windows.py")
-    assert {shape[:2] + shape[3:] for _, shape in cache.updates} == {(1, 2, 16)}, relied_on("hf/layers.py")
+    assert [layer for layer, _ in cache.updates] == [0, 1, 2] * 4, relied_on("hf/layers/container.py")
+    assert {shape[:2] + shape[3:] for _, shape in cache.updates} == {(1, 2, 16)}, relied_on("hf/layers/attention.py")
     assert cache.get_seq_length() == found.shape[1] - 1, relied_on("hf/cache.py")  # the last token was not fed
-    assert torch.equal(found[:, :10], ids), relied_on("hf/turn.py")
+    assert torch.equal(found[:, :10], ids), relied_on("hf/turn/turn.py")
 
 
 def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
@@ -94,8 +94,8 @@ def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
     model(input_ids=ids[:, :7], attention_mask=mask[:, :7], **{CACHE: cache})
     fed.clear()
     model.generate(ids, attention_mask=mask, **{CACHE: cache}, **GREEDY)
-    assert columns(fed) == [3, 1, 1, 1], relied_on("hf/generate.py")
-    assert torch.equal(fed[0]["attention_mask"], mask), relied_on("hf/generate.py")
+    assert columns(fed) == [3, 1, 1, 1], relied_on("hf/generate/run.py")
+    assert torch.equal(fed[0]["attention_mask"], mask), relied_on("hf/generate/run.py")
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
@@ -104,8 +104,10 @@ def test_hooks_see_every_forward_pass_with_its_arguments_by_name(model, tokens, 
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     cache = DynamicCache(config=model.config)
     model.generate(tokens(10), **{CACHE: cache}, **{**GREEDY, **settings})
-    assert len(seen) >= 2, relied_on("hf/fed.py: watching")
-    assert all(not args and kwargs[CACHE] is cache for args, kwargs in seen), relied_on("hf/fed.py: watching")
+    assert len(seen) >= 2, relied_on("hf/turn/token_trace.py: watching")
+    assert all(not args and kwargs[CACHE] is cache for args, kwargs in seen), relied_on(
+        "hf/turn/token_trace.py: watching"
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
@@ -120,7 +122,7 @@ def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, toke
 
     found = model.generate(tokens(10), stopping_criteria=StoppingCriteriaList([Notes()]), **{**GREEDY, **settings})
     assert found.shape[1] == 14
-    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/feeding.py: PromptEnd")
+    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/generate/prefill.py: PromptEnd")
 
 
 @pytest.mark.parametrize(
@@ -130,19 +132,19 @@ def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
     ids, repeats, cache = tokens(10, rows=2), 3, Watched(model.config)
     settings = {**GREEDY, "do_sample": "num_beams" not in settings, **settings}
     found = model.generate(ids, **{CACHE: cache}, **settings)
-    where = relied_on("hf/turn.py")
+    where = relied_on("hf/turn/turn.py")
     assert torch.equal(fed[0]["input_ids"], ids.repeat_interleave(repeats, 0)), where
     assert torch.equal(found[:, :10], ids.repeat_interleave(settings["num_return_sequences"], 0)), where
     if "num_beams" in settings:
-        assert cache.reorders, relied_on("hf/windows.py")
-        assert all(len(rows) == 6 for rows in cache.reorders), relied_on("hf/windows.py")
+        assert cache.reorders, relied_on("hf/layers/container.py")
+        assert all(len(rows) == 6 for rows in cache.reorders), relied_on("hf/layers/container.py")
 
 
 def test_the_callers_cache_is_returned(model, tokens):
     cache = DynamicCache(config=model.config)
     found = model.generate(tokens(10), **{CACHE: cache}, return_dict_in_generate=True, **GREEDY)
-    assert getattr(found, CACHE) is cache, relied_on("hf/generate.py")
-    assert found.sequences.shape == (1, 14), relied_on("hf/generate.py")
+    assert getattr(found, CACHE) is cache, relied_on("hf/generate/run.py")
+    assert found.sequences.shape == (1, 14), relied_on("hf/generate/run.py")
 
 
 @pytest.mark.parametrize("eos", [None, 0, 5])
@@ -156,16 +158,16 @@ def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
     model.generate(ids, do_sample=False, max_new_tokens=1, **({"pad_token_id": 0} if pad is None else {}))
     theirs = fed[0].get("attention_mask")
     theirs = None if theirs is None or theirs.all() else theirs  # older versions pass a mask of ones
-    assert (ours is None) == (theirs is None), relied_on("hf/call.py")
+    assert (ours is None) == (theirs is None), relied_on("hf/inputs/request.py")
     if ours is not None:
-        assert torch.equal(ours, theirs), relied_on("hf/call.py")
+        assert torch.equal(ours, theirs), relied_on("hf/inputs/request.py")
 
 
 def test_settings_come_from_the_call_then_its_config_then_the_model(model, tokens):
     ids = tokens(10)
     model.generation_config.max_new_tokens = 1
     config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
-    where = relied_on("hf/call.py")
+    where = relied_on("hf/inputs/request.py")
     assert model.generate(ids, do_sample=False).shape[1] == 11, where
     assert model.generate(ids, generation_config=config).shape[1] == 12, where
     assert model.generate(ids, generation_config=config, max_new_tokens=3).shape[1] == 13, where
@@ -184,14 +186,14 @@ def test_arguments_that_no_forward_pass_is_given(model, tokens, name):
     ids = tokens(10)
     prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: 10, "position_ids": None})
     assert "input_ids" in prepared
-    assert name not in prepared, relied_on("hf/soundness.py: DROPPED")
+    assert name not in prepared, relied_on("hf/identity/eligibility.py: DROPPED")
 
 
 def test_no_other_argument_is_dropped():
     """What else ``prepare_inputs_for_generation`` keeps back is of no use to kvtier before it is known."""
     source = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
     (listed,) = re.findall(r"kwargs_to_avoid_forwarding = \((.*?)\)", source)
-    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/soundness.py: DROPPED")
+    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/identity/eligibility.py: DROPPED")
 
 
 def test_labels_and_their_count_change_no_state(model, tokens, fed):
@@ -200,10 +202,10 @@ def test_labels_and_their_count_change_no_state(model, tokens, fed):
     fed.clear()
     found = model.generate(ids, **{CACHE: labelled}, labels=ids, num_items_in_batch=torch.tensor(3), **GREEDY)
     assert torch.equal(found, expected)
-    assert all("labels" not in call for call in fed), relied_on("hf/soundness.py: DROPPED")
+    assert all("labels" not in call for call in fed), relied_on("hf/identity/eligibility.py: DROPPED")
     for ours, theirs in zip(labelled.layers, bare.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/soundness.py")
-        assert torch.equal(ours.values, theirs.values), relied_on("hf/soundness.py")
+        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/identity/eligibility.py")
+        assert torch.equal(ours.values, theirs.values), relied_on("hf/identity/eligibility.py")
 
 
 def test_a_streamer_gets_the_prompt_first(model, tokens):
@@ -219,7 +221,7 @@ def test_a_streamer_gets_the_prompt_first(model, tokens):
 
     notes, ids = Notes(), tokens(10)
     found = model.generate(ids, streamer=notes, **GREEDY)[0].tolist()
-    assert notes.seen == [ids[0].tolist(), *([t] for t in found[10:]), "end"], relied_on("hf/generate.py")
+    assert notes.seen == [ids[0].tolist(), *([t] for t in found[10:]), "end"], relied_on("hf/generate/run.py")
 
 
 def test_mamba_prepares_its_inputs_by_name(tokens):
@@ -234,4 +236,4 @@ def test_mamba_prepares_its_inputs_by_name(tokens):
 
     model.prepare_inputs_for_generation = watching
     model.generate(tokens(5) % 49 + 1, **{name: DynamicCache(config=config)}, **GREEDY)
-    assert seen[0] == ((), True, True), relied_on("hf/feeding.py: slice_prompts")
+    assert seen[0] == ((), True, True), relied_on("hf/generate/prefill.py: slice_prompts")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from reliance import INSTALLED
 from transformers import DynamicCache, GenerationMixin, MambaConfig, MambaForCausalLM, cache_utils
-from upstream import given
+
+from tests.support.upstream import given
 
 SINCE_5_24 = INSTALLED >= (5, 24)
 
@@ -61,7 +62,7 @@ def test_layers_that_crop_say_so(kind):
 
 
 def test_models_of_linear_attention_are_fed_the_whole_prompt_again(tokens):
-    """kvtier slices it: see hf/feeding.py."""
+    """kvtier slices it: see hf/generate/prefill.py."""
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
     model, fed = MambaForCausalLM(config).eval(), []
     cache = DynamicCache(config=config)

@@ -31,9 +31,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import kvtier
 import kvtier.hf
 from kvtier.hf.compat.names import POSITIONAL
-from kvtier.hf.layout import _KINDS, _NAMED_KINDS
-from kvtier.hf.soundness import _lengths
-from kvtier.hf.states import _LINEAR, _WHOLE
+from kvtier.hf.identity.eligibility import _lengths
+from kvtier.hf.layers.build import _KINDS, _NAMED_KINDS
+from kvtier.hf.layers.states import _LINEAR, _WHOLE
 
 PACKAGE = Path(kvtier.__file__).parent
 UPSTREAM = ("transformers", "accelerate", "peft")
@@ -142,7 +142,7 @@ def test_no_member_is_new(name):
     for member in dir(kind):
         if not member.startswith("_"):
             assert member in known, changed(
-                f"{name}.{member}", "is new", KNOWN_MEMBERS[name].get("update", "hf/layers.py")
+                f"{name}.{member}", "is new", KNOWN_MEMBERS[name].get("update", "hf/layers/attention.py")
             )
 
 
@@ -183,7 +183,7 @@ def test_overridden_methods_take_what_upstream_passes(kind, parent):
 
 
 def test_abstract_methods_of_layers():
-    where = "hf/layers.py"
+    where = "hf/layers/attention.py"
     known = {"lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"}
     known |= {"get_max_cache_shape"}  # until 5.20
     for name in sorted(cache_utils.CacheLayerMixin.__abstractmethods__):
@@ -204,19 +204,19 @@ def register_all_layer_types():
 def test_no_kind_of_layer_is_new():
     register_all_layer_types()
     for name in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING):
-        assert name in LAYER_TYPES, changed(f'the layer type "{name}"', "is new", "hf/layers.py")
+        assert name in LAYER_TYPES, changed(f'the layer type "{name}"', "is new", "hf/layers/attention.py")
 
 
 def test_no_kind_of_rotary_position_is_new():
     for name in sorted(ROPE_INIT_FUNCTIONS):
-        assert name in ROPE_TYPES, changed(f'the rope type "{name}"', "is new", "hf/soundness.py")
+        assert name in ROPE_TYPES, changed(f'the rope type "{name}"', "is new", "hf/identity/eligibility.py")
     assert {name for name in ROPE_TYPES if list(_lengths(name))} == ROPE_TYPES_BY_LENGTH
 
 
 def test_no_setting_of_generate_is_new():
     for name in sorted(vars(GenerationConfig())):
         if not name.startswith("_"):
-            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/soundness.py")
+            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/identity/eligibility.py")
 
 
 ASKED = (
@@ -228,7 +228,9 @@ ASKED = (
 @pytest.mark.parametrize("name", ASKED.split())
 def test_settings_that_are_asked_for(name):
     """A setting of another name would always read None."""
-    assert hasattr(GenerationConfig(), name), changed(f"the generation setting {name}", "is gone", "hf/soundness.py")
+    assert hasattr(GenerationConfig(), name), changed(
+        f"the generation setting {name}", "is gone", "hf/identity/eligibility.py"
+    )
     assert any(f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("soundness.py", "call.py"))
 
 
@@ -248,11 +250,11 @@ def tiny():
 @pytest.mark.parametrize(
     ("attribute", "where"),
     [
-        ("config.is_encoder_decoder", "hf/call.py"),
-        ("config.rope_parameters", "hf/soundness.py"),
-        ("generation_config", "hf/call.py"),
+        ("config.is_encoder_decoder", "hf/inputs/request.py"),
+        ("config.rope_parameters", "hf/identity/eligibility.py"),
+        ("generation_config", "hf/inputs/request.py"),
         ("device", "hf/cache.py"),
-        ("model.rotary_emb.rope_type", "hf/soundness.py"),
+        ("model.rotary_emb.rope_type", "hf/identity/eligibility.py"),
     ],
 )
 def test_attributes_of_models(attribute, where):
@@ -266,7 +268,7 @@ def test_attributes_of_models(attribute, where):
 def test_attributes_of_caches():
     both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     for name in ("self_attention_cache", "cross_attention_cache", "is_updated"):
-        assert hasattr(both, name), changed(f"EncoderDecoderCache.{name}", "is gone", "hf/generate.py")
+        assert hasattr(both, name), changed(f"EncoderDecoderCache.{name}", "is gone", "hf/generate/run.py")
     assert both.is_updated == {}
     layers = transformers.DynamicCache(config=tiny().config).layers
     assert [type(layer) for layer in layers] == [cache_utils.DynamicLayer]
@@ -276,9 +278,9 @@ def test_attributes_of_caches():
 def test_attributes_of_states():
     layer = cache_utils.LinearAttentionLayer(number_of_states=2)
     for name in vars(layer):
-        assert name in STATES, changed(f"LinearAttentionLayer.{name}", "is new", "hf/states.py")
+        assert name in STATES, changed(f"LinearAttentionLayer.{name}", "is new", "hf/layers/states.py")
     for name, is_state in STATES.items():
-        assert hasattr(layer, name), changed(f"LinearAttentionLayer.{name}", "is gone", "hf/states.py")
+        assert hasattr(layer, name), changed(f"LinearAttentionLayer.{name}", "is gone", "hf/layers/states.py")
         assert is_state == (name in _LINEAR)
     assert set(layer.conv_states) == set(layer.recurrent_states) == {0, 1}
 
@@ -290,7 +292,9 @@ def test_classes_of_layers():
     known = {*_KINDS, cache_utils.LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None)}
     for name, kind in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.items()):
         if name not in {*_NAMED_KINDS, *_WHOLE, *NOT_KEPT}:
-            assert kind in known, changed(f"{kind.__name__}, the class of {name} layers,", "is new", "hf/layers.py")
+            assert kind in known, changed(
+                f"{kind.__name__}, the class of {name} layers,", "is new", "hf/layers/attention.py"
+            )
 
 
 def test_registries_of_attention_functions():
@@ -309,15 +313,17 @@ def test_hooks_of_accelerate():
 
     linear = torch.nn.Linear(2, 2)
     add_hook_to_module(linear, SequentialHook(ModelHook(), ModelHook()))
-    assert "_hf_hook" in vars(linear), changed("_hf_hook of accelerate", "is gone", "hf/anatomy.py")
-    assert "_old_forward" in vars(linear), changed("_old_forward of accelerate", "is gone", "hf/soundness.py")
+    assert "_hf_hook" in vars(linear), changed("_hf_hook of accelerate", "is gone", "hf/identity/module_walk.py")
+    assert "_old_forward" in vars(linear), changed(
+        "_old_forward of accelerate", "is gone", "hf/identity/eligibility.py"
+    )
     assert len(linear._hf_hook.hooks) == 2
     assert hasattr(AlignDevicesHook(), "weights_map")
     model = tiny()
     cpu_offload(model, execution_device="cpu")
     weights = model.model.layers[0].mlp.up_proj._hf_hook.weights_map
-    assert hasattr(weights, "prefix"), changed("PrefixedDataset.prefix", "is gone", "hf/anatomy.py")
-    assert hasattr(weights, "dataset"), changed("PrefixedDataset.dataset", "is gone", "hf/anatomy.py")
+    assert hasattr(weights, "prefix"), changed("PrefixedDataset.prefix", "is gone", "hf/identity/module_walk.py")
+    assert hasattr(weights, "dataset"), changed("PrefixedDataset.dataset", "is gone", "hf/identity/module_walk.py")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
@@ -327,9 +333,13 @@ def test_attributes_of_adapters():
     model = peft.get_peft_model(tiny(), lora, adapter_name="one")
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     for name in ("_active_adapter", "_disable_adapters"):
-        assert name in vars(layer), changed(f"{name} of PEFT's layers", "is no attribute of its own", "hf/anatomy.py")
+        assert name in vars(layer), changed(
+            f"{name} of PEFT's layers", "is no attribute of its own", "hf/identity/module_walk.py"
+        )
     assert layer._active_adapter in ("one", ["one"])
     assert layer.scaling["one"] == lora.lora_alpha / lora.r
     assert layer.merged_adapters == []
-    assert hasattr(model, "_adapters_disabled"), changed("PeftModel._adapters_disabled", "is gone", "hf/soundness.py")
+    assert hasattr(model, "_adapters_disabled"), changed(
+        "PeftModel._adapters_disabled", "is gone", "hf/identity/eligibility.py"
+    )
     assert not model.active_peft_config.is_prompt_learning

@@ -1,24 +1,24 @@
 """Where transformers is wrong and kvtier goes another way. A failing test here says that one of them is mended.
 
 Then the way around it can go, from that version on: its file is named. The tests of kvtier's own answer to each of
-them are in ``tests/integration``.
+them are in ``tests/hf``.
 """
 
 from __future__ import annotations
 
 import copy
 
-import oddities
 import pytest
 import torch
 import transformers
 from reliance import INSTALLED
 from transformers import DynamicCache, EncoderDecoderCache
-from upstream import CACHE, given
 
 from kvtier import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from sweep.models import tiny_model
+from tests.support import oddities
+from tests.support.upstream import CACHE, given
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
 
@@ -58,13 +58,15 @@ def prefilled(make_model, tokens):
 def test_another_prompt_is_taken_for_the_known_one(prefilled, tokens):
     model, _, cache = prefilled
     wrong = differs(model, tokens(30, seed=1), cache)
-    still_wrong(wrong, "generate() does not compare the prompt with what the cache holds", "hf/generate.py")
+    still_wrong(wrong, "generate() does not compare the prompt with what the cache holds", "hf/generate/run.py")
 
 
 def test_a_cache_that_holds_the_whole_prompt(prefilled):
     model, ids, cache = prefilled
     model(input_ids=ids[:, 27:], **{CACHE: cache})
-    still_wrong(differs(model, ids, cache), "a cache that holds the whole prompt makes it be fed again", "hf/plan.py")
+    still_wrong(
+        differs(model, ids, cache), "a cache that holds the whole prompt makes it be fed again", "hf/turn/plan.py"
+    )
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
@@ -77,7 +79,7 @@ def test_rows_are_expanded_but_not_those_of_the_cache(prefilled, settings):
 def test_assisted_decoding_on_a_known_prefix(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prompt_lookup_num_tokens=3)
-    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/soundness.py: why_cold")
+    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/identity/eligibility.py: why_cold")
 
 
 def test_assisted_decoding_without_one(prefilled):
@@ -89,7 +91,7 @@ def test_assisted_decoding_without_one(prefilled):
 def test_a_cache_that_is_not_to_be_used(make_model, tokens):
     model, ids = make_model("llama", torch.float64), tokens(30)
     wrong = differs(model, ids, DynamicCache(config=model.config), use_cache=False)
-    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/call.py")
+    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/inputs/request.py")
 
 
 def test_chunks_on_a_known_prefix(prefilled):
@@ -107,7 +109,7 @@ def test_encoder_decoder_cache_used_again():
     still_wrong(
         differs(model, ids[1:], cache),
         "an EncoderDecoderCache keeps the cross-attention of an earlier input",
-        "hf/generate.py: take_turn_without_reuse",
+        "hf/generate/run.py: take_turn_without_reuse",
     )
 
 
@@ -116,7 +118,7 @@ def test_layers_cropped_to_nothing_keep_their_rows(prefilled):
     cache.crop(-27)
     assert cache.get_seq_length() == 0
     wrong = differs(model, ids.repeat(2, 1), cache)
-    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/turns.py: _start")
+    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/turn/manager.py: _start")
 
 
 # --- layers with states -----------------------------------------------------------------------------------------------
@@ -224,7 +226,9 @@ def test_mamba_feeds_its_whole_prompt_again(tokens):
     model.register_forward_pre_hook(lambda model, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
     model.generate(ids, **given(model, cache), **GREEDY)
     still_wrong(
-        fed[0].shape[1] == 12, "mamba feeds its whole prompt on top of a known state", "hf/feeding.py: slice_prompts"
+        fed[0].shape[1] == 12,
+        "mamba feeds its whole prompt on top of a known state",
+        "hf/generate/prefill.py: slice_prompts",
     )
 
 
@@ -237,7 +241,7 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
         wrong = False
     except (AttributeError, NotImplementedError):
         wrong = True
-    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/windows.py: _move_rows")
+    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers/container.py: _move_rows")
 
 
 def test_states_alone_are_right_whatever_the_version_tells(tokens, store):

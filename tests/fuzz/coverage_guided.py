@@ -12,10 +12,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["kvtier.store", "kvtier.headers"]):
-    from fuzz_targets import read_as_archive, read_as_block
+with atheris.instrument_imports(include=["kvtier.store", "kvtier.kv.safetensors_header"]):
+    from tests.support.fuzz_targets import read_as_archive, read_as_block
 
-from fuzz_mutations import mutate
+from tests.support.fuzz_mutations import mutate
 
 _folder = tempfile.TemporaryDirectory(prefix="kvtier-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
 _file = Path(_folder.name) / "input"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from places import Place
+
+from tests.support.places import Place
 
 
 @pytest.fixture(scope="session")

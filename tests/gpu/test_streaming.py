@@ -9,11 +9,10 @@ import random
 
 import pytest
 import torch
-from places import Place
 from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.scripts import (
+from kvtier.cli.doctor.scripts import (
     LAYERS,
     ScriptedTurn,
     budgets,
@@ -24,9 +23,10 @@ from kvtier.cli.scripts import (
     run_tiered,
     tiny_model,
 )
-from kvtier.cli.selftest import busy
+from kvtier.cli.doctor.selftest import busy
 from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from kvtier.transfer import StreamEngine
+from tests.support.places import Place
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 # Allocators round each tensor up; beside windows, tails and slots there are a few small ones.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli.store import carrying, checking, looking, naming, removing
+from kvtier.cli.store import edit as naming
+from kvtier.cli.store import inspect as looking
+from kvtier.cli.store import removing
+from kvtier.cli.store import transfer as carrying
+from kvtier.cli.store import verify as checking
 
 app = typer.Typer(
     name="store",

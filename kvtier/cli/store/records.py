@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from kvtier.cli.store.roots import RootFile
-from kvtier.store.inventory import Chain, Forgotten
+from kvtier.store.manage.inventory import Chain, Forgotten
+from kvtier.store.manage.usage import RootUsage
 from kvtier.store.names import NamedPrefix
-from kvtier.store.usage import RootUsage
-from kvtier.store.verify import VerifyReport
+from kvtier.store.tiers.disk.verify import VerifyReport
 
 Record = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""``kvtier demo``: a conversation about a long document, in three turns and two processes."""

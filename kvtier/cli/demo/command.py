@@ -1,0 +1,247 @@
+"""``kvtier demo``: a conversation about a long document, in three turns and two processes.
+
+Turn 1 is cold, turn 2 continues it from memory, turn 3 continues it in a new process that has only the store's
+files. Every turn is repeated with plain transformers: on a fresh cache, for the time it takes, and on one that is
+fed the same forward calls, for the tokens that must come out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvtier.cli.demo.conversation import ChatModel
+
+_LIGHTHOUSE_QUESTIONS = (
+    "When was the lamp lit for the first time?",
+    "Who was the principal keeper when the great wave put out the light?",
+    "What does the card in the museum say?",
+)
+_ANY_QUESTIONS = (
+    "What is this text about?",
+    "Which names does it mention?",
+    "How does it end?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnResult:
+    """One turn on a TieredCache, as the new process reports it to the one that started it."""
+
+    sequence: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    cached_by_tier: Mapping[str, int]
+    first_token_seconds: float
+    miss_reason: str | None
+
+    @classmethod
+    def from_json(cls, text: str) -> _TurnResult:
+        fields = json.loads(text)
+        fields["sequence"] = tuple(fields["sequence"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of the table: a turn, and plain transformers on the same prompt."""
+
+    title: str
+    result: _TurnResult
+    cold_seconds: float
+    equal: bool
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A chat model: folder or hub name. Default: SmolLM2-135M-Instruct, fetched once.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Where the files go, to be kept. Default: a folder that is removed at the end.")
+    ] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A text file to talk about instead of the shipped one."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 48,
+    worker: Annotated[Path | None, typer.Option(hidden=True, help="Run the turn described in this file.")] = None,
+) -> None:
+    """Talk about a long document in three turns; the last one in a new process, from disk."""
+    if worker is not None:
+        _run_worker(worker)
+        return
+    console = Console()
+    with ExitStack() as stack:
+        if store is None:
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-demo-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-demo-")))
+        rows = _converse(console, _model_folder(console, model), store, scratch, document, max_new_tokens)
+    console.print()
+    console.print(_table(rows))
+    if not all(row.equal for row in rows):
+        console.print("[bold red]The tokens differ from plain transformers. This is a bug in kvtier.[/]")
+        raise typer.Exit(1)
+    console.print("Every answer has the tokens that plain transformers gives for the same forward calls.")
+
+
+def _model_folder(console: Console, model: str | None) -> str:
+    if model is not None:
+        return model
+    from kvtier.cli.demo.model import DemoModelError, demo_model_folder, ensure_demo_model
+
+    if not demo_model_folder().exists():
+        console.print("[dim]Fetching the demo model (once; 100 to 270 MB) …[/]")
+    try:
+        return ensure_demo_model()
+    except DemoModelError as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(2) from None
+
+
+def _converse(
+    console: Console, model_folder: str, store: Path, scratch: Path, document: Path | None, max_new_tokens: int
+) -> list[_Row]:
+    # Imported here: `kvtier --help` need not wait for transformers.
+    from kvtier.cli.demo.conversation import ChatModel, PlainReference
+
+    if document is None:
+        text = resources.files("kvtier.cli.demo").joinpath("lighthouse.txt").read_text(encoding="utf-8")
+        questions = _LIGHTHOUSE_QUESTIONS
+    else:
+        text, questions = document.read_text(encoding="utf-8"), _ANY_QUESTIONS
+    chat = ChatModel(model_folder)
+    reference = PlainReference(chat)
+    rows: list[_Row] = []
+
+    def check(title: str, prompt: tuple[int, ...], result: _TurnResult) -> None:
+        plain = reference.answer(prompt, result.cached_tokens, max_new_tokens)
+        rows.append(_Row(title, result, reference.cold(prompt), plain.sequence == result.sequence))
+
+    prompt = chat.first_prompt(f"{text.strip()}\n\n{questions[0]}")
+    turns = _LocalTurns(chat, store, max_new_tokens)
+    try:
+        _ask(console, "1  this process, first time", questions[0])
+        first = turns.run(prompt)
+        check("1  first time", prompt, first)
+
+        prompt = chat.next_prompt(first.sequence, questions[1])
+        _ask(console, "2  this process, from memory", questions[1])
+        second = turns.run(prompt)
+        check("2  from memory", prompt, second)
+    finally:
+        turns.close()  # from here on, the files are all that is left
+
+    prompt = chat.next_prompt(second.sequence, questions[2])
+    _ask(console, "3  a new process, from disk", questions[2])
+    third = _run_in_new_process(model_folder, store, scratch, prompt, max_new_tokens)
+    check("3  new process", prompt, third)
+    return rows
+
+
+class _LocalTurns:
+    """Turns on one TieredCache of this process, printed as they come."""
+
+    def __init__(self, chat: ChatModel, store: Path, max_new_tokens: int) -> None:
+        from kvtier import PrefixStore, TieredCache
+
+        self._chat = chat
+        self._max_new_tokens = max_new_tokens
+        self._store = PrefixStore(store)
+        self._cache = TieredCache(self._store)
+
+    def run(self, prompt: tuple[int, ...]) -> _TurnResult:
+        answer = self._chat.answer(prompt, self._cache, self._max_new_tokens, show=_print_now)
+        report = self._cache.last_turn
+        assert report is not None
+        return _TurnResult(
+            sequence=answer.sequence,
+            prompt_tokens=report.prompt_tokens,
+            cached_tokens=report.cached_tokens,
+            computed_tokens=report.computed_tokens,
+            cached_by_tier=dict(report.cached_by_tier),
+            first_token_seconds=answer.first_token_seconds,
+            miss_reason=report.miss_reason,
+        )
+
+    def close(self) -> None:
+        """Write everything out and let go of the store."""
+        self._cache.flush()
+        self._cache.close()
+        self._store.close()
+
+
+def _run_in_new_process(
+    model_folder: str, store: Path, scratch: Path, prompt: tuple[int, ...], max_new_tokens: int
+) -> _TurnResult:
+    task, result = scratch / "task.json", scratch / "result.json"
+    fields = {"model": model_folder, "store": str(store), "prompt": prompt, "max_new_tokens": max_new_tokens}
+    task.write_text(json.dumps(fields | {"result": str(result)}), encoding="utf-8")
+    # Only a path is passed, and the answer streams through the inherited standard output.
+    done = subprocess.run([sys.executable, "-m", "kvtier", "demo", "--worker", str(task)], check=False)
+    if done.returncode != 0:
+        raise typer.Exit(done.returncode)
+    return _TurnResult.from_json(result.read_text(encoding="utf-8"))
+
+
+def _run_worker(task: Path) -> None:
+    from kvtier.cli.demo.conversation import ChatModel
+
+    fields = json.loads(task.read_text(encoding="utf-8"))
+    turns = _LocalTurns(ChatModel(fields["model"]), Path(fields["store"]), fields["max_new_tokens"])
+    try:
+        result = turns.run(tuple(fields["prompt"]))
+    finally:
+        turns.close()
+    Path(fields["result"]).write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+def _ask(console: Console, title: str, question: str) -> None:
+    console.print(f"\n[bold]Turn {title}[/]\n[cyan]> {question}[/]")
+
+
+def _print_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _table(rows: list[_Row]) -> Table:
+    table = Table(
+        title="Tokens of each prompt by where they came from; seconds from calling generate() to its first token",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,  # so that the table fits into 80 columns
+    )
+    table.add_column("turn", no_wrap=True)
+    for heading in ("prompt", "window", "RAM", "disk", "computed", "plain", "kvtier", "faster"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("tokens", no_wrap=True)
+    for row in rows:
+        result = row.result
+        tiers = [str(result.cached_by_tier.get(tier, 0)) for tier in ("window", "host", "disk")]
+        table.add_row(
+            row.title,
+            str(result.prompt_tokens),
+            *tiers,
+            str(result.computed_tokens),
+            f"{row.cold_seconds:.2f}",
+            f"{result.first_token_seconds:.2f}",
+            # Nothing reused, nothing to gain: the two times beside it show the overhead, and the noise.
+            f"{row.cold_seconds / result.first_token_seconds:.1f}×" if result.cached_tokens else "–",
+            "equal" if row.equal else "[bold red]differ[/]",
+        )
+    return table

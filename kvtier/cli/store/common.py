@@ -1,0 +1,102 @@
+"""Opening a store for one command: which folder, whether there is a store, and how failures are told.
+
+Exit codes: 0 fine; 1 problems were found, or it failed; 2 it was called wrongly (also: no store, nothing called so);
+130 interrupted. A failure is one line on standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvtier.cli.store.tables import plain
+from kvtier.errors import ConfigurationError, KvtierError, UnknownNameError
+from kvtier.store import PrefixStore
+from kvtier.store.manage.inventory import Chain
+from kvtier.store.names import NamedPrefix
+
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130
+DEFAULT_FOLDER = Path("~/.cache/kvtier")
+# Budgets are those of the programs that fill a store. No command may evict because its own happens to be smaller.
+_NO_BUDGET = 2**62
+
+Folder = Annotated[
+    Path,
+    typer.Option("--store", metavar="FOLDER", envvar="KVTIER_STORE", help="The folder of the store."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
+
+
+def fail(code: int, text: object) -> NoReturn:
+    """End the command with ``code`` and one line on standard error."""
+    typer.echo(f"kvtier store: {plain(' '.join(str(text).split()))}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn failures into one line and an exit code."""
+    try:
+        yield
+    except (UnknownNameError, ConfigurationError) as error:
+        fail(WRONG_USAGE, error)
+    except KvtierError as error:
+        fail(FAILED, error)
+    except KeyboardInterrupt:
+        fail(INTERRUPTED, "interrupted")
+
+
+@contextmanager
+def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
+    """Open the store in ``folder`` until the command ends; failures within are told as ``told`` does.
+
+    Args:
+        folder: where it is.
+        create: make a store where there is none. Otherwise that is an error, and nothing is written.
+    """
+    folder = folder.expanduser()
+    with told():
+        if not create:
+            _require_store(folder)
+        with PrefixStore(folder, disk_budget=_NO_BUDGET) as store:
+            yield store
+
+
+def _require_store(folder: Path) -> None:
+    try:
+        exists = (folder / "kvtier.json").is_file()
+    except OSError as error:
+        fail(FAILED, f"cannot look into {folder}: {error}")
+    if not exists:
+        fail(
+            WRONG_USAGE,
+            f"there is no store in {folder} (it has no kvtier.json); name its folder with --store or in the "
+            "environment variable KVTIER_STORE",
+        )
+
+
+def named(store: PrefixStore, name: str) -> NamedPrefix:
+    """Return what is called ``name``; end the command when nothing is."""
+    try:
+        return store.named(name)
+    except UnknownNameError:
+        fail(WRONG_USAGE, f"nothing in {store.path} is called {name!r:.80}; kvtier store ls lists what has a name")
+
+
+def chain(store: PrefixStore, key: str) -> Chain:
+    """Return the one chain whose key begins with ``key``; end the command when there are none or several."""
+    found = [each for each in store.chains() if each.key.startswith(key.lower())] if key else []
+    if len(found) != 1:
+        fail(
+            WRONG_USAGE,
+            f"{len(found) or 'no'} chain{'s have keys' if len(found) > 1 else ' in the store has a key'} that "
+            f"begin{'' if len(found) > 1 else 's'} with {key!r:.80}; kvtier store ls --unnamed lists those without "
+            "a name",
+        )
+    return found[0]

@@ -1,0 +1,103 @@
+"""The commands that say what things are called and what stays: ``name``, ``rename``, ``pin`` and ``unpin``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.cli.store import records
+from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
+from kvtier.cli.store.quantities import parse_span, size
+from kvtier.cli.store.tables import make_console, print_line
+from kvtier.store import PrefixStore
+from kvtier.store.names import NamedPrefix
+
+
+def name(
+    key: Annotated[str, typer.Argument(help="How the key of a chain begins; ls --unnamed lists them.")],
+    new_name: Annotated[str, typer.Argument(metavar="NAME", help="What it shall be called.")],
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
+    ttl: Annotated[
+        str | None, typer.Option("--ttl", metavar="DURATION", help="Forget it when unused for so long, e.g. 30d.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the name from what bears it.")] = False,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Give a name to a chain that has none, or one more to one that has."""
+    with told():
+        seconds = None if ttl is None else parse_span(ttl, "--ttl")
+    with opened(store) as open_store:
+        found = chain(open_store, key)
+        if not replace and any(each.name == new_name for each in open_store.names()):
+            fail(WRONG_USAGE, f"{new_name!r:.80} is the name of something else already; pass --replace to take it")
+        done = open_store.name_chain(found.key, new_name, pin=pin, ttl=seconds)
+    _tell(done, f"{done.name} now names {done.tokens} tokens, {size(done.nbytes)}.", as_json)
+
+
+def rename(
+    old: Annotated[str, typer.Argument(metavar="NAME", help="What it is called now.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="What it shall be called.")],
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Give something another name."""
+    with opened(store) as open_store:
+        named(open_store, old)
+        open_store.rename(old, new)
+        done = open_store.named(new)
+    _tell(done, f"{old} is now called {new}.", as_json)
+
+
+def pin(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What shall stay.")],
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Never evict what has these names."""
+    _change(names, store, PrefixStore.pin, _pinned, as_json)
+
+
+def _pinned(prefix: NamedPrefix) -> str:
+    lost = prefix.tokens - prefix.kept_tokens
+    warning = f" {lost} of its tokens are gone already." if lost else ""
+    return f"{prefix.name} is pinned, {size(prefix.nbytes)}.{warning}"
+
+
+def unpin(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What may go again when there is no room.")],
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Treat what has these names like everything else again."""
+    _change(names, store, PrefixStore.unpin, lambda prefix: f"{prefix.name} is no longer pinned.", as_json)
+
+
+def _change(
+    names: Sequence[str],
+    store: Path,
+    change: Callable[[PrefixStore, str], None],
+    words: Callable[[NamedPrefix], str],
+    as_json: bool,
+) -> None:
+    """Do ``change`` to all of ``names``, or to none when one is unknown; tell each in ``words``."""
+    with opened(store) as open_store:
+        for each in names:
+            named(open_store, each)
+        for each in names:
+            change(open_store, each)
+        done = [open_store.named(each) for each in names]
+    if as_json:
+        records.print_json({"names": [records.of_name(prefix) for prefix in done]})
+    for prefix in [] if as_json else done:
+        print_line(make_console(), words(prefix))
+
+
+def _tell(done: NamedPrefix, text: str, as_json: bool) -> None:
+    if as_json:
+        records.print_json(records.of_name(done))
+    else:
+        print_line(make_console(), text)

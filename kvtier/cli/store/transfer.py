@@ -1,0 +1,65 @@
+"""``export`` and ``import``: one named prefix as one file, to be carried to another store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.cli.store import records
+from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened, told
+from kvtier.cli.store.confirm import progress_bar, spinner
+from kvtier.cli.store.quantities import size
+from kvtier.cli.store.tables import make_console, print_line
+from kvtier.errors import ConfigurationError
+from kvtier.store.format.archive import Archive
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="What shall be written.")],
+    file: Annotated[Path, typer.Argument(help="Where to; it must not exist.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Write what has a name to one file. It holds the tokens of the conversation: whoever has it can read them."""
+    if file.exists() and not overwrite:
+        fail(WRONG_USAGE, f"{file} exists already; pass --overwrite to replace it, or name another file")
+    with opened(store) as open_store:
+        prefix = named(open_store, name)
+        with spinner(f"Writing {file} …"):
+            nbytes = open_store.export(name, file, overwrite=overwrite)
+    if as_json:
+        records.print_json({"file": str(file), "file_bytes": nbytes, **records.of_name(prefix)})
+    else:
+        print_line(make_console(), f"Wrote {name}, {prefix.kept_tokens} tokens, to {file}: {size(nbytes)}.")
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="What export has written.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="What it shall be called; by default what it was called before.")
+    ] = None,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Take in what ``export`` has written. Where there is no store, one is made.
+
+    Import from those whom you trust: no check can tell whether a file holds what the model would compute.
+    """
+    if not file.exists():
+        fail(WRONG_USAGE, f"there is no file {file}")
+    with told(), Archive(file) as archive:  # looked at before a store is made for it
+        if name is None and archive.name is None:
+            fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name")
+    with opened(store, create=True) as open_store, progress_bar("Checking") as progress:
+        try:
+            done = open_store.import_(file, name=name, progress=progress)
+        except ConfigurationError as error:  # it speaks of arguments of Python
+            fail(WRONG_USAGE, f"{str(error).rstrip('.')} with --name")
+        folder = open_store.path
+    if as_json:
+        records.print_json({"store": str(folder), **records.of_name(done)})
+    else:
+        print_line(make_console(), f"Took in {done.name}, {done.kept_tokens} tokens, {size(done.nbytes)}.")

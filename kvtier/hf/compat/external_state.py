@@ -1,0 +1,223 @@
+"""Models that carry their states past any cache: what they are given instead of one.
+
+RWKV passes a list on, xLSTM an object of its own, MiniMax a class of cache of its own, in which the states of linear
+layers have a place. What stands in for these here lies in the layers of a ``TieredCache``, and is kept as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvtier.hf.compat.model_profiles import profile_of
+from kvtier.kv.allocation import as_writable
+
+
+class CarriedStates:
+    """Stands for all layers of a model that carries its states by itself; holds the tensors that it carries.
+
+    Args:
+        names: of the tensors.
+    """
+
+    _layer_type = "carried"
+    is_sliding = is_compileable = is_initialized = False
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.tensors: dict[str, torch.Tensor | None] = dict.fromkeys(names)
+        self.device: torch.device | None = None
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        self.tensors = dict.fromkeys(self.tensors)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: states do not tell what they were before.
+
+        Raises:
+            RuntimeError: tokens are to be removed.
+        """
+        if tokens_to_remove:
+            raise RuntimeError("states cannot be taken back; pass the shorter prompt to generate() instead of cropping")
+
+    def hold(self, new: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors, in the order of their names: those that were restored, or else ``new`` ones."""
+        if any(tensor is None for tensor in self.tensors.values()):
+            self.tensors = dict(zip(self.tensors, map(as_writable, new), strict=True))
+        return [tensor for tensor in self.tensors.values() if tensor is not None]
+
+
+class Carried(ABC):
+    """What a model is given instead of a cache."""
+
+    is_compileable = False  # ``generate`` asks, of a cache of any class
+
+    @property
+    @abstractmethod
+    def is_linear(self) -> list[bool]:
+        """Return which layers have linear attention alone; where all have, ``generate`` leaves the prompt whole."""
+
+    @abstractmethod
+    def get_seq_length(self) -> int:
+        """Return the columns that it knows."""
+
+    @abstractmethod
+    def feeding(self, columns: int) -> None:
+        """Note that so many more columns are about to be fed."""
+
+
+class _Counted(Carried):
+    """Counts what is fed for a cache whose layers cannot tell."""
+
+    _cache: Any
+    is_linear = [True]  # noqa: RUF012 - read only
+
+    def get_seq_length(self) -> int:
+        return int(self._cache.get_seq_length())
+
+    def feeding(self, columns: int) -> None:
+        self._cache._fed_columns += columns
+
+
+class _RwkvState(_Counted, list[torch.Tensor]):
+    """Five tensors ``[rows, width, layers]``, which the model overwrites."""
+
+
+def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+    """Begin as the model does: what it saw last, and sums whose largest exponent is as small as can be."""
+    embedding = model.get_input_embeddings().weight
+    shape = rows, model.config.hidden_size, model.config.num_hidden_layers
+    new = [
+        torch.zeros(shape, dtype=embedding.dtype if i < 2 else torch.float32, device=embedding.device) for i in range(5)
+    ]
+    new[4] -= 1e30
+    state = _RwkvState(cache.layers[0].hold(new))
+    state._cache = cache
+    return state
+
+
+def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+    """Return the model's own object, with tensors that the model overwrites."""
+    embedding = model.get_input_embeddings().weight
+    made: Any = _own(model, "xLSTMCache", _Counted)(
+        config=model.config, max_batch_size=rows, dtype=embedding.dtype, device=embedding.device
+    )
+    held = iter(cache.layers[0].hold(state for states in made.rnn_state.values() for state in states))
+    made.rnn_state = {layer: tuple(next(held) for _ in states) for layer, states in made.rnn_state.items()}
+    made._cache = cache
+    found: Carried = made
+    return found
+
+
+class _MiniMaxFront(Carried):
+    """What the model asks of its own class of cache, answered by the one behind it."""
+
+    _cache: Any
+
+    @property
+    def stands_for(self) -> Any:
+        """The cache behind it: ``generate`` returns this one in its output, and may be given it back."""
+        return self._cache
+
+    @property
+    def layers(self) -> list[Any]:
+        layers: list[Any] = self._cache.layers
+        return layers
+
+    @property
+    def is_linear(self) -> list[bool]:
+        linear: list[bool] = self._cache.is_linear
+        return linear
+
+    def __len__(self) -> int:
+        return len(self._cache.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self._cache.get_seq_length(layer_idx))
+
+    def feeding(self, columns: int) -> None:
+        pass  # windows know what they hold
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cache.update(*args, **kwargs)
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        states = self._cache.layers[layer_idx].recurrent_states
+        state: torch.Tensor | None = states[0] if isinstance(states, dict) else states
+        return state
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        self._cache.update_recurrent_state(linear_cache, layer_idx)
+
+
+def _minimax_cache(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+    kind: Any = _own(model, "MiniMaxCache", _MiniMaxFront)
+    made: Carried = kind.__new__(kind)  # its parent's layers are those of the cache
+    made._cache = cache  # type: ignore[attr-defined]
+    return made
+
+
+def _own(model: PreTrainedModel, name: str, front: type) -> type:
+    """Return the class ``name`` from the model's own code, with ``front`` before it."""
+    return _joined(getattr(sys.modules[type(model).__module__], name), front)
+
+
+@functools.cache
+def _joined(own: type, front: type) -> type:
+    return type(f"Carried{own.__name__}", (front, own), {})
+
+
+_CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], Carried]] = {
+    "minimax": _minimax_cache,
+    "rwkv": _rwkv_state,
+    "xlstm": _xlstm_cache,
+}
+"""Kind of model → what makes that which it takes instead of a cache."""
+
+
+def why_not_carried(model: Any, rows: int, repeats: int) -> str | None:
+    """Return why what ``model`` carries cannot be kept in a turn of so many ``rows``, each continued ``repeats`` times.
+
+    None when it can, or when it carries nothing past a cache.
+    """
+    if profile_of(model).carried_argument is None:
+        return None
+    if repeats > 1:
+        return "beams and samples do not each get the states that this model carries past a cache"
+    if rows > 1 and model.config.model_type == "rwkv":  # its time shift adds [rows, width] to [rows, 1, width]
+        return "transformers mixes up the rows of a batch when this model generates"
+    return None
+
+
+def settle(model: Any) -> None:
+    """Let RWKV scale its weights now, which it does in its first pass: what is known of it is known by its weights."""
+    if model.config.model_type == "rwkv":
+        for part in model.modules():
+            if hasattr(part, "layers_are_rescaled"):
+                part._rescale_layers()
+
+
+def carry(model: PreTrainedModel, cache: Any, rows: int) -> Any:
+    """Return what ``model`` is given for ``cache``, which is the cache itself where the model carries nothing past it.
+
+    None without ``rows``, in a turn that is not kept: what a model carries then, it makes.
+    """
+    make = _CARRIERS.get(model.config.model_type)
+    if make is None:
+        return cache
+    return make(model, cache, rows) if rows else None
+
+
+def carried_states(config: PreTrainedConfig) -> CarriedStates | None:
+    """Return what stands for all layers of a model; None when it has layers of its own."""
+    if config.model_type == "rwkv":
+        return CarriedStates(map(str, range(5)))
+    if config.model_type == "xlstm":
+        return CarriedStates(f"{layer}-{i}" for layer in range(config.num_hidden_layers) for i in range(3))
+    return None

@@ -1,0 +1,178 @@
+"""The hook around ``generate()``: calls with a cache of ours become turns, all others pass through."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+
+from kvtier.errors import ConfigurationError, UninstalledError
+from kvtier.hf.compat.model_profiles import cache_argument
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
+from kvtier.hf.generate import class_hooks as own_generate
+from kvtier.hf.generate.prefill import restore_classes
+from kvtier.hf.generate.run import take_turn, take_turn_without_reuse, take_unknown_turn
+from kvtier.hf.identity.weights.digest import forget_models
+from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving
+from kvtier.hf.turn.taker import TurnTaker
+
+_TAKEN_BEFORE = (
+    "generate() was taken from the model before kvtier was imported, as functools.partial(model.generate) does, or "
+    "after uninstall(); take it afterwards, so that kvtier sees the prompt"
+)
+
+
+@dataclass(slots=True)
+class _Hook:
+    """Wrappers around ``generate`` and the method by which it looks at its cache, and whether they do anything."""
+
+    originals: dict[str, Callable[..., Any]]
+    wrappers: dict[str, Callable[..., Any]]
+    active: bool = True
+
+
+_lock = threading.Lock()
+_hook: _Hook | None = None
+
+
+def install() -> None:
+    """Wrap ``GenerationMixin.generate``. Done with the import of kvtier, and by the first cache after ``uninstall``.
+
+    Calls without a ``TieredCache`` pass through untouched.
+    """
+    global _hook
+    own_generate.install(TurnTaker)
+    with _lock:
+        if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrappers["generate"]):
+            _hook.active = True
+            return
+        if _hook is not None:
+            _hook.active = False  # if someone still calls it, the new one is above it
+        originals = {"generate": GenerationMixin.generate}
+        if hasattr(GenerationMixin, PREPARE_CACHE):
+            originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
+        hook = _hook = _Hook(originals, {})
+        for name, original in originals.items():
+            hook.wrappers[name] = (_wrapped if name == "generate" else _noticing)(hook, original)
+            setattr(GenerationMixin, name, hook.wrappers[name])
+
+
+def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``generate`` for calls that may have a cache of ours among their arguments."""
+
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
+            return original(self, *args, **kwargs)
+        caches = caches_among(given, TurnTaker)
+        if not caches:
+            return original(self, *args, **kwargs)
+        name, past = _the_one_of(caches, given)
+        cache: TurnTaker = decoder_cache(past)
+        if is_serving(cache):  # some ways of decoding call generate again inside a turn
+            if name in CACHE_ARGUMENTS:
+                given[cache_argument(self) or name] = given.pop(name)
+            return original(self, **given)
+        return exclusively(cache, GENERATE, functools.partial(_take, original, self, name, past, given))
+
+    return generate
+
+
+def _take(original: Callable[..., Any], model: PreTrainedModel, name: str, past: Any, given: dict[str, Any]) -> Any:
+    """Run ``generate`` as a turn of the cache ``past``, which was ``given`` under ``name``."""
+    cache: TurnTaker = decoder_cache(past)
+    if name not in CACHE_ARGUMENTS:
+        return take_unknown_turn(original, model, cache, given, name)
+    del given[name]
+    if past is cache and getattr(model.config, "is_encoder_decoder", False):
+        # Passed on as it is, it would take what the encoder says for tokens of the decoder.
+        past = EncoderDecoderCache(cache, DynamicCache())
+    if isinstance(past, EncoderDecoderCache):
+        return take_turn_without_reuse(original, model, past, given)
+    return take_turn(original, model, cache, given)
+
+
+def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:
+    """Return the name and the value of the cache of a call.
+
+    Raises:
+        ConfigurationError: there are several.
+    """
+    others = [name for name in CACHE_ARGUMENTS if name not in caches and given.get(name) is not None]
+    if len(caches) + len(others) > 1:
+        raise ConfigurationError(
+            f"generate() was given a cache under several names: {', '.join(sorted([*caches, *others]))}; pass one"
+        )
+    return next(iter(caches.items()))
+
+
+def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method by which ``generate`` looks at its cache, for calls that the wrapper did not see.
+
+    A ``generate`` that was taken from a model before it was wrapped comes here all the same: its cache begins empty.
+    """
+
+    @functools.wraps(original)
+    def prepare(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)] if hook.active else []
+        for past in (past for model_kwargs in given for past in caches_among(model_kwargs, TurnTaker).values()):
+            cache: TurnTaker = decoder_cache(past)
+            if not is_serving(cache):
+                cache.begin_without_reuse(_TAKEN_BEFORE)
+        return original(self, *args, **kwargs)
+
+    return prepare
+
+
+def uninstall() -> None:
+    """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again.
+
+    Until then, caches that are there take turns only through ``begin`` and ``commit``.
+    Where another wrapper lies on top, that one stays, and this one passes every call through.
+    """
+    global _hook
+    with _lock:
+        if _hook is None:
+            return
+        _hook.active = False
+        restore_classes()
+        own_generate.uninstall()
+        forget_models()  # with the hooks that count the steps of optimizers
+        covered = False
+        for name, wrapper in _hook.wrappers.items():
+            if getattr(GenerationMixin, name) is wrapper:
+                setattr(GenerationMixin, name, _hook.originals[name])
+            else:
+                covered = True
+        if not covered:
+            _hook = None
+
+
+def check_installed() -> None:
+    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
+
+    Raises:
+        UninstalledError: it is not.
+    """
+    if _hook is None or not _hook.active:
+        raise UninstalledError(
+            "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
+            "TieredCache, or call begin() first"
+        )
+
+
+def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
+    """Return whether ``function`` is ``wrapper`` or says that it wraps it."""
+    while function is not None and function is not wrapper:
+        function = getattr(function, "__wrapped__", None)
+    return function is wrapper

@@ -1,0 +1,113 @@
+"""Feeding prompts in other pieces than ``generate`` would, for models that go on from states."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriteria
+
+from kvtier.hf.compat.external_state import Carried
+from kvtier.hf.compat.model_profiles import passed_argument
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, CARRIED_ARGUMENTS
+
+
+def feed(
+    model: PreTrainedModel,
+    cache: Cache | Carried,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    begin: int,
+    end: int,
+) -> None:
+    """Give the model the columns ``[begin, end)`` of ``input_ids [batch, columns]``, which go on from ``cache``.
+
+    No row may be padded.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    ids = input_ids[:, begin:end].to(model.device)
+    arguments: dict[str, Any] = {str(passed_argument(model)): cache, "use_cache": True}
+    if "position_ids" in parameters:  # not every model counts from where the cache ends
+        arguments["position_ids"] = torch.arange(begin, end, device=ids.device)[None].expand_as(ids)
+    if "attention_mask" in parameters and attention_mask is not None and not all(cache.is_linear):
+        arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
+    if "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = 1
+    if isinstance(cache, Carried):
+        cache.feeding(end - begin)
+    with torch.no_grad():
+        model(input_ids=ids, **arguments)
+
+
+class PromptEnd(StoppingCriteria):
+    """Stops nothing. Calls ``passed`` when the whole prompt and nothing else has gone through the model.
+
+    ``generate`` asks after each forward pass, the first time after that with the end of the prompt.
+    """
+
+    def __init__(self, passed: Callable[[], None]) -> None:
+        self._passed: Callable[[], None] | None = passed
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return no for each row."""
+        passed, self._passed = self._passed, None
+        if passed is not None:
+            passed()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+_lock = threading.Lock()
+_originals: dict[type, Callable[..., Any] | None] = {}
+"""Classes whose ``prepare_inputs_for_generation`` was wrapped → their own; None when they inherited it."""
+
+
+def slice_prompts(model: PreTrainedModel, kind: type) -> None:
+    """See to it that a model of linear attention alone is fed only the tokens that its cache does not have.
+
+    ``generate`` does so where any layer has full attention, and feeds the others the whole prompt again. Wraps
+    ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` and what is carried alone.
+    """
+    owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
+    if owner is GenerationMixin:
+        owner = type(model)
+    with _lock:
+        if owner in _originals:
+            return
+        _originals[owner] = vars(owner).get("prepare_inputs_for_generation")
+        original = owner.prepare_inputs_for_generation
+        kinds: Any = (kind, Carried)
+
+        @functools.wraps(original)
+        def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            given = (kwargs.get(name) for name in (*CACHE_ARGUMENTS, *CARRIED_ARGUMENTS))
+            cache: Any = next((value for value in given if isinstance(value, kinds)), None)
+            is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+            if cache is not None and is_whole and all(cache.is_linear):
+                known = cache.get_seq_length()
+                if known:
+                    input_ids = input_ids[:, known:]
+                    if kwargs.get("inputs_embeds") is not None:
+                        kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, known:]
+                    kwargs["attention_mask"] = None  # no row is padded
+            inputs = original(self, input_ids, *args, **kwargs)
+            if isinstance(cache, Carried):
+                fed = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+                cache.feeding(fed.shape[1])
+            return inputs
+
+        owner.prepare_inputs_for_generation = prepare
+
+
+def restore_classes() -> None:
+    """Give all classes their methods back."""
+    with _lock:
+        for owner, original in _originals.items():
+            if original is not None:
+                owner.prepare_inputs_for_generation = original  # type: ignore[attr-defined]
+            else:
+                del owner.prepare_inputs_for_generation  # type: ignore[attr-defined]
+        _originals.clear()

@@ -1,0 +1,157 @@
+"""The names that the code of a model can read: an attribute that no code names decides nothing."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from kvtier.hf.identity.code import READS_ANYTHING, Origin, behind, facts_of, origin_of_class, origin_of_function
+
+# Where released code of models lies, which computes with modules. Other released code is handed tensors and configs:
+# of the bases of a model's classes and of functions that models call, what they name counts, not what they call.
+COMPUTING = (
+    "transformers.activations",
+    "transformers.integrations.",
+    "transformers.masking_utils",
+    "transformers.modeling_flash_attention_utils",
+    "transformers.modeling_layers",
+    "transformers.modeling_rope_utils",
+    "transformers.models.",
+    "peft.tuners.",
+)
+# How containers are looked through that show what they have: those that transformers fills on demand would load it all.
+_SHOWING = tuple(kind.__iter__ for kind in (dict, collections.OrderedDict, list, tuple, set, frozenset))
+# Every module has them; what they name is judged elsewhere, hook by hook.
+_BASES = frozenset({object, torch.nn.Module})
+
+
+class Reads(NamedTuple):
+    """What a piece of code, with all that it calls by name, may read.
+
+    Attributes:
+        names: of attributes and globals, and all strings.
+        fragments: pieces from which names of attributes are put together.
+        anything: whether code of one's own may read attributes by names that cannot be known.
+        unknown: whether it calls what was registered somewhere, or code of one's own.
+    """
+
+    names: frozenset[str]
+    fragments: frozenset[str]
+    anything: bool
+    unknown: bool
+
+    def may_read(self, name: str) -> bool:
+        """Whether an attribute of this name may be read."""
+        return self.anything or name in self.names or any(fragment in name for fragment in self.fragments)
+
+
+def join(several: Iterable[Reads]) -> Reads:
+    """Return what any of several pieces of code may read."""
+    reads = list(several)
+    return Reads(
+        frozenset().union(*(one.names for one in reads)),
+        frozenset().union(*(one.fragments for one in reads)),
+        any(one.anything for one in reads),
+        any(one.unknown for one in reads),
+    )
+
+
+_released: weakref.WeakKeyDictionary[type, Reads] = weakref.WeakKeyDictionary()
+
+
+def reads_of_class(kind: type) -> Reads:
+    """Return what the methods of a class and of its bases may read."""
+    found = _released.get(kind)
+    if found is None:
+        reader = _Reader()
+        reader.follow(kind)
+        found = reader.reads()
+        if origin_of_class(kind) is Origin.RELEASED:
+            _released[kind] = found
+    return found
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._names: set[str] = set()
+        self._fragments: set[str] = set()
+        self._anything = False
+        self._unknown = False
+
+    def reads(self) -> Reads:
+        return Reads(frozenset(self._names), frozenset(self._fragments), self._anything, self._unknown)
+
+    def follow(self, first: Any) -> None:
+        waiting = [first]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            waiting.extend(self._inside(value))
+
+    def _inside(self, value: Any) -> Iterator[Any]:
+        """Note what one value names; yield the code that it may run."""
+        if isinstance(value, type):
+            yield from self._inside_class(value)
+        elif isinstance(value, types.FunctionType):
+            yield from self._inside_function(value)
+        elif isinstance(value, (staticmethod, classmethod)):
+            yield value.__func__
+        elif isinstance(value, property):
+            yield from (value.fget, value.fset, value.fdel)
+        elif isinstance(value, functools.cached_property):
+            yield value.func
+        elif isinstance(value, (functools.partial, types.MethodType)):
+            yield behind(value)
+            if isinstance(value, types.MethodType):
+                yield type(value.__self__)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            yield value.__wrapped__
+        elif isinstance(value, (dict, list, tuple, set, frozenset)) and type(value).__iter__ in _SHOWING:
+            inside = list(value.values()) if isinstance(value, dict) else list(value)
+            self._names.update(item for item in inside if isinstance(item, str))
+            yield from (item for item in inside if callable(item) or isinstance(item, (dict, list, tuple)))
+        elif not isinstance(value, (str, int, float, types.ModuleType, types.BuiltinFunctionType, type(None))):
+            self._unknown = self._unknown or isinstance(value, Mapping)
+            yield type(value)
+
+    def _inside_class(self, kind: type) -> Iterator[Any]:
+        if kind in _BASES or not (issubclass(kind, torch.nn.Module) or self._is_followed(kind.__module__, kind)):
+            return
+        for base in kind.__mro__:
+            if base not in _BASES:
+                yield from vars(base).values()
+
+    def _inside_function(self, function: types.FunctionType) -> Iterator[Any]:
+        origin = origin_of_function(function)
+        facts = facts_of(function.__code__)
+        self._names.update(facts.names)
+        self._fragments.update(facts.fragments)
+        if origin is Origin.OWN:
+            self._unknown = True
+            self._anything = self._anything or not READS_ANYTHING.isdisjoint(facts.names)
+        for cell in function.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:
+                continue
+        if origin is Origin.RELEASED and not str(function.__globals__.get("__name__")).startswith(COMPUTING):
+            return
+        for name in facts.globals_read:
+            value = function.__globals__.get(name)
+            if not isinstance(value, types.ModuleType):
+                yield value
+            elif origin is Origin.OWN:
+                yield from (inside for key, inside in vars(value).items() if key in facts.names)
+
+    @staticmethod
+    def _is_followed(module: str, kind: type) -> bool:
+        return module.startswith(COMPUTING) or origin_of_class(kind) is not Origin.RELEASED

@@ -1,0 +1,181 @@
+"""Why a turn must not reuse: whatever decides K and V and is neither in the tokens nor in the root."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from kvtier.hf.identity.attribute_reads import reads_of_class
+from kvtier.hf.identity.code import Origin, behind, origin_of_class, package_of
+from kvtier.hf.identity.module_walk import Anatomy, Part
+from kvtier.hf.identity.stable_repr import NOT_FORWARD
+from kvtier.hf.not_reusable import NotReusable
+
+# Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
+_TRUSTED = frozenset({"transformers", "accelerate", "kvtier"})
+_TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
+# The decoder's prompt is a few tokens, and the encoder runs in every call: there is little to gain either.
+ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
+
+
+def why_unsound(model: torch.nn.Module, anatomy: Anatomy) -> NotReusable | None:
+    """Return why ``model``, as it is now, computes K and V that nobody may reuse; None when they may."""
+    for reason in _reasons(model, anatomy):
+        return NotReusable(reason)
+    return None
+
+
+def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        yield ENCODER_DECODER
+    processes = max(anatomy.processes, getattr(model, "_tp_size", None) or 1)
+    if processes > 1:  # one that reuses other tokens than the rest would feed other shapes, and all would wait forever
+        yield f"the weights are spread over {processes} processes, which would have to agree on what they reuse"
+    for name in anatomy.unreadable:
+        yield f"the values of {name} cannot be read"
+    prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt_learning and not getattr(model, "_adapters_disabled", False):
+        yield "prompt learning feeds virtual tokens that no prompt names"
+    yield from _global_hooks()
+    for part in anatomy.examined:
+        if part.module.training and _minds_training(type(part.module)):
+            yield f"{_called(part)} is in training mode (call model.eval())"
+        hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
+        if hooks[0] or hooks[1]:
+            yield from _hooks(part, hooks)
+        if "_hf_hook" in part.attributes:
+            yield from _accelerate_hooks(part)
+        if "rope_type" in part.attributes:
+            yield from _lengths(part.attributes["rope_type"])
+        if type(part.module).__module__.startswith("bitsandbytes."):
+            yield from _columns_of_all_tokens(part)
+    yield from _patches(anatomy)
+    yield from _config_reasons(getattr(model, "config", None))
+
+
+def _called(part: Part) -> str:
+    return part.name or "the model"
+
+
+def _minds_training(kind: type) -> bool:
+    """Whether code of a module's class may compute something else in training mode; of other code, it is assumed."""
+    if origin_of_class(kind) is not Origin.RELEASED:
+        return True
+    reads = reads_of_class(kind)
+    return reads.unknown or "training" in reads.names
+
+
+def _trusted(function: Any) -> bool:
+    """Whether a hook or a method and all the code that was handed to it come from packages that are known."""
+    return all(package_of(part) in _TRUSTED or _computes_weights(part) for part in _handed(function, set()))
+
+
+def _computes_weights(part: Any) -> bool:
+    part = behind(part)
+    kind = part if isinstance(part, type) else type(part)
+    module = part.__globals__.get("__name__") if isinstance(part, types.FunctionType) else kind.__module__
+    return str(module).startswith(_TRUSTED_MODULES) and package_of(part) == "torch"
+
+
+def _handed(function: Any, seen: set[int]) -> Iterable[Any]:
+    """Yield a callable, and those that it holds: bound objects, arguments, variables of the functions around it."""
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, torch.nn.Module):  # looked at by itself
+        return
+    inside: list[Any] = []
+    if isinstance(function, types.MethodType):
+        inside = [function.__func__, function.__self__]
+    elif isinstance(function, functools.partial):
+        inside = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, types.FunctionType):
+        yield function
+        inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        inside += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    elif callable(function):
+        yield function
+    for part in inside:
+        if callable(part) and not (isinstance(part, type) and package_of(part)):
+            yield from _handed(part, seen)
+
+
+def _hook_name(hook: Any) -> str:
+    hook = behind(hook)
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _hooks(part: Part, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
+    for registered in hooks:
+        for hook in list(registered.values()):  # another thread's turn may add its own
+            if not _trusted(hook):
+                yield f"the hook {_hook_name(hook)} on {_called(part)} may change K and V"
+
+
+def _global_hooks() -> Iterable[str]:
+    where = torch.nn.modules.module
+    for registered in (where._global_forward_pre_hooks, where._global_forward_hooks):
+        for hook in registered.values():
+            if not _trusted(hook):
+                yield f"the hook {_hook_name(hook)} on all modules may change K and V"
+
+
+def _accelerate_hooks(part: Part) -> Iterable[str]:
+    hook = part.attributes["_hf_hook"]
+    for one in getattr(hook, "hooks", (hook,)):
+        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, _methods_set_on(one))):
+            yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
+
+
+def _methods_set_on(hook: Any) -> list[Any]:
+    return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
+
+
+def _patches(anatomy: Anatomy) -> Iterable[str]:
+    """Find methods that were replaced on single modules."""
+    for part, key, value in anatomy.callables:
+        method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
+        own = getattr(type(part.module), method, None)
+        if not callable(own) or method in NOT_FORWARD:
+            continue
+        if behind(value) is not behind(own) and not _trusted(value) and not _calls_compiled(part, method):
+            yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
+
+
+def _columns_of_all_tokens(part: Part) -> Iterable[str]:
+    """Find bitsandbytes' layers that compute the columns in which any token that is fed is large in another way."""
+    if getattr(getattr(part.module, "state", None), "threshold", 0):
+        yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
+
+
+def _calls_compiled(part: Part, method: str) -> bool:
+    """Whether a method is that of the module that ``torch.compile`` made of a child, which is looked at by itself."""
+    made_by = type(part.module).__module__
+    return method == "forward" and made_by.startswith("torch._dynamo.") and "_orig_mod" in part.attributes["_modules"]
+
+
+def _lengths(rope_type: Any) -> Iterable[str]:
+    for kind in rope_type.values() if isinstance(rope_type, Mapping) else (rope_type,):
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            yield f"rotary positions of type {kind} depend on the length of the sequence"
+
+
+def _config_reasons(config: Any) -> Iterable[str]:
+    """Find the same in configs, of this version's form and of older ones that remote code still uses."""
+    if not isinstance(config, PreTrainedConfig):
+        return
+    for parameters in (getattr(config, "rope_parameters", None), vars(config).get("rope_scaling")):
+        if isinstance(parameters, Mapping):
+            for one in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
+                yield from _lengths(one.get("rope_type", one.get("type")))
+    if getattr(config, "use_dynamic_ntk", False):
+        yield from _lengths("dynamic")
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        yield "attention looks at later tokens too, so that K and V of a token depend on what comes after it"
+    for value in vars(config).values():
+        yield from _config_reasons(value)

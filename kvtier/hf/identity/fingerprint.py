@@ -1,0 +1,120 @@
+"""Model → root: everything besides tokens that must be equal for K and V to be equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy.typing as npt
+import transformers
+from transformers import PreTrainedModel
+
+from kvtier.hf.identity.eligibility import why_unsound
+from kvtier.hf.identity.module_walk import Anatomy
+from kvtier.hf.identity.numerics import settings
+from kvtier.hf.identity.stable_repr import Undescribable, config_values, describe
+from kvtier.hf.identity.weights.digest import Unread, digest_weights
+from kvtier.hf.not_reusable import NotReusable
+from kvtier.store.format.block_file import FORMAT_VERSION
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A root and, in words, what it stands for."""
+
+    root: str
+    manifest: Mapping[str, Any]
+
+
+def identify(
+    model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike = ()
+) -> Identity | NotReusable:
+    """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
+
+    Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
+    covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
+    tensors (``kvtier.hf.identity.weights.digest`` says which edits between two turns of a process can be missed); active adapters of
+    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
+    settings of precision (``kvtier.hf.identity.numerics``); the minor version of transformers; namespace and block size. It is
+    equal in every process and on every device.
+
+    ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
+
+    Of code of one's own, it covers what it does and all that it reads; of released packages, versions and patches
+    (``kvtier.hf.identity.patches``). Attributes that no code of the model names are not covered (``kvtier.hf.identity.attribute_reads``). What
+    cannot be described, and any exception of the model's code, is a reason not to reuse.
+    """
+    try:
+        return _identify(model, namespace, block_size, tokens)
+    except Undescribable as reason:
+        return NotReusable(f"what the model computes with is not known: {reason}")
+    except Exception as error:  # of code of all kinds that a model may hold: it must not end a generate()
+        _log.debug("identifying %s failed", type(model).__name__, exc_info=True)
+        return NotReusable(f"the model cannot be identified: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    try:
+        text = str(error).partition("\n")[0]
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | NotReusable:
+    anatomy = Anatomy(model)
+    unsound = why_unsound(model, anatomy)
+    if unsound is not None:
+        return unsound
+    weights = digest_weights(model, anatomy.tensors, tokens)
+    if isinstance(weights, Unread):
+        return NotReusable(f"the values of {weights.name} cannot be read: {weights.error}")
+    values = config_values(model.config)
+    manifest: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "config": _readable(values),
+        "config_digest": hashlib.sha256(describe(values, "config", []).encode()).hexdigest(),
+        "attention": anatomy.attention,
+        "modules": hashlib.sha256("\n".join(anatomy.text).encode()).hexdigest(),
+        "weights": weights,
+        "adapters": _adapters(anatomy),
+        "transformers": ".".join(transformers.__version__.split(".")[:2]),
+        "torch": settings(),
+        "namespace": namespace,
+        "block_size": block_size,
+    }
+    text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
+    return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))
+
+
+def _readable(value: Any) -> Any:
+    """Return a config's values as JSON has them, for people who read a manifest: the root goes by the digest."""
+    if isinstance(value, Mapping):
+        return {str(key): _readable(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(inside) for inside in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else type(value).__qualname__
+
+
+def _adapters(anatomy: Anatomy) -> list[str]:
+    """Return each combination of active, merged and disabled adapters and scaling (PEFT's attribute names)."""
+    found = set()
+    for part in anatomy.parts:
+        if "_active_adapter" in part.attributes or "_disable_adapters" in part.attributes:
+            module: Any = part.module
+            state = {
+                "active": getattr(module, "_active_adapter", None),
+                "scaling": getattr(module, "scaling", None),
+                "merged": getattr(module, "merged_adapters", None),
+                "disabled": getattr(module, "_disable_adapters", None),
+            }
+            found.add(f"{type(module).__name__} {describe(state, 'an adapter', [])}")
+    return sorted(found)

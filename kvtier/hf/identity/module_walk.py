@@ -1,0 +1,354 @@
+"""What a model is made of: one walk over its modules, that soundness and identity both read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvtier.hf.identity.attribute_reads import Reads, join, reads_of_class
+from kvtier.hf.identity.code import Origin, origin_of_class, package_of
+from kvtier.hf.identity.patches import describe_patches
+from kvtier.hf.identity.stable_repr import PLAIN, Describer, Found, class_name
+
+# Attributes that every module has, and bookkeeping that no forward pass reads.
+_SKIPPED = frozenset(vars(torch.nn.Module())) | {
+    "_hf_hook",  # accelerate's: soundness judges it
+    "_is_hf_initialized",
+    "_output_capturing_hooks_installed",  # transformers' hooks, which soundness judges
+    "all_tied_weights_keys",
+    "dynamo_ctx",  # how torch.compile made the module
+    "generation_config",
+    "gradient_checkpointing",
+    "hf_device_map",
+    "hf_quantizer",  # how weights were loaded
+    "loss_type",
+    "name_or_path",
+    "peft_config",  # what it decides is in the tuner layers
+    "rope_deltas",  # of the last prompt: a turn counts its positions itself, or forgets them
+    "warnings_issued",
+}
+_SPECIAL = frozenset({"_hf_hook", "_compiled_call_impl", "rope_type"})
+_WHOLE = (torch.Tensor, torch.nn.Parameter)
+
+
+class Part(NamedTuple):
+    """A module of the model."""
+
+    name: str
+    module: torch.nn.Module
+    attributes: dict[str, Any]
+    """The live ``vars(module)``."""
+
+
+class _Line(NamedTuple):
+    """What was said of a module in the last turn, and the values that it was said of: equal ones may be others."""
+
+    name: str
+    number: int
+    """Of the class, among those of the model."""
+    kind: type
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+    words: str
+    rest: tuple[str, ...]
+    """Attributes that have to be read every time."""
+    plain: Callable[[dict[str, Any]], tuple[Any, ...]]
+    """Returns the attributes of which ``values`` are."""
+    is_special: bool
+    """Whether soundness has to look at the module in any case."""
+    inherited: tuple[str, ...]
+    """Attributes that are as the class has them, and are not said for that."""
+
+
+class _Last(NamedTuple):
+    """The last walk over a model: how its configs were called, which names its code reads, and its lines."""
+
+    configs: dict[int, str]
+    kept: list[PreTrainedConfig]
+    """Keeps the ids of configs from being given to others."""
+    lines: list[_Line]
+
+
+_last: weakref.WeakKeyDictionary[torch.nn.Module, _Last] = weakref.WeakKeyDictionary()
+
+
+class Anatomy:
+    """A model's modules, tensors and attributes as they are at this moment.
+
+    Plain attributes that no code of the model names decide nothing and are left out, with all that is in them. So is
+    what a model keeps of how it was loaded.
+
+    Attributes:
+        parts: every module once, the model first. Modules that are hidden in lists and dicts are found too.
+        examined: those that are in training mode, have hooks, or say that they depend on the length of a sequence.
+        tensors: parameters, buffers and tensors in attributes by name; of tensor subclasses that say how they are
+            built, the tensors inside; of offloaded parameters, the tensor in memory.
+        unreadable: what holds values that cannot be read.
+        processes: how many hold a part of one tensor each, at most; 1 where all tensors are whole.
+        attention: how each config computes attention and experts, by its name.
+        callables: what was set on single modules and can be called: module, attribute, value.
+        text: class, code and attributes of every module, line by line, without tensors' values.
+
+    Raises:
+        Undescribable: an attribute that code reads has no words.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parts: list[Part] = []
+        self.examined: list[Part] = []
+        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.unreadable: list[str] = []
+        self.processes = 1
+        self.callables: list[tuple[Part, str, Any]] = []
+        self.text: list[str] = []
+        self._found: Found = []
+        self.describer = Describer(self._found)
+        self._configs: dict[int, str] = {}
+        self._kept: list[PreTrainedConfig] = []
+        self._note_configs(getattr(model, "config", None), "config")
+        self._kinds: dict[type, int] = {}
+        self._scripts: set[type] = set()
+        self._unread: list[tuple[Part, str]] = []
+        self._reads: Reads | None = None
+        self._lines: list[_Line] = []
+        last = _last.get(model)
+        self._before = last.lines if last is not None and last.configs == self._configs else []
+        self._seen: set[int] = set()
+        self._waiting: list[tuple[str, torch.nn.Module, _Offloaded | None]] = [("", model, None)]
+        self._described: set[type] = set()
+        self.attention = dict(self._implementations(getattr(model, "config", None), ""))
+        self._walk()
+        while self._look_again():
+            self._walk()
+        _last[model] = _Last(self._configs, self._kept, self._lines)
+
+    def _note_configs(self, config: Any, name: str) -> None:
+        """Name the model's config and the configs inside it: the manifest says what is in them."""
+        if not isinstance(config, PreTrainedConfig) or id(config) in self._configs:
+            return
+        self._configs[id(config)] = name
+        self._kept.append(config)
+        for key, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                self._note_configs(value, f"{name}.{key}")
+
+    def _walk(self) -> None:
+        seen, waiting, numbers, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
+        parts, lines, tensors = self.parts, self._lines, self.tensors
+        scripts = self._scripts
+        index = len(lines)
+        while waiting:
+            name, module, offloaded = waiting.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            attributes, kind = vars(module), type(module)
+            number = numbers.get(kind)
+            if number is None:
+                number = numbers[kind] = len(numbers)
+                self._reads = None
+                if issubclass(kind, torch.jit.ScriptModule):
+                    scripts.add(kind)
+            if kind in scripts:
+                self.unreadable.append(f"{name or 'the model'} (compiled by torch.jit)")
+                continue
+            line = before[index] if index < len(before) else None
+            if (
+                line is None
+                or line.name != name
+                or line.kind is not kind
+                or line.number != number
+                or line.keys != tuple(attributes)
+                or not all(map(is_, line.values, line.plain(attributes)))
+                or (line.inherited and not all(_value_of_class(kind, k) is attributes[k] for k in line.inherited))
+            ):
+                line = self._describe_plain(name, number, kind, attributes)
+            lines.append(line)
+            index += 1
+            text.append(line.words)
+            part = Part(name, module, attributes)
+            parts.append(part)
+            dot = f"{name}." if name else ""
+            if line.is_special:
+                if "_hf_hook" in attributes:
+                    offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
+                if attributes.get("_compiled_call_impl") is not None:  # by module.compile()
+                    text.append("compiled")
+                self.examined.append(part)
+            elif attributes.get("training") or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+                self.examined.append(part)
+            for held in (attributes["_parameters"], attributes["_buffers"]):
+                if held:
+                    for key, tensor in held.items():
+                        if type(tensor) in _WHOLE and not tensor.is_meta:
+                            tensors.append((dot + key, tensor))
+                        elif tensor is not None:
+                            self._add_tensor(dot + key, tensor, offloaded)
+            if line.rest:
+                for key in line.rest:
+                    self._read(part, key, dot, offloaded)
+            children = attributes["_modules"]
+            if children:
+                waiting += [(dot + key, child, offloaded) for key, child in children.items() if child is not None]
+
+    def _describe_plain(self, name: str, number: int, kind: type, attributes: dict[str, Any]) -> _Line:
+        """Describe the attributes of a module that no edit can change in place."""
+        plain, rest, words = [], [], [f"{name}: {number}"]
+        inherited = []
+        for key, value in attributes.items():
+            if key in _SKIPPED:
+                continue
+            if kind.__module__.startswith("torch._dynamo.") and key != "forward":
+                continue  # how torch.compile made the module around one that is looked at by itself
+            is_plain = type(value) in PLAIN or id(value) in self._configs
+            if is_plain and _value_of_class(kind, key) is value:
+                plain.append(key)  # an adapter that was disabled and is enabled again says what its class says
+                inherited.append(key)
+            elif is_plain and self._is_read(kind, key):
+                plain.append(key)
+                words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
+            else:
+                rest.append(key)
+        get = itemgetter(*plain, "_modules", "_modules")  # two names more: so it always returns a tuple
+        values = tuple(attributes[key] for key in plain)
+        special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
+        keys = tuple(attributes)
+        return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), get, special, tuple(inherited))
+
+    def _is_read(self, kind: type, key: str) -> bool:
+        """Whether code of a module's own class, or of others that are known by now, may read an attribute."""
+        if origin_of_class(kind) is not Origin.RELEASED or reads_of_class(kind).may_read(key):
+            return True
+        if self._reads is None:
+            self._reads = join(reads_of_class(one) for one in self._kinds)
+        return self._reads.may_read(key) or self.describer.met.may_read(key)
+
+    def _read(self, part: Part, key: str, dot: str, offloaded: _Offloaded | None) -> None:
+        """Note what was set on a module besides tensors, children and plain values that are read."""
+        value = part.attributes[key]
+        is_method = callable(value) and (key == "_old_forward" or hasattr(type(part.module), key))
+        if not is_method and not self._is_read(type(part.module), key):
+            self._unread.append((part, key))
+            return
+        if callable(value):
+            self.callables.append((part, key, value))
+        start = len(self._found)
+        self.text.append(f"{dot}{key}={self.describer.describe(value, dot + key)}")
+        for path, inner in self._found[start:]:
+            self._add_found(path, inner, offloaded)
+
+    def _add_found(self, path: str, inner: Any, offloaded: _Offloaded | None) -> None:
+        if isinstance(inner, torch.Tensor):
+            self._add_tensor(path, inner, None)
+        elif isinstance(inner, torch.nn.Module):
+            self._waiting.append((path, inner, offloaded))
+        else:
+            self.unreadable.append(path)
+
+    def _look_again(self) -> bool:
+        """Describe the code of all classes, and read what this code reads; return whether there was anything."""
+        start = len(self._found)
+        for part in self.examined:
+            self._describe_hooks(part)
+        while new := {*self._kinds, *self.describer.classes} - self._described:
+            self._described |= new
+            own = [kind for kind in self._kinds if kind in new and origin_of_class(kind) is not Origin.RELEASED]
+            self.text += [f"{class_name(kind)}: {self.describer.describe(kind, class_name(kind))}" for kind in own]
+            self.text += describe_patches(new, self.describer.met.modules, self.describer)
+        unread, self._unread = self._unread, []
+        self._reads = None
+        before = len(self.text)
+        for part, key in unread:
+            self._read(part, key, f"{part.name}." if part.name else "", None)
+        for path, inner in self._found[start:]:
+            self._add_found(path, inner, None)
+        return bool(self._waiting) or len(self.text) > before
+
+    def _describe_hooks(self, part: Part) -> None:
+        """Describe the hooks of PyTorch's own that compute weights; the others are judged by soundness."""
+        for hooks in (part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]):
+            for hook in list(hooks.values()):  # another thread's turn may add its own
+                if package_of(hook) == "torch":
+                    self.text.append(f"{part.name}: {self.describer.describe(hook, part.name)}")
+
+    def _implementations(self, config: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
+        """Yield how each config of a model computes attention and experts; note the functions that do."""
+        if not isinstance(config, PreTrainedConfig):
+            return
+        attention = getattr(config, "_attn_implementation", None)
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            if attention in registry:
+                self.text.append(f"{name}: {self.describer.describe(registry[attention], f'{attention} attention')}")
+        yield name, [attention, getattr(config, "_experts_implementation", None)]
+        for key, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                yield from self._implementations(value, f"{name}.{key}")
+
+    def _add_tensor(self, name: str, tensor: torch.Tensor, offloaded: _Offloaded | None) -> None:
+        if tensor.is_meta:
+            held = offloaded.find(name) if offloaded is not None else None
+            if held is None or held.is_meta:
+                self.unreadable.append(name)
+                return
+            tensor = held
+        if type(tensor) in _WHOLE:
+            self.tensors.append((name, tensor))
+        elif hasattr(tensor, "__tensor_flatten__"):
+            keys, context = tensor.__tensor_flatten__()
+            self.text.append(f"{name}: {type(tensor).__qualname__} {self.describer.describe(context, name)}")
+            for key in keys:
+                part = getattr(tensor, key)
+                if isinstance(part, torch.Tensor):
+                    self._add_tensor(f"{name}.{key}", part, None)
+            if hasattr(tensor, "device_mesh"):
+                self._note_mesh(name, tensor)
+        else:
+            start = len(self._found)
+            self.text.append(f"{name}: {type(tensor).__qualname__} {self.describer.describe(vars(tensor), name)}")
+            self.tensors.append((name, tensor))
+            inside = self._found[start:]
+            self.tensors.extend((path, inner) for path, inner in inside if isinstance(inner, torch.Tensor))
+
+    def _note_mesh(self, name: str, tensor: Any) -> None:
+        """Note which part of a distributed tensor this process holds."""
+        mesh = tensor.device_mesh
+        self.processes = max(self.processes, int(mesh.size()))
+        self.text.append(f"{name}: {tensor.placements} of {tuple(mesh.shape)} at {mesh.get_coordinate()}")
+
+
+_NOTHING = object()
+
+
+def _value_of_class(kind: type, key: str) -> Any:
+    """Return what an object of a class has under a name that was not set on itself."""
+    return next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _NOTHING)
+
+
+class _Offloaded(NamedTuple):
+    """Where accelerate keeps parameters that are on the meta device between forward passes."""
+
+    weights: Any
+    prefix: str
+
+    def find(self, name: str) -> torch.Tensor | None:
+        """Return the tensor behind a meta parameter; None when it is not in memory."""
+        weights, key = self.weights, name.removeprefix(self.prefix)
+        while hasattr(weights, "prefix") and hasattr(weights, "dataset"):
+            weights, key = weights.dataset, weights.prefix + key
+        weights = getattr(weights, "state_dict", weights)  # its rest is files, which no turn can compare
+        tensor = weights.get(key) if isinstance(weights, Mapping) else None
+        return tensor if isinstance(tensor, torch.Tensor) else None
+
+
+def _offloaded(hook: Any, prefix: str) -> _Offloaded | None:
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "weights_map", None) is not None:
+            return _Offloaded(one.weights_map, prefix)
+    return None

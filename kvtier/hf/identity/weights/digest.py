@@ -1,0 +1,250 @@
+"""All tensors of a model → one digest in which every byte counts, kept up to date at the price of a few samples.
+
+The first turn reads every tensor: SHA-256 over a weighted sum of the 64-bit words of each 2 KiB. An edit of any
+element changes its block's sum, and so does what changes places within a block. (It is no cryptographic hash:
+someone who wants two models to look alike can make them so.)
+
+Later turns read a tensor whole again when
+
+- it is another tensor, lies elsewhere or has another version: PyTorch counts what is written in place;
+- it holds a gradient, or an optimizer has made a step since, whose writes PyTorch may not count;
+- it was made in inference mode, where PyTorch counts nothing;
+- one of its samples differs (``kvtier.hf.identity.weights.samples``), or, in the weights of an ``Embedding``, any byte of a row
+  that the prompt looks up.
+
+What remains is in ``docs/limits.md``: a write to a few elements that PyTorch does not count, through ``.data``, NumPy
+or a kernel of one's own. ``torch.autograd.graph.increment_version`` makes it count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy.typing as npt
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvtier.hf.identity.weights.optimizer_steps import OptimizerSteps
+from kvtier.hf.identity.weights.samples import Sampler, Samples, UnsampledError
+from kvtier.hf.identity.weights.tensor_values import Values, read_values, rows_differ, why_unreadable
+
+_Named = Sequence[tuple[str, torch.Tensor]]
+_Place = tuple[int, int, int, int, int, torch.Size, tuple[int, ...], torch.dtype]
+_UNCOUNTED = -1  # the version of a tensor that counts no writes
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor whose values cannot be read, and why."""
+
+    name: str
+    error: str
+
+
+class _UnreadError(Exception):
+    def __init__(self, unread: Unread) -> None:
+        super().__init__(unread.error)
+        self.unread = unread
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a tensor was when it was read last.
+
+    It holds no weak reference to the tensor: ``torch.utils.swap_tensors`` refuses tensors that have one. While it
+    holds a weak one to the storage, no other storage gets this one's address, which is part of the place.
+    """
+
+    storage: StorageWeakRef
+    digest: bytes
+    table: Values | None
+    """Of the weight of an embedding: what its rows are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The readings of all tensors of a model, in their order, as they stood after its last turn."""
+
+    names: list[str]
+    places: list[_Place]
+    reads: list[_Read]
+    tables: list[int]
+    """Indices of the weights of embeddings."""
+    sampler: Sampler
+    samples: Samples
+    steps: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """Where the tensors of a model are now. While it lives, it keeps their storages from being freed."""
+
+    names: list[str]
+    tensors: list[torch.Tensor]
+    places: list[_Place]
+    storages: list[torch.UntypedStorage]
+    doubtful: set[int]
+    """Indices of tensors that PyTorch may write without counting: made in inference mode, or with a gradient."""
+    steps: int
+    """Of optimizers, before anything was read: a step meanwhile shows in the next turn."""
+
+
+_models: weakref.WeakKeyDictionary[torch.nn.Module, _Model] = weakref.WeakKeyDictionary()
+_reading: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+"""Held while a model is looked at."""
+_lock = threading.Lock()
+_steps = OptimizerSteps()
+
+
+def _let_go() -> None:
+    """Let go, in a child that was forked, of what a thread of its parent may have held."""
+    global _lock
+    _lock = threading.Lock()
+    for model in list(_reading):
+        _reading[model] = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLike = ()) -> str | Unread:
+    """Return SHA-256, as hex, over names, shapes, dtypes and values of ``tensors``, which belong to ``model``.
+
+    Equal on every device and in every process. What is remembered of a model holds no tensor and goes with it.
+
+    Args:
+        model: of its embeddings, the rows of ``tokens`` are compared with the last reading.
+        tensors: all tensors of the model, by name.
+        tokens: ids of the prompt. They are no part of the digest.
+    """
+    with _lock:
+        _steps.watch()
+        alone = _reading.setdefault(model, threading.Lock())
+    with alone, torch.no_grad():  # a large model is read for long: turns of others go on meanwhile
+        with _lock:
+            known = _models.get(model)
+        try:
+            present = _look(tensors, _steps.count)
+            if known is None or not _unchanged(known, present, tokens):
+                known = _read(model, known, present, tokens)
+                with _lock:
+                    _models[model] = known
+        except _UnreadError as error:
+            return error.unread
+        return known.digest
+
+
+def forget_models() -> None:
+    """Forget all readings, and count no steps of optimizers until the next reading."""
+    with _lock:
+        _models.clear()
+        _steps.unwatch()
+
+
+def _look(tensors: _Named, steps: int) -> _Present:
+    names, present = [name for name, _ in tensors], [tensor for _, tensor in tensors]
+    places: list[_Place] = []
+    storages: list[torch.UntypedStorage] = []
+    doubtful: set[int] = set()
+    try:
+        for tensor in present:  # once per tensor in every turn: every call here costs as much as a sample
+            storage = tensor.untyped_storage()
+            version = _UNCOUNTED if tensor.is_inference() else tensor._version
+            if version == _UNCOUNTED or (tensor.is_leaf and tensor.grad is not None):
+                doubtful.add(len(places))
+            storages.append(storage)
+            places.append(
+                (
+                    id(tensor),
+                    tensor.data_ptr(),
+                    version,
+                    storage._cdata,
+                    storage.nbytes(),
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                )
+            )
+    except Exception as error:  # of any kind: tensors may be subclasses
+        index = len(places)
+        raise _unread(names[index], present[index], error) from error
+    return _Present(names, present, places, storages, doubtful, steps)
+
+
+def _unchanged(known: _Model, present: _Present, tokens: npt.ArrayLike) -> bool:
+    """Whether every tensor is what it was in the last turn, as far as can be seen without reading it whole."""
+    if known.steps != present.steps or present.doubtful:
+        return False
+    if known.places != present.places or known.names != present.names:
+        return False
+    if not _read_samples(known.sampler, present).equal(known.samples):
+        return False
+    return not any(_rows_differ(known.reads[index], present.tensors[index], tokens) for index in known.tables)
+
+
+def _read(model: torch.nn.Module, known: _Model | None, present: _Present, tokens: npt.ArrayLike) -> _Model:
+    """Read whole what is new or may have changed. Samples are read before: a write meanwhile will differ from them."""
+    for name, tensor in zip(present.names, present.tensors, strict=True):
+        why = why_unreadable(tensor)
+        if why is not None:
+            raise _UnreadError(Unread(name, why))
+    sampler = Sampler(present.tensors)
+    samples = _read_samples(sampler, present)
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    before = {} if known is None else {name: index for index, name in enumerate(known.names)}
+    reads: list[_Read] = []
+    tables: list[int] = []
+    whole = hashlib.sha256()
+    for index, (name, tensor, place) in enumerate(zip(present.names, present.tensors, present.places, strict=True)):
+        is_table = id(tensor) in embedded and tensor.is_contiguous()
+        if is_table:
+            tables.append(index)
+        old = before.get(name)
+        if (
+            known is not None
+            and old is not None
+            and known.steps == present.steps
+            and known.places[old] == place
+            and index not in present.doubtful
+            and known.samples.of(old) == samples.of(index)
+            and (known.reads[old].table is not None) == is_table
+            and not _rows_differ(known.reads[old], tensor, tokens)
+        ):
+            reads.append(known.reads[old])
+            continue
+        try:
+            values = read_values(tensor)
+        except Exception as error:  # of any kind: tensors may be subclasses
+            raise _unread(name, tensor, error) from error
+        storage = StorageWeakRef(present.storages[index])  # type: ignore[no-untyped-call]
+        reads.append(_Read(storage, values.digest, values if is_table else None))
+    for name, tensor, read in sorted(zip(present.names, present.tensors, reads, strict=True), key=lambda one: one[0]):
+        whole.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode() + read.digest)
+    return _Model(present.names, present.places, reads, tables, sampler, samples, present.steps, whole.hexdigest())
+
+
+def _read_samples(sampler: Sampler, present: _Present) -> Samples:
+    try:
+        return sampler.read(present.tensors)
+    except UnsampledError as error:
+        raise _unread(present.names[error.index], present.tensors[error.index], error) from error
+
+
+def _rows_differ(read: _Read, tensor: torch.Tensor, tokens: npt.ArrayLike) -> bool:
+    return read.table is not None and rows_differ(tensor, read.table, tokens)
+
+
+def _unread(name: str, tensor: torch.Tensor, error: Exception) -> _UnreadError:
+    """Return the reason why a tensor cannot be read; the first line of an error where only PyTorch knows it."""
+    try:
+        why = why_unreadable(tensor)
+    except Exception:  # the error at hand says more
+        why = None
+    return _UnreadError(Unread(name, why or str(error).partition("\n")[0]))

@@ -1,0 +1,153 @@
+"""Prompts that continue what a cache holds: placeholders come again, the pictures and sounds behind them do not.
+
+Transformers continues a cache in this way: it wants the whole conversation as ids, and no media that the cache holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from kvtier.hf.inputs.content_ids import Mark, marked
+from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
+from kvtier.hf.inputs.prompt import Positions
+from kvtier.store.chain import TokenIds, common_run
+
+# Arguments that carry media, besides those of KINDS: a model that takes one of them takes media.
+_CARRIES_MEDIA = frozenset(name for names in KINDS.values() for name in names) | {
+    "image_patches",
+    "input_values",
+    "pixel_values_images",
+}
+
+
+class HeldRows(Protocol):
+    """The tokens whose K and V a cache holds."""
+
+    @property
+    def rows(self) -> tuple[TokenIds, ...]:
+        """The ids of each row, those under marks replaced."""
+
+    @property
+    def marks(self) -> tuple[tuple[Mark, ...], ...]:
+        """The marks of each row; empty when there are none in any row."""
+
+    @property
+    def positions(self) -> tuple[Positions, ...]:
+        """``[axes, tokens]`` of each row's prompt; empty when the order of tokens gives their positions."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownRow:
+    """What a cache holds of a prompt's row: its first ``run`` ids, and the ``marks`` in them.
+
+    ``positions`` are those of all tokens of the row, ``[axes, tokens]``; None where their order gives them.
+    """
+
+    run: int
+    marks: tuple[Mark, ...]
+    positions: Positions | None
+
+    @property
+    def needed(self) -> int:
+        """How many tokens must come from the cache: all but words and their positions enters among them."""
+        return max((mark.stop for mark in self.marks if not mark.is_position), default=0)
+
+
+def takes_media(model: torch.nn.Module) -> bool:
+    """Whether the model's forward pass takes pictures, films or sounds."""
+    return not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
+
+
+def missing_media(
+    model: PreTrainedModel, arguments: Mapping[str, Any], ids: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return the kinds of media of which placeholders stand in a prompt, while no tensors of that kind were passed.
+
+    Args:
+        model: the model that will be called.
+        arguments: of the call.
+        ids: ``[rows, columns]``.
+        real: ``[rows, columns]``, where no padding is.
+
+    Returns:
+        kind → ``[rows, columns]``, where its placeholders stand.
+    """
+    config = getattr(model, "config", None)
+    if not takes_media(model) or getattr(config, "is_encoder_decoder", False):
+        return {}
+    # What belongs to a tensor, such as its grid, may be passed without it.
+    passed = {kind for kind, names in KINDS.items() if arguments.get(names[0]) is not None}
+    answered = {placeholder_id(config, kind) for kind in passed} | {None}
+    tokens = {kind: placeholder_id(config, kind) for kind in KINDS}
+    places = {kind: (ids == token) & real for kind, token in tokens.items() if token not in answered}
+    return {kind: where for kind, where in places.items() if where.any()}
+
+
+def known_rows(
+    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], held: HeldRows | None, *, counts: bool
+) -> tuple[KnownRow | None, ...] | str:
+    """Return what a cache holds of each row in which placeholders stand; None for other rows.
+
+    Args:
+        rows: the ids of each row, without padding.
+        places: of each row, ``[tokens]``: where placeholders stand whose media were not passed.
+        held: what the cache holds.
+        counts: whether the model counts positions in a way of its own.
+
+    Returns:
+        Why the cache does not hold what enters at all placeholders, as text, when it does not.
+    """
+    if held is None or not held.rows:
+        return "the cache holds nothing"
+    found = []
+    for row, (ids, where) in enumerate(zip(rows, places, strict=True)):
+        known = _known_row(ids, where, held, counts) if where.any() else None
+        if known is None and where.any():
+            return f"the cache holds no row that begins like row {row} up to its last placeholder"
+        found.append(known)
+    return tuple(found)
+
+
+def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], held: HeldRows, counts: bool) -> KnownRow | None:
+    """Return what the held row with the longest run in common knows of ``ids``; None when none knows all media."""
+    best: KnownRow | None = None
+    for at, row in enumerate(held.rows):
+        marks = held.marks[at] if held.marks else ()
+        run = common_run(marked(ids, marks), row)
+        used = tuple(mark for mark in marks if mark.start < run)
+        if where[run:].any() or any(mark.stop > run for mark in used) or (best is not None and run <= best.run):
+            continue
+        if counts != bool(held.positions):
+            continue  # positions were passed for a model that counts none, or are not known of one that does
+        positions = _positions(held.positions[at], run, len(ids), where) if counts else None
+        if counts and positions is None:
+            continue
+        best = KnownRow(run, used, positions)
+    return best
+
+
+def _positions(known: Positions, run: int, length: int, where: npt.NDArray[np.bool_]) -> Positions | None:
+    """Return the positions of a row of ``length`` tokens whose first ``run`` are as in ``known [axes, tokens]``.
+
+    ``known`` has no positions of generated tokens: each is one after that of the token before. None when the positions
+    that follow a picture cannot be derived: none of its prompt's tokens followed it.
+    """
+    size = known.shape[1]
+    if run < size and where[run - 1]:
+        follows = known[:, run]
+    elif run <= size:
+        follows = known[:, run - 1] + 1
+    else:
+        follows = known[:, -1] + 1 + run - size
+    if run >= size and where[size - 1]:
+        return None
+    between = known[:, -1:] + 1 + np.arange(max(0, run - size))
+    return np.concatenate([known[:, :run], between, follows[:, None] + np.arange(length - run)], 1)

@@ -1,0 +1,105 @@
+"""Positions of the tokens of a prompt, where models count them in ways of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+
+from kvtier.hf.inputs.continued import KnownRow
+from kvtier.hf.inputs.prompt import Positions, Prompt
+
+
+def merging_parts(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """Return the modules of ``model`` that may merge inputs and count positions."""
+    return model, *model.children()
+
+
+def per_column(positions: Any, prompt: Prompt) -> Positions | None:
+    """Return positions as ``[axes, rows, columns]``; None when they have another shape."""
+    if not isinstance(positions, torch.Tensor) or positions.ndim not in (2, 3) or positions.is_floating_point():
+        return None
+    positions = positions if positions.ndim == 3 else positions[None]
+    if positions.shape[1] not in (1, len(prompt.rows)) or positions.shape[2] != prompt.columns:
+        return None
+    table: Positions = positions.expand(-1, len(prompt.rows), -1).detach().to("cpu", torch.int64).numpy()
+    return table
+
+
+def counts_on_earlier_calls(model: torch.nn.Module) -> bool:
+    """Whether the model remembers between calls how far positions are ahead of columns."""
+    return any(hasattr(part, "rope_deltas") for part in merging_parts(model))
+
+
+def own_positions(model: torch.nn.Module) -> Any:
+    """Return the model's own way to count positions; None when it counts as all do."""
+    own = getattr(type(model), "_prepare_position_ids_for_generation", None)
+    return None if own is getattr(GenerationMixin, "_prepare_position_ids_for_generation", None) else own
+
+
+def positions_of(
+    model: PreTrainedModel,
+    given: Mapping[str, Any],
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, bool]:
+    """Return the positions of the whole prompt if they are not just columns, and whether they were counted here.
+
+    On a cache that holds something, ``generate`` would add what the model remembers of its last prompt, which may be
+    another one: the model is asked as for an empty cache.
+    """
+    if "position_ids" in given:
+        return given["position_ids"], False
+    count = own_positions(model)
+    if count is None:
+        return None, False
+    fed = given.get("inputs_embeds", input_ids)
+    assert fed is not None
+    known = dict(given)
+    if "inputs_embeds" in given and input_ids is not None:
+        known["input_ids"] = input_ids
+    if attention_mask is None:
+        attention_mask = torch.ones(fed.shape[:2], dtype=torch.long, device=fed.device)
+    positions = count(model, fed, {**known, "attention_mask": attention_mask})
+    return positions, True
+
+
+def positions_going_on(prompt: Prompt, known: Sequence[KnownRow | None]) -> torch.Tensor | None:
+    """Return positions ``[axes, rows, columns]`` that go on from those of ``known``; None where order gives them."""
+    axes = next((len(row.positions) for row in known if row is not None and row.positions is not None), 0)
+    if not axes:
+        return None
+    positions = np.zeros((axes, len(prompt.rows), prompt.columns), np.int64)
+    for row, (own, pad, of) in enumerate(zip(prompt.rows, prompt.pads, known, strict=True)):
+        plain = np.broadcast_to(np.arange(len(own)), (axes, len(own)))
+        positions[:, row, pad : pad + len(own)] = plain if of is None or of.positions is None else of.positions
+    return torch.from_numpy(positions)
+
+
+def position_jumps(at: Positions) -> npt.NDArray[np.bool_]:
+    """Return which of ``at [axes, columns]`` do not follow the one before; the first ought to be 0."""
+    before = np.concatenate([np.full((len(at), 1), -1, np.int64), at[:, :-1]], 1)
+    jumps: npt.NDArray[np.bool_] = (at != before + 1).any(axis=0)
+    return jumps
+
+
+def remember_positions(model: torch.nn.Module, prompt: Prompt) -> None:
+    """Let a loop go on from ``prompt``: a model that derives positions from an earlier call takes this one for it."""
+    if prompt.needed and prompt.positions:
+        ahead = [int(at[-1, -1]) + 1 - at.shape[1] for at in prompt.positions]
+        _set_ahead(model, torch.tensor(ahead, device=getattr(model, "device", None))[:, None])
+
+
+def forget_positions(model: torch.nn.Module) -> None:
+    """Let the model derive no positions from an earlier call."""
+    _set_ahead(model, None)
+
+
+def _set_ahead(model: torch.nn.Module, ahead: torch.Tensor | None) -> None:
+    for part in merging_parts(model):
+        if hasattr(part, "rope_deltas"):
+            setattr(part, "rope_deltas", ahead)  # noqa: B010 - not an attribute that types know

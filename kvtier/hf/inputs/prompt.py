@@ -1,0 +1,115 @@
+"""Token ids and mask → one token row per sequence, padding removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtier.errors import PromptError
+from kvtier.hf.inputs.content_ids import Mark, marked
+from kvtier.hf.not_reusable import NotReusable
+from kvtier.store.chain import TokenIds
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A batch of sequences as the model sees them: ``columns`` wide, row ``r`` begins after ``pads[r]`` columns.
+
+    What a row leaves free before and after its tokens is padding.
+    """
+
+    rows: tuple[TokenIds, ...]
+    pads: tuple[int, ...]
+    columns: int
+    returned: int | None = None
+    """Columns of it that ``generate`` returns before the new tokens, where these are not all."""
+    wholes: tuple[tuple[int, int], ...] = ()
+    """``(first, end)``: columns inside which no known prefix may end."""
+    unproven: int = 0
+    """Last columns of a match that prove those before them, and are not proven themselves."""
+    answer_follows: bool = True
+    """Whether generated ids say all that decides their K and V, besides what comes before them."""
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    """The marks of each row, of which the last may reach beyond its end; empty when there are none in any row."""
+    plain: bool = True
+    """Whether ids are all there is to feed."""
+    positions: tuple[Positions, ...] = ()
+    """``[axes, tokens]`` of each row; empty when the order of tokens gives their positions."""
+    needed: int = 0
+    """Columns that must be known: media enter there that were not passed, so that they cannot be computed."""
+    ids: tuple[TokenIds, ...] = ()
+    """The ids of each row as they were given; empty when ``rows`` are these."""
+
+    def continued(self, row: int, ids: TokenIds) -> TokenIds:
+        """Return what ``row`` and generated ``ids`` after it are in a chain."""
+        known = self.rows[row]
+        return np.concatenate([known, marked(ids, self.marks[row], len(known)) if self.marks else ids])
+
+    def admits(self, columns: int) -> bool:
+        """Whether a known prefix may end after ``columns`` columns."""
+        return not any(first < columns < end for first, end in self.wholes)
+
+    def cut(self, columns: int) -> int:
+        """Return how many of the first ``columns`` columns, which match what is known, may be taken from there."""
+        limit = max(0, columns - self.unproven)
+        while inside := [first for first, end in self.wholes if first < limit < end]:
+            limit = min(inside)
+        return limit
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any row leaves columns free."""
+        return any(len(tokens) < self.columns for tokens in self.rows)
+
+    def ends_early(self, row: int) -> bool:
+        """Whether padding follows the tokens of ``row``: what is generated does not stand next to them."""
+        return self.pads[row] + len(self.rows[row]) < self.columns
+
+    def begins(self, sequences: torch.Tensor) -> bool:
+        """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""
+        rows = sequences.shape[0]
+        if rows % len(self.rows) or sequences.shape[1] < self.columns:
+            return False
+        repeats = rows // len(self.rows)
+        ids = sequences[:, : self.columns].detach().to("cpu", torch.int64).numpy()
+        own = self.ids or self.rows
+        places = [slice(pad, pad + len(tokens)) for tokens, pad in zip(own, self.pads, strict=True)]
+        return all(np.array_equal(ids[r, places[r // repeats]], own[r // repeats]) for r in range(rows))
+
+
+def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt | NotReusable:
+    """Split ``input_ids [batch, columns]`` into rows without padding, which may be on either side.
+
+    Raises:
+        PromptError: the mask has another shape than the ids.
+    """
+    if input_ids.ndim != 2:
+        return NotReusable(f"input_ids have {input_ids.ndim} dimensions")
+    batch, columns = input_ids.shape
+    ids = input_ids.detach().to("cpu", torch.int64).numpy()
+    if attention_mask is None:
+        return Prompt(tuple(ids[r].copy() for r in range(batch)), (0,) * batch, columns)
+    if attention_mask.ndim != 2:
+        return NotReusable(f"the attention mask has {attention_mask.ndim} dimensions")
+    if tuple(attention_mask.shape) != (batch, columns):
+        raise PromptError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(batch, columns)}: pass the whole "
+            "conversation as input_ids with a mask of the same shape; the cache finds what it knows by itself"
+        )
+    shown = attention_mask.detach() != 0
+    if not bool((shown == (attention_mask == 1)).all()):
+        return NotReusable("the attention mask has values besides 0 and 1")  # models count positions by adding them up
+    mask = shown.to("cpu").numpy()  # NumPy has not every dtype that a mask may have
+    counts = mask.sum(axis=1)
+    pads = np.where(counts > 0, mask.argmax(axis=1), columns) if columns else counts
+    places = [slice(int(pad), int(pad + count)) for pad, count in zip(pads, counts, strict=True)]
+    if not all(mask[r, place].all() for r, place in enumerate(places)):
+        return NotReusable("the attention mask has holes")
+    return Prompt(
+        tuple(ids[r, place].copy() for r, place in enumerate(places)), tuple(p.start for p in places), columns
+    )

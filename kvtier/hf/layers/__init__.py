@@ -1,0 +1,1 @@
+"""Layers of a transformers cache: one class for each kind, built from the config of a model."""

@@ -1,0 +1,330 @@
+"""One class per kind of layer: what attention sees of its windows, and how a window begins a turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvtier.hf.layers.offloaded_load import StreamedPrefix
+from kvtier.hf.layers.prefix_load import MakeMemory, TurnPrefix
+from kvtier.kv.base import LayerMemory, first_visible
+from kvtier.kv.buffer import Window
+from kvtier.offload.layer import StreamedLayer
+from kvtier.offload.manager import Streams
+
+
+def new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+    """Return an empty window for K and V like these, ``[batch, heads, tokens, dim]`` each."""
+    return Window.like(k_bhtd, v_bhtd, 0)
+
+
+class WindowLayer(DynamicLayer):
+    """Full attention. The window holds every token; appending writes in place.
+
+    K and V are detached: the window is for inference. Tensors returned by ``update`` are views of the window and
+    stay valid until the next call that changes the layer. A ``DynamicLayer`` by type only: nothing of it is used.
+
+    Attributes:
+        window: where K and V are; None before the first token, and while all of a prefix is still to come.
+        length: columns held, those of an expected prefix included.
+        changes: how often tokens were appended or rows moved, whoever did it.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, make: MakeMemory = new_window, *, is_optional: bool = False, **kwargs: Any) -> None:
+        self.make = make
+        self.is_optional = is_optional
+        self.window: LayerMemory | None = None
+        self.changes = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        if self.window is not None:
+            self.window.close()
+        self.window = None
+        self._prefix: tuple[TurnPrefix, int] | None = None
+        self._empty_prefix: TurnPrefix | None = None
+        self._came_early = False
+        self.length = 0
+        self.changes += 1
+
+    @property
+    def windows(self) -> tuple[WindowLayer, ...]:
+        """All windows that belong to this layer, in the order in which the store keeps them."""
+        return (self,)
+
+    # The public K and V of a transformers layer are what is held, without spare capacity. Some models read them before
+    # their first update of a pass: a prefix that is still to come is waited for.
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """``[batch, k_heads, length, k_dim]``, or None before the first token.
+
+        Raises:
+            RestoreError: a page of an expected prefix could not be read, or does not fit.
+        """
+        self.bring_prefix()
+        return None if self.window is None else self.window.contents(self.length)[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """``[batch, v_heads, length, v_dim]``, or None before the first token.
+
+        Raises:
+            RestoreError: a page of an expected prefix could not be read, or does not fit.
+        """
+        self.bring_prefix()
+        return None if self.window is None else self.window.contents(self.length)[1]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether ``keys`` and ``values`` are tensors."""
+        return self.is_used
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the window."""
+        return 0 if self.window is None else self.window.rows
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is in the window, or will be: not every model fills every window that ``is_optional``."""
+        return self.window is not None or self._prefix is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the first ``length`` columns are really there, not still to come from a prefix."""
+        return self._prefix is None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make an empty window for K and V of these shapes."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.window = self.make(key_states, value_states)
+
+    def expect(self, prefix: TurnPrefix, layer: int) -> None:
+        """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for windows that stay empty."""
+        self.length = prefix.columns
+        if self.window is not None or prefix.brings(layer):
+            self._prefix = (prefix, layer)
+        else:
+            self._empty_prefix = prefix
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[batch, heads, new tokens, dim]``; return K and V as attention must see them.
+
+        Raises:
+            RestoreError: a page of the expected prefix could not be read.
+            BudgetError: the budget of the device is too small.
+            StreamError: a page of a cold layer is lost, or cannot be written.
+        """
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        if self._prefix is not None or self.window is None or self._came_early:
+            self._prepare(key_states, value_states)
+        assert self.window is not None
+        begin = self.length
+        self.changes += 1  # first: an interrupt may come at any time
+        states = self.window.append(begin, key_states, value_states, self._first_visible(begin))
+        self.length = begin + key_states.shape[2]
+        return states
+
+    def _prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Have a window for the first K and V of a turn, with the expected prefix in it.
+
+        Raises:
+            RestoreError: a page of the expected prefix could not be read, or does not fit.
+        """
+        if self._prefix is not None:
+            prefix, layer = self._prefix
+            self.window = prefix.take(layer, self.window, key_states, value_states, self.make)
+            self._prefix = None
+            self.dtype, self.device = key_states.dtype, key_states.device
+        elif self.window is None:
+            if self._empty_prefix is not None:
+                raise self._empty_prefix.reject("a layer that had nothing when the prefix was kept has something now")
+            self.lazy_initialization(key_states, value_states)
+        elif self._came_early:  # to the model's device; this layer may be on another one
+            self._came_early = False
+            if self.window.device != key_states.device:
+                k, v = (part.to(key_states.device) for part in self.window.contents(self.length))
+                moved = self.make(key_states, value_states)
+                moved.append(0, k, v, 0)
+                self.window.close()
+                self.window, self.device = moved, key_states.device
+
+    def _first_visible(self, begin: int) -> int:
+        """Return the first column that new tokens at column ``begin`` attend to."""
+        return 0
+
+    def bring_prefix(self) -> None:
+        """Hold the expected prefix now, before any token comes after it.
+
+        Raises:
+            RestoreError: a page could not be read, or does not fit.
+        """
+        if self._prefix is not None:
+            prefix, layer = self._prefix
+            self._prepare(*prefix.nothing(layer, self.window.contents(0) if self.window is not None else None))
+            self._came_early = True
+
+    def copy_to(self, twin: WindowLayer, streams: Streams) -> None:
+        """Let ``twin`` hold the same on other streams."""
+        if self._prefix is not None:  # the twin has no turn in which it could come
+            prefix, layer = self._prefix
+            assert isinstance(prefix, StreamedPrefix)
+            self.window = prefix.complete(layer, self.window, self.make)
+            self._prefix = None
+        if isinstance(self.window, StreamedLayer):
+            twin.window = self.window.twin(streams.deck(self.window.device))
+            twin.length = self.length
+            twin.dtype, twin.device = self.dtype, self.device
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next ``query_length`` tokens see, and the column of the first."""
+        first = self._first_visible(self.length)
+        return self.length - first + query_length, first
+
+    def get_seq_length(self) -> int:
+        """Return the columns held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return -1: the window grows."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns (transformers passes a negative number)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove.")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        self._select(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self.window is not None:
+            self.changes += 1
+            self.window.select(rows, self.length)
+
+
+class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
+    """Sliding or chunked attention: attention sees the last ``sliding_window - 1`` columns and the new ones.
+
+    The window keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, make: MakeMemory = new_window, **kwargs: Any) -> None:
+        WindowLayer.__init__(self, make)
+        self.sliding_window = sliding_window
+        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long, device="cpu")
+
+    def _first_visible(self, begin: int) -> int:
+        return first_visible(begin, self.sliding_window)
+
+    def get_max_length(self) -> int:
+        """Return the columns that attention sees at most."""
+        return self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Do nothing: the window keeps what ``crop`` needs."""
+
+
+class IndexedLayer(WindowLayer, DynamicIndexedLayer):
+    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window.
+
+    Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
+    """
+
+    def __init__(
+        self,
+        make: MakeMemory = new_window,
+        make_indexer: MakeMemory = new_window,
+        make_positions: MakeMemory = new_window,
+        **kwargs: Any,
+    ) -> None:
+        # Layers may share what one of them has chosen.
+        self.indexer = WindowLayer(make_indexer, is_optional=True)
+        self.positions = WindowLayer(make_positions, is_optional=True)
+        WindowLayer.__init__(self, make)
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        WindowLayer.reset(self)
+        self.indexer.reset()
+        self.positions.reset()
+
+    @property
+    def windows(self) -> tuple[WindowLayer, ...]:
+        """The window of K and V, that of the indexer's keys, and that of positions."""
+        return (self, self.indexer, self.positions)
+
+    @property
+    def is_indexer_initialized(self) -> bool:
+        """Whether ``indexer_keys`` is a tensor."""
+        return self.indexer.is_used
+
+    @property
+    def indexer_keys(self) -> torch.Tensor | None:
+        """``[batch, length, dim]``, or None before the first token."""
+        keys = self.indexer.keys
+        return None if keys is None else keys[:, 0]
+
+    @property
+    def indexer_position_ids(self) -> torch.Tensor | None:
+        """``[dimensions, batch, length]``, as the model has set it; None where it has not."""
+        held = self.positions.keys
+        return None if held is None else held[:, 0].permute(2, 0, 1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: torch.Tensor) -> None:
+        new = positions[..., self.positions.length :].permute(1, 2, 0)[:, None]
+        self.positions.update(new, new[..., :0])
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Append ``[batch, new tokens, dim]``; return the indexer's keys of all tokens."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        """Append ``[batch, heads, new tokens, dim]``; return the indexer's keys of all tokens."""
+        return self.indexer.update(idx_k, idx_k[..., :0])[0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns."""
+        WindowLayer.crop(self, tokens_to_remove)
+        self.indexer.crop(tokens_to_remove)
+        self.positions.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        WindowLayer.reorder_cache(self, beam_idx)
+        self.indexer.reorder_cache(beam_idx)
+        self.positions.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        WindowLayer.batch_select_indices(self, indices)
+        self.indexer.batch_select_indices(indices)
+        self.positions.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        WindowLayer.batch_repeat_interleave(self, repeats)
+        self.indexer.batch_repeat_interleave(repeats)
+        self.positions.batch_repeat_interleave(repeats)

@@ -1,0 +1,178 @@
+"""The layout of a cache: which kind of layer stands where, as a model's config says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+from kvtier.hf.compat.external_state import carried_states
+from kvtier.hf.compat.names import DummyLayer
+from kvtier.hf.layers.attention import IndexedLayer, SlidingWindowLayer, WindowLayer, new_window
+from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
+from kvtier.hf.layers.prefix_load import MakeMemory
+from kvtier.hf.layers.states import has_states
+from kvtier.kv.base import LayerMemory
+
+
+class MakeLayerMemory(Protocol):
+    """Makes places for K and V that know which layer they are of."""
+
+    def __call__(
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+    ) -> LayerMemory:
+        """Return an empty place; ``may_be_cold``: nobody reads views of it after the next layer's update."""
+
+
+# transformers' kinds of layers → ours. Layers of states alone stay transformers' own.
+_KINDS: dict[type, type[WindowLayer]] = {
+    DynamicLayer: WindowLayer,
+    DynamicSlidingWindowLayer: SlidingWindowLayer,
+    DynamicIndexedLayer: IndexedLayer,
+    LinearAttentionAndFullAttentionLayer: HybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingLayer,
+}
+# Those that come with a model's own code, by the name under which it registers them.
+_NAMED_KINDS: dict[str | None, type[WindowLayer]] = {"minimax_m3_sparse": IndexedLayer}
+
+
+def _dory_loops(config: Any) -> tuple[int, int, int]:
+    loops = config.n_recurrent_loops if config.recurrent_kv_cache_mode == "per_loop" else 1
+    return config.n_input_layers, config.n_input_layers + config.n_recurrent_layers, loops
+
+
+def _inkling_loops(config: Any) -> tuple[int, int, int]:
+    return config.loop_layer_index_start, config.loop_layer_index_end, config.loop_num_passes
+
+
+# Models that pass through some of their layers several times, and append copies of those to a cache that has as many
+# layers as the model: the first layer, the one after the last, and the number of passes.
+_LOOPS: dict[str, Callable[[Any], tuple[int, int, int]]] = {"dory": _dory_loops, "inkling2_loop_text": _inkling_loops}
+
+
+def upstream_layers(config: PreTrainedConfig) -> list[Any]:
+    """Return the empty layers, as transformers has them, that a cache of a model ends up with."""
+    carried = carried_states(config)
+    if carried is not None:
+        return [carried]
+    layers: list[Any] = DynamicCache(config=config).layers
+    text = config.get_text_config(decoder=True)
+    loops = _LOOPS.get(text.model_type)
+    if loops is not None:
+        first, end, passes = loops(text)
+        layers += [copy.deepcopy(layer) for layer in layers[first:end] * (passes - 1)]
+    return layers
+
+
+def build_layers(
+    config: PreTrainedConfig, make: MakeLayerMemory | None = None, upstream: list[Any] | None = None
+) -> tuple[list[Any], str | None]:
+    """Return the layers of a model, and why its K and V cannot be reused if they cannot.
+
+    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Layers that keep nothing
+    and those that are states as a whole stay transformers' own; so do all layers where one is of an unknown kind.
+
+    Args:
+        config: of the model.
+        make: makes places for K and V; by default, windows.
+        upstream: its ``upstream_layers``, of which some are used; by default, new ones.
+    """
+    upstream = upstream_layers(config) if upstream is None else upstream
+    kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
+    own = [layer for layer, kind in zip(upstream, kinds, strict=True) if kind is None and not has_states(layer)]
+    places = [layer for layer in own if type(layer) is DummyLayer]
+    others = sorted({type(layer).__name__ for layer in own} - {type(layer).__name__ for layer in places})
+    if others:
+        return upstream, f"layers of kind {', '.join(others)} are not kept"
+    shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    read_by_others = _last_of_each_kind(upstream) if places or shared else set()
+    windows = count()
+    layers: list[Any] = []
+    for index, (layer, kind) in enumerate(zip(upstream, kinds, strict=True)):
+        if kind is None:
+            layers.append(layer)
+            continue
+        arguments = {k: v for k, v in vars(layer).items() if k in ("sliding_window", "number_of_states")}
+        sliding_window = arguments.get("sliding_window")
+        arguments["make"] = _memory(make, next(windows), sliding_window, index not in read_by_others)
+        if issubclass(kind, IndexedLayer):
+            for window in ("make_indexer", "make_positions"):
+                arguments[window] = _memory(make, next(windows), None, may_be_cold=False)
+        layers.append(kind(**arguments))
+    return layers, _why_not_reused(config.get_text_config(decoder=True))
+
+
+def _why_not_reused(text: Any) -> str | None:
+    if text.model_type == "dory" and text.recurrent_kv_cache_mode == "last_loop":
+        return (
+            'with recurrent_kv_cache_mode="last_loop", early loops of this model see other K and V of a cached prefix '
+            "than of one that is computed at once"
+        )
+    return None
+
+
+def describe_layers(upstream: Iterable[Any]) -> list[tuple[type, dict[str, Any]]]:
+    """Return the kind and the numbers of each empty layer: equal for configs that lay out the same."""
+    return [
+        (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if _is_plain(v)})
+        for layer in upstream
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, dict, type(None)))
+
+
+def config_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the values of a config that can lay out layers, as they are now, to compare with those of another time.
+
+    Takes about a twentieth of the time that laying out takes. Nested configs are named by identity.
+    """
+    text = config.get_text_config(decoder=True)
+    values: dict[str, Any] = {"config": id(config), "text_config": id(text)}
+    for name, value in vars(text).items():
+        if isinstance(value, PreTrainedConfig):
+            continue
+        if isinstance(value, (dict, list)):
+            value = copy.deepcopy(value) if isinstance(value, dict) else list(value)
+        values[name] = value
+    return values
+
+
+def build_layer(index: int, make: MakeLayerMemory | None = None) -> WindowLayer:
+    """Return a layer of full attention, whose window is number ``index`` of its cache."""
+    return WindowLayer(_memory(make, index))
+
+
+def windows_of(layers: Iterable[Any]) -> list[WindowLayer]:
+    """Return the windows of ``layers``, in the order in which the store keeps them."""
+    return [window for layer in layers if isinstance(layer, WindowLayer) for window in layer.windows]
+
+
+def _memory(
+    make: MakeLayerMemory | None, index: int, sliding_window: int | None = None, may_be_cold: bool = True
+) -> MakeMemory:
+    if make is None:
+        return new_window
+
+    def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
+        return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
+
+    return memory
+
+
+def _last_of_each_kind(layers: Iterable[Any]) -> set[int]:
+    """Return the layers whose K and V later ones read again, where any do: the last sliding one, the last full one."""
+    last = {layer.is_sliding: index for index, layer in enumerate(layers) if hasattr(layer, "is_sliding")}
+    return set(last.values())

@@ -1,0 +1,34 @@
+"""Whether the layers of a cache still hold what they held when a turn was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvtier.hf.layers.build import windows_of
+from kvtier.hf.layers.states import has_states, same_marks, state_marks
+
+
+class LayerMarks:
+    """What layers hold now, in a form that costs nothing while they are used.
+
+    Every change counts, by whatever way it came: through the cache, through a layer, or in place in a tensor of states.
+    Only a crop of windows does not: their length shows it. Replaced tensors of states live as long as their marks.
+
+    Args:
+        layers: of a cache.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._windows = [(window, window.changes) for window in windows_of(layers)]
+        self._states = [(layer, state_marks(layer)) for layer in layers if has_states(layer)]
+
+    def still_hold(self, layers: Sequence[Any]) -> bool:
+        """Whether ``layers`` are the same, and unchanged."""
+        windows, states = windows_of(layers), [layer for layer in layers if has_states(layer)]
+        return (
+            len(windows) == len(self._windows)
+            and len(states) == len(self._states)
+            and all(a is b and a.changes == n for a, (b, n) in zip(windows, self._windows, strict=True))
+            and all(a is b and same_marks(state_marks(a), m) for a, (b, m) in zip(states, self._states, strict=True))
+        )

@@ -1,0 +1,245 @@
+"""The known prefix of a turn under a budget: layer by layer into hot windows and cold pages."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from kvtier.errors import BlockError, StreamError
+from kvtier.hf.layers.prefix_load import MakeMemory, RowPlan, TurnPrefix
+from kvtier.kv.base import LayerMemory
+from kvtier.kv.buffer import Window
+from kvtier.kv.page import Landing, Page
+from kvtier.offload.extents import BorrowedRun, Part
+from kvtier.offload.layer import StreamedLayer
+from kvtier.offload.manager import Streams
+from kvtier.store.block import BlockReader
+from kvtier.store.load import Restore
+from kvtier.store.lookup import Span
+
+
+class Loan:
+    """A block of the store whose pages cold layers read for as long as they have them. Closed when none has any."""
+
+    def __init__(self, reader: BlockReader) -> None:
+        self.reader = reader
+        self._checked: set[int] = set()
+        weakref.finalize(self, reader.close)
+
+    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+        """Put the tokens ``[first, last)`` of ``layer`` into ``landing``; its checksum is looked at the first time.
+
+        Raises:
+            StreamError: it cannot be read, or is not what was written.
+        """
+        try:
+            self.reader.land(layer, first, last, landing, check=layer not in self._checked)
+        except BlockError as error:
+            raise StreamError(f"a page that a cold layer shares with the store is lost: {error}") from error
+        self._checked.add(layer)
+
+
+class StreamedPrefix(TurnPrefix):
+    """The first columns of a turn, for layers under a budget.
+
+    Nothing is read before its layer is updated, so that no more than one layer is on its way; cold layers of one
+    sequence borrow whole pages of the store instead of copying them.
+
+    Args:
+        streams: where the layers are.
+        device: where all layers will be; None when they are on several devices, or nobody knows.
+        columns: columns known.
+        plans: where each row comes from.
+        restore: what comes from the store.
+        held_rows: rows of what is held now.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        device: torch.device | None,
+        columns: int,
+        plans: Sequence[RowPlan],
+        restore: Restore | None,
+        held_rows: int,
+    ) -> None:
+        super().__init__(columns, plans, restore, held_rows)
+        self._streams = streams
+        self._device = device
+        self._loans: dict[str, Loan] = {}
+
+    def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
+        """Choose which layers are to be cold with ``columns`` columns.
+
+        Raises:
+            RestoreError: the blocks of the store are not of this model.
+        """
+        self._expect(windows)
+        if self._restore is None:
+            return
+        if self._device is not None:
+            layers = enumerate(self._restore.geometry.layers)
+            token_bytes = {index: geometry.token_bytes for index, geometry in layers}
+            self._streams.deck(self._device).foresee(token_bytes, len(self._plans), columns)
+
+    def _fill(
+        self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
+    ) -> LayerMemory:
+        repeats = k_bhtd.shape[0] // len(self._plans)
+        in_place = old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
+        window = old if in_place else make(k_bhtd, v_bhtd)
+        assert isinstance(window, StreamedLayer)
+        if self._restore is not None and self._restore.geometry.layers[layer] != window.geometry:
+            raise self._misfit(self._restore.geometry.layers[layer], window.geometry)
+        try:
+            window.reserve(self.columns)
+            if in_place and self._restore is None and window.length >= self.columns:
+                window.crop(self.columns)
+            else:
+                self._fill_layer(layer, window, old, 0 if not in_place else min(self._held_ends()), repeats)
+        except BaseException:
+            if not in_place:
+                window.close()
+            raise
+        if old is not None and not in_place:
+            old.close()
+        return window
+
+    def _held_ends(self) -> list[int]:
+        """Return, for each row, the column after the last one that is held already."""
+        return [max(p.pad, min(p.pad + p.window_tokens, self.columns)) for p in self._plans]
+
+    def _fill_layer(self, layer: int, window: StreamedLayer, old: LayerMemory | None, begin: int, repeats: int) -> None:
+        """Fill the columns from ``begin`` on; whole pages of the store are borrowed where they can be."""
+        kept = [
+            # What is beyond the shortest row would be cut off.
+            old.page(row, begin, end) if old is window and end > begin else None
+            for row, end in enumerate(self._held_ends())
+        ]
+        window.crop(begin)
+        filled = begin
+        for span in self._whole_pages(window):
+            if span.start < filled or span.start % self._streams.page_tokens:
+                continue
+            if filled < span.start:
+                self._fill_columns(layer, window, old, kept, filled, span.start, repeats)
+                filled = span.start
+            if not self._has_room(span, window):
+                continue
+            run = self._borrow(span, layer, window)
+            window.borrow([Part(run, 0, span.tokens, (0,) * window.rows)])
+            self.restored_bytes -= span.tokens * window.geometry.token_bytes
+            filled = span.stop
+        if filled < self.columns:
+            self._fill_columns(layer, window, old, kept, filled, self.columns, repeats)
+
+    def _whole_pages(self, window: StreamedLayer) -> list[Span]:
+        """Return the spans that ``window`` can have as pages, as they are."""
+        if self._restore is None or len(self._plans) > 1 or self._plans[0].pad or not window.is_cold:
+            return []
+        page, tiers = self._streams.page_tokens, ("disk",) if window.kernels_read_host else ("disk", "host")
+        return [
+            span
+            for span in self._restore.spans(0)
+            if (span.first, span.last) == (0, page)
+            and self._restore.reader(span.block.key).is_plain
+            and self._restore.tier(span.block.key) in tiers
+        ]
+
+    def _has_room(self, span: Span, window: StreamedLayer) -> bool:
+        """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
+        assert self._restore is not None
+        on_disk = self._restore.tier(span.block.key) == "disk"
+        return on_disk or window.has_host_room(span.tokens * window.geometry.token_bytes)
+
+    def _borrow(self, span: Span, layer: int, window: StreamedLayer) -> BorrowedRun:
+        assert self._restore is not None
+        key = span.block.key
+        loan = self._loans.get(key)
+        if loan is None:
+            loan = self._loans[key] = Loan(self._restore.lend(key))
+        run = window.borrowed_run(loan, layer, span.tokens, loan.reader.tier)
+        if run.tier == "host":
+            owner = object()
+            self._streams.host.set(owner, span.tokens * window.geometry.token_bytes)
+            weakref.finalize(run, self._streams.host.set, owner, 0).atexit = False
+        return run
+
+    def _fill_columns(
+        self,
+        layer: int,
+        window: StreamedLayer,
+        old: LayerMemory | None,
+        kept: Sequence[Page | None],
+        begin: int,
+        end: int,
+        repeats: int,
+    ) -> None:
+        """Write the columns ``[begin, end)``: padding, what is held, what the store has."""
+        ends = self._held_ends()
+        with window.filling(begin, end) as (buffer, base):
+            for row in range(window.rows):
+                plan, page, held_end = self._plans[row // repeats], kept[row // repeats], ends[row // repeats]
+                first = min(max(plan.pad, begin), end)
+                buffer.clear(row, begin - base, first - base)
+                if page is not None:
+                    buffer.put(row, begin - base, page)
+                elif old is not None and old is not window:
+                    step = self._streams.page_tokens
+                    for at in range(first, min(held_end, end), step):
+                        stop = min(at + step, held_end, end)
+                        source = plan.source_pad + at - plan.pad
+                        buffer.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
+            if self._restore is not None:
+                self._land(layer, buffer, base, begin, end, repeats)
+            for row in range(window.rows):
+                last = max(self._plans[row // repeats].end, begin)
+                if last < end:
+                    buffer.clear(row, last - base, end - base)
+
+    def _land(self, layer: int, buffer: Window, base: int, begin: int, end: int, repeats: int) -> None:
+        """Let what the store has of the columns ``[begin, end)`` land in ``buffer``, whose column 0 is ``base``."""
+        assert self._restore is not None
+        pads = [plan.pad for plan in self._plans]
+        direct = buffer.device.type == "cpu"
+        host = buffer if direct else Window(len(pads), buffer.geometry, end - base, "cpu")
+
+        def place(_: int, row: int) -> tuple[Landing, int]:
+            at = row * repeats if direct else row
+            return host.landing(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
+
+        one_row = len(pads) == 1
+        self._restore.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
+        for row, held_end in enumerate(self._held_ends()):
+            first = max(held_end, begin)
+            for copy_row in range(row * repeats + direct, (row + 1) * repeats):
+                source_row = row * repeats if direct else row
+                buffer.copy(copy_row, first - base, end - base, host, source_row, first - base)
+
+    def complete(self, layer: int, old: LayerMemory | None, make: MakeMemory) -> LayerMemory:
+        """Return ``layer`` with the prefix in it before any token comes after it.
+
+        Raises:
+            RestoreError: a page could not be read.
+        """
+        if old is not None and self._restore is None:
+            k, v = old.contents(0)
+        else:
+            assert self._restore is not None
+            g = self._restore.geometry.layers[layer]
+            device = old.device if old is not None else self._device
+            k = torch.empty(len(self._plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
+            v = torch.empty(len(self._plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
+        return self.take(layer, old, k, v, make)
+
+    def wait(self) -> None:
+        """Read every page once, to see that it can be read.
+
+        Raises:
+            RestoreError: one could not be read.
+        """
+        if self._restore is not None:
+            self._restore.check()

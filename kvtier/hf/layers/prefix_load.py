@@ -1,0 +1,230 @@
+"""The known prefix of a turn, on its way into the windows."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtier.errors import RestoreError
+from kvtier.kv.base import LayerMemory
+from kvtier.kv.buffer import Window
+from kvtier.kv.page import Landing
+from kvtier.kv.spec import LayerGeometry
+from kvtier.store.load import Restore
+
+# Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
+# gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.
+_HEAD_START_BYTES_PER_SECOND = 1e9
+
+
+MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
+"""``(K, V)`` → an empty place for K and V like these, ``[batch, heads, tokens, dim]`` each."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Where the first tokens of one row come from: ``window_tokens`` of a held row, then the store.
+
+    ``pad`` is the column of the row's first token, ``end`` the one after its last, ``source_pad`` that of the first
+    token of the held row ``source_row``.
+    """
+
+    pad: int
+    source_row: int
+    source_pad: int
+    window_tokens: int
+    end: int = sys.maxsize
+
+
+class TurnPrefix:
+    """The first ``columns`` columns of a turn, as far as they are known.
+
+    Rows share one limit: transformers cuts a batch at one column for all rows. Where the windows already hold what
+    they are to hold, nothing is copied. Pages of the store land in host windows layer by layer; on a CPU these are
+    the windows themselves, so that a page is copied once, from its tier to its place.
+    """
+
+    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: Restore | None, held_rows: int) -> None:
+        self.columns = columns
+        self.restored_bytes = restore.nbytes if restore is not None else 0
+        self.rows = len(plans)
+        self.repeats = 1
+        self.device = torch.device("cpu")
+        self.seconds = 0.0
+        self._plans = tuple(plans)
+        self._restore = restore
+        self._in_place = held_rows == len(plans) and all(
+            plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
+        )
+        self._landed: list[Window] = []
+        self._left: set[int] = set()
+        self._begun = False
+
+    def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
+        """Give the pages of each layer a place and let them come.
+
+        Args:
+            windows: what the layers hold now.
+            columns: what the windows will need in this turn, as far as one can tell.
+
+        Raises:
+            RestoreError: the blocks of the store are not of this model.
+        """
+        self._expect(windows)
+        restore = self._restore
+        if restore is None or not restore.nbytes:
+            return
+        for window, geometry in zip(windows, restore.geometry.layers, strict=True):
+            if self._in_place and isinstance(window, Window) and window.is_host(geometry):
+                window.reserve(columns, live=min(self.columns, window.capacity))
+                self._landed.append(window)
+            else:
+                self._landed.append(Window(len(self._plans), geometry, Window.capacity_for(columns), "cpu"))
+        restore.start(self._place)
+
+    def _expect(self, windows: Sequence[LayerMemory | None]) -> None:
+        restore = self._restore
+        if restore is not None and len(windows) != len(restore.geometry.layers):
+            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {len(windows)}")
+        self._left = {i for i, window in enumerate(windows) if window is not None or self.brings(i)}
+
+    def brings(self, layer: int) -> bool:
+        """Whether the store has K or V of window ``layer``. Of a window that no forward pass fills it has none."""
+        return self._restore is not None and self._restore.geometry.layers[layer].token_bytes > 0
+
+    def nothing(self, layer: int, like: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of no tokens for window ``layer``, in as many rows as the turn has.
+
+        Args:
+            layer: which window.
+            like: K and V of no tokens that it holds; None when all comes from the store.
+        """
+        rows = self.rows * self.repeats
+        if like is not None:
+            k, v = (part.new_empty(rows, *part.shape[1:]) for part in like)
+            return k, v
+        assert self._restore is not None
+        g = self._restore.geometry.layers[layer]
+        k = torch.empty(rows, g.k_heads, 0, g.k_dim, dtype=g.dtype, device=self.device)
+        return k, torch.empty(rows, g.v_heads, 0, g.v_dim, dtype=g.dtype, device=self.device)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether states come from the store."""
+        return self._restore is not None and self._restore.has_states
+
+    def states(self) -> list[torch.Tensor]:
+        """Return the states of each row, U8 ``[bytes]``.
+
+        Raises:
+            RestoreError: they could not be read.
+        """
+        assert self._restore is not None
+        states = [self._restore.states(row) for row in range(self.rows)]
+        self.restored_bytes += sum(each.nbytes for each in states)
+        return states
+
+    def reject(self, reason: str) -> RestoreError:
+        """Discard what comes from the store: it does not fit. Returns what to raise."""
+        return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
+
+    def _place(self, layer: int, row: int) -> tuple[Landing, int]:
+        return self._landed[layer].landing(row, self._plans[row].pad), 0
+
+    def take(
+        self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
+    ) -> LayerMemory:
+        """Return the window of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
+
+        Args:
+            layer: which layer.
+            old: what it held before the turn.
+            k_bhtd: the K that will be appended first; beams and return sequences of a row follow each other.
+            v_bhtd: the V.
+            make: returns an empty place for K and V like these.
+
+        Raises:
+            RestoreError: a page could not be read, or does not fit.
+        """
+        started = time.perf_counter()
+        memory = self._fill(layer, old, k_bhtd, v_bhtd, make)
+        self._left.discard(layer)
+        if not self._left:
+            self.close()
+        self.seconds += time.perf_counter() - started
+        return memory
+
+    def _fill(
+        self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
+    ) -> LayerMemory:
+        assert old is None or isinstance(old, Window)
+        landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
+        repeats = k_bhtd.shape[0] // len(self._plans)
+        if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
+            window = old
+            window.reserve(self.columns, live=min(self.columns, window.capacity))
+        elif landed is not None and landed.takes(k_bhtd, v_bhtd):
+            window = landed
+        else:
+            window = Window.like(k_bhtd, v_bhtd, Window.capacity_for(self.columns + k_bhtd.shape[2]))
+        for row in range(window.rows):
+            source = row // repeats
+            plan = self._plans[source]
+            begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
+            held = max(begin, min(plan.pad + plan.window_tokens, self.columns))
+            if window is not old:
+                window.clear(row, 0, begin)
+                if old is not None:
+                    window.copy(row, begin, held, old, plan.source_row, plan.source_pad)
+            if landed is not None and landed is not window:
+                window.copy(row, held, end, landed, source, held)
+            if end < self.columns:
+                window.clear(row, end, self.columns)
+        return window
+
+    def _wait(self, layer: int, geometry: LayerGeometry, computes_on_host: bool) -> Window | None:
+        if not self._landed:
+            return None
+        if self._restore is not None:
+            if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
+                self._restore.give_head_start(self.restored_bytes / _HEAD_START_BYTES_PER_SECOND)
+            self._begun = True
+            self._restore.wait(layer)
+        landed = self._landed[layer]
+        if landed.geometry != geometry:
+            raise self._misfit(landed.geometry, geometry)
+        return landed
+
+    def _misfit(self, stored: LayerGeometry, wanted: LayerGeometry) -> RestoreError:
+        return self.reject(f"stored pages of {stored} do not fit the model's {wanted}")
+
+    def wait(self) -> None:
+        """Wait for all pages.
+
+        Raises:
+            RestoreError: one could not be read.
+        """
+        if self._restore is not None:
+            for layer in range(len(self._landed)):
+                self._restore.wait(layer)
+
+    def close(self) -> None:
+        """Stop what is on its way. May be called more than once."""
+        if self._restore is not None:
+            self._restore.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurnPrefix:
+        """Share what has landed, when all of it has."""
+        self.wait()
+        twin = copy.copy(self)
+        twin._restore = None
+        twin._landed = [memo.get(id(window)) or window.share(window.capacity) for window in self._landed]
+        twin._left = set(self._left)
+        return twin

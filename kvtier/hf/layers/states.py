@@ -1,0 +1,224 @@
+"""States: what layers keep that is only valid after one token. Read out of the layers row by row, and put back.
+
+Recurrent and convolution states, and the pools of layers that compress K and V, say nothing about shorter prefixes.
+They are kept whole, for the few positions at which they were read out. As bytes they are a safetensors file: one tensor
+for each that a layer has, named by layer and attribute, and in its metadata the numbers that belong to them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from kvtier.kv.allocation import writable_results
+
+# What layers of linear attention and convolutions keep; a layer that also has a window keeps that apart.
+_LINEAR = (
+    "conv_states",
+    "recurrent_states",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+    "dtype",
+)
+# Names of layers whose every attribute is a state: transformers' own, and what stands for layers that carry theirs.
+_WHOLE = frozenset({"heavily_compressed_attention", "compressed_sparse_attention", "carried"})
+_PLAIN = (bool, int, float, str, type(None))
+_NUMBERS = "numbers"
+
+Path = tuple[str, ...]
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a layer keeps what is only valid after one token."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) or getattr(layer, "_layer_type", None) in _WHOLE
+
+
+class UnreadableError(Exception):
+    """States that cannot be told apart by row, or do not fit the layers they are put into."""
+
+
+def _attributes(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return {name: getattr(layer, name) for name in _LINEAR}
+    return {name: value for name, value in vars(layer).items() if name != "device"}
+
+
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _tensors(layer: Any) -> Iterator[tuple[Path, torch.Tensor]]:
+    for path, value in _leaves(_attributes(layer), ()):
+        if isinstance(value, torch.Tensor) and value.ndim:  # what has no dimension is a constant of the layer
+            yield path, value
+
+
+def rows_of(layer: Any) -> int:
+    """Return how many sequences the states of a layer are of; 0 before the first token."""
+    return max((len(tensor) for _, tensor in _tensors(layer)), default=0)
+
+
+def read_states(layers: Mapping[int, Any], row: int) -> torch.Tensor:
+    """Return the states of ``row`` in all ``layers``, by their indices, as bytes: U8 ``[bytes]`` on the host.
+
+    Raises:
+        UnreadableError: a layer keeps something that has no rows, or other ones than the rest.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, layer in layers.items():
+        rows = rows_of(layer)
+        for path, value in _leaves(_attributes(layer), ()):
+            name = ".".join((str(index), *path))
+            if isinstance(value, torch.Tensor):
+                if value.ndim and len(value) != rows:
+                    raise UnreadableError(f"{name} has {len(value)} rows where other states have {rows}")
+                if value.ndim:
+                    tensors[name] = value[row : row + 1].detach().to("cpu", copy=True).contiguous()
+            elif isinstance(value, torch.dtype):
+                numbers[name] = str(value)
+            elif isinstance(value, _PLAIN):
+                numbers[name] = value
+            else:
+                raise UnreadableError(f"{name} is a {type(value).__name__}, which cannot be kept")
+    data = safetensors.torch.save(tensors, {_NUMBERS: json.dumps(numbers, sort_keys=True)})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def put_states(layers: Mapping[int, Any], rows: Sequence[torch.Tensor], device: torch.device, repeats: int = 1) -> None:
+    """Let ``layers``, which are as new, go on from ``rows``: what ``read_states`` returned for each of them.
+
+    Args:
+        layers: by their indices.
+        rows: U8 ``[bytes]`` each.
+        device: where the layers compute.
+        repeats: how often each row is to be there; copies lie next to each other.
+
+    Raises:
+        UnreadableError: they are not the states of such layers, or not of one position.
+    """
+    parsed = [_parse(states) for states in rows]
+    numbers = parsed[0][1]
+    if any(others != numbers or tensors.keys() != parsed[0][0].keys() for tensors, others in parsed):
+        raise UnreadableError("the states of the rows are not of one position")
+    for index, layer in layers.items():
+        _forget(layer)
+        prefix = f"{index}."
+        for name, value in numbers.items():
+            if name.startswith(prefix):
+                _set(layer, name.removeprefix(prefix).split("."), _number(value))
+        for name in parsed[0][0]:
+            if name.startswith(prefix):
+                try:
+                    with writable_results():  # models and layers write states in place
+                        joined = torch.cat([tensors[name] for tensors, _ in parsed]).to(device)
+                        joined = joined.repeat_interleave(repeats, 0)
+                except RuntimeError as error:
+                    raise UnreadableError(f"{name} has another shape in every row: {error}") from error
+                _set(layer, name.removeprefix(prefix).split("."), joined)
+        layer.device = device
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.record_past = False
+    known = {str(index) for index in layers}
+    if not all(name.split(".")[0] in known for name in (*numbers, *parsed[0][0])):
+        raise UnreadableError("they are of other layers")
+
+
+def _parse(states: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    data = states.numpy().tobytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        numbers = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_NUMBERS])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnreadableError(f"they are no file of states: {error}") from error
+    if not isinstance(numbers, dict):
+        raise UnreadableError("they are no file of states")
+    return tensors, numbers
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."), None)
+    return value
+
+
+def _set(layer: Any, path: Sequence[str], value: Any) -> None:
+    """Set what ``path`` leads to, from an attribute through dicts: only what is there already."""
+    holder = vars(layer)
+    holder.setdefault("dtype", None)  # some layers get it with their first token
+    for depth, part in enumerate(path):
+        key = next((key for key in holder if str(key) == part), None)
+        if key is None:
+            raise UnreadableError(f"a {type(layer).__name__} has no {'.'.join(path)}")
+        if depth == len(path) - 1:
+            holder[key] = value
+        elif isinstance(holder[key], dict):
+            holder = holder[key]
+        else:
+            raise UnreadableError(f"a {type(layer).__name__} has no {'.'.join(path)}")
+
+
+def _forget(layer: Any) -> None:
+    """Let go of all tensors of states."""
+    for path, _ in list(_tensors(layer)):
+        _set(layer, path, None)
+
+
+def move_rows(layer: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace every tensor of states, ``[rows, …]``, by what ``move`` makes of it."""
+    with writable_results():
+        for path, tensor in list(_tensors(layer)):
+            _set(layer, path, move(tensor))
+
+
+def copy_states(layer: Any, twin: Any) -> None:
+    """Let ``twin``, a layer of the same kind, have the same states."""
+    with writable_results():
+        for name, value in _attributes(layer).items():
+            setattr(twin, name, _copied(value))
+    if hasattr(layer, "device"):
+        twin.device = layer.device
+
+
+def clone_states(layer: Any, memo: dict[int, Any]) -> None:
+    """Let a deep copy of ``layer`` that uses ``memo`` take clones of its states, which may belong to a graph."""
+    with writable_results():
+        for _, tensor in _tensors(layer):
+            memo.setdefault(id(tensor), tensor.detach().clone())
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy; tensors are detached, for what belongs to a graph cannot be copied deeply."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return copy.copy(value)
+
+
+def state_marks(layer: Any) -> list[tuple[torch.Tensor, int]]:
+    """Return the tensors of states that a layer has, and how often each was written in place.
+
+    Equal marks, by ``same_marks``, mean that no model has changed them. Tensors made in inference mode do not count
+    writes; kvtier makes none that are written, and layers that make their own replace them.
+    """
+    return [(tensor, -1 if tensor.is_inference() else tensor._version) for _, tensor in _tensors(layer)]
+
+
+def same_marks(one: Sequence[tuple[torch.Tensor, int]], other: Sequence[tuple[torch.Tensor, int]]) -> bool:
+    """Whether two of ``state_marks`` are of the same tensors, unchanged in between."""
+    return len(one) == len(other) and all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))

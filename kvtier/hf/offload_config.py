@@ -1,0 +1,54 @@
+"""How a cache streams: its budgets, read once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from kvtier.offload.manager import AUTO, MakeEngine, Streams, default_spill_folder
+from kvtier.platform.memory import host_memory_bytes
+from kvtier.platform.paths import folder_path
+from kvtier.store import PrefixStore
+from kvtier.units import parse_bytes
+
+
+class Streaming:
+    """The arguments of a cache that say what may be hot and where cold pages go.
+
+    Raises:
+        ConfigurationError: a budget is no byte count, or ``spill_dir`` no path.
+    """
+
+    def __init__(
+        self,
+        device_budget: int | str | None,
+        host_budget: int | str | None,
+        spill_dir: str | os.PathLike[str] | None,
+        engine: MakeEngine,
+    ) -> None:
+        self.arguments: dict[str, Any] = {
+            "device_budget": device_budget,
+            "host_budget": host_budget,
+            "spill_dir": spill_dir,
+            "engine": engine,
+        }
+        if device_budget is not None and device_budget != AUTO:
+            device_budget = parse_bytes(device_budget, "device_budget")
+        self._device_budget = device_budget
+        self._host_budget_bytes = None if host_budget is None else parse_bytes(host_budget, "host_budget")
+        self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
+        self._engine = engine
+
+    def open(self, store: PrefixStore, total_layers: Callable[[], int]) -> Streams | None:
+        """Return the streams of a cache over ``store``; None when nothing is ever cold."""
+        if self._device_budget is None:
+            return None
+        return Streams(
+            self._device_budget,
+            host_memory_bytes() // 2 if self._host_budget_bytes is None else self._host_budget_bytes,
+            self._spill or default_spill_folder(store.path),
+            store.block_size,
+            total_layers,
+            self._engine,
+        )

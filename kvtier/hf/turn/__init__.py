@@ -1,0 +1,1 @@
+"""One turn: what it reuses, what happens to its rows, and what it keeps."""

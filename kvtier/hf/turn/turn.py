@@ -1,0 +1,291 @@
+"""One turn of a cache: what it starts from, what happened to its rows since, and the report of it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtier.errors import BusyError
+from kvtier.hf.identity.fingerprint import Identity
+from kvtier.hf.inputs.content_ids import Mark
+from kvtier.hf.inputs.prompt import Positions, Prompt
+from kvtier.hf.layers.prefix_load import TurnPrefix
+from kvtier.hf.turn.token_trace import Fed
+from kvtier.report import Divergence, RowReport, TurnReport
+from kvtier.store.chain import TokenIds, common_run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """The tokens whose K and V all windows hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
+
+    ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
+    """
+
+    rows: tuple[TokenIds, ...]
+    pads: tuple[int, ...]
+    live: int | None = None
+    """The column after which the states of all rows are valid, in models that have states."""
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    positions: tuple[Positions, ...] = ()
+
+    def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
+        """Return the row that shares the longest run with ``tokens``, and the run; ``preferred`` wins a draw."""
+        runs = [common_run(row, tokens) for row in self.rows]
+        best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
+        return best, runs[best]
+
+    def cut(self, columns: int) -> Held:
+        """Return the part within the first ``columns`` columns."""
+        rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
+        return replace(self, rows=rows, live=self.live if self.live == columns else None)
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A turn that has begun and is not committed.
+
+    Attributes:
+        prompt: its rows; None when it must neither reuse nor be kept.
+        identity: of the model it runs on.
+        prefix: what of the prompt is known; None when nothing is.
+        reason: why not more was reused.
+        prompt_only: whether generated tokens can no longer be told by row.
+        row_of: the prompt row that each cache row continues; None until rows are known to have moved.
+        cropped_to: columns that were left when tokens were taken back; if others come after that, they are not those of
+            the sequences.
+        intact: columns that no later token has overwritten, and that were fed to every layer by whole forward passes.
+        is_strict: whether only the running ``generate()`` may change the cache, which appends and nothing else.
+        ends: columns that each layer held after its last update of the turn, and the forward pass that made it.
+        passes: forward passes of the turn, the one that is running included.
+        fed: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
+        custom: whether nothing else can tell: the prompt may not have been fed.
+        match_seconds: time it took to find the prefix.
+        divergences: where each row left what was known.
+        cached_by_tier: tokens of the prefix by where they come from.
+        known_columns: columns whose K and V are known; of a model with states, more than can be reused.
+        known: tokens of each row whose K and V are known, if it were alone.
+        limit: columns up to which every row is known.
+        pieces: columns ``(begin, end)`` of the prompt that are to be fed one after the other before ``generate`` feeds
+            the rest.
+        snapshot_columns: where the states of such a model are to be kept, besides the ends of prompt and turn.
+        keeps_answer_states: whether states after generated tokens are those that a prompt would give.
+    """
+
+    prompt: Prompt | None
+    identity: Identity | None
+    prefix: TurnPrefix | None
+    reason: str | None = None
+    prompt_only: bool = False
+    row_of: list[int] | None = None
+    cropped_to: int | None = None
+    intact: int = sys.maxsize
+    is_strict: bool = False
+    ends: dict[int, tuple[int, int]] = field(default_factory=dict)
+    passes: int = 0
+    fed: Fed | None = None
+    custom: bool = False
+    match_seconds: float = 0.0
+    divergences: Sequence[Divergence | None] = ()
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    known_columns: int = 0
+    known: Sequence[int] = ()
+    limit: int = 0
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    snapshot_columns: set[int] = field(default_factory=set)
+    keeps_answer_states: bool = True
+
+    @classmethod
+    def off(cls, reason: str) -> Turn:
+        """Return a turn that neither reuses nor is kept."""
+        return cls(None, None, None, reason)
+
+    def twin(self, memo: dict[int, Any] | None) -> Turn:
+        """Return the same turn for a cache that holds the same.
+
+        Args:
+            memo: of the deep copy of layers that wait for the prefix; None when none does.
+        """
+        prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
+        row_of = list(self.row_of) if self.row_of is not None else None
+        fed, ends = copy.deepcopy(self.fed), dict(self.ends)
+        return replace(self, prefix=prefix, row_of=row_of, fed=fed, ends=ends, is_strict=False)
+
+    def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
+        """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
+        if self.prompt is None:
+            return
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        before = self.row_of or self._expanded(held_rows)
+        self.row_of = [before[int(r)] for r in rows.tolist()]
+        self.prompt_only = True
+        if self.fed is not None:
+            self.fed.move(rows.tolist())
+
+    def appending(self, layer: int, begin: int, columns: int) -> None:
+        """Note that ``layer``, which holds ``begin`` columns, is given ``columns`` more.
+
+        Raises:
+            BusyError: something else than the running ``generate()`` has changed the layer.
+        """
+        ends = self.ends
+        held = ends.get(layer)
+        expected, last_pass = held if held is not None else (self._known_columns, 0)
+        if begin != expected:
+            self._changed(layer, begin, expected)
+        if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
+            self.passes += 1
+        elif last_pass != self.passes - 1:  # a pass that ended early did not come here; later ones saw what it left
+            self.intact = min(self.intact, begin)
+        ends[layer] = begin + columns, self.passes
+        if self.cropped_to is not None:
+            self.prompt_only = True
+            if self.fed is None:
+                self.intact = min(self.intact, self.cropped_to)
+        if self.fed is not None:
+            self.fed.appended(begin, columns)
+
+    @property
+    def _known_columns(self) -> int:
+        return self.prefix.columns if self.prefix is not None else 0
+
+    def _changed(self, layer: int, begin: int, expected: int) -> None:
+        if self.is_strict:
+            raise BusyError(
+                f"this TieredCache was changed inside generate(): layer {layer} holds {begin} columns where generate() "
+                f"has fed {expected}. Change it (crop, reset, layers) after generate() has returned, or stop "
+                "generate() by a stopping criterion and call it again with the prompt that is wanted"
+            )
+        self.prompt_only = True
+        self.intact = min(self.intact, begin, expected)
+
+    def cropped(self, columns: int, ends: Mapping[int, int]) -> None:
+        """Note that tokens were taken back: ``columns`` are left, ``ends`` of them in each layer."""
+        self.cropped_to = columns if self.cropped_to is None else min(columns, self.cropped_to)
+        if not self.is_strict:  # else the next update finds that the layers are not as generate() left them
+            self.ends = {layer: (ends[layer], last_pass) for layer, (_, last_pass) in self.ends.items()}
+        if self.fed is not None:
+            self.fed.cut(columns)
+
+    def prompt_rows(self, held_rows: int) -> list[int]:
+        """Return the prompt row that each of ``held_rows`` cache rows continues."""
+        return self.row_of or self._expanded(held_rows)
+
+    def _expanded(self, held_rows: int) -> list[int]:
+        """Return the prompt row of each of ``held_rows`` cache rows as ``generate`` expands them."""
+        assert self.prompt is not None
+        repeats = max(1, held_rows // len(self.prompt.rows))
+        return [row // repeats for row in range(held_rows)]
+
+    def named(self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]) -> Held | None:
+        """Return the tokens that stand in the ``held_rows`` rows of the windows; None when nobody can tell.
+
+        Args:
+            generated: the new tokens of each returned sequence.
+            held_rows: rows of the windows.
+            columns: of them.
+            ends: ids that end a sequence.
+        """
+        if self.prompt is None or not held_rows:
+            return None
+        row_of = self.prompt_rows(held_rows)
+        seen = self.fed.rows(row_of, columns) if self.fed is not None else None
+        if seen is not None:
+            lengths = [len(self.prompt.rows[p]) for p in row_of]
+            rows = tuple(np.concatenate([ids[:n], _until(ids[n:], ends)]) for ids, n in zip(seen, lengths, strict=True))
+            return self._held(rows, row_of)
+        if self.custom:
+            return None
+        by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
+        nothing = np.empty(0, np.int64)
+        tails = [
+            generated[row] if by_row and not self.prompt.ends_early(p) else nothing for row, p in enumerate(row_of)
+        ]
+        rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
+        return self._held(rows, row_of)
+
+    def _held(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> Held:
+        """Return the ``rows`` of the windows, which continue the prompt rows ``row_of``."""
+        prompt = self.prompt
+        assert prompt is not None
+        marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
+        positions = tuple(prompt.positions[p] for p in row_of) if prompt.positions else ()
+        return Held(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions).cut(self.intact)
+
+    def reads(self, sequences: Any) -> bool:
+        """Whether ``sequences``, which ``generate`` returned, are ids ``[rows, columns]`` of prompt and answer."""
+        if self.prompt is None:
+            return True
+        if not isinstance(sequences, torch.Tensor) or sequences.ndim != 2:
+            return False
+        integers = not (sequences.is_floating_point() or sequences.is_complex() or sequences.dtype == torch.bool)
+        rows, columns = sequences.shape
+        return integers and rows % len(self.prompt.rows) == 0 and columns >= self._returned
+
+    @property
+    def _returned(self) -> int:
+        """How many columns of the prompt ``generate`` returns before the new tokens."""
+        assert self.prompt is not None
+        return self.prompt.columns if self.prompt.returned is None else self.prompt.returned
+
+    def generated(self, sequences: torch.Tensor, eos_ids: Iterable[int]) -> list[TokenIds]:
+        """Return the new tokens of each of ``sequences [rows, columns]``, up to its end of sequence."""
+        if self.prompt is None:
+            return []
+        new = sequences[:, self._returned :].detach().to("cpu", torch.int64).numpy()
+        ends = list(eos_ids)
+        return [_until(ids, ends) for ids in new]
+
+    def _cut_short(self) -> str | None:
+        """Return what it cost that rows are cut at one column; None when it cost nothing."""
+        if self.prompt is None or not self.known:
+            return None
+        ends = [pad + n for pad, n in zip(self.prompt.pads, self.known, strict=True)]
+        lost = [n - min(n, max(0, self.limit - pad)) for n, pad in zip(self.known, self.prompt.pads, strict=True)]
+        if not any(lost):
+            return None
+        row = ends.index(self.limit)
+        return (
+            f"rows are cut at one column, {self.limit}, where row {row} stops being known: {sum(lost)} known "
+            "tokens of other rows are computed again"
+        )
+
+    def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
+        """Return what was reused and why not more; ``generated`` are the new tokens of each returned sequence."""
+        if self.prompt is None:
+            return TurnReport(miss_reason=self.reason)
+        rows = []
+        repeats = max(1, len(generated) // len(self.prompt.rows))
+        for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
+            cached = min(len(tokens), max(0, self.prefix.columns - pad)) if self.prefix else 0
+            made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
+            divergence = self.divergences[r] if self.divergences else None
+            rows.append(RowReport(len(tokens), cached, made, divergence, self.known[r] if self.known else 0))
+        prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
+        return TurnReport(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            computed_tokens=prompt_tokens - cached_tokens,
+            generated_tokens=sum(r.generated_tokens for r in rows),
+            cached_by_tier=MappingProxyType({"window": 0, "host": 0, "disk": 0} | dict(self.cached_by_tier)),
+            restored_bytes=self.prefix.restored_bytes if self.prefix else 0,
+            restore_seconds=self.match_seconds + (self.prefix.seconds if self.prefix else 0.0),
+            miss_reason=self.reason or self._cut_short(),
+            divergence=rows[0].divergence,
+            rows=tuple(rows),
+            known_tokens=sum(r.known_tokens for r in rows),
+        )
+
+
+def _until(ids: TokenIds, ends: Sequence[int]) -> TokenIds:
+    """Cut ``ids`` after the first of ``ends``: what follows is filling."""
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: int(found[0]) + 1] if len(found) else ids

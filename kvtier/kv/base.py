@@ -1,0 +1,53 @@
+"""The memory of one layer: what attention reads and appends to."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kvtier.kv.page import Page
+from kvtier.kv.spec import LayerGeometry
+
+
+def first_visible(begin: int, sliding_window: int) -> int:
+    """Return the first column that new tokens at column ``begin`` see through a sliding window."""
+    return max(0, begin - sliding_window + 1)
+
+
+class LayerMemory(Protocol):
+    """K and V of one layer for all rows, wherever they are.
+
+    Attributes:
+        geometry: of K and V.
+    """
+
+    geometry: LayerGeometry
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where attention reads."""
+
+    def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
+        """Whether K and V like these can be appended as they are."""
+
+    def append(
+        self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put K and V into the columns from ``begin`` on; return all K and V from column ``first`` on."""
+
+    def select(self, rows: torch.Tensor, live: int) -> None:
+        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns."""
+
+    def page(self, row: int, begin: int, end: int) -> Page:
+        """Return a host copy of the columns ``[begin, end)`` of ``row``."""
+
+    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the first ``columns`` columns."""
+
+    def close(self) -> None:
+        """Hold nothing."""

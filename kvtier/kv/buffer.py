@@ -1,0 +1,211 @@
+"""The window: contiguous K and V of one layer, appended in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvtier.kv.allocation import empty_rows, new_buffer, writable_results
+from kvtier.kv.copy_on_write import Tenants
+from kvtier.kv.page import Landing, Page
+from kvtier.kv.spec import LayerGeometry
+
+_GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
+_HEADROOM_TOKENS = 256
+_SELECTED_TOGETHER = 512
+
+
+class Window:
+    """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
+
+    Owns both buffers, or shares them with its twins until one of them writes what another reads: the writer then takes
+    a copy. Memory beyond what was written is only reserved: on the CPU it costs address space.
+    """
+
+    _tenants: Tenants | None = None  # None: nobody shares these buffers
+
+    def __init__(self, rows: int, geometry: LayerGeometry, capacity: int, device: torch.device | str) -> None:
+        self.geometry = geometry
+        g = geometry
+        self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
+        self.v = new_buffer(rows, g.v_heads, capacity, g.v_dim, dtype=g.values_dtype, device=device)
+        self._room = capacity
+
+    @classmethod
+    def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerGeometry, capacity: int) -> Window:
+        """Return an empty window whose buffers lie in ``memory``, ``[bytes]``, which must be large enough."""
+        g, k_bytes, v_bytes = geometry, rows * capacity * geometry.k_bytes, rows * capacity * geometry.v_bytes
+        window = cls.__new__(cls)
+        window.geometry, window._room = geometry, capacity
+        window.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
+        window.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
+        return window
+
+    @classmethod
+    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> Window:
+        """Return an empty window for K and V like these."""
+        return cls(k_bhtd.shape[0], LayerGeometry.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
+
+    @staticmethod
+    def capacity_for(columns: int) -> int:
+        """Return the capacity to reserve for a window that needs ``columns`` now."""
+        return max(int(columns * _GROWTH), columns + _HEADROOM_TOKENS)
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+        return self.k.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Columns there is room for, in both buffers."""
+        return self._room
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.k.device
+
+    def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
+        """Whether K and V like these can be appended as they are."""
+        return (
+            self.rows == k_bhtd.shape[0]
+            and self.device == k_bhtd.device
+            and self.geometry == LayerGeometry.of(k_bhtd, v_bhtd)
+        )
+
+    def share(self, live: int) -> Window:
+        """Return a twin that holds the same ``live`` columns and as yet no memory of its own.
+
+        Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
+        """
+        twin = Window.__new__(Window)
+        twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k, self.v, self._room
+        if self._tenants is None:
+            self._tenants = Tenants()
+        twin._tenants = self._tenants
+        self._tenants.join(self, twin, live)
+        return twin
+
+    def reserve(self, columns: int, live: int) -> None:
+        """Have room for ``columns``; the first ``live`` keep their values."""
+        if columns > self._room:
+            self.grow(self.capacity_for(columns), live)
+
+    def grow(self, capacity: int, live: int) -> None:
+        """Have room for ``capacity`` columns; the first ``live`` keep their values."""
+        grown = Window(self.rows, self.geometry, capacity, self.device)
+        grown.k[:, :, :live] = self.k[:, :, :live]
+        grown.v[:, :, :live] = self.v[:, :, :live]
+        self._move_to(grown.k, grown.v)
+
+    def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Have these buffers, which nobody shares."""
+        # An interrupt may come at any time, between the two buffers too: the smaller one says what room there is.
+        self._room = min(self._room, k.shape[2])
+        self.k, self.v = k, v
+        self._room = k.shape[2]
+        if self._tenants is not None:  # only now
+            self._tenants.leave(self)
+            self._tenants = None
+
+    def _make_writable(self, begin: int, end: int, live: int | None = None) -> None:
+        """See that the columns ``[begin, end)`` can be written; the first ``live`` keep their values, or all."""
+        tenants = self._tenants
+        if tenants is not None and not tenants.may_write(self, begin, end):
+            self.grow(self.capacity, min(self.capacity, tenants.columns) if live is None else live)
+
+    def append(
+        self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put K and V into the columns from ``begin`` on, and have room for them; return those from ``first`` on."""
+        columns = k_bhtd.shape[2]
+        end = begin + columns
+        if end > self._room:
+            self.reserve(end, live=begin)
+        if self._tenants is not None:
+            self._make_writable(begin, end, live=begin)
+        k, v = self.k, self.v  # `narrow` is half as dear as a slice, and this is done for each layer and token
+        k.narrow(2, begin, columns).copy_(k_bhtd)
+        v.narrow(2, begin, columns).copy_(v_bhtd)
+        return k.narrow(2, first, end - first), v.narrow(2, first, end - first)
+
+    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the first ``columns`` columns, as views."""
+        return self.k[:, :, :columns], self.v[:, :, :columns]
+
+    def write(self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
+        """Put K and V into the columns from ``begin`` on."""
+        end = begin + k_bhtd.shape[2]
+        self._make_writable(begin, end)
+        self.k[:, :, begin:end] = k_bhtd
+        self.v[:, :, begin:end] = v_bhtd
+
+    def copy(self, row: int, begin: int, end: int, source: Window, source_row: int, source_begin: int) -> None:
+        """Put columns of another window into the columns ``[begin, end)`` of ``row``."""
+        if begin < end:
+            self._make_writable(begin, end)
+            columns = slice(source_begin, source_begin + end - begin)
+            self.k[row, :, begin:end] = source.k[source_row, :, columns]
+            self.v[row, :, begin:end] = source.v[source_row, :, columns]
+
+    def clear(self, row: int, begin: int, end: int) -> None:
+        """Zero columns that stand for padding: masked out, but they must be finite."""
+        self._make_writable(begin, end)
+        self.k[row, :, begin:end] = 0
+        self.v[row, :, begin:end] = 0
+
+    def put(self, row: int, begin: int, page: Page) -> None:
+        """Put a page into the columns of ``row`` from ``begin`` on."""
+        end = begin + page.k_htd.shape[1]
+        self._make_writable(begin, end)
+        self.k[row, :, begin:end] = page.k_htd.to(self.device)
+        self.v[row, :, begin:end] = page.v_htd.to(self.device)
+
+    def is_host(self, geometry: LayerGeometry) -> bool:
+        """Whether pages of ``geometry`` can land here."""
+        return self.device.type == "cpu" and self.geometry == geometry
+
+    def landing(self, row: int, begin: int) -> Landing:
+        """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
+        self._make_writable(begin, self.capacity)
+        return Landing.on(self.k[row, :, begin:], self.v[row, :, begin:])
+
+    def page(self, row: int, begin: int, end: int) -> Page:
+        """Return a host copy of the columns ``[begin, end)`` of ``row``."""
+        k, v = (buffer[row, :, begin:end].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))
+        return Page(k, v)
+
+    def select(self, rows: torch.Tensor, live: int) -> None:
+        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns.
+
+        ``rows`` are indices, or one truth value for each row.
+        """
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        in_place = len(rows) == self.rows and (self._tenants is None or self._tenants.may_write(self, 0, self.capacity))
+        k, v = (_select(buffer, rows.to(buffer.device), live, in_place) for buffer in (self.k, self.v))
+        if in_place:
+            return
+        self._move_to(k, v)
+
+    def close(self) -> None:
+        """Leave the buffers to those who share them."""
+        if self._tenants is not None:
+            self._tenants.leave(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Window:
+        """Copy the buffers."""
+        twin = Window.__new__(Window)
+        with writable_results():
+            twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k.clone(), self.v.clone(), self._room
+        return twin
+
+
+def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, in_place: bool) -> torch.Tensor:
+    target = buffer if in_place else empty_rows(buffer, len(rows), buffer.shape[1:])
+    for begin in range(0, live, _SELECTED_TOGETHER):  # in pieces: a second copy of all would need as much memory again
+        columns = slice(begin, min(begin + _SELECTED_TOGETHER, live))
+        target[:, :, columns] = buffer[:, :, columns].index_select(0, rows)
+    return target

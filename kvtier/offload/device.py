@@ -1,0 +1,205 @@
+"""A deck: the layers of one compute device, their budget and their ring."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from kvtier.errors import BudgetError
+from kvtier.offload.accounting import Ledger, Traffic
+from kvtier.offload.layer import StreamedLayer
+from kvtier.offload.placement import LowerTiers
+from kvtier.offload.prefetch import Ring
+from kvtier.offload.residency import PREFETCH_DEPTH, cold_order, round_up, smallest_budget_bytes
+from kvtier.transfer import CopyEngine
+
+
+class Deck:
+    """One compute device. Windows, unfinished pages and slots stay inside its budget at all times.
+
+    Layers turn cold when a budget would break, in an order that keeps them spread evenly, and stay cold.
+
+    Attributes:
+        expected_columns: those of the prompt of this turn.
+        final_columns: and of its longest answer; for what an error says.
+
+    Args:
+        device: where attention reads.
+        engine: moves bytes to and from it.
+        ledger: counts its bytes.
+        limit: returns the budget of now in bytes; None for no limit. Asked before memory is taken.
+        below: where cold pages go.
+        traffic: counts pages and waits.
+        page_tokens: tokens of a page.
+        total_layers: returns how many layers the model has.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        engine: CopyEngine,
+        ledger: Ledger,
+        limit: Callable[[], int | None],
+        below: LowerTiers,
+        traffic: Traffic,
+        page_tokens: int,
+        total_layers: Callable[[], int],
+    ) -> None:
+        self.device = device
+        self.engine = engine
+        self.below = below
+        self.page_tokens = page_tokens
+        self.ledger = ledger
+        self.ring = Ring(engine, device, ledger, traffic, self.make_room, self._in_order)
+        self.expected_columns = 0
+        self.final_columns = 0
+        self._limit = limit
+        self._total_layers = total_layers
+        self._layers: dict[int, StreamedLayer] = {}
+        self._sorted: list[int] = []
+        self._cold: set[int] = set()  # layers that are, or are to be, cold
+
+    def _in_order(self) -> Sequence[StreamedLayer]:
+        return [self._layers[index] for index in self._sorted]
+
+    @property
+    def cold_layers(self) -> int:
+        """How many layers are cold."""
+        return sum(layer.is_cold for layer in self._layers.values())
+
+    @property
+    def hot_layers(self) -> int:
+        """How many layers are hot."""
+        return len(self._layers) - self.cold_layers
+
+    def join(self, layer: StreamedLayer) -> None:
+        """Take a new layer in.
+
+        Raises:
+            BudgetError: there is no room even for one page of it.
+        """
+        self.make_room(layer.token_bytes * self.page_tokens, keep=layer)
+        self._layers[layer.index] = layer
+        if layer.index not in self._sorted:
+            bisect.insort(self._sorted, layer.index)
+        self.count(layer)
+
+    def leave(self, layer: StreamedLayer) -> None:
+        """Let a layer go."""
+        self.ledger.set(id(layer), 0)
+        if self._layers.get(layer.index) is layer:
+            del self._layers[layer.index]
+            self._sorted.remove(layer.index)
+        if not self._layers:  # what was prefetched, and what had to be cold, is of no meaning to those that come
+            self.ring.close()
+            self._cold.clear()
+
+    def count(self, layer: StreamedLayer, more: int = 0) -> None:
+        """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
+        self.ledger.set(id(layer), layer.device_bytes + more)
+
+    def step(self, layer: StreamedLayer) -> None:
+        """Begin the update of ``layer``: what attention of the layers before it read has been enqueued.
+
+        Not so of a layer that must stay hot: an indexer's keys may come after the K and V of its own layer, which
+        attention has not read by then.
+        """
+        if not layer.may_be_cold:
+            return
+        self.ring.release()
+        if not layer.is_cold:
+            self.ring.prefetch(layer.index)
+
+    def foresee(self, token_bytes: Mapping[int, int], rows: int, columns: int) -> None:
+        """Choose the layers that are to be cold before any of them is filled.
+
+        Args:
+            token_bytes: K and V of one token, by layer.
+            rows: sequences.
+            columns: tokens of the longest.
+        """
+        limit = self._refresh()
+        if limit is None:
+            return
+        room = round_up(max(columns + self.page_tokens, columns + columns // 8), self.page_tokens)
+        tails = sum(token_bytes.values()) * rows * self.page_tokens
+        for index in (None, *cold_order(self._total_layers())):
+            if index is not None:
+                self._cold.add(index)
+            hot = sum(n for i, n in token_bytes.items() if i not in self._cold) * rows * room
+            largest = max((n for i, n in token_bytes.items() if i in self._cold), default=0)
+            ring = PREFETCH_DEPTH * largest * rows * round_up(columns + 1, self.page_tokens)
+            if hot + ring + tails <= limit:
+                return
+
+    def keep_hot(self, layer: StreamedLayer, nbytes: int) -> bool:
+        """Make room for ``nbytes`` more of ``layer``; False when it is its turn to be cold.
+
+        Raises:
+            BudgetError: it must stay hot, and there is no room.
+        """
+        if not layer.may_be_cold:
+            self.make_room(nbytes, keep=layer)
+            return True
+        self._refresh()
+        while layer.index not in self._cold and not self.ledger.fits(nbytes):
+            self._turn_one_cold(but=layer)
+        return layer.index not in self._cold
+
+    def make_room(self, nbytes: int, keep: StreamedLayer | None = None) -> None:
+        """Let layers turn cold until ``nbytes`` more fit.
+
+        Raises:
+            BudgetError: they would not, if all layers were cold; then none turns.
+        """
+        limit = self._refresh()
+        if limit is None or self.ledger.fits(nbytes):
+            return
+        hot = [layer for layer in self._layers.values() if layer.may_be_cold and layer is not keep]
+        freed = sum(layer.device_bytes - layer.token_bytes * self.page_tokens for layer in hot if not layer.is_cold)
+        if self.ledger.used_bytes - freed + nbytes > limit:
+            raise self._too_small(limit, keep)
+        while not self.ledger.fits(nbytes):
+            self._turn_one_cold(but=keep)
+
+    def _turn_one_cold(self, but: StreamedLayer | None) -> None:
+        """Choose the next layer to be cold; let it go down if it is here and is not ``but``, which sees to itself."""
+        for index in (*cold_order(self._total_layers()), *self._sorted):
+            layer = self._layers.get(index)
+            if index not in self._cold and (layer is None or layer.may_be_cold):
+                self._cold.add(index)
+                break
+        else:
+            hot = [one for one in self._in_order() if one.may_be_cold and not one.is_cold and one is not but]
+            layer = hot[0] if hot else None
+            if layer is None:
+                raise self._too_small(self.ledger.limit_bytes or 0, but)
+        if layer is not None and layer is not but and not layer.is_cold:
+            layer.turn_cold()
+
+    def _refresh(self) -> int | None:
+        self.ledger.limit_bytes = self._limit()
+        return self.ledger.limit_bytes
+
+    def _too_small(self, limit: int, growing: StreamedLayer | None) -> BudgetError:
+        layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
+        rows = max(layer.rows for layer in layers.values())
+        columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))
+        movable = [layer.geometry.token_bytes for layer in layers.values() if layer.may_be_cold]
+        fixed = [layer for layer in layers.values() if not layer.may_be_cold]
+        # Layers that have not been seen yet are taken for such as were.
+        movable += [max(movable, default=0)] * (self._total_layers() - len(layers))
+        hot = sum(layer.token_bytes * 2 * round_up(columns + 1, self.page_tokens) for layer in fixed)
+        smallest = smallest_budget_bytes(movable, rows, columns, self.page_tokens, hot)
+        return BudgetError(
+            f"device_budget={limit} bytes is too small for {rows} × {columns} tokens on {self.device}, even with every "
+            f"layer cold: the prefetch ring and one page per layer need {smallest} bytes. Pass at least that many, or "
+            "shorten the context."
+        )
+
+    def close(self) -> None:
+        """Let go of the ring and the engine."""
+        self.ring.close()
+        self.engine.close()

@@ -1,0 +1,250 @@
+"""Runs: full pages of one layer that lie next to each other in a lower tier."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from kvtier.kv.buffer import Window
+from kvtier.kv.page import Landing
+from kvtier.kv.spec import LayerGeometry
+from kvtier.offload.host_memory import Slabs, Slice
+from kvtier.offload.page_file import PageFile
+from kvtier.offload.staging import Staging
+from kvtier.transfer import CopyEngine, Fence
+from kvtier.transfer.base import Pair
+
+
+class Run(Protocol):
+    """K ``[rows, k_heads, tokens, k_dim]`` and V of full pages. Immutable, and may be shared by layers and caches.
+
+    Attributes:
+        tokens: a whole number of pages.
+        tier: ``host`` or ``disk``.
+        geometry: of its layer.
+    """
+
+    tokens: int
+    tier: str
+    geometry: LayerGeometry
+
+    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+        """Bring ``part`` of this run to the columns of ``into`` from ``begin`` on, when ``after`` has passed.
+
+        Returns:
+            The fences of all copies; there is at least one.
+        """
+
+    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+        """Copy the tokens ``[first, last)`` of a row to host memory; block until that is done.
+
+        Raises:
+            StreamError: they are lost.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tokens ``[first, last)`` of a run; row ``i`` of the layer is row ``rows[i]`` of the run."""
+
+    run: Run
+    first: int
+    last: int
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return self.last - self.first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V of all rows."""
+        return len(self.rows) * self.tokens * self.run.geometry.token_bytes
+
+    def lift(self, into: Window, begin: int, after: Sequence[Fence]) -> list[Fence]:
+        """Bring it to the columns of ``into`` from ``begin`` on."""
+        return self.run.lift(into, begin, self, after)
+
+
+class PageSource(Protocol):
+    """Something that has pages of its own, such as a block of a store, of which a cold layer borrows them."""
+
+    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``."""
+
+
+class HostRun:
+    """Pages in host memory: pinned where that helps. ``fill`` comes first, once.
+
+    Its memory is given back to the slabs when nothing refers to it; copies that still read it are waited for by
+    whoever writes there next.
+    """
+
+    tier = "host"
+
+    def __init__(
+        self, engine: CopyEngine, slabs: Slabs, piece: Slice, rows: int, tokens: int, g: LayerGeometry
+    ) -> None:
+        self._engine = engine
+        self._pages = Window.on_bytes(piece.memory, rows, g, tokens)
+        self._after = piece.after
+        self._users: list[Fence] = []
+        self.tokens, self.geometry = tokens, g
+        weakref.finalize(self, slabs.give, piece, self._users)
+
+    def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
+        """Copy K and V of all rows from the device when ``after`` has passed; return the fences."""
+        pages = self._pages
+        pairs = [
+            pair for row in range(pages.rows) for pair in _heads(pages, row, 0, self.tokens, k_bhtd[row], v_bhtd[row])
+        ]
+        self._users.append(self._engine.copy_all(pairs, after=[*after, *self._after]))
+        return list(self._users)
+
+    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+        """Copy up, head by head: what is contiguous on both sides is one large copy."""
+        k, v = self._pages.k[:, :, part.first : part.last], self._pages.v[:, :, part.first : part.last]
+        end = begin + part.tokens
+        pairs = [pair for i, row in enumerate(part.rows) for pair in _heads(into, i, begin, end, k[row], v[row])]
+        # Each use comes after the one before, so that the last fence stands for all of them.
+        self._users[:] = [self._engine.copy_all(pairs, after=[*after, *self._users])]
+        return list(self._users)
+
+    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+        """Copy to ``landing``."""
+        for fence in self._users:
+            self._engine.settle(fence)
+        landing.take(self._pages.page(row, first, last), 0, last - first)
+
+
+def _heads(into: Window, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Iterator[Pair]:
+    """Pair the columns ``[begin, end)`` of each head of a row with its source."""
+    for buffer, source in ((into.k, k_htd), (into.v, v_htd)):
+        for head in range(buffer.shape[1]):
+            yield buffer[row, head, begin:end], source[head]
+
+
+class FileRun:
+    """Pages in a file. ``fill`` comes first, once.
+
+    On a device that reads host memory, files are read into windows; else through staging memory.
+    """
+
+    tier = "disk"
+
+    def __init__(self, engine: CopyEngine, staging: Staging | None, file: PageFile) -> None:
+        self._engine = engine
+        self._staging = staging
+        self._file = file
+        self._written: list[Fence] = []
+        self.tokens, self.geometry = file.tokens, file.geometry
+
+    def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
+        """Write K and V of all rows when ``after`` has passed; return the fences that free the source."""
+        if self._staging is None:
+            write = partial(self._file.write, 0, k_bhtd, v_bhtd)
+            self._written = [self._engine.call(write, reads=(k_bhtd, v_bhtd), after=after)]
+            return self._written
+        freed: list[Fence] = []
+        rows = self._file.rows
+        for first, last in self._staging.chunks(0, self.tokens, rows * self.geometry.token_bytes):
+            stage, free = self._staging.next(rows, last - first, self.geometry)
+            k, v = k_bhtd[:, :, first:last], v_bhtd[:, :, first:last]
+            pairs = [pair for row in range(rows) for pair in _heads(stage, row, 0, last - first, k[row], v[row])]
+            write = partial(self._file.write, first, stage.k, stage.v)
+            users = list(free)
+            try:
+                users = [copied := self._engine.copy_all(pairs, after=[*after, *free])]
+                users = [written := self._engine.call(write, reads=(stage.k, stage.v), after=users)]
+            finally:
+                self._staging.used(users)
+            self._written.append(written)
+            freed.append(copied)
+        return freed
+
+    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+        """Read by a thread, and copy up where that is not the same."""
+        return _lift_by_host(self._engine, self._staging, into, begin, part, self._file.read, after, self._written)
+
+    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+        """Read into ``landing``."""
+        for fence in self._written:
+            self._engine.settle(fence)
+        self._file.read(row, first, last, landing)
+
+
+class BorrowedRun:
+    """One page of someone else, for a layer of one sequence, which holds it as long as it has it. Nothing is copied."""
+
+    def __init__(
+        self,
+        engine: CopyEngine,
+        staging: Staging | None,
+        source: PageSource,
+        layer: int,
+        tokens: int,
+        g: LayerGeometry,
+        tier: str,
+    ) -> None:
+        self._engine = engine
+        self._staging = staging
+        self._source = source
+        self._layer = layer
+        self.tokens, self.geometry, self.tier = tokens, g, tier
+
+    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+        """Read by a thread, and copy up where that is not the same."""
+        return _lift_by_host(self._engine, self._staging, into, begin, part, self.read, after, ())
+
+    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+        """Let the source put it there."""
+        self._source.land(self._layer, first, last, landing)
+
+
+class _Read(Protocol):
+    def __call__(self, row: int, first: int, last: int, landing: Landing) -> None: ...
+
+
+def _lift_by_host(
+    engine: CopyEngine,
+    staging: Staging | None,
+    into: Window,
+    begin: int,
+    part: Part,
+    read: _Read,
+    after: Sequence[Fence],
+    written: Sequence[Fence],
+) -> list[Fence]:
+    """Let a thread read ``part``: into the window itself where kernels read host memory, else through ``staging``."""
+    if staging is None:
+        end = begin + part.tokens
+        task = partial(_read_rows, read, part.rows, part.first, part.last, into, begin)
+        writes = (into.k[:, :, begin:end], into.v[:, :, begin:end])
+        return [engine.call(task, writes=writes, after=[*after, *written])]
+    fences: list[Fence] = []
+    rows = len(part.rows)
+    for first, last in staging.chunks(part.first, part.last, rows * part.run.geometry.token_bytes):
+        stage, free = staging.next(rows, last - first, part.run.geometry)
+        task = partial(_read_rows, read, part.rows, first, last, stage, 0)
+        at = begin + first - part.first
+        to = at + last - first
+        pairs = [pair for row in range(rows) for pair in _heads(into, row, at, to, stage.k[row], stage.v[row])]
+        users = list(free)
+        try:
+            users = [engine.call(task, writes=(stage.k, stage.v), after=[*written, *free])]
+            users = [copied := engine.copy_all(pairs, after=[*after, *users])]
+        finally:
+            staging.used(users)
+        fences.append(copied)
+    return fences
+
+
+def _read_rows(read: _Read, rows: Sequence[int], first: int, last: int, into: Window, begin: int) -> None:
+    for i, row in enumerate(rows):
+        read(row, first, last, into.landing(i, begin).cut(0, last - first))

@@ -1,0 +1,102 @@
+"""Slabs: host memory in a few large pieces, handed out in small ones and used again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtier.offload.accounting import Ledger
+from kvtier.transfer import Fence
+
+_SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a power of two, which allocators round to
+_FIRST_SLAB_BYTES = 2**20
+_ALIGNMENT = 256
+
+
+def aligned_down(nbytes: int) -> int:
+    """Return the most of ``nbytes`` that a slab hands out without waste."""
+    return nbytes // _ALIGNMENT * _ALIGNMENT
+
+
+@dataclass(slots=True, eq=False)
+class _Slab:
+    memory: torch.Tensor
+    begin: int = 0
+    live: int = 0
+    before: tuple[Fence, ...] = ()  # what used the memory in its last life
+    users: list[Fence] = field(default_factory=list)  # what uses that which was given back in this one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """``memory``: bytes of a slab. Whoever writes to them first comes after ``after``."""
+
+    memory: torch.Tensor
+    after: tuple[Fence, ...]
+    slab: _Slab
+
+
+class Slabs:
+    """Host memory within a budget.
+
+    A slab is used again from its beginning when all of its slices were given back; whoever gets them then comes after
+    the copies that used them. Memory is counted by slabs, not by slices.
+
+    Args:
+        make: returns that many bytes of host memory, pinned where that helps.
+        ledger: counts them, and limits them.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], ledger: Ledger, slab_bytes: int = _SLAB_BYTES) -> None:
+        self._make = make
+        self._ledger = ledger
+        self._slab_bytes = slab_bytes
+        self._slabs: list[_Slab] = []
+        self._given: deque[tuple[_Slab, Sequence[Fence]]] = deque()
+
+    def take(self, nbytes: int, leave: int = 0) -> Slice | None:
+        """Return ``nbytes``; None when the budget has no room for them and ``leave`` more."""
+        self._collect()
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        slab = self._with_room(size) or self._fresh(size, leave)
+        if slab is None:
+            return None
+        memory = slab.memory[slab.begin : slab.begin + nbytes]
+        slab.begin += size
+        slab.live += 1
+        return Slice(memory, slab.before, slab)
+
+    def _with_room(self, size: int) -> _Slab | None:
+        return next((slab for slab in self._slabs if slab.begin + size <= slab.memory.nbytes), None)
+
+    def _fresh(self, size: int, leave: int) -> _Slab | None:
+        """Return a new slab: as large as all before it, so that few are made and little is taken for little."""
+        held = sum(slab.memory.nbytes for slab in self._slabs)
+        for nbytes in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
+            if not self._ledger.fits(nbytes + leave):  # empty ones are too small, or they would have been used
+                self._slabs = [slab for slab in self._slabs if slab.begin]
+                self._count()
+            if self._ledger.fits(nbytes + leave):
+                slab = _Slab(self._make(nbytes))
+                self._slabs.append(slab)
+                self._count()
+                return slab
+        return None
+
+    def give(self, piece: Slice, users: Sequence[Fence]) -> None:
+        """Take ``piece`` back, which the copies ``users`` may still be using. May be called by a garbage collector."""
+        self._given.append((piece.slab, users))
+
+    def _collect(self) -> None:
+        while self._given:
+            slab, users = self._given.popleft()
+            slab.users.extend(users)
+            slab.live -= 1
+            if slab.live == 0:
+                slab.begin, slab.before, slab.users = 0, tuple(slab.users), []
+
+    def _count(self) -> None:
+        self._ledger.set(id(self), sum(slab.memory.nbytes for slab in self._slabs))

@@ -1,0 +1,160 @@
+"""Streams: the decks of all devices that a cache lives on, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kvtier.kv.spec import LayerGeometry
+from kvtier.offload.accounting import Ledger, Traffic
+from kvtier.offload.device import Deck
+from kvtier.offload.layer import StreamedLayer
+from kvtier.offload.placement import LowerTiers
+from kvtier.offload.spill_folder import SpillFolder
+from kvtier.platform.memory import free_device_bytes
+from kvtier.platform.paths import user_cache_folder
+from kvtier.report import TurnReport
+from kvtier.transfer import CopyEngine
+
+MakeEngine = Callable[[torch.device], CopyEngine]
+AUTO = "auto"
+
+
+class Streams:
+    """Cold and hot layers of one cache, on as many devices as its layers arrive on.
+
+    Owns engines, host memory and page files; ``close`` lets go of them.
+
+    Args:
+        device_budget: bytes on each device, ``"auto"`` for what is free there less a reserve, None for no limit.
+        host_budget_bytes: bytes of host memory for cold pages, of all devices together; None for no limit.
+        spill_folder: where page files go.
+        page_tokens: tokens of a page.
+        total_layers: returns how many layers the model has.
+        make_engine: returns the engine of a device.
+    """
+
+    def __init__(
+        self,
+        device_budget: int | str | None,
+        host_budget_bytes: int | None,
+        spill_folder: Path,
+        page_tokens: int,
+        total_layers: Callable[[], int],
+        make_engine: MakeEngine,
+    ) -> None:
+        self.traffic = Traffic()
+        self._before = Traffic()
+        self._columns = self._final_columns = 0
+        self.host = Ledger(host_budget_bytes)
+        self._device_budget = device_budget
+        self._folder = SpillFolder(spill_folder)
+        self._kept: list[SpillFolder] = [self._folder]
+        self.page_tokens = page_tokens
+        self._total_layers = total_layers
+        self._make_engine = make_engine
+        self._decks: dict[torch.device, Deck] = {}
+
+    def deck(self, device: torch.device) -> Deck:
+        """Return the deck of ``device``, made when it is first asked for."""
+        deck = self._decks.get(device)
+        if deck is None:
+            engine = self._make_engine(device)
+            ledger = Ledger(None)
+            below = LowerTiers(engine, self.host, self._folder, self.traffic, self.page_tokens, _devices_like(device))
+            deck = self._decks[device] = Deck(
+                device,
+                engine,
+                ledger,
+                lambda: self._limit(device, ledger),
+                below,
+                self.traffic,
+                self.page_tokens,
+                self._total_layers,
+            )
+            deck.expected_columns, deck.final_columns = self._columns, self._final_columns
+        return deck
+
+    def _limit(self, device: torch.device, ledger: Ledger) -> int | None:
+        if isinstance(self._device_budget, str):
+            return ledger.used_bytes + free_device_bytes(device)
+        return self._device_budget
+
+    def layer(
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+    ) -> StreamedLayer:
+        """Return an empty layer for K and V like these.
+
+        Raises:
+            BudgetError: there is no room even for one page of it.
+        """
+        return StreamedLayer(
+            self.deck(k_bhtd.device),
+            index,
+            k_bhtd.shape[0],
+            LayerGeometry.of(k_bhtd, v_bhtd),
+            sliding_window=sliding_window,
+            may_be_cold=may_be_cold,
+        )
+
+    def keep_files_of(self, other: Streams) -> None:
+        """Let the files of ``other`` live as long as these streams, which share pages with it."""
+        self._kept.extend(folder.share() for folder in other._kept)
+
+    def begin_turn(self, columns: int, new_columns: int = 0) -> None:
+        """Count from here on; a prompt of ``columns`` columns comes, and at most ``new_columns`` after it."""
+        self._columns, self._final_columns = columns, columns + new_columns
+        for deck in self._decks.values():
+            deck.expected_columns, deck.final_columns = columns, columns + new_columns
+        self._before = self.traffic.copy()
+        for ledger in (self.host, *(deck.ledger for deck in self._decks.values())):
+            ledger.begin_peak()
+
+    def account(self, report: TurnReport) -> TurnReport:
+        """Return ``report`` with what streaming did in the turn."""
+        counts = self.traffic.since(self._before)
+        decks = self._decks.values()
+        return replace(
+            report,
+            hot_layers=sum(deck.hot_layers for deck in decks),
+            cold_layers=sum(deck.cold_layers for deck in decks),
+            bytes_down=counts.bytes_down,
+            bytes_up=counts.bytes_up,
+            waits=counts.waits,
+            wait_seconds=counts.wait_seconds,
+            peak_device_bytes=max((deck.ledger.peak_bytes for deck in decks), default=0),
+            peak_host_bytes=self.host.peak_bytes,
+        )
+
+    @property
+    def decks(self) -> Sequence[Deck]:
+        """All decks."""
+        return tuple(self._decks.values())
+
+    def close(self) -> None:
+        """Let go of threads, streams, host memory and page files. May be called more than once."""
+        for deck in self._decks.values():
+            deck.close()
+        self._decks.clear()
+        while self._kept:
+            self._kept.pop().close()
+
+
+def _devices_like(device: torch.device) -> int:
+    """Return how many devices of this kind may come to share the host budget."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 1
+
+
+def default_spill_folder(store_folder: Path | None) -> Path:
+    """Return where page files go if nobody said: beside the blocks of the store, else in the user's cache folder.
+
+    Raises:
+        ConfigurationError: the user has none.
+    """
+    if store_folder is not None:
+        return store_folder / "spill"
+    return user_cache_folder("spill_dir") / "kvtier" / "spill"

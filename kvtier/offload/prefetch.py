@@ -1,0 +1,225 @@
+"""The prefetch ring: a few slots, in which the next cold layers arrive while others compute.
+
+A slot goes round: *idle* → *arriving* (pages are on their way) → *in use* (attention was given it) → idle. It is in use
+until the next layer of the device is updated, since by then its attention has been enqueued; a mark taken at that
+moment is what the next pages in it come after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from kvtier.errors import BudgetError, KvtierError
+from kvtier.kv.allocation import new_buffer
+from kvtier.kv.buffer import Window
+from kvtier.kv.spec import LayerGeometry
+from kvtier.offload.accounting import Ledger, Traffic
+from kvtier.offload.extents import Part
+from kvtier.offload.residency import PREFETCH_DEPTH
+from kvtier.transfer import CopyEngine, Fence
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a slot must hold for a layer: pages from column ``base`` on, and room for ``columns`` columns."""
+
+    layer: int
+    base: int
+    pages: tuple[Part, ...]
+    columns: int
+    rows: int
+    geometry: LayerGeometry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot for it."""
+        return self.rows * self.columns * self.geometry.token_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages."""
+        return sum(part.nbytes for part in self.pages)
+
+
+class ColdLayer(Protocol):
+    """What the ring asks of a layer."""
+
+    index: int
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether its pages are below."""
+
+    def wanted_next(self) -> Wanted:
+        """Return what the next update will want, as far as one can tell."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Memory of the device for one layer at a time."""
+
+    memory: torch.Tensor | None = None
+    holds: Wanted | None = None
+    in_use: bool = False
+    arriving: list[Fence] = field(default_factory=list)  # what fills it
+    leaving: list[Fence] = field(default_factory=list)  # copies of it to below
+    seen: list[Fence] = field(default_factory=list)  # marks after the kernels that used it
+
+    def window(self, rows: int, geometry: LayerGeometry) -> Window:
+        """Return the whole slot as a window of a layer."""
+        assert self.memory is not None
+        return Window.on_bytes(self.memory, rows, geometry, self.memory.nbytes // (rows * geometry.token_bytes))
+
+    def has(self, wanted: Wanted) -> bool:
+        """Whether the pages that ``wanted`` names are here or on their way, with room for its columns."""
+        held = self.holds
+        return (
+            held is not None
+            and (held.layer, held.base, held.pages) == (wanted.layer, wanted.base, wanted.pages)
+            and (held.rows, held.geometry) == (wanted.rows, wanted.geometry)
+            and self.memory is not None
+            and self.memory.nbytes >= wanted.nbytes
+        )
+
+
+class Ring:
+    """The slots of one device.
+
+    Args:
+        engine: moves the bytes.
+        ledger: counts the slots.
+        traffic: counts pages and waits.
+        make_room: frees that many bytes of the budget for a slot, or raises.
+        layers: the layers of the device, in order; called at each step, since some may have turned cold.
+    """
+
+    def __init__(
+        self,
+        engine: CopyEngine,
+        device: torch.device,
+        ledger: Ledger,
+        traffic: Traffic,
+        make_room: Callable[[int], None],
+        layers: Callable[[], Sequence[ColdLayer]],
+    ) -> None:
+        self._engine = engine
+        self._device = device
+        self._ledger = ledger
+        self._traffic = traffic
+        self._make_room = make_room
+        self._layers = layers
+        self.slots = [Slot() for _ in range(PREFETCH_DEPTH)]
+
+    def release(self) -> None:
+        """Take back the slots that attention was given: all of it is enqueued. For the beginning of each update."""
+        used = [slot for slot in self.slots if slot.in_use]
+        if not used:
+            return
+        mark = self._engine.mark()
+        for slot in used:
+            slot.seen.append(mark)
+            slot.in_use, slot.holds = False, None
+
+    def take(self, wanted: Wanted) -> Slot:
+        """Return a slot with the pages of ``wanted`` in it, for the kernels that are enqueued from now on.
+
+        Raises:
+            StreamError: a page is lost.
+            BudgetError: there is no room for the slot.
+        """
+        slot = next((slot for slot in self.slots if slot.has(wanted)), None)
+        if slot is None:
+            slot = self._idle(wanted)
+            self._fill(slot, wanted)
+        slot.in_use = True
+        self.prefetch(wanted.layer)
+        started = time.perf_counter()
+        try:
+            for fence in slot.arriving:
+                self._engine.wait(fence)
+        except BaseException:
+            self._give_up(slot)
+            raise
+        if wanted.pages:
+            self._traffic.waits += 1
+            self._traffic.wait_seconds += time.perf_counter() - started
+        slot.arriving = []
+        return slot
+
+    def prefetch(self, position: int) -> None:
+        """Let the pages of the next cold layers after layer ``position`` come, into slots that are free.
+
+        After the last layer comes the first, for the next step.
+        """
+        cold = [layer for layer in self._layers() if layer.is_cold]
+        coming = [layer for layer in cold if layer.index > position] + [
+            layer for layer in cold if layer.index < position
+        ]
+        free = [slot for slot in self.slots if not slot.in_use]
+        wishes = [layer.wanted_next() for layer in coming[: len(free)]]
+        for wanted in wishes:
+            kept = next((slot for slot in free if slot.has(wanted)), None)
+            if kept is not None:
+                free.remove(kept)
+        for wanted in wishes:
+            if wanted.pages and not any(slot.has(wanted) for slot in self.slots):
+                try:
+                    self._fill(free.pop(), wanted)
+                except BudgetError:
+                    return  # whoever really takes it says so
+
+    def _idle(self, wanted: Wanted) -> Slot:
+        """Return a slot that attention does not use, if there is one that nothing was prefetched into but for it."""
+        idle = [slot for slot in self.slots if not slot.in_use]
+        return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
+
+    def _fill(self, slot: Slot, wanted: Wanted) -> None:
+        self._settle(slot.arriving)  # of a prefetch that nobody wants any more
+        before, slot.arriving = slot.seen + slot.leaving, []
+        slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
+        if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
+            self._give_up(slot)
+            self._make_room(wanted.nbytes)
+            self._ledger.set(id(slot), wanted.nbytes)
+            slot.memory = new_buffer(wanted.nbytes, dtype=torch.uint8, device=self._device)
+            before = [self._engine.mark()]
+        window = slot.window(wanted.rows, wanted.geometry)
+        try:
+            fences, begin = [], 0
+            for part in wanted.pages:
+                fences += part.lift(window, begin, before)
+                begin += part.tokens
+        except BaseException:
+            # Copies may be on their way that nobody knows of: let them have the memory.
+            slot.memory, slot.leaving, slot.seen = None, [], []
+            self._ledger.set(id(slot), 0)
+            raise
+        self._traffic.bytes_up += wanted.page_bytes
+        # Without pages, kernels are the first to write there; among themselves they are ordered.
+        slot.arriving, slot.leaving, slot.seen = fences or slot.leaving, [], []
+        slot.holds = wanted
+
+    def _give_up(self, slot: Slot) -> None:
+        """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
+        users = slot.seen + slot.leaving + slot.arriving
+        slot.holds, slot.in_use = None, False
+        slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
+        self._settle(users)
+        self._ledger.set(id(slot), 0)
+
+    def _settle(self, fences: Sequence[Fence]) -> None:
+        """Wait for copies to end, however they end: what they were for is not wanted any more."""
+        for fence in fences:
+            with contextlib.suppress(KvtierError):
+                self._engine.settle(fence)
+
+    def close(self) -> None:
+        """Forget everything."""
+        for slot in self.slots:
+            self._give_up(slot)

@@ -1,0 +1,152 @@
+"""The spill folder: a private place for page files, which lives as long as its cache."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import StreamError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows: a folder that a killed process left is not told from a living one's, and stays
+    fcntl = None
+
+_log = logging.getLogger("kvtier.offload")
+_LOCK = "owner.lock"
+_NAME = re.compile(r"\d+-[0-9a-f]{32}")
+_ATTEMPTS = 10
+
+
+class SpillFolder:
+    """A private folder (0700) below ``parent``, made when it is first needed, deleted by ``close`` and at exit.
+
+    Its owner holds a lock on a file in it. Folders beside it without a living owner were left by killed processes, and
+    are deleted at once.
+
+    Raises:
+        StreamError: the folder cannot be made.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+        self._path: Path | None = None
+        self._remove: weakref.finalize[[Path, int, int], SpillFolder] | None = None
+        self._users = 1
+        _sweep(parent)
+        self._pid = os.getpid()
+
+    def new_file(self) -> str:
+        """Return a path that no file has."""
+        try:
+            if self._path is None or not (self._path / _LOCK).exists():  # somebody may have tidied up
+                self._make()
+        except OSError as error:
+            raise StreamError(
+                f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
+            ) from error
+        return f"{self._path}/{uuid.uuid4().hex}.safetensors"
+
+    def share(self) -> SpillFolder:
+        """Return the folder for another user, who closes it too."""
+        self._users += 1
+        return self
+
+    def forget(self, path: str) -> None:
+        """Delete a file that nobody reads any more."""
+        if os.getpid() != self._pid:
+            return  # a forked child lets go of copies; the files are its parent's
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+
+    def _make(self) -> None:
+        """Make the folder, with a lock in it that this process holds.
+
+        Raises:
+            OSError: it cannot be made; nothing is left of it.
+        """
+        if self._remove is not None:
+            self._remove()
+        self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for _ in range(_ATTEMPTS):
+            path = self.parent / f"{os.getpid()}-{uuid.uuid4().hex}"
+            path.mkdir(mode=0o700)
+            try:
+                lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # another process has swept the empty folder
+                continue
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                raise
+            if _is_held(path, lock):
+                self._remove = weakref.finalize(self, _remove, path, lock, os.getpid())
+                self._path = path
+                return
+            os.close(lock)  # another process has seen it without its lock, and sweeps it
+        raise OSError(errno.EAGAIN, "other processes delete each folder that is made", str(self.parent))
+
+    def close(self) -> None:
+        """Delete the folder and what is in it, when the last of its users closes it."""
+        self._users -= 1
+        if self._users == 0 and self._remove is not None:
+            self._remove()
+
+
+def _remove(path: Path, lock: int, pid: int) -> None:
+    if os.getpid() == pid:  # a fork has not made it
+        shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
+
+
+def _is_held(path: Path, lock: int) -> bool:
+    """Take the lock of a folder; whether nobody else had it, and the folder is still there."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: then nobody can sweep it either
+        return True
+    try:
+        return (path / _LOCK).stat().st_ino == os.fstat(lock).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _sweep(parent: Path) -> None:
+    """Delete the folders whose owners are gone. Only what bears the name of such a folder is looked at."""
+    if fcntl is None:
+        return
+    try:
+        folders = [path for path in parent.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:  # there is none yet
+        return
+    for path in folders:
+        try:
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # pages come after the lock: without one it is empty, or none of ours
+            continue
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its owner lives
+        else:
+            _log.info("deleting %s, left by a process that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)

@@ -1,0 +1,271 @@
+"""Folders and files as the store touches them: whole or not at all, the user's alone, and never through a link.
+
+What can fail on a real drive fails in one of six system calls; ``SystemCalls`` holds them, so that a test can make any
+single one fail, be cut short, or be the last thing that a process does. ``mounts.py`` tells what a drive is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kvtier.platform.descriptors import OF_THIS_PROCESS
+from kvtier.platform.mounts import mounted_kind
+
+# Never through a link; and a pipe that bears the name of a file must not keep whoever opens it waiting for a writer.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_FOLDER_MODE = 0o700
+_FILE_MODE = 0o600
+_STAT_BLOCK_BYTES = 512  # the unit of ``st_blocks``, whatever the drive
+_TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
+# Temporary files of this process. A restarted container often has the process id of the one that died: what bears our
+# own id and is not in here is a dead writer's.
+_being_written: set[str] = set()
+
+
+class Filesystem(Protocol):
+    """What the store asks of a drive. Thread-safe. Methods raise ``OSError`` as the system does."""
+
+    def make_folder(self, path: Path, *, durable: bool = False) -> None:
+        """Make a folder that only the user can enter (0700 whatever the umask), and what is missing above it.
+
+        A folder that is there already is left as it is. With ``durable`` a new folder outlives a power cut.
+
+        Raises:
+            NotADirectoryError: ``path`` is something else.
+        """
+
+    def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
+        """Put a file at ``path`` that holds all bytes of ``pieces``, in place of what was there.
+
+        Whoever reads sees the old file or the new one, never a part, also after this process was killed; with
+        ``durable`` also after a power cut. Only the user can read it (0600 whatever the umask).
+
+        Raises:
+            OSError: no temporary file stays behind unless it cannot be deleted either. ``path`` holds what it held
+                before, or (if only the folder could not be made durable) the whole new file.
+        """
+
+    def delete(self, path: Path) -> bool:
+        """Delete a file. Returns whether there was one."""
+
+    def open_read(self, path: Path) -> int:
+        """Return a file descriptor for reading; the caller closes it.
+
+        Raises:
+            OSError: ``ELOOP`` where ``path`` is a symbolic link.
+        """
+
+    def allocated_bytes(self, folder: Path, nbytes: int) -> int:
+        """Return what a file of ``nbytes`` below ``folder`` takes on its drive, in whole allocation units."""
+
+    def used_bytes(self, path: Path) -> int:
+        """Return what the file at ``path`` takes on its drive: what the drive says, but no less than its bytes do.
+
+        A drive says more than ``allocated_bytes`` where it hands out larger pieces than it tells; it says less while
+        it has not written a file out, or where it compresses.
+        """
+
+    def free_bytes(self, folder: Path) -> int:
+        """Return how many bytes a user without privileges may still write to the drive of ``folder``."""
+
+    def kind(self, folder: Path) -> str | None:
+        """Return the type of the filesystem of ``folder``, e.g. ``ext4`` or ``nfs4``; None where nobody tells."""
+
+    def refuse_links(self, folder: Path, path: Path) -> None:
+        """See to it that nothing between ``folder`` (which may be a link itself) and ``path`` leads elsewhere.
+
+        What is missing is no link.
+
+        Raises:
+            OSError: ``ELOOP``: a part of ``path`` below ``folder`` is a symbolic link.
+            ValueError: ``path`` does not lie below ``folder``.
+        """
+
+
+class SystemCalls:
+    """The calls of the system that change or open something. Each does what the one of its name in ``os`` does."""
+
+    def open(self, path: Path, flags: int, mode: int = 0) -> int:
+        """Open ``path``; as Python does it, the descriptor is not inherited by other programs."""
+        return os.open(path, flags, mode)
+
+    def write(self, fd: int, piece: memoryview) -> int:
+        """Write what goes at once of ``piece``; return how many bytes those were."""
+        return os.write(fd, piece)
+
+    def fsync(self, fd: int) -> None:
+        """Wait until the drive holds the file or folder."""
+        os.fsync(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, in place of whatever bears it."""
+        old.replace(new)
+
+    def unlink(self, path: Path) -> None:
+        """Delete a file."""
+        path.unlink()
+
+    def mkdir(self, path: Path, mode: int) -> None:
+        """Make one folder."""
+        path.mkdir(mode)
+
+
+class LocalFilesystem:
+    """The drives of this machine, as ``Filesystem`` promises."""
+
+    def __init__(self, calls: SystemCalls | None = None) -> None:
+        self._calls = calls or SystemCalls()
+        self._allocation_units: dict[str, int] = {}
+
+    def make_folder(self, path: Path, *, durable: bool = False) -> None:
+        """Make a folder and what is missing above it, 0700."""
+        if path.is_dir():
+            return
+        if path.parent != path:
+            self.make_folder(path.parent, durable=durable)
+        try:
+            self._calls.mkdir(path, _FOLDER_MODE)
+        except FileExistsError:  # made by someone else this moment, or no folder
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "is in the way, and no folder", str(path)) from None
+            return
+        if stat.S_IMODE(path.stat().st_mode) & _FOLDER_MODE != _FOLDER_MODE:  # taken by the umask
+            path.chmod(_FOLDER_MODE)
+        if durable:
+            self._sync_folder(path.parent)
+
+    def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
+        """Write a temporary file beside ``path``, then give it that name."""
+        temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+        place = os.path.realpath(temporary)
+        _being_written.add(place)
+        try:
+            self._write_new(temporary, pieces, durable)
+            self._calls.rename(temporary, path)
+        except BaseException:
+            # What failed is what the caller should hear of. A file that cannot be deleted now is a leftover.
+            with contextlib.suppress(OSError):
+                self._calls.unlink(temporary)
+            raise
+        finally:
+            _being_written.discard(place)
+        if durable:
+            self._sync_folder(path.parent)
+
+    def _write_new(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fd = OF_THIS_PROCESS.open(lambda: self._calls.open(path, flags, _FILE_MODE))
+        try:
+            if stat.S_IMODE(os.fstat(fd).st_mode) & _FILE_MODE != _FILE_MODE:  # taken by the umask
+                os.fchmod(fd, _FILE_MODE)
+            for piece in pieces:
+                rest = piece.cast("B")
+                while rest.nbytes:
+                    written = self._calls.write(fd, rest)
+                    if written <= 0:
+                        raise OSError(errno.EIO, "the drive takes no more bytes, and does not say why", str(path))
+                    rest = rest[written:]
+            if durable:
+                self._calls.fsync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first failure is the one to tell
+                os.close(fd)
+            raise
+        os.close(fd)  # on a drive of another machine it is here that a full one may show
+
+    def _sync_folder(self, folder: Path) -> None:
+        fd = self._calls.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._calls.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def delete(self, path: Path) -> bool:
+        """Delete a file; one that is missing is fine."""
+        try:
+            self._calls.unlink(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def open_read(self, path: Path) -> int:
+        """Open a file for reading, unless it is a link."""
+        # Without waiting: a pipe of that name would have no writer.
+        return self._calls.open(path, READ_FLAGS)
+
+    def allocated_bytes(self, folder: Path, nbytes: int) -> int:
+        """Round ``nbytes`` up to whole allocation units of the drive, which is asked once a folder."""
+        unit = self._allocation_units.get(str(folder))
+        if unit is None:
+            drive = os.statvfs(folder)
+            unit = self._allocation_units[str(folder)] = drive.f_frsize or drive.f_bsize or 1
+        return -(-nbytes // unit) * unit
+
+    def used_bytes(self, path: Path) -> int:
+        """Ask the drive."""
+        found = path.lstat()
+        told = getattr(found, "st_blocks", 0) * _STAT_BLOCK_BYTES
+        return max(told, self.allocated_bytes(path.parent, found.st_size))
+
+    def free_bytes(self, folder: Path) -> int:
+        """Ask the drive, leaving out what it keeps for the administrator."""
+        drive = os.statvfs(folder)
+        return drive.f_bavail * (drive.f_frsize or drive.f_bsize)
+
+    def kind(self, folder: Path) -> str | None:
+        """Ask the system's table of mounts."""
+        return mounted_kind(folder)
+
+    def refuse_links(self, folder: Path, path: Path) -> None:
+        """Look at every part of ``path`` below ``folder``."""
+        parts = path.relative_to(folder).parts
+        if ".." in parts:
+            raise ValueError(f"{str(path)!r} does not lie below {str(folder)!r}")
+        place = folder
+        for part in parts:
+            place = place / part
+            if place.is_symlink():
+                raise OSError(
+                    errno.ELOOP,
+                    "is a symbolic link inside a store, which could lead anywhere; delete the link",
+                    str(place),
+                )
+
+
+LOCAL = LocalFilesystem()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` bears the name of a temporary file of ``write_whole``."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` is a temporary file whose writer is gone: nobody will finish or delete it."""
+    name = _TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if int(name["pid"]) == os.getpid():
+        return os.path.realpath(path) not in _being_written
+    return not is_alive(int(name["pid"]))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process ``pid`` runs on this machine."""
+    if not 0 < pid < 2**31:  # what ``kill`` would take for a group of processes, or not at all
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -1,0 +1,104 @@
+"""Blocks: the pages of all layers for some tokens of one sequence, and how one is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvtier.kv.page import Landing, Page
+from kvtier.kv.spec import Geometry
+from kvtier.store.chain import BlockId
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors.
+
+    A snapshot also has ``states``: what is only valid after its last token, as bytes that whoever made them can read,
+    U8 ``[bytes]``.
+    """
+
+    id: BlockId
+    pages: tuple[Page, ...]
+    depth_tokens: int = 0
+    """Tokens before it in its chain."""
+    states: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and states."""
+        return sum(page.nbytes for page in self.pages) + (0 if self.states is None else self.states.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a tier knows of a block that can be found.
+
+    Attributes:
+        key: its key.
+        parent: the key of the block before it, or its root.
+        root: what else decides its K and V.
+        tokens: its token ids.
+        depth_tokens: tokens before it in its chain.
+        nbytes: what it takes.
+        children: blocks of the tier that follow it.
+        uses: turns that used it.
+        hits: how often it was restored.
+        used_at: Unix time of its last use.
+        pinned: whether it is never evicted.
+    """
+
+    key: str
+    parent: str
+    root: str
+    tokens: int
+    depth_tokens: int
+    nbytes: int
+    children: int
+    uses: int
+    hits: int
+    used_at: float
+    pinned: bool
+
+
+class BlockReader(Protocol):
+    """One block of a tier, opened for reading layer by layer. May be read by several threads at once."""
+
+    id: BlockId
+    tier: str
+    geometry: Geometry
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether landing a page is copying it, with nothing to decode."""
+
+    def page(self, layer: int) -> Page:
+        """Return the page of ``layer``.
+
+        Raises:
+            BlockError: the bytes cannot be read or are not those that were written.
+        """
+
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``, which has their size.
+
+        Without ``check`` the bytes are taken for those that were checked before.
+
+        Raises:
+            BlockError: as ``page``; what the landing then holds is undefined.
+        """
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a snapshot, U8 ``[bytes]``; nobody may write to them. None for other blocks.
+
+        Raises:
+            BlockError: as ``page``.
+        """
+
+    def detach(self) -> None:
+        """Stay open for long: hold nothing in memory on behalf of this reader."""
+
+    def close(self) -> None:
+        """Release what reading needs, the lease too. Pages that were returned stay valid."""

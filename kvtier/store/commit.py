@@ -1,0 +1,268 @@
+"""Commits: blocks that are not known yet are kept in RAM, and written to disk behind the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvtier.kv.page import Page
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
+from kvtier.store.tiers.base import Tier
+from kvtier.store.tiers.disk.names import Names
+from kvtier.store.tiers.disk.tier import DiskTier
+from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.write_behind import WriteBehind
+
+Read = Callable[[int, int], tuple[Page, ...]]
+"""``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
+
+
+States = Mapping[int, torch.Tensor]
+"""How many tokens of a sequence → the states that are valid after them, U8 ``[bytes]``; the store owns them."""
+
+
+class Commits:
+    """What puts blocks into the tiers of one store.
+
+    Args:
+        host: the RAM tier.
+        disk: the file tier, if there is one.
+        names: told when a block takes the place of another.
+        behind: does what can be done behind the caller.
+        on_second_use: write a block to disk when a second turn uses it, not when the first one does.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        disk: DiskTier | None,
+        names: Names,
+        behind: WriteBehind,
+        *,
+        on_second_use: bool = False,
+    ) -> None:
+        self._host = host
+        self._disk = disk
+        self._tiers: tuple[Tier, ...] = (host, disk) if disk is not None else (host,)
+        self._names = names
+        self._behind = behind
+        self._on_second_use = on_second_use
+        self._manifests: dict[str, Mapping[str, Any]] = {}
+        self._hits: Counter[str] = Counter()
+        self._counting = threading.Lock()
+
+    def commit(
+        self,
+        root: str,
+        tokens: TokenIds,
+        read: Read,
+        manifest: Mapping[str, Any] | None,
+        block_size: int,
+        states: States | None = None,
+        *,
+        imported: bool = False,
+    ) -> int:
+        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, snapshots apart.
+
+        What is ``imported`` comes from a file: its ``manifest`` is a stranger's word, and only taken where nothing is
+        known; and all of it is written to disk, whether it is used again or not.
+        """
+        if manifest is not None and root not in self._manifests:
+            is_noted = self._disk is None or self._behind.submit(
+                partial(self._disk.describe_root, root, manifest, anew=not imported)
+            )
+            if is_noted and (self._disk is None or not imported):
+                self._manifests[root] = manifest
+        new = 0
+        keys: list[str] = []
+        known: list[str] = []
+        for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
+            stop = start + len(block.tokens)
+            if states is not None:
+                keys += self._keep_snapshots(block, start, read, states)
+                if len(block.tokens) < block_size:
+                    break  # nothing could begin with it
+            there = self.stands_for(block, block_size)
+            if there is not None:
+                known.append(there)
+            else:
+                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: it comes before this one
+                known = []
+                kept = self._keep(
+                    Block(block, read(start, stop), start),
+                    keep_tails=states is not None,
+                    is_tail=len(block.tokens) < block_size,
+                    imported=imported,
+                )
+                if not kept:
+                    break  # its children could never be reached
+                new += len(block.tokens)
+            keys.append(block.key)
+        self._write_what_disk_lacks(known, keep_tails=states is not None)
+        self._touch(keys)
+        return new
+
+    def write_down(self, keys: Sequence[str]) -> None:
+        """Write what disk lacks of a chain, behind the caller: it was given a name, and is to outlive this process."""
+        self._behind.hurry()
+        self._write_what_disk_lacks(keys, keep_tails=True)
+
+    def _write_what_disk_lacks(self, keys: Sequence[str], *, keep_tails: bool) -> None:
+        """Write known blocks of a chain once more that are in RAM alone: the drive was full, or they were evicted.
+
+        Without them, nothing that follows could be kept on disk. It is done behind the caller.
+        """
+        disk = self._disk
+        if disk is None:
+            return
+        # The others are on disk, or will be.
+        in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
+        if not in_ram:
+            return
+
+        def write() -> None:
+            for key in disk.absent(in_ram):
+                block = self._host.block(key)
+                if block is None or not self._put(disk, block, keep_tails):
+                    break  # what follows would be an orphan
+
+        self._behind.submit(write)
+
+    def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
+        """Keep the snapshots of prefixes that end in ``block``, which begins with token ``start``; return their keys.
+
+        Beside the states they hold K and V of their own: no block that goes on beyond them answers for those.
+        """
+        keys = []
+        for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
+            ids = block.tokens[: position - start].copy()
+            snapshot = BlockId.of(block.root, block.parent, ids, snapshot=True)
+            kept = any(snapshot.key in tier for tier in self._tiers) or self._keep(
+                Block(snapshot, read(start, position), start, states[position]), keep_tails=True
+            )
+            if kept:
+                keys.append(snapshot.key)
+        return keys
+
+    def manifest(self, root: str) -> Mapping[str, Any]:
+        """Return what ``root`` stands for; empty when nobody has said."""
+        if root in self._manifests:
+            return self._manifests[root]
+        return self._disk.description(root) if self._disk is not None else {}
+
+    def hit(self, keys: Sequence[str]) -> None:
+        """Note that blocks were restored; told to the tiers with the next commit."""
+        with self._counting:
+            self._hits.update(keys)
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
+        with self._counting:
+            hits, self._hits = self._hits, Counter()
+        self._host.touch(keys, hits)
+        if self._disk is None:
+            self._names.touched(keys)
+        elif keys:
+            self._behind.submit(partial(self._touch_on_disk, self._disk, keys, hits))
+
+    def _touch_on_disk(self, disk: DiskTier, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        disk.touch(keys, hits)
+        disk.ask(lambda: self._names.touched(keys), None)
+
+    def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
+        """Return the keys that answer for a chain, block by block; the last is that of a snapshot, if there is one."""
+        keys = [self.stands_for(block, block_size) for block in blocks]
+        for end in blocks[-1:]:
+            snapshot = BlockId.of(end.root, end.parent, end.tokens, snapshot=True)
+            if any(snapshot.key in tier for tier in self._tiers):
+                keys[-1] = snapshot.key
+        return keys
+
+    def stands_for(self, block: BlockId, block_size: int) -> str | None:
+        """Return the key of the block that answers for ``block``: its own, or that of one that begins with it.
+
+        None when no tier has either.
+        """
+        if any(block.key in tier for tier in self._tiers):
+            return block.key
+        if len(block.tokens) < block_size:
+            for tier in self._tiers:
+                for child in tier.nearest(block.parent, block.tokens):
+                    if child.root == block.root and common_run(child.tokens, block.tokens) == len(block.tokens):
+                        return child.key
+        return None
+
+    def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
+        """Put ``block`` into RAM, and see to it that it is written. Returns whether it is kept somewhere."""
+        disk = self._disk
+        if disk is None or (self._on_second_use and not imported):
+            return self._put(self._host, block, keep_tails)
+        key = block.id.key
+
+        def write() -> None:
+            try:
+                self._put(disk, block, keep_tails)
+            finally:
+                self._host.written(key)
+
+        try:
+            if not self._host.put(block, writing=True):
+                if not self._host.is_writing:
+                    return self._put(disk, block, keep_tails)  # no room in RAM: there is nothing to write behind from
+                self._behind.note_stall()  # RAM stays full of what is not written yet
+                return False
+            since = None if keep_tails else self._drop_shorter(self._host, block.id)
+            queued = (
+                self._behind.submit_at_rest(key, write, since)
+                if is_tail and not keep_tails
+                else self._behind.submit(write)
+            )
+            if not queued:
+                self._host.written(key)  # it stays in RAM, and is written when a turn uses it again
+        except BaseException:
+            # An interrupt: whether the block is put, and queued, is unknown. Leased, it might never be evicted; known,
+            # it might never be written.
+            self._host.discard(key)
+            raise
+        return True
+
+    def _put(self, tier: HostTier | DiskTier, block: Block, keep_tails: bool) -> bool:
+        if not tier.put(block):
+            return False
+        if not keep_tails:
+            self._drop_shorter(tier, block.id)
+        return True
+
+    def _drop_shorter(self, tier: Tier, block: BlockId) -> float | None:
+        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it.
+
+        Returns:
+            Since when they have waited to be written; None if none of them did.
+        """
+        waited = []
+        for tail in tier.tails(block.parent, block.tokens):
+            if self._disk is None or tier is self._disk:
+                self._rename(tail.key, block.key)
+            # A tail that waits is the end of no name: ``write_down`` has it written.
+            tier.discard_unread([tail.key])  # first: what nobody is to write must not be in RAM for ever
+            since = self._behind.take_back(tail.key)
+            if since is not None:
+                waited.append(since)
+        return min(waited, default=None)
+
+    def _rename(self, old: str, new: str) -> None:
+        """See to it that names of chains that end in block ``old`` mean block ``new``, which begins with it."""
+        if self._disk is None:
+            self._names.replaced(old, new)
+            return
+        disk = self._disk
+        try:
+            disk.ask(lambda: self._names.replaced(old, new), None)
+        except OSError as error:
+            disk.warn("names", f"cannot write the file of a name in {disk.folder.path} ({error})")

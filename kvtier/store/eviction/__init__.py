@@ -1,0 +1,1 @@
+"""Which block is evicted first: pure decisions, no I/O."""

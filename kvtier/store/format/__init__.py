@@ -1,0 +1,1 @@
+"""Bytes of blocks: safetensors files, codecs, and archives. Reads what anybody may have written."""

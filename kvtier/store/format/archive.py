@@ -1,0 +1,385 @@
+"""Archives: one prefix as one safetensors file, to take to another store or to read with other tools.
+
+``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; of a
+model with states also ``states`` (U8), those after the last token. The metadata tell ``format``, ``root``, ``manifest``
+(as JSON, what the root stands for), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from kvtier.errors import ArchiveError, BlockError, ConfigurationError
+from kvtier.kv.page import Landing, Page
+from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.store.block import BlockReader
+from kvtier.store.chain import TokenIds
+from kvtier.store.format.header import (
+    MAX_LAYERS,
+    NOT_JSON,
+    STATES,
+    check_hash,
+    check_ids,
+    fill,
+    layers_of,
+    open_header,
+    read_checksums,
+    unique,
+)
+from kvtier.store.names import checked_name
+
+_FORMAT = "kvtier-prefix/1"
+_FORMATS = re.compile(r"kvtier-prefix/([0-9]{1,9})")
+_METADATA = ("format", "root", "manifest", "block_size", "crc32")
+_BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
+_MAX_MANIFEST_BYTES = 128 * 2**10  # that of a model with adapters has some 10 KiB
+_MAX_MANIFEST_DEPTH = 32
+_CHECKED_BYTES = 4 * 2**20  # read at once to be checked
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def write_archive(
+    file: str | os.PathLike[str],
+    blocks: Sequence[BlockReader],
+    tokens: int,
+    *,
+    root: str,
+    manifest: Mapping[str, Any],
+    block_size: int,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a prefix to ``file``, which only the user can read (0600): the whole file, or none.
+
+    Takes memory for one layer of the prefix.
+
+    Args:
+        file: where to; in a folder that is there.
+        blocks: the chain, open for reading, the first block first.
+        tokens: length of the prefix; of the last block, fewer tokens may count than it has.
+        root: the root of the chain.
+        manifest: what the root stands for; values that JSON does not know are written as strings.
+        block_size: tokens of a full block in the store it comes from.
+        name: what the prefix is called.
+        overwrite: whether ``file`` may exist already.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        ArchiveError: it cannot be written, would not be read again, or exists already.
+        BlockError: a block cannot be read; so its file is not written.
+    """
+    target = Path(file)
+    metadata = {"format": _FORMAT, "root": root, "manifest": json.dumps(dict(manifest), default=str)}
+    metadata |= {"block_size": str(block_size)} | ({} if name is None else {"name": name})
+    if len(metadata["manifest"]) > _MAX_MANIFEST_BYTES:
+        raise ArchiveError(
+            f"cannot write {target}: what its root stands for takes more than {_MAX_MANIFEST_BYTES} bytes"
+        )
+    if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
+        raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
+    geometry, ids = _one_sequence(target, blocks, tokens)
+    states = blocks[-1].states() if sum(len(block.id.tokens) for block in blocks) == tokens else None
+    temporary = target.with_name(f".{target.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    try:
+        if not overwrite and os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "exists already", str(target))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            with os.fdopen(fd, "wb") as out:
+                nbytes = _write(out, blocks, geometry, ids, states, metadata)
+                out.flush()
+                os.fsync(out.fileno())
+            _give_name(temporary, target, overwrite)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise ArchiveError(f"{target} exists already; pass overwrite=True or another name") from error
+    except OSError as error:
+        raise ArchiveError(f"cannot write {target}: {error}; pass a file in a folder you can write to") from error
+    return nbytes
+
+
+def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> tuple[Geometry, TokenIds]:
+    """Return the layers and the token ids of a chain.
+
+    Raises:
+        ArchiveError: it has not so many tokens, or its blocks are not of one model.
+    """
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *(block.id.tokens for block in blocks)])
+    known = len(ids) - (len(blocks[-1].id.tokens) if blocks else 0)
+    if not known < tokens <= len(ids):
+        raise ArchiveError(f"cannot write {target}: the blocks have {len(ids)} tokens where the prefix has {tokens}")
+    geometry = blocks[0].geometry
+    if any(block.geometry != geometry for block in blocks) or len(geometry.layers) > MAX_LAYERS:
+        raise ArchiveError(f"cannot write {target}: the blocks are not of the layers of one model")
+    try:
+        check_ids(ids[:tokens])
+    except ValueError as error:
+        raise ArchiveError(f"cannot write {target}: {error}") from error
+    return geometry, ids[:tokens]
+
+
+def _write(
+    out: BinaryIO,
+    blocks: Sequence[BlockReader],
+    geometry: Geometry,
+    ids: TokenIds,
+    states: torch.Tensor | None,
+    metadata: Mapping[str, str],
+) -> int:
+    tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
+    for i, g in enumerate(geometry.layers):
+        dtype = DTYPE_NAMES.get(g.dtype)
+        if dtype is None:
+            raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
+        tensors.append((f"k.{i}", dtype, [g.k_heads, len(ids), g.k_dim], g.k_bytes * len(ids)))
+        tensors.append((f"v.{i}", dtype, [g.v_heads, len(ids), g.v_dim], g.v_bytes * len(ids)))
+    payloads = _payloads(blocks, geometry, ids)
+    if states is not None:
+        tensors.append((STATES, "U8", [states.nbytes], states.nbytes))
+        payloads = chain(payloads, [memoryview(states.numpy())])
+    # The checksums come first in the file and are known last: leave room for the longest there are.
+    checksums = {name: 2**32 - 1 for name, *_ in tensors}
+    room = len(encode_header(tensors, {**metadata, "crc32": json.dumps(checksums)}))
+    out.seek(room)
+    for (name, *_), payload in zip(tensors, payloads, strict=True):
+        checksums[name] = zlib.crc32(payload)
+        out.write(payload)
+    nbytes = out.tell()
+    out.seek(0)
+    out.write(encode_header(tensors, {**metadata, "crc32": json.dumps(checksums)}, at_least=room))
+    return nbytes
+
+
+def _payloads(blocks: Sequence[BlockReader], geometry: Geometry, ids: TokenIds) -> Iterator[memoryview]:
+    """Yield the bytes of each tensor in turn. They are good until the next one is asked for."""
+    yield memoryview(np.ascontiguousarray(ids, dtype="<i8").view(np.uint8))
+    places: dict[LayerGeometry, Landing] = {}
+    for layer, g in enumerate(geometry.layers):
+        if g not in places:
+            places.clear()  # one layer at a time; memory that was written once is faster
+            item_bytes = g.dtype.itemsize
+            k = np.empty((g.k_heads, len(ids), g.k_dim * item_bytes), dtype=np.uint8)
+            v = np.empty((g.v_heads, len(ids), g.v_dim * item_bytes), dtype=np.uint8)
+            places[g] = Landing(k, v)
+        landing, start = places[g], 0
+        for block in blocks:
+            stop = min(start + len(block.id.tokens), len(ids))
+            block.land(layer, 0, stop - start, landing.cut(start, stop))
+            start = stop
+        for part in (landing.k_htb, landing.v_htb):
+            yield memoryview(part.reshape(-1))
+
+
+def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Let ``temporary`` be ``target`` from now on.
+
+    Raises:
+        FileExistsError: there is a ``target``, made in the meantime, that may not be overwritten.
+    """
+    if overwrite:
+        temporary.replace(target)
+    else:
+        try:
+            os.link(temporary, target)  # unlike a rename, it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # not every drive has links
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "exists already", str(target)) from None
+            temporary.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Archive:
+    """An archive open for reading, whoever wrote it.
+
+    Opening checks all that it says of itself, and the token ids; K and V are only checked by ``check``. What no check
+    can tell is whether they are those that the model computes for these tokens: that is to be taken on trust.
+
+    Attributes:
+        root: the root of the prefix.
+        manifest: what the root stands for, as whoever wrote the file says.
+        block_size: tokens of a full block in the store it comes from.
+        tokens: its token ids.
+        name: what it was called; None where it had no name, or none that a prefix can have.
+        geometry: its layers.
+        nbytes: size of the file.
+
+    Raises:
+        ArchiveError: the file cannot be read, or is not a whole archive of this format.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(file)
+        self._fd = -1
+        try:
+            self._fd = os.open(self.path, _OPEN_FLAGS)
+            self._read_header()
+        except (OSError, *NOT_JSON) as error:
+            self.close()
+            raise self._refused(error) from error
+
+    def _refused(self, problem: object) -> ArchiveError:
+        return ArchiveError(f"{self.path} cannot be imported: {problem}; export the prefix again where it comes from")
+
+    def _read_header(self) -> None:
+        opened = open_header(self._fd, _METADATA)
+        metadata, layout = opened.metadata, opened.layout
+        if metadata["format"] != _FORMAT:
+            newer = _FORMATS.fullmatch(metadata["format"])
+            hint = "; it is of a newer kvtier: update this one" if newer and int(newer[1]) > 1 else ""
+            raise ValueError(f"its format is {metadata['format']!r:.40}, this version reads {_FORMAT!r}{hint}")
+        if not opened.layers and not opened.is_snapshot:
+            raise ValueError("it has no layers")
+        self.nbytes, self._data_start = opened.nbytes, opened.data_start
+        self._begins, self._ends = layout.begins, layout.ends
+        self._crc32 = read_checksums(metadata["crc32"], layout.names)
+        self.root = check_hash(metadata["root"], "root")
+        pages = slice(1, 1 + 2 * opened.layers)
+        self.geometry = layers_of(layout.dtypes[pages], layout.shapes[pages], opened.tokens)
+        self._is_snapshot = opened.is_snapshot
+        if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
+            raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
+        self.block_size = int(metadata["block_size"])
+        self.manifest = _read_manifest(metadata["manifest"])
+        self.name = _read_name(metadata.get("name"))
+        tokens = np.empty(opened.tokens, dtype="<i8")
+        fill(self._fd, memoryview(tokens.view(np.uint8)), self._data_start)
+        if zlib.crc32(tokens) != self._crc32[0]:
+            raise ValueError("the checksum of its tokens differs")
+        self.tokens: TokenIds = tokens.astype(np.int64)
+        check_ids(self.tokens)
+
+    def pages(self, start: int, stop: int) -> tuple[Page, ...]:
+        """Return K and V of all layers for the tokens ``[start, stop)``, in memory that is the caller's.
+
+        Raises:
+            ArchiveError: they cannot be read.
+            ConfigurationError: the prefix has no such tokens.
+        """
+        if not 0 <= start < stop <= len(self.tokens):
+            raise ConfigurationError(f"start={start} and stop={stop} are not within the {len(self.tokens)} tokens.")
+        pages = []
+        for i, g in enumerate(self.geometry.layers):
+            k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start, stop)
+            pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start, stop)))
+        return tuple(pages)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states after the last token, U8 ``[bytes]``; None for models without.
+
+        Raises:
+            ArchiveError: they cannot be read.
+        """
+        if not self._is_snapshot:
+            return None
+        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
+        self._fill(memoryview(states.numpy()), self._data_start + self._begins[-1])
+        return states
+
+    def _cut(self, index: int, heads: int, dim: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Return the tokens ``[start, stop)`` of tensor ``index``."""
+        row_bytes = dim * dtype.itemsize
+        part = np.empty((heads, (stop - start) * row_bytes), dtype=np.uint8)
+        begin = self._data_start + self._begins[index]
+        for head in range(heads):
+            self._fill(memoryview(part[head]), begin + (head * len(self.tokens) + start) * row_bytes)
+        shape = (heads, stop - start, dim)
+        return (
+            torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
+            if part.size
+            else torch.empty(shape, dtype=dtype, device="cpu")
+        )
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        try:
+            fill(self._fd, buffer, offset)
+        except (OSError, ValueError) as error:
+            raise self._refused(error) from error
+
+    def check(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every byte once, in little memory.
+
+        Args:
+            progress: called with how many bytes were read, and how many there are.
+
+        Raises:
+            ArchiveError: a checksum differs, or a byte cannot be read.
+        """
+        buffer = memoryview(bytearray(min(_CHECKED_BYTES, self.nbytes)))
+        for index, (begin, end) in enumerate(zip(self._begins, self._ends, strict=True)):
+            checksum = 0
+            for at in range(begin, end, _CHECKED_BYTES):
+                part = buffer[: min(_CHECKED_BYTES, end - at)]
+                self._fill(part, self._data_start + at)
+                checksum = zlib.crc32(part, checksum)
+                if progress is not None:
+                    progress(self._data_start + at + len(part), self.nbytes)
+            if checksum != self._crc32[index]:
+                raise self._refused(f"the checksum of tensor {index} differs")
+
+    def close(self) -> None:
+        """Close the file. May be called more than once."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_manifest(text: str) -> dict[str, Any]:
+    """Return what a root stands for.
+
+    Raises:
+        ValueError: it is no JSON object, too long, or too deep.
+        RecursionError: its brackets never end.
+    """
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise ValueError(f"its manifest is longer than {_MAX_MANIFEST_BYTES} characters")
+    manifest = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(manifest, dict):
+        raise ValueError("its manifest is no JSON object")
+    _check_depth(manifest, _MAX_MANIFEST_DEPTH)
+    return manifest
+
+
+def _check_depth(value: object, levels: int) -> None:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if levels == 0:
+        raise ValueError(f"its manifest is nested more than {_MAX_MANIFEST_DEPTH} levels deep")
+    for child in children:
+        _check_depth(child, levels - 1)
+
+
+def _read_name(name: str | None) -> str | None:
+    with contextlib.suppress(ConfigurationError):  # the prefix is as good without it
+        return checked_name(name)
+    return None

@@ -1,0 +1,325 @@
+"""Block files: valid safetensors, one block each, layers in order so that one can be read without the rest.
+
+``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
+checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
+``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A snapshot ends with ``states``
+(U8), which are not compressed.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import weakref
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtier.errors import BlockError, UnavailableError
+from kvtier.kv.page import Landing, Page
+from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.spec import Geometry
+from kvtier.platform.descriptors import ReadFile
+from kvtier.platform.filesystem import READ_FLAGS
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId, TokenIds, block_key
+from kvtier.store.format import codecs
+from kvtier.store.format.header import (
+    MAX_LAYERS,
+    NOT_JSON,
+    STATES,
+    check_hash,
+    check_ids,
+    fill,
+    json_object,
+    layers_of,
+    open_header,
+    read_checksums,
+    tensor_names,
+)
+
+FORMAT_VERSION = 1
+_FORMAT = f"kvtier/{FORMAT_VERSION}"
+_MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
+_METADATA = ("format", "codec", "key", "parent", "root", "crc32", "shapes", "dtypes")
+_Shapes = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]
+
+
+def encode_block(block: Block, codec: str) -> list[memoryview]:
+    """Return the bytes of a block file in pieces, header first.
+
+    Raises:
+        BlockError: files have no name for the dtype of a page, or would not be read again: there are too many layers or
+            tokens, or ids that are negative.
+    """
+    try:
+        check_ids(block.id.tokens)
+    except ValueError as error:
+        raise BlockError(f"a block of these tokens cannot be kept in a file: {error}") from error
+    if len(block.pages) > MAX_LAYERS:
+        raise BlockError(f"blocks of {len(block.pages)} layers cannot be kept in files, only of up to {MAX_LAYERS}")
+    payloads: list[tuple[str, str, list[int], np.ndarray[Any, np.dtype[np.uint8]]]] = []
+    tokens = np.ascontiguousarray(block.id.tokens, dtype="<i8")
+    payloads.append(("tokens", "I64", [len(tokens)], tokens.view(np.uint8)))
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+    for layer, page in enumerate(block.pages):
+        for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
+            if tensor.dtype not in DTYPE_NAMES:
+                raise BlockError(f"blocks of {tensor.dtype} cannot be kept in files")
+            payload = codecs.encode(tensor, codec)
+            shapes[name], dtypes[name] = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
+            stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
+            payloads.append((name, *stored, payload))
+    if block.states is not None:
+        payloads.append((STATES, "U8", [block.states.nbytes], codecs.as_bytes(block.states)))
+    checksums = {name: zlib.crc32(payload) for name, *_, payload in payloads}
+    metadata = {
+        "format": _FORMAT,
+        "codec": codec,
+        "key": block.id.key,
+        "parent": block.id.parent,
+        "root": block.id.root,
+        "crc32": json.dumps(checksums),
+        "shapes": json.dumps(shapes),
+        "dtypes": json.dumps(dtypes),
+    }
+    header = encode_header([(name, dtype, shape, data.nbytes) for name, dtype, shape, data in payloads], metadata)
+    return [memoryview(header), *(memoryview(p) for *_, p in payloads)]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[Geometry, _Shapes]:
+    """Return the layers that the metadata tell, and the shapes of K and V, which their dtypes follow.
+
+    Raises:
+        ValueError: they contradict themselves.
+        RecursionError: their brackets never end.
+    """
+    shapes, dtypes = json_object(shapes_text), json_object(dtypes_text)
+    names = tensor_names(layers)[1:]
+    if not set(names) == set(shapes) == set(dtypes):
+        raise ValueError("its shapes and dtypes are not those of its layers")
+    told = [shapes[name] for name in names]
+    if not all(type(shape) is list for shape in told):
+        raise ValueError("a shape is no shape")
+    geometry = layers_of([dtypes[name] for name in names], told, tokens)
+    return geometry, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
+
+
+# Where tensors stand in the order of a header's names.
+_TOKENS = 0
+
+
+def _k(layer: int) -> int:
+    return 1 + 2 * layer
+
+
+def _v(layer: int) -> int:
+    return 2 + 2 * layer
+
+
+# What lies where a file should be: a link, a folder, a pipe without a writer.
+_NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})
+
+
+def what_failed(path: str | os.PathLike[str], error: OSError | MemoryError) -> BlockError:
+    """Return what a failed call of the system tells of a block file: only what is no file is damage."""
+    if isinstance(error, OSError) and error.errno in _NO_FILE:
+        return BlockError(f"{path}: {error}")
+    return UnavailableError(f"{path}: {error or type(error).__name__}")
+
+
+class BlockFile:
+    """A block file open for reading. Its header and ids are checked at once, each page when it is read.
+
+    Whoever wrote the file: opening takes memory for a header of ``MAX_HEADER_BYTES`` and the ids, a page takes at most
+    the bytes of its payload and of the tensor that they decode to, neither larger than K or V of any model.
+
+    Args:
+        path: where it lies.
+        open_file: opens it for reading; by default, ``path`` as it is.
+        unusable: says what a failed call of the system tells of it.
+
+    Raises:
+        UnavailableError: the file cannot be read now.
+        BlockError: it is not a whole block of this format.
+    """
+
+    tier = "disk"
+
+    def __init__(
+        self,
+        path: str,
+        open_file: Callable[[], int] | None = None,
+        unusable: Callable[[OSError | MemoryError], BlockError] | None = None,
+    ) -> None:
+        self.path = path
+        self._file = ReadFile(open_file or partial(os.open, path, READ_FLAGS))
+        self._unusable = unusable or partial(what_failed, path)
+        self._when_closed: Callable[[], object] = lambda: None
+        try:
+            with self._file.reading() as fd:
+                self._read_header(fd)
+        except (OSError, MemoryError) as error:
+            self.close()
+            raise self._unusable(error) from error
+        except NOT_JSON as error:
+            self.close()
+            raise BlockError(f"{path}: {error}") from error
+        except BlockError:
+            self.close()
+            raise
+
+    def _read_header(self, fd: int) -> None:
+        # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
+        # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
+        opened = open_header(fd, _METADATA)
+        metadata, layout = opened.metadata, opened.layout
+        self.nbytes, self._data_start = opened.nbytes, opened.data_start
+        if metadata["format"] != _FORMAT:
+            raise ValueError(f"format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
+        self.codec = metadata["codec"]
+        if self.codec not in codecs.CODECS:
+            raise ValueError(f"unknown codec {self.codec!r:.40}")
+        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
+        pages = slice(1, 1 + 2 * opened.layers)
+        if self.codec == "raw":
+            fits = (layout.shapes[pages], layout.dtypes[pages]) == told
+        else:
+            fits = set(layout.dtypes[pages]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[pages])
+        if not fits:
+            raise ValueError("its tensors do not have the shapes and types that its metadata tell")
+        self._begins, self._ends = layout.begins, layout.ends
+        self._crc32 = read_checksums(metadata["crc32"], layout.names)
+        key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
+        tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
+        check_ids(tokens)
+        self._is_snapshot = opened.is_snapshot
+        if block_key(parent, tokens, snapshot=opened.is_snapshot) != key:
+            raise ValueError("its ids do not give its key")
+        self.id = BlockId(key, parent, root, tokens)
+
+    def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        begin, end = self._begins[index], self._ends[index]
+        try:
+            payload = np.empty(end - begin, dtype=np.uint8)
+            with self._file.reading() as fd:
+                fill(fd, memoryview(payload), self._data_start + begin)
+        except (OSError, MemoryError) as error:
+            raise self._unusable(error) from error
+        except ValueError as error:
+            raise BlockError(f"{self.path}: {error}") from error
+        if zlib.crc32(payload) != self._crc32[index]:
+            raise BlockError(f"{self.path}: checksum of tensor {index} differs")
+        return payload
+
+    def page(self, layer: int) -> Page:
+        """Read the page of ``layer``.
+
+        Raises:
+            UnavailableError: it cannot be read now.
+            BlockError: its checksum differs.
+        """
+        g, tokens = self.geometry.layers[layer], len(self.id.tokens)
+        k, v = self._payload(_k(layer)), self._payload(_v(layer))
+        try:
+            return Page(
+                codecs.decode(k, self.codec, (g.k_heads, tokens, g.k_dim), g.dtype),
+                codecs.decode(v, self.codec, (g.v_heads, tokens, g.v_dim), g.dtype),
+            )
+        except BlockError as error:
+            raise BlockError(f"{self.path}: layer {layer}: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UnavailableError(f"{self.path}: no memory to decode layer {layer}") from error
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pages are stored as they are."""
+        return bool(self.codec == "raw")
+
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+        """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
+
+        Without ``check``, a checksum is only looked at where the page must be read as a whole.
+
+        Raises:
+            BlockError: as ``page``; what the landing then holds is undefined.
+        """
+        whole = (first, last) == (0, len(self.id.tokens))
+        if not (whole and self.codec == "raw" and self._read_straight(layer, landing, check)):
+            landing.take(self.page(layer), first, last)
+
+    def _read_straight(self, layer: int, landing: Landing, check: bool) -> bool:
+        """Read K and V of ``layer`` right into ``landing``; whether that was possible.
+
+        A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
+        """
+        heads = [*landing.k_htb, *landing.v_htb]
+        begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
+        adjacent = self._ends[_k(layer)] == self._begins[_v(layer)]
+        if len(heads) > _MAX_PIECES or not adjacent or sum(head.nbytes for head in heads) != end - begin:
+            return False
+        try:
+            with self._file.reading() as fd:
+                if os.preadv(fd, heads, self._data_start + begin) != end - begin:
+                    return False
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not check:
+            return True
+        for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):
+            checksum = 0
+            for head_tb in heads_tb:
+                checksum = zlib.crc32(head_tb, checksum)
+            if checksum != self._crc32[index]:
+                raise BlockError(f"{self.path}: checksum of tensor {index} differs")
+        return True
+
+    def states(self) -> torch.Tensor | None:
+        """Read the states of a snapshot.
+
+        Raises:
+            BlockError: they cannot be read, or their checksum differs.
+        """
+        return torch.from_numpy(self._payload(len(self._begins) - 1)) if self._is_snapshot else None
+
+    def check(self) -> None:
+        """Read every byte once.
+
+        Raises:
+            BlockError: a checksum differs.
+        """
+        for index in range(len(self._begins)):
+            self._payload(index)
+
+    def detach(self) -> None:
+        """Nothing is held in memory for it."""
+
+    def hold(self) -> None:
+        """Stay readable, although the file is about to be deleted.
+
+        Raises:
+            UnavailableError: it cannot be opened now.
+            BlockError: it is gone.
+        """
+        try:
+            self._file.hold()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def when_closed(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called once, when the file is closed, or collected without that."""
+        self._when_closed = end = weakref.finalize(self, call)
+        end.atexit = False
+
+    def close(self) -> None:
+        """Close the file. May be called more than once."""
+        self._file.close()
+        self._when_closed()

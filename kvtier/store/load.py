@@ -1,0 +1,238 @@
+"""Restore: the pages of some matches on their way, layer by layer, to where they are to lie."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+
+import torch
+
+from kvtier.errors import BlockError, RestoreError, UnavailableError
+from kvtier.kv.page import Landing
+from kvtier.store.block import BlockReader
+from kvtier.store.lookup import Span
+from kvtier.transfer import Readers
+
+Place = Callable[[int, int], tuple[Landing, int]]
+"""``(layer, row)`` → where K and V of that layer and row are to lie, and the token of the row that index 0 is for."""
+
+
+def summary(errors: Mapping[str, BlockError]) -> str:
+    """Say what is wrong with the first of some blocks (key → what is wrong with it), and how many others there are."""
+    first, *others = errors.values()
+    return f"{first} (and {len(others)} more)" if others else str(first)
+
+
+class Restore:
+    """The pages of ``rows``, one task a layer, in layer order.
+
+    Each page is read once, however many rows use it. Blocks that fail are reported together through ``unusable``, by
+    ``wait`` or at the latest by ``close``; their bytes are never taken for K and V, since ``wait`` raises.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Span]],
+        readers: Mapping[str, BlockReader],
+        reading: Readers,
+        unusable: Callable[[Mapping[str, BlockError]], None],
+        snapshots: Sequence[str] = (),
+    ) -> None:
+        self.geometry = next(iter(readers.values())).geometry
+        self._readers = readers
+        self._reading = reading
+        self._note_unusable = unusable
+        self._snapshots = tuple(snapshots)
+        self._uses: dict[str, list[tuple[int, Span]]] = {}
+        for row, spans in enumerate(rows):
+            for span in spans:
+                self._uses.setdefault(span.block.key, []).append((row, span))
+        self._layers: list[Future[bool]] = []
+        self._failed: dict[str, BlockError] = {}
+        self._reported: set[str] = set()
+        self._lent: set[str] = set()
+        self._closed = False
+        self._place: Place | None = None
+        self._pid = os.getpid()
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there is a snapshot for each row."""
+        return bool(self._snapshots)
+
+    def states(self, row: int) -> torch.Tensor:
+        """Return the states of the snapshot of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
+
+        Raises:
+            RestoreError: they could not be read.
+        """
+        key = self._snapshots[row]
+        try:
+            states = self._readers[key].states()
+            if states is None:
+                raise BlockError(f"block {key[:12]} has no states")
+        except BlockError as error:
+            self._failed[key] = error
+            raise self._lost() from error
+        return states
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V that all rows take."""
+        return self.geometry.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
+
+    def tier(self, key: str) -> str:
+        """Return where a block comes from: ``host`` or ``disk``."""
+        return self._readers[key].tier
+
+    def start(self, place: Place) -> None:
+        """Let the pages of all layers come.
+
+        Args:
+            place: says where they are to lie.
+        """
+        self._place = place
+        layers = range(len(self.geometry.layers))
+        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
+
+    def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
+        """Put the pages of ``layer`` where they are to lie, now, in the caller.
+
+        Args:
+            layer: which layer.
+            place: says where they are to lie.
+            begin: spans whose first token is before this token of their sequence are left out.
+            end: so are spans whose first token is not before this one.
+
+        Raises:
+            RestoreError: a page could not be read.
+        """
+        if not self._land(layer, place, begin, end):
+            raise self._lost()
+
+    def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
+        """Let the pages of ``layer`` land, but for those that cannot; return whether all have."""
+        rows = {row for uses in self._uses.values() for row, _ in uses}
+        landings = {row: place(layer, row) for row in rows}
+        complete = True
+        for key, all_uses in self._uses.items():
+            uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
+            if not uses:
+                continue
+            if key in self._failed:
+                complete = False
+                continue
+            reader = self._readers[key]
+            try:
+                if len(uses) == 1:
+                    ((row, span),) = uses
+                    reader.land(layer, span.first, span.last, _at(landings[row], span))
+                else:
+                    page = reader.page(layer)
+                    for row, span in uses:
+                        _at(landings[row], span).take(page, span.first, span.last)
+            except BlockError as error:
+                self._failed[key] = error
+                complete = False
+        return complete
+
+    def check(self) -> None:
+        """Read all pages once, to see that they can be read.
+
+        Raises:
+            RestoreError: one could not.
+        """
+        for key, reader in self._readers.items():
+            try:
+                for layer in range(len(self.geometry.layers)):
+                    reader.page(layer)
+            except BlockError as error:
+                self._failed[key] = error
+        if self._failed:
+            raise self._lost()
+
+    def spans(self, row: int) -> list[Span]:
+        """Return what comes of ``row``, in order."""
+        return [span for uses in self._uses.values() for r, span in uses if r == row]
+
+    def reader(self, key: str) -> BlockReader:
+        """Return the open block ``key``."""
+        return self._readers[key]
+
+    def lend(self, key: str) -> BlockReader:
+        """Return the open block ``key``. From now on it is the borrower's to close."""
+        self._lent.add(key)
+        self._readers[key].detach()
+        return self._readers[key]
+
+    def wait(self, layer: int) -> None:
+        """Wait until the pages of ``layer`` have landed.
+
+        Raises:
+            RestoreError: one could not be read. The other layers were then waited for too, and every block that failed
+                was discarded: all that is lost is found out at once, not one block an attempt.
+        """
+        self._go_on_after_fork()
+        if not self._layers[layer].result():
+            wait(self._layers)
+            raise self._lost()
+
+    def _go_on_after_fork(self) -> None:
+        """Read here, in a child that was forked, what the threads of its parent had not yet read."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        for layer, landed in enumerate(self._layers):
+            if not landed.done() and self._place is not None:
+                self._layers[layer] = Future()
+                self._layers[layer].set_result(self._land(layer, self._place))
+
+    def _lost(self) -> RestoreError:
+        """Report the blocks that failed; return what to raise."""
+        failed = self._report()
+        error = RestoreError(summary(failed))
+        error.__cause__ = next(iter(failed.values()))
+        return error
+
+    def _report(self) -> Mapping[str, BlockError]:
+        """Report the blocks that failed, each once: what is stored under its key later may be good. Return them all."""
+        failed = {key: self._failed[key] for key in self._readers if key in self._failed}
+        news = {key: error for key, error in failed.items() if key not in self._reported}
+        self._reported.update(news)
+        self._note_unusable(news)
+        return failed
+
+    def give_head_start(self, seconds: float) -> None:
+        """Wait until all pages have landed or failed, but not longer than ``seconds``."""
+        self._go_on_after_fork()
+        wait(self._layers, timeout=seconds)
+
+    def reject(self, reason: str) -> RestoreError:
+        """Withhold all blocks: they do not fit the layers as they are now. Returns what to raise."""
+        self._note_unusable(dict.fromkeys(self._readers, UnavailableError(reason)))
+        return RestoreError(reason)
+
+    def close(self) -> None:
+        """Stop, and close the files. Nothing is written to a landing afterwards. May be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pid != os.getpid():  # a child that was forked has none of the threads
+            self._layers = [layer for layer in self._layers if layer.done()]
+        for layer in self._layers:
+            layer.cancel()
+        for layer in self._layers:
+            if not layer.cancelled():
+                layer.exception()  # a task that runs still uses files and landings
+        for key, reader in self._readers.items():
+            if key not in self._lent:
+                reader.close()
+        self._report()
+
+
+def _at(place: tuple[Landing, int], span: Span) -> Landing:
+    landing, origin = place
+    return landing.cut(span.start - origin, span.stop - origin)

@@ -1,0 +1,123 @@
+"""Matching: the longest known prefix of a sequence, to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvtier.report import Divergence
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
+from kvtier.store.tiers.base import Tier
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Tokens ``[first, last)`` of a block, which stand for tokens ``[start, stop)`` of a sequence."""
+
+    block: BlockId
+    start: int
+    first: int
+    last: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the span has."""
+        return self.last - self.first
+
+    @property
+    def stop(self) -> int:
+        """Index of the first token of the sequence after the span."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixMatch:
+    """The longest known prefix of a sequence, as spans in order and without gaps."""
+
+    spans: tuple[Span, ...]
+    divergence: Divergence | None
+
+    @property
+    def length(self) -> int:
+        """Tokens matched."""
+        return self.spans[-1].stop if self.spans else 0
+
+    def between(self, begin: int, end: int) -> tuple[Span, ...]:
+        """Return what the match says about the tokens ``[begin, end)``: spans, cut at both ends."""
+        cut = []
+        for span in self.spans:
+            start, stop = max(span.start, begin), min(span.stop, end)
+            if start < stop:
+                cut.append(Span(span.block, start, span.first + start - span.start, span.last + stop - span.stop))
+        return tuple(cut)
+
+
+def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
+    """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
+
+    Full blocks are found by their keys; after the last of them, the block that shares the longest run of ids counts as
+    far as it agrees. Ids are compared everywhere: a key alone is no hit.
+    """
+    spans: list[Span] = []
+    position, parent = 0, root
+    divergence = None
+    while position < limit:
+        expected = tokens[position : position + block_size]
+        block = _next(tiers, root, parent, expected, block_size)
+        if block is None:
+            break
+        common = common_run(block.tokens, expected)
+        used = min(common, limit - position)
+        if used:
+            spans.append(Span(block, position, 0, used))
+        if common < len(block.tokens) and common < len(expected):
+            divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common]))
+        if used < block_size:
+            break
+        position, parent = position + used, block.key
+    return PrefixMatch(tuple(spans), divergence)
+
+
+def snapshots_of(
+    tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int
+) -> Iterator[tuple[int, BlockId]]:
+    """Yield the snapshots that the tiers hold of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
+
+    Each comes with the tokens it stands for: its states are valid after them. Blocks before it need not be here.
+    """
+    whole = chain_keys(root, tokens[: limit // block_size * block_size], block_size)
+    parents = [root, *(block.key for block in whole)]
+    for index in reversed(range(len(parents))):
+        parent, start = parents[index], index * block_size
+        after = tokens[start : min(start + block_size, limit + 1)]  # the longest has one token less
+        found = {
+            len(block.tokens): block
+            for tier in tiers
+            for block in tier.tails(parent, after)
+            if block.root == root and block.is_snapshot
+        }
+        for length in sorted(found, reverse=True):
+            yield start + length, found[length]
+        if index:  # one as long as a block
+            last = whole[index - 1]
+            block = BlockId.of(root, last.parent, last.tokens, snapshot=True)
+            if any(block.key in tier for tier in tiers):
+                yield start, block
+
+
+def _next(tiers: Sequence[Tier], root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
+    """Return the block after ``parent`` that shares the longest run with ``expected``.
+
+    A block of exactly these ids is found by its key, which no other ids have; whoever opens it compares them.
+    """
+    if len(expected) == block_size:
+        block = BlockId.of(root, parent, expected)
+        if any(block.key in tier for tier in tiers):
+            return block
+    best, best_run = None, -1
+    for tier in tiers:
+        for child in tier.nearest(parent, expected):
+            run = common_run(child.tokens, expected)
+            if child.root == root and run > best_run:
+                best, best_run = child, run
+    return best

@@ -1,0 +1,1 @@
+"""What the owner of a store does between turns: names, removal, statistics."""

@@ -1,0 +1,470 @@
+"""Management: what the owner of a store does with it, between turns.
+
+Names, pins, ends, forgetting, pruning, verification. Unlike in a turn, a disk that fails is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.errors import ConfigurationError, StoreError
+from kvtier.store.block import BlockReader
+from kvtier.store.chain import BlockId, TokenIds, chain_keys
+from kvtier.store.commit import Commits
+from kvtier.store.format.archive import Archive, write_archive
+from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
+from kvtier.store.manage.usage import StoreUsage, measure
+from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
+from kvtier.store.tiers.disk.audit import Audit
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.names import Names
+from kvtier.store.tiers.disk.tier import DiskTier
+from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
+from kvtier.store.tiers.host.tier import HostTier
+from kvtier.units import parse_bytes
+
+_TRIES = 3
+_log = logging.getLogger("kvtier.store")
+
+
+class ManagedStore(ABC):
+    """The half of ``PrefixStore`` that its owner uses. Thread-safe."""
+
+    path: Path | None
+    block_size: int
+    _host: HostTier
+    _disk: DiskTier | None
+    _database: Database
+    _names: Names
+    _audit: Audit
+    _inventory: Inventory
+    _commits: Commits
+    _clock: Callable[[], float]
+    _pinned: frozenset[str]  # in a store without folder
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Wait until everything committed so far is on disk."""
+
+    @abstractmethod
+    def _open(self, block: BlockId) -> BlockReader | None:
+        """Open a block for reading; None when no tier has it.
+
+        Raises:
+            BlockError: it cannot be used.
+        """
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """See to it that the store is open.
+
+        Raises:
+            ClosedError: it is not.
+        """
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Do what the owner asked for: unlike in a turn, a failing disk is told.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._check_open()
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the store in {self.path} cannot do that: {error}") from error
+        finally:
+            if self._disk is None:
+                self._pinned = frozenset(self._names.pinned_blocks())
+
+    def name(
+        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
+    ) -> NamedPrefix:
+        """Give a name to a chain that was committed; what bore it before loses it, pin and ttl pass on.
+
+        Args:
+            name: 1 to 200 printable characters.
+            root: the root it was committed under.
+            tokens: its ids, as they were committed.
+            pin: never evict it, nor let its blocks expire. What is pinned already stays so without.
+            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves a ``ttl`` that it has.
+
+        Raises:
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the store does not have all of it, or the disk fails.
+        """
+        checked_name(name)
+        for _ in range(_TRIES):
+            keys = []
+            with self._asked():
+                for key in self._commits.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
+                    if key is None:
+                        break
+                    keys.append(key)
+            if not keys or len(keys) * self.block_size < len(tokens):
+                raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
+            named = self._set_name(name, root, keys, len(tokens), pin, ttl)
+            if named.kept_tokens == len(tokens):
+                break  # else a turn of another thread has replaced its end by a longer one meanwhile
+        return named
+
+    def _set_name(
+        self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
+    ) -> NamedPrefix:
+        checked_name(name)
+        ttl_seconds = checked_ttl(ttl)
+        with self._asked():
+            before = self._names.find(name)
+            if before is not None:  # a conversation that goes on is named anew each turn
+                pin = pin or before.pinned
+                ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
+            self._commits.write_down(keys)
+            self.flush()  # a name holds on to what is on disk
+            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
+        return self.named(name)
+
+    def names(self) -> tuple[NamedPrefix, ...]:
+        """Return everything that has a name.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return self._inventory.described_all(self._names.all())
+
+    def named(self, name: str) -> NamedPrefix:
+        """Return what is called ``name``.
+
+        Raises:
+            UnknownNameError: nothing is.
+            StoreError: the disk fails.
+        """
+        self._forget_what_is_due()
+        with self._asked():
+            return self._inventory.described(*self._names.details(name))
+
+    def pin(self, name: str) -> None:
+        """Never evict what is called ``name``, nor let its blocks expire.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Treat what is called ``name`` like everything else again.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        self._set_pinned(name, False)
+
+    def _set_pinned(self, name: str, pinned: bool) -> None:
+        with self._asked():
+            self._names.set_pinned(name, pinned)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call ``new`` what is called ``old``.
+
+        Raises:
+            UnknownNameError: nothing is called ``old``.
+            ConfigurationError: ``new`` cannot be a name, or is one already.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.rename(old, checked_name(new))
+
+    def unname(self, name: str) -> None:
+        """Take a name away; what bore it is kept like everything else.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            self._names.get(name)
+            self._names.remove(name)
+
+    def tokens_of(self, name: str) -> TokenIds:
+        """Return the ids of what is called ``name``, as far as the store has it.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            written = self._names.get(name)
+            blocks = self._kept_blocks(written)
+        ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
+        return ids[: written.tokens]
+
+    def _kept_blocks(self, name: Name) -> list[BlockId]:
+        blocks: list[BlockId] = []
+        for key in name.keys:
+            block = self._inventory.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def chains(self) -> tuple[Chain, ...]:
+        """Return every chain that no other goes beyond, named or not, the last used first.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            return self._inventory.chains()
+
+    def usage(self) -> StoreUsage:
+        """Return what all blocks take, by root.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            return measure(self._inventory.entries(), (name for name, *_ in self._names.all()))
+
+    def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+        """Give a name to the chain whose last block's key begins with ``key_prefix``.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            ConfigurationError: ``name`` or ``ttl`` cannot be used.
+            StoreError: the disk fails.
+        """
+        with self._asked():
+            root, keys, tokens = self._inventory.keys_to(key_prefix)
+        return self._set_name(name, root, keys, tokens, pin, ttl)
+
+    def forget(
+        self, what: str | Sequence[int] | TokenIds, *, encode: Callable[[str], Sequence[int]] | None = None
+    ) -> Forgotten:
+        """Remove a conversation for good, from RAM and disk.
+
+        By name: the name, and the blocks that no other sequence uses. By token ids: every block that begins with
+        them or goes beyond them, and those that lead only there, whatever is named or pinned. Files are deleted and
+        the rows overwritten; drives may keep what was on them, and other processes what they have in RAM.
+
+        Args:
+            what: a name, or token ids, or a text.
+            encode: makes ids of ``what``, which is then a text, e.g. ``tokenizer.encode``.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+            ConfigurationError: ``what`` is neither a name nor ids.
+            StoreError: the disk fails.
+        """
+        if isinstance(what, str) and encode is not None:
+            what = encode(what)
+        if isinstance(what, str):
+            self.flush()
+            with self._asked():
+                return self._forget_name(what)
+        try:
+            tokens = np.asarray(what)
+        except ValueError:
+            tokens = np.empty(0)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
+            raise ConfigurationError("forget() takes a name, or the token ids of one sequence, e.g. a list of int.")
+        self.flush()
+        with self._asked():
+            keys = self._inventory.holding(tokens.astype(np.int64))
+            for name in self._names.of_blocks(keys):
+                self._names.remove(name)
+            return self._remove(keys)
+
+    def forget_chain(self, key_prefix: str) -> Forgotten:
+        """Remove the chain whose last block's key begins with ``key_prefix``, as ``forget`` does by name.
+
+        Raises:
+            UnknownNameError: no key begins so, or several do.
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            _, keys, _ = self._inventory.keys_to(key_prefix)
+            return self._remove(self._inventory.own(keys, set()))
+
+    def _forget_name(self, name: str, *, in_a_turn: bool = False) -> Forgotten:
+        written = self._names.get(name)
+        keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
+        self._names.remove(name)
+        return self._remove(keys, in_a_turn=in_a_turn)
+
+    def _remove(self, keys: Sequence[str], *, in_a_turn: bool = False) -> Forgotten:
+        """Remove blocks, and overwrite their rows: in a turn later, since it takes long.
+
+        Raises:
+            OSError: the folder fails.
+            sqlite3.Error: the catalog fails, or is locked.
+        """
+        sums = self._inventory.nbytes(keys)
+        for key in keys:
+            self._host.discard(key)
+        if self._disk is not None and keys:
+            self._disk.remove(keys)
+            if in_a_turn:
+                self._database.overwrite_later()
+            elif not self._database.overwrite_deleted():
+                _log.warning(
+                    "another process uses the catalog of %s: copies of what was removed, its token ids among them, "
+                    "stay in catalog.sqlite or catalog.sqlite-wal until this store flushes, writes or is closed "
+                    "after that process is done",
+                    self.path,
+                )
+        return Forgotten(sums["blocks"], sums["bytes"])
+
+    def _forget_what_is_due(self) -> None:
+        """Forget names whose time is over. In a turn, so a failing disk is no error."""
+        try:
+            due = self._names.due()
+        except sqlite3.Error:
+            return  # the tier that asks next warns of it
+        for name in due:
+            # Another process does it, or the next turn.
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error):
+                self._forget_name(name, in_a_turn=True)
+
+    # --- archives ---------------------------------------------------------------------------------------------------
+
+    def export(self, name: str, file: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Write what is called ``name`` to one safetensors file, for another store or other tools.
+
+        Returns:
+            Bytes of the file, which only the user can read.
+
+        Raises:
+            ArchiveError: the file exists already, or cannot be written.
+            BlockError: a block is damaged.
+            UnknownNameError: nothing is called so.
+            StoreError: the store does not have all of it any more, or the disk fails.
+        """
+        self.flush()
+        with self._asked(), ExitStack() as open_blocks:
+            written = self._names.get(name)
+            readers: list[BlockReader] = []
+            for block in self._kept_blocks(written):
+                reader = self._open(block)
+                if reader is None:
+                    break
+                open_blocks.callback(reader.close)
+                reader.detach()
+                readers.append(reader)
+            if sum(len(reader.id.tokens) for reader in readers) < written.tokens:
+                raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
+            manifest = self._commits.manifest(written.root)
+            block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self.block_size)
+            return write_archive(
+                file,
+                readers,
+                written.tokens,
+                root=written.root,
+                manifest=manifest,
+                block_size=block_size,
+                name=name,
+                overwrite=overwrite,
+            )
+
+    def import_(
+        self, file: str | os.PathLike[str], *, name: str | None = None, progress: Progress | None = None
+    ) -> NamedPrefix:
+        """Take in a file that ``export`` wrote. It is read as a stranger's: checked whole before anything is kept.
+
+        No check can tell whether K and V are what the model would compute: import from those whom you trust to say.
+
+        Args:
+            file: the file.
+            name: what to call it here; by default what it was called there.
+            progress: called now and then with the bytes that were checked, and all there are.
+
+        Raises:
+            ArchiveError: the file is damaged, or no such file.
+            ConfigurationError: ``name`` is needed, cannot be used, or is the name of something else.
+            StoreError: there is no room for all of it, or the disk fails.
+        """
+        self._check_open()
+        with Archive(file) as archive:
+            name = checked_name(name if name is not None else archive.name or "")
+            with self._asked():
+                blocks = chain_keys(archive.root, archive.tokens, archive.block_size)
+                before = self._names.find(name)
+                if before is not None and (before.root, before.tokens) != (archive.root, len(archive.tokens)):
+                    raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
+            archive.check(progress)
+            states = archive.states()
+            self._commits.commit(
+                archive.root,
+                archive.tokens,
+                archive.pages,
+                archive.manifest,
+                archive.block_size,
+                None if states is None else {len(archive.tokens): states},
+                imported=True,
+            )
+            self.flush()
+            keys = self._commits.chain_of(blocks, archive.block_size)
+            if None in keys:
+                raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
+            return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
+
+    # --- care -------------------------------------------------------------------------------------------------------
+
+    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
+        """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.
+
+        What is pinned, or being read, stays. RAM is pruned, too; what is returned is of the disk where there is one.
+
+        Raises:
+            ConfigurationError: an argument cannot be used.
+            StoreError: the disk fails.
+        """
+        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
+        seconds = checked_ttl(unused_for)
+        self.flush()
+        tier = self._disk if self._disk is not None else self._host
+        before, blocks = tier.nbytes, len(tier)
+        self._forget_what_is_due()
+        with self._asked():
+            self._host.expire()
+            tier.expire()
+            if seconds is not None:
+                unused = tier.unused_since(self._clock() - seconds)
+                self._host.discard_unread(unused)
+                if self._disk is not None:
+                    self._disk.discard_unread(unused)
+            if limit is not None:
+                self._host.shrink(limit)
+                tier.shrink(limit)
+        return Forgotten(blocks - len(tier), before - tier.nbytes)
+
+    def verify(self, *, repair: bool = False, progress: Progress | None = None) -> VerifyReport:
+        """Read every file, and compare files, catalog and accounting.
+
+        Args:
+            repair: put right what can be: damaged blocks are removed, unknown ones taken in.
+            progress: called now and then with the bytes that were read, and all there are.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        self.flush()
+        with self._asked():
+            if self._disk is None:
+                return VerifyReport(len(self._host), self._host.nbytes, 0.0, ())
+            return verify(
+                self._disk.folder, self._database, self._disk.catalog, self._audit, repair=repair, progress=progress
+            )

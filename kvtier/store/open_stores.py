@@ -1,0 +1,59 @@
+"""Stores that caches of one process share because they name the same folder, or none."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+from kvtier.platform.paths import folder_path
+from kvtier.store.store import PrefixStore
+
+_IN_RAM = ""  # the name of the store of those who name no folder; it stays for as long as the process
+
+
+@dataclass(slots=True)
+class _Shared:
+    store: PrefixStore
+    leases: weakref.WeakSet[Lease] = field(default_factory=weakref.WeakSet)
+
+
+_stores: dict[str, _Shared] = {}
+_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not find it taken by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class Lease:
+    """One user's hold on a shared store. The last one that is closed closes the store.
+
+    Raises:
+        ConfigurationError: ``folder`` is empty.
+        StoreError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._name = str(folder_path(folder, "store").resolve()) if folder is not None else _IN_RAM
+        with _lock:
+            shared = _stores.get(self._name)
+            if shared is None or shared.store.closed:
+                shared = _stores[self._name] = _Shared(PrefixStore(self._name or None))
+            shared.leases.add(self)
+        self.store = shared.store
+
+    def twin(self) -> Lease:
+        """Return another hold on the same store."""
+        return Lease(self._name or None)
+
+    def close(self) -> None:
+        """Let go. May be called more than once."""
+        with _lock:
+            shared = _stores.get(self._name)
+            if shared is None or shared.store is not self.store or self not in shared.leases:
+                return
+            shared.leases.discard(self)
+            if shared.leases or self._name == _IN_RAM:
+                return
+            del _stores[self._name]
+        self.store.close()

@@ -1,0 +1,1 @@
+"""Places where blocks are kept, the fastest first."""

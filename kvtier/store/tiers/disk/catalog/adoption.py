@@ -1,0 +1,96 @@
+"""Adoption: whole files that the catalog does not know become rows of it; all of them, when it is made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
+
+from kvtier.store.chain import BlockId
+from kvtier.store.tiers.block_states import Move, State, after
+from kvtier.store.tiers.disk.catalog.connection import Statements
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.catalog.ranking import Valuation
+from kvtier.store.tiers.disk.catalog.rows import batches, depth_after, insert, is_filled, move, place_below, place_some
+from kvtier.store.tiers.disk.catalog.schema import SCHEMA_VERSION, UNPLACED
+
+Found = tuple[BlockId, int, float]
+"""Identity, bytes, and Unix time of the last use of a whole file."""
+_ROWS_AT_ONCE = 1000  # in one transaction: its log is about 10 MB, and others wait no longer for it than for a write
+_CACHE_KIB = 64 * 1024  # rows come in no order: without, each is read from the file again
+
+
+class Rebuilt(Enum):
+    """What came of making a catalog anew."""
+
+    NOT = auto()
+    """It knew all files, or another process had taken in the last of them."""
+    ANEW = auto()
+    """It was empty."""
+    RESUMED = auto()
+    """Another process had begun with it: of what that one took in, something may be gone."""
+
+
+class Adoption:
+    """What takes files in. Idempotent: a block that is known stays as it is."""
+
+    def __init__(self, database: Database, valuation: Valuation) -> None:
+        self._database = database
+        self._valuation = valuation
+
+    def adopt(self, found: Iterable[Found]) -> int:
+        """Take in whole files that nobody knew; return how many were new."""
+        new = 0
+        for some in batches(found, _ROWS_AT_ONCE):
+            with self._database.transaction(long=True) as connection:
+                keys = self._adopt(connection, some, 0)
+                for key in keys:
+                    place_below(connection, key)
+                new += len(keys)
+        return new
+
+    def _adopt(self, connection: Statements, found: Iterable[Found], orphan_depth: int) -> list[bytes]:
+        session = self._valuation.session(connection)
+        new = []
+        for block, nbytes, used_at in found:
+            key = bytes.fromhex(block.key)
+            row = connection.execute("SELECT state FROM blocks WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                depth = depth_after(connection, block)
+                state = after(State.ABSENT, Move.ADOPT)
+                insert(connection, session, block, orphan_depth if depth is None else depth, nbytes, state, "", used_at)
+            elif row[0] == State.WRITING:
+                connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, key))
+                move(connection, block.key, Move.ADOPT)
+            else:
+                continue
+            new.append(key)
+        session.end()
+        return new
+
+    def rebuild(self, found: Callable[[], Iterable[Found]]) -> Rebuilt:
+        """Fill tables that were just made with the blocks ``found``.
+
+        It is done in short transactions, so that the log stays small and other processes can help: each takes in what
+        it finds, and the first that has seen all files ends it for all. Until then nothing is evicted.
+        """
+        with self._database.reading() as connection:
+            if is_filled(connection):
+                return Rebuilt.NOT
+            (is_begun,) = connection.execute("SELECT EXISTS (SELECT 1 FROM blocks)").fetchone()
+        for some in batches(found(), _ROWS_AT_ONCE):
+            with self._database.transaction(long=True) as connection:
+                if is_filled(connection):
+                    return Rebuilt.NOT  # what was found may have been evicted meanwhile
+                connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                self._adopt(connection, some, UNPLACED)
+        while self._place_some():
+            pass
+        with self._database.transaction() as connection:
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("PRAGMA cache_size = -2000")  # SQLite's own
+        self._database.truncate_log()
+        return Rebuilt.RESUMED if is_begun else Rebuilt.ANEW
+
+    def _place_some(self) -> bool:
+        with self._database.transaction() as connection:
+            return place_some(connection, _ROWS_AT_ONCE)

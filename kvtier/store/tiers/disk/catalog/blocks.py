@@ -1,0 +1,393 @@
+"""Which blocks the disk tier holds: the rows of ``blocks``, and every change of their state.
+
+A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Only
+ready rows are ever found. States and moves are those of ``lifecycle``; a move that a row cannot make changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from enum import Enum, auto
+
+from kvtier.store.block import Entry
+from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.tiers.block_states import Move, State, after
+from kvtier.store.tiers.disk.catalog.adoption import Adoption, Rebuilt
+from kvtier.store.tiers.disk.catalog.connection import Statements
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.catalog.id_codes import decode_ids, encode_ids
+from kvtier.store.tiers.disk.catalog.ranking import Place, Valuation
+from kvtier.store.tiers.disk.catalog.rows import batches, bytes_up_to, depth_after, insert, is_filled, move
+from kvtier.store.tiers.disk.catalog.schema import RECOUNT
+
+_KEYS_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more; and a transaction should be short
+_PASSED_MOST = 64  # siblings that cannot be used now, between a sequence and its neighbour
+_FOREVER = float("-inf")
+_IDENTITY = "key, parent, root, ids"
+_BEFORE = "ids <= ? ORDER BY ids DESC"
+_AFTER = "ids > ? ORDER BY ids"
+_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR pins > 0)"
+
+
+class Prepared(Enum):
+    """What came of preparing a store."""
+
+    RESERVED = auto()
+    """The caller writes the file, then completes or aborts the store."""
+    PRESENT = auto()
+    """It is there."""
+    ELSEWHERE = auto()
+    """Another owner is writing it."""
+    LEAVING = auto()
+    """What was there is being deleted."""
+    ORPHAN = auto()
+    """Its parent is not there: it could never be found."""
+    NO_ROOM = auto()
+    """The budget has no room for it now."""
+
+
+class _NotEnoughError(Exception):
+    """Less can be evicted than is needed: what was begun is rolled back."""
+
+
+class Catalog:
+    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``."""
+
+    def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._valuation = Valuation(policy)
+        self._clock = clock
+        self._adoption = Adoption(database, self._valuation)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def contains(self, key: str, since: float = _FOREVER) -> bool:
+        """Whether a block is ready, and was used at ``since`` (Unix time) or later, or is pinned."""
+        with self._database.reading() as connection:
+            found = connection.execute(
+                f"SELECT 1 FROM blocks WHERE key = :key AND {_FOUND}", {"key": bytes.fromhex(key), "since": since}
+            ).fetchone()
+        return found is not None
+
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Return those of ``keys`` that are neither ready nor being written."""
+        present: set[bytes] = set()
+        with self._database.reading() as connection:
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                some = [bytes.fromhex(key) for key in keys[start : start + _KEYS_AT_ONCE]]
+                rows = connection.execute(
+                    f"SELECT key FROM blocks WHERE key IN ({','.join('?' * len(some))}) "
+                    f"AND state IN ({State.READY:d}, {State.WRITING:d})",
+                    some,
+                )
+                present.update(row[0] for row in rows)
+        return [key for key in keys if bytes.fromhex(key) not in present]
+
+    def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
+        """Return the identity of such a block."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                f"SELECT {_IDENTITY} FROM blocks WHERE key = :key AND {_FOUND}",
+                {"key": bytes.fromhex(key), "since": since},
+            ).fetchone()
+            return _block_id(row) if row else None
+
+    def nearest(self, parent: str, tokens: TokenIds, since: float = _FOREVER) -> list[BlockId]:
+        """Return, of the blocks after ``parent``, the two beside ``tokens`` in the order of their ids.
+
+        One of them shares the longest run with ``tokens`` that any does: in that order, what two sequences share can
+        only shrink with the distance between them. Blocks that cannot be used now are passed, but no more than some.
+        """
+        ids = encode_ids(tokens)
+        with self._database.reading() as connection:
+            found = [_neighbour(connection, parent, side, ids, since) for side in (_BEFORE, _AFTER)]
+        return [block for block in found if block is not None]
+
+    def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        found: list[BlockId] = []
+        longest = len(tokens) - 1  # all that is left to find is no longer than this
+        with self._database.reading() as connection:
+            while longest > 0:
+                ids = encode_ids(tokens[:longest])
+                block = _neighbour(connection, parent, _BEFORE, ids, _FOREVER)
+                if block is None:
+                    break
+                shared = common_run(block.tokens, tokens)
+                if shared == len(block.tokens):
+                    rows = connection.execute(
+                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND state = {State.READY:d} "
+                        "LIMIT ?",
+                        (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
+                    )
+                    found += map(_block_id, rows)  # a snapshot beside a block
+                    shared -= 1
+                longest = min(shared, longest - 1)
+        return found
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a ready block."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                f"SELECT {_ENTRY} FROM blocks WHERE key = ? AND state = {State.READY:d}", (bytes.fromhex(key),)
+            ).fetchone()
+        return _entry(row) if row else None
+
+    def entries(self) -> list[Entry]:
+        """Return what is known of every ready block."""
+        with self._database.reading(long=True) as connection:
+            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
+        return [_entry(row) for row in rows]
+
+    def linked_entries(self) -> list[Entry]:
+        """Return what is known of every ready block that a name is about."""
+        with self._database.reading(long=True) as connection:
+            rows = connection.execute(
+                f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d} AND key IN (SELECT key FROM links)"
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
+    # --- storing ----------------------------------------------------------------------------------------------------
+
+    def prepare_store(self, block: BlockId, nbytes: int, budget_bytes: int, owner: str) -> Prepared:
+        """Reserve ``nbytes`` for ``block`` when all blocks then fit ``budget_bytes``; ``owner`` writes its file."""
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT state FROM blocks WHERE key = ?", (bytes.fromhex(block.key),)).fetchone()
+            if row is not None:
+                return _OUTCOMES[State(row[0])]
+            depth = depth_after(connection, block)
+            if depth is None:
+                return Prepared.ORPHAN
+            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
+            if total + nbytes > budget_bytes:
+                return Prepared.NO_ROOM
+            session = self._valuation.session(connection)
+            state = after(State.ABSENT, Move.PREPARE_STORE)
+            insert(connection, session, block, depth, nbytes, state, owner, self._clock())
+            session.end()
+            return Prepared.RESERVED
+
+    def complete_store(self, key: str, owner: str) -> bool:
+        """Make a prepared block ready: its file is in place. Returns whether ``owner`` had prepared it."""
+        with self._database.transaction() as connection:
+            return move(connection, key, Move.COMPLETE_STORE, owner)
+
+    def abort_store(self, key: str, owner: str) -> bool:
+        """Take a prepared block back. Returns whether ``owner`` had prepared it."""
+        with self._database.transaction() as connection:
+            return move(connection, key, Move.ABORT_STORE, owner)
+
+    def writer(self, key: str) -> str | None:
+        """Return the owner that is writing a block; None when nobody is."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                f"SELECT owner FROM blocks WHERE key = ? AND state = {State.WRITING:d}", (bytes.fromhex(key),)
+            ).fetchone()
+            return str(row[0]) if row else None
+
+    def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
+        """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
+        return self._adoption.adopt(found)
+
+    def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
+        """Fill tables that were just made with the blocks ``found``, as ``Adoption.rebuild`` does."""
+        return self._adoption.rebuild(found)
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def evict(
+        self,
+        nbytes: int,
+        owner: str,
+        keep: str,
+        leased: Callable[[Place], bool],
+        *,
+        at_most: int,
+        all_or_nothing: bool = True,
+    ) -> list[Place]:
+        """Let ``nbytes`` leave, leaves first, those that the policy values least.
+
+        Args:
+            nbytes: how much should go.
+            owner: who deletes the files.
+            keep: a block that must stay (the parent of what needs the room).
+            leased: whether a block is being read.
+            at_most: how many blocks may go at once; whoever needs more asks again.
+            all_or_nothing: change nothing when less can go.
+
+        Returns:
+            What leaves.
+        """
+        try:
+            with self._database.transaction() as connection:
+                if not is_filled(connection):  # what follows a block may not be known yet
+                    return []
+                return self._evict(connection, nbytes, owner, keep, leased, at_most, all_or_nothing)
+        except _NotEnoughError:
+            return []
+
+    def _evict(
+        self,
+        connection: Statements,
+        nbytes: int,
+        owner: str,
+        keep: str,
+        leased: Callable[[Place], bool],
+        at_most: int,
+        all_or_nothing: bool,
+    ) -> list[Place]:
+        session = self._valuation.session(connection)
+        gone: list[Place] = []
+        staying: list[str] = []
+        freed = 0
+        while freed < nbytes and len(gone) < at_most:
+            valued = session.least()
+            if valued is None:
+                if all_or_nothing:
+                    raise _NotEnoughError
+                break
+            place = valued.place
+            if place.key == keep or leased(place):
+                staying.append(place.key)
+                continue
+            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
+            move(connection, place.key, Move.EVICT)
+            session.evicted(valued)
+            gone.append(place)
+            freed += place.nbytes
+        if all_or_nothing and freed < nbytes:
+            # What follows a block keeps it: those before a block that stays, stay too.
+            left = self._evictable_bytes(connection) - bytes_up_to(connection, [*staying, *([keep] if keep else [])])
+            if left < nbytes - freed:
+                raise _NotEnoughError
+        session.end()
+        return gone
+
+    @staticmethod
+    def _evictable_bytes(connection: Statements) -> int:
+        """Return what all blocks take that are ready and not pinned. Names pin whole chains."""
+        (nbytes,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
+        return int(nbytes)
+
+    def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
+        """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
+        gone = []
+        for some in batches(keys, _KEYS_AT_ONCE):
+            with self._database.transaction() as connection:
+                for key in some:
+                    row = connection.execute(
+                        "SELECT key, root, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                    ).fetchone()
+                    if row is not None and move(connection, key, Move.DISCARD):
+                        connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, row[0]))
+                        gone.append(Place(row[0].hex(), row[1].hex(), row[2]))
+        return gone
+
+    def complete_delete(self, keys: Iterable[str]) -> None:
+        """Forget blocks whose files are gone."""
+        for some in batches(keys, _KEYS_AT_ONCE):
+            with self._database.transaction() as connection:
+                for key in some:
+                    move(connection, key, Move.COMPLETE_DELETE)
+
+    def unused_since(self, since: float) -> list[str]:
+        """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
+        with self._database.reading(long=True) as connection:
+            rows = connection.execute(
+                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND pins = 0 "
+                "ORDER BY depth DESC",
+                (since,),
+            ).fetchall()
+        return [row[0].hex() for row in rows]
+
+    def moving(self, state: State) -> list[tuple[Place, str]]:
+        """Return the blocks that are ``WRITING`` or ``LEAVING``, each with its owner."""
+        with self._database.reading(long=True) as connection:
+            rows = connection.execute(
+                "SELECT key, root, bytes, owner FROM blocks WHERE state = ?", (int(state),)
+            ).fetchall()
+        return [(Place(row[0].hex(), row[1].hex(), row[2]), row[3]) for row in rows]
+
+    # --- using ------------------------------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
+        with self._database.transaction() as connection:
+            session = self._valuation.session(connection)
+            session.used(keys, self._clock())
+            session.end()
+            connection.executemany(
+                "UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, bytes.fromhex(key)) for key, n in hits.items()]
+            )
+
+    # --- counting ---------------------------------------------------------------------------------------------------
+
+    def files(self) -> dict[str, int]:
+        """Return the bytes of every block whose file may exist, by key."""
+        with self._database.reading(long=True) as connection:
+            return {row[0].hex(): row[1] for row in connection.execute("SELECT key, bytes FROM blocks")}
+
+    def set_bytes(self, key: str, nbytes: int) -> None:
+        """Correct what a block is counted for."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, bytes.fromhex(key)))
+
+    def recount(self) -> tuple[int, int]:
+        """Count all bytes anew; return what the total was and is."""
+        with self._database.transaction(long=True) as connection:
+            (before,) = connection.execute("SELECT bytes FROM total").fetchone()
+            connection.execute(RECOUNT)
+            (now,) = connection.execute("SELECT bytes FROM total").fetchone()
+        return before, now
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, those being written or deleted included."""
+        with self._database.reading() as connection:
+            (total,) = connection.execute("SELECT bytes FROM total").fetchone()
+        return int(total)
+
+    def counts(self) -> tuple[int, int]:
+        """Return the number of ready blocks, and of those that are pinned."""
+        with self._database.reading() as connection:
+            ready, pinned = connection.execute("SELECT ready, pinned FROM total").fetchone()
+        return int(ready), int(pinned)
+
+    def begin_boot(self, boot: str) -> bool:
+        """Note which boot of the machine this is; return whether it is the one of before."""
+        with self._database.reading() as connection:
+            (before,) = connection.execute("SELECT boot FROM total").fetchone()
+        if before != boot:
+            with self._database.transaction() as connection:
+                connection.execute("UPDATE total SET boot = ?", (boot,))
+        return bool(boot) and bool(before == boot)
+
+
+_OUTCOMES = {
+    State.READY: Prepared.PRESENT,
+    State.WRITING: Prepared.ELSEWHERE,
+    State.LEAVING: Prepared.LEAVING,
+}
+_ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0"
+
+
+def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since: float) -> BlockId | None:
+    """Return the first block after ``parent`` on one side of ``ids`` that can be used."""
+    rows = connection.execute(
+        f"SELECT {_IDENTITY}, state, used_at >= ? OR pins > 0 FROM blocks INDEXED BY siblings "
+        f"WHERE parent = ? AND {side} LIMIT ?",
+        (since, bytes.fromhex(parent), ids, _PASSED_MOST),
+    )
+    with closing(rows):
+        found = next((row for row in rows if row[4] == State.READY and row[5]), None)
+    return _block_id(found[:4]) if found is not None else None
+
+
+def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
+    return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), decode_ids(row[3]))
+
+
+def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:
+    return Entry(row[0].hex(), row[1].hex(), row[2].hex(), *row[3:10], pinned=bool(row[10]))

@@ -1,0 +1,179 @@
+"""The tables of a catalog, and what a row of them may hold.
+
+``blocks`` has a row for each block: its state is one of ``lifecycle.State``, its ids are in the code of ``id_codes``,
+in whose order siblings that share most are neighbours. ``names`` and ``links`` tell what people called and pinned,
+``ghosts`` what was evicted lately, and ``total`` is one row of sums, which triggers keep, so that no question of a turn
+counts rows. All of it can be made anew from the files.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+
+from kvtier.store.tiers.block_states import State
+from kvtier.store.tiers.disk.catalog.connection import Statements
+
+SCHEMA_VERSION = 5
+UNPLACED = -1
+"""The depth of a block whose parents are not all there yet, while the tables are being filled."""
+_HERE = f"({State.WRITING:d}, {State.READY:d})"  # blocks that hold their parent
+_READY = f"state = {State.READY:d}"
+
+
+def _sums(row: str) -> dict[str, str]:
+    """Return what the block ``row`` of a trigger adds to the columns of ``total``."""
+    is_ready, is_pinned = f"({row}.{_READY})", f"({row}.{_READY} AND {row}.pins > 0)"
+    return {
+        "bytes": f"{row}.bytes",
+        "held_bytes": f"{row}.bytes * ({row}.state != {State.READY:d} OR {row}.pins > 0)",
+        "blocks": f"({row}.key IS NOT NULL)",
+        "ready": is_ready,
+        "pinned": is_pinned,
+    }
+
+
+_ADD = ", ".join(f"{column} = {column} + {value}" for column, value in _sums("NEW").items())
+_SUBTRACT = ", ".join(f"{column} = {column} - {value}" for column, value in _sums("OLD").items())
+_CHANGE = ", ".join(
+    f"{column} = {column} + {new} - {old}"
+    for (column, new), old in zip(_sums("NEW").items(), _sums("OLD").values(), strict=True)
+)
+RECOUNT = (
+    "UPDATE total SET (bytes, held_bytes, blocks, ready, pinned) = (SELECT "
+    + ", ".join(f"COALESCE(SUM({value}), 0)" for value in _sums("blocks").values())
+    + " FROM blocks)"
+)
+"""Counts all blocks anew."""
+SCHEMA = f"""
+CREATE TABLE blocks (
+    key BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, state INTEGER NOT NULL, owner TEXT NOT NULL,
+    tokens INTEGER NOT NULL, depth INTEGER NOT NULL, bytes INTEGER NOT NULL, children INTEGER NOT NULL,
+    pins INTEGER NOT NULL, uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL,
+    priority REAL NOT NULL, used_at REAL NOT NULL, ids BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX siblings ON blocks (parent, ids);
+CREATE INDEX leaves ON blocks (uses > 1, priority, key) WHERE {_READY} AND children = 0 AND pins = 0;
+CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
+CREATE INDEX by_use ON blocks (used_at) WHERE {_READY} AND pins = 0;
+CREATE INDEX unplaced ON blocks (key) WHERE depth < 0;
+CREATE TABLE names (
+    name TEXT PRIMARY KEY, root BLOB NOT NULL, last BLOB NOT NULL, tokens INTEGER NOT NULL, pinned INTEGER NOT NULL,
+    ttl REAL, created_at REAL NOT NULL, used_at REAL NOT NULL, expires_at REAL
+) WITHOUT ROWID;
+CREATE INDEX names_last ON names (last);
+CREATE INDEX names_expire ON names (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE links (
+    name TEXT NOT NULL, place INTEGER NOT NULL, key BLOB NOT NULL, pinned INTEGER NOT NULL, PRIMARY KEY (name, place)
+) WITHOUT ROWID;
+CREATE INDEX links_key ON links (key);
+CREATE INDEX pins ON links (key) WHERE pinned;
+CREATE TABLE ghosts (key BLOB PRIMARY KEY, uses INTEGER NOT NULL, last_use INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX ghosts_age ON ghosts (last_use);
+CREATE TABLE total (
+    id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL, held_bytes INTEGER NOT NULL,
+    blocks INTEGER NOT NULL, ready INTEGER NOT NULL, pinned INTEGER NOT NULL, ghosts INTEGER NOT NULL,
+    names INTEGER NOT NULL, policy TEXT NOT NULL, boot TEXT NOT NULL
+);
+INSERT INTO total VALUES (0, 0, 0, 0, 0, 0, 0, 0, '', '');
+CREATE TRIGGER added AFTER INSERT ON blocks BEGIN
+    UPDATE total SET {_ADD};
+    UPDATE blocks SET children = children + 1 WHERE key = NEW.parent;
+END;
+CREATE TRIGGER removed AFTER DELETE ON blocks BEGIN
+    UPDATE total SET {_SUBTRACT};
+    UPDATE blocks SET children = children - 1 WHERE key = OLD.parent AND OLD.state IN {_HERE};
+END;
+CREATE TRIGGER changed AFTER UPDATE OF state, bytes, pins ON blocks BEGIN
+    UPDATE total SET {_CHANGE};
+END;
+CREATE TRIGGER left AFTER UPDATE OF state ON blocks WHEN OLD.state IN {_HERE} AND NEW.state NOT IN {_HERE} BEGIN
+    UPDATE blocks SET children = children - 1 WHERE key = NEW.parent;
+END;
+CREATE TRIGGER linked AFTER INSERT ON links WHEN NEW.pinned BEGIN
+    UPDATE blocks SET pins = pins + 1 WHERE key = NEW.key;
+END;
+CREATE TRIGGER unlinked AFTER DELETE ON links WHEN OLD.pinned BEGIN
+    UPDATE blocks SET pins = pins - 1 WHERE key = OLD.key;
+END;
+CREATE TRIGGER name_added AFTER INSERT ON names BEGIN
+    UPDATE total SET names = names + 1;
+END;
+CREATE TRIGGER name_removed AFTER DELETE ON names BEGIN
+    UPDATE total SET names = names - 1;
+END;
+CREATE TRIGGER ghost_added AFTER INSERT ON ghosts BEGIN
+    UPDATE total SET ghosts = ghosts + 1;
+END;
+CREATE TRIGGER ghost_removed AFTER DELETE ON ghosts BEGIN
+    UPDATE total SET ghosts = ghosts - 1;
+END;
+"""
+
+# What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
+_SOUND: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("key", "parent", "root", "last"), lambda value: isinstance(value, bytes) and len(value) == 32),
+    "link": lambda value: value is None or (isinstance(value, bytes) and len(value) == 32),
+    **dict.fromkeys(("tokens", "depth", "bytes", "children", "pins", "uses", "hits"), lambda value: type(value) is int),
+    **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
+    "ids": lambda value: isinstance(value, bytes) and len(value) % 3 == 0,
+    "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},
+    "name": lambda value: isinstance(value, str),
+}
+
+
+def sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+    """Return ``row``.
+
+    Raises:
+        sqlite3.DatabaseError: it holds what its columns cannot.
+    """
+    for (column, *_), value in zip(cursor.description, row, strict=True):
+        if column in _SOUND and not _SOUND[column](value):
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {value!r:.40} as {column}")
+    return row
+
+
+def statements(script: str) -> Iterator[str]:
+    """Split ``script`` into statements: ``executescript`` would commit what is open."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+class OtherVersionError(sqlite3.DatabaseError):
+    """The tables are those of another version of kvtier."""
+
+
+def is_made(connection: Statements) -> bool:
+    """Whether the tables are there, those of ``SCHEMA`` and nothing else. In version 0 they are still to be filled.
+
+    Triggers and views of a stranger would run with every statement.
+
+    Raises:
+        OtherVersionError: they are those of another version.
+        sqlite3.DatabaseError: they are others.
+    """
+    ours = _ours()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    found = connection.execute(f"{_OBJECTS} LIMIT ?", (len(ours) + 1,)).fetchall()
+    if found and version not in (0, SCHEMA_VERSION):
+        raise OtherVersionError(f"its tables are of version {version}, those of this kvtier of {SCHEMA_VERSION}")
+    if found and (len(found) != len(ours) or set(found) != ours):
+        raise sqlite3.DatabaseError("database disk image is malformed: its tables are not those of kvtier")
+    return bool(found)
+
+
+_OBJECTS = "SELECT type, name AS object, tbl_name, sql FROM sqlite_master"
+
+
+@cache
+def _ours() -> frozenset[tuple[str, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(SCHEMA)
+        return frozenset(connection.execute(_OBJECTS))

@@ -1,0 +1,269 @@
+"""The folder of a store: where each file of it lies, and how one is written.
+
+kvtier.json                                format version
+catalog.sqlite                             what there is; can be made anew from the rest
+blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
+roots/<root>.json                          what a root stands for
+names/<sha256 of the name>.json            what a prefix was called
+owners/<process>-<random>.lock             who is at work
+leases.lock                                which blocks are being read
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import BlockError, StoreError, StoreVersionError
+from kvtier.platform.filesystem import Filesystem, is_leftover, is_temporary
+from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
+from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
+
+_log = logging.getLogger("kvtier.store.tiers.disk.folder")
+_BLOCK_SUFFIX = ".safetensors"
+_BLOCKS_TO_TRY = 16  # before a folder with a damaged marker is taken for somebody else's
+_FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
+_PARTS = ("blocks", "roots", "names", "owners")
+
+
+class StoreFolder:
+    """The files of one store. Only the user can read them (0700, 0600), and no link inside leads elsewhere.
+
+    Args:
+        path: the folder; it may be a link itself.
+        filesystem: what touches it.
+        durable: whether what is written outlives a power cut.
+
+    Raises:
+        StoreError: the folder cannot be used.
+        StoreVersionError: a newer kvtier wrote it.
+    """
+
+    def __init__(self, path: Path, filesystem: Filesystem, durable: bool) -> None:
+        self.path = path
+        self.filesystem = filesystem
+        self._durable = durable
+        self._safe: set[Path] = set()  # folders that are made, and no links
+        try:
+            filesystem.make_folder(path, durable=durable)
+            for name in (
+                "kvtier.json",
+                "catalog.sqlite",
+                "catalog.sqlite-wal",
+                "catalog.sqlite-shm",
+                "leases.lock",
+                *_PARTS,
+            ):
+                filesystem.refuse_links(path, path / name)
+            self._check_version()
+            for name in _PARTS:
+                filesystem.make_folder(path / name, durable=durable)
+                if stat.S_IMODE((path / name).stat().st_mode) & 0o077:
+                    (path / name).chmod(0o700)
+            probe = path / f".probe-{uuid.uuid4().hex}"
+            filesystem.write_whole(probe, [], durable=False)
+            filesystem.delete(probe)
+        except OSError as error:
+            raise StoreError(f"cannot keep a store in {path}: {error}; pass a folder you can write to") from error
+
+    def _check_version(self) -> None:
+        marker = self.path / "kvtier.json"
+        try:
+            version = read_record(marker, MARKER_BYTES)["format_version"]
+            if type(version) is not int:
+                raise ValueError(f"format_version {version!r}")
+        except FileNotFoundError:
+            self._write_marker(marker)
+            return
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if not self._has_blocks():
+                raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
+            _log.warning("%s is damaged (%s); its blocks say what it was, and it is written anew", marker, error)
+            self._write_marker(marker)
+            return
+        if version > FORMAT_VERSION:
+            raise StoreVersionError(
+                f"{self.path} was written by a newer kvtier (format {version}, this one reads {FORMAT_VERSION}); "
+                "update kvtier or pass another folder"
+            )
+
+    def _write_marker(self, marker: Path) -> None:
+        # Durable in any case: a folder whose marker is lost could not be opened again.
+        text = json.dumps({"format_version": FORMAT_VERSION}, indent=1)
+        self.filesystem.write_whole(marker, [memoryview(text.encode())], durable=True)
+
+    def _has_blocks(self) -> bool:
+        """Whether there is a whole block file of this format among the first few."""
+        for path in itertools.islice(self.block_files(), _BLOCKS_TO_TRY):
+            try:
+                BlockFile(str(path)).close()
+            except BlockError:
+                continue
+            return True
+        return False
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files and folders that every store has."""
+        return [self.path / name for name in (*_PARTS, *_FILES)]
+
+    @property
+    def catalog(self) -> Path:
+        """The database."""
+        return self.path / "catalog.sqlite"
+
+    @property
+    def damage_mark(self) -> Path:
+        """A file that is there when the database proved to be damaged: it is made anew at the next open."""
+        return self.path / "catalog.damaged"
+
+    @property
+    def leases(self) -> Path:
+        """The file whose locks tell which blocks are being read."""
+        return self.path / "leases.lock"
+
+    @property
+    def owners(self) -> Path:
+        """The folder of the locks."""
+        return self.path / "owners"
+
+    def block(self, key: str, root: str) -> Path:
+        """Return the file of a block."""
+        return self.path / "blocks" / root / key[:2] / f"{key}{_BLOCK_SUFFIX}"
+
+    def root(self, root: str) -> Path:
+        """Return the file that tells what a root stands for."""
+        return self.path / "roots" / f"{root}.json"
+
+    def name(self, name: str) -> Path:
+        """Return the file that tells which chain bears ``name``."""
+        return self.path / "names" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+
+    def names(self) -> list[Path]:
+        """Return the files of all names."""
+        return sorted((self.path / "names").glob("*.json"))
+
+    def block_files(self, unlisted: list[str] | None = None) -> Iterator[Path]:
+        """Yield every block file. Links are not followed. Folders that cannot be listed now go to ``unlisted``."""
+        for path in _files(self.path / "blocks", 2, unlisted):
+            if path.suffix == _BLOCK_SUFFIX:
+                yield path
+
+    def leftovers(self, *, blocks: bool = True) -> Iterator[Path]:
+        """Yield what writers that are gone have left; without ``blocks``, what was not to be a block."""
+        places = [(self.path, 0), (self.path / "roots", 0), (self.path / "names", 0)]
+        for folder, depth in places + [(self.path / "blocks", 2)] * blocks:
+            for path in _files(folder, depth):
+                if path.name.startswith(".") and is_leftover(path):
+                    yield path
+
+    def leftovers_beside(self, path: Path, pid: int) -> Iterator[Path]:
+        """Yield what process ``pid``, which is gone, has left of writing ``path``."""
+        for other in _files(path.parent, 0):
+            if other.name.startswith(f".{path.name}-{pid}-") and is_temporary(other):
+                yield other
+
+    def write(self, path: Path, pieces: Sequence[memoryview]) -> None:
+        """Put ``pieces`` at ``path``: whole, or not at all.
+
+        Raises:
+            OSError: it cannot be written, or a link is in the way.
+        """
+        try:
+            self._write(path, pieces)
+        except FileNotFoundError:  # the folder is gone since it was made
+            self._safe.clear()
+            self._write(path, pieces)
+
+    def _write(self, path: Path, pieces: Sequence[memoryview]) -> None:
+        folder = path.parent
+        if folder not in self._safe:
+            self.filesystem.refuse_links(self.path, folder)
+            self.filesystem.make_folder(folder, durable=self._durable)
+            self._safe.add(folder)
+        self.filesystem.write_whole(path, pieces, self._durable)
+
+    def write_json(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Write ``values`` as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = json.dumps(dict(values), indent=1, default=str)
+        self.filesystem.write_whole(path, [memoryview(text.encode())], self._durable)
+
+    def block_file(self, path: Path) -> BlockFile:
+        """Open the block file at ``path``.
+
+        Raises:
+            UnavailableError: it cannot be read now.
+            BlockError: it is missing, or damaged.
+        """
+        return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path))
+
+    def _open(self, path: Path) -> int:
+        """Open a file for reading, if no link is on the way; return its descriptor.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if path.parent not in self._safe:
+            self.filesystem.refuse_links(self.path, path.parent)
+            self._safe.add(path.parent)
+        return self.filesystem.open_read(path)
+
+    def unusable(self, path: Path, error: OSError | MemoryError) -> BlockError:
+        """Return what a call of the system that failed tells of the block file ``path``.
+
+        A file that is missing is missing indeed only if the folder can be reached now.
+        """
+        if isinstance(error, FileNotFoundError) and self._is_there():
+            return BlockError(f"{path} is missing")
+        return what_failed(path, error)
+
+    def _is_there(self) -> bool:
+        try:
+            return stat.S_ISREG((self.path / "kvtier.json").stat().st_mode)
+        except OSError:
+            return False
+
+    def allocated_bytes(self, nbytes: int) -> int:
+        """Return what a file of ``nbytes`` takes on the drive."""
+        return self.filesystem.allocated_bytes(self.path, nbytes)
+
+    def used_bytes(self, path: Path) -> int:
+        """Return what a file takes on the drive."""
+        return self.filesystem.used_bytes(path)
+
+    def free_bytes(self) -> int:
+        """Return how much may still be written to the drive."""
+        return self.filesystem.free_bytes(self.path)
+
+
+def _files(folder: Path, depth: int, unlisted: list[str] | None = None) -> Iterator[Path]:
+    """Yield the files that lie ``depth`` folders below ``folder``. Links are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                (Path(entry.path), entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.is_symlink()
+            ]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if unlisted is not None:
+            unlisted.append(f"{folder}: {error}")
+        return
+    for path, is_folder in sorted(found):
+        if is_folder and depth:
+            yield from _files(path, depth - 1, unlisted)
+        elif not is_folder and not depth:
+            yield path

@@ -1,0 +1,135 @@
+"""Owners: which store object of which process is at work in a folder, and whether it still lives.
+
+Each holds a lock on a small file of its own for as long as it lives. The system lets go of the lock when the process
+ends, however it ends; unlike a process id, the lock means the same in every container that sees the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+
+from kvtier.platform.fork_safety import Rank, take_part
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows: there the process id must do
+    fcntl = None
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NAME = re.compile(r"(\d{1,10})-[0-9a-f]{16}")
+
+
+class Owner:
+    """One living store object. Its ``name`` marks what it has begun and not finished.
+
+    A child that was forked has a name of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fd = -1
+        self._closed = False
+        self._begin()
+        take_part(self, Rank.OWNER)
+
+    def _begin(self) -> None:
+        while True:
+            self.name = f"{os.getpid()}-{os.urandom(8).hex()}"
+            path = self._path(self.name)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o600)
+            if fcntl is None:
+                return
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                if path.stat().st_ino == os.fstat(self._fd).st_ino:
+                    return
+            except FileNotFoundError:
+                pass  # another store has seen it without its lock, and buried it
+            os.close(self._fd)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.lock"
+
+    def before_fork(self) -> None:
+        """Nothing is ever half done here."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """Take another name in a child: what its parent has begun is not the child's."""
+        if in_child and not self._closed:
+            os.close(self._fd)  # the lock stays with the parent
+            try:
+                self._begin()
+            except OSError:  # the folder is gone, or full: what this process begins cannot be told from a dead one's
+                self._fd, self._closed = -1, True
+
+    def lives(self, name: str) -> bool:
+        """Whether the owner ``name`` is still at work. What is no name of an owner is dead."""
+        if name == self.name:
+            return not self._closed
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return False
+        if fcntl is None:
+            return _runs(int(match[1])) and self._path(name).exists()
+        try:
+            fd = os.open(self._path(name), os.O_RDWR | _NOFOLLOW)
+        except PermissionError:  # of another user, root perhaps: its lock cannot be asked
+            return _runs(int(match[1]))
+        except OSError:  # it is gone, or something else bears its name
+            return False
+        try:
+            return _is_locked(fd)
+        finally:
+            os.close(fd)
+
+    def others(self) -> list[str]:
+        """Return the names of all other owners, dead ones included."""
+        return [path.stem for path in self._folder.glob("*.lock") if path.stem != self.name]
+
+    def bury(self, name: str) -> None:
+        """Forget a dead owner, once nothing that it began is left."""
+        with contextlib.suppress(OSError):  # another store has done it, or will
+            self._path(name).unlink()
+
+    def close(self) -> None:
+        """Stop. Nothing that was begun may be left. May be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        self.bury(self.name)
+        os.close(self._fd)
+
+
+def pid_of(name: str) -> int:
+    """Return the process that an owner lived in; 0 when ``name`` is no name of an owner."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def _is_locked(fd: int) -> bool:
+    """Whether another one has the lock of an open file. If not, it is shared until the file is closed."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a drive without locks, which only one process uses at a time
+        pass
+    return False
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs, where no lock can tell."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,34 @@
+"""Small JSON files of a store: read whole, of bounded size, and never what only bears the name of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from kvtier.platform.filesystem import READ_FLAGS
+
+MARKER_BYTES = 4096
+MANIFEST_BYTES = 16 * 2**20  # of what a root stands for
+
+
+def read_record(path: Path, at_most_bytes: int) -> Any:
+    """Return what the JSON file ``path`` says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is a link.
+        ValueError: it is no JSON, no ordinary file (a pipe would never end), or larger than ``at_most_bytes``.
+        RecursionError: its brackets never end.
+    """
+    fd = os.open(path, READ_FLAGS)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no ordinary file")
+        data = file.read(at_most_bytes + 1)
+    if len(data) > at_most_bytes:
+        raise ValueError("it is too large")
+    return json.loads(data.decode("utf-8"))

@@ -1,0 +1,202 @@
+"""Recovery: a folder, however it was left, as a catalog that agrees with it.
+
+At every open, what dead owners had begun is finished or taken back. At the first open after a boot of the machine, all
+files are compared with all rows. A catalog that is missing or damaged is made anew from the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kvtier.errors import BlockError, StoreError, UnavailableError
+from kvtier.platform.mounts import is_shared_over_network
+from kvtier.store.chain import BlockId
+from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.tiers.disk.audit import Audit
+from kvtier.store.tiers.disk.backoff import is_full, is_locked
+from kvtier.store.tiers.disk.catalog.adoption import Rebuilt
+from kvtier.store.tiers.disk.catalog.blocks import Catalog
+from kvtier.store.tiers.disk.catalog.connection import Connect
+from kvtier.store.tiers.disk.catalog.database import Database, boot_id
+from kvtier.store.tiers.disk.catalog.rows import batches
+from kvtier.store.tiers.disk.catalog.schema import OtherVersionError
+from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.names import Names
+from kvtier.store.tiers.disk.owners import Owner
+
+_log = logging.getLogger("kvtier.store.tiers.disk.recovery")
+_FILES_AT_ONCE = 500
+_KEY = re.compile("[0-9a-f]{64}")
+_LONG_SECONDS = 2.0  # what takes longer shows how far it is
+# What SQLite says when the file is what it should be, but cannot be used now.
+_NOT_DAMAGED = ("unable to open", "disk I/O", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The catalog of a folder, agreeing with its files."""
+
+    database: Database
+    catalog: Catalog
+    names: Names
+    audit: Audit
+
+
+def open_catalog(
+    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+) -> Opened:
+    """Open the catalog of ``folder``; make it anew when it is missing or damaged.
+
+    Raises:
+        StoreError: it cannot be opened, or another process uses it on a drive where processes cannot share it.
+    """
+    path = folder.catalog
+    kind = folder.filesystem.kind(folder.path)
+    alone = is_shared_over_network(kind)
+    try:
+        damage = "it failed when it was last used" if folder.damage_mark.exists() else None
+        is_of_another_version = False
+        if damage is None:
+            try:
+                return _opened(folder, owner, policy, clock, connect, alone)
+            except sqlite3.DatabaseError as error:
+                if alone and is_locked(error):
+                    raise StoreError(
+                        f"{folder.path} is in use by another process; on {kind} only one at a time may use a store, "
+                        "since SQLite's locks do not hold there: pass a folder on a local drive"
+                    ) from error
+                if not _is_damage(error, path):
+                    raise StoreError(f"cannot open {path}: {error}") from error
+                is_of_another_version, damage = isinstance(error, OtherVersionError), str(error)
+        if is_of_another_version:
+            _log.info("%s is made anew from the block files: %s", path, damage)
+        else:
+            _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
+        for suffix in ("-wal", "-shm", ""):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        folder.damage_mark.unlink(missing_ok=True)
+        return _opened(folder, owner, policy, clock, connect, alone)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"cannot open {path}: {error}") from error
+
+
+def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
+    """Whether ``error`` tells of a damaged file, rather than of one that cannot be used now."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return True
+    is_usable = os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED)
+    return is_usable and not is_locked(error)
+
+
+def _opened(
+    folder: StoreFolder,
+    owner: Owner,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+    connect: Connect,
+    alone: bool,
+) -> Opened:
+    with contextlib.suppress(FileExistsError):
+        # It holds token ids; SQLite would let others read. Only if it is new: to close a file ends all locks that this
+        # process has on it, those of another store too.
+        fd = os.open(folder.catalog, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        os.fchmod(fd, 0o600)  # whatever the umask has taken
+        os.close(fd)
+    database = Database(folder.catalog, exclusive=alone, make_connection=connect)
+    try:
+        catalog = Catalog(database, policy, clock)
+        names = Names(database, folder, clock)
+        audit = Audit(folder, catalog, names, owner)
+        _recover(folder, catalog, audit)
+    except BaseException:
+        database.close()
+        raise
+    return Opened(database, catalog, names, audit)
+
+
+def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
+    """Make files and catalog agree."""
+    unavailable: list[str] = []
+    rebuilt = catalog.rebuild(lambda: _shown(_whole_files(folder, catalog, audit, unavailable)))
+    same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
+    if unavailable:
+        _log.warning(
+            "%s (and %d more); left as it is, and looked at again at the next open",
+            unavailable[0],
+            len(unavailable) - 1,
+        )
+    if rebuilt is Rebuilt.ANEW:
+        parts = [audit.unfinished(), audit.leftovers(), audit.names()]
+    elif same_boot and rebuilt is Rebuilt.NOT:
+        parts = [audit.unfinished(), audit.loose_ends(), audit.names()]
+    else:
+        parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
+    for discrepancies in parts:
+        for discrepancy in discrepancies:
+            if discrepancy.kind == "name":  # what it named is there all the same; a person may still read the file
+                _log.warning("%s %s", discrepancy.subject, discrepancy.text)
+                continue
+            try:
+                discrepancy.mend()
+            except (OSError, BlockError) as error:
+                _log.warning("%s: %s", discrepancy.subject, error)
+            except sqlite3.OperationalError as error:
+                if not is_full(error) and not is_locked(error):
+                    raise
+                # What is there can be read all the same. The rest counts, and waits for an open that can write.
+                _log.warning("%s cannot be put right yet: %s", discrepancy.subject, error)
+    audit.bury()
+
+
+def _whole_files(
+    folder: StoreFolder, catalog: Catalog, audit: Audit, unavailable: list[str]
+) -> Iterator[tuple[BlockId, int, float]]:
+    """Yield what there is in block files that have no row; damaged ones are removed.
+
+    What cannot be read now goes to ``unavailable``.
+    """
+    damaged = 0
+    for path in _unknown(sorted(folder.block_files(unavailable)), catalog):
+        try:
+            yield audit.look_at(path)
+        except UnavailableError as error:
+            unavailable.append(str(error))
+        except BlockError as error:
+            with contextlib.suppress(OSError):
+                folder.filesystem.delete(path)
+            damaged += 1
+            if damaged == 1:
+                _log.warning("%s; removed, like all that cannot be used", error)
+
+
+def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
+    """Yield those of ``paths`` whose names are no keys that ``catalog`` has, neighbours together: so are their rows.
+
+    Where it begins is random: processes that make a catalog anew at once do not all read the same files.
+    """
+    begin = random.randrange(len(paths)) if paths else 0
+    for some in batches(paths[begin:] + paths[:begin], _FILES_AT_ONCE):
+        unknown = set(catalog.absent([path.stem for path in some if _KEY.fullmatch(path.stem)]))
+        yield from (path for path in some if path.stem in unknown or not _KEY.fullmatch(path.stem))
+
+
+def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
+    """Pass ``blocks`` on; show how many there were once it takes long."""
+    yield from tqdm(
+        blocks,
+        desc="kvtier: making the catalog anew",
+        unit=" blocks",
+        delay=_LONG_SECONDS,
+        mininterval=1.0,
+        leave=False,
+    )

@@ -1,0 +1,536 @@
+"""The file tier: one safetensors file a block, under a byte budget, found through the catalog."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from kvtier.errors import BlockError, GoneError
+from kvtier.platform.fork_safety import Rank, take_part
+from kvtier.store.block import Block, Entry
+from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.tiers.block_states import State
+from kvtier.store.tiers.disk.backoff import Pause, Withheld, is_full, is_locked
+from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
+from kvtier.store.tiers.disk.catalog.ranking import Place
+from kvtier.store.tiers.disk.file_leases import FileLeases
+from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.owners import Owner, pid_of
+from kvtier.store.tiers.disk.records import MANIFEST_BYTES, read_record
+from kvtier.store.tiers.leases import Leases
+from kvtier.store.tiers.shared_reads import SharedLoads, SharedReader
+
+_log = logging.getLogger("kvtier.store.tiers.disk.tier")
+T = TypeVar("T")
+_ELSEWHERE_SECONDS = 2.0  # how long to wait for another owner to write a block
+_RETRY_SECONDS = 0.01
+_BATCH = 64  # blocks that leave at once: each is claimed meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSettings:
+    """What a disk tier keeps to.
+
+    Attributes:
+        budget_bytes: what all block files take at most, in whole allocation units of the drive.
+        codec: how tensors are stored.
+        floor_bytes: what stays free on the drive.
+        ttl_seconds: how long a block is kept after its last use; None for ever.
+    """
+
+    budget_bytes: int
+    codec: str = "raw"
+    floor_bytes: int = 0
+    ttl_seconds: float | None = None
+
+
+class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
+    """A block does not fit: it is larger than the budget, or what fills the drive must stay."""
+
+
+class DiskTier:
+    """Blocks as files of ``folder``, as ``settings`` say.
+
+    A write is: prepare in the catalog, write the file, complete in the catalog. Whatever fails on the way is warned
+    about once, undone, and the block stays out; nothing is raised to whoever was generating. A block that is being
+    read, by any process, is not evicted. Counts of what happened are in ``counts``.
+
+    Args:
+        folder: the files.
+        catalog: the rows.
+        owner: marks what this tier has begun.
+        settings: what it keeps to.
+        clock: Unix time.
+    """
+
+    def __init__(
+        self, folder: StoreFolder, catalog: Catalog, owner: Owner, settings: DiskSettings, clock: Callable[[], float]
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.catalog = catalog
+        self.counts: Counter[str] = Counter()
+        self.leases = Leases()
+        self._owner = owner
+        self._clock = clock
+        self._between = FileLeases(folder.leases)  # leases between processes
+        self._loads = SharedLoads(self.leases)
+        self._pause = Pause(clock)
+        self._warned: set[str] = set()
+        self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
+        self._lost: set[str] = set()  # blocks that a failing catalog could not forget
+        self._withheld = Withheld(clock)
+        self._stuck: set[str] = set()  # blocks whose files could not be deleted
+        self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be taken back
+        self._putting = threading.RLock()
+        self._sleep: Callable[[float], None] = time.sleep
+        self._counting = threading.Lock()
+        take_part(self, Rank.DISK)
+
+    def before_fork(self) -> None:
+        """Let writing go on: the child has nothing to do with it."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """Forget, in a child, what a thread of its parent may be in the middle of."""
+        if in_child:
+            self._putting, self._counting, self._unsettled = threading.RLock(), threading.Lock(), {}
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def warn(self, subject: str, message: str) -> None:
+        """Warn, the first time."""
+        if subject not in self._warned:
+            self._warned.add(subject)
+            _log.warning("%s", message)
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Count something that happened."""
+        with self._counting:
+            self.counts[what] += n
+
+    def ask(self, question: Callable[[], T], otherwise: T) -> T:
+        """Answer from the catalog; when it fails, warn once and answer ``otherwise``."""
+        try:
+            return question()
+        except sqlite3.Error as error:
+            self.count("errors.catalog")
+            self._mark_damage(error)
+            self.warn("catalog", f"the catalog of {self.folder.path} fails ({error}); its blocks are recomputed")
+            return otherwise
+
+    def _mark_damage(self, error: sqlite3.Error) -> None:
+        """Have a catalog that is damaged made anew at the next open."""
+        if isinstance(error, sqlite3.DatabaseError) and any(
+            word in str(error) for word in ("malformed", "not a database", "decode")
+        ):
+            with contextlib.suppress(OSError):
+                self.folder.damage_mark.touch(0o600)
+
+    @property
+    def paused(self) -> str | None:
+        """Why nothing is written at the moment; None when writing goes on."""
+        return self._pause.reason
+
+    # --- storing ----------------------------------------------------------------------------------------------------
+
+    def description(self, root: str) -> Mapping[str, Any]:
+        """Return what ``root`` stands for; empty when nobody has noted it, or it cannot be read."""
+        try:
+            found = read_record(self.folder.root(root), MANIFEST_BYTES)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def describe_root(self, root: str, manifest: Mapping[str, Any], *, anew: bool = True) -> None:
+        """Note in ``roots/`` what ``root`` stands for; a failure is warned about once.
+
+        What is noted there already is compared; what differs is damaged, since a root is made from what it stands for.
+        Without ``anew`` it stays as it is.
+        """
+        path = self.folder.root(root)
+        wanted = json.loads(json.dumps(dict(manifest), default=str))
+        try:
+            try:
+                if read_record(path, MANIFEST_BYTES) == wanted or not anew:
+                    return
+                self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
+            except FileNotFoundError:
+                pass
+            except (ValueError, RecursionError) as error:
+                self.warn(str(path), f"{path} is damaged ({error}); written anew")
+            self.folder.write_json(path, manifest)
+        except OSError as error:
+            self._cannot_write(error)
+
+    def _cannot_write(self, error: BaseException) -> None:
+        self.count("errors.write")
+        self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
+
+    def put(self, block: Block) -> bool:
+        """Write ``block`` unless it is there. Returns whether it is there afterwards."""
+        if self._pause.holds() and not (self._pause.told and self._has_room()):
+            return False
+        try:
+            pieces = encode_block(block, self.settings.codec)
+            size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces)) + self._excess_bytes
+            kept = self._put(block.id, pieces, size)
+        except NoRoom as error:
+            self.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
+            return False
+        except (BlockError, OSError, sqlite3.Error) as error:
+            if is_full(error):
+                self._pause.begin(f"the drive is full ({error})", told=not self._has_room())
+            elif is_locked(error):
+                self._pause.begin(f"another process holds the catalog ({error})", told=False)
+            self._cannot_write(error)
+            return False
+        if self._pause.end():
+            _log.info("writing to %s goes on", self.folder.path)
+        self._lost.discard(block.id.key)
+        return kept
+
+    def _has_room(self) -> bool:
+        """Whether the drive has room, as far as it tells: of quotas, and of how many files it can take, it does not."""
+        try:
+            return self.folder.free_bytes() > self.settings.floor_bytes
+        except OSError:
+            return False
+
+    def _put(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> bool:
+        with self._putting:  # one at a time: what this owner is writing is then what this call is
+            try:
+                self._finish()
+                prepared = self._prepare_store(block, size)
+                if prepared is not Prepared.RESERVED:
+                    return prepared is Prepared.PRESENT
+                self._write(block, pieces, size)
+                self.count("written_bytes", sum(piece.nbytes for piece in pieces))
+                self._count_what_it_takes(block, size)
+                return self.catalog.complete_store(block.key, self._owner.name)
+            except BaseException:
+                self._abort_store(block)
+                raise
+
+    def _count_what_it_takes(self, block: BlockId, reserved: int) -> None:
+        """Count the file of ``block`` for what the drive says it takes, and make room if that is more than expected.
+
+        Raises:
+            NoRoom: there is none.
+        """
+        excess = self.folder.used_bytes(self.folder.block(block.key, block.root)) - reserved
+        if excess <= 0:
+            return
+        self._excess_bytes += excess  # the next one will take as much more
+        self.catalog.set_bytes(block.key, reserved + excess)
+        budget = self.settings.budget_bytes
+        if not self._make_room(self.catalog.total_bytes - budget, block.parent):
+            raise NoRoom(f"disk_budget={budget} has no room for a block that takes {reserved + excess} bytes there")
+
+    def _prepare_store(self, block: BlockId, size: int) -> Prepared:
+        """Reserve ``size`` bytes, once others have made room for them.
+
+        Raises:
+            NoRoom: they cannot.
+        """
+        budget, floor = self.settings.budget_bytes, self.settings.floor_bytes
+        if size > budget:
+            raise NoRoom(f"disk_budget={budget} is less than a block of {size} bytes")
+        give_up_at = time.monotonic() + _ELSEWHERE_SECONDS
+        while True:
+            prepared = self.catalog.prepare_store(block, size, budget, self._owner.name)
+            if prepared is Prepared.ELSEWHERE and time.monotonic() < give_up_at:
+                # Not to be taken for kept before it is: its writer may fail.
+                self._wait_for_writer(block.key)
+                continue
+            if prepared is not Prepared.NO_ROOM:
+                break
+            if not self._make_room(self.catalog.total_bytes + size - budget, block.parent):
+                raise NoRoom(f"disk_budget={budget} has no room for a block of {size} bytes after those it follows")
+        if prepared is Prepared.RESERVED:
+            short = size + floor - self.folder.free_bytes()
+            if short > 0 and not self._make_room(short, block.parent):
+                raise NoRoom(f"free_space_floor={floor} leaves no room on the drive for a block of {size} bytes")
+        return prepared
+
+    def _write(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> None:
+        path = self.folder.block(block.key, block.root)
+        try:
+            self.folder.write(path, pieces)
+        except OSError as error:
+            if not is_full(error) or not self._make_room(size, block.parent):
+                raise
+            self.folder.write(path, pieces)
+
+    def _wait_for_writer(self, key: str) -> None:
+        """Let another owner go on with what it is writing; take it back if that one is gone."""
+        writer = self.catalog.writer(key)
+        if writer is not None and not self._owner.lives(writer):
+            self.catalog.abort_store(key, writer)
+        else:
+            self._sleep(_RETRY_SECONDS)
+
+    def _abort_store(self, block: BlockId) -> None:
+        """Take back what ``_put`` has begun; what cannot be now is tried again before the next one."""
+        self._unsettled[block.key] = block
+        try:
+            if self.catalog.writer(block.key) == self._owner.name:
+                # Files first: once the row is gone, another owner may write them, and nobody looks for halves.
+                path = self.folder.block(block.key, block.root)
+                for file in (path, *self.folder.leftovers_beside(path, pid_of(self._owner.name))):
+                    with contextlib.suppress(OSError):
+                        self.folder.filesystem.delete(file)
+                self.catalog.abort_store(block.key, self._owner.name)
+            del self._unsettled[block.key]
+        except sqlite3.Error as error:
+            self.count("errors.catalog")
+            self._mark_damage(error)
+
+    def _finish(self) -> None:
+        """Try once more what could not be taken back or deleted."""
+        for block in list(self._unsettled.values()):
+            self._abort_store(block)
+        self._delete_again()
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, nbytes: int, keep: str) -> bool:
+        """Evict at least ``nbytes``; return whether so much could go, and is gone."""
+        while nbytes > 0:
+            with self._claims() as is_leased:
+                gone = self.catalog.evict(nbytes, self._owner.name, keep, is_leased, at_most=_BATCH)
+                if not gone:
+                    return False
+                self.count("evictions", len(gone))
+                nbytes -= self._delete(gone)
+        return True
+
+    @contextmanager
+    def _claims(self) -> Iterator[Callable[[Place], bool]]:
+        """Give what tells whether a block is being read; one that is not cannot be, until this ends."""
+        claims: list[str] = []
+
+        def is_leased(place: Place) -> bool:
+            if self._is_read(place.key):
+                return True
+            claims.append(place.key)
+            return False
+
+        try:
+            yield is_leased
+        finally:
+            for key in claims:
+                self._between.unclaim(key)
+
+    def _is_read(self, key: str) -> bool:
+        """Whether somebody reads block ``key``. If not, nobody can begin to before it is unclaimed."""
+        return key in self.leases or not self._between.claim(key)
+
+    def _delete(self, places: Iterable[Place]) -> int:
+        """Delete the files of blocks that are leaving; return how many bytes that gave back."""
+        gone: list[str] = []
+        freed = 0
+        for place in places:
+            path = self.folder.block(place.key, place.root)
+            try:
+                self.folder.filesystem.delete(path)
+            except OSError as error:
+                # It stays a leaving block, and counts: the budget is about real bytes.
+                self._stuck.add(place.key)
+                self.count("errors.delete")
+                self.warn("delete", f"cannot delete {path} ({error}); it is tried again later")
+                continue
+            gone.append(place.key)
+            freed += place.nbytes
+        self.catalog.complete_delete(gone)
+        self._stuck.difference_update(gone)
+        return freed
+
+    def _delete_again(self) -> None:
+        """Try once more to delete what could not be deleted."""
+        if self._stuck:
+            mine = [place for place, _ in self.catalog.moving(State.LEAVING) if place.key in self._stuck]
+            self._stuck.intersection_update(place.key for place in mine)
+            self._delete(mine)
+
+    def discard(self, key: str) -> None:
+        """Forget a block and delete its file; unknown keys are ignored."""
+        self.discard_all([key])
+
+    def discard_unread(self, keys: Iterable[str]) -> list[Place]:
+        """Forget blocks and delete their files, but for those that are being read; return those that went.
+
+        A file that is deleted while it is read takes its bytes until then, and nobody would count them.
+        """
+        gone: list[Place] = []
+        for key in keys:
+            if not self._is_read(key):
+                try:
+                    gone += self.discard_all([key])
+                finally:
+                    self._between.unclaim(key)
+        return gone
+
+    def discard_all(self, keys: Sequence[str]) -> list[Place]:
+        """Forget blocks and delete their files, also those that are being read; return those that were there."""
+        try:
+            return self.remove(keys)
+        except (OSError, sqlite3.Error) as error:
+            self.count("errors.delete")
+            self.warn("discard", f"cannot delete a block in {self.folder.path}: {error}")
+            return []
+
+    def remove(self, keys: Sequence[str]) -> list[Place]:
+        """Do the same for the owner of the store, who is told if it cannot be done.
+
+        Raises:
+            OSError: the folder fails.
+            sqlite3.Error: the catalog fails, or is locked. The blocks are not found any more by this process.
+        """
+        for key in keys:
+            self._loads.forget(key)
+        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
+        gone = self.catalog.discard(keys, self._owner.name)
+        self._lost.difference_update(keys)
+        self._delete(gone)
+        return gone
+
+    def expire(self) -> list[Place]:
+        """Forget what nobody has used for as long as ``settings.ttl_seconds``."""
+        if self.settings.ttl_seconds is None:
+            return []
+        gone = self.discard_unread(self.unused_since(self._since))
+        self.count("expirations", len(gone))
+        return gone
+
+    def unused_since(self, since: float) -> list[str]:
+        """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
+        nothing: list[str] = []
+        return self.ask(lambda: self.catalog.unused_since(since), nothing)
+
+    @property
+    def _since(self) -> float:
+        """Unix time before which a block must not have been used last to be found."""
+        ttl = self.settings.ttl_seconds
+        return self._clock() - ttl if ttl is not None else float("-inf")
+
+    def trim(self) -> None:
+        """Evict what is beyond the budget: it may have been larger when the blocks were written."""
+        nothing: list[Place] = []
+        gone = self.ask(lambda: self.shrink(self.settings.budget_bytes), nothing)
+        if gone:
+            _log.info("%d blocks left %s: its budget is smaller than it was", len(gone), self.folder.path)
+
+    def shrink(self, to_bytes: int) -> list[Place]:
+        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went.
+
+        Raises:
+            sqlite3.Error: the catalog fails.
+        """
+        all_gone: list[Place] = []
+        while (excess := self.catalog.total_bytes - to_bytes) > 0:
+            with self._claims() as is_leased:
+                gone = self.catalog.evict(excess, self._owner.name, "", is_leased, at_most=_BATCH, all_or_nothing=False)
+                if not self._delete(gone):
+                    break
+                self.count("evictions", len(gone))
+                all_gone += gone
+        return all_gone
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Let blocks that could not be read be found again only after a while, a longer one each time."""
+        self._withheld.add(keys)
+
+    def _is_found(self, key: str) -> bool:
+        """Whether a block that has a row can be found."""
+        return key not in self._lost and key not in self._withheld
+
+    def __contains__(self, key: str) -> bool:
+        return self._is_found(key) and self.ask(lambda: self.catalog.contains(key, self._since), False)
+
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Return those of ``keys`` that are neither here nor being written; none when the catalog fails."""
+        nothing: list[str] = []
+        return self.ask(lambda: self.catalog.absent(keys), nothing)
+
+    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+        nothing: list[BlockId] = []
+        found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since), nothing)
+        return [block for block in found if self._is_found(block.key)]
+
+    def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        nothing: list[BlockId] = []
+        return [
+            block
+            for block in self.ask(lambda: self.catalog.tails(parent, tokens), nothing)
+            if self._is_found(block.key)
+        ]
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a block that lives here."""
+        return self.ask(lambda: self.catalog.entry(key), None) if key not in self._lost else None
+
+    def open(self, block: BlockId) -> SharedReader | None:
+        """Open a block for reading, with a lease on it; None when it is not (or no longer) here.
+
+        Raises:
+            UnavailableError: its file cannot be opened now.
+            BlockError: its file is missing or damaged.
+        """
+        if block.key not in self:
+            return None
+        try:
+            return self._loads.open(block, lambda: self._open(block))
+        except GoneError:
+            return None
+
+    def _open(self, block: BlockId) -> BlockFile:
+        if not self._between.share(block.key):
+            raise GoneError(f"block {block.key[:12]} is being evicted")
+        path = self.folder.block(block.key, block.root)
+        try:
+            file = self.folder.block_file(path)
+        except BaseException as error:
+            self._between.release(block.key)
+            if isinstance(error.__cause__, FileNotFoundError) and block.key not in self:
+                raise GoneError(f"{path} is gone") from error
+            if isinstance(error, BlockError):
+                self.count("errors.read")
+            raise
+        file.when_closed(partial(self._between.release, block.key))
+        if (file.id.key, file.id.parent, file.id.root) != (block.key, block.parent, block.root):
+            file.close()
+            raise BlockError(f"{path} holds another block than the catalog says")
+        return file
+
+    def close(self) -> None:
+        """End the leases of what nobody reads any more. May be called more than once."""
+        self._between.close()
+
+    # --- counting ---------------------------------------------------------------------------------------------------
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that these blocks were used now, and how often blocks were restored."""
+        self.ask(lambda: self.catalog.touch(keys, hits), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all block files, those being written or deleted included."""
+        return self.ask(lambda: self.catalog.total_bytes, 0)
+
+    def __len__(self) -> int:
+        return self.ask(self.catalog.counts, (0, 0))[0]

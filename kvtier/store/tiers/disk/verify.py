@@ -1,0 +1,159 @@
+"""Verification: every file read, every row compared, every byte of the accounting counted anew."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvtier.errors import BlockError, UnavailableError
+from kvtier.store.tiers.disk.audit import Audit, Discrepancy
+from kvtier.store.tiers.disk.catalog.blocks import Catalog
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.folder import StoreFolder
+
+_log = logging.getLogger("kvtier.store.tiers.disk.verify")
+_READERS = 2
+Progress = Callable[[int, int], None]
+"""``(bytes done, bytes in all)``, called now and then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it should be.
+
+    Attributes:
+        kind: ``damaged`` (a block's bytes), ``unreadable`` (they cannot be read now, and stay), ``missing`` (a row
+            without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a writer that
+            died), ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it
+            damaged; it is made anew at the next open).
+        subject: the file, or what else it is about.
+        text: what is wrong.
+        repaired: whether it was put right.
+    """
+
+    kind: str
+    subject: str
+    text: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What ``PrefixStore.verify`` found.
+
+    Attributes:
+        blocks: block files that were read.
+        nbytes: their bytes.
+        seconds: how long it took.
+        problems: what is wrong, or was.
+    """
+
+    blocks: int
+    nbytes: int
+    seconds: float
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong (any more)."""
+        return all(problem.repaired for problem in self.problems)
+
+
+def verify(
+    folder: StoreFolder,
+    database: Database,
+    catalog: Catalog,
+    audit: Audit,
+    *,
+    repair: bool,
+    progress: Progress | None,
+) -> VerifyReport:
+    """Look at everything in ``folder``; with ``repair`` put right what can be.
+
+    Blocks that others evict meanwhile are no problem.
+    """
+    started = time.perf_counter()
+    problems: list[Problem] = []
+
+    def note(found: Iterable[Discrepancy]) -> None:
+        for each in found:
+            repaired = repair and _mended(each)
+            problems.append(Problem(each.kind, each.subject, each.text, repaired))
+
+    problems += [Problem("catalog", str(folder.catalog), text) for text in database.problems()]
+    if problems and repair:
+        folder.damage_mark.touch(0o600)
+    note(audit.unfinished())
+    note(audit.leftovers())
+    note(audit.files())
+    note(audit.names())
+    blocks, nbytes = 0, 0
+    for size, damage in _read_all(folder, catalog, audit, progress):
+        if damage is None:
+            blocks, nbytes = blocks + 1, nbytes + size
+        else:
+            note([damage])
+    note(audit.total())
+    note(audit.permissions())
+    return VerifyReport(blocks, nbytes, time.perf_counter() - started, tuple(problems))
+
+
+def _mended(discrepancy: Discrepancy) -> bool:
+    try:
+        discrepancy.mend()
+    except (UnavailableError, OSError, sqlite3.Error) as error:
+        _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
+        return False
+    except BlockError:
+        return True  # it was no block at all, and is gone
+    return True
+
+
+def _read_all(
+    folder: StoreFolder, catalog: Catalog, audit: Audit, progress: Progress | None
+) -> Iterator[tuple[int, Discrepancy | None]]:
+    """Read every block file; yield its size, and what is wrong with it."""
+    files = [(path, _size(path)) for path in folder.block_files()]
+    total, done = sum(size for _, size in files), 0
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
+        try:
+            for (path, size), error in zip(
+                files, pool.map(partial(_damage, audit), [p for p, _ in files]), strict=True
+            ):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+                if error is None:
+                    yield size, None
+                elif catalog.entry(path.stem) is not None:  # or it was evicted, or is being written
+                    yield size, _problem(audit, path, error)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _problem(audit: Audit, path: Path, error: BlockError) -> Discrepancy:
+    if isinstance(error, UnavailableError):
+        return Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))
+    return Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))
+
+
+def _damage(audit: Audit, path: Path) -> BlockError | None:
+    """Read a block file whole; return what is wrong with it."""
+    try:
+        audit.look_at(path, whole=True)
+    except BlockError as error:
+        return error
+    return None

@@ -1,0 +1,327 @@
+"""The RAM tier: blocks as tensors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from kvtier.kv.page import Landing, Page
+from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.platform.fork_safety import Rank, take_part
+from kvtier.store.block import Block, Entry
+from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.tiers.disk.backoff import Withheld
+from kvtier.store.tiers.host.ranking import RamValuation
+from kvtier.store.tiers.host.residents import Resident, Residents
+from kvtier.store.tiers.leases import BlockLease, Leases
+
+LONGEST_WAIT_SECONDS = 2.0
+"""How long a put waits in all for other blocks to be written: on a drive that hangs, they never are."""
+
+
+class HostReader:
+    """A block in RAM, open for reading, with a lease that keeps it there."""
+
+    tier = "host"
+    is_plain = True
+
+    def __init__(self, block: Block, lease: BlockLease) -> None:
+        self.id = block.id
+        self.geometry = Geometry(tuple(LayerGeometry.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        self._block = block
+        self._lease = lease
+
+    def page(self, layer: int) -> Page:
+        """Return the page of ``layer``; no bytes move."""
+        return self._block.pages[layer]
+
+    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+        """Copy tokens ``[first, last)`` of the page of ``layer``."""
+        landing.take(self._block.pages[layer], first, last)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a snapshot; no bytes move."""
+        return self._block.states
+
+    def detach(self) -> None:
+        """Nothing is held for it."""
+
+    def close(self) -> None:
+        """End the lease."""
+        self._lease.end()
+
+
+class HostTier:
+    """Blocks in RAM. ``nbytes`` never exceeds ``budget_bytes``.
+
+    A block that is being read, or written to disk, is not evicted. Thread-safe. An interrupt may end a call at any
+    point: a block is then here, or not, and the next call counts and sorts all of them anew.
+
+    All other calls take O(log n) steps for each block that they name, evict or expire, amortised, but for ``entries``.
+    Passed over one by one are siblings that have expired or are withheld, and pinned blocks by ``unused_since``.
+
+    Args:
+        budget_bytes: what all tensors take at most.
+        policy: which leaf goes first.
+        clock: Unix time.
+        pinned: returns the keys of blocks that must stay; another object whenever they are others.
+        ttl_seconds: how long a block is kept after its last use; None for ever.
+        before_waiting: called before a put waits for room: has what waits to be written written.
+        longest_wait_seconds: how long a put waits in all for other blocks to be written.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        policy: EvictionPolicy,
+        clock: Callable[[], float],
+        pinned: Callable[[], Collection[str]] = frozenset,
+        ttl_seconds: float | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
+        longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.counts: Counter[str] = Counter()
+        ended: set[str] = set()
+        self.leases = Leases(ended.add)
+        self._valuation = RamValuation(policy)
+        self._clock = clock
+        self._pinned = pinned
+        self._ttl_seconds = ttl_seconds
+        self._before_waiting = before_waiting
+        self._longest_wait_seconds = longest_wait_seconds
+        self._withheld = Withheld(clock)
+        self._blocks = Residents(self.leases.__contains__, ended, pinned)
+        self._writing: dict[str, BlockLease] = {}
+        # Entered rather than the condition: only a lock itself is taken and released without a step between.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        take_part(self, Rank.HOST)
+
+    def before_fork(self) -> None:
+        """Wait until no thread changes anything."""
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """Go on. A child forgets the blocks that its parent is writing: it cannot know when, or whether, they are."""
+        if in_child:
+            for key in list(self._writing):
+                self.discard(key)
+        self._lock.release()
+
+    # --- storing ----------------------------------------------------------------------------------------------------
+
+    def put(self, block: Block, *, writing: bool = False) -> bool:
+        """Keep ``block``; evict others for it.
+
+        Args:
+            block: what to keep.
+            writing: take a lease on it until ``written`` is called, also where it is here already. Waits for room while
+                others are being written, for ``longest_wait_seconds`` at most.
+
+        Returns:
+            False when there is no room for it, however much were evicted, or none in time. There is no lease then.
+        """
+        with self._lock:
+            try:
+                return self._put(block, block.id.key, block.nbytes, writing)
+            except BaseException:
+                resident = self._blocks.get(block.id.key)
+                if resident is not None and resident.block is block:
+                    self.discard(block.id.key)
+                elif writing:
+                    self.written(block.id.key)
+                raise
+
+    def _put(self, block: Block, key: str, size: int, writing: bool) -> bool:
+        if key not in self._blocks and not self._make_room(block, size, writing):
+            return False
+        if key not in self._blocks:  # another thread may have put it during a wait
+            usage, priority = self._valuation.entered(block, size)
+            self._blocks.add(block, size, usage, priority, self._clock())
+        if writing and key not in self._writing:
+            self._writing[key] = self.leases.prepare_load(key)
+        return True
+
+    def _make_room(self, block: Block, size: int, may_wait: bool) -> bool:
+        """Evict until ``block`` fits, never its parent; return whether it does."""
+        if size > self.budget_bytes:
+            return False
+        wait_until: float | None = None
+        while self._blocks.nbytes + size > self.budget_bytes:
+            victim = self._least_valued(block.id.parent)
+            if victim is not None:
+                self._evict(victim)
+                continue
+            if not may_wait or not self._writing:
+                return False
+            now = time.monotonic()
+            wait_until = now + self._longest_wait_seconds if wait_until is None else wait_until
+            if now >= wait_until:
+                return False
+            self._before_waiting()
+            self._changed.wait(wait_until - now)
+        return True
+
+    def _least_valued(self, keep: str) -> str | None:
+        return self._blocks.least_valued(self._valuation.lead, keep)
+
+    def _evict(self, key: str) -> None:
+        resident = self._blocks[key]
+        self._valuation.evicted(key, resident.usage, resident.priority, most_ghosts=len(self._blocks))
+        self.counts["evictions"] += 1
+        self.discard(key)
+
+    def written(self, key: str) -> None:
+        """End the lease of a block that was put with ``writing=True``. May be called more than once."""
+        with self._lock:
+            lease = self._writing.pop(key, None)
+            if lease is not None:
+                lease.end()
+            self._changed.notify_all()
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def discard(self, key: str) -> None:
+        """Forget a block; unknown keys are ignored. Who reads it may finish."""
+        with self._lock:
+            if key not in self._blocks:
+                return
+            lease = self._writing.pop(key, None)
+            if lease is not None:
+                lease.end()
+            self._blocks.remove(key)
+            self._changed.notify_all()
+
+    def discard_unread(self, keys: Iterable[str]) -> None:
+        """Forget blocks. Who reads one may finish: its bytes are counted by whoever holds them."""
+        for key in keys:
+            self.discard(key)
+
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Find blocks again only after a while: what a turn has for them does not fit."""
+        self._withheld.add(keys)
+
+    def shrink(self, to_bytes: int) -> list[Entry]:
+        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went."""
+        gone = []
+        with self._lock:
+            while self._blocks.nbytes > to_bytes and (victim := self._least_valued("")) is not None:
+                gone.append(self._entry(victim))
+                self._evict(victim)
+        return gone
+
+    def unused_since(self, since: float) -> list[str]:
+        """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
+        with self._lock:
+            pinned = self._pinned()
+            return [key for key in self._blocks.used_before(since) if key not in pinned]
+
+    def expire(self) -> None:
+        """Forget what nobody has used for as long as ``ttl_seconds``."""
+        if self._ttl_seconds is not None:
+            for key in self.unused_since(self._clock() - self._ttl_seconds):
+                self.counts["expirations"] += 1
+                self.discard(key)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: str) -> bool:
+        resident = self._blocks.get(key)
+        return resident is not None and self._is_fresh(key, resident)
+
+    def _is_fresh(self, key: str, resident: Resident) -> bool:
+        if key in self._withheld:
+            return False
+        if self._ttl_seconds is None:
+            return True
+        return resident.used_at >= self._clock() - self._ttl_seconds or key in self._pinned()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether blocks are leased until they are written."""
+        return bool(self._writing)
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors of all blocks take."""
+        with self._lock:
+            return self._blocks.nbytes
+
+    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return the block after ``parent`` that shares the longest run with ``tokens``."""
+        with self._lock:
+            found = self._blocks.nearest(parent, tokens, self.__contains__)
+        return [found] if found is not None else []
+
+    def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        with self._lock:
+            return [block for block in self._blocks.tails(parent, tokens) if block.key in self]
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is known of a block that lives here."""
+        with self._lock:
+            return self._entry(key) if key in self else None
+
+    def entries(self) -> list[Entry]:
+        """Return what is known of every block."""
+        with self._lock:
+            return [self._entry(key) for key, resident in self._blocks.items() if self._is_fresh(key, resident)]
+
+    def _entry(self, key: str) -> Entry:
+        resident = self._blocks[key]
+        block, usage = resident.block.id, resident.usage
+        return Entry(
+            key,
+            block.parent,
+            block.root,
+            len(block.tokens),
+            usage.depth_tokens,
+            resident.block.nbytes,
+            self._blocks.children(key),
+            usage.uses,
+            resident.hits,
+            resident.used_at,
+            key in self._pinned(),
+        )
+
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a block that lives here."""
+        resident = self._blocks.get(key)
+        return resident.block.id if resident is not None and key in self else None
+
+    def block(self, key: str) -> Block | None:
+        """Return a block that lives here."""
+        resident = self._blocks.get(key)
+        return resident.block if resident is not None else None
+
+    def open(self, block: BlockId) -> HostReader | None:
+        """Open a block for reading, with a lease on it; None when it is not here."""
+        with self._lock:
+            resident = self._blocks.get(block.key)
+            if resident is None or block.key not in self:
+                return None
+            return HostReader(resident.block, self.leases.prepare_load(block.key))
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used these blocks now, and how often blocks were restored."""
+        with self._lock:
+            self._valuation.tick()
+            now = self._clock()
+            for key in keys:
+                resident = self._blocks.get(key)
+                if resident is not None:
+                    self._blocks.use(key, *self._valuation.used(resident.usage), now)
+            for key, n in hits.items():
+                resident = self._blocks.get(key)
+                if resident is not None:
+                    resident.hits += n

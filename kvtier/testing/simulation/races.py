@@ -1,0 +1,171 @@
+"""Races: accesses to the same memory, at least one of them a write, that nothing orders.
+
+There is one compute stream, whose kernels run in order, one host, and any number of operations, which are ordered by
+fences alone. Whether a race shows in the values depends on timing; here it is told by what is known to come before
+what, so that a run that happened to go well is judged like one that did not. The rules:
+
+R1
+    a kernel touches memory that an operation writes, and compute has not waited for that operation;
+R2
+    a kernel writes memory that an operation reads, and compute has not waited for that operation;
+R3
+    an operation is enqueued that writes memory that a kernel has touched, or reads memory that a kernel has written,
+    and none of the marks it comes after was taken after that kernel;
+R4
+    two operations touch the same bytes, one of them writes, and neither comes after the other.
+
+A mark comes after all kernels before it, and after all that compute had waited for by then. What the host has settled
+comes before everything that it enqueues later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from kvtier.testing.simulation.accesses import Access, KernelLog, OperationLog, Past, weak
+from kvtier.testing.simulation.regions import Region
+
+
+class RaceError(AssertionError):
+    """Two accesses to the same memory are not ordered. ``rule`` is one of R1 to R4, see :mod:`kvtier.testing.simulation.races`."""
+
+    def __init__(self, rule: str, what: str) -> None:
+        super().__init__(f"{rule}: {what}")
+        self.rule = rule
+
+
+class Detector:
+    """Knows what is ordered, and raises :class:`RaceError` at the first two accesses that are not.
+
+    Attributes:
+        races: all that were raised.
+    """
+
+    def __init__(self) -> None:
+        self.races: list[RaceError] = []
+        self._time = 0  # kernels so far
+        self._number = 0  # operations so far
+        self._compute = Past()  # what compute has waited for; it includes what the host has settled
+        self._host = Past()
+        self._kernels = KernelLog()
+        self._operations = OperationLog()
+        # Tensors of operations that compute has not waited for: as long as they run, their memory is not given away.
+        self._held: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._host_memory: dict[int, Any] = {}
+
+    # The host and the fences
+
+    def mark(self) -> Past:
+        """Return the past of a mark that is taken now."""
+        return Past(self._compute.operations, self._time)
+
+    def waited(self, past: Past) -> None:
+        """Let compute wait for a point with ``past``."""
+        self._compute = self._compute.joined((past,))
+        for number in [number for number in self._held if self._compute.has(number)]:
+            del self._held[number]
+
+    def settled(self, past: Past) -> None:
+        """Let the host wait for a point with ``past``: everything that is enqueued from now on comes after it."""
+        self._host = self._host.joined((past,))
+        self._operations.forget(past)
+        self.waited(past)
+
+    def owns(self, host: torch.Tensor) -> None:
+        """Note that ``host`` is new memory of the host: what touches nothing else is work of the host."""
+        storage = host.untyped_storage()
+        self._host_memory = {key: memory for key, memory in self._host_memory.items() if not memory.expired()}
+        self._host_memory[storage._cdata] = weak(storage)
+
+    # Operations
+
+    def enqueue(
+        self, operation: str, after: Iterable[Past], reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
+    ) -> Past:
+        """Judge a new operation; return the past of its fence.
+
+        Args:
+            operation: what to call it in errors.
+            after: the pasts of what it comes after.
+            reads: its sources.
+            writes: its targets.
+        """
+        number, before = self._number, self._host.joined(after)
+        touched = [
+            (tensor.untyped_storage(), Access(number, operation, region, written))
+            for tensor, region, written in _touched(reads, writes)
+        ]
+        for _, access in touched:
+            self._judge(access, before)
+        self._number += 1
+        for storage, access in touched:
+            self._operations.add(storage, access, before)
+        self._held[number] = (*reads, *writes)
+        return before.joined((Past(1 << number),))
+
+    def _judge(self, access: Access, before: Past) -> None:
+        does = "writes" if access.writes else "reads"
+        late = self._kernels.later(access.region, before.kernels, writes=access.writes)
+        if late is not None:
+            kernel, did = late
+            self._race(
+                "R3",
+                f"{access.operation} {does} memory that the kernel {kernel} {did}, "
+                "and comes after no mark that was taken after that kernel",
+            )
+        other = self._operations.unordered(access.region, before, writes=access.writes)
+        if other is not None:
+            did = "writes" if other.writes else "reads"
+            self._race("R4", f"{access.operation} {does} bytes that {other.operation} {did}, and is not after it")
+
+    # Kernels
+
+    def kernel(self, name: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> bool:
+        """Judge a kernel that is about to run; return whether it is work of the host, on memory of the host alone."""
+        touched = _touched(reads, writes)
+        on_host = bool(touched) and all(
+            tensor.untyped_storage()._cdata in self._host_memory for tensor, _, _ in touched
+        )
+        who, past = ("the host", self._host) if on_host else ("compute", self._compute)
+        if on_host or self._held:
+            for _, region, written in touched:
+                access = self._operations.unordered(region, past, writes=written)
+                if access is not None:
+                    does, did = ("writes" if one else "reads" for one in (written, access.writes))
+                    self._race(
+                        "R1" if access.writes else "R2",
+                        f"the kernel {name} {does} memory that {access.operation} {did}, "
+                        f"and {who} has not waited for that operation",
+                    )
+        if not on_host:
+            self._time += 1
+            for tensor, region, written in touched:
+                self._kernels.add(tensor.untyped_storage(), region, self._time, name, writes=written)
+        return on_host
+
+    def produced(self, name: str, outputs: Sequence[torch.Tensor], *, on_host: bool) -> None:
+        """Note the new memory that the latest kernel wrote."""
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if on_host:
+                self.owns(tensor)
+            else:
+                self._kernels.add(storage, Region.whole(storage), self._time, name, writes=True)
+
+    def _race(self, rule: str, what: str) -> None:
+        race = RaceError(rule, what)
+        self.races.append(race)
+        raise race
+
+
+def _touched(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Region, bool]]:
+    """Return all tensors that have bytes, their regions, and whether they are written."""
+    return [
+        (tensor, Region.of(tensor), written)
+        for written, tensors in ((False, reads), (True, writes))
+        for tensor in tensors
+        if tensor.numel()
+    ]

@@ -1,0 +1,89 @@
+"""In which pieces prompts of models with states are fed, and where their states are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.layers.prefix_load import TurnPrefix
+from kvtier.hf.turn.prefill_plan import SPACING_TOKENS, WORTH_A_SNAPSHOT_TOKENS, plan_pieces
+from kvtier.hf.turn.turn import Turn
+
+
+def turn(columns, *, cached=0, known=None, pad=0):
+    prompt = Prompt((np.arange(columns - pad),), (pad,), columns)
+    prefix = TurnPrefix(cached, [], None, 0) if cached else None
+    return Turn(prompt, None, prefix, known_columns=cached if known is None else known)
+
+
+def planned(turn, *, token_by_token=False, may_feed=True):
+    plan_pieces(turn, token_by_token=token_by_token, may_feed=may_feed)
+    return turn.pieces, turn.snapshot_columns
+
+
+def test_an_ordinary_turn_is_fed_at_once():
+    assert planned(turn(100)) == ([], set())
+    assert planned(turn(100, cached=60)) == ([], set())
+
+
+def test_what_was_known_without_states_gets_them():
+    assert planned(turn(100, known=70)) == ([(0, 70)], {70})
+    assert planned(turn(100, cached=40, known=70)) == ([(40, 70)], {70})
+    assert planned(turn(100, cached=40, known=99)) == ([(40, 99)], {99})
+
+
+def test_a_few_tokens_are_not_worth_it():
+    assert planned(turn(100, cached=40, known=40 + WORTH_A_SNAPSHOT_TOKENS - 1)) == ([], set())
+    assert planned(turn(100, cached=40, known=40 + WORTH_A_SNAPSHOT_TOKENS))[1] == {40 + WORTH_A_SNAPSHOT_TOKENS}
+
+
+def test_long_prompts_are_fed_in_pieces():
+    n = SPACING_TOKENS
+    assert planned(turn(3 * n)) == ([(0, n), (n, 2 * n)], {n, 2 * n})
+    assert planned(turn(3 * n, cached=n + 5)) == ([(n + 5, 2 * n)], {2 * n})
+    assert planned(turn(n + 9)) == ([], set())  # too little would be left
+    cut = 2 * n + 9  # takes the place of the one close to it
+    assert planned(turn(4 * n, known=cut)) == ([(0, n), (n, cut), (cut, 3 * n)], {n, cut, 3 * n})
+
+
+@pytest.mark.parametrize(
+    ("columns", "cached", "known"), [(9000, 0, 0), (9000, 3000, 8000), (2500, 0, 2499), (50, 3, 3)]
+)
+def test_pieces_follow_each_other_and_leave_a_token(columns, cached, known):
+    pieces, snapshots = planned(turn(columns, cached=cached, known=known))
+    edge = cached
+    for begin, end in pieces:
+        assert begin == edge < end
+        edge = end
+    assert edge < columns
+    assert snapshots <= {end for _, end in pieces}
+
+
+def test_token_by_token_only_if_that_pays():
+    pieces, _ = planned(turn(100, cached=90), token_by_token=True)
+    assert pieces == [(column, column + 1) for column in range(90, 99)]
+    long = turn(200, cached=90)
+    assert planned(long, token_by_token=True) == ([], {90})
+    assert long.prefix is None
+    assert "token by token" in long.reason
+
+
+def test_token_by_token_again_from_all_but_the_last_token():
+    assert planned(turn(100, known=99), token_by_token=True) == ([(0, 99)], {99})
+    assert planned(turn(100, known=70), token_by_token=True)[0] == []
+    one_left = turn(100, cached=99)
+    assert planned(one_left, token_by_token=True)[0] == []
+    assert one_left.prefix is not None
+
+
+def test_where_nothing_may_be_fed_nothing_is():
+    assert planned(turn(100, known=70), may_feed=False) == ([], set())
+    assert planned(turn(9000), may_feed=False) == ([], set())
+    cannot = turn(100, cached=95)
+    planned(cannot, token_by_token=True, may_feed=False)
+    assert cannot.prefix is None
+
+
+def test_padded_rows_are_fed_at_once():
+    assert planned(turn(9000, pad=3)) == ([], set())

@@ -1,0 +1,463 @@
+"""Contexts larger than a budget: the bits of ``DynamicCache``, the bytes that were promised, and clear words."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import threading
+
+import pytest
+import torch
+from test_interrupts import Interrupt
+from transformers import DynamicCache
+
+from kvtier import BudgetError, ConfigurationError, PrefixStore, StreamError, TieredCache
+from kvtier.testing import SimulatedEngine
+from tests.support.upstream import CACHE
+
+PAGE = 8
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def assert_same(ours, theirs):
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for step, (mine, reference) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+        assert torch.equal(mine, reference), f"step {step}: {(mine - reference).abs().max()}"
+
+
+def token_bytes(model) -> int:
+    """K and V of one token in all layers."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+
+
+def everything(model, columns, rows=1) -> int:
+    """A budget in which all layers stay hot."""
+    return rows * token_bytes(model) * (columns + columns // 8 + 3 * PAGE)
+
+
+@pytest.fixture
+def spill(tmp_path):
+    """A folder for pages, which must be empty again in the end."""
+    folder = tmp_path / "spill"
+    yield folder
+    gc.collect()
+    assert not list(folder.glob("*/*")), "page files were left behind"
+    assert not [t for t in threading.enumerate() if t.name.startswith("kvtier")], "threads were left behind"
+
+
+# --- the same bits ----------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("share", [0.5, 0.65, 1.0])
+def test_turns_of_a_conversation_under_a_budget(make_model, generate, tokens, spill, family, dtype, share):
+    """First turn, continued turn, restore: most layers cold, some, none."""
+    model = make_model(family, dtype, num_hidden_layers=6, layer_types=None)
+    reference, budget = DynamicCache(config=model.config), int(share * everything(model, 75))
+    with PrefixStore(block_size=PAGE) as store:
+        with TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+            ids = tokens(40)
+            first = generate(model, ids, cache)
+            assert_same(first, generate(model, ids, reference))
+            ids = torch.cat([first.sequences, tokens(5, seed=1)], 1)
+            continued = generate(model, ids, cache)
+            assert cache.last_turn.cached_by_tier["window"] == 47
+            assert cache.last_turn.peak_device_bytes <= budget
+            assert_same(continued, generate(model, ids, reference))
+            assert (cache.last_turn.cold_layers > 0) == (share < 1)
+        ids = torch.cat([continued.sequences, tokens(5, seed=2)], 1)
+        with TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+            restored = generate(model, ids, cache)
+            assert cache.last_turn.cached_tokens == 60
+            assert cache.last_turn.peak_device_bytes <= budget
+        assert_same(restored, generate(model, ids, reference))
+
+
+def test_every_budget_from_one_hot_layer_to_all(make_model, generate, tokens, spill):
+    model, ids = make_model("llama", num_hidden_layers=8), tokens(60)
+    expected, seen = generate(model, ids), set()
+    full = everything(model, 68)
+    for budget in range(full // 3, full + 1, full // 40):
+        with TieredCache(PrefixStore(block_size=PAGE), device_budget=budget, spill_dir=spill) as cache:
+            try:
+                ours = generate(model, ids, cache)
+            except BudgetError:
+                continue
+            assert_same(ours, expected)
+            report = cache.last_turn
+            assert report.peak_device_bytes <= budget
+            assert report.hot_layers + report.cold_layers == 8
+            seen.add(report.hot_layers)
+            cache.store.close()
+    assert seen >= {0, 1, 2, 3, 4, 8}, seen
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prefill_chunk_size": 16},
+    ],
+    ids=str,
+)
+def test_ways_to_generate(make_model, generate, tokens, spill, mode):
+    model, ids = make_model("gemma3", num_hidden_layers=6, layer_types=None), tokens(50)
+    rows = mode.get("num_beams") or mode.get("num_return_sequences", 1)
+    budget = int(0.7 * everything(model, 58, rows))
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+        torch.manual_seed(3)
+        ours = generate(model, ids, cache, **mode)
+        assert cache.last_turn.cold_layers > 0
+        assert cache.last_turn.peak_device_bytes <= budget
+        torch.manual_seed(3)
+        assert_same(ours, generate(model, ids, **mode))
+        again = torch.cat([ours.sequences[:1], tokens(3, seed=4)], 1)
+        cached = generate(model, again, cache)
+        assert cache.last_turn.cached_tokens >= 50
+        assert torch.equal(cached.sequences, generate(model, again).sequences)
+
+
+def test_a_padded_batch_whose_rows_restore_from_different_chains(make_model, generate, tokens, spill):
+    model, long, short = make_model("llama", num_hidden_layers=6), tokens(50), tokens(33, seed=1)
+    budget = int(0.5 * everything(model, 75, 2))
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+        for ids in (long, short):
+            generate(model, ids, TieredCache(store))
+        batch = torch.zeros(2, 55, dtype=torch.long)
+        batch[0, :50], batch[0, 50:] = long, tokens(5, seed=2)
+        batch[1, 17:50], batch[1, 50:] = short, tokens(5, seed=3)
+        ours = generate(model, batch, cache)
+        assert cache.last_turn.cached_tokens == 50 + 33
+        assert cache.last_turn.cold_layers > 0
+        assert torch.equal(ours.sequences, generate(model, batch).sequences)
+
+
+def test_layers_whose_k_and_v_others_read_stay_hot(spill):
+    """In Gemma 3n the last layers attend to K and V of an earlier one; a slot would be another layer's by then."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=16,
+        hidden_size_per_layer_input=8,
+        intermediate_size=16,
+        num_hidden_layers=10,
+        num_kv_shared_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 5,
+        sliding_window=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 10,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Gemma3nForCausalLM(config).eval()
+    ids = torch.randint(1, 64, (1, 60))
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=config)}, **settings)
+    budget = int(0.6 * everything(model, 68))
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+        ours = model.generate(ids, past_key_values=cache, **settings)
+        assert cache.last_turn.cold_layers > 0
+        assert_same(ours, expected)
+
+
+def test_copies_go_on_apart_and_outlive_each_other(make_model, generate, tokens, spill):
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    budget = int(0.7 * everything(model, 90))
+    store = PrefixStore(block_size=PAGE)
+    cache = TieredCache(store, device_budget=budget, spill_dir=spill)
+    ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
+    twin = copy.deepcopy(cache)
+    other = torch.cat([ids[:, :-3], tokens(6, seed=2)], 1)
+    assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
+    cache.close()
+    with twin:
+        ours = generate(model, other, twin)
+        assert twin.last_turn.cached_by_tier["window"] >= 65
+        assert torch.equal(ours.sequences, generate(model, other).sequences)
+    store.close()
+
+
+def cold_layers(cache) -> int:
+    return sum(deck.cold_layers for deck in cache._streams.decks)
+
+
+# --- the bytes that were promised -------------------------------------------------------------------------------------
+
+
+def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fills(make_model, tokens, spill):
+    model, prompt = make_model("llama", num_hidden_layers=8), tokens(61)
+    token = token_bytes(model) // 8
+    budget = int(0.6 * everything(model, 90))
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+        cache.begin(model, prompt)
+        ids, traffic = prompt, cache._streams.traffic
+        with torch.no_grad():
+            model(ids, **{CACHE: cache})
+            model(tokens(1), **{CACHE: cache})  # from here on, every step finds the ring as the last one left it
+            checked = 0
+            for length in range(62, 82):
+                before, cold = traffic.copy(), cold_layers(cache)
+                model(tokens(1, seed=length), **{CACHE: cache})
+                moved = traffic.since(before)
+                assert moved.waits > 2
+                if cold_layers(cache) != cold:
+                    continue  # one more turned cold, for which nothing was prefetched
+                checked += 1
+                pages = length // PAGE * PAGE
+                fills = (length + 1) % PAGE == 0
+                # Of the layers that are prefetched for the next step, pages that filled in this one come up already.
+                # That is one: the last layer is cold, and attention has the other slot.
+                ahead = PAGE * token if fills else 0
+                assert moved.bytes_up == cold * pages * token + ahead
+                assert moved.bytes_down == (cold * PAGE * token if fills else 0)
+                assert moved.waits == cold
+            assert checked > 12
+
+
+def test_without_need_nothing_moves(make_model, generate, tokens, spill):
+    model, ids = make_model("llama"), tokens(60)
+    with TieredCache(PrefixStore(block_size=PAGE), device_budget=everything(model, 68), spill_dir=spill) as cache:
+        generate(model, ids, cache)
+        report = cache.last_turn
+        assert (report.bytes_down, report.bytes_up, report.waits) == (0, 0, 0)
+        assert (report.hot_layers, report.cold_layers) == (3, 0)
+        assert report.peak_device_bytes >= token_bytes(model) * 67
+        cache.store.close()
+    assert not spill.exists()
+
+
+def test_cold_layers_borrow_the_pages_of_a_store_on_disk(make_model, generate, tokens, tmp_path, spill):
+    """Whole blocks are read from the files of the store: nothing of them goes down again."""
+    model, ids = make_model("llama", num_hidden_layers=8), tokens(64)
+    with PrefixStore(tmp_path / "store", block_size=PAGE) as store, TieredCache(store) as cache:
+        sequences = generate(model, ids, cache).sequences
+    ids = torch.cat([sequences, tokens(3, seed=1)], 1)
+    budget = int(0.7 * everything(model, 90))
+    with PrefixStore(tmp_path / "store", block_size=PAGE) as store:
+        with TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
+            ours = generate(model, ids, cache, max_new_tokens=2)
+            report = cache.last_turn
+            assert report.cached_by_tier["disk"] == 71
+            assert report.cold_layers > 2
+            page = PAGE * token_bytes(model) // 8
+            assert report.bytes_down == report.cold_layers * page  # the one page that this turn filled
+            assert report.restored_bytes < 71 * token_bytes(model)
+        assert torch.equal(ours.sequences, generate(model, ids, max_new_tokens=2).sequences)
+
+
+def test_pages_that_are_borrowed_from_ram_count(make_model, generate, tokens, spill):
+    """On an accelerator a block of the store stays where it is, but the store may forget it before the layer does."""
+    model, ids = make_model("llama", num_hidden_layers=8), tokens(64)
+    with PrefixStore(block_size=PAGE) as store:
+        sequences = generate(model, ids, TieredCache(store)).sequences
+        ids = torch.cat([sequences, tokens(3, seed=1)], 1)
+        for host_bytes in (2**30, 12_000):
+            engine = SimulatedEngine(random.Random(0))
+            arguments = {"host_budget": host_bytes, "spill_dir": spill, "engine": lambda device, e=engine: e}
+            budget = int(0.7 * everything(model, 90))
+            with TieredCache(store, device_budget=budget, **arguments) as cache, engine.watching():
+                ours = generate(model, ids, cache)
+                report = cache.last_turn
+                assert report.cached_by_tier["host"] >= 71
+                assert 0 < report.peak_host_bytes <= host_bytes
+            assert torch.equal(ours.sequences, generate(model, ids).sequences)
+
+
+def test_a_budget_that_a_model_cannot_keep_is_said(caplog):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=2)
+    model, ids = MambaForCausalLM(config).eval(), torch.ones(1, 4, dtype=torch.long)
+    with TieredCache(PrefixStore(block_size=PAGE), config=config, device_budget=10**6) as cache:
+        for _ in range(2):
+            model.generate(ids, cache_params=cache, max_new_tokens=2, do_sample=False)
+        cache.store.close()
+    assert caplog.text.count("device_budget has no effect") == 1
+
+
+def test_the_auto_budget_keeps_everything_hot_where_there_is_room(make_model, generate, tokens, spill):
+    model, ids = make_model("llama"), tokens(40)
+    with TieredCache(PrefixStore(block_size=PAGE), device_budget="auto", spill_dir=spill) as cache:
+        assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
+        assert cache.last_turn.cold_layers == 0
+        cache.store.close()
+
+
+def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate, tokens, spill, monkeypatch):
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    memory = [everything(model, 120)]
+
+    def free(device):
+        return memory[0] - sum(deck.ledger.used_bytes for deck in cache._streams.decks)
+
+    monkeypatch.setattr("kvtier.offload.manager.free_device_bytes", free)
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget="auto", spill_dir=spill) as cache:
+        first = generate(model, ids, cache)
+        assert cache.last_turn.cold_layers == 0
+        memory[0] //= 2  # somebody else takes the rest
+        ids = torch.cat([first.sequences, tokens(30, seed=1)], 1)
+        assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
+        assert cache.last_turn.cold_layers > 0
+
+
+# --- what goes wrong, and in which words ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["device_budget", "host_budget"])
+@pytest.mark.parametrize("value", ["12 parsecs", 0, -1, 1.5, True])
+def test_a_budget_that_is_none(argument, value):
+    with pytest.raises(ConfigurationError, match=argument):
+        TieredCache(**{"device_budget": 10**9, argument: value})
+
+
+def test_a_spill_folder_that_is_a_file(make_model, generate, tokens, tmp_path):
+    (tmp_path / "file").write_text("")
+    model = make_model("llama", num_hidden_layers=6)
+    budget = int(0.6 * everything(model, 68))
+    with (
+        PrefixStore(block_size=PAGE) as store,
+        TieredCache(store, device_budget=budget, spill_dir=tmp_path / "file") as cache,
+        pytest.raises(StreamError, match="spill_dir"),
+    ):
+        generate(model, tokens(60), cache)
+
+
+def test_the_smallest_budget_is_named_and_works(make_model, generate, tokens, spill):
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    with TieredCache(PrefixStore(block_size=PAGE), device_budget=2000, spill_dir=spill) as cache:
+        with pytest.raises(BudgetError, match=r"need (\d+) bytes") as refused:
+            generate(model, ids, cache)
+        cache.store.close()
+    smallest = int(str(refused.value).split("need ")[1].split()[0])
+    with TieredCache(PrefixStore(block_size=PAGE), device_budget=smallest, spill_dir=spill) as cache:
+        assert_same(generate(model, ids, cache), generate(model, ids))  # the whole answer, though not one byte more
+        assert cache.last_turn.cold_layers == 6
+        short = tokens(5, seed=9)
+        assert_same(generate(model, short, cache), generate(model, short))
+        assert cache.last_turn.cold_layers == 0, "layers stay cold where there is room for them"
+        cache.store.close()
+
+
+def half_cold(model, store, spill):
+    return TieredCache(store, device_budget=int(0.6 * everything(model, 90)), spill_dir=spill)
+
+
+def test_a_full_disk_is_named_and_the_next_turn_works(make_model, generate, tokens, spill, monkeypatch):
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwritev", full)
+            with pytest.raises(StreamError, match=r"No space left"):
+                generate(model, ids, cache)
+        assert_same(generate(model, ids, cache), generate(model, ids))
+
+
+@pytest.mark.parametrize("how", ["cut", "delete", "unreadable"])
+def test_a_page_file_that_is_lost_under_way(make_model, tokens, generate, spill, monkeypatch, how):
+    """Its K and V are gone: the model is not fed anything else in their place, and the cache goes on working."""
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
+        cache.begin(model, ids)
+        with torch.no_grad():
+            model(ids, **{CACHE: cache})
+            for path in spill.glob("*/*.safetensors"):
+                if how == "cut":
+                    os.truncate(path, 100)
+                elif how == "delete":
+                    path.unlink()
+            if how == "unreadable":
+                monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            with pytest.raises(StreamError, match="lost"):
+                feed(model, [tokens(1, seed=step) for step in range(4)], cache)  # what was prefetched may be whole
+        monkeypatch.undo()
+        assert_same_tokens(model, generate, ids, cache)
+
+
+def test_known_pages_that_are_lost_are_computed_again(make_model, generate, tokens, spill):
+    """Before the first new token all tokens are known: the turn starts again."""
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
+        ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
+        for path in spill.glob("*/*.safetensors"):
+            path.unlink()
+        for deck in cache._streams.decks:  # what was prefetched is whole
+            deck.ring.close()
+        ours = generate(model, ids, cache)
+        assert torch.equal(ours.sequences, generate(model, ids).sequences)
+        assert cache.last_turn.cached_by_tier["host"] == 67
+
+
+@pytest.mark.parametrize("layer", range(6))
+@pytest.mark.parametrize("at_pass", [0, 1, 5])
+def test_an_interrupt_anywhere_leaves_a_cache_that_works(make_model, generate, tokens, spill, layer, at_pass):
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+    with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
+        with Interrupt(model.model.layers[layer], at_pass, False), pytest.raises(KeyboardInterrupt):
+            generate(model, ids, cache)
+        assert_same_tokens(model, generate, torch.cat([ids, tokens(2, seed=1)], 1), cache)
+
+
+@pytest.mark.parametrize("host_bytes", [2**30, 30_000], ids=["host", "disk"])
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 9, 14, 30, 61, 90])
+def test_an_interrupt_between_any_two_steps_of_a_transfer(make_model, generate, tokens, spill, host_bytes, at):
+    """While a copy is enqueued, a mark is taken, or something is waited for."""
+    model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
+
+    def interrupt(step, ordinal):
+        if ordinal == at and step not in ("copy", "call"):
+            raise KeyboardInterrupt
+
+    engine = SimulatedEngine(random.Random(at), fail=interrupt)
+    arguments = {"host_budget": host_bytes, "spill_dir": spill, "engine": lambda device: engine}
+    with (
+        PrefixStore(block_size=PAGE) as store,
+        TieredCache(store, device_budget=int(0.6 * everything(model, 90)), **arguments) as cache,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, cache)
+        assert_same_tokens(model, generate, torch.cat([ids, tokens(2, seed=1)], 1), cache)
+
+
+def feed(model, steps, cache):
+    for ids in steps:
+        model(ids, **{CACHE: cache})
+
+
+def assert_same_tokens(model, generate, ids, cache):
+    assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
+
+
+def test_other_caches_and_the_store_are_not_touched(make_model, generate, tokens, spill, monkeypatch):
+    model, ids, other_ids = make_model("llama", num_hidden_layers=6), tokens(60), tokens(50, seed=1)
+    with (
+        PrefixStore(block_size=PAGE) as store,
+        half_cold(model, store, spill) as cache,
+        half_cold(model, store, spill) as other,
+    ):
+        sequences = generate(model, other_ids, other).sequences
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwritev", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(StreamError):
+                generate(model, ids, cache)
+        more = torch.cat([sequences, tokens(3, seed=2)], 1)
+        assert_same_tokens(model, generate, more, other)
+        assert other.last_turn.cached_by_tier["window"] == 57

@@ -1,0 +1,238 @@
+"""Page files and their folder: private, whole, and gone when nobody needs them."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvtier.errors import StreamError
+from kvtier.kv.page import Landing
+from kvtier.kv.spec import LayerGeometry
+from kvtier.offload import spill_folder as spill
+from kvtier.offload.page_file import PageFile
+from kvtier.offload.spill_folder import SpillFolder
+
+ROWS, TOKENS = 2, 6
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = SpillFolder(tmp_path / "spill")
+    yield folder
+    folder.close()
+
+
+def filled(folder, dtype=torch.float32, pieces=((0, 6),)):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(ROWS, 2, TOKENS, 4, generator=generator).to(dtype)
+    v = torch.randn(ROWS, 3, TOKENS, 5, generator=generator).to(dtype)
+    file = PageFile(folder, ROWS, TOKENS, LayerGeometry.of(k, v))
+    for first, last in pieces:
+        file.write(first, k[:, :, first:last], v[:, :, first:last])
+    return file, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pieces", [((0, 6),), ((0, 2), (2, 6)), ((4, 6), (0, 4))], ids=["whole", "pieces", "backward"])
+def test_any_reader_of_safetensors_opens_a_page_file(folder, dtype, pieces):
+    file, k, v = filled(folder, dtype, pieces)
+    found = load_file(file.path)
+    assert torch.equal(found["k"], k)
+    assert torch.equal(found["v"], v)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 6), (2, 5), (5, 6)])
+@pytest.mark.parametrize("row", range(ROWS))
+def test_any_part_of_a_row_is_read(folder, row, first, last):
+    file, k, v = filled(folder)
+    room = torch.zeros(2, 20, 4), torch.zeros(3, 20, 5)  # heads lie apart, as in a window
+    file.read(row, first, last, Landing.on(room[0][:, 7 : 7 + last - first], room[1][:, 7 : 7 + last - first]))
+    assert torch.equal(room[0][:, 7 : 7 + last - first], k[row, :, first:last])
+    assert torch.equal(room[1][:, 7 : 7 + last - first], v[row, :, first:last])
+    assert not room[0][:, :7].any()
+    assert not room[0][:, 7 + last - first :].any()
+
+
+def test_a_system_call_may_do_less_than_it_was_asked_for(folder, monkeypatch):
+    def little(call):
+        return lambda fd, pieces, offset: call(fd, [pieces[0][:5]], offset)
+
+    monkeypatch.setattr(os, "pwritev", little(os.pwritev))
+    file, k, v = filled(folder)
+    assert torch.equal(load_file(file.path)["k"], k)
+    monkeypatch.setattr(os, "preadv", little(os.preadv))
+    found = torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)
+    file.read(1, 0, 6, Landing.on(*found))
+    assert torch.equal(found[1], v[1])
+
+
+def test_only_the_user_can_read_it(folder):
+    before = os.umask(0)
+    try:
+        file, *_ = filled(folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(Path(file.path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(file.path).parent.stat().st_mode) == 0o700
+
+
+def test_a_file_goes_with_its_last_reader_and_the_folder_with_its_last_user(folder, tmp_path):
+    file, *_ = filled(folder)
+    path = file.path
+    other = folder.share()
+    del file
+    gc.collect()
+    assert not Path(path).exists()
+    kept, *_ = filled(folder)
+    folder.close()
+    assert Path(kept.path).exists(), "another cache reads it"
+    other.close()
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_nothing_is_made_before_it_is_needed(tmp_path):
+    SpillFolder(tmp_path / "spill").close()
+    assert not (tmp_path / "spill").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "delete"])
+def test_what_was_changed_is_not_taken_for_k_and_v(folder, damage):
+    file, *_ = filled(folder)
+    if damage == "delete":
+        Path(file.path).unlink()
+    else:
+        os.truncate(file.path, Path(file.path).stat().st_size + (1 if damage == "longer" else -1))
+    with pytest.raises(StreamError, match=r"lost"):
+        file.read(0, 0, 6, Landing.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
+
+
+def test_a_dtype_without_a_name(folder):
+    with pytest.raises(StreamError, match="complex64"):
+        PageFile(folder, 1, 1, LayerGeometry(1, 1, 1, 1, torch.complex64))
+
+
+def hold(parent, ready, end):
+    folder = SpillFolder(parent)
+    file, *_ = filled(folder)
+    ready.send(file.path)
+    end.recv()
+
+
+def other_process(parent, method):
+    context = multiprocessing.get_context(method)
+    (ours, theirs), (end, theirs_end) = context.Pipe(), context.Pipe()
+    process = context.Process(target=hold, args=(parent, theirs, theirs_end))
+    process.start()
+    return process, ours.recv(), end
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(folder, tmp_path):
+    killed, left, _ = other_process(tmp_path / "spill", "spawn")
+    living, kept, end = other_process(tmp_path / "spill", "spawn")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert Path(left).exists()
+    SpillFolder(tmp_path / "spill").close()  # the next one that starts
+    assert not Path(left).parent.exists()
+    assert Path(kept).exists()
+    end.send(None)
+    living.join()
+    assert not Path(kept).parent.exists(), "a process that ends takes its folder along"
+
+
+def test_a_forked_child_leaves_the_files_of_its_parent(folder):
+    file, k, _ = filled(folder)
+    pid = os.fork()
+    if pid == 0:
+        file.read(0, 0, 6, Landing.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
+        del file
+        folder.close()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert torch.equal(load_file(file.path)["k"], k)
+
+
+def named(parent, pid=1):
+    """A folder that bears the name of a spill folder."""
+    path = parent / f"{pid}-{'0' * 32}"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "lock"])
+def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeypatch, moment):
+    """By another process, which sees it before it has its lock, or before the lock is held."""
+    parent, swept = tmp_path / "spill", []
+    opened, locked = os.open, spill.fcntl.flock
+
+    def sweep_once():
+        if not swept:
+            swept.append(True)
+            spill._sweep(parent)
+
+    def open_late(path, *args, **kwargs):
+        if Path(path).name == "owner.lock" and moment == "mkdir":
+            sweep_once()
+        return opened(path, *args, **kwargs)
+
+    def lock_late(fd, how):
+        if moment == "lock":
+            sweep_once()
+        locked(fd, how)
+
+    folder = SpillFolder(parent)
+    monkeypatch.setattr(spill.os, "open", open_late)
+    monkeypatch.setattr(spill.fcntl, "flock", lock_late)
+    file, k, _ = filled(folder)
+    assert swept
+    assert torch.equal(load_file(file.path)["k"], k)
+    spill._sweep(parent)
+    assert Path(file.path).exists(), "its owner lives"
+    folder.close()
+
+
+def test_a_folder_that_somebody_deleted_is_made_again(folder):
+    filled(folder)
+    shutil.rmtree(folder.parent)
+    file, k, _ = filled(folder)
+    assert torch.equal(load_file(file.path)["k"], k)
+    spill._sweep(folder.parent)
+    assert Path(file.path).exists()
+
+
+def test_a_folder_without_a_lock_is_not_left_and_is_swept(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    folder = SpillFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(spill.os, "open", full)
+        with pytest.raises(StreamError, match="No space left"):
+            folder.new_file()
+    assert not list(tmp_path.iterdir())
+    killed = named(tmp_path)  # between making the folder and its lock
+    SpillFolder(tmp_path).close()
+    assert not killed.exists()
+
+
+def test_what_is_not_ours_is_not_swept(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "owner.lock").touch()
+    full = named(tmp_path)
+    (full / "letter.txt").touch()
+    pipe = named(tmp_path, 2)
+    os.mkfifo(pipe / "owner.lock")
+    SpillFolder(tmp_path).close()
+    assert (tmp_path / "thesis" / "owner.lock").exists()
+    assert (full / "letter.txt").exists()

@@ -1,0 +1,182 @@
+"""The small parts of streaming: who is cold first, who holds how much, and memory that is used again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.errors import ConfigurationError
+from kvtier.kv.spec import LayerGeometry
+from kvtier.offload.accounting import Ledger, Traffic
+from kvtier.offload.extents import HostRun
+from kvtier.offload.host_memory import Slabs
+from kvtier.offload.placement import LowerTiers
+from kvtier.offload.residency import cold_order, round_up, smallest_budget_bytes
+from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.staging import Staging
+from kvtier.platform.memory import free_device_bytes
+from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
+
+
+@given(st.integers(1, 200))
+def test_any_first_layers_of_the_order_are_spread_evenly(layers):
+    order = cold_order(layers)
+    assert sorted(order) == list(range(layers))
+    assert order[0] == layers - 1
+    for count in range(2, layers + 1):
+        chosen = sorted(order[:count])
+        gaps = [b - a for a, b in zip(chosen, [*chosen[1:], chosen[0] + layers], strict=True)]
+        assert max(gaps) <= 4 * layers / count, "a long stretch without a cold layer, and a crowd elsewhere"
+
+
+def test_the_smallest_budget_is_two_slots_and_one_page_each():
+    assert round_up(1, 8) == round_up(8, 8) == 8
+    assert smallest_budget_bytes([10, 30, 20], rows=2, columns=17, page_tokens=8) == 2 * 30 * 2 * 24 + 60 * 2 * 8
+    assert smallest_budget_bytes([10], rows=1, columns=8, page_tokens=8, hot_bytes=7) == 7 + 80 + 80
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=30))
+def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
+    ledger, held, most = Ledger(60), {}, 0
+    for owner, nbytes in steps:
+        ledger.set(owner, nbytes)
+        held[owner] = nbytes
+        most = max(most, sum(held.values()))
+        assert ledger.used_bytes == sum(held.values())
+        assert ledger.peak_bytes == most
+        assert ledger.fits(60 - ledger.used_bytes)
+        assert not ledger.fits(61 - ledger.used_bytes)
+    ledger.begin_peak()
+    assert ledger.peak_bytes == ledger.used_bytes
+
+
+def test_traffic_is_told_since_any_moment():
+    traffic = Traffic(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
+    before = traffic.copy()
+    traffic.bytes_up += 3
+    assert traffic.since(before) == Traffic(0, 3, 0, 0.0)
+
+
+def slabs_of(limit, slab_bytes=1024):
+    ledger = Ledger(limit)
+    return Slabs(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), ledger, slab_bytes), ledger
+
+
+def test_slabs_stay_inside_their_budget_and_are_used_again():
+    slabs, ledger = slabs_of(2048)
+    pieces = [slabs.take(512) for _ in range(4)]
+    assert ledger.used_bytes == 2048
+    assert slabs.take(1) is None
+    slabs.give(pieces[0], ["a"])
+    assert slabs.take(512) is None, "its neighbour lives"
+    slabs.give(pieces[1], ["b"])
+    again = slabs.take(512)
+    assert again.after == ("a", "b")
+    assert again.memory.data_ptr() == pieces[0].memory.data_ptr()
+    assert slabs.take(512, leave=1) is not None
+    assert ledger.peak_bytes == 2048
+
+
+def test_the_last_piece_of_a_budget_may_be_smaller_than_a_slab():
+    slabs, ledger = slabs_of(1500)
+    assert slabs.take(1024) is not None
+    assert slabs.take(400) is None
+    piece = slabs.take(256)
+    assert ledger.used_bytes == 1280
+    slabs.give(piece, ())
+    assert slabs.take(9999) is None
+    assert ledger.used_bytes == 1024, "what is empty and too small is given back to the system"
+
+
+def test_slabs_grow_with_what_is_asked_of_them():
+    slabs, ledger = slabs_of(None, 64 * 2**20)
+    held = []
+    for _ in range(9):
+        slabs.take(2**20)
+        held.append(ledger.used_bytes // 2**20)
+    assert held == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_pages_that_nobody_has_are_given_back():
+    slabs, ledger = slabs_of(1024)
+    engine, geometry = InlineEngine(), LayerGeometry(1, 4, 1, 4, torch.float32)
+    k = torch.randn(1, 1, 8, 4)
+    for _ in range(5):  # four times as much as there is room for
+        run = HostRun(engine, slabs, slabs.take(256), 1, 8, geometry)
+        run.fill(k, k, [])
+        del run
+        gc.collect()
+    assert ledger.peak_bytes == 1024
+
+
+def test_staging_takes_no_more_than_its_pieces():
+    slabs, ledger = slabs_of(6 * 1024)
+    staging, geometry = Staging(slabs, 6 * 1024), LayerGeometry(1, 4, 1, 4, torch.float32)
+    reserve = staging.reserve_bytes
+    for turn in range(9):
+        _, after = staging.next(1, 4, geometry)
+        assert list(after) == ([turn - 3] if turn >= 3 else [])
+        staging.used([turn])
+    assert ledger.used_bytes == reserve == 3 * 1024
+    assert list(staging.chunks(3, 100, 32)) == [(3, 35), (35, 67), (67, 99), (99, 100)]
+
+
+def test_devices_that_share_a_host_budget_leave_each_other_room_for_staging(tmp_path):
+    host, folder = Ledger(1_000_000), SpillFolder(tmp_path)
+    one, two = (LowerTiers(InlineEngine(), host, folder, Traffic(), 16, devices=2) for _ in range(2))
+    k = torch.zeros(1, 2, 16, 8)
+    kept = [one.lower(k, k, [])[0] for _ in range(600)]  # goes on to files when the host is full
+    kept += [two.lower(k, k, [])[0]]
+    assert {part.run.tier for parts in kept for part in parts} == {"host", "disk"}
+    assert host.peak_bytes <= 1_000_000
+    kept.clear()
+    folder.close()
+
+
+def test_an_accelerator_without_side_streams_is_served_inline(monkeypatch):
+    def no_streams(device):
+        raise NotImplementedError("no streams")
+
+    monkeypatch.setattr(torch, "Stream", no_streams)
+    engine = engine_for(torch.device("meta"))
+    assert isinstance(engine, InlineEngine)
+    assert not engine.device_is_host
+    assert isinstance(engine_for(torch.device("cpu")), ThreadEngine)
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(monkeypatch, caplog):
+    engine = StreamEngine.__new__(StreamEngine)
+    engine._pinned, engine._device = True, torch.device("meta")
+    original = torch.empty
+
+    def cannot_pin(*shape, pin_memory=False, **settings):
+        if pin_memory:
+            raise RuntimeError("invalid argument")
+        return original(*shape, **settings)
+
+    monkeypatch.setattr(torch, "empty", cannot_pin)
+    with caplog.at_level(logging.WARNING):
+        assert engine.host_empty(64).nbytes == 64
+        assert engine.host_empty(32).nbytes == 32
+    assert caplog.text.count("cannot pin") == 1
+
+
+def test_free_memory_of_a_device_that_does_not_tell():
+    with pytest.raises(ConfigurationError, match="device_budget"):
+        free_device_bytes(torch.device("meta"))
+
+
+def test_free_memory_leaves_a_reserve(monkeypatch):
+    class Memory:
+        available = 10 * 2**30
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    monkeypatch.setattr("kvtier.platform.memory.host_memory_bytes", lambda: 20 * 2**30)
+    assert free_device_bytes(torch.device("cpu")) == 8 * 2**30
+    Memory.available = 2**20
+    assert free_device_bytes(torch.device("cpu")) == 0

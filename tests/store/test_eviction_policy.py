@@ -1,0 +1,228 @@
+"""Whatever happens to a tier, leaves go in the order of their value; no policy beats the one that knows the future."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.contenders import Library, Optimum
+from benchmarks.eviction import CONTENDERS
+from benchmarks.replay import Replay
+from benchmarks.trace import MEDIUM, ROOT, Trace
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId
+from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
+from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
+from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.host.tier import HostTier
+from tests.support.stores import ROOT as MODEL
+
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
+TURNS = st.lists(PATHS, min_size=1, max_size=15)
+POLICIES = st.sampled_from([Adaptive, LeastRecentlyUsed])
+
+
+def trace_of(turns: list[tuple[int, ...]]) -> Trace:
+    """Each path names a block by the way to it."""
+    trace, numbers = Trace(), {}
+    for path in turns:
+        chain: list[int] = []
+        for end in range(1, len(path) + 1):
+            if path[:end] not in numbers:
+                numbers[path[:end]] = trace.add_block(chain[-1] if chain else ROOT, 256, MEDIUM)
+            chain.append(numbers[path[:end]])
+        trace.requests.append(chain)
+    trace.count_bytes_by_blocks()
+    return trace
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["turn", "evicted", "returned"]), st.integers(0, 4), st.integers(0, 10**12)), max_size=60
+)
+
+
+@given(EVENTS, st.integers(0, 10**12))
+def test_a_state_stays_finite_and_survives_being_written_down(events, clock):
+    policy, state = Adaptive(), PolicyState(clock=clock)
+    for kind, uses, age in events:
+        usage = Usage(uses, max(0, state.clock - age), 256, 512, 1000)
+        if kind == "turn":
+            state = state.tick()
+        elif kind == "evicted":
+            state = policy.evicted(usage, policy.priority(usage, state), state)
+        else:
+            state = policy.returned(usage, state)
+        assert PolicyState.from_text(state.to_text(policy.name), policy.name) == state
+        assert 0 <= policy.lead(state) <= state.clock
+        assert 0 <= state.came_back_share <= 1
+        assert 0 <= state.stay <= state.clock
+        assert state.clock <= policy.priority(usage, state) < math.inf
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e6), st.integers(0, 5))
+def test_of_two_blocks_alike_the_later_used_is_worth_more_and_of_two_used_at_once_the_deeper(
+    clock, depth, deeper, stay, uses
+):
+    policy, state = Adaptive(), PolicyState(clock=clock, stay=stay)
+    usage = Usage(uses, clock, 256, depth, 1000)
+    assert policy.priority(usage, state) < policy.priority(usage, state.tick())
+    assert policy.priority(usage, state) <= policy.priority(replace(usage, depth_tokens=depth + deeper), state)
+
+
+# --- tiers ------------------------------------------------------------------------------------------------------------
+
+
+def tiny_block(path: tuple[int, ...]) -> Block:
+    """A block of one token without pages: what decides who goes first is its chain."""
+    parent = MODEL
+    for depth, token in enumerate(path):
+        block = Block(BlockId.of(MODEL, parent, np.array([token], dtype=np.int64)), (), depth)
+        parent = block.id.key
+    return block
+
+
+class Expected:
+    """A plain dictionary that obeys a policy: the leaf of the lowest value that may go, by looking at all of them."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.state = PolicyState()
+        self.blocks = {}
+
+    def put(self, path):
+        usage = Usage(0, self.state.clock, 1, len(path) - 1, 1)
+        self.blocks[path] = usage, self.policy.priority(usage, self.state)
+
+    def touch(self, path):
+        self.state = self.state.tick()
+        for end in range(1, len(path) + 1):
+            usage = self.blocks[path[:end]][0].used(self.state)
+            self.blocks[path[:end]] = usage, self.policy.priority(usage, self.state)
+
+    def value(self, path):
+        usage, priority = self.blocks[path]
+        return priority + (self.policy.lead(self.state) if usage.came_back else 0.0)
+
+    def may_go(self, stay):
+        parents = {path[:-1] for path in self.blocks}
+        return [path for path in self.blocks if path not in parents and path not in stay]
+
+    def evict(self, path):
+        usage, priority = self.blocks.pop(path)
+        self.state = self.policy.evicted(usage, priority, self.state)
+
+
+@given(TURNS, POLICIES, st.data())
+def test_rows_leave_leaf_by_leaf_in_the_order_of_their_value_and_what_is_kept_stays(turns, policy, data):
+    expected = Expected(policy())
+    with closing(Database(None)) as database:
+        catalog = Catalog(database, policy(), lambda: 0.0)
+        paths = {}
+        for path in turns:
+            for end in range(1, len(path) + 1):
+                if path[:end] not in expected.blocks:
+                    block = tiny_block(path[:end])
+                    paths[block.id.key] = path[:end]
+                    assert catalog.prepare_store(block.id, 1, 10**6, "me") is Prepared.RESERVED
+                    catalog.complete_store(block.id.key, "me")
+                    expected.put(path[:end])
+            catalog.touch([tiny_block(path[:end]).id.key for end in range(1, len(path) + 1)], {})
+            expected.touch(path)
+        stay = set(data.draw(st.lists(st.sampled_from(sorted(expected.blocks)), max_size=2), label="leased"))
+        while expected.may_go(stay):
+            gone = catalog.evict(1, "me", "", lambda place: paths[place.key] in stay, at_most=1)
+            path = paths[gone[0].key]
+            assert path in expected.may_go(stay)
+            assert expected.value(path) == pytest.approx(min(map(expected.value, expected.may_go(stay))))
+            expected.evict(path)
+        assert catalog.evict(1, "me", "", lambda place: paths[place.key] in stay, at_most=1) == []
+
+
+@given(TURNS, POLICIES, st.data())
+def test_ram_loses_leaf_by_leaf_in_the_order_of_their_value_and_what_is_pinned_stays(turns, policy, data):
+    expected = Expected(policy())
+    pinned = set()
+    tier = HostTier(10**6, policy(), lambda: 0.0, lambda: frozenset(pinned))
+    paths = {}
+    for path in turns:
+        for end in range(1, len(path) + 1):
+            if path[:end] not in expected.blocks:
+                block = tiny_block(path[:end])
+                paths[block.id.key] = path[:end]
+                assert tier.put(block)
+                expected.put(path[:end])
+        tier.touch([tiny_block(path[:end]).id.key for end in range(1, len(path) + 1)], {})
+        expected.touch(path)
+    stay = set(data.draw(st.lists(st.sampled_from(sorted(expected.blocks)), max_size=2), label="pinned"))
+    pinned.update(key for key, path in paths.items() if path in stay)
+    left = set(expected.blocks)
+    for entry in tier.shrink(-1):
+        path = paths[entry.key]
+        assert path in expected.may_go(stay)
+        assert expected.value(path) == pytest.approx(min(map(expected.value, expected.may_go(stay))))
+        expected.evict(path)
+        left.discard(path)
+    assert not expected.may_go(stay)
+    assert {paths[entry.key] for entry in tier.entries()} == left == set(expected.blocks)
+
+
+# --- the replay -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+@given(turns=TURNS, capacity=st.integers(1, 9))
+def test_a_replay_keeps_its_budget_and_every_block_with_all_before_it(name, turns, capacity):
+    trace = trace_of(turns)
+    contender = CONTENDERS[name](trace)
+    replay = Replay(trace, contender, capacity)
+    for chain in trace.requests:
+        kept_before = set(replay.present)
+        known = replay.turn(chain)
+        assert list(chain[:known]) == [b for b in chain if b in kept_before][:known]
+        assert len(replay.present) == replay.nbytes <= capacity
+        assert all(trace.parents[block] == ROOT or trace.parents[block] in replay.present for block in replay.present)
+        beginning = min(len(chain), capacity)
+        assert all(block in replay.present for block in chain[:beginning])
+        if isinstance(contender, Library):
+            assert len(contender.ghosts) <= capacity
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+@given(turns=st.lists(PATHS, min_size=5, max_size=40), capacity=st.integers(1, 12))
+def test_nobody_finds_more_than_the_optimum(name, turns, capacity):
+    trace = trace_of(turns)
+    best = Replay(trace, Optimum(trace), capacity).run().blocks
+    assert Replay(trace, CONTENDERS[name](trace), capacity).run().blocks <= best + 1e-12
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8))
+def test_least_recently_used_is_an_ordered_dictionary(asked, capacity):
+    trace = trace_of([(each,) for each in asked])
+    replay = Replay(trace, CONTENDERS["LRU"](trace), capacity)
+    model: OrderedDict[int, None] = OrderedDict()
+    for chain in trace.requests:
+        assert replay.turn(chain) == (chain[0] in model)
+        model[chain[0]] = None
+        model.move_to_end(chain[0])
+        if len(model) > capacity:
+            model.popitem(last=False)
+        assert set(replay.present) == set(model)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60, unique=True), st.integers(1, 8))
+def test_blocks_of_equal_cost_that_were_used_once_leave_in_the_order_of_use(asked, capacity):
+    trace = trace_of([(each,) for each in asked])
+    replay = Replay(trace, CONTENDERS["kvtier"](trace), capacity)
+    for at, chain in enumerate(trace.requests):
+        replay.turn(chain)
+        assert sorted(replay.present) == list(range(max(0, at + 1 - capacity), at + 1))

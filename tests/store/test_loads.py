@@ -1,0 +1,166 @@
+"""Blocks that several restores read at once are read once, in bounded memory."""
+
+import threading
+
+import pytest
+import torch
+
+from kvtier.errors import BlockError
+from kvtier.kv.page import Landing
+from kvtier.store.tiers.host.tier import HostReader
+from kvtier.store.tiers.leases import Leases
+from kvtier.store.tiers.shared_reads import SharedLoads
+from tests.support.stores import block, count, same_bits
+
+BLOCK = block(count(4))
+PAGE_BYTES = BLOCK.pages[0].nbytes
+
+
+class Drive(HostReader):
+    """A block that counts how often each of its pages is read."""
+
+    is_plain = True
+
+    def __init__(self):
+        super().__init__(BLOCK, Leases().prepare_load("ab"))
+        self.reads, self.closed = [], False
+
+    def page(self, layer):
+        self.reads.append(layer)
+        return super().page(layer)
+
+    def land(self, layer, *where, check=True):
+        self.reads.append(layer)
+        super().land(layer, *where)
+
+    def hold(self):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+def landed(reader, layer):
+    k_htd, v_htd = torch.zeros_like(BLOCK.pages[layer].k_htd), torch.zeros_like(BLOCK.pages[layer].v_htd)
+    reader.land(layer, 0, 4, Landing.on(k_htd, v_htd))
+    return same_bits(k_htd, BLOCK.pages[layer].k_htd) and same_bits(v_htd, BLOCK.pages[layer].v_htd)
+
+
+@pytest.fixture
+def drive():
+    return Drive()
+
+
+def opened(drive, readers, **settings):
+    loads = SharedLoads(Leases(), **settings)
+    return loads, [loads.open(BLOCK.id, lambda: drive) for _ in range(readers)]
+
+
+def test_each_page_is_read_once_for_all_and_then_let_go(drive):
+    loads, readers = opened(drive, 3, held_bytes=PAGE_BYTES)
+    for layer in (0, 1):
+        assert all(landed(reader, layer) for reader in readers)
+    assert drive.reads == [0, 1]
+    assert loads._left == PAGE_BYTES
+    for reader in readers:
+        assert not drive.closed
+        reader.close()
+        reader.close()
+    assert drive.closed
+    assert not loads._loads
+
+
+def test_no_more_pages_are_held_than_may_be(drive):
+    loads, (first, second) = opened(drive, 2, held_bytes=PAGE_BYTES)
+    assert landed(first, 0)
+    assert landed(first, 1)
+    assert loads._left == 0, "the first page waits, for a second one there is no room"
+    assert landed(second, 1)
+    assert landed(second, 0)
+    assert sorted(drive.reads) == [0, 1, 1]
+    assert loads._left == PAGE_BYTES
+
+
+def test_nothing_is_held_for_one_who_keeps_a_block_open(drive):
+    _, (first, second) = opened(drive, 2)
+    second.detach()
+    assert landed(first, 0)
+    assert landed(first, 0)
+    assert drive.reads == [0, 0]
+    assert landed(second, 0)
+    assert drive.reads == [0, 0, 0]
+
+
+def test_one_who_closes_early_frees_what_waits_for_it(drive):
+    loads, (first, second) = opened(drive, 2)
+    before = loads._left
+    assert landed(first, 0)
+    assert loads._left == before - PAGE_BYTES
+    second.close()
+    assert loads._left == before
+    assert not drive.closed
+
+
+def test_a_failure_is_every_readers(drive, monkeypatch):
+    _, readers = opened(drive, 2)
+
+    def fail(layer):
+        drive.reads.append(layer)
+        raise BlockError("the platter is scratched")
+
+    monkeypatch.setattr(drive, "page", fail)
+    for reader in readers:
+        with pytest.raises(BlockError, match="scratched"):
+            landed(reader, 0)
+    assert drive.reads == [0]
+
+
+def test_an_interrupt_is_for_one_reader_only(drive, monkeypatch):
+    _, (first, second) = opened(drive, 2)
+    begun, go_on, answers = threading.Event(), threading.Event(), []
+    page = drive.page
+
+    def interrupted(layer):
+        monkeypatch.setattr(drive, "page", page)
+        begun.set()
+        assert go_on.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drive, "page", interrupted)
+
+    def read(reader):
+        try:
+            answers.append(landed(reader, 0))
+        except KeyboardInterrupt:
+            answers.append("interrupted")
+
+    threads = [threading.Thread(target=read, args=(first,))]
+    threads[0].start()
+    assert begun.wait(30)
+    threads.append(threading.Thread(target=read, args=(second,)))
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, answers)) == ["True", "interrupted"]
+
+
+def test_many_threads_get_the_right_bytes(drive):
+    loads = SharedLoads(Leases(), held_bytes=PAGE_BYTES)
+    wrong = []
+
+    def work(turn):
+        for layer in (turn % 2, 1 - turn % 2):
+            reader = loads.open(BLOCK.id, Drive)
+            if not landed(reader, layer):
+                wrong.append(layer)
+            reader.close()
+
+    threads = [threading.Thread(target=lambda n=n: [work(n + i) for i in range(30)]) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not loads._loads
+    assert loads._left == PAGE_BYTES

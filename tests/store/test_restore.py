@@ -1,0 +1,279 @@
+"""Pages land where they are to lie, each read once, and nothing lands after close."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from kvtier import BlockError, PrefixStore, RestoreError
+from kvtier.kv.page import Landing
+from kvtier.platform.descriptors import OF_THIS_PROCESS
+from kvtier.store import load as restore_module
+from kvtier.store.format.block_file import BlockFile
+from tests.support.stores import (
+    DAMAGES,
+    DIM,
+    HEADS,
+    LAYERS,
+    ROOT,
+    block_files,
+    commit,
+    count,
+    damage,
+    restored_length,
+    same_bits,
+    truth,
+)
+
+
+@pytest.fixture(params=["ram", "raw", "zstd"])
+def store(request, tmp_path):
+    """A store with blocks of 4 that knows 18 tokens, in RAM or on disk."""
+    if request.param == "ram":
+        with PrefixStore(block_size=4) as store:
+            commit(store, count(18))
+            yield store
+        return
+    with PrefixStore(tmp_path, block_size=4, compression=request.param) as store:
+        commit(store, count(18))
+    with PrefixStore(tmp_path, block_size=4, compression=request.param) as store:
+        yield store
+
+
+def windows(rows, columns):
+    return [tuple(torch.zeros(rows, HEADS, columns, DIM) for _ in "kv") for _ in range(LAYERS)]
+
+
+def test_rows_take_different_parts_of_the_same_blocks(store):
+    """Row 0 is padded by 3 columns and wants tokens 0..18, row 1 by 5 and wants 6..13."""
+    match = store.match(ROOT, count(18))
+    buffers = windows(2, 25)
+    pads = (3, 5)
+    restore = store.restore([match.between(0, 18), match.between(6, 13)])
+    restore.start(lambda layer, row: (Landing.on(*(t[row, :, pads[row] :] for t in buffers[layer])), 0))
+    for layer, (k_bhtd, v_bhtd) in enumerate(buffers):
+        restore.wait(layer)
+        expected = truth(ROOT, count(18), 0, 18)[layer]
+        for ours, theirs in ((k_bhtd, expected.k_htd), (v_bhtd, expected.v_htd)):
+            assert same_bits(ours[0, :, 3:21], theirs)
+            assert same_bits(ours[1, :, 11:18], theirs[:, 6:13])
+            assert not ours[0, :, :3].any()
+            assert not ours[0, :, 21:].any()
+            assert not ours[1, :, :11].any()
+            assert not ours[1, :, 18:].any()
+    assert restore.nbytes == (18 + 7) * LAYERS * 2 * HEADS * DIM * 4
+    restore.close()
+
+
+def test_spans_are_cut_at_both_ends(store):
+    match = store.match(ROOT, count(18))
+    assert match.length == 18
+    for begin in range(19):
+        for end in range(19):
+            spans = match.between(begin, end)
+            covered = [span.block.tokens[i] for span in spans for i in range(span.first, span.last)]
+            assert covered == list(range(begin, end))
+            assert [span.start for span in spans] == sorted(span.start for span in spans)
+
+
+def test_blocks_that_do_not_fit_are_forgotten(store, caplog):
+    match = store.match(ROOT, count(18))
+    restore = store.restore([match.spans])
+    assert isinstance(restore.reject("not of this model"), RestoreError)
+    restore.close()
+    assert store.match(ROOT, count(18)).length == 0
+
+
+def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatch, caplog):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+    read, landed = BlockFile.land, threading.Event()
+
+    def land(self, layer, first, last, landing, *, check=True):
+        if layer == 1:
+            assert landed.wait(timeout=30)
+            raise BlockError("the platter is scratched")
+        read(self, layer, first, last, landing)
+
+    monkeypatch.setattr(BlockFile, "land", land)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        restore.wait(0)
+        landed.set()
+        with pytest.raises(RestoreError, match="scratched"):
+            restore.wait(1)
+        restore.close()
+        assert store.match(ROOT, count(8)).length < 8
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_all_blocks_that_cannot_be_opened_are_found_out_at_once(tmp_path, caplog, how):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(20))
+    files = {path.stem: path for path in block_files(tmp_path)}
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        spans = store.match(ROOT, count(20)).spans
+        for index in (1, 2, 4):
+            damage(files[spans[index].block.key], how, at=30)
+        with pytest.raises(BlockError) as raised:
+            store.restore([spans])
+        assert files[spans[1].block.key].name in str(raised.value)
+        assert str(raised.value).endswith("(and 2 more)")
+        assert restored_length(store, count(20)) == 4
+        assert commit(store, count(20)) == 12  # those that were damaged, and no other
+        store.flush()
+        assert restored_length(store, count(20)) == 20
+    assert [record.getMessage()[:49] for record in caplog.records] == [
+        "3 stored blocks cannot be used and were removed: "
+    ]
+
+
+def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch, caplog):
+    """In two layers, the second of which is still to be read when the first is known to have failed."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(20))
+    read, wait, waiting = BlockFile.land, restore_module.wait, threading.Event()
+
+    def wait_for_all(layers):
+        waiting.set()
+        return wait(layers)
+
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        spans = store.match(ROOT, count(20)).spans
+        bad = {(spans[i].block.key, layer) for i, layer in ((3, 0), (2, 0), (1, LAYERS - 1))}
+
+        def land(self, layer, first, last, landing, *, check=True):
+            if layer == LAYERS - 1:
+                assert waiting.wait(timeout=30)
+            if (self.id.key, layer) in bad:
+                raise BlockError(f"{self.path} is scratched")
+            read(self, layer, first, last, landing)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockFile, "land", land)
+            patched.setattr(restore_module, "wait", wait_for_all)
+            buffers = windows(1, 20)
+            restore = store.restore([spans])
+            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            with pytest.raises(RestoreError, match=rf"{spans[1].block.key}.* is scratched \(and 2 more\)"):
+                restore.wait(0)
+            restore.close()
+        assert restored_length(store, count(20)) == 4
+        assert commit(store, count(20)) == 12
+        store.flush()
+        assert restored_length(store, count(20)) == 20
+    assert len(caplog.records) == 1
+
+
+def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch, caplog):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+
+    def land(self, *where, check=True):
+        raise BlockError("the platter is scratched")
+
+    with PrefixStore(tmp_path, block_size=4) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockFile, "land", land)
+            buffers = windows(1, 8)
+            restore = store.restore([store.match(ROOT, count(8)).spans])
+            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            restore.give_head_start(30)
+            restore.close()
+        assert store.match(ROOT, count(8)).length == 0
+    assert len(caplog.records) == 1
+
+
+def test_a_failure_is_reported_once(tmp_path, monkeypatch):
+    """What is committed under the key of a damaged block afterwards is good, and stays."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+
+    def land(self, *where, check=True):
+        raise BlockError("the platter is scratched")
+
+    with PrefixStore(tmp_path, block_size=4) as store:
+        monkeypatch.setattr(BlockFile, "land", land)
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        with pytest.raises(RestoreError):
+            restore.wait(0)
+        assert commit(store, count(8)) == 8
+        with pytest.raises(RestoreError):
+            restore.wait(1)
+        restore.close()
+        assert store.match(ROOT, count(8)).length == 8
+
+
+def test_nothing_lands_after_close(tmp_path, monkeypatch):
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(8))
+    reading, go, landed, open_before = threading.Event(), threading.Event(), [], len(OF_THIS_PROCESS)
+    read = BlockFile.land
+
+    def land(self, *where, check=True):
+        reading.set()
+        assert go.wait(timeout=30)
+        read(self, *where)
+        landed.append(where)
+
+    monkeypatch.setattr(BlockFile, "land", land)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        buffers = windows(1, 8)
+        restore = store.restore([store.match(ROOT, count(8)).spans])
+        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        assert reading.wait(timeout=30)
+        closing = threading.Thread(target=restore.close)
+        closing.start()
+        go.set()
+        closing.join(timeout=30)
+        assert not closing.is_alive()
+        after_close = len(landed)
+        store.flush()
+        assert len(landed) == after_close
+        assert len(OF_THIS_PROCESS) == open_before
+
+
+@pytest.mark.parametrize("end", ["wait", "close"])
+@pytest.mark.parametrize("readers", [1, 2], ids=["alone", "shared"])
+def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypatch, end, readers):
+    """The threads that its parent waits for are not in it."""
+    with PrefixStore(tmp_path, block_size=4) as store:
+        commit(store, count(18))
+    read, parent = os.preadv, os.getpid()
+    blocked, go = threading.Event(), threading.Event()
+
+    def slow(*args):
+        if os.getpid() == parent and threading.current_thread() is not threading.main_thread():
+            blocked.set()
+            go.wait(timeout=60)
+        return read(*args)
+
+    with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
+        buffers = [windows(1, 18) for _ in range(readers)]
+        restores = [store.restore([store.match(ROOT, count(18)).spans]) for _ in buffers]
+        monkeypatch.setattr(os, "preadv", slow)
+        for own, restore in zip(buffers, restores, strict=True):
+            restore.start(lambda layer, row, own=own: (Landing.on(*(t[row] for t in own[layer])), 0))
+        assert blocked.wait(timeout=60)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # ends a child that waits for ever
+            right = True
+            for own, restore in zip(buffers, restores, strict=True):
+                for layer, expected in enumerate(truth(ROOT, count(18), 0, 18)) if end == "wait" else ():
+                    restore.wait(layer)
+                    right = right and same_bits(own[layer][0][0], expected.k_htd)
+                restore.close()
+            os._exit(0 if right else 1)
+        _, status = os.waitpid(pid, 0)
+        go.set()
+        assert os.waitstatus_to_exitcode(status) == 0
+        for restore in restores:
+            restore.close()

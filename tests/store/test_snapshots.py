@@ -1,0 +1,236 @@
+"""Snapshots in a store: they come back to the bit, are found by the tokens before them, and go with their chain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvtier import PrefixStore
+from kvtier.errors import BlockError, RestoreError
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId
+from kvtier.store.format.block_file import BlockFile, encode_block
+from tests.support.stores import OTHER_ROOT, ROOT, count, truth
+
+SIZE = 4
+
+
+def states(n: int, nbytes: int = 100) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def keep(store, tokens, *positions, root=ROOT):
+    kept = {position: states(position) for position in positions}
+    return store.commit(root, tokens, lambda start, stop: truth(root, tokens, start, stop), {"of": "a test"}, kept)
+
+
+def positions(store, tokens, limit=None, root=ROOT):
+    return [position for position, _ in store.snapshots(root, tokens, len(tokens) - 1 if limit is None else limit)]
+
+
+@pytest.fixture(params=["host", "raw", "zstd"])
+def reopened(request, tmp_path):
+    """``reopened(store)``: what the next turn finds it in: RAM, or another store on the same files."""
+    opened = []
+
+    def make():
+        if request.param == "host":
+            opened.append(PrefixStore(block_size=SIZE))
+        else:
+            opened.append(PrefixStore(tmp_path, block_size=SIZE, compression=request.param))
+        return opened[-1]
+
+    def again(store):
+        if request.param == "host":
+            return store
+        store.close()
+        return make()
+
+    yield make, again
+    for store in opened:
+        store.close()
+
+
+def test_states_come_back_to_the_bit(reopened):
+    make, again = reopened
+    store = make()
+    tokens = count(11)
+    keep(store, tokens, 6, 11)
+    store = again(store)
+    longer = count(13)
+    match = store.match(ROOT, longer, 12)
+    assert match.length == 11
+    for position, snapshot in store.snapshots(ROOT, longer, 12):
+        with_pages = store.restore([match.between(0, position)], [snapshot])
+        assert torch.equal(with_pages.states(0), states(position))
+        with_pages.close()
+        alone = store.restore([()], [snapshot])
+        assert alone.nbytes == 0
+        assert torch.equal(alone.states(0), states(position))
+        alone.close()
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 8, 11, 12])
+def test_a_snapshot_is_found_by_the_tokens_before_it(reopened, at):
+    """Where a block ends too: there, a block without states has the same ids."""
+    make, again = reopened
+    store = make()
+    keep(store, count(12), at)
+    store = again(store)
+    assert positions(store, count(14)) == [at]
+    assert positions(store, count(14), limit=at) == [at]
+    assert positions(store, count(14), limit=at - 1) == []
+    other = count(14)
+    other[at - 1] += 50
+    assert positions(store, other) == []
+    other = count(14)
+    other[at] += 50
+    assert positions(store, other) == [at]
+    assert positions(store, count(14), root=OTHER_ROOT) == []
+
+
+def test_the_longest_comes_first(reopened):
+    make, again = reopened
+    store = make()
+    keep(store, count(12), 2, 3, 4, 8, 9, 12)
+    store = again(store)
+    assert positions(store, count(20)) == [12, 9, 8, 4, 3, 2]
+    assert positions(store, count(20), limit=8) == [8, 4, 3, 2]
+
+
+def test_longer_chains_do_not_answer_for_a_snapshot(reopened):
+    """Tails without states are dropped for longer ones; those with states stay."""
+    make, again = reopened
+    store = make()
+    keep(store, count(6), 6)
+    keep(store, count(15), 15)
+    store = again(store)
+    assert positions(store, count(20)) == [15, 6]
+
+
+def test_what_nothing_could_begin_with_is_not_kept():
+    with PrefixStore(block_size=SIZE) as store:
+        assert keep(store, count(11)) == 8
+        assert store.match(ROOT, count(20)).length == 8
+
+
+def test_models_without_layers_of_k_and_v(reopened):
+    make, again = reopened
+    store = make()
+    tokens = count(10)
+    store.commit(ROOT, tokens, lambda start, stop: (), {"of": "a test"}, {10: states(10)})
+    store = again(store)
+    assert store.match(ROOT, count(12)).length == 10
+    ((position, snapshot),) = store.snapshots(ROOT, count(12), 11)
+    assert position == 10
+    restore = store.restore([()], [snapshot])
+    assert torch.equal(restore.states(0), states(10))
+    restore.close()
+
+
+def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
+    with PrefixStore(tmp_path, block_size=SIZE) as store:
+        keep(store, count(6), 6)
+    (file,) = (f for f in tmp_path.glob("blocks/*/*/*.safetensors") if b'"states"' in f.read_bytes())
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with PrefixStore(tmp_path, block_size=SIZE) as store:
+        ((_, snapshot),) = store.snapshots(ROOT, count(8), 7)
+        restore = store.restore([()], [snapshot])
+        with pytest.raises(RestoreError, match="checksum"):
+            restore.states(0)
+        restore.close()
+        assert positions(store, count(8)) == []
+    assert "was removed" in caplog.text
+
+
+def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
+    """Neither can a file of states pass for the block without, nor the other way."""
+    pages = truth(ROOT, count(3), 0, 3)
+    plain, snapshot = (BlockId.of(ROOT, ROOT, count(3), snapshot=s) for s in (False, True))
+    assert (plain.is_snapshot, snapshot.is_snapshot) == (False, True)
+    for block in (Block(plain, pages, 0, states(1)), Block(snapshot, pages)):
+        path = tmp_path / "block"
+        path.write_bytes(b"".join(encode_block(block, "raw")))
+        with pytest.raises(BlockError, match="ids do not give its key"):
+            BlockFile(str(path))
+
+
+def test_bytes_of_states_count(tmp_path):
+    with PrefixStore(tmp_path, block_size=SIZE, host_budget="1MiB") as store:
+        tokens = count(3)
+        store.commit(ROOT, tokens, lambda a, b: truth(ROOT, tokens, a, b), {}, {3: states(3, 500_000)})
+        store.flush()
+        assert all(tier.nbytes > 500_000 for tier in store.stats().tiers)
+
+
+# --- names, forgetting, archives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [6, 8])
+def test_a_name_means_the_snapshot(reopened, length):
+    make, again = reopened
+    store = make()
+    keep(store, count(length), 5, length)
+    named = store.name("chat", ROOT, count(length), pin=True)
+    assert named.tokens == named.kept_tokens == length
+    if store.path is not None:
+        store.prune(to_bytes=0)
+        store = again(store)
+        assert positions(store, count(20)) == [length]
+        assert store.tokens_of("chat").tolist() == count(length).tolist()
+
+
+def test_forgetting_a_name_leaves_no_snapshot_of_it(reopened):
+    make, _ = reopened
+    store = make()
+    keep(store, count(6), 2, 6)
+    keep(store, count(15), 8, 11, 15)
+    store.name("chat", ROOT, count(15))
+    store.forget("chat")
+    assert list(store.chains()) == []
+    assert positions(store, count(20)) == []
+
+
+def test_forgetting_a_name_leaves_what_another_conversation_needs(reopened):
+    make, again = reopened
+    store = make()
+    keep(store, count(10), 10)
+    store.name("chat", ROOT, count(10))
+    other = np.concatenate([count(8), count(3, 70)])
+    keep(store, other, 11)
+    store.forget("chat")
+    store = again(store)
+    assert positions(store, count(12)) == []
+    assert positions(store, np.concatenate([other, count(2)])) == [11]
+    assert store.match(ROOT, count(12)).length == 8
+
+
+def test_forgetting_ids_takes_their_snapshots(reopened):
+    make, _ = reopened
+    store = make()
+    keep(store, count(10), 3, 6, 8, 10)
+    store.forget(count(5))
+    assert positions(store, count(12)) == []
+    assert store.match(ROOT, count(12)).length == 0
+
+
+@pytest.mark.parametrize("length", [6, 8])
+@pytest.mark.parametrize("pages", [True, False], ids=["with-windows", "states-only"])
+def test_an_archive_carries_the_states(tmp_path, length, pages):
+    tokens = count(length)
+    with PrefixStore(tmp_path / "a", block_size=SIZE) as store:
+        read = (lambda a, b: truth(ROOT, tokens, a, b)) if pages else (lambda a, b: ())
+        store.commit(ROOT, tokens, read, {"of": "a test"}, {3: states(3), length: states(length)})
+        store.name("chat", ROOT, tokens)
+        store.export("chat", tmp_path / "chat.safetensors")
+    with PrefixStore(tmp_path / "b", block_size=SIZE) as store:
+        assert store.import_(tmp_path / "chat.safetensors").kept_tokens == length
+        ((position, snapshot),) = store.snapshots(ROOT, count(20), 19)
+        assert position == length
+        restore = store.restore([()], [snapshot])
+        assert torch.equal(restore.states(0), states(length))
+        restore.close()

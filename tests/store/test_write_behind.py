@@ -1,0 +1,255 @@
+"""What waits to be written until its conversation rests."""
+
+import itertools
+import threading
+
+import pytest
+
+from kvtier import ConfigurationError, PrefixStore
+from kvtier.store.write_behind import LONGEST_RESTS, WriteBehind
+from tests.support.stores import ROOT, block, commit, count, restored_length, truth
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def behind(clock):
+    behind = WriteBehind(10.0, lambda: None, clock)
+    yield behind
+    behind.close()
+
+
+def wake(behind):
+    """Let the thread look at the clock."""
+    done = threading.Event()
+    behind.submit(done.set)
+    assert done.wait(30)
+    behind.submit(lambda: None)
+
+
+def test_a_tail_is_written_when_its_conversation_rests(behind, clock):
+    written = threading.Event()
+    behind.submit_at_rest("a", written.set, None)
+    assert behind.waits("a")
+    clock.now += 9.9
+    wake(behind)
+    assert not written.is_set()
+    clock.now += 0.2
+    wake(behind)
+    assert written.wait(30)
+    assert not behind.waits("a")
+    assert behind.take_back("a") is None
+
+
+def test_a_tail_that_another_one_replaces_is_not_written(behind, clock):
+    written = []
+    behind.submit_at_rest("a", lambda: written.append("a"), None)
+    behind.submit_at_rest("b", lambda: written.append("b"), behind.take_back("a"))
+    behind.flush()
+    assert written == ["b"]
+
+
+def test_while_turn_follows_turn_a_tail_waits_no_longer_than_it_may(behind, clock):
+    since, turns, written = None, 0, threading.Event()
+    while not written.is_set():
+        behind.submit_at_rest(str(turns), written.set, since)
+        clock.now += 9.0
+        wake(behind)
+        behind.submit(lambda: None)
+        since = behind.take_back(str(turns))
+        turns += 1
+        if since is None:
+            assert written.wait(30)
+    assert turns == -(-LONGEST_RESTS * 10 // 9)
+
+
+def test_with_no_delay_each_tail_is_queued_at_once(clock):
+    behind, gate = WriteBehind(0.0, lambda: None, clock), threading.Event()
+    behind.submit_at_rest("a", gate.set, None)
+    assert gate.wait(30)
+    behind.close()
+
+
+def test_closing_writes_what_waits(clock):
+    written = []
+    behind = WriteBehind(10.0, lambda: None, clock)
+    behind.submit_at_rest("a", lambda: written.append("a"), None)
+    behind.close()
+    assert written == ["a"]
+
+
+# --- in a store -------------------------------------------------------------------------------------------------------
+
+
+def chat(store, turns, tokens_each):
+    """Commit a conversation that grows; return how many bytes of K and V it has."""
+    tokens = count(turns * tokens_each)
+    for turn in range(1, turns + 1):
+        ids = tokens[: turn * tokens_each]
+        store.commit(ROOT, ids, lambda start, stop: truth(ROOT, tokens, start, stop))
+    store.flush()
+    assert restored_length(store, tokens) == len(tokens)
+    return block(tokens).nbytes
+
+
+@pytest.mark.parametrize(("turns", "tokens_each"), [(20, 3), (64, 1)])
+def test_a_chat_of_short_turns_writes_little_more_than_it_keeps(tmp_path, turns, tokens_each):
+    written = {}
+    for delay in (0.0, 3600.0):
+        with PrefixStore(tmp_path / str(delay), block_size=32, tail_delay=delay) as store:
+            kept = chat(store, turns, tokens_each)
+            headers = 2048 * len(list(store.path.rglob("*.safetensors")))
+            written[delay] = store.stats().written_bytes
+        with PrefixStore(tmp_path / str(delay), block_size=32) as store:
+            assert restored_length(store, count(turns * tokens_each)) == turns * tokens_each
+    assert written[3600.0] <= 1.5 * (kept + headers)
+    assert written[0.0] > 3 * written[3600.0]
+
+
+def test_what_flush_confirmed_is_there_until_its_successor_is(tmp_path):
+    with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
+        commit(store, count(5))
+        store.flush()
+        commit(store, count(7))  # waits
+        with PrefixStore(tmp_path, block_size=8) as other:
+            assert restored_length(other, count(7)) == 5
+        store.flush()
+        with PrefixStore(tmp_path, block_size=8) as other:
+            assert restored_length(other, count(7)) == 7
+
+
+def test_a_tail_that_waits_is_no_gap_in_what_disk_has(tmp_path):
+    """It is committed again: it counts as known, and is not written for that."""
+    with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
+        for _ in range(3):
+            commit(store, count(13))
+        done = threading.Event()
+        store._behind.submit(done.set)
+        assert done.wait(30)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_a_name_follows_a_tail_that_was_never_written(tmp_path):
+    with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
+        commit(store, count(13))
+        store.name("chat", ROOT, count(13))
+        commit(store, count(14))
+        commit(store, count(15))
+        store.flush()
+        assert store.named("chat").tokens == 13
+    with PrefixStore(tmp_path, block_size=8) as store:
+        assert list(store.tokens_of("chat")) == list(count(13))
+
+
+def test_a_name_has_its_tail_written(tmp_path):
+    with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
+        commit(store, count(13))
+        store.name("chat", ROOT, count(13))
+        assert not store._behind.waits(block(count(13)).id.key)
+
+
+def test_a_block_waits_in_ram_for_as_long_as_it_is_not_written(tmp_path):
+    """RAM that is full of tails that wait has them written, and goes on."""
+    nbytes = block(count(7)).nbytes
+    with PrefixStore(tmp_path, block_size=8, tail_delay=3600, host_budget=2 * nbytes) as store:
+        for first in range(0, 1000, 100):
+            tokens = count(7, first=first)
+            assert commit(store, tokens) == 7
+        store.flush()
+        assert all(restored_length(store, count(7, first=first)) == 7 for first in range(0, 1000, 100))
+
+
+# --- until the second use ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_used_once_is_not_written(tmp_path):
+    with PrefixStore(tmp_path, block_size=8, write_on="second-use") as store:
+        commit(store, count(20))
+        commit(store, count(20, first=100))
+        store.flush()
+        assert store.stats().written_bytes == 0
+        assert restored_length(store, count(20)) == 20  # from RAM
+        commit(store, count(20))
+        store.flush()
+    with PrefixStore(tmp_path, block_size=8) as store:
+        assert restored_length(store, count(20)) == 20
+        assert restored_length(store, count(20, first=100)) == 0
+
+
+def test_a_conversation_that_goes_on_is_written(tmp_path):
+    with PrefixStore(tmp_path, block_size=8, write_on="second-use") as store:
+        for length in (20, 30, 40):
+            commit(store, count(length))
+    with PrefixStore(tmp_path, block_size=8) as store:
+        assert restored_length(store, count(40)) == 24  # full blocks that a second turn used
+
+
+def test_a_name_is_a_reason_to_write(tmp_path):
+    with PrefixStore(tmp_path / "kv", block_size=8, write_on="second-use") as store:
+        commit(store, count(20))
+        store.name("kept", ROOT, count(20))
+        store.export("kept", tmp_path / "file")
+    with PrefixStore(tmp_path / "kv", block_size=8) as store:
+        assert restored_length(store, count(20)) == 20
+    with PrefixStore(tmp_path / "other", block_size=8, write_on="second-use", host_budget=1) as store:
+        store.import_(tmp_path / "file")  # there is no RAM to keep it in
+    with PrefixStore(tmp_path / "other", block_size=8) as store:
+        assert restored_length(store, count(20)) == 20
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("tail_delay", v) for v in (-1, float("nan"), float("inf"), True, "10", None)]
+    + [("write_on", v) for v in ("", "third-use", None, 2)],
+)
+def test_settings_are_checked(tmp_path, setting, value):
+    with pytest.raises(ConfigurationError, match=setting):
+        PrefixStore(tmp_path, **{setting: value})
+
+
+# --- a drive that hangs -----------------------------------------------------------------------------------------------
+
+
+def test_a_drive_that_hangs_holds_no_turn_up(tmp_path, caplog):
+    """Its blocks stay in RAM; they are written when a turn uses them once the drive goes on."""
+    gate = threading.Event()
+    with PrefixStore(tmp_path, block_size=4) as store:
+        store._behind._writer._wait_seconds = 0.05
+        store._behind.submit(gate.wait)
+        for turn in itertools.count(1):
+            commit(store, count(4 * turn))
+            if store.stats().errors.get("write"):
+                break
+        assert restored_length(store, count(4 * turn)) == 4 * turn
+        gate.set()
+        store.flush()
+        commit(store, count(4 * turn + 4))
+        store.flush()
+        assert not store._host._writing, "a block that nobody writes is never evicted"
+        assert sum("hangs" in record.message for record in caplog.records) == 1
+    with PrefixStore(tmp_path, block_size=4) as store:
+        assert restored_length(store, count(4 * turn + 4)) == 4 * turn + 4
+
+
+def test_a_drive_that_hangs_while_ram_is_full_of_what_it_has_not_written_holds_no_turn_up(tmp_path, caplog):
+    gate, settings = threading.Event(), {"block_size": 4, "host_budget": 3 * block(count(4)).nbytes}
+    with PrefixStore(tmp_path, **settings) as store:
+        store._host._longest_wait_seconds = 0.05
+        store._behind.submit(gate.wait)
+        assert commit(store, count(40)) == 12
+        gate.set()
+        store.flush()
+        store._host._longest_wait_seconds = 30.0
+        assert restored_length(store, count(40)) == 12
+        assert sum("hangs" in record.message for record in caplog.records) == 1
+        assert commit(store, count(40)) == 28

@@ -1,0 +1,88 @@
+"""Two models of five words, and how the property tests ask them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvtier.hf.compat.names import CHUNKS_CONTINUE
+from tests.support import families
+from tests.support.upstream import CACHE
+
+VOCABULARY = 6  # five words; 0 is padding
+HEAD_DIM = 8
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.6,  # smaller models need larger weights for history to decide
+}
+CHUNKS: dict[str, Any] = {"prefill_chunk_size": 3} if CHUNKS_CONTINUE else {}  # where not, such a turn is off
+Tokens = tuple[int, ...]
+
+
+@functools.cache
+def tiny(family: str, layers: int) -> PreTrainedModel:
+    """``llama``: full attention. ``gemma3``: windows of 6, which longer prompts overflow, but in the last layer."""
+    shape: dict[str, Any] = {**_SHAPE, "num_hidden_layers": layers}
+    if family == "llama":
+        return families.build(family, attention="sdpa", seed=1, **shape)
+    kinds = [*["sliding_attention"] * (layers - 1), "full_attention"]
+    return families.build(family, seed=1, **shape, sliding_window=6, layer_types=kinds)
+
+
+def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
+    columns = max(map(len, rows)) + extra
+    return torch.tensor([(0,) * (columns - len(row)) + row for row in rows])
+
+
+def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, argument: str = CACHE, **settings: Any) -> Any:
+    """``generate`` with logits and always the same dice; by default on the ``DynamicCache`` that it makes itself."""
+    torch.manual_seed(11)
+    return model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        **({} if cache is None else {argument: cache}),
+        suppress_tokens=[0],
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{"do_sample": False, "max_new_tokens": 3, **settings},
+    )
+
+
+def with_columns_of(cache: Any, columns: int, model: PreTrainedModel) -> DynamicCache:
+    """A ``DynamicCache`` that holds copies of the first ``columns`` columns of ``cache``."""
+    copied = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        copied.update(layer.keys[:, :, :columns].clone(), layer.values[:, :, :columns].clone(), index)
+    return copied
+
+
+def columns_of(cache: Any, row: int) -> list[bytes]:
+    """K and V of all layers of each column of ``row``, as bytes."""
+    parts = [part[row].transpose(0, 1) for layer in cache.layers for part in (layer.keys, layer.values)]
+    assert len({len(part) for part in parts}) == 1, "layers of different lengths"
+    return [column.tobytes() for column in torch.cat([part.reshape(len(part), -1) for part in parts], 1).numpy()]
+
+
+def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:
+    """Equal tokens; logits equal, to the bit if ``exact``. Two words as likely as each other may change places."""
+    for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        if exact:
+            assert torch.equal(ours, theirs), f"step {step}: logits differ by {(ours - theirs).abs().max()}"
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-3), f"step {step}: by {(ours - theirs).abs().max()}"
+        column = step - len(found.logits)
+        if not torch.equal(found.sequences[:, column], expected.sequences[:, column]):
+            best, second = theirs[:, 1:].topk(2).values.unbind(1)
+            assert not exact, f"step {step}: other tokens"
+            assert bool((best - second < 1e-4).any()), f"step {step}: other tokens, and no draw"
+            return  # the rest follows from another token
+    assert torch.equal(found.sequences, expected.sequences)
