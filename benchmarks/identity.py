@@ -15,7 +15,7 @@ from benchmarks.result import Result, make_case
 from benchmarks.workload import load_chat, seconds_of
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.identity.fingerprint import identify
-from kvtier.hf.identity.module_walk import Anatomy
+from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.weights.digest import digest_weights
 
 _SMALL = "SmolLM2-135M"
@@ -77,7 +77,7 @@ def _measure(model: Any) -> Sample:
     first_seconds = seconds_of(lambda: identify(unknown, "", 256))
     later_seconds = seconds_of(lambda: identify(unknown, "", 256))
     identify(model, "", 256)
-    tensors, tokens = Anatomy(model).tensors, np.arange(_PROMPT_TOKENS) * 7
+    tensors, tokens = ModelWalk(model).tensors, np.arange(_PROMPT_TOKENS) * 7
     weights_seconds = seconds_of(lambda: digest_weights(model, tensors))
     rows_seconds = seconds_of(lambda: digest_weights(model, tensors, tokens))
     ids = torch.tensor([[1, 2, 3, 4]])

@@ -13,12 +13,12 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, inte
 from benchmarks.result import Case, Result, Target, make_case
 from kvtier import PrefixStore
 from kvtier.kv.page import Page
-from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.store import DEFAULT_TAIL_DELAY_SECONDS
 
 ROOT = "77" * 32
-_LAYER = LayerGeometry(3, 64, 3, 64, torch.bfloat16)
-_GEOMETRY = Geometry((_LAYER,) * 4)  # the heads of SmolLM2, and few layers: the ratios do not depend on how many
+_LAYER = LayerSpec(3, 64, 3, 64, torch.bfloat16)
+_GEOMETRY = KVSpec((_LAYER,) * 4)  # the heads of SmolLM2, and few layers: the ratios do not depend on how many
 AT_ONCE = "each tail written at once"
 AT_REST = "tails wait for rest"
 _MOST = 1.5

@@ -44,6 +44,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# Whether bytes reach the drive is their subject.
+_WAITING_FOR_THE_DRIVE = {"platform", "system"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_power_cuts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Elsewhere nobody pulls a plug: waiting for the drive would be most of the time that thousands of turns take."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.path.parent.name not in _WAITING_FOR_THE_DRIVE:
+            patched.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
     """``make_model(family, dtype, attention, **config)``: a new tiny model; the same arguments, the same weights."""

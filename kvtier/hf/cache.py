@@ -16,16 +16,16 @@ from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
 from kvtier.hf.inputs.positions import remember_positions
-from kvtier.hf.inputs.request import read_loop
+from kvtier.hf.inputs.request import read_loop_request
 from kvtier.hf.layers.layer_marks import LayerMarks
-from kvtier.hf.offload_config import Streaming
+from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.exclusive_use import exclusively
 from kvtier.hf.turn.manager import TurnCache
 from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
-from kvtier.store.open_stores import Lease
+from kvtier.store.open_stores import StoreHandle
 from kvtier.transfer import engine_for
 
 _log = logging.getLogger("kvtier.hf")
@@ -71,10 +71,10 @@ class TieredCache(TurnCache):
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
-        self._streaming = Streaming(device_budget, host_budget, spill_dir, engine)
-        self._lease: Lease | None = None  # on a store that others share; a PrefixStore is its owner's
+        self._streaming = OffloadConfig(device_budget, host_budget, spill_dir, engine)
+        self._lease: StoreHandle | None = None  # on a store that others share; a PrefixStore is its owner's
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._lease = Lease(store)
+            self._lease = StoreHandle(store)
             store = self._lease.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
@@ -112,7 +112,7 @@ class TieredCache(TurnCache):
     def _begin_loop(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> TurnReport:
-        call = read_loop(model, input_ids, attention_mask, self.held())
+        call = read_loop_request(model, input_ids, attention_mask, self.held())
         while True:
             report = self._begin(model, call)
             try:

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from kvtier.offload.manager import AUTO, MakeEngine, Streams, default_spill_folder
+from kvtier.offload.manager import AUTO, MakeEngine, OffloadManager, default_spill_folder
 from kvtier.platform.memory import host_memory_bytes
 from kvtier.platform.paths import folder_path
 from kvtier.store import PrefixStore
 from kvtier.units import parse_bytes
 
 
-class Streaming:
+class OffloadConfig:
     """The arguments of a cache that say what may be hot and where cold pages go.
 
     Raises:
@@ -40,11 +40,11 @@ class Streaming:
         self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
         self._engine = engine
 
-    def open(self, store: PrefixStore, total_layers: Callable[[], int]) -> Streams | None:
+    def open(self, store: PrefixStore, total_layers: Callable[[], int]) -> OffloadManager | None:
         """Return the streams of a cache over ``store``; None when nothing is ever cold."""
         if self._device_budget is None:
             return None
-        return Streams(
+        return OffloadManager(
             self._device_budget,
             host_memory_bytes() // 2 if self._host_budget_bytes is None else self._host_budget_bytes,
             self._spill or default_spill_folder(store.path),

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from kvtier.kv.page import Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 
 
 def first_visible(begin: int, sliding_window: int) -> int:
@@ -22,7 +22,7 @@ class LayerMemory(Protocol):
         geometry: of K and V.
     """
 
-    geometry: LayerGeometry
+    geometry: LayerSpec
 
     @property
     def rows(self) -> int:

@@ -7,25 +7,25 @@ from typing import Any
 import torch
 
 from kvtier.kv.allocation import empty_rows, new_buffer, writable_results
-from kvtier.kv.copy_on_write import Tenants
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.copy_on_write import CopyOnWrite
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import LayerSpec
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256
 _SELECTED_TOGETHER = 512
 
 
-class Window:
+class KVBuffer:
     """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
 
     Owns both buffers, or shares them with its twins until one of them writes what another reads: the writer then takes
     a copy. Memory beyond what was written is only reserved: on the CPU it costs address space.
     """
 
-    _tenants: Tenants | None = None  # None: nobody shares these buffers
+    _tenants: CopyOnWrite | None = None  # None: nobody shares these buffers
 
-    def __init__(self, rows: int, geometry: LayerGeometry, capacity: int, device: torch.device | str) -> None:
+    def __init__(self, rows: int, geometry: LayerSpec, capacity: int, device: torch.device | str) -> None:
         self.geometry = geometry
         g = geometry
         self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
@@ -33,7 +33,7 @@ class Window:
         self._room = capacity
 
     @classmethod
-    def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerGeometry, capacity: int) -> Window:
+    def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerSpec, capacity: int) -> KVBuffer:
         """Return an empty window whose buffers lie in ``memory``, ``[bytes]``, which must be large enough."""
         g, k_bytes, v_bytes = geometry, rows * capacity * geometry.k_bytes, rows * capacity * geometry.v_bytes
         window = cls.__new__(cls)
@@ -43,9 +43,9 @@ class Window:
         return window
 
     @classmethod
-    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> Window:
+    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> KVBuffer:
         """Return an empty window for K and V like these."""
-        return cls(k_bhtd.shape[0], LayerGeometry.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
+        return cls(k_bhtd.shape[0], LayerSpec.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
 
     @staticmethod
     def capacity_for(columns: int) -> int:
@@ -72,18 +72,18 @@ class Window:
         return (
             self.rows == k_bhtd.shape[0]
             and self.device == k_bhtd.device
-            and self.geometry == LayerGeometry.of(k_bhtd, v_bhtd)
+            and self.geometry == LayerSpec.of(k_bhtd, v_bhtd)
         )
 
-    def share(self, live: int) -> Window:
+    def share(self, live: int) -> KVBuffer:
         """Return a twin that holds the same ``live`` columns and as yet no memory of its own.
 
         Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
         """
-        twin = Window.__new__(Window)
+        twin = KVBuffer.__new__(KVBuffer)
         twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k, self.v, self._room
         if self._tenants is None:
-            self._tenants = Tenants()
+            self._tenants = CopyOnWrite()
         twin._tenants = self._tenants
         self._tenants.join(self, twin, live)
         return twin
@@ -95,7 +95,7 @@ class Window:
 
     def grow(self, capacity: int, live: int) -> None:
         """Have room for ``capacity`` columns; the first ``live`` keep their values."""
-        grown = Window(self.rows, self.geometry, capacity, self.device)
+        grown = KVBuffer(self.rows, self.geometry, capacity, self.device)
         grown.k[:, :, :live] = self.k[:, :, :live]
         grown.v[:, :, :live] = self.v[:, :, :live]
         self._move_to(grown.k, grown.v)
@@ -142,7 +142,7 @@ class Window:
         self.k[:, :, begin:end] = k_bhtd
         self.v[:, :, begin:end] = v_bhtd
 
-    def copy(self, row: int, begin: int, end: int, source: Window, source_row: int, source_begin: int) -> None:
+    def copy(self, row: int, begin: int, end: int, source: KVBuffer, source_row: int, source_begin: int) -> None:
         """Put columns of another window into the columns ``[begin, end)`` of ``row``."""
         if begin < end:
             self._make_writable(begin, end)
@@ -163,14 +163,14 @@ class Window:
         self.k[row, :, begin:end] = page.k_htd.to(self.device)
         self.v[row, :, begin:end] = page.v_htd.to(self.device)
 
-    def is_host(self, geometry: LayerGeometry) -> bool:
+    def is_host(self, geometry: LayerSpec) -> bool:
         """Whether pages of ``geometry`` can land here."""
         return self.device.type == "cpu" and self.geometry == geometry
 
-    def landing(self, row: int, begin: int) -> Landing:
+    def landing(self, row: int, begin: int) -> PageView:
         """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
         self._make_writable(begin, self.capacity)
-        return Landing.on(self.k[row, :, begin:], self.v[row, :, begin:])
+        return PageView.on(self.k[row, :, begin:], self.v[row, :, begin:])
 
     def page(self, row: int, begin: int, end: int) -> Page:
         """Return a host copy of the columns ``[begin, end)`` of ``row``."""
@@ -195,9 +195,9 @@ class Window:
         if self._tenants is not None:
             self._tenants.leave(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Window:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVBuffer:
         """Copy the buffers."""
-        twin = Window.__new__(Window)
+        twin = KVBuffer.__new__(KVBuffer)
         with writable_results():
             twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k.clone(), self.v.clone(), self._room
         return twin

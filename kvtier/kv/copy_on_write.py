@@ -6,7 +6,7 @@ import threading
 import weakref
 
 
-class Tenants:
+class CopyOnWrite:
     """Owners of the same buffers: all read the first columns, one may append behind them.
 
     Guarantees: ``may_write`` says yes only where no other tenant reads. May be asked from several threads. It orders

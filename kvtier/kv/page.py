@@ -25,7 +25,7 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Landing:
+class PageView:
     """Where K and V of one layer and one sequence are to be put: ``[heads, tokens, bytes]`` each, on the host.
 
     ``bytes`` are those of one token in one head. The tokens of a head lie next to each other; heads may lie apart, so
@@ -36,13 +36,13 @@ class Landing:
     v_htb: Bytes
 
     @classmethod
-    def on(cls, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Landing:
+    def on(cls, k_htd: torch.Tensor, v_htd: torch.Tensor) -> PageView:
         """Return a landing on host tensors ``[heads, tokens, dim]``."""
         return cls(k_htd.view(torch.uint8).numpy(), v_htd.view(torch.uint8).numpy())
 
-    def cut(self, first: int, last: int) -> Landing:
+    def cut(self, first: int, last: int) -> PageView:
         """Return the part for the tokens ``[first, last)``."""
-        return Landing(self.k_htb[:, first:last], self.v_htb[:, first:last])
+        return PageView(self.k_htb[:, first:last], self.v_htb[:, first:last])
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""

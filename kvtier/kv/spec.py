@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGeometry:
+class LayerSpec:
     """K and V of one layer for one token: ``[k_heads, k_dim]`` and ``[v_heads, v_dim]``.
 
     Attributes:
@@ -44,7 +44,7 @@ class LayerGeometry:
         return self.k_bytes + self.v_bytes
 
     @classmethod
-    def of(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerGeometry:
+    def of(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerSpec:
         """Return the geometry of ``[batch, heads, tokens, dim]`` K and V."""
         k_shape, v_shape, dtype = k_bhtd.shape, v_bhtd.shape, k_bhtd.dtype
         v_dtype = v_bhtd.dtype
@@ -52,10 +52,10 @@ class LayerGeometry:
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class KVSpec:
     """The layers of a model that keep K and V, in order."""
 
-    layers: tuple[LayerGeometry, ...]
+    layers: tuple[LayerSpec, ...]
 
     @property
     def token_bytes(self) -> int:

@@ -1,1 +1,1 @@
-"""Layers of a running call that exceed the budget of their device: where their pages lie, and how they come back in time."""
+"""Layers of a running call that exceed the budget of their device, and the pages that are prefetched for them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(slots=True)
-class Traffic:
+class TransferStats:
     """Counts since a cache was made.
 
     Attributes:
@@ -23,13 +23,13 @@ class Traffic:
     waits: int = 0
     wait_seconds: float = 0.0
 
-    def copy(self) -> Traffic:
+    def copy(self) -> TransferStats:
         """Return the counts of now."""
         return replace(self)
 
-    def since(self, before: Traffic) -> Traffic:
+    def since(self, before: TransferStats) -> TransferStats:
         """Return what came after ``before``."""
-        return Traffic(
+        return TransferStats(
             self.bytes_down - before.bytes_down,
             self.bytes_up - before.bytes_up,
             self.waits - before.waits,
@@ -37,7 +37,7 @@ class Traffic:
         )
 
 
-class Ledger:
+class MemoryBudget:
     """Who holds how many bytes of a budget. ``used`` never exceeds the limit if ``fits`` is asked first.
 
     Thread-safe.

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvtier.kv.allocation import new_buffer
-from kvtier.kv.buffer import Window
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.extents import Part
 
 
@@ -24,9 +24,9 @@ class ColdPages:
         tail: a window of one page, for the columns from ``paged`` on.
     """
 
-    def __init__(self, rows: int, geometry: LayerGeometry, page_tokens: int, device: torch.device) -> None:
+    def __init__(self, rows: int, geometry: LayerSpec, page_tokens: int, device: torch.device) -> None:
         self.parts: tuple[Part, ...] = ()
-        self.tail = Window(rows, geometry, page_tokens, device)
+        self.tail = KVBuffer(rows, geometry, page_tokens, device)
 
     @property
     def paged(self) -> int:
@@ -52,13 +52,13 @@ class ColdPages:
         """Have more full pages after those that are there."""
         self.parts = (*self.parts, *parts)
 
-    def put_tail(self, into: Window, base: int, end: int) -> None:
+    def put_tail(self, into: KVBuffer, base: int, end: int) -> None:
         """Copy the columns ``[paged, end)`` to ``into``, whose column 0 is column ``base``."""
         paged = self.paged
         if paged < end:
             into.write(paged - base, self.tail.k[:, :, : end - paged], self.tail.v[:, :, : end - paged])
 
-    def keep_tail(self, source: Window, base: int, begin: int, end: int) -> None:
+    def keep_tail(self, source: KVBuffer, base: int, begin: int, end: int) -> None:
         """Copy the columns ``[begin, end)``, none of them below, from ``source``, whose column 0 is column ``base``."""
         paged = self.paged
         begin = max(begin, paged)
@@ -96,7 +96,7 @@ class ColdPages:
         g, paged = self.tail.geometry, self.paged
         k = new_buffer(g.k_heads, end - begin, g.k_dim, dtype=g.dtype)
         v = new_buffer(g.v_heads, end - begin, g.v_dim, dtype=g.values_dtype)
-        landing, at = Landing.on(k, v), 0
+        landing, at = PageView.on(k, v), 0
         for part in self.between(begin, min(end, paged)):
             part.run.read(part.rows[row], part.first, part.last, landing.cut(at, at + part.tokens))
             at += part.tokens

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from kvtier.errors import BudgetError
-from kvtier.offload.accounting import Ledger, Traffic
-from kvtier.offload.layer import StreamedLayer
-from kvtier.offload.placement import LowerTiers
-from kvtier.offload.prefetch import Ring
+from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.layer import OffloadedLayer
+from kvtier.offload.placement import PagePlacement
+from kvtier.offload.prefetch import PrefetchBuffers
 from kvtier.offload.residency import PREFETCH_DEPTH, cold_order, round_up, smallest_budget_bytes
 from kvtier.transfer import CopyEngine
 
 
-class Deck:
+class DeviceMemory:
     """One compute device. Windows, unfinished pages and slots stay inside its budget at all times.
 
     Layers turn cold when a budget would break, in an order that keeps them spread evenly, and stay cold.
@@ -40,10 +40,10 @@ class Deck:
         self,
         device: torch.device,
         engine: CopyEngine,
-        ledger: Ledger,
+        ledger: MemoryBudget,
         limit: Callable[[], int | None],
-        below: LowerTiers,
-        traffic: Traffic,
+        below: PagePlacement,
+        traffic: TransferStats,
         page_tokens: int,
         total_layers: Callable[[], int],
     ) -> None:
@@ -52,16 +52,16 @@ class Deck:
         self.below = below
         self.page_tokens = page_tokens
         self.ledger = ledger
-        self.ring = Ring(engine, device, ledger, traffic, self.make_room, self._in_order)
+        self.ring = PrefetchBuffers(engine, device, ledger, traffic, self.make_room, self._in_order)
         self.expected_columns = 0
         self.final_columns = 0
         self._limit = limit
         self._total_layers = total_layers
-        self._layers: dict[int, StreamedLayer] = {}
+        self._layers: dict[int, OffloadedLayer] = {}
         self._sorted: list[int] = []
         self._cold: set[int] = set()  # layers that are, or are to be, cold
 
-    def _in_order(self) -> Sequence[StreamedLayer]:
+    def _in_order(self) -> Sequence[OffloadedLayer]:
         return [self._layers[index] for index in self._sorted]
 
     @property
@@ -74,7 +74,7 @@ class Deck:
         """How many layers are hot."""
         return len(self._layers) - self.cold_layers
 
-    def join(self, layer: StreamedLayer) -> None:
+    def join(self, layer: OffloadedLayer) -> None:
         """Take a new layer in.
 
         Raises:
@@ -86,7 +86,7 @@ class Deck:
             bisect.insort(self._sorted, layer.index)
         self.count(layer)
 
-    def leave(self, layer: StreamedLayer) -> None:
+    def leave(self, layer: OffloadedLayer) -> None:
         """Let a layer go."""
         self.ledger.set(id(layer), 0)
         if self._layers.get(layer.index) is layer:
@@ -96,11 +96,11 @@ class Deck:
             self.ring.close()
             self._cold.clear()
 
-    def count(self, layer: StreamedLayer, more: int = 0) -> None:
+    def count(self, layer: OffloadedLayer, more: int = 0) -> None:
         """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
         self.ledger.set(id(layer), layer.device_bytes + more)
 
-    def step(self, layer: StreamedLayer) -> None:
+    def step(self, layer: OffloadedLayer) -> None:
         """Begin the update of ``layer``: what attention of the layers before it read has been enqueued.
 
         Not so of a layer that must stay hot: an indexer's keys may come after the K and V of its own layer, which
@@ -134,7 +134,7 @@ class Deck:
             if hot + ring + tails <= limit:
                 return
 
-    def keep_hot(self, layer: StreamedLayer, nbytes: int) -> bool:
+    def keep_hot(self, layer: OffloadedLayer, nbytes: int) -> bool:
         """Make room for ``nbytes`` more of ``layer``; False when it is its turn to be cold.
 
         Raises:
@@ -148,7 +148,7 @@ class Deck:
             self._turn_one_cold(but=layer)
         return layer.index not in self._cold
 
-    def make_room(self, nbytes: int, keep: StreamedLayer | None = None) -> None:
+    def make_room(self, nbytes: int, keep: OffloadedLayer | None = None) -> None:
         """Let layers turn cold until ``nbytes`` more fit.
 
         Raises:
@@ -164,7 +164,7 @@ class Deck:
         while not self.ledger.fits(nbytes):
             self._turn_one_cold(but=keep)
 
-    def _turn_one_cold(self, but: StreamedLayer | None) -> None:
+    def _turn_one_cold(self, but: OffloadedLayer | None) -> None:
         """Choose the next layer to be cold; let it go down if it is here and is not ``but``, which sees to itself."""
         for index in (*cold_order(self._total_layers()), *self._sorted):
             layer = self._layers.get(index)
@@ -183,7 +183,7 @@ class Deck:
         self.ledger.limit_bytes = self._limit()
         return self.ledger.limit_bytes
 
-    def _too_small(self, limit: int, growing: StreamedLayer | None) -> BudgetError:
+    def _too_small(self, limit: int, growing: OffloadedLayer | None) -> BudgetError:
         layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
         rows = max(layer.rows for layer in layers.values())
         columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))

@@ -10,17 +10,17 @@ from typing import Protocol
 
 import torch
 
-from kvtier.kv.buffer import Window
-from kvtier.kv.page import Landing
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.host_memory import Slabs, Slice
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.page import PageView
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.host_memory import HostPool, Slice
 from kvtier.offload.page_file import PageFile
-from kvtier.offload.staging import Staging
+from kvtier.offload.staging import StagingBuffer
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair
 
 
-class Run(Protocol):
+class Extent(Protocol):
     """K ``[rows, k_heads, tokens, k_dim]`` and V of full pages. Immutable, and may be shared by layers and caches.
 
     Attributes:
@@ -31,16 +31,16 @@ class Run(Protocol):
 
     tokens: int
     tier: str
-    geometry: LayerGeometry
+    geometry: LayerSpec
 
-    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+    def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Bring ``part`` of this run to the columns of ``into`` from ``begin`` on, when ``after`` has passed.
 
         Returns:
             The fences of all copies; there is at least one.
         """
 
-    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
         """Copy the tokens ``[first, last)`` of a row to host memory; block until that is done.
 
         Raises:
@@ -52,7 +52,7 @@ class Run(Protocol):
 class Part:
     """The tokens ``[first, last)`` of a run; row ``i`` of the layer is row ``rows[i]`` of the run."""
 
-    run: Run
+    run: Extent
     first: int
     last: int
     rows: tuple[int, ...]
@@ -67,7 +67,7 @@ class Part:
         """Bytes of K and V of all rows."""
         return len(self.rows) * self.tokens * self.run.geometry.token_bytes
 
-    def lift(self, into: Window, begin: int, after: Sequence[Fence]) -> list[Fence]:
+    def lift(self, into: KVBuffer, begin: int, after: Sequence[Fence]) -> list[Fence]:
         """Bring it to the columns of ``into`` from ``begin`` on."""
         return self.run.lift(into, begin, self, after)
 
@@ -75,11 +75,11 @@ class Part:
 class PageSource(Protocol):
     """Something that has pages of its own, such as a block of a store, of which a cold layer borrows them."""
 
-    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``."""
 
 
-class HostRun:
+class HostExtent:
     """Pages in host memory: pinned where that helps. ``fill`` comes first, once.
 
     Its memory is given back to the slabs when nothing refers to it; copies that still read it are waited for by
@@ -88,11 +88,9 @@ class HostRun:
 
     tier = "host"
 
-    def __init__(
-        self, engine: CopyEngine, slabs: Slabs, piece: Slice, rows: int, tokens: int, g: LayerGeometry
-    ) -> None:
+    def __init__(self, engine: CopyEngine, slabs: HostPool, piece: Slice, rows: int, tokens: int, g: LayerSpec) -> None:
         self._engine = engine
-        self._pages = Window.on_bytes(piece.memory, rows, g, tokens)
+        self._pages = KVBuffer.on_bytes(piece.memory, rows, g, tokens)
         self._after = piece.after
         self._users: list[Fence] = []
         self.tokens, self.geometry = tokens, g
@@ -107,7 +105,7 @@ class HostRun:
         self._users.append(self._engine.copy_all(pairs, after=[*after, *self._after]))
         return list(self._users)
 
-    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+    def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Copy up, head by head: what is contiguous on both sides is one large copy."""
         k, v = self._pages.k[:, :, part.first : part.last], self._pages.v[:, :, part.first : part.last]
         end = begin + part.tokens
@@ -116,21 +114,21 @@ class HostRun:
         self._users[:] = [self._engine.copy_all(pairs, after=[*after, *self._users])]
         return list(self._users)
 
-    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
         """Copy to ``landing``."""
         for fence in self._users:
             self._engine.settle(fence)
         landing.take(self._pages.page(row, first, last), 0, last - first)
 
 
-def _heads(into: Window, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Iterator[Pair]:
+def _heads(into: KVBuffer, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Iterator[Pair]:
     """Pair the columns ``[begin, end)`` of each head of a row with its source."""
     for buffer, source in ((into.k, k_htd), (into.v, v_htd)):
         for head in range(buffer.shape[1]):
             yield buffer[row, head, begin:end], source[head]
 
 
-class FileRun:
+class FileExtent:
     """Pages in a file. ``fill`` comes first, once.
 
     On a device that reads host memory, files are read into windows; else through staging memory.
@@ -138,7 +136,7 @@ class FileRun:
 
     tier = "disk"
 
-    def __init__(self, engine: CopyEngine, staging: Staging | None, file: PageFile) -> None:
+    def __init__(self, engine: CopyEngine, staging: StagingBuffer | None, file: PageFile) -> None:
         self._engine = engine
         self._staging = staging
         self._file = file
@@ -168,28 +166,28 @@ class FileRun:
             freed.append(copied)
         return freed
 
-    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+    def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Read by a thread, and copy up where that is not the same."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self._file.read, after, self._written)
 
-    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
         """Read into ``landing``."""
         for fence in self._written:
             self._engine.settle(fence)
         self._file.read(row, first, last, landing)
 
 
-class BorrowedRun:
+class BorrowedExtent:
     """One page of someone else, for a layer of one sequence, which holds it as long as it has it. Nothing is copied."""
 
     def __init__(
         self,
         engine: CopyEngine,
-        staging: Staging | None,
+        staging: StagingBuffer | None,
         source: PageSource,
         layer: int,
         tokens: int,
-        g: LayerGeometry,
+        g: LayerSpec,
         tier: str,
     ) -> None:
         self._engine = engine
@@ -198,23 +196,23 @@ class BorrowedRun:
         self._layer = layer
         self.tokens, self.geometry, self.tier = tokens, g, tier
 
-    def lift(self, into: Window, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
+    def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Read by a thread, and copy up where that is not the same."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self.read, after, ())
 
-    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
         """Let the source put it there."""
         self._source.land(self._layer, first, last, landing)
 
 
 class _Read(Protocol):
-    def __call__(self, row: int, first: int, last: int, landing: Landing) -> None: ...
+    def __call__(self, row: int, first: int, last: int, landing: PageView) -> None: ...
 
 
 def _lift_by_host(
     engine: CopyEngine,
-    staging: Staging | None,
-    into: Window,
+    staging: StagingBuffer | None,
+    into: KVBuffer,
     begin: int,
     part: Part,
     read: _Read,
@@ -245,6 +243,6 @@ def _lift_by_host(
     return fences
 
 
-def _read_rows(read: _Read, rows: Sequence[int], first: int, last: int, into: Window, begin: int) -> None:
+def _read_rows(read: _Read, rows: Sequence[int], first: int, last: int, into: KVBuffer, begin: int) -> None:
     for i, row in enumerate(rows):
         read(row, first, last, into.landing(i, begin).cut(0, last - first))

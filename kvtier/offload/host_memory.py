@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvtier.offload.accounting import Ledger
+from kvtier.offload.accounting import MemoryBudget
 from kvtier.transfer import Fence
 
 _SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a power of two, which allocators round to
@@ -39,7 +39,7 @@ class Slice:
     slab: _Slab
 
 
-class Slabs:
+class HostPool:
     """Host memory within a budget.
 
     A slab is used again from its beginning when all of its slices were given back; whoever gets them then comes after
@@ -50,7 +50,9 @@ class Slabs:
         ledger: counts them, and limits them.
     """
 
-    def __init__(self, make: Callable[[int], torch.Tensor], ledger: Ledger, slab_bytes: int = _SLAB_BYTES) -> None:
+    def __init__(
+        self, make: Callable[[int], torch.Tensor], ledger: MemoryBudget, slab_bytes: int = _SLAB_BYTES
+    ) -> None:
         self._make = make
         self._ledger = ledger
         self._slab_bytes = slab_bytes

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvtier.kv.base import first_visible
-from kvtier.kv.buffer import Window
+from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.cold_pages import ColdPages
-from kvtier.offload.extents import BorrowedRun, PageSource, Part
-from kvtier.offload.prefetch import Slot, Wanted
+from kvtier.offload.extents import BorrowedExtent, PageSource, Part
+from kvtier.offload.prefetch import PrefetchBuffer, Wanted
 from kvtier.offload.residency import round_up
 
 if TYPE_CHECKING:
-    from kvtier.offload.device import Deck
+    from kvtier.offload.device import DeviceMemory
 
 
-class StreamedLayer:
+class OffloadedLayer:
     """K and V of one layer for all rows.
 
     What attention gets are views: of the window of a hot layer, and of a slot of the ring for a cold one. The latter
@@ -37,10 +37,10 @@ class StreamedLayer:
 
     def __init__(
         self,
-        deck: Deck,
+        deck: DeviceMemory,
         index: int,
         rows: int,
-        geometry: LayerGeometry,
+        geometry: LayerSpec,
         *,
         sliding_window: int | None,
         may_be_cold: bool,
@@ -53,7 +53,7 @@ class StreamedLayer:
         self._deck = deck
         self._rows = rows
         self._sliding_window = sliding_window
-        self._window: Window | None = None
+        self._window: KVBuffer | None = None
         # What a hot layer has beside its window is of no meaning: giving up the window is what turns it cold.
         self._cold: ColdPages | None = None
         self._chunk = 1  # columns of the last update
@@ -106,7 +106,7 @@ class StreamedLayer:
         return (
             self._rows == k_bhtd.shape[0]
             and self.device == k_bhtd.device
-            and self.geometry == LayerGeometry.of(k_bhtd, v_bhtd)
+            and self.geometry == LayerSpec.of(k_bhtd, v_bhtd)
         )
 
     def _first_visible(self, begin: int) -> int:
@@ -149,13 +149,13 @@ class StreamedLayer:
             self.turn_cold()
             return
         if self._window is None:
-            self._window = Window(self._rows, self.geometry, capacity, self.device)
+            self._window = KVBuffer(self._rows, self.geometry, capacity, self.device)
         else:
             self._deck.count(self, capacity * self.token_bytes)
             self._window.grow(capacity, live=self.length)
         self._deck.count(self)
 
-    def _open(self, begin: int, end: int, first: int) -> tuple[Slot, Window, int]:
+    def _open(self, begin: int, end: int, first: int) -> tuple[PrefetchBuffer, KVBuffer, int]:
         """Return a slot as a window whose column 0 is column ``base``, with all columns from there to ``begin``."""
         page = self._deck.page_tokens
         base = min(first // page * page, self.paged)
@@ -165,7 +165,7 @@ class StreamedLayer:
         self._cold.put_tail(window, base, begin)
         return slot, window, base
 
-    def _close(self, slot: Slot, window: Window, base: int, begin: int, end: int) -> None:
+    def _close(self, slot: PrefetchBuffer, window: KVBuffer, base: int, begin: int, end: int) -> None:
         """Keep the columns ``[begin, end)`` that were written: full pages go down, once; the rest stays."""
         assert self._cold is not None
         paged, page = self.paged, self._deck.page_tokens
@@ -214,7 +214,7 @@ class StreamedLayer:
         self._deck.count(self)
 
     @contextmanager
-    def filling(self, begin: int, end: int) -> Iterator[tuple[Window, int]]:
+    def filling(self, begin: int, end: int) -> Iterator[tuple[KVBuffer, int]]:
         """Have the columns ``[begin, end)`` written: yields a window whose column 0 is column ``base``, and ``base``.
 
         Columns before ``begin`` stay. No attention is to see the window.
@@ -240,10 +240,10 @@ class StreamedLayer:
         self._cold.add(parts)
         self.length = self.paged
 
-    def borrowed_run(self, source: PageSource, layer: int, tokens: int, tier: str) -> BorrowedRun:
+    def borrowed_run(self, source: PageSource, layer: int, tokens: int, tier: str) -> BorrowedExtent:
         """Return pages of ``source`` as a run that ``borrow`` takes."""
         deck = self._deck
-        return BorrowedRun(deck.engine, deck.below.staging, source, layer, tokens, self.geometry, tier)
+        return BorrowedExtent(deck.engine, deck.below.staging, source, layer, tokens, self.geometry, tier)
 
     def has_host_room(self, nbytes: int) -> bool:
         """Whether host memory below the device has room for ``nbytes`` more."""
@@ -300,9 +300,9 @@ class StreamedLayer:
         k, v = torch.stack([page.k_htd for page in pages]), torch.stack([page.v_htd for page in pages])
         return k.to(self.device), v.to(self.device)
 
-    def twin(self, deck: Deck) -> StreamedLayer:
+    def twin(self, deck: DeviceMemory) -> OffloadedLayer:
         """Return a copy on another deck. Pages below are shared, since nobody changes them."""
-        twin = StreamedLayer(
+        twin = OffloadedLayer(
             deck,
             self.index,
             self._rows,

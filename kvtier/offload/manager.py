@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.accounting import Ledger, Traffic
-from kvtier.offload.device import Deck
-from kvtier.offload.layer import StreamedLayer
-from kvtier.offload.placement import LowerTiers
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.device import DeviceMemory
+from kvtier.offload.layer import OffloadedLayer
+from kvtier.offload.placement import PagePlacement
 from kvtier.offload.spill_folder import SpillFolder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.platform.paths import user_cache_folder
@@ -23,7 +23,7 @@ MakeEngine = Callable[[torch.device], CopyEngine]
 AUTO = "auto"
 
 
-class Streams:
+class OffloadManager:
     """Cold and hot layers of one cache, on as many devices as its layers arrive on.
 
     Owns engines, host memory and page files; ``close`` lets go of them.
@@ -46,26 +46,28 @@ class Streams:
         total_layers: Callable[[], int],
         make_engine: MakeEngine,
     ) -> None:
-        self.traffic = Traffic()
-        self._before = Traffic()
+        self.traffic = TransferStats()
+        self._before = TransferStats()
         self._columns = self._final_columns = 0
-        self.host = Ledger(host_budget_bytes)
+        self.host = MemoryBudget(host_budget_bytes)
         self._device_budget = device_budget
         self._folder = SpillFolder(spill_folder)
         self._kept: list[SpillFolder] = [self._folder]
         self.page_tokens = page_tokens
         self._total_layers = total_layers
         self._make_engine = make_engine
-        self._decks: dict[torch.device, Deck] = {}
+        self._decks: dict[torch.device, DeviceMemory] = {}
 
-    def deck(self, device: torch.device) -> Deck:
+    def deck(self, device: torch.device) -> DeviceMemory:
         """Return the deck of ``device``, made when it is first asked for."""
         deck = self._decks.get(device)
         if deck is None:
             engine = self._make_engine(device)
-            ledger = Ledger(None)
-            below = LowerTiers(engine, self.host, self._folder, self.traffic, self.page_tokens, _devices_like(device))
-            deck = self._decks[device] = Deck(
+            ledger = MemoryBudget(None)
+            below = PagePlacement(
+                engine, self.host, self._folder, self.traffic, self.page_tokens, _devices_like(device)
+            )
+            deck = self._decks[device] = DeviceMemory(
                 device,
                 engine,
                 ledger,
@@ -78,29 +80,29 @@ class Streams:
             deck.expected_columns, deck.final_columns = self._columns, self._final_columns
         return deck
 
-    def _limit(self, device: torch.device, ledger: Ledger) -> int | None:
+    def _limit(self, device: torch.device, ledger: MemoryBudget) -> int | None:
         if isinstance(self._device_budget, str):
             return ledger.used_bytes + free_device_bytes(device)
         return self._device_budget
 
     def layer(
         self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
-    ) -> StreamedLayer:
+    ) -> OffloadedLayer:
         """Return an empty layer for K and V like these.
 
         Raises:
             BudgetError: there is no room even for one page of it.
         """
-        return StreamedLayer(
+        return OffloadedLayer(
             self.deck(k_bhtd.device),
             index,
             k_bhtd.shape[0],
-            LayerGeometry.of(k_bhtd, v_bhtd),
+            LayerSpec.of(k_bhtd, v_bhtd),
             sliding_window=sliding_window,
             may_be_cold=may_be_cold,
         )
 
-    def keep_files_of(self, other: Streams) -> None:
+    def keep_files_of(self, other: OffloadManager) -> None:
         """Let the files of ``other`` live as long as these streams, which share pages with it."""
         self._kept.extend(folder.share() for folder in other._kept)
 
@@ -130,7 +132,7 @@ class Streams:
         )
 
     @property
-    def decks(self) -> Sequence[Deck]:
+    def decks(self) -> Sequence[DeviceMemory]:
         """All decks."""
         return tuple(self._decks.values())
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from kvtier.errors import StreamError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 
@@ -28,7 +28,7 @@ class PageFile:
     Written once, piece by piece; read in pieces by any thread. The file is deleted when the object is.
     """
 
-    def __init__(self, folder: SpillFolder, rows: int, tokens: int, geometry: LayerGeometry) -> None:
+    def __init__(self, folder: SpillFolder, rows: int, tokens: int, geometry: LayerSpec) -> None:
         g = geometry
         self.rows, self.tokens, self.geometry = rows, tokens, geometry
         k_name, v_name = DTYPE_NAMES.get(g.dtype), DTYPE_NAMES.get(g.values_dtype)
@@ -60,7 +60,7 @@ class PageFile:
                 if os.fstat(fd).st_size < self.nbytes:
                     os.ftruncate(fd, self.nbytes)
                     _transfer_all(os.pwritev, fd, [memoryview(self._header)], 0)
-                landing = [Landing.on(k_bhtd[row], v_bhtd[row]) for row in range(self.rows)]
+                landing = [PageView.on(k_bhtd[row], v_bhtd[row]) for row in range(self.rows)]
                 for row, at in enumerate(landing):
                     self._move(fd, os.pwritev, row, first, at)
             finally:
@@ -68,7 +68,7 @@ class PageFile:
         except OSError as error:
             raise StreamError(f"cannot write cold pages to {self.path}: {error}") from error
 
-    def read(self, row: int, first: int, last: int, landing: Landing) -> None:
+    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
         """Put the tokens ``[first, last)`` of a row into ``landing``, which has their size.
 
         Raises:
@@ -85,7 +85,7 @@ class PageFile:
         except OSError as error:
             raise StreamError(f"cannot read cold pages from {self.path}: {error}; their K and V are lost") from error
 
-    def _move(self, fd: int, transfer: _Transfer, row: int, first: int, landing: Landing) -> None:
+    def _move(self, fd: int, transfer: _Transfer, row: int, first: int, landing: PageView) -> None:
         g = self.geometry
         for begin, heads_htb, row_bytes in (
             (self._k_begin, landing.k_htb, self.tokens * g.k_bytes),

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.accounting import Ledger, Traffic
-from kvtier.offload.extents import FileRun, HostRun, Part
-from kvtier.offload.host_memory import Slabs
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.extents import FileExtent, HostExtent, Part
+from kvtier.offload.host_memory import HostPool
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
-from kvtier.offload.staging import Staging
+from kvtier.offload.staging import StagingBuffer
 from kvtier.transfer import CopyEngine, Fence
 
 
-class LowerTiers:
+class PagePlacement:
     """The tiers below one compute device.
 
     Where kernels read host memory, host memory is the device's own tier, and there are only files below.
@@ -33,9 +33,9 @@ class LowerTiers:
     def __init__(
         self,
         engine: CopyEngine,
-        host: Ledger,
+        host: MemoryBudget,
         folder: SpillFolder,
-        traffic: Traffic,
+        traffic: TransferStats,
         page_tokens: int,
         devices: int = 1,
     ) -> None:
@@ -44,8 +44,8 @@ class LowerTiers:
         self._host = host
         self._folder = folder
         self._traffic = traffic
-        self._slabs = None if engine.device_is_host else Slabs(engine.host_empty, host)
-        self.staging = Staging(self._slabs, host.limit_bytes, devices) if self._slabs is not None else None
+        self._slabs = None if engine.device_is_host else HostPool(engine.host_empty, host)
+        self.staging = StagingBuffer(self._slabs, host.limit_bytes, devices) if self._slabs is not None else None
 
     def lower(
         self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]
@@ -60,12 +60,12 @@ class LowerTiers:
             BudgetError: host memory does not even hold what files need to reach the device.
         """
         rows, tokens = k_bhtd.shape[0], k_bhtd.shape[2]
-        geometry = LayerGeometry.of(k_bhtd, v_bhtd)
+        geometry = LayerSpec.of(k_bhtd, v_bhtd)
         parts: list[Part] = []
         fences: list[Fence] = []
         begin = 0
         while begin < tokens:
-            run: HostRun | FileRun | None = None
+            run: HostExtent | FileExtent | None = None
             count = tokens - begin
             while run is None and count:  # as many pages as host memory has room for
                 run = self._host_run(rows, count, geometry)
@@ -73,7 +73,7 @@ class LowerTiers:
                     count = count // 2 // self.page_tokens * self.page_tokens
             if run is None:
                 count = tokens - begin
-                run = FileRun(self._engine, self.staging, PageFile(self._folder, rows, count, geometry))
+                run = FileExtent(self._engine, self.staging, PageFile(self._folder, rows, count, geometry))
             end = begin + count
             fences += run.fill(k_bhtd[:, :, begin:end], v_bhtd[:, :, begin:end], after)
             parts.append(Part(run, 0, count, tuple(range(rows))))
@@ -85,8 +85,8 @@ class LowerTiers:
         """Whether host memory has room for ``nbytes`` more, and for what files need."""
         return self.staging is not None and self._host.fits(nbytes + self.staging.reserve_bytes)
 
-    def _host_run(self, rows: int, tokens: int, geometry: LayerGeometry) -> HostRun | None:
+    def _host_run(self, rows: int, tokens: int, geometry: LayerSpec) -> HostExtent | None:
         if self._slabs is None or self.staging is None:
             return None
         piece = self._slabs.take(rows * tokens * geometry.token_bytes, leave=self.staging.reserve_bytes)
-        return None if piece is None else HostRun(self._engine, self._slabs, piece, rows, tokens, geometry)
+        return None if piece is None else HostExtent(self._engine, self._slabs, piece, rows, tokens, geometry)

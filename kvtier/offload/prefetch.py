@@ -17,9 +17,9 @@ import torch
 
 from kvtier.errors import BudgetError, KvtierError
 from kvtier.kv.allocation import new_buffer
-from kvtier.kv.buffer import Window
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.accounting import Ledger, Traffic
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.extents import Part
 from kvtier.offload.residency import PREFETCH_DEPTH
 from kvtier.transfer import CopyEngine, Fence
@@ -34,7 +34,7 @@ class Wanted:
     pages: tuple[Part, ...]
     columns: int
     rows: int
-    geometry: LayerGeometry
+    geometry: LayerSpec
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class ColdLayer(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Slot:
+class PrefetchBuffer:
     """Memory of the device for one layer at a time."""
 
     memory: torch.Tensor | None = None
@@ -71,10 +71,10 @@ class Slot:
     leaving: list[Fence] = field(default_factory=list)  # copies of it to below
     seen: list[Fence] = field(default_factory=list)  # marks after the kernels that used it
 
-    def window(self, rows: int, geometry: LayerGeometry) -> Window:
+    def window(self, rows: int, geometry: LayerSpec) -> KVBuffer:
         """Return the whole slot as a window of a layer."""
         assert self.memory is not None
-        return Window.on_bytes(self.memory, rows, geometry, self.memory.nbytes // (rows * geometry.token_bytes))
+        return KVBuffer.on_bytes(self.memory, rows, geometry, self.memory.nbytes // (rows * geometry.token_bytes))
 
     def has(self, wanted: Wanted) -> bool:
         """Whether the pages that ``wanted`` names are here or on their way, with room for its columns."""
@@ -88,7 +88,7 @@ class Slot:
         )
 
 
-class Ring:
+class PrefetchBuffers:
     """The slots of one device.
 
     Args:
@@ -103,8 +103,8 @@ class Ring:
         self,
         engine: CopyEngine,
         device: torch.device,
-        ledger: Ledger,
-        traffic: Traffic,
+        ledger: MemoryBudget,
+        traffic: TransferStats,
         make_room: Callable[[int], None],
         layers: Callable[[], Sequence[ColdLayer]],
     ) -> None:
@@ -114,7 +114,7 @@ class Ring:
         self._traffic = traffic
         self._make_room = make_room
         self._layers = layers
-        self.slots = [Slot() for _ in range(PREFETCH_DEPTH)]
+        self.slots = [PrefetchBuffer() for _ in range(PREFETCH_DEPTH)]
 
     def release(self) -> None:
         """Take back the slots that attention was given: all of it is enqueued. For the beginning of each update."""
@@ -126,7 +126,7 @@ class Ring:
             slot.seen.append(mark)
             slot.in_use, slot.holds = False, None
 
-    def take(self, wanted: Wanted) -> Slot:
+    def take(self, wanted: Wanted) -> PrefetchBuffer:
         """Return a slot with the pages of ``wanted`` in it, for the kernels that are enqueued from now on.
 
         Raises:
@@ -174,12 +174,12 @@ class Ring:
                 except BudgetError:
                     return  # whoever really takes it says so
 
-    def _idle(self, wanted: Wanted) -> Slot:
+    def _idle(self, wanted: Wanted) -> PrefetchBuffer:
         """Return a slot that attention does not use, if there is one that nothing was prefetched into but for it."""
         idle = [slot for slot in self.slots if not slot.in_use]
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
-    def _fill(self, slot: Slot, wanted: Wanted) -> None:
+    def _fill(self, slot: PrefetchBuffer, wanted: Wanted) -> None:
         self._settle(slot.arriving)  # of a prefetch that nobody wants any more
         before, slot.arriving = slot.seen + slot.leaving, []
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
@@ -205,7 +205,7 @@ class Ring:
         slot.arriving, slot.leaving, slot.seen = fences or slot.leaving, [], []
         slot.holds = wanted
 
-    def _give_up(self, slot: Slot) -> None:
+    def _give_up(self, slot: PrefetchBuffer) -> None:
         """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
         users = slot.seen + slot.leaving + slot.arriving
         slot.holds, slot.in_use = None, False

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvtier.errors import BudgetError
-from kvtier.kv.buffer import Window
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.host_memory import Slabs, aligned_down
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.host_memory import HostPool, aligned_down
 from kvtier.transfer import Fence
 
 _PIECES = 3  # one is read into, one is copied from, one is between
@@ -17,10 +17,10 @@ _PIECE_BYTES = 4 * 2**20
 _SHARE = 6  # of a small budget, a sixth for each piece leaves half for pages
 
 
-class Staging:
+class StagingBuffer:
     """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
 
-    def __init__(self, slabs: Slabs, limit_bytes: int | None, devices: int = 1) -> None:
+    def __init__(self, slabs: HostPool, limit_bytes: int | None, devices: int = 1) -> None:
         self._slabs = slabs
         self._devices = devices
         self._piece_bytes = (
@@ -41,7 +41,7 @@ class Staging:
         step = max(1, self._piece_bytes // token_bytes)
         return ((begin, min(begin + step, last)) for begin in range(first, last, step))
 
-    def next(self, rows: int, tokens: int, geometry: LayerGeometry) -> tuple[Window, Sequence[Fence]]:
+    def next(self, rows: int, tokens: int, geometry: LayerSpec) -> tuple[KVBuffer, Sequence[Fence]]:
         """Return a window on host memory, and what its first user must come after. ``used`` must follow.
 
         Raises:
@@ -59,7 +59,7 @@ class Staging:
                 )
             piece = self._pieces[self._turn] = taken.memory
             after = taken.after
-        return Window.on_bytes(piece, rows, geometry, tokens), after
+        return KVBuffer.on_bytes(piece, rows, geometry, tokens), after
 
     def used(self, fences: Sequence[Fence]) -> None:
         """Note who uses the window that ``next`` returned last; also when an interrupt came in between."""

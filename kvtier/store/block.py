@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import Geometry
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import KVSpec
 from kvtier.store.chain import BlockId
 
 
@@ -68,7 +68,7 @@ class BlockReader(Protocol):
 
     id: BlockId
     tier: str
-    geometry: Geometry
+    geometry: KVSpec
 
     @property
     def is_plain(self) -> bool:
@@ -81,7 +81,7 @@ class BlockReader(Protocol):
             BlockError: the bytes cannot be read or are not those that were written.
         """
 
-    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``, which has their size.
 
         Without ``check`` the bytes are taken for those that were checked before.

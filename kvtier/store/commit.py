@@ -27,7 +27,7 @@ States = Mapping[int, torch.Tensor]
 """How many tokens of a sequence → the states that are valid after them, U8 ``[bytes]``; the store owns them."""
 
 
-class Commits:
+class BlockWriter:
     """What puts blocks into the tiers of one store.
 
     Args:

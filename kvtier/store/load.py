@@ -11,12 +11,12 @@ from functools import partial
 import torch
 
 from kvtier.errors import BlockError, RestoreError, UnavailableError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.store.block import BlockReader
 from kvtier.store.lookup import Span
 from kvtier.transfer import Readers
 
-Place = Callable[[int, int], tuple[Landing, int]]
+Place = Callable[[int, int], tuple[PageView, int]]
 """``(layer, row)`` → where K and V of that layer and row are to lie, and the token of the row that index 0 is for."""
 
 
@@ -26,7 +26,7 @@ def summary(errors: Mapping[str, BlockError]) -> str:
     return f"{first} (and {len(others)} more)" if others else str(first)
 
 
-class Restore:
+class LoadJob:
     """The pages of ``rows``, one task a layer, in layer order.
 
     Each page is read once, however many rows use it. Blocks that fail are reported together through ``unusable``, by
@@ -233,6 +233,6 @@ class Restore:
         self._report()
 
 
-def _at(place: tuple[Landing, int], span: Span) -> Landing:
+def _at(place: tuple[PageView, int], span: Span) -> PageView:
     landing, origin = place
     return landing.cut(span.start - origin, span.stop - origin)

@@ -16,7 +16,7 @@ _IN_RAM = ""  # the name of the store of those who name no folder; it stays for 
 @dataclass(slots=True)
 class _Shared:
     store: PrefixStore
-    leases: weakref.WeakSet[Lease] = field(default_factory=weakref.WeakSet)
+    leases: weakref.WeakSet[StoreHandle] = field(default_factory=weakref.WeakSet)
 
 
 _stores: dict[str, _Shared] = {}
@@ -25,7 +25,7 @@ if hasattr(os, "register_at_fork"):  # a child must not find it taken by a threa
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-class Lease:
+class StoreHandle:
     """One user's hold on a shared store. The last one that is closed closes the store.
 
     Raises:
@@ -42,9 +42,9 @@ class Lease:
             shared.leases.add(self)
         self.store = shared.store
 
-    def twin(self) -> Lease:
+    def twin(self) -> StoreHandle:
         """Return another hold on the same store."""
-        return Lease(self._name or None)
+        return StoreHandle(self._name or None)
 
     def close(self) -> None:
         """Let go. May be called more than once."""

@@ -33,11 +33,11 @@ from kvtier.platform.memory import default_host_budget_bytes
 from kvtier.platform.paths import folder_path
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.commit import Commits, Read, States
+from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.format.codecs import CODECS
-from kvtier.store.load import Restore, summary
+from kvtier.store.load import LoadJob, summary
 from kvtier.store.lookup import PrefixMatch, Span, longest_match, snapshots_of
 from kvtier.store.manage.admin import ManagedStore
 from kvtier.store.manage.inventory import Inventory
@@ -158,7 +158,7 @@ class PrefixStore(ManagedStore):
         self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl, self._behind.hurry)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._inventory = Inventory(self._host, self._disk, self._names)
-        self._commits = Commits(
+        self._commits = BlockWriter(
             self._host, self._disk, self._names, self._behind, on_second_use=write_on == "second-use"
         )
         self._reading = Readers()
@@ -259,8 +259,8 @@ class PrefixStore(ManagedStore):
         self._check_open()
         return snapshots_of(self._tiers, root, tokens, limit, self.block_size)
 
-    def restore(self, rows: Sequence[Sequence[Span]], snapshots: Sequence[BlockId] = ()) -> Restore:
-        """Open the blocks of ``rows`` and ``snapshots``; ``Restore.start`` lets their pages come.
+    def restore(self, rows: Sequence[Sequence[Span]], snapshots: Sequence[BlockId] = ()) -> LoadJob:
+        """Open the blocks of ``rows`` and ``snapshots``; ``LoadJob.start`` lets their pages come.
 
         There must be at least one block among them. Of ``snapshots``, one for each row, only the states are read.
 
@@ -303,7 +303,7 @@ class PrefixStore(ManagedStore):
         self._commits.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return Restore(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in snapshots])
+        return LoadJob(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in snapshots])
 
     def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:

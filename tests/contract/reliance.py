@@ -63,7 +63,7 @@ IMPORTS = [
     Reliance("transformers.GenerationMixin", "hf/generate/hook.py"),
     Reliance("transformers.EncoderDecoderCache", "hf/generate/run.py"),
     Reliance("transformers.DynamicCache", "hf/layers/build.py"),
-    Reliance("transformers.GenerationConfig", "hf/identity/eligibility.py"),
+    Reliance("transformers.GenerationConfig", "hf/inputs/arguments.py"),
     Reliance("transformers.PreTrainedConfig", "hf/identity/stable_repr.py"),
     Reliance("transformers.PreTrainedModel", "hf/generate/run.py"),
     Reliance("transformers.Cache", "hf/generate/prefill.py"),
@@ -370,12 +370,12 @@ LAYER_TYPES = {
 # Those of them that kvtier does not keep: reuse is off.
 NOT_KEPT = {"reference_sliding_attention"}
 
-# How rotary positions are computed. hf/identity/eligibility.py must name those that depend on the length of the sequence.
+# How rotary positions are computed. hf/identity/eligibility.py names those that depend on the length of the sequence.
 ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}
 ROPE_TYPES = ROPE_TYPES_BY_LENGTH | {"linear", "yarn", "llama3", "proportional"}
 
-# Settings of generate(). hf/identity/eligibility.py takes all of them to choose tokens, not K and V, but for those it names: a new
-# one may decide which tokens are fed, how often, or in which form.
+# Settings of generate(). hf/inputs/arguments.py takes all of them to choose tokens, not K and V, but for those it
+# names: a new one may decide which tokens are fed, how often, or in which form.
 _SETTINGS = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
     begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints

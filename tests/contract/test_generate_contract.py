@@ -186,14 +186,14 @@ def test_arguments_that_no_forward_pass_is_given(model, tokens, name):
     ids = tokens(10)
     prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: 10, "position_ids": None})
     assert "input_ids" in prepared
-    assert name not in prepared, relied_on("hf/identity/eligibility.py: DROPPED")
+    assert name not in prepared, relied_on("hf/inputs/arguments.py: DROPPED")
 
 
 def test_no_other_argument_is_dropped():
     """What else ``prepare_inputs_for_generation`` keeps back is of no use to kvtier before it is known."""
     source = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
     (listed,) = re.findall(r"kwargs_to_avoid_forwarding = \((.*?)\)", source)
-    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/identity/eligibility.py: DROPPED")
+    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/inputs/arguments.py: DROPPED")
 
 
 def test_labels_and_their_count_change_no_state(model, tokens, fed):
@@ -202,10 +202,10 @@ def test_labels_and_their_count_change_no_state(model, tokens, fed):
     fed.clear()
     found = model.generate(ids, **{CACHE: labelled}, labels=ids, num_items_in_batch=torch.tensor(3), **GREEDY)
     assert torch.equal(found, expected)
-    assert all("labels" not in call for call in fed), relied_on("hf/identity/eligibility.py: DROPPED")
+    assert all("labels" not in call for call in fed), relied_on("hf/inputs/arguments.py: DROPPED")
     for ours, theirs in zip(labelled.layers, bare.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/identity/eligibility.py")
-        assert torch.equal(ours.values, theirs.values), relied_on("hf/identity/eligibility.py")
+        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/inputs/arguments.py")
+        assert torch.equal(ours.values, theirs.values), relied_on("hf/inputs/arguments.py")
 
 
 def test_a_streamer_gets_the_prompt_first(model, tokens):

@@ -216,7 +216,7 @@ def test_no_kind_of_rotary_position_is_new():
 def test_no_setting_of_generate_is_new():
     for name in sorted(vars(GenerationConfig())):
         if not name.startswith("_"):
-            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/identity/eligibility.py")
+            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/inputs/arguments.py")
 
 
 ASKED = (
@@ -229,9 +229,9 @@ ASKED = (
 def test_settings_that_are_asked_for(name):
     """A setting of another name would always read None."""
     assert hasattr(GenerationConfig(), name), changed(
-        f"the generation setting {name}", "is gone", "hf/identity/eligibility.py"
+        f"the generation setting {name}", "is gone", "hf/inputs/arguments.py"
     )
-    assert any(f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("soundness.py", "call.py"))
+    assert any(f'"{name}"' in (PACKAGE / "hf/inputs" / file).read_text() for file in ("arguments.py", "request.py"))
 
 
 def test_arguments_by_position():

@@ -79,7 +79,7 @@ def test_rows_are_expanded_but_not_those_of_the_cache(prefilled, settings):
 def test_assisted_decoding_on_a_known_prefix(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prompt_lookup_num_tokens=3)
-    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/identity/eligibility.py: why_cold")
+    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/inputs/arguments.py: why_cold")
 
 
 def test_assisted_decoding_without_one(prefilled):

@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvtier.kv.buffer import Window
+from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 
 K_HEADS, V_HEADS, K_DIM, V_DIM = 2, 1, 3, 2
-GEOMETRY = LayerGeometry(K_HEADS, K_DIM, V_HEADS, V_DIM, torch.float32)
+GEOMETRY = LayerSpec(K_HEADS, K_DIM, V_HEADS, V_DIM, torch.float32)
 places = st.integers(0, 99)
 
 
@@ -23,7 +23,7 @@ places = st.integers(0, 99)
 class Pair:
     """A window and what it is to hold, in tensors that nobody shares."""
 
-    window: Window
+    window: KVBuffer
     k: torch.Tensor
     v: torch.Tensor
 
@@ -54,7 +54,7 @@ class Forks(RuleBasedStateMachine):
             self.add(pair, pair.window.share(pair.length))
         return pair
 
-    def add(self, pair: Pair, window: Window) -> None:
+    def add(self, pair: Pair, window: KVBuffer) -> None:
         self.pairs.append(Pair(window, pair.k.clone(), pair.v.clone()))
         if len(self.pairs) > 5:
             self.pairs.remove(next(other for other in self.pairs if other is not pair))
@@ -62,7 +62,7 @@ class Forks(RuleBasedStateMachine):
     @initialize(rows=st.integers(1, 3), columns=st.integers(0, 20), capacity=st.integers(20, 60))
     def begin(self, rows, columns, capacity):
         k, v = self.states(rows, columns)
-        window = Window(rows, GEOMETRY, capacity, "cpu")
+        window = KVBuffer(rows, GEOMETRY, capacity, "cpu")
         window.append(0, k, v, 0)
         self.pairs.append(Pair(window, k, v))
 

@@ -8,28 +8,28 @@ import threading
 import pytest
 import torch
 
-from kvtier.kv.buffer import Window
+from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 
-GEOMETRY = LayerGeometry(2, 3, 1, 2, torch.float32)
+GEOMETRY = LayerSpec(2, 3, 1, 2, torch.float32)
 
 
 def states(value: float, columns: int = 1):
     return torch.full((1, 2, columns, 3), value), torch.full((1, 1, columns, 2), value)
 
 
-def filled(columns: int = 10, capacity: int = 20) -> Window:
-    window = Window(1, GEOMETRY, capacity, "cpu")
+def filled(columns: int = 10, capacity: int = 20) -> KVBuffer:
+    window = KVBuffer(1, GEOMETRY, capacity, "cpu")
     window.append(0, *states(1.0, columns), 0)
     return window
 
 
-def address(window: Window) -> tuple[int, int]:
+def address(window: KVBuffer) -> tuple[int, int]:
     return window.k.data_ptr(), window.v.data_ptr()
 
 
-def holds(window: Window, *values: float) -> bool:
+def holds(window: KVBuffer, *values: float) -> bool:
     k, v = window.contents(len(values))
     expected = torch.tensor(values)
     return torch.equal(k[0, 0, :, 0], expected) and torch.equal(v[0, 0, :, 0], expected)
@@ -86,8 +86,8 @@ def test_whatever_writes_what_another_reads_takes_a_copy_of_all_columns(write):
     assert holds(twin, *[1.0] * 10)
 
 
-def zeros() -> Window:
-    window = Window(1, GEOMETRY, 2, "cpu")
+def zeros() -> KVBuffer:
+    window = KVBuffer(1, GEOMETRY, 2, "cpu")
     window.write(0, *states(0.0, 2))
     return window
 
@@ -125,7 +125,7 @@ def test_growth_leaves_the_others_as_they_were():
 
 def test_rows_that_move_leave_the_others_as_they_were():
     k, v = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2.0).view(2, 1, 1, 1)
-    window = Window.like(k, v, 4)
+    window = KVBuffer.like(k, v, 4)
     window.append(0, k, v, 0)
     twin = window.share(1)
     twin.select(torch.tensor([1, 0]), 1)
@@ -146,7 +146,7 @@ def test_twins_of_many_threads_hold_what_each_appended():
     twins = [window.share(4) for _ in range(4)]
     start = threading.Barrier(len(twins))
 
-    def work(twin: Window, value: float) -> None:
+    def work(twin: KVBuffer, value: float) -> None:
         start.wait()
         for column in range(4, 150):
             twin.append(column, *states(value), 0)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.kv.buffer import Window
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.accounting import Ledger
-from kvtier.offload.extents import HostRun, Part
-from kvtier.offload.host_memory import Slabs
-from kvtier.offload.manager import Streams
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.accounting import MemoryBudget
+from kvtier.offload.extents import HostExtent, Part
+from kvtier.offload.host_memory import HostPool
+from kvtier.offload.manager import OffloadManager
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
 from tests.support.tiny import CHUNKS, HEAD_DIM, answer, assert_same_answer, left_padded, tiny, with_columns_of
 
@@ -119,17 +119,17 @@ def play_prompt(engine, folder, host_bytes):
 
 def play_slab(engine, folder, host_bytes):
     """Pages that two rings read at once are given back, and their memory is used again."""
-    slabs = Slabs(engine.host_empty, Ledger(None), slab_bytes=256)
-    geometry = LayerGeometry(1, 2, 1, 2, torch.float32)
+    slabs = HostPool(engine.host_empty, MemoryBudget(None), slab_bytes=256)
+    geometry = LayerSpec(1, 2, 1, 2, torch.float32)
     with engine.watching():
         k = torch.arange(8.0).view(1, 1, 4, 2)
-        run = HostRun(engine, slabs, slabs.take(64), 1, 4, geometry)
+        run = HostExtent(engine, slabs, slabs.take(64), 1, 4, geometry)
         down = run.fill(k, k, [engine.mark()])
-        windows = [Window(1, geometry, 4, "cpu") for _ in range(2)]
+        windows = [KVBuffer(1, geometry, 4, "cpu") for _ in range(2)]
         ready = engine.mark()
         fences = [run.lift(window, 0, Part(run, 0, 4, (0,)), [ready])[0] for window in windows]
         del run
-        other = HostRun(engine, slabs, slabs.take(64), 1, 4, geometry)
+        other = HostExtent(engine, slabs, slabs.take(64), 1, 4, geometry)
         other.fill(k + 1, k + 1, [engine.mark()])
         for fence in (*down, *fences):
             engine.wait(fence)
@@ -174,7 +174,7 @@ def survives(drop: Drop, folder, play, host_bytes) -> bool:
 def test_memory_that_is_given_up_is_free(tmp_path):
     """Nothing that is on its way keeps a window that turned cold, or a slot that was replaced."""
     engine = SimulatedEngine(random.Random(0), lazy=True)
-    streams = Streams(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
+    streams = OffloadManager(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
     deck = streams.deck(torch.device("cpu"))
     with engine.watching():
         k = torch.randn(1, 1, 3 * PAGE, 2)

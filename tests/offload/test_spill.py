@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from kvtier.errors import StreamError
-from kvtier.kv.page import Landing
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.page import PageView
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload import spill_folder as spill
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
@@ -36,7 +36,7 @@ def filled(folder, dtype=torch.float32, pieces=((0, 6),)):
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(ROWS, 2, TOKENS, 4, generator=generator).to(dtype)
     v = torch.randn(ROWS, 3, TOKENS, 5, generator=generator).to(dtype)
-    file = PageFile(folder, ROWS, TOKENS, LayerGeometry.of(k, v))
+    file = PageFile(folder, ROWS, TOKENS, LayerSpec.of(k, v))
     for first, last in pieces:
         file.write(first, k[:, :, first:last], v[:, :, first:last])
     return file, k, v
@@ -56,7 +56,7 @@ def test_any_reader_of_safetensors_opens_a_page_file(folder, dtype, pieces):
 def test_any_part_of_a_row_is_read(folder, row, first, last):
     file, k, v = filled(folder)
     room = torch.zeros(2, 20, 4), torch.zeros(3, 20, 5)  # heads lie apart, as in a window
-    file.read(row, first, last, Landing.on(room[0][:, 7 : 7 + last - first], room[1][:, 7 : 7 + last - first]))
+    file.read(row, first, last, PageView.on(room[0][:, 7 : 7 + last - first], room[1][:, 7 : 7 + last - first]))
     assert torch.equal(room[0][:, 7 : 7 + last - first], k[row, :, first:last])
     assert torch.equal(room[1][:, 7 : 7 + last - first], v[row, :, first:last])
     assert not room[0][:, :7].any()
@@ -72,7 +72,7 @@ def test_a_system_call_may_do_less_than_it_was_asked_for(folder, monkeypatch):
     assert torch.equal(load_file(file.path)["k"], k)
     monkeypatch.setattr(os, "preadv", little(os.preadv))
     found = torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)
-    file.read(1, 0, 6, Landing.on(*found))
+    file.read(1, 0, 6, PageView.on(*found))
     assert torch.equal(found[1], v[1])
 
 
@@ -113,12 +113,12 @@ def test_what_was_changed_is_not_taken_for_k_and_v(folder, damage):
     else:
         os.truncate(file.path, Path(file.path).stat().st_size + (1 if damage == "longer" else -1))
     with pytest.raises(StreamError, match=r"lost"):
-        file.read(0, 0, 6, Landing.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
+        file.read(0, 0, 6, PageView.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
 
 
 def test_a_dtype_without_a_name(folder):
     with pytest.raises(StreamError, match="complex64"):
-        PageFile(folder, 1, 1, LayerGeometry(1, 1, 1, 1, torch.complex64))
+        PageFile(folder, 1, 1, LayerSpec(1, 1, 1, 1, torch.complex64))
 
 
 def hold(parent, ready, end):
@@ -154,7 +154,7 @@ def test_a_forked_child_leaves_the_files_of_its_parent(folder):
     file, k, _ = filled(folder)
     pid = os.fork()
     if pid == 0:
-        file.read(0, 0, 6, Landing.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
+        file.read(0, 0, 6, PageView.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
         del file
         folder.close()
         gc.collect()

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import ConfigurationError
-from kvtier.kv.spec import LayerGeometry
-from kvtier.offload.accounting import Ledger, Traffic
-from kvtier.offload.extents import HostRun
-from kvtier.offload.host_memory import Slabs
-from kvtier.offload.placement import LowerTiers
+from kvtier.kv.spec import LayerSpec
+from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.extents import HostExtent
+from kvtier.offload.host_memory import HostPool
+from kvtier.offload.placement import PagePlacement
 from kvtier.offload.residency import cold_order, round_up, smallest_budget_bytes
 from kvtier.offload.spill_folder import SpillFolder
-from kvtier.offload.staging import Staging
+from kvtier.offload.staging import StagingBuffer
 from kvtier.platform.memory import free_device_bytes
 from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
 
@@ -42,7 +42,7 @@ def test_the_smallest_budget_is_two_slots_and_one_page_each():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=30))
 def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
-    ledger, held, most = Ledger(60), {}, 0
+    ledger, held, most = MemoryBudget(60), {}, 0
     for owner, nbytes in steps:
         ledger.set(owner, nbytes)
         held[owner] = nbytes
@@ -56,15 +56,15 @@ def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
 
 
 def test_traffic_is_told_since_any_moment():
-    traffic = Traffic(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
+    traffic = TransferStats(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
     before = traffic.copy()
     traffic.bytes_up += 3
-    assert traffic.since(before) == Traffic(0, 3, 0, 0.0)
+    assert traffic.since(before) == TransferStats(0, 3, 0, 0.0)
 
 
 def slabs_of(limit, slab_bytes=1024):
-    ledger = Ledger(limit)
-    return Slabs(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), ledger, slab_bytes), ledger
+    ledger = MemoryBudget(limit)
+    return HostPool(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), ledger, slab_bytes), ledger
 
 
 def test_slabs_stay_inside_their_budget_and_are_used_again():
@@ -104,10 +104,10 @@ def test_slabs_grow_with_what_is_asked_of_them():
 
 def test_pages_that_nobody_has_are_given_back():
     slabs, ledger = slabs_of(1024)
-    engine, geometry = InlineEngine(), LayerGeometry(1, 4, 1, 4, torch.float32)
+    engine, geometry = InlineEngine(), LayerSpec(1, 4, 1, 4, torch.float32)
     k = torch.randn(1, 1, 8, 4)
     for _ in range(5):  # four times as much as there is room for
-        run = HostRun(engine, slabs, slabs.take(256), 1, 8, geometry)
+        run = HostExtent(engine, slabs, slabs.take(256), 1, 8, geometry)
         run.fill(k, k, [])
         del run
         gc.collect()
@@ -116,7 +116,7 @@ def test_pages_that_nobody_has_are_given_back():
 
 def test_staging_takes_no_more_than_its_pieces():
     slabs, ledger = slabs_of(6 * 1024)
-    staging, geometry = Staging(slabs, 6 * 1024), LayerGeometry(1, 4, 1, 4, torch.float32)
+    staging, geometry = StagingBuffer(slabs, 6 * 1024), LayerSpec(1, 4, 1, 4, torch.float32)
     reserve = staging.reserve_bytes
     for turn in range(9):
         _, after = staging.next(1, 4, geometry)
@@ -127,8 +127,8 @@ def test_staging_takes_no_more_than_its_pieces():
 
 
 def test_devices_that_share_a_host_budget_leave_each_other_room_for_staging(tmp_path):
-    host, folder = Ledger(1_000_000), SpillFolder(tmp_path)
-    one, two = (LowerTiers(InlineEngine(), host, folder, Traffic(), 16, devices=2) for _ in range(2))
+    host, folder = MemoryBudget(1_000_000), SpillFolder(tmp_path)
+    one, two = (PagePlacement(InlineEngine(), host, folder, TransferStats(), 16, devices=2) for _ in range(2))
     k = torch.zeros(1, 2, 16, 8)
     kept = [one.lower(k, k, [])[0] for _ in range(600)]  # goes on to files when the host is full
     kept += [two.lower(k, k, [])[0]]

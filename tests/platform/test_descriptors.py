@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvtier.errors import GoneError
-from kvtier.kv.page import Landing
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.page import PageView
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS, Descriptors, ReadFile
@@ -154,7 +154,7 @@ def test_pages_of_cold_layers_are_read_and_written_where_only_idle_files_are_in_
             raise OSError(errno.EMFILE, "too many open files")
         return real(path, *arguments)
 
-    geometry = LayerGeometry(2, 4, 2, 4, torch.float32)
+    geometry = LayerSpec(2, 4, 2, 4, torch.float32)
     pages = PageFile(SpillFolder(tmp_path / "spilled"), 1, 3, geometry)
     k_bhtd, v_bhtd = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     k_htd, v_htd = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
@@ -162,6 +162,6 @@ def test_pages_of_cold_layers_are_read_and_written_where_only_idle_files_are_in_
         patched.setattr(os, "open", open_if_room)
         pages.write(0, k_bhtd, v_bhtd)
         assert len(OF_THIS_PROCESS) < 3
-        pages.read(0, 0, 3, Landing.on(k_htd, v_htd))
+        pages.read(0, 0, 3, PageView.on(k_htd, v_htd))
     assert torch.equal(k_htd, k_bhtd[0])
     assert torch.equal(v_htd, v_bhtd[0])

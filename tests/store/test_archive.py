@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from kvtier.errors import ArchiveError, BlockError, ConfigurationError
 from kvtier.kv.page import Page
-from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format.archive import Archive, write_archive
@@ -25,11 +25,11 @@ from kvtier.store.format.block_file import archive as archives
 from tests.support.stores import OTHER_ROOT, ROOT, count, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-SMALL = Geometry((LayerGeometry(2, 4, 1, 8, torch.float32), LayerGeometry(1, 2, 3, 2, torch.bfloat16)))
+SMALL = KVSpec((LayerSpec(2, 4, 1, 8, torch.float32), LayerSpec(1, 2, 3, 2, torch.bfloat16)))
 MANIFEST = {"model": "a test", "config": {"rope_theta": 10000.0}, "namespace": ""}
 
 
-def sequence(geometry: Geometry, tokens: int, seed: int = 0) -> tuple[Page, ...]:
+def sequence(geometry: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
     """K and V of random bits: NaN and infinities among them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,9 +79,9 @@ def same_pages(found, whole, start, stop) -> bool:
 @st.composite
 def geometries(draw):
     sizes = st.integers(0, 3)
-    return Geometry(
+    return KVSpec(
         tuple(
-            LayerGeometry(draw(sizes), draw(sizes), draw(sizes), draw(sizes), draw(st.sampled_from(DTYPES)))
+            LayerSpec(draw(sizes), draw(sizes), draw(sizes), draw(sizes), draw(st.sampled_from(DTYPES)))
             for _ in range(draw(st.integers(1, 3)))
         )
     )
@@ -214,7 +214,7 @@ def test_what_would_not_be_read_again_is_not_written(tmp_path, tokens, settings,
 
 def test_blocks_of_two_models_are_no_sequence(tmp_path):
     (tmp_path / "other").mkdir()
-    other = Geometry(SMALL.layers[:1])
+    other = KVSpec(SMALL.layers[:1])
     with (
         chain(tmp_path, sequence(SMALL, 4), 4) as these,
         chain(tmp_path / "other", sequence(other, 4), 4) as those,
@@ -225,8 +225,8 @@ def test_blocks_of_two_models_are_no_sequence(tmp_path):
 
 def test_memory_for_one_layer_and_not_for_all(tmp_path):
     """Numpy's memory and Python's are counted; a layer is 1 MiB, the prefix 24."""
-    layer = LayerGeometry(2, 64, 2, 64, torch.float32)
-    with chain(tmp_path, sequence(Geometry((layer,) * 24), 1024), 256) as readers:
+    layer = LayerSpec(2, 64, 2, 64, torch.float32)
+    with chain(tmp_path, sequence(KVSpec((layer,) * 24), 1024), 256) as readers:
         tracemalloc.start()
         try:
             write_archive(tmp_path / "archive", readers, 1024, root=ROOT, manifest={}, block_size=256)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.block import Block
 from kvtier.store.eviction.adaptive import LeastRecentlyUsed
@@ -651,7 +651,7 @@ def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
         for reader in readers:
             for layer, expected in enumerate(first.pages):
                 k_htd, v_htd = torch.zeros_like(expected.k_htd), torch.zeros_like(expected.v_htd)
-                reader.land(layer, 0, 4, Landing.on(k_htd, v_htd))
+                reader.land(layer, 0, 4, PageView.on(k_htd, v_htd))
                 assert same_bits(k_htd, expected.k_htd)
                 assert same_bits(v_htd, expected.v_htd)
         assert sorted(reads) == [0, 1]
@@ -661,7 +661,7 @@ def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
         assert tier._loads._left == HELD_BYTES
         alone = tier.open(first.id)
         k_htd, v_htd = torch.zeros_like(first.pages[0].k_htd), torch.zeros_like(first.pages[0].v_htd)
-        alone.land(0, 0, 4, Landing.on(k_htd, v_htd))
+        alone.land(0, 0, 4, PageView.on(k_htd, v_htd))
         assert len(reads) > 2
         alone.close()
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvtier.errors import BlockError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.store.tiers.host.tier import HostReader
 from kvtier.store.tiers.leases import Leases
-from kvtier.store.tiers.shared_reads import SharedLoads
+from kvtier.store.tiers.shared_reads import ReadCoalescer
 from tests.support.stores import block, count, same_bits
 
 BLOCK = block(count(4))
@@ -42,7 +42,7 @@ class Drive(HostReader):
 
 def landed(reader, layer):
     k_htd, v_htd = torch.zeros_like(BLOCK.pages[layer].k_htd), torch.zeros_like(BLOCK.pages[layer].v_htd)
-    reader.land(layer, 0, 4, Landing.on(k_htd, v_htd))
+    reader.land(layer, 0, 4, PageView.on(k_htd, v_htd))
     return same_bits(k_htd, BLOCK.pages[layer].k_htd) and same_bits(v_htd, BLOCK.pages[layer].v_htd)
 
 
@@ -52,7 +52,7 @@ def drive():
 
 
 def opened(drive, readers, **settings):
-    loads = SharedLoads(Leases(), **settings)
+    loads = ReadCoalescer(Leases(), **settings)
     return loads, [loads.open(BLOCK.id, lambda: drive) for _ in range(readers)]
 
 
@@ -146,7 +146,7 @@ def test_an_interrupt_is_for_one_reader_only(drive, monkeypatch):
 
 
 def test_many_threads_get_the_right_bytes(drive):
-    loads = SharedLoads(Leases(), held_bytes=PAGE_BYTES)
+    loads = ReadCoalescer(Leases(), held_bytes=PAGE_BYTES)
     wrong = []
 
     def work(turn):

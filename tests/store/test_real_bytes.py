@@ -7,7 +7,7 @@ import torch
 
 from kvtier import PrefixStore
 from kvtier.errors import RestoreError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.platform import descriptors
 from kvtier.platform.filesystem import LocalFilesystem
 from kvtier.store.format.block_file import encode_block
@@ -141,7 +141,7 @@ def test_a_block_that_was_written_anew_while_it_is_read_is_neither_damaged_nor_w
             path.unlink()
             if another:
                 path.write_bytes(content)
-            restore.start(lambda layer, row: (Landing.on(torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)), 0))
+            restore.start(lambda layer, row: (PageView.on(torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)), 0))
             with pytest.raises(RestoreError):
                 restore.wait(0)
             restore.close()

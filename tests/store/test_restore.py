@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtier import BlockError, PrefixStore, RestoreError
-from kvtier.kv.page import Landing
+from kvtier.kv.page import PageView
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 from kvtier.store import load as restore_module
 from kvtier.store.format.block_file import BlockFile
@@ -52,7 +52,7 @@ def test_rows_take_different_parts_of_the_same_blocks(store):
     buffers = windows(2, 25)
     pads = (3, 5)
     restore = store.restore([match.between(0, 18), match.between(6, 13)])
-    restore.start(lambda layer, row: (Landing.on(*(t[row, :, pads[row] :] for t in buffers[layer])), 0))
+    restore.start(lambda layer, row: (PageView.on(*(t[row, :, pads[row] :] for t in buffers[layer])), 0))
     for layer, (k_bhtd, v_bhtd) in enumerate(buffers):
         restore.wait(layer)
         expected = truth(ROOT, count(18), 0, 18)[layer]
@@ -101,7 +101,7 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = windows(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
-        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         restore.wait(0)
         landed.set()
         with pytest.raises(RestoreError, match="scratched"):
@@ -159,7 +159,7 @@ def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch
             patched.setattr(restore_module, "wait", wait_for_all)
             buffers = windows(1, 20)
             restore = store.restore([spans])
-            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
             with pytest.raises(RestoreError, match=rf"{spans[1].block.key}.* is scratched \(and 2 more\)"):
                 restore.wait(0)
             restore.close()
@@ -182,7 +182,7 @@ def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch,
             patched.setattr(BlockFile, "land", land)
             buffers = windows(1, 8)
             restore = store.restore([store.match(ROOT, count(8)).spans])
-            restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+            restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
             restore.give_head_start(30)
             restore.close()
         assert store.match(ROOT, count(8)).length == 0
@@ -201,7 +201,7 @@ def test_a_failure_is_reported_once(tmp_path, monkeypatch):
         monkeypatch.setattr(BlockFile, "land", land)
         buffers = windows(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
-        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         with pytest.raises(RestoreError):
             restore.wait(0)
         assert commit(store, count(8)) == 8
@@ -227,7 +227,7 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = windows(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
-        restore.start(lambda layer, row: (Landing.on(*(t[row] for t in buffers[layer])), 0))
+        restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         assert reading.wait(timeout=30)
         closing = threading.Thread(target=restore.close)
         closing.start()
@@ -260,7 +260,7 @@ def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypa
         restores = [store.restore([store.match(ROOT, count(18)).spans]) for _ in buffers]
         monkeypatch.setattr(os, "preadv", slow)
         for own, restore in zip(buffers, restores, strict=True):
-            restore.start(lambda layer, row, own=own: (Landing.on(*(t[row] for t in own[layer])), 0))
+            restore.start(lambda layer, row, own=own: (PageView.on(*(t[row] for t in own[layer])), 0))
         assert blocked.wait(timeout=60)
         pid = os.fork()
         if pid == 0:

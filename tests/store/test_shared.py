@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from kvtier import ConfigurationError, PrefixStore, TieredCache
-from kvtier.store.open_stores import Lease
+from kvtier.store.open_stores import StoreHandle
 
 
 def test_the_last_one_out_closes_the_store(tmp_path):
-    first, second = Lease(tmp_path / "a"), Lease(str(tmp_path / "b" / ".." / "a"))
+    first, second = StoreHandle(tmp_path / "a"), StoreHandle(str(tmp_path / "b" / ".." / "a"))
     assert first.store is second.store
     first.close()
     first.close()
     assert not second.store.closed
     second.close()
     assert second.store.closed
-    third = Lease(tmp_path / "a")
+    third = StoreHandle(tmp_path / "a")
     assert third.store is not second.store
     second.close()  # closed already: not its store any more
     assert not third.store.closed
@@ -27,7 +27,7 @@ def test_the_last_one_out_closes_the_store(tmp_path):
 
 
 def test_folders_do_not_share(tmp_path):
-    one, other = Lease(tmp_path / "a"), Lease(tmp_path / "b")
+    one, other = StoreHandle(tmp_path / "a"), StoreHandle(tmp_path / "b")
     assert one.store is not other.store
     one.close()
     assert not other.store.closed
@@ -35,9 +35,9 @@ def test_folders_do_not_share(tmp_path):
 
 
 def test_a_store_that_was_closed_is_opened_anew(tmp_path):
-    first = Lease(tmp_path)
+    first = StoreHandle(tmp_path)
     first.store.close()
-    second = Lease(tmp_path)
+    second = StoreHandle(tmp_path)
     assert not second.store.closed
     first.close()
     assert not second.store.closed

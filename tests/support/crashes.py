@@ -1,7 +1,7 @@
 """Processes that are killed at random moments while they use a store, and what must hold for whoever comes next.
 
 To be run in an interpreter of its own that starts no thread: it forks a worker for each life, so that torch is imported
-once, and another child for each look at what is left. ``python -c "from tests.support import crashes; crashes.main(...)"``.
+once, and another child for each look at what is left. ``python -c "from tests.support import crashes; …"``.
 """
 
 from __future__ import annotations

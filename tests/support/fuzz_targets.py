@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from kvtier.errors import ArchiveError, BlockError
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import Geometry
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import KVSpec
 from kvtier.store.format.archive import Archive
 from kvtier.store.format.block_file import BlockFile
 from kvtier.store.format.header import MAX_TOKENS
@@ -46,7 +46,7 @@ def read_as_block(path: Path) -> Outcome:
             check_page(page, file.geometry, layer, n)
             landed = Page(torch.zeros_like(page.k_htd), torch.zeros_like(page.v_htd))
             if page.nbytes:
-                file.land(layer, 0, n, Landing.on(landed.k_htd, landed.v_htd))
+                file.land(layer, 0, n, PageView.on(landed.k_htd, landed.v_htd))
                 assert landed.k_htd.view(torch.uint8).equal(page.k_htd.view(torch.uint8))
         file.check()
     except BlockError as error:
@@ -90,7 +90,7 @@ def check_ids(tokens, root: str) -> None:
     assert len(bytes.fromhex(root)) == 32
 
 
-def check_page(page: Page, geometry: Geometry, layer: int, tokens: int) -> None:
+def check_page(page: Page, geometry: KVSpec, layer: int, tokens: int) -> None:
     """A page has the shape and type that the file said."""
     g = geometry.layers[layer]
     assert page.k_htd.shape == (g.k_heads, tokens, g.k_dim)

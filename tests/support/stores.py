@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvtier.errors import BlockError
-from kvtier.kv.page import Landing, Page
+from kvtier.kv.page import Page, PageView
 from kvtier.store import PrefixStore
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds
@@ -81,7 +81,7 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
     windows = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
     restore = store.restore([match.spans])
     try:
-        restore.start(lambda layer, row: (Landing.on(*windows[layer]), 0))
+        restore.start(lambda layer, row: (PageView.on(*windows[layer]), 0))
         for layer, (k_htd, v_htd) in enumerate(windows):
             restore.wait(layer)
             expected = truth(root, tokens, 0, match.length)[layer]

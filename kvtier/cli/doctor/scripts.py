@@ -16,7 +16,7 @@ import torch
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
 from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
-from kvtier.kv.spec import LayerGeometry
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.residency import round_up, smallest_budget_bytes
 
 LAYERS = 6
@@ -201,7 +201,7 @@ def first_difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> str | 
 def budgets(model: Any, columns: int, page_tokens: int, rows: int = 1, steps: int = 4) -> list[int]:
     """Return device budgets in bytes for ``columns`` tokens: every layer cold, some hot, all hot."""
     config = model.config
-    g = LayerGeometry(
+    g = LayerSpec(
         k_heads=config.num_key_value_heads,
         k_dim=config.head_dim,
         v_heads=config.num_key_value_heads,

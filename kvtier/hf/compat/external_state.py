@@ -19,7 +19,7 @@ from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.kv.allocation import as_writable
 
 
-class CarriedStates:
+class ExternalStates:
     """Stands for all layers of a model that carries its states by itself; holds the tensors that it carries.
 
     Args:
@@ -53,7 +53,7 @@ class CarriedStates:
         return [tensor for tensor in self.tensors.values() if tensor is not None]
 
 
-class Carried(ABC):
+class ExternalState(ABC):
     """What a model is given instead of a cache."""
 
     is_compileable = False  # ``generate`` asks, of a cache of any class
@@ -72,7 +72,7 @@ class Carried(ABC):
         """Note that so many more columns are about to be fed."""
 
 
-class _Counted(Carried):
+class _Counted(ExternalState):
     """Counts what is fed for a cache whose layers cannot tell."""
 
     _cache: Any
@@ -89,7 +89,7 @@ class _RwkvState(_Counted, list[torch.Tensor]):
     """Five tensors ``[rows, width, layers]``, which the model overwrites."""
 
 
-def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
     """Begin as the model does: what it saw last, and sums whose largest exponent is as small as can be."""
     embedding = model.get_input_embeddings().weight
     shape = rows, model.config.hidden_size, model.config.num_hidden_layers
@@ -102,7 +102,7 @@ def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
     return state
 
 
-def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
     """Return the model's own object, with tensors that the model overwrites."""
     embedding = model.get_input_embeddings().weight
     made: Any = _own(model, "xLSTMCache", _Counted)(
@@ -111,11 +111,11 @@ def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
     held = iter(cache.layers[0].hold(state for states in made.rnn_state.values() for state in states))
     made.rnn_state = {layer: tuple(next(held) for _ in states) for layer, states in made.rnn_state.items()}
     made._cache = cache
-    found: Carried = made
+    found: ExternalState = made
     return found
 
 
-class _MiniMaxFront(Carried):
+class _MiniMaxFront(ExternalState):
     """What the model asks of its own class of cache, answered by the one behind it."""
 
     _cache: Any
@@ -156,9 +156,9 @@ class _MiniMaxFront(Carried):
         self._cache.update_recurrent_state(linear_cache, layer_idx)
 
 
-def _minimax_cache(model: PreTrainedModel, cache: Any, rows: int) -> Carried:
+def _minimax_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
     kind: Any = _own(model, "MiniMaxCache", _MiniMaxFront)
-    made: Carried = kind.__new__(kind)  # its parent's layers are those of the cache
+    made: ExternalState = kind.__new__(kind)  # its parent's layers are those of the cache
     made._cache = cache  # type: ignore[attr-defined]
     return made
 
@@ -173,7 +173,7 @@ def _joined(own: type, front: type) -> type:
     return type(f"Carried{own.__name__}", (front, own), {})
 
 
-_CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], Carried]] = {
+_CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], ExternalState]] = {
     "minimax": _minimax_cache,
     "rwkv": _rwkv_state,
     "xlstm": _xlstm_cache,
@@ -214,10 +214,10 @@ def carry(model: PreTrainedModel, cache: Any, rows: int) -> Any:
     return make(model, cache, rows) if rows else None
 
 
-def carried_states(config: PreTrainedConfig) -> CarriedStates | None:
+def external_states(config: PreTrainedConfig) -> ExternalStates | None:
     """Return what stands for all layers of a model; None when it has layers of its own."""
     if config.model_type == "rwkv":
-        return CarriedStates(map(str, range(5)))
+        return ExternalStates(map(str, range(5)))
     if config.model_type == "xlstm":
-        return CarriedStates(f"{layer}-{i}" for layer in range(config.num_hidden_layers) for i in range(3))
+        return ExternalStates(f"{layer}-{i}" for layer in range(config.num_hidden_layers) for i in range(3))
     return None

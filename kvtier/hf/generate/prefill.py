@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriteria
 
-from kvtier.hf.compat.external_state import Carried
+from kvtier.hf.compat.external_state import ExternalState
 from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, CARRIED_ARGUMENTS
 
 
-def feed(
+def prefill_chunk(
     model: PreTrainedModel,
-    cache: Cache | Carried,
+    cache: Cache | ExternalState,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     begin: int,
@@ -37,13 +37,13 @@ def feed(
         arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
     if "logits_to_keep" in parameters:
         arguments["logits_to_keep"] = 1
-    if isinstance(cache, Carried):
+    if isinstance(cache, ExternalState):
         cache.feeding(end - begin)
     with torch.no_grad():
         model(input_ids=ids, **arguments)
 
 
-class PromptEnd(StoppingCriteria):
+class PrefillDone(StoppingCriteria):
     """Stops nothing. Calls ``passed`` when the whole prompt and nothing else has gone through the model.
 
     ``generate`` asks after each forward pass, the first time after that with the end of the prompt.
@@ -65,7 +65,7 @@ _originals: dict[type, Callable[..., Any] | None] = {}
 """Classes whose ``prepare_inputs_for_generation`` was wrapped → their own; None when they inherited it."""
 
 
-def slice_prompts(model: PreTrainedModel, kind: type) -> None:
+def patch_prepare_inputs(model: PreTrainedModel, kind: type) -> None:
     """See to it that a model of linear attention alone is fed only the tokens that its cache does not have.
 
     ``generate`` does so where any layer has full attention, and feeds the others the whole prompt again. Wraps
@@ -79,7 +79,7 @@ def slice_prompts(model: PreTrainedModel, kind: type) -> None:
             return
         _originals[owner] = vars(owner).get("prepare_inputs_for_generation")
         original = owner.prepare_inputs_for_generation
-        kinds: Any = (kind, Carried)
+        kinds: Any = (kind, ExternalState)
 
         @functools.wraps(original)
         def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ def slice_prompts(model: PreTrainedModel, kind: type) -> None:
                         kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, known:]
                     kwargs["attention_mask"] = None  # no row is padded
             inputs = original(self, input_ids, *args, **kwargs)
-            if isinstance(cache, Carried):
+            if isinstance(cache, ExternalState):
                 fed = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
                 cache.feeding(fed.shape[1])
             return inputs

@@ -20,9 +20,16 @@ from kvtier.errors import RestoreError, StreamError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.external_state import carry, settle
 from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
-from kvtier.hf.generate.prefill import PromptEnd, feed, slice_prompts
+from kvtier.hf.generate.prefill import PrefillDone, patch_prepare_inputs, prefill_chunk
 from kvtier.hf.identity.eligibility import ENCODER_DECODER
-from kvtier.hf.inputs.request import Call, eos_ids, read_call, refuse_missing_media, use_cache, why_without_cache
+from kvtier.hf.inputs.request import (
+    GenerateRequest,
+    eos_ids,
+    read_request,
+    refuse_missing_media,
+    use_cache,
+    why_without_cache,
+)
 from kvtier.hf.turn.taker import TurnTaker
 from kvtier.hf.turn.token_trace import watching
 
@@ -50,7 +57,7 @@ def take_turn(
     if no_cache is not None:
         return _without(original, model, cache, kwargs, no_cache)
     settle(model)
-    call = read_call(model, kwargs, cache.held)
+    call = read_request(model, kwargs, cache.held)
     ends, streamer = eos_ids(model, kwargs), kwargs.get("streamer")
     stream_failed = False
     while True:
@@ -58,10 +65,10 @@ def take_turn(
         try:
             passed = carry(model, cache, len(report.rows))
             if passed is not None and all(passed.is_linear):
-                slice_prompts(model, TurnTaker)
+                patch_prepare_inputs(model, TurnTaker)
             for begin, end in cache._pieces():
                 assert call.ids is not None
-                feed(model, passed, call.ids, call.mask, begin, end)
+                prefill_chunk(model, passed, call.ids, call.mask, begin, end)
                 cache._passed(end)
             arguments = _arguments(model, cache, passed, call, kwargs)
             with watching(model, cache) if call.watched else nullcontext():
@@ -94,7 +101,7 @@ def _sequences(output: Any) -> Any:
 
 
 def _arguments(
-    model: PreTrainedModel, cache: TurnTaker, passed: Any, call: Call, kwargs: dict[str, Any]
+    model: PreTrainedModel, cache: TurnTaker, passed: Any, call: GenerateRequest, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what the original is called with, now that the turn has begun."""
     arguments = dict(kwargs)
@@ -104,7 +111,7 @@ def _arguments(
         return arguments
     arguments = call.inputs.after(arguments, cache.get_seq_length())
     if cache._has_states:
-        end_of_prompt = PromptEnd(functools.partial(cache._passed, call.inputs.prompt.columns))
+        end_of_prompt = PrefillDone(functools.partial(cache._passed, call.inputs.prompt.columns))
         criteria = kwargs.get("stopping_criteria") or ()
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
     return arguments
@@ -115,7 +122,7 @@ def _without(
 ) -> Any:
     """Run a turn that neither reuses nor is kept, whose cache is not passed on or begins empty."""
     refuse_missing_media(model, kwargs, reason)
-    cache._begin(model, Call(reason))
+    cache._begin(model, GenerateRequest(reason))
     try:
         return original(model, **kwargs)
     finally:
@@ -141,7 +148,7 @@ def take_turn_without_reuse(
     if unwanted is not None:
         return _without(original, model, cache, kwargs, unwanted)
     use_cache(model, kwargs)
-    cache._begin(model, Call(ENCODER_DECODER))
+    cache._begin(model, GenerateRequest(ENCODER_DECODER))
     past.cross_attention_cache = DynamicCache()
     past.is_updated.clear()
     name = cache_argument(model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from kvtier.hf.identity.attribute_reads import reads_of_class
 from kvtier.hf.identity.code import Origin, behind, origin_of_class, package_of
-from kvtier.hf.identity.module_walk import Anatomy, Part
+from kvtier.hf.identity.module_walk import ModelWalk, ModuleInfo
 from kvtier.hf.identity.stable_repr import NOT_FORWARD
 from kvtier.hf.not_reusable import NotReusable
 
@@ -23,14 +23,14 @@ _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
 
-def why_unsound(model: torch.nn.Module, anatomy: Anatomy) -> NotReusable | None:
+def why_unsound(model: torch.nn.Module, anatomy: ModelWalk) -> NotReusable | None:
     """Return why ``model``, as it is now, computes K and V that nobody may reuse; None when they may."""
     for reason in _reasons(model, anatomy):
         return NotReusable(reason)
     return None
 
 
-def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
+def _reasons(model: torch.nn.Module, anatomy: ModelWalk) -> Iterable[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         yield ENCODER_DECODER
     processes = max(anatomy.processes, getattr(model, "_tp_size", None) or 1)
@@ -58,7 +58,7 @@ def _reasons(model: torch.nn.Module, anatomy: Anatomy) -> Iterable[str]:
     yield from _config_reasons(getattr(model, "config", None))
 
 
-def _called(part: Part) -> str:
+def _called(part: ModuleInfo) -> str:
     return part.name or "the model"
 
 
@@ -110,7 +110,7 @@ def _hook_name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
-def _hooks(part: Part, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
+def _hooks(part: ModuleInfo, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
     for registered in hooks:
         for hook in list(registered.values()):  # another thread's turn may add its own
             if not _trusted(hook):
@@ -125,7 +125,7 @@ def _global_hooks() -> Iterable[str]:
                 yield f"the hook {_hook_name(hook)} on all modules may change K and V"
 
 
-def _accelerate_hooks(part: Part) -> Iterable[str]:
+def _accelerate_hooks(part: ModuleInfo) -> Iterable[str]:
     hook = part.attributes["_hf_hook"]
     for one in getattr(hook, "hooks", (hook,)):
         if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, _methods_set_on(one))):
@@ -136,7 +136,7 @@ def _methods_set_on(hook: Any) -> list[Any]:
     return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
 
 
-def _patches(anatomy: Anatomy) -> Iterable[str]:
+def _patches(anatomy: ModelWalk) -> Iterable[str]:
     """Find methods that were replaced on single modules."""
     for part, key, value in anatomy.callables:
         method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
@@ -147,13 +147,13 @@ def _patches(anatomy: Anatomy) -> Iterable[str]:
             yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
 
 
-def _columns_of_all_tokens(part: Part) -> Iterable[str]:
+def _columns_of_all_tokens(part: ModuleInfo) -> Iterable[str]:
     """Find bitsandbytes' layers that compute the columns in which any token that is fed is large in another way."""
     if getattr(getattr(part.module, "state", None), "threshold", 0):
         yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
 
 
-def _calls_compiled(part: Part, method: str) -> bool:
+def _calls_compiled(part: ModuleInfo, method: str) -> bool:
     """Whether a method is that of the module that ``torch.compile`` made of a child, which is looked at by itself."""
     made_by = type(part.module).__module__
     return method == "forward" and made_by.startswith("torch._dynamo.") and "_orig_mod" in part.attributes["_modules"]

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvtier.hf.identity.eligibility import why_unsound
-from kvtier.hf.identity.module_walk import Anatomy
+from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.numerics import settings
 from kvtier.hf.identity.stable_repr import Undescribable, config_values, describe
 from kvtier.hf.identity.weights.digest import Unread, digest_weights
@@ -40,16 +40,16 @@ def identify(
 
     Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
-    tensors (``kvtier.hf.identity.weights.digest`` says which edits between two turns of a process can be missed); active adapters of
+    tensors (``weights/digest.py`` says which edits between two turns of a process can be missed); active adapters of
     every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
-    settings of precision (``kvtier.hf.identity.numerics``); the minor version of transformers; namespace and block size. It is
-    equal in every process and on every device.
+    settings of precision (``numerics.py``); the minor version of transformers; namespace and block size. It is equal
+    in every process and on every device.
 
     ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
 
     Of code of one's own, it covers what it does and all that it reads; of released packages, versions and patches
-    (``kvtier.hf.identity.patches``). Attributes that no code of the model names are not covered (``kvtier.hf.identity.attribute_reads``). What
-    cannot be described, and any exception of the model's code, is a reason not to reuse.
+    (``patches.py``). Attributes that no code of the model names are not covered (``attribute_reads.py``). What cannot
+    be described, and any exception of the model's code, is a reason not to reuse.
     """
     try:
         return _identify(model, namespace, block_size, tokens)
@@ -69,7 +69,7 @@ def _said(error: Exception) -> str:
 
 
 def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | NotReusable:
-    anatomy = Anatomy(model)
+    anatomy = ModelWalk(model)
     unsound = why_unsound(model, anatomy)
     if unsound is not None:
         return unsound
@@ -104,7 +104,7 @@ def _readable(value: Any) -> Any:
     return value if type(value) in (bool, int, float, str, type(None)) else type(value).__qualname__
 
 
-def _adapters(anatomy: Anatomy) -> list[str]:
+def _adapters(anatomy: ModelWalk) -> list[str]:
     """Return each combination of active, merged and disabled adapters and scaling (PEFT's attribute names)."""
     found = set()
     for part in anatomy.parts:

@@ -38,7 +38,7 @@ _SPECIAL = frozenset({"_hf_hook", "_compiled_call_impl", "rope_type"})
 _WHOLE = (torch.Tensor, torch.nn.Parameter)
 
 
-class Part(NamedTuple):
+class ModuleInfo(NamedTuple):
     """A module of the model."""
 
     name: str
@@ -79,7 +79,7 @@ class _Last(NamedTuple):
 _last: weakref.WeakKeyDictionary[torch.nn.Module, _Last] = weakref.WeakKeyDictionary()
 
 
-class Anatomy:
+class ModelWalk:
     """A model's modules, tensors and attributes as they are at this moment.
 
     Plain attributes that no code of the model names decide nothing and are left out, with all that is in them. So is
@@ -101,12 +101,12 @@ class Anatomy:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.parts: list[Part] = []
-        self.examined: list[Part] = []
+        self.parts: list[ModuleInfo] = []
+        self.examined: list[ModuleInfo] = []
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.unreadable: list[str] = []
         self.processes = 1
-        self.callables: list[tuple[Part, str, Any]] = []
+        self.callables: list[tuple[ModuleInfo, str, Any]] = []
         self.text: list[str] = []
         self._found: Found = []
         self.describer = Describer(self._found)
@@ -115,7 +115,7 @@ class Anatomy:
         self._note_configs(getattr(model, "config", None), "config")
         self._kinds: dict[type, int] = {}
         self._scripts: set[type] = set()
-        self._unread: list[tuple[Part, str]] = []
+        self._unread: list[tuple[ModuleInfo, str]] = []
         self._reads: Reads | None = None
         self._lines: list[_Line] = []
         last = _last.get(model)
@@ -173,7 +173,7 @@ class Anatomy:
             lines.append(line)
             index += 1
             text.append(line.words)
-            part = Part(name, module, attributes)
+            part = ModuleInfo(name, module, attributes)
             parts.append(part)
             dot = f"{name}." if name else ""
             if line.is_special:
@@ -230,7 +230,7 @@ class Anatomy:
             self._reads = join(reads_of_class(one) for one in self._kinds)
         return self._reads.may_read(key) or self.describer.met.may_read(key)
 
-    def _read(self, part: Part, key: str, dot: str, offloaded: _Offloaded | None) -> None:
+    def _read(self, part: ModuleInfo, key: str, dot: str, offloaded: _Offloaded | None) -> None:
         """Note what was set on a module besides tensors, children and plain values that are read."""
         value = part.attributes[key]
         is_method = callable(value) and (key == "_old_forward" or hasattr(type(part.module), key))
@@ -271,7 +271,7 @@ class Anatomy:
             self._add_found(path, inner, None)
         return bool(self._waiting) or len(self.text) > before
 
-    def _describe_hooks(self, part: Part) -> None:
+    def _describe_hooks(self, part: ModuleInfo) -> None:
         """Describe the hooks of PyTorch's own that compute weights; the others are judged by soundness."""
         for hooks in (part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]):
             for hook in list(hooks.values()):  # another thread's turn may add its own

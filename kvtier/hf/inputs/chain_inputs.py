@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.compat.names import MEDIA_CONTINUE
-from kvtier.hf.inputs.content_ids import WHOLE, Mark, digest_of, marked, vector_ids
-from kvtier.hf.inputs.continued import HeldRows, KnownRow, known_rows
+from kvtier.hf.inputs.content_ids import WHOLE, ContentId, digest_of, marked, vector_ids
+from kvtier.hf.inputs.continued import KnownRow, ResidentRows, known_rows
 from kvtier.hf.inputs.multimodal import KINDS, Columns, Media, read_media
 from kvtier.hf.inputs.positions import (
     counts_on_earlier_calls,
@@ -70,7 +70,7 @@ def read_inputs(
     attention_mask: torch.Tensor | None,
     copies: int,
     missing: Missing | None = None,
-    held: HeldRows | None = None,
+    held: ResidentRows | None = None,
 ) -> Inputs | NotReusable:
     """Return what a call of ``generate`` feeds, or why it cannot be told apart from other calls.
 
@@ -205,7 +205,7 @@ def _table(prompt: Prompt) -> npt.NDArray[np.int64]:
 
 
 def _known(
-    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, held: HeldRows | None
+    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, held: ResidentRows | None
 ) -> Sequence[KnownRow | None] | str:
     """Return what the cache holds of each row in which media enter that were not passed; why not, as text."""
     also = sorted(given.keys() & (_MEDIA | {"position_ids"}))
@@ -252,11 +252,11 @@ def _chained(
             parts += [b"at", at[:, start:stop].tobytes()] if at is not None else []
             if media is not None and media.places[row, pad + start : pad + stop].any():
                 parts += [b"media", media.digest(row, pad + start, pad + stop)]
-            marks.append(Mark(start, stop, digest_of(*parts)))
+            marks.append(ContentId(start, stop, digest_of(*parts)))
         if at is not None:
             jumps = np.flatnonzero(position_jumps(at) & ~solid)
             marks += [
-                Mark(int(j), int(j) + 1, digest_of(b"jump", at[:, j].tobytes()), is_position=True)
+                ContentId(int(j), int(j) + 1, digest_of(b"jump", at[:, j].tobytes()), is_position=True)
                 for j in jumps
                 if j >= begin
             ]

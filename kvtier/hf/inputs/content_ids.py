@@ -18,7 +18,7 @@ WHOLE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class ContentId:
     """Something that enters a sequence at the ids ``[start, stop)``; ``digest`` is SHA-256 of all that it is.
 
     ``is_position``: it is the position of a token, and nothing else.
@@ -35,7 +35,7 @@ class Mark:
         return max(self.stop, self.start + WHOLE)
 
 
-def marked(ids: TokenIds, marks: Iterable[Mark], first: int = 0) -> TokenIds:
+def marked(ids: TokenIds, marks: Iterable[ContentId], first: int = 0) -> TokenIds:
     """Return ``ids``, which stand in a sequence from index ``first`` on, with those under ``marks`` replaced.
 
     An id under marks becomes a hash of itself, of the digests, and of its place in each mark: equal neighbours of

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from kvtier.hf.inputs.content_ids import Mark, marked
+from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
 from kvtier.hf.inputs.prompt import Positions
 from kvtier.store.chain import TokenIds, common_run
@@ -28,7 +28,7 @@ _CARRIES_MEDIA = frozenset(name for names in KINDS.values() for name in names) |
 }
 
 
-class HeldRows(Protocol):
+class ResidentRows(Protocol):
     """The tokens whose K and V a cache holds."""
 
     @property
@@ -36,7 +36,7 @@ class HeldRows(Protocol):
         """The ids of each row, those under marks replaced."""
 
     @property
-    def marks(self) -> tuple[tuple[Mark, ...], ...]:
+    def marks(self) -> tuple[tuple[ContentId, ...], ...]:
         """The marks of each row; empty when there are none in any row."""
 
     @property
@@ -52,7 +52,7 @@ class KnownRow:
     """
 
     run: int
-    marks: tuple[Mark, ...]
+    marks: tuple[ContentId, ...]
     positions: Positions | None
 
     @property
@@ -92,7 +92,7 @@ def missing_media(
 
 
 def known_rows(
-    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], held: HeldRows | None, *, counts: bool
+    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], held: ResidentRows | None, *, counts: bool
 ) -> tuple[KnownRow | None, ...] | str:
     """Return what a cache holds of each row in which placeholders stand; None for other rows.
 
@@ -116,7 +116,7 @@ def known_rows(
     return tuple(found)
 
 
-def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], held: HeldRows, counts: bool) -> KnownRow | None:
+def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], held: ResidentRows, counts: bool) -> KnownRow | None:
     """Return what the held row with the longest run in common knows of ``ids``; None when none knows all media."""
     best: KnownRow | None = None
     for at, row in enumerate(held.rows):

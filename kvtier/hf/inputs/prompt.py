@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from kvtier.errors import PromptError
-from kvtier.hf.inputs.content_ids import Mark, marked
+from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.store.chain import TokenIds
 
@@ -34,7 +34,7 @@ class Prompt:
     """Last columns of a match that prove those before them, and are not proven themselves."""
     answer_follows: bool = True
     """Whether generated ids say all that decides their K and V, besides what comes before them."""
-    marks: tuple[tuple[Mark, ...], ...] = ()
+    marks: tuple[tuple[ContentId, ...], ...] = ()
     """The marks of each row, of which the last may reach beyond its end; empty when there are none in any row."""
     plain: bool = True
     """Whether ids are all there is to feed."""

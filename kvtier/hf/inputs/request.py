@@ -16,14 +16,14 @@ from kvtier.hf.compat.external_state import why_not_carried
 from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.inputs.arguments import is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.inputs.chain_inputs import Inputs, Missing, read_inputs, why_not_begin
-from kvtier.hf.inputs.continued import HeldRows, missing_media
+from kvtier.hf.inputs.continued import ResidentRows, missing_media
 from kvtier.hf.inputs.multimodal import KINDS
 from kvtier.hf.inputs.prompt import Prompt, read_prompt
 from kvtier.hf.not_reusable import NotReusable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class GenerateRequest:
     """A call of ``generate``, or of ``begin``, as a turn sees it.
 
     Attributes:
@@ -55,9 +55,9 @@ class Call:
     missing: tuple[str, ...] = ()
 
 
-def read_loop(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, held: HeldRows | None
-) -> Call:
+def read_loop_request(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, held: ResidentRows | None
+) -> GenerateRequest:
     """Return what ``begin`` says: a loop that feeds ``input_ids`` by itself.
 
     Args:
@@ -72,18 +72,22 @@ def read_loop(
     prompt = read_prompt(input_ids, attention_mask)
     off = why_not_begin(model)
     if isinstance(prompt, NotReusable):
-        return Call(off or prompt.reason, feeds=False)
+        return GenerateRequest(off or prompt.reason, feeds=False)
     missing = _missing(model, {}, input_ids, attention_mask)
     if missing and off is None:
         inputs = read_inputs(model, {}, input_ids, attention_mask, 1, missing, held)
         if isinstance(inputs, NotReusable):
             kinds = ", ".join(missing)
-            return Call(f"begin() is not told which {kinds} enters at the placeholders: {inputs.reason}", feeds=False)
+            return GenerateRequest(
+                f"begin() is not told which {kinds} enters at the placeholders: {inputs.reason}", feeds=False
+            )
         prompt = inputs.prompt
-    return Call(off, prompt=prompt, feeds=False)
+    return GenerateRequest(off, prompt=prompt, feeds=False)
 
 
-def read_call(model: PreTrainedModel, arguments: dict[str, Any], held: Callable[[], HeldRows | None]) -> Call:
+def read_request(
+    model: PreTrainedModel, arguments: dict[str, Any], held: Callable[[], ResidentRows | None]
+) -> GenerateRequest:
     """Return what a call of ``generate`` with these ``arguments`` says; they are changed where a turn needs others.
 
     Args:
@@ -119,7 +123,7 @@ def read_call(model: PreTrainedModel, arguments: dict[str, Any], held: Callable[
         off, inputs = "prefill_chunk_size may cut tokens apart that attend to each other both ways", None
     if off is not None and missing:
         raise media_error(missing, off)
-    return Call(
+    return GenerateRequest(
         off,
         cold,
         ids,

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvtier.hf.layers.offloaded_load import StreamedPrefix
-from kvtier.hf.layers.prefix_load import MakeMemory, TurnPrefix
+from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
+from kvtier.hf.layers.prefix_load import MakeMemory, PrefixLoad
 from kvtier.kv.base import LayerMemory, first_visible
-from kvtier.kv.buffer import Window
-from kvtier.offload.layer import StreamedLayer
-from kvtier.offload.manager import Streams
+from kvtier.kv.buffer import KVBuffer
+from kvtier.offload.layer import OffloadedLayer
+from kvtier.offload.manager import OffloadManager
 
 
-def new_window(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> Window:
+def new_layer_buffer(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> KVBuffer:
     """Return an empty window for K and V like these, ``[batch, heads, tokens, dim]`` each."""
-    return Window.like(k_bhtd, v_bhtd, 0)
+    return KVBuffer.like(k_bhtd, v_bhtd, 0)
 
 
-class WindowLayer(DynamicLayer):
+class AttentionLayer(DynamicLayer):
     """Full attention. The window holds every token; appending writes in place.
 
     K and V are detached: the window is for inference. Tensors returned by ``update`` are views of the window and
@@ -35,7 +35,7 @@ class WindowLayer(DynamicLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, make: MakeMemory = new_window, *, is_optional: bool = False, **kwargs: Any) -> None:
+    def __init__(self, make: MakeMemory = new_layer_buffer, *, is_optional: bool = False, **kwargs: Any) -> None:
         self.make = make
         self.is_optional = is_optional
         self.window: LayerMemory | None = None
@@ -47,14 +47,14 @@ class WindowLayer(DynamicLayer):
         if self.window is not None:
             self.window.close()
         self.window = None
-        self._prefix: tuple[TurnPrefix, int] | None = None
-        self._empty_prefix: TurnPrefix | None = None
+        self._prefix: tuple[PrefixLoad, int] | None = None
+        self._empty_prefix: PrefixLoad | None = None
         self._came_early = False
         self.length = 0
         self.changes += 1
 
     @property
-    def windows(self) -> tuple[WindowLayer, ...]:
+    def windows(self) -> tuple[AttentionLayer, ...]:
         """All windows that belong to this layer, in the order in which the store keeps them."""
         return (self,)
 
@@ -105,7 +105,7 @@ class WindowLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.window = self.make(key_states, value_states)
 
-    def expect(self, prefix: TurnPrefix, layer: int) -> None:
+    def expect(self, prefix: PrefixLoad, layer: int) -> None:
         """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for windows that stay empty."""
         self.length = prefix.columns
         if self.window is not None or prefix.brings(layer):
@@ -173,14 +173,14 @@ class WindowLayer(DynamicLayer):
             self._prepare(*prefix.nothing(layer, self.window.contents(0) if self.window is not None else None))
             self._came_early = True
 
-    def copy_to(self, twin: WindowLayer, streams: Streams) -> None:
+    def copy_to(self, twin: AttentionLayer, streams: OffloadManager) -> None:
         """Let ``twin`` hold the same on other streams."""
         if self._prefix is not None:  # the twin has no turn in which it could come
             prefix, layer = self._prefix
-            assert isinstance(prefix, StreamedPrefix)
+            assert isinstance(prefix, OffloadedPrefixLoad)
             self.window = prefix.complete(layer, self.window, self.make)
             self._prefix = None
-        if isinstance(self.window, StreamedLayer):
+        if isinstance(self.window, OffloadedLayer):
             twin.window = self.window.twin(streams.deck(self.window.device))
             twin.length = self.length
             twin.dtype, twin.device = self.dtype, self.device
@@ -222,7 +222,7 @@ class WindowLayer(DynamicLayer):
             self.window.select(rows, self.length)
 
 
-class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
+class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
     """Sliding or chunked attention: attention sees the last ``sliding_window - 1`` columns and the new ones.
 
     The window keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
@@ -230,8 +230,8 @@ class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, make: MakeMemory = new_window, **kwargs: Any) -> None:
-        WindowLayer.__init__(self, make)
+    def __init__(self, sliding_window: int, make: MakeMemory = new_layer_buffer, **kwargs: Any) -> None:
+        AttentionLayer.__init__(self, make)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long, device="cpu")
 
@@ -246,7 +246,7 @@ class SlidingWindowLayer(WindowLayer, DynamicSlidingWindowLayer):
         """Do nothing: the window keeps what ``crop`` needs."""
 
 
-class IndexedLayer(WindowLayer, DynamicIndexedLayer):
+class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
     """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window.
 
     Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
@@ -254,24 +254,24 @@ class IndexedLayer(WindowLayer, DynamicIndexedLayer):
 
     def __init__(
         self,
-        make: MakeMemory = new_window,
-        make_indexer: MakeMemory = new_window,
-        make_positions: MakeMemory = new_window,
+        make: MakeMemory = new_layer_buffer,
+        make_indexer: MakeMemory = new_layer_buffer,
+        make_positions: MakeMemory = new_layer_buffer,
         **kwargs: Any,
     ) -> None:
         # Layers may share what one of them has chosen.
-        self.indexer = WindowLayer(make_indexer, is_optional=True)
-        self.positions = WindowLayer(make_positions, is_optional=True)
-        WindowLayer.__init__(self, make)
+        self.indexer = AttentionLayer(make_indexer, is_optional=True)
+        self.positions = AttentionLayer(make_positions, is_optional=True)
+        AttentionLayer.__init__(self, make)
 
     def reset(self) -> None:
         """Hold nothing."""
-        WindowLayer.reset(self)
+        AttentionLayer.reset(self)
         self.indexer.reset()
         self.positions.reset()
 
     @property
-    def windows(self) -> tuple[WindowLayer, ...]:
+    def windows(self) -> tuple[AttentionLayer, ...]:
         """The window of K and V, that of the indexer's keys, and that of positions."""
         return (self, self.indexer, self.positions)
 
@@ -307,24 +307,24 @@ class IndexedLayer(WindowLayer, DynamicIndexedLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns."""
-        WindowLayer.crop(self, tokens_to_remove)
+        AttentionLayer.crop(self, tokens_to_remove)
         self.indexer.crop(tokens_to_remove)
         self.positions.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        WindowLayer.reorder_cache(self, beam_idx)
+        AttentionLayer.reorder_cache(self, beam_idx)
         self.indexer.reorder_cache(beam_idx)
         self.positions.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
-        WindowLayer.batch_select_indices(self, indices)
+        AttentionLayer.batch_select_indices(self, indices)
         self.indexer.batch_select_indices(indices)
         self.positions.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
-        WindowLayer.batch_repeat_interleave(self, repeats)
+        AttentionLayer.batch_repeat_interleave(self, repeats)
         self.indexer.batch_repeat_interleave(repeats)
         self.positions.batch_repeat_interleave(repeats)

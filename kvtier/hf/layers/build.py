@@ -17,9 +17,9 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
-from kvtier.hf.compat.external_state import carried_states
+from kvtier.hf.compat.external_state import external_states
 from kvtier.hf.compat.names import DummyLayer
-from kvtier.hf.layers.attention import IndexedLayer, SlidingWindowLayer, WindowLayer, new_window
+from kvtier.hf.layers.attention import AttentionLayer, IndexedLayer, SlidingWindowLayer, new_layer_buffer
 from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
 from kvtier.hf.layers.prefix_load import MakeMemory
 from kvtier.hf.layers.states import has_states
@@ -36,15 +36,15 @@ class MakeLayerMemory(Protocol):
 
 
 # transformers' kinds of layers → ours. Layers of states alone stay transformers' own.
-_KINDS: dict[type, type[WindowLayer]] = {
-    DynamicLayer: WindowLayer,
+_KINDS: dict[type, type[AttentionLayer]] = {
+    DynamicLayer: AttentionLayer,
     DynamicSlidingWindowLayer: SlidingWindowLayer,
     DynamicIndexedLayer: IndexedLayer,
     LinearAttentionAndFullAttentionLayer: HybridLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingLayer,
 }
 # Those that come with a model's own code, by the name under which it registers them.
-_NAMED_KINDS: dict[str | None, type[WindowLayer]] = {"minimax_m3_sparse": IndexedLayer}
+_NAMED_KINDS: dict[str | None, type[AttentionLayer]] = {"minimax_m3_sparse": IndexedLayer}
 
 
 def _dory_loops(config: Any) -> tuple[int, int, int]:
@@ -63,7 +63,7 @@ _LOOPS: dict[str, Callable[[Any], tuple[int, int, int]]] = {"dory": _dory_loops,
 
 def upstream_layers(config: PreTrainedConfig) -> list[Any]:
     """Return the empty layers, as transformers has them, that a cache of a model ends up with."""
-    carried = carried_states(config)
+    carried = external_states(config)
     if carried is not None:
         return [carried]
     layers: list[Any] = DynamicCache(config=config).layers
@@ -150,21 +150,21 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def build_layer(index: int, make: MakeLayerMemory | None = None) -> WindowLayer:
+def build_layer(index: int, make: MakeLayerMemory | None = None) -> AttentionLayer:
     """Return a layer of full attention, whose window is number ``index`` of its cache."""
-    return WindowLayer(_memory(make, index))
+    return AttentionLayer(_memory(make, index))
 
 
-def windows_of(layers: Iterable[Any]) -> list[WindowLayer]:
+def attention_layers_of(layers: Iterable[Any]) -> list[AttentionLayer]:
     """Return the windows of ``layers``, in the order in which the store keeps them."""
-    return [window for layer in layers if isinstance(layer, WindowLayer) for window in layer.windows]
+    return [window for layer in layers if isinstance(layer, AttentionLayer) for window in layer.windows]
 
 
 def _memory(
     make: MakeLayerMemory | None, index: int, sliding_window: int | None = None, may_be_cold: bool = True
 ) -> MakeMemory:
     if make is None:
-        return new_window
+        return new_layer_buffer
 
     def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
         return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)

@@ -13,32 +13,32 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from kvtier.errors import ConfigurationError
-from kvtier.hf.layers.attention import WindowLayer
+from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.hf.layers.build import (
     MakeLayerMemory,
+    attention_layers_of,
     build_layer,
     build_layers,
     config_values,
     describe_layers,
     upstream_layers,
-    windows_of,
 )
 from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
 from kvtier.hf.layers.states import clone_states, copy_states, has_states, move_rows, rows_of, state_marks
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.base import LayerMemory
-from kvtier.kv.buffer import Window
+from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.offload.accounting import Traffic
-from kvtier.offload.manager import Streams
+from kvtier.offload.accounting import TransferStats
+from kvtier.offload.manager import OffloadManager
 
 _log = logging.getLogger("kvtier.hf")
 
-OpenStreams = Callable[[Callable[[], int]], Streams | None]
+OpenStreams = Callable[[Callable[[], int]], OffloadManager | None]
 """``how many layers there are`` → the streams of a cache; None when nothing is ever cold."""
 
 
-class WindowCache(DynamicCache):
+class LayerCache(DynamicCache):
     """A transformers cache of windows.
 
     Args:
@@ -100,14 +100,14 @@ class WindowCache(DynamicCache):
 
     def _let_go(self) -> None:
         for layer in vars(self).get("layers", ()):  # they may have been deleted
-            if isinstance(layer, WindowLayer):
+            if isinstance(layer, AttentionLayer):
                 layer.reset()
         self.layers = []
         self._fed_columns = 0
 
     @property
-    def _windows(self) -> list[WindowLayer]:
-        return windows_of(self.layers)
+    def _windows(self) -> list[AttentionLayer]:
+        return attention_layers_of(self.layers)
 
     @property
     def _states(self) -> dict[int, Any]:
@@ -310,14 +310,14 @@ class WindowCache(DynamicCache):
             else:
                 move(layer)
 
-    def _copy_layers_to(self, twin: WindowCache, memo: dict[int, Any]) -> None:
+    def _copy_layers_to(self, twin: LayerCache, memo: dict[int, Any]) -> None:
         """Let ``twin`` hold the same. Windows are shared until one of the two writes what the other reads.
 
         Under a budget hot windows are copied, pages below are shared; the budget is the twin's own.
         """
         if twin._streams is None or self._streams is None:
             for layer in self._windows:
-                if isinstance(layer.window, Window):
+                if isinstance(layer.window, KVBuffer):
                     # A layer that waits for a prefix may yet move what is behind it.
                     live = layer.length if layer.complete else layer.window.capacity
                     memo[id(layer.window)] = layer.window.share(live)
@@ -335,7 +335,7 @@ class WindowCache(DynamicCache):
             copy_states(layer, twin.layers[index])
 
     @property
-    def traffic(self) -> Traffic | None:
+    def traffic(self) -> TransferStats | None:
         """What streaming has moved since the cache was made; None without a ``device_budget``."""
         return self._streams.traffic.copy() if self._streams is not None else None
 

@@ -12,12 +12,12 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from kvtier.hf.layers.attention import SlidingWindowLayer, WindowLayer, new_window
+from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer, new_layer_buffer
 from kvtier.hf.layers.prefix_load import MakeMemory
 from kvtier.hf.layers.states import move_rows
 
 
-class _Hybrid(WindowLayer):
+class _Hybrid(AttentionLayer):
     """A window, and a state as transformers keeps it. Each half is called by name: both have all of these methods."""
 
     is_compileable = False
@@ -26,11 +26,11 @@ class _Hybrid(WindowLayer):
     def reset(self) -> None:
         """Hold nothing."""
         LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
-        WindowLayer.reset(self)
+        AttentionLayer.reset(self)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Begin a window for ``(K, V)``, or a state for what is given by name."""
-        kind = WindowLayer if args else LinearAttentionLayer
+        kind = AttentionLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
@@ -40,7 +40,7 @@ class _Hybrid(WindowLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns; of a state that can only be done where it records its past."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
-        WindowLayer.crop(self, tokens_to_remove)
+        AttentionLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes the former row ``beam_idx[i]``."""
@@ -49,27 +49,27 @@ class _Hybrid(WindowLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
         move_rows(self, lambda states: states[indices.to(states.device)])
-        WindowLayer.batch_select_indices(self, indices)
+        AttentionLayer.batch_select_indices(self, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies next to each other."""
         move_rows(self, lambda states: states.repeat_interleave(repeats, 0))
-        WindowLayer.batch_repeat_interleave(self, repeats)
+        AttentionLayer.batch_repeat_interleave(self, repeats)
 
 
 class HybridLayer(_Hybrid, LinearAttentionAndFullAttentionLayer):
     """Full attention and linear attention side by side: a window and a state."""
 
-    def __init__(self, make: MakeMemory = new_window, number_of_states: int = 1, **kwargs: Any) -> None:
+    def __init__(self, make: MakeMemory = new_layer_buffer, number_of_states: int = 1, **kwargs: Any) -> None:
         self.number_of_states = number_of_states
-        WindowLayer.__init__(self, make)
+        AttentionLayer.__init__(self, make)
 
 
 class HybridSlidingLayer(_Hybrid, SlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
     """Sliding and linear attention side by side."""
 
     def __init__(
-        self, sliding_window: int, make: MakeMemory = new_window, number_of_states: int = 1, **kwargs: Any
+        self, sliding_window: int, make: MakeMemory = new_layer_buffer, number_of_states: int = 1, **kwargs: Any
     ) -> None:
         self.number_of_states = number_of_states
         SlidingWindowLayer.__init__(self, sliding_window, make)

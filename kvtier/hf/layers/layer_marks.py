@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvtier.hf.layers.build import windows_of
+from kvtier.hf.layers.build import attention_layers_of
 from kvtier.hf.layers.states import has_states, same_marks, state_marks
 
 
@@ -20,12 +20,12 @@ class LayerMarks:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._windows = [(window, window.changes) for window in windows_of(layers)]
+        self._windows = [(window, window.changes) for window in attention_layers_of(layers)]
         self._states = [(layer, state_marks(layer)) for layer in layers if has_states(layer)]
 
     def still_hold(self, layers: Sequence[Any]) -> bool:
         """Whether ``layers`` are the same, and unchanged."""
-        windows, states = windows_of(layers), [layer for layer in layers if has_states(layer)]
+        windows, states = attention_layers_of(layers), [layer for layer in layers if has_states(layer)]
         return (
             len(windows) == len(self._windows)
             and len(states) == len(self._states)

@@ -9,19 +9,19 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.errors import BlockError, StreamError
-from kvtier.hf.layers.prefix_load import MakeMemory, RowPlan, TurnPrefix
+from kvtier.hf.layers.prefix_load import MakeMemory, PrefixLoad, RowPlan
 from kvtier.kv.base import LayerMemory
-from kvtier.kv.buffer import Window
-from kvtier.kv.page import Landing, Page
-from kvtier.offload.extents import BorrowedRun, Part
-from kvtier.offload.layer import StreamedLayer
-from kvtier.offload.manager import Streams
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.page import Page, PageView
+from kvtier.offload.extents import BorrowedExtent, Part
+from kvtier.offload.layer import OffloadedLayer
+from kvtier.offload.manager import OffloadManager
 from kvtier.store.block import BlockReader
-from kvtier.store.load import Restore
+from kvtier.store.load import LoadJob
 from kvtier.store.lookup import Span
 
 
-class Loan:
+class BorrowedBlock:
     """A block of the store whose pages cold layers read for as long as they have them. Closed when none has any."""
 
     def __init__(self, reader: BlockReader) -> None:
@@ -29,7 +29,7 @@ class Loan:
         self._checked: set[int] = set()
         weakref.finalize(self, reader.close)
 
-    def land(self, layer: int, first: int, last: int, landing: Landing) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView) -> None:
         """Put the tokens ``[first, last)`` of ``layer`` into ``landing``; its checksum is looked at the first time.
 
         Raises:
@@ -42,7 +42,7 @@ class Loan:
         self._checked.add(layer)
 
 
-class StreamedPrefix(TurnPrefix):
+class OffloadedPrefixLoad(PrefixLoad):
     """The first columns of a turn, for layers under a budget.
 
     Nothing is read before its layer is updated, so that no more than one layer is on its way; cold layers of one
@@ -59,17 +59,17 @@ class StreamedPrefix(TurnPrefix):
 
     def __init__(
         self,
-        streams: Streams,
+        streams: OffloadManager,
         device: torch.device | None,
         columns: int,
         plans: Sequence[RowPlan],
-        restore: Restore | None,
+        restore: LoadJob | None,
         held_rows: int,
     ) -> None:
         super().__init__(columns, plans, restore, held_rows)
         self._streams = streams
         self._device = device
-        self._loans: dict[str, Loan] = {}
+        self._loans: dict[str, BorrowedBlock] = {}
 
     def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
         """Choose which layers are to be cold with ``columns`` columns.
@@ -91,7 +91,7 @@ class StreamedPrefix(TurnPrefix):
         repeats = k_bhtd.shape[0] // len(self._plans)
         in_place = old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
         window = old if in_place else make(k_bhtd, v_bhtd)
-        assert isinstance(window, StreamedLayer)
+        assert isinstance(window, OffloadedLayer)
         if self._restore is not None and self._restore.geometry.layers[layer] != window.geometry:
             raise self._misfit(self._restore.geometry.layers[layer], window.geometry)
         try:
@@ -112,7 +112,9 @@ class StreamedPrefix(TurnPrefix):
         """Return, for each row, the column after the last one that is held already."""
         return [max(p.pad, min(p.pad + p.window_tokens, self.columns)) for p in self._plans]
 
-    def _fill_layer(self, layer: int, window: StreamedLayer, old: LayerMemory | None, begin: int, repeats: int) -> None:
+    def _fill_layer(
+        self, layer: int, window: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
+    ) -> None:
         """Fill the columns from ``begin`` on; whole pages of the store are borrowed where they can be."""
         kept = [
             # What is beyond the shortest row would be cut off.
@@ -136,7 +138,7 @@ class StreamedPrefix(TurnPrefix):
         if filled < self.columns:
             self._fill_columns(layer, window, old, kept, filled, self.columns, repeats)
 
-    def _whole_pages(self, window: StreamedLayer) -> list[Span]:
+    def _whole_pages(self, window: OffloadedLayer) -> list[Span]:
         """Return the spans that ``window`` can have as pages, as they are."""
         if self._restore is None or len(self._plans) > 1 or self._plans[0].pad or not window.is_cold:
             return []
@@ -149,18 +151,18 @@ class StreamedPrefix(TurnPrefix):
             and self._restore.tier(span.block.key) in tiers
         ]
 
-    def _has_room(self, span: Span, window: StreamedLayer) -> bool:
+    def _has_room(self, span: Span, window: OffloadedLayer) -> bool:
         """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
         assert self._restore is not None
         on_disk = self._restore.tier(span.block.key) == "disk"
         return on_disk or window.has_host_room(span.tokens * window.geometry.token_bytes)
 
-    def _borrow(self, span: Span, layer: int, window: StreamedLayer) -> BorrowedRun:
+    def _borrow(self, span: Span, layer: int, window: OffloadedLayer) -> BorrowedExtent:
         assert self._restore is not None
         key = span.block.key
         loan = self._loans.get(key)
         if loan is None:
-            loan = self._loans[key] = Loan(self._restore.lend(key))
+            loan = self._loans[key] = BorrowedBlock(self._restore.lend(key))
         run = window.borrowed_run(loan, layer, span.tokens, loan.reader.tier)
         if run.tier == "host":
             owner = object()
@@ -171,7 +173,7 @@ class StreamedPrefix(TurnPrefix):
     def _fill_columns(
         self,
         layer: int,
-        window: StreamedLayer,
+        window: OffloadedLayer,
         old: LayerMemory | None,
         kept: Sequence[Page | None],
         begin: int,
@@ -200,14 +202,14 @@ class StreamedPrefix(TurnPrefix):
                 if last < end:
                     buffer.clear(row, last - base, end - base)
 
-    def _land(self, layer: int, buffer: Window, base: int, begin: int, end: int, repeats: int) -> None:
+    def _land(self, layer: int, buffer: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
         """Let what the store has of the columns ``[begin, end)`` land in ``buffer``, whose column 0 is ``base``."""
         assert self._restore is not None
         pads = [plan.pad for plan in self._plans]
         direct = buffer.device.type == "cpu"
-        host = buffer if direct else Window(len(pads), buffer.geometry, end - base, "cpu")
+        host = buffer if direct else KVBuffer(len(pads), buffer.geometry, end - base, "cpu")
 
-        def place(_: int, row: int) -> tuple[Landing, int]:
+        def place(_: int, row: int) -> tuple[PageView, int]:
             at = row * repeats if direct else row
             return host.landing(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
 

@@ -14,10 +14,10 @@ import torch
 
 from kvtier.errors import RestoreError
 from kvtier.kv.base import LayerMemory
-from kvtier.kv.buffer import Window
-from kvtier.kv.page import Landing
-from kvtier.kv.spec import LayerGeometry
-from kvtier.store.load import Restore
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.page import PageView
+from kvtier.kv.spec import LayerSpec
+from kvtier.store.load import LoadJob
 
 # Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
 # gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.
@@ -43,7 +43,7 @@ class RowPlan:
     end: int = sys.maxsize
 
 
-class TurnPrefix:
+class PrefixLoad:
     """The first ``columns`` columns of a turn, as far as they are known.
 
     Rows share one limit: transformers cuts a batch at one column for all rows. Where the windows already hold what
@@ -51,7 +51,7 @@ class TurnPrefix:
     the windows themselves, so that a page is copied once, from its tier to its place.
     """
 
-    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: Restore | None, held_rows: int) -> None:
+    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: LoadJob | None, held_rows: int) -> None:
         self.columns = columns
         self.restored_bytes = restore.nbytes if restore is not None else 0
         self.rows = len(plans)
@@ -63,7 +63,7 @@ class TurnPrefix:
         self._in_place = held_rows == len(plans) and all(
             plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
         )
-        self._landed: list[Window] = []
+        self._landed: list[KVBuffer] = []
         self._left: set[int] = set()
         self._begun = False
 
@@ -82,11 +82,11 @@ class TurnPrefix:
         if restore is None or not restore.nbytes:
             return
         for window, geometry in zip(windows, restore.geometry.layers, strict=True):
-            if self._in_place and isinstance(window, Window) and window.is_host(geometry):
+            if self._in_place and isinstance(window, KVBuffer) and window.is_host(geometry):
                 window.reserve(columns, live=min(self.columns, window.capacity))
                 self._landed.append(window)
             else:
-                self._landed.append(Window(len(self._plans), geometry, Window.capacity_for(columns), "cpu"))
+                self._landed.append(KVBuffer(len(self._plans), geometry, KVBuffer.capacity_for(columns), "cpu"))
         restore.start(self._place)
 
     def _expect(self, windows: Sequence[LayerMemory | None]) -> None:
@@ -135,7 +135,7 @@ class TurnPrefix:
         """Discard what comes from the store: it does not fit. Returns what to raise."""
         return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
 
-    def _place(self, layer: int, row: int) -> tuple[Landing, int]:
+    def _place(self, layer: int, row: int) -> tuple[PageView, int]:
         return self._landed[layer].landing(row, self._plans[row].pad), 0
 
     def take(
@@ -164,8 +164,8 @@ class TurnPrefix:
     def _fill(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
-        assert old is None or isinstance(old, Window)
-        landed = self._wait(layer, LayerGeometry.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
+        assert old is None or isinstance(old, KVBuffer)
+        landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self._plans)
         if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
             window = old
@@ -173,7 +173,7 @@ class TurnPrefix:
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
             window = landed
         else:
-            window = Window.like(k_bhtd, v_bhtd, Window.capacity_for(self.columns + k_bhtd.shape[2]))
+            window = KVBuffer.like(k_bhtd, v_bhtd, KVBuffer.capacity_for(self.columns + k_bhtd.shape[2]))
         for row in range(window.rows):
             source = row // repeats
             plan = self._plans[source]
@@ -189,7 +189,7 @@ class TurnPrefix:
                 window.clear(row, end, self.columns)
         return window
 
-    def _wait(self, layer: int, geometry: LayerGeometry, computes_on_host: bool) -> Window | None:
+    def _wait(self, layer: int, geometry: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
         if not self._landed:
             return None
         if self._restore is not None:
@@ -202,7 +202,7 @@ class TurnPrefix:
             raise self._misfit(landed.geometry, geometry)
         return landed
 
-    def _misfit(self, stored: LayerGeometry, wanted: LayerGeometry) -> RestoreError:
+    def _misfit(self, stored: LayerSpec, wanted: LayerSpec) -> RestoreError:
         return self.reject(f"stored pages of {stored} do not fit the model's {wanted}")
 
     def wait(self) -> None:
@@ -220,7 +220,7 @@ class TurnPrefix:
         if self._restore is not None:
             self._restore.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TurnPrefix:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixLoad:
         """Share what has landed, when all of it has."""
         self.wait()
         twin = copy.copy(self)

@@ -13,7 +13,7 @@ from kvtier.hf.layers.states import UnreadableError, move_rows, put_states, read
 _log = logging.getLogger("kvtier.hf")
 
 
-class Snapshots:
+class StateCheckpoints:
     """What the layers with states of one cache had at some columns of the current turn, and where they are now.
 
     States are of all rows at one column. Whoever changes the layers between turns says so by ``lose``.

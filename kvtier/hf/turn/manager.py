@@ -20,21 +20,21 @@ from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.generate.hook import check_installed
 from kvtier.hf.identity.fingerprint import identify
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.inputs.request import Call, media_error
-from kvtier.hf.layers.attention import SlidingWindowLayer, WindowLayer
-from kvtier.hf.layers.container import OpenStreams, WindowCache, host_pages
+from kvtier.hf.inputs.request import GenerateRequest, media_error
+from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer
+from kvtier.hf.layers.container import LayerCache, OpenStreams, host_pages
 from kvtier.hf.layers.layer_marks import LayerMarks
-from kvtier.hf.layers.offloaded_load import StreamedPrefix
-from kvtier.hf.layers.prefix_load import TurnPrefix
-from kvtier.hf.layers.state_checkpoints import Snapshots
+from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
+from kvtier.hf.layers.prefix_load import PrefixLoad
+from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.exclusive_use import checked_wait_seconds, exclusively, is_serving, running_generate
 from kvtier.hf.turn.plan import MakePrefix, plan_turn
 from kvtier.hf.turn.prefill_plan import plan_pieces
 from kvtier.hf.turn.taker import TurnTaker
-from kvtier.hf.turn.token_trace import Fed
-from kvtier.hf.turn.turn import Held, Turn
+from kvtier.hf.turn.token_trace import TokenTrace
+from kvtier.hf.turn.turn import ResidentPrefix, Turn
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
@@ -48,7 +48,7 @@ _UNANNOUNCED = (
 )
 
 
-class TurnCache(WindowCache, TurnTaker):
+class TurnCache(LayerCache, TurnTaker):
     """The half of ``TieredCache`` that the hook around ``generate()`` speaks to.
 
     Args:
@@ -68,8 +68,8 @@ class TurnCache(WindowCache, TurnTaker):
         self._wait_seconds = checked_wait_seconds(wait_seconds)
         self._closed = False
         self._turn: Turn | None = None
-        self._held: Held | None = None
-        self._snapshots = Snapshots()
+        self._held: ResidentPrefix | None = None
+        self._snapshots = StateCheckpoints()
         self._root: str | None = None
         self._marks: LayerMarks | None = None
         self._is_strict = False
@@ -165,7 +165,7 @@ class TurnCache(WindowCache, TurnTaker):
         if turn is not None:
             turn.rows_moved(rows, before)
 
-    def _begin(self, model: PreTrainedModel, call: Call) -> TurnReport:
+    def _begin(self, model: PreTrainedModel, call: GenerateRequest) -> TurnReport:
         self._check_open()
         self._longest_answer = call.longest_answer
         # These take tokens back, or may do anything. Of calls whose arguments were not read, nothing is known.
@@ -203,7 +203,7 @@ class TurnCache(WindowCache, TurnTaker):
         if cold:
             if states:
                 return start(Turn.off(cold))  # drafts that were taken back would still be in the states
-            fed = Fed(prompt) if call.watched and prompt.plain else None
+            fed = TokenTrace(prompt) if call.watched and prompt.plain else None
             return start(Turn(prompt, identity, None, cold, prompt_only=True, fed=fed, custom=call.custom))
         while True:
             turn = plan_turn(prompt, identity, self._held_now(), self._store, self._prefix_for(model), states=states)
@@ -220,13 +220,13 @@ class TurnCache(WindowCache, TurnTaker):
                 may_feed = call.feeds and call.repeats == 1 and prompt.plain
                 plan_pieces(turn, token_by_token=profile_of(model).token_by_token, may_feed=may_feed)
             if call.watched and prompt.plain:
-                turn.fed = Fed(prompt, turn.prefix.columns if turn.prefix is not None else 0)
+                turn.fed = TokenTrace(prompt, turn.prefix.columns if turn.prefix is not None else 0)
             try:
                 return start(turn, model, call.repeats)
             except BlockError:
                 continue  # blocks that do not fit the model: they are withheld
 
-    def held(self) -> Held | None:
+    def held(self) -> ResidentPrefix | None:
         """Return the tokens of the last turn whose K and V the cache holds; None when there are none.
 
         Raises:
@@ -236,7 +236,9 @@ class TurnCache(WindowCache, TurnTaker):
         self._salvage()
         return self._held_now()
 
-    def _start_call(self, call: Call, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
+    def _start_call(
+        self, call: GenerateRequest, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1
+    ) -> TurnReport:
         """Start the ``turn`` of a ``call``.
 
         Raises:
@@ -259,8 +261,8 @@ class TurnCache(WindowCache, TurnTaker):
 
     def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
         if self._streams is None:
-            return TurnPrefix
-        return partial(StreamedPrefix, self._streams, None if self._is_spread(model) else model.device)
+            return PrefixLoad
+        return partial(OffloadedPrefixLoad, self._streams, None if self._is_spread(model) else model.device)
 
     def _hides_rows(self, prompt: Prompt) -> bool:
         """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
@@ -271,7 +273,7 @@ class TurnCache(WindowCache, TurnTaker):
         windows = [layer.sliding_window for layer in self._windows if isinstance(layer, SlidingWindowLayer)]
         return bool(windows) and (trailing >= min(windows) or bool(getattr(text, "attention_chunk_size", None)))
 
-    def _held_now(self) -> Held | None:
+    def _held_now(self) -> ResidentPrefix | None:
         """Return what all windows hold, cut to their length: a crop between turns shortens it.
 
         None where anything else has changed a layer since, by whatever way.
@@ -286,7 +288,7 @@ class TurnCache(WindowCache, TurnTaker):
         return self._held.cut(lengths.pop())
 
     @property
-    def _filled(self) -> list[WindowLayer]:
+    def _filled(self) -> list[AttentionLayer]:
         return [layer for layer in self._windows if layer.is_used or not layer.is_optional]
 
     def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
@@ -316,7 +318,7 @@ class TurnCache(WindowCache, TurnTaker):
         self.last_turn = turn.report()
         return self.last_turn
 
-    def _start_states(self, prefix: TurnPrefix, model: PreTrainedModel, repeats: int) -> None:
+    def _start_states(self, prefix: PrefixLoad, model: PreTrainedModel, repeats: int) -> None:
         if not prefix.has_states:
             self._snapshots.go_on(self._states, repeats)
             return
@@ -347,7 +349,7 @@ class TurnCache(WindowCache, TurnTaker):
         return bool(self._states)
 
     @property
-    def _fed(self) -> Fed | None:
+    def _fed(self) -> TokenTrace | None:
         return self._turn.fed if self._turn is not None else None
 
     def _common_length(self) -> int:
@@ -401,7 +403,7 @@ class TurnCache(WindowCache, TurnTaker):
         self.last_turn = self._streams.account(report) if self._streams is not None else report
         return self.last_turn
 
-    def _keep(self, named: Held, turn: Turn, whole: bool) -> None:
+    def _keep(self, named: ResidentPrefix, turn: Turn, whole: bool) -> None:
         """Keep the tokens whose K and V every window holds; ``whole``: no forward pass was interrupted."""
         layers = self._filled
         if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
@@ -424,7 +426,9 @@ class TurnCache(WindowCache, TurnTaker):
         self._held = replace(held, live=self._snapshots.live)
         self._marks = LayerMarks(self.layers)
 
-    def _store_rows(self, held: Held, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None) -> None:
+    def _store_rows(
+        self, held: ResidentPrefix, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None
+    ) -> None:
         assert turn.identity is not None
         root, manifest = turn.identity.root, turn.identity.manifest
         windows = [layer.window for layer in self._windows]
@@ -435,7 +439,7 @@ class TurnCache(WindowCache, TurnTaker):
             read = partial(host_pages, windows, row, pad)
             self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
 
-    def _states_of(self, held: Held, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
+    def _states_of(self, held: ResidentPrefix, turn: Turn, length: int, whole: bool) -> list[dict[int, torch.Tensor]]:
         """Return, of each row, the states that are known, by the number of tokens after which they are valid.
 
         No row is padded: such turns were not begun.

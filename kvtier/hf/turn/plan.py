@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 from kvtier.errors import BlockError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.layers.prefix_load import RowPlan, TurnPrefix
-from kvtier.hf.turn.turn import Held, Turn
+from kvtier.hf.layers.prefix_load import PrefixLoad, RowPlan
+from kvtier.hf.turn.turn import ResidentPrefix, Turn
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.load import Restore
+from kvtier.store.load import LoadJob
 from kvtier.store.lookup import Span
 
-MakePrefix = Callable[[int, Sequence[RowPlan], Restore | None, int], TurnPrefix]
+MakePrefix = Callable[[int, Sequence[RowPlan], LoadJob | None, int], PrefixLoad]
 
 
 def plan_turn(
     prompt: Prompt,
     identity: Identity,
-    held: Held | None,
+    held: ResidentPrefix | None,
     store: PrefixStore,
-    make_prefix: MakePrefix = TurnPrefix,
+    make_prefix: MakePrefix = PrefixLoad,
     *,
     states: bool = False,
 ) -> Turn:
@@ -73,7 +73,7 @@ def plan_turn(
 
 
 def _at_states(
-    prompt: Prompt, root: str, held: Held | None, plans: Sequence[RowPlan], columns: int, store: PrefixStore
+    prompt: Prompt, root: str, held: ResidentPrefix | None, plans: Sequence[RowPlan], columns: int, store: PrefixStore
 ) -> tuple[int, Sequence[BlockId]]:
     """Return the last column, not beyond ``columns``, after which the states of all rows are known.
 
@@ -105,7 +105,7 @@ def _by_tier(
     columns: int,
     from_window: Sequence[int],
     wanted: Sequence[Sequence[Span]],
-    restore: Restore | None,
+    restore: LoadJob | None,
 ) -> dict[str, int]:
     counts = {"window": sum(min(w, max(0, columns - pad)) for w, pad in zip(from_window, prompt.pads, strict=True))}
     if restore is not None:

@@ -20,7 +20,7 @@ _HARMLESS = frozenset({*CACHE_ARGUMENTS, "use_cache", "logits_to_keep", "num_log
 _OF_GENERATE = frozenset({"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"})
 
 
-class Fed:
+class TokenTrace:
     """The tokens of each row of a cache, as forward passes of one model were seen to bring them.
 
     Guarantees: what ``rows`` returns was fed at the positions, and saw the tokens, that it would have in a prompt.

@@ -14,16 +14,16 @@ import torch
 
 from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
-from kvtier.hf.inputs.content_ids import Mark
+from kvtier.hf.inputs.content_ids import ContentId
 from kvtier.hf.inputs.prompt import Positions, Prompt
-from kvtier.hf.layers.prefix_load import TurnPrefix
-from kvtier.hf.turn.token_trace import Fed
+from kvtier.hf.layers.prefix_load import PrefixLoad
+from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import Divergence, RowReport, TurnReport
 from kvtier.store.chain import TokenIds, common_run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class ResidentPrefix:
     """The tokens whose K and V all windows hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
 
     ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
@@ -33,7 +33,7 @@ class Held:
     pads: tuple[int, ...]
     live: int | None = None
     """The column after which the states of all rows are valid, in models that have states."""
-    marks: tuple[tuple[Mark, ...], ...] = ()
+    marks: tuple[tuple[ContentId, ...], ...] = ()
     positions: tuple[Positions, ...] = ()
 
     def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class Held:
         best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
         return best, runs[best]
 
-    def cut(self, columns: int) -> Held:
+    def cut(self, columns: int) -> ResidentPrefix:
         """Return the part within the first ``columns`` columns."""
         rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
         return replace(self, rows=rows, live=self.live if self.live == columns else None)
@@ -81,7 +81,7 @@ class Turn:
 
     prompt: Prompt | None
     identity: Identity | None
-    prefix: TurnPrefix | None
+    prefix: PrefixLoad | None
     reason: str | None = None
     prompt_only: bool = False
     row_of: list[int] | None = None
@@ -90,7 +90,7 @@ class Turn:
     is_strict: bool = False
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     passes: int = 0
-    fed: Fed | None = None
+    fed: TokenTrace | None = None
     custom: bool = False
     match_seconds: float = 0.0
     divergences: Sequence[Divergence | None] = ()
@@ -185,7 +185,9 @@ class Turn:
         repeats = max(1, held_rows // len(self.prompt.rows))
         return [row // repeats for row in range(held_rows)]
 
-    def named(self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]) -> Held | None:
+    def named(
+        self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
+    ) -> ResidentPrefix | None:
         """Return the tokens that stand in the ``held_rows`` rows of the windows; None when nobody can tell.
 
         Args:
@@ -212,13 +214,13 @@ class Turn:
         rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
         return self._held(rows, row_of)
 
-    def _held(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> Held:
+    def _held(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> ResidentPrefix:
         """Return the ``rows`` of the windows, which continue the prompt rows ``row_of``."""
         prompt = self.prompt
         assert prompt is not None
         marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
         positions = tuple(prompt.positions[p] for p in row_of) if prompt.positions else ()
-        return Held(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions).cut(self.intact)
+        return ResidentPrefix(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions).cut(self.intact)
 
     def reads(self, sequences: Any) -> bool:
         """Whether ``sequences``, which ``generate`` returned, are ids ``[rows, columns]`` of prompt and answer."""

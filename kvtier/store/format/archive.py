@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from kvtier.errors import ArchiveError, BlockError, ConfigurationError
-from kvtier.kv.page import Landing, Page
+from kvtier.kv.page import Page, PageView
 from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
-from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import TokenIds
 from kvtier.store.format.header import (
@@ -116,7 +116,7 @@ def write_archive(
     return nbytes
 
 
-def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> tuple[Geometry, TokenIds]:
+def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> tuple[KVSpec, TokenIds]:
     """Return the layers and the token ids of a chain.
 
     Raises:
@@ -139,7 +139,7 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
 def _write(
     out: BinaryIO,
     blocks: Sequence[BlockReader],
-    geometry: Geometry,
+    geometry: KVSpec,
     ids: TokenIds,
     states: torch.Tensor | None,
     metadata: Mapping[str, str],
@@ -168,17 +168,17 @@ def _write(
     return nbytes
 
 
-def _payloads(blocks: Sequence[BlockReader], geometry: Geometry, ids: TokenIds) -> Iterator[memoryview]:
+def _payloads(blocks: Sequence[BlockReader], geometry: KVSpec, ids: TokenIds) -> Iterator[memoryview]:
     """Yield the bytes of each tensor in turn. They are good until the next one is asked for."""
     yield memoryview(np.ascontiguousarray(ids, dtype="<i8").view(np.uint8))
-    places: dict[LayerGeometry, Landing] = {}
+    places: dict[LayerSpec, PageView] = {}
     for layer, g in enumerate(geometry.layers):
         if g not in places:
             places.clear()  # one layer at a time; memory that was written once is faster
             item_bytes = g.dtype.itemsize
             k = np.empty((g.k_heads, len(ids), g.k_dim * item_bytes), dtype=np.uint8)
             v = np.empty((g.v_heads, len(ids), g.v_dim * item_bytes), dtype=np.uint8)
-            places[g] = Landing(k, v)
+            places[g] = PageView(k, v)
         landing, start = places[g], 0
         for block in blocks:
             stop = min(start + len(block.id.tokens), len(ids))

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from kvtier.errors import BlockError, UnavailableError
-from kvtier.kv.page import Landing, Page
+from kvtier.kv.page import Page, PageView
 from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
-from kvtier.kv.spec import Geometry
+from kvtier.kv.spec import KVSpec
 from kvtier.platform.descriptors import ReadFile
 from kvtier.platform.filesystem import READ_FLAGS
 from kvtier.store.block import Block
@@ -95,7 +95,7 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[Geometry, _Shapes]:
+def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[KVSpec, _Shapes]:
     """Return the layers that the metadata tell, and the shapes of K and V, which their dtypes follow.
 
     Raises:
@@ -244,7 +244,7 @@ class BlockFile:
         """Whether pages are stored as they are."""
         return bool(self.codec == "raw")
 
-    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
         """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
 
         Without ``check``, a checksum is only looked at where the page must be read as a whole.
@@ -256,7 +256,7 @@ class BlockFile:
         if not (whole and self.codec == "raw" and self._read_straight(layer, landing, check)):
             landing.take(self.page(layer), first, last)
 
-    def _read_straight(self, layer: int, landing: Landing, check: bool) -> bool:
+    def _read_straight(self, layer: int, landing: PageView, check: bool) -> bool:
         """Read K and V of ``layer`` right into ``landing``; whether that was possible.
 
         A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from kvtier.kv.safetensors_header import DTYPES
-from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.chain import TokenIds
 
 MAX_HEADER_BYTES = 2**19  # 200 layers take 70 KB
@@ -263,7 +263,7 @@ def tensor_names(layers: int, *, snapshot: bool = False) -> tuple[str, ...]:
     return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * snapshot)
 
 
-def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> Geometry:
+def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> KVSpec:
     """Return the layers whose K and V have these types and shapes ``[heads, tokens, dim]``: K and V of each in turn.
 
     Raises:
@@ -282,8 +282,8 @@ def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: in
             if shape[0] * shape[2] * dtype.itemsize > _MAX_TOKEN_BYTES:
                 raise ValueError(f"layer {i // 2} takes more than {_MAX_TOKEN_BYTES} bytes a token")
         (k_heads, _, k_dim), (v_heads, _, v_dim) = shapes[i], shapes[i + 1]
-        layers.append(LayerGeometry(k_heads, k_dim, v_heads, v_dim, dtype))
-    return Geometry(tuple(layers))
+        layers.append(LayerSpec(k_heads, k_dim, v_heads, v_dim, dtype))
+    return KVSpec(tuple(layers))
 
 
 def _dtype(name: object) -> torch.dtype | None:

@@ -19,7 +19,7 @@ import numpy as np
 from kvtier.errors import ConfigurationError, StoreError
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds, chain_keys
-from kvtier.store.commit import Commits
+from kvtier.store.commit import BlockWriter
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.usage import StoreUsage, measure
@@ -47,7 +47,7 @@ class ManagedStore(ABC):
     _names: Names
     _audit: Audit
     _inventory: Inventory
-    _commits: Commits
+    _commits: BlockWriter
     _clock: Callable[[], float]
     _pinned: frozenset[str]  # in a store without folder
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 
 from kvtier.errors import BlockError
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import Geometry
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import KVSpec
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId
@@ -49,7 +49,7 @@ class _Load:
     needed: dict[int, int] = field(default_factory=dict)
 
 
-class SharedLoads:
+class ReadCoalescer:
     """The blocks of one tier that are open now. Thread-safe.
 
     Args:
@@ -190,10 +190,10 @@ class SharedLoads:
 class SharedReader:
     """One restore's view of a block that others may be reading too. Holds a lease until it is closed."""
 
-    def __init__(self, loads: SharedLoads, load: _Load, lease: BlockLease) -> None:
+    def __init__(self, loads: ReadCoalescer, load: _Load, lease: BlockLease) -> None:
         self.id: BlockId = load.reader.id
         self.tier: str = load.reader.tier
-        self.geometry: Geometry = load.reader.geometry
+        self.geometry: KVSpec = load.reader.geometry
         self.taken: set[int] = set()
         self._loads = loads
         self._load = load
@@ -214,7 +214,7 @@ class SharedReader:
         """
         return self._loads.page(self._load, self, layer)
 
-    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``.
 
         Raises:

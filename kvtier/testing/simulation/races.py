@@ -30,7 +30,7 @@ from kvtier.testing.simulation.regions import Region
 
 
 class RaceError(AssertionError):
-    """Two accesses to the same memory are not ordered. ``rule`` is one of R1 to R4, see :mod:`kvtier.testing.simulation.races`."""
+    """Two accesses to the same memory are not ordered. ``rule`` is one of R1 to R4, see above."""
 
     def __init__(self, rule: str, what: str) -> None:
         super().__init__(f"{rule}: {what}")

@@ -16,7 +16,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationMixin, P
 
 from kvtier.hf.identity.eligibility import POSITIONAL, why_unsound
 from kvtier.hf.identity.fingerprint import Identity, identify
-from kvtier.hf.identity.module_walk import Anatomy
+from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.stable_repr import describe, describe_code
 from kvtier.hf.inputs.arguments import why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
@@ -138,7 +138,7 @@ class Hiding(torch.nn.Module):
 
 
 def test_hidden_weights_are_found():
-    anatomy = Anatomy(Hiding())
+    anatomy = ModelWalk(Hiding())
     assert sorted(name for name, _ in anatomy.tensors) == ["_held.table", "listed.0.bias", "listed.0.weight"]
     assert [part.name for part in anatomy.parts] == ["", "listed.0"]
 
@@ -185,9 +185,9 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 def test_configs_that_say_positions_depend_on_length(config):
     module = torch.nn.Module().eval()
     module.config = PreTrainedConfig()
-    assert why_unsound(module, Anatomy(module)) is None
+    assert why_unsound(module, ModelWalk(module)) is None
     vars(module.config).update(config)
-    unsound = why_unsound(module, Anatomy(module))
+    unsound = why_unsound(module, ModelWalk(module))
     assert unsound is not None
     assert "depend on the length" in unsound.reason
 
@@ -231,10 +231,10 @@ def test_attention_to_later_tokens_is_unsound(where):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
     config = Gemma3TextConfig(**text, **heads, use_bidirectional_attention=where == "of the text")
     model = Gemma3ForCausalLM(config).eval()
-    assert (why_unsound(model, Anatomy(model)) is None) == (where == "inside")
+    assert (why_unsound(model, ModelWalk(model)) is None) == (where == "inside")
     if where == "inside":
         config.something = Gemma3TextConfig(**text, **heads, use_bidirectional_attention=True)
-    assert "later tokens" in why_unsound(model, Anatomy(model)).reason
+    assert "later tokens" in why_unsound(model, ModelWalk(model)).reason
 
 
 # --- arguments of generate() ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PaliGemmaConfig, PaliGemma
 
 from kvtier.hf.compat.names import MEDIA_CONTINUE
 from kvtier.hf.inputs.chain_inputs import Inputs, read_inputs
-from kvtier.hf.inputs.content_ids import WHOLE, Mark, digest_of, digest_tensors, marked, vector_ids
+from kvtier.hf.inputs.content_ids import WHOLE, ContentId, digest_of, digest_tensors, marked, vector_ids
 from kvtier.hf.inputs.multimodal import Media, read_media
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.not_reusable import NotReusable
@@ -36,7 +36,7 @@ def read(family, *rows, copies=1, **changed):
 @pytest.mark.parametrize("stop", [3, 5, 8, 12])
 def test_ids_under_a_mark_are_those_of_no_word_and_no_other_mark(stop):
     ids = np.arange(20, dtype=np.int64)
-    found = [marked(ids, [Mark(2, stop, digest)]) for digest in DIGESTS]
+    found = [marked(ids, [ContentId(2, stop, digest)]) for digest in DIGESTS]
     end = max(stop, 2 + WHOLE)
     for one in found:
         assert np.array_equal(one[:2], ids[:2])
@@ -49,13 +49,13 @@ def test_ids_under_a_mark_are_those_of_no_word_and_no_other_mark(stop):
 def test_a_mark_leaves_the_ids_under_it_apart():
     ids, other = np.arange(20, dtype=np.int64), np.arange(20, dtype=np.int64)
     other[4] = 90
-    same = marked(ids, [Mark(2, 3, DIGESTS[0])]) == marked(other, [Mark(2, 3, DIGESTS[0])])
+    same = marked(ids, [ContentId(2, 3, DIGESTS[0])]) == marked(other, [ContentId(2, 3, DIGESTS[0])])
     assert np.flatnonzero(~same).tolist() == [4]
 
 
 def test_marks_that_overlap_are_both_told():
     ids = np.arange(20, dtype=np.int64)
-    one, two, other = Mark(2, 3, DIGESTS[0]), Mark(4, 5, DIGESTS[1]), Mark(4, 5, DIGESTS[2])
+    one, two, other = ContentId(2, 3, DIGESTS[0]), ContentId(4, 5, DIGESTS[1]), ContentId(4, 5, DIGESTS[2])
     both = marked(ids, [one, two])
     assert np.array_equal(both[:4], marked(ids, [one])[:4])
     assert not (both[4:9] == marked(ids, [one, other])[4:9]).any()
@@ -64,7 +64,7 @@ def test_marks_that_overlap_are_both_told():
 
 def test_a_mark_goes_on_in_ids_that_come_later():
     ids = np.arange(20, dtype=np.int64)
-    mark = Mark(17, 18, DIGESTS[0])
+    mark = ContentId(17, 18, DIGESTS[0])
     first = Prompt((marked(ids[:18], [mark]),), (0,), 18, marks=((mark,),))
     assert np.array_equal(first.continued(0, ids[18:]), marked(ids, [mark]))
     assert not np.array_equal(first.continued(0, ids[18:])[18:], ids[18:])

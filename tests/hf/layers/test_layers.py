@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from kvtier.hf.layers.attention import SlidingWindowLayer, WindowLayer
+from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer
 
 appends = st.tuples(st.just("append"), st.integers(1, 400))
 crops = st.tuples(st.just("crop"), st.integers(1, 300))
@@ -23,7 +23,7 @@ repeats = st.tuples(st.just("repeat"), st.integers(1, 3))
     st.lists(st.one_of(appends, appends, crops, orders, selections, masks, repeats), max_size=12),
 )
 def test_a_layer_follows_transformers(rows, dtype, steps):
-    ours, theirs = WindowLayer(), DynamicLayer()
+    ours, theirs = AttentionLayer(), DynamicLayer()
     random = torch.Generator().manual_seed(0)
     for step, n in [("append", 3), *steps]:
         seeded = torch.Generator().manual_seed(n)
@@ -74,7 +74,7 @@ def test_a_sliding_layer_shows_what_its_mask_sizes_promise(window, appended):
 
 
 def test_appending_moves_nothing_but_when_the_window_grows():
-    layer = WindowLayer()
+    layer = AttentionLayer()
     layer.update(torch.zeros(1, 1, 1000, 4), torch.zeros(1, 1, 1000, 4))
     moves, at = 0, layer.window.k.data_ptr()
     for _ in range(2000):
@@ -87,5 +87,5 @@ def test_appending_moves_nothing_but_when_the_window_grows():
 
 def test_k_and_v_are_detached():
     k = torch.zeros(1, 1, 4, 4, requires_grad=True)
-    seen, _ = WindowLayer().update(k * 2, k * 3)
+    seen, _ = AttentionLayer().update(k * 2, k * 3)
     assert not seen.requires_grad

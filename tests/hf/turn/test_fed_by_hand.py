@@ -11,7 +11,7 @@ from transformers import Cache
 
 from kvtier import TieredCache
 from kvtier.hf.compat.model_profiles import passed_argument
-from kvtier.hf.layers.attention import IndexedLayer, WindowLayer
+from kvtier.hf.layers.attention import AttentionLayer, IndexedLayer
 from kvtier.hf.layers.states import has_states
 from tests.support import families
 
@@ -68,7 +68,7 @@ def by_the_cache(model, cache):
             cache.update_recurrent_state(layer.recurrent_states[0] + 1, index)
         elif getattr(layer, "conv_states", None):
             cache.update_conv_state(layer.conv_states[0][..., -1:] + 1, index)
-        elif isinstance(layer, WindowLayer):
+        elif isinstance(layer, AttentionLayer):
             cache.update(layer.keys[:, :, -1:] + 1, layer.values[:, :, -1:] + 1, index)
 
 
@@ -82,7 +82,7 @@ def by_the_layer(model, cache):
             layer.update_recurrent_state(layer.recurrent_states[0] + 1)
         elif getattr(layer, "conv_states", None):
             layer.update_conv_state(layer.conv_states[0][..., -1:] + 1)
-        elif isinstance(layer, WindowLayer):  # as long as before, to the eye
+        elif isinstance(layer, AttentionLayer):  # as long as before, to the eye
             layer.crop(-3)
             layer.update(layer.keys[:, :, -3:] + 1, layer.values[:, :, -3:] + 1)
         else:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.layers.prefix_load import TurnPrefix
+from kvtier.hf.layers.prefix_load import PrefixLoad
 from kvtier.hf.turn.prefill_plan import SPACING_TOKENS, WORTH_A_SNAPSHOT_TOKENS, plan_pieces
 from kvtier.hf.turn.turn import Turn
 
 
 def turn(columns, *, cached=0, known=None, pad=0):
     prompt = Prompt((np.arange(columns - pad),), (pad,), columns)
-    prefix = TurnPrefix(cached, [], None, 0) if cached else None
+    prefix = PrefixLoad(cached, [], None, 0) if cached else None
     return Turn(prompt, None, prefix, known_columns=cached if known is None else known)
 
 

@@ -9,8 +9,8 @@ Later turns read a tensor whole again when
 - it is another tensor, lies elsewhere or has another version: PyTorch counts what is written in place;
 - it holds a gradient, or an optimizer has made a step since, whose writes PyTorch may not count;
 - it was made in inference mode, where PyTorch counts nothing;
-- one of its samples differs (``kvtier.hf.identity.weights.samples``), or, in the weights of an ``Embedding``, any byte of a row
-  that the prompt looks up.
+- one of its samples differs (``samples.py``), or, in the weights of an ``Embedding``, any byte of a row that the
+  prompt looks up.
 
 What remains is in ``docs/limits.md``: a write to a few elements that PyTorch does not count, through ``.data``, NumPy
 or a kernel of one's own. ``torch.autograd.graph.increment_version`` makes it count.

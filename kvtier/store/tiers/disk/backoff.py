@@ -24,7 +24,7 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "lock" in str(error)  # "database is locked" and others
 
 
-class Pause:
+class WriteBackoff:
     """Whether to write. Each failure doubles the wait, from a second to a minute; a success ends it.
 
     Args:
@@ -69,14 +69,14 @@ class Withheld:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._pauses: dict[str, Pause] = {}
+        self._pauses: dict[str, WriteBackoff] = {}
 
     def add(self, keys: Iterable[str]) -> None:
         """Withhold blocks, each for longer than the last time."""
         if len(self._pauses) > _MOST_WITHHELD:
             self._pauses = {key: pause for key, pause in self._pauses.items() if pause.holds()}
         for key in keys:
-            self._pauses.setdefault(key, Pause(self._clock)).begin("it could not be read", told=False)
+            self._pauses.setdefault(key, WriteBackoff(self._clock)).begin("it could not be read", told=False)
 
     def __contains__(self, key: str) -> bool:
         pause = self._pauses.get(key)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
-from kvtier.kv.page import Landing, Page
-from kvtier.kv.spec import Geometry, LayerGeometry
+from kvtier.kv.page import Page, PageView
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
@@ -32,7 +32,7 @@ class HostReader:
 
     def __init__(self, block: Block, lease: BlockLease) -> None:
         self.id = block.id
-        self.geometry = Geometry(tuple(LayerGeometry.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        self.geometry = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
         self._block = block
         self._lease = lease
 
@@ -40,7 +40,7 @@ class HostReader:
         """Return the page of ``layer``; no bytes move."""
         return self._block.pages[layer]
 
-    def land(self, layer: int, first: int, last: int, landing: Landing, *, check: bool = True) -> None:
+    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
         """Copy tokens ``[first, last)`` of the page of ``layer``."""
         landing.take(self._block.pages[layer], first, last)
 
