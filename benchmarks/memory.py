@@ -69,5 +69,5 @@ def run(options: Options) -> Result:
             (f"later turn, {len(talk.prompt)} prompt tokens, {talk.known} of them known", later, BY_HAND),
         )
     )
-    notes = ("No target. Beside its window, TieredCache keeps blocks in the RAM tier, for other conversations.",)
+    notes = ("No target. Beside its buffer, TieredCache keeps blocks in the RAM tier, for other conversations.",)
     return Result("memory", (__doc__ or "").strip(), rounds, options.quick, cases, (), notes)

@@ -1,4 +1,4 @@
-"""Time to bring 4,096 tokens of K and V from a store into the windows, against reading the same bytes plainly."""
+"""Time to bring 4,096 tokens of K and V from a store into the buffers, against reading the same bytes plainly."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from benchmarks.result import Result, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.compat.names import passed
-from kvtier.hf.turn import prefill_plan as pieces
+from kvtier.hf.turn import prefill_plan
 
 _NONE = "at the end only"
 _SPACINGS = (2048, 1024, 512)
@@ -45,7 +45,7 @@ def run(options: Options) -> Result:
     competitors = [Competitor(name, partial(turns, spacing)) for name, spacing in names.items()]
     turns(2 * tokens)  # what the first call of a process pays for is no part of it
     samples = interleave(competitors, rounds, options.say)
-    facts: dict[str, Any] = {"prompt_tokens": tokens, "edited_at": at, "chosen": pieces.SPACING_TOKENS}
+    facts: dict[str, Any] = {"prompt_tokens": tokens, "edited_at": at, "chosen": prefill_plan.SPACING_TOKENS}
     cases = (
         make_case("first turn", samples, "first_s", baseline=_NONE, ratio_kind="cost", facts=facts),
         make_case("turn after a late edit", samples, "edited_s", baseline=_NONE, ratio_kind="speedup", facts=facts),
@@ -95,8 +95,8 @@ def _seconds(model: Any, ids: torch.Tensor, cache: TieredCache) -> float:
 @contextmanager
 def _spacing(tokens: int) -> Iterator[None]:
     """Keep states so far apart."""
-    before, pieces.SPACING_TOKENS = pieces.SPACING_TOKENS, tokens
+    before, prefill_plan.SPACING_TOKENS = prefill_plan.SPACING_TOKENS, tokens
     try:
         yield
     finally:
-        pieces.SPACING_TOKENS = before
+        prefill_plan.SPACING_TOKENS = before

@@ -123,7 +123,7 @@ class _Bench:
     def _from_window(self) -> Sample:
         with PrefixStore() as store, self._seeded(store) as cache:
             answer = self._answer(cache)
-            expect_source(reported(cache).cached_by_tier, {"window": self._talk.known})
+            expect_source(reported(cache).cached_by_tier, {"device": self._talk.known})
         return _sample(answer)
 
     def _from_ram(self) -> Sample:

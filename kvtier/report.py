@@ -36,7 +36,7 @@ class RowReport:
 
 
 def _no_tiers() -> Mapping[str, int]:
-    return MappingProxyType({"window": 0, "host": 0, "disk": 0})
+    return MappingProxyType({"device": 0, "host": 0, "disk": 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class TurnReport:
         cached_tokens: of those, the tokens whose K and V were reused.
         computed_tokens: of those, the tokens the model had to compute.
         generated_tokens: new tokens, up to each row's end of sequence; 0 until the turn is committed.
-        cached_by_tier: ``cached_tokens`` by where they came from: ``window``, ``host``, ``disk``.
-        restored_bytes: bytes of K and V copied from the store into the windows.
+        cached_by_tier: ``cached_tokens`` by where they came from: ``device``, ``host``, ``disk``.
+        restored_bytes: bytes of K and V copied from the store into the buffers.
         restore_seconds: time this turn spent matching, waiting for pages and copying them.
         miss_reason: why not more was reused; None when all that can be was.
         divergence: the first token at which row 0 left the best known prefix.
@@ -61,7 +61,7 @@ class TurnReport:
         bytes_up: bytes of K and V that were fetched from there, some of them for the step after the last.
         waits: how often attention had to have pages that were fetched.
         wait_seconds: time that this held the caller up.
-        peak_device_bytes: the most that windows, unfinished pages and prefetch slots held on any one device.
+        peak_device_bytes: the most that buffers, unfinished pages and prefetch slots held on any one device.
         peak_host_bytes: the most that pages held in RAM below the devices.
         known_tokens: tokens whose K and V were known. What is beyond ``cached_tokens`` was computed again, because
             transformers cuts the rows of a batch at one column, or a model's states are not known there.

@@ -113,7 +113,7 @@ class Examination:
         with self._make_store(folder, block_size=BLOCK) as store:
             with self._make_cache(store) as cache:
                 self._note("generates", self._generated, cache, first, reference)
-                self._note("reuses", self._reused, cache, second, cold, "window")
+                self._note("reuses", self._reused, cache, second, cold, "device")
             with self._make_cache(store) as cache:
                 self._note("ram", self._reused, cache, second, cold, "host")
             store.flush()

@@ -112,9 +112,9 @@ class TieredCache(TurnCache):
     def _begin_loop(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> TurnReport:
-        call = read_loop_request(model, input_ids, attention_mask, self.held())
+        request = read_loop_request(model, input_ids, attention_mask, self.resident())
         while True:
-            report = self._begin(model, call)
+            report = self._begin(model, request)
             try:
                 if self._turn is not None and self._turn.prefix is not None:
                     self._turn.prefix.wait()
@@ -179,10 +179,10 @@ class TieredCache(TurnCache):
             StoreError: the store does not have it, e.g. for want of room, or the disk fails.
         """
         self._check_open()
-        if self._held is None or self._root is None or not 0 <= row < len(self._held.rows):
+        if self._resident is None or self._root is None or not 0 <= row < len(self._resident.rows):
             reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
             raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
-        return self._store.name(name, self._root, self._held.rows[row], pin=pin, ttl=ttl)
+        return self._store.name(name, self._root, self._resident.rows[row], pin=pin, ttl=ttl)
 
     # --- resources --------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class TieredCache(TurnCache):
         self._store.flush()
 
     def close(self) -> None:
-        """Let go of the windows; write what is queued. Closes a store that was opened here and nobody else uses.
+        """Let go of the buffers; write what is queued. Closes a store that was opened here and nobody else uses.
 
         Inside ``generate()``, that call ends with a ``ClosedError`` if it goes on.
         """
@@ -205,9 +205,9 @@ class TieredCache(TurnCache):
             return
         self._end_turn()
         self._let_go()
-        self._held, self._closed = None, True
-        if self._streams is not None:
-            self._streams.close()
+        self._resident, self._closed = None, True
+        if self._offload is not None:
+            self._offload.close()
         if not self._store.closed:
             self._store.flush()
         if self._lease is not None:
@@ -227,7 +227,7 @@ class TieredCache(TurnCache):
 
         The two share the memory of what they hold: a layer is copied when one of them first writes what the other
         reads. Of two that append, the first goes on in place. A turn that has begun is begun in both. With a
-        ``device_budget``, which each has for itself, hot windows are copied at once. Caches that share memory must
+        ``device_budget``, which each has for itself, hot buffers are copied at once. Caches that share memory must
         compute on the same stream.
 
         Raises:
@@ -258,17 +258,17 @@ class TieredCache(TurnCache):
         )
         twin._lease = self._lease.twin() if self._lease is not None else None
         turn = self._turn
-        if turn is not None and turn.prefix is not None and self._streams is None:
-            turn.prefix.wait()  # what is on its way lands in windows that are about to be shared
-        if twin._streams is not None and turn is not None and turn.prompt is not None:
-            twin._streams.begin_turn(turn.prompt.columns, self._longest_answer)
+        if turn is not None and turn.prefix is not None and self._offload is None:
+            turn.prefix.wait()  # what is on its way lands in buffers that are about to be shared
+        if twin._offload is not None and turn is not None and turn.prompt is not None:
+            twin._offload.begin_turn(turn.prompt.columns, self._longest_answer)
         self._copy_layers_to(twin, memo)
         if turn is not None:
-            twin._turn = turn.twin(memo if any(not layer.complete for layer in self._windows) else None)
-        if self._held is not None and self._marks is not None and self._marks.still_hold(self.layers):
-            twin._held, twin._marks = self._held, LayerMarks(twin.layers)
+            twin._turn = turn.twin(memo if any(not layer.complete for layer in self._attention_layers) else None)
+        if self._resident is not None and self._marks is not None and self._marks.still_hold(self.layers):
+            twin._resident, twin._marks = self._resident, LayerMarks(twin.layers)
         twin._root, twin.last_turn, twin._calls = self._root, self.last_turn, self._calls.copy()
-        twin._snapshots, twin._fed_columns = copy.deepcopy(self._snapshots), self._fed_columns
+        twin._checkpoints, twin._fed_columns = copy.deepcopy(self._checkpoints), self._fed_columns
         return twin
 
     def __hash__(self) -> int:

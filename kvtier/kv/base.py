@@ -19,10 +19,10 @@ class LayerMemory(Protocol):
     """K and V of one layer for all rows, wherever they are.
 
     Attributes:
-        geometry: of K and V.
+        spec: of K and V.
     """
 
-    geometry: LayerSpec
+    spec: LayerSpec
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The window: contiguous K and V of one layer, appended in place."""
+"""The buffer: contiguous K and V of one layer, appended in place."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ class KVBuffer:
 
     _tenants: CopyOnWrite | None = None  # None: nobody shares these buffers
 
-    def __init__(self, rows: int, geometry: LayerSpec, capacity: int, device: torch.device | str) -> None:
-        self.geometry = geometry
-        g = geometry
+    def __init__(self, rows: int, spec: LayerSpec, capacity: int, device: torch.device | str) -> None:
+        self.spec = spec
+        g = spec
         self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
         self.v = new_buffer(rows, g.v_heads, capacity, g.v_dim, dtype=g.values_dtype, device=device)
         self._room = capacity
 
     @classmethod
-    def on_bytes(cls, memory: torch.Tensor, rows: int, geometry: LayerSpec, capacity: int) -> KVBuffer:
-        """Return an empty window whose buffers lie in ``memory``, ``[bytes]``, which must be large enough."""
-        g, k_bytes, v_bytes = geometry, rows * capacity * geometry.k_bytes, rows * capacity * geometry.v_bytes
-        window = cls.__new__(cls)
-        window.geometry, window._room = geometry, capacity
-        window.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
-        window.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
-        return window
+    def on_bytes(cls, memory: torch.Tensor, rows: int, spec: LayerSpec, capacity: int) -> KVBuffer:
+        """Return an empty buffer whose tensors lie in ``memory``, ``[bytes]``, which must be large enough."""
+        g, k_bytes, v_bytes = spec, rows * capacity * spec.k_bytes, rows * capacity * spec.v_bytes
+        buffer = cls.__new__(cls)
+        buffer.spec, buffer._room = spec, capacity
+        buffer.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
+        buffer.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
+        return buffer
 
     @classmethod
     def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> KVBuffer:
-        """Return an empty window for K and V like these."""
+        """Return an empty buffer for K and V like these."""
         return cls(k_bhtd.shape[0], LayerSpec.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
 
     @staticmethod
     def capacity_for(columns: int) -> int:
-        """Return the capacity to reserve for a window that needs ``columns`` now."""
+        """Return the capacity to reserve for a buffer that needs ``columns`` now."""
         return max(int(columns * _GROWTH), columns + _HEADROOM_TOKENS)
 
     @property
@@ -70,9 +70,7 @@ class KVBuffer:
     def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
         """Whether K and V like these can be appended as they are."""
         return (
-            self.rows == k_bhtd.shape[0]
-            and self.device == k_bhtd.device
-            and self.geometry == LayerSpec.of(k_bhtd, v_bhtd)
+            self.rows == k_bhtd.shape[0] and self.device == k_bhtd.device and self.spec == LayerSpec.of(k_bhtd, v_bhtd)
         )
 
     def share(self, live: int) -> KVBuffer:
@@ -81,7 +79,7 @@ class KVBuffer:
         Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
         """
         twin = KVBuffer.__new__(KVBuffer)
-        twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k, self.v, self._room
+        twin.spec, twin.k, twin.v, twin._room = self.spec, self.k, self.v, self._room
         if self._tenants is None:
             self._tenants = CopyOnWrite()
         twin._tenants = self._tenants
@@ -95,7 +93,7 @@ class KVBuffer:
 
     def grow(self, capacity: int, live: int) -> None:
         """Have room for ``capacity`` columns; the first ``live`` keep their values."""
-        grown = KVBuffer(self.rows, self.geometry, capacity, self.device)
+        grown = KVBuffer(self.rows, self.spec, capacity, self.device)
         grown.k[:, :, :live] = self.k[:, :, :live]
         grown.v[:, :, :live] = self.v[:, :, :live]
         self._move_to(grown.k, grown.v)
@@ -143,7 +141,7 @@ class KVBuffer:
         self.v[:, :, begin:end] = v_bhtd
 
     def copy(self, row: int, begin: int, end: int, source: KVBuffer, source_row: int, source_begin: int) -> None:
-        """Put columns of another window into the columns ``[begin, end)`` of ``row``."""
+        """Put columns of another buffer into the columns ``[begin, end)`` of ``row``."""
         if begin < end:
             self._make_writable(begin, end)
             columns = slice(source_begin, source_begin + end - begin)
@@ -163,12 +161,12 @@ class KVBuffer:
         self.k[row, :, begin:end] = page.k_htd.to(self.device)
         self.v[row, :, begin:end] = page.v_htd.to(self.device)
 
-    def is_host(self, geometry: LayerSpec) -> bool:
-        """Whether pages of ``geometry`` can land here."""
-        return self.device.type == "cpu" and self.geometry == geometry
+    def is_host(self, spec: LayerSpec) -> bool:
+        """Whether pages of ``spec`` can land here."""
+        return self.device.type == "cpu" and self.spec == spec
 
-    def landing(self, row: int, begin: int) -> PageView:
-        """Return the columns of ``row`` from ``begin`` on, for pages to land in. The window must be on the host."""
+    def view(self, row: int, begin: int) -> PageView:
+        """Return the columns of ``row`` from ``begin`` on, for pages to land in. The buffer must be on the host."""
         self._make_writable(begin, self.capacity)
         return PageView.on(self.k[row, :, begin:], self.v[row, :, begin:])
 
@@ -199,7 +197,7 @@ class KVBuffer:
         """Copy the buffers."""
         twin = KVBuffer.__new__(KVBuffer)
         with writable_results():
-            twin.geometry, twin.k, twin.v, twin._room = self.geometry, self.k.clone(), self.v.clone(), self._room
+            twin.spec, twin.k, twin.v, twin._room = self.spec, self.k.clone(), self.v.clone(), self._room
         return twin
 
 

@@ -29,7 +29,7 @@ class PageView:
     """Where K and V of one layer and one sequence are to be put: ``[heads, tokens, bytes]`` each, on the host.
 
     ``bytes`` are those of one token in one head. The tokens of a head lie next to each other; heads may lie apart, so
-    that a landing can be a part of a window.
+    that a landing can be a part of a buffer.
     """
 
     k_htb: Bytes

@@ -1,8 +1,9 @@
-"""A deck: the layers of one compute device, their budget and their ring."""
+"""Layers of one compute device: which are cold, and the budget that all of them share."""
 
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,13 +12,51 @@ from kvtier.errors import BudgetError
 from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.placement import PagePlacement
-from kvtier.offload.prefetch import PrefetchBuffers
-from kvtier.offload.residency import PREFETCH_DEPTH, cold_order, round_up, smallest_budget_bytes
+from kvtier.offload.prefetch import PrefetchRing
 from kvtier.transfer import CopyEngine
+
+PREFETCH_DEPTH = 2
+
+
+@functools.lru_cache(maxsize=64)
+def cold_order(layers: int) -> tuple[int, ...]:
+    """Return the order in which ``layers`` layers turn cold: any first few of them are spread evenly.
+
+    The base-2 van der Corput sequence (J. G. van der Corput, 1935), of which every beginning is spread evenly: copies
+    of cold layers hide behind the hot ones between them.
+    """
+    bits = max(1, (layers - 1).bit_length())
+    reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
+    # The last layer goes first: the beginning of the next step then hides behind what follows attention.
+    return tuple(layers - 1 - i for i in reversed_bits if i < layers)
+
+
+def round_up(columns: int, page_tokens: int) -> int:
+    """Return ``columns`` as whole pages."""
+    return -(-columns // page_tokens) * page_tokens
+
+
+def smallest_budget_bytes(
+    cold_token_bytes: Sequence[int], rows: int, columns: int, page_tokens: int, hot_bytes: int = 0
+) -> int:
+    """Return the bytes for ``columns`` tokens when every layer that may be cold is cold.
+
+    That is one slot per layer in flight, each as large as the largest cold layer, and the unfinished page of each.
+
+    Args:
+        cold_token_bytes: K and V of one token in each layer that may turn cold.
+        rows: sequences in the batch.
+        columns: tokens of the longest.
+        page_tokens: tokens of a page.
+        hot_bytes: what layers hold that must stay hot.
+    """
+    slots = min(PREFETCH_DEPTH, len(cold_token_bytes))
+    slot = max(cold_token_bytes, default=0) * rows * round_up(columns, page_tokens)
+    return hot_bytes + slots * slot + sum(cold_token_bytes) * rows * page_tokens
 
 
 class DeviceMemory:
-    """One compute device. Windows, unfinished pages and slots stay inside its budget at all times.
+    """One compute device. Buffers, unfinished pages and slots stay inside its budget at all times.
 
     Layers turn cold when a budget would break, in an order that keeps them spread evenly, and stay cold.
 
@@ -30,8 +69,8 @@ class DeviceMemory:
         engine: moves bytes to and from it.
         ledger: counts its bytes.
         limit: returns the budget of now in bytes; None for no limit. Asked before memory is taken.
-        below: where cold pages go.
-        traffic: counts pages and waits.
+        placement: where cold pages go.
+        transfers: counts pages and waits.
         page_tokens: tokens of a page.
         total_layers: returns how many layers the model has.
     """
@@ -42,17 +81,17 @@ class DeviceMemory:
         engine: CopyEngine,
         ledger: MemoryBudget,
         limit: Callable[[], int | None],
-        below: PagePlacement,
-        traffic: TransferStats,
+        placement: PagePlacement,
+        transfers: TransferStats,
         page_tokens: int,
         total_layers: Callable[[], int],
     ) -> None:
         self.device = device
         self.engine = engine
-        self.below = below
+        self.placement = placement
         self.page_tokens = page_tokens
         self.ledger = ledger
-        self.ring = PrefetchBuffers(engine, device, ledger, traffic, self.make_room, self._in_order)
+        self.ring = PrefetchRing(engine, device, ledger, transfers, self.make_room, self._in_order)
         self.expected_columns = 0
         self.final_columns = 0
         self._limit = limit
@@ -187,7 +226,7 @@ class DeviceMemory:
         layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
         rows = max(layer.rows for layer in layers.values())
         columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))
-        movable = [layer.geometry.token_bytes for layer in layers.values() if layer.may_be_cold]
+        movable = [layer.spec.token_bytes for layer in layers.values() if layer.may_be_cold]
         fixed = [layer for layer in layers.values() if not layer.may_be_cold]
         # Layers that have not been seen yet are taken for such as were.
         movable += [max(movable, default=0)] * (self._total_layers() - len(layers))

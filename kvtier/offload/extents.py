@@ -13,9 +13,8 @@ import torch
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.host_memory import HostPool, Slice
+from kvtier.offload.host_memory import HostPool, Slice, StagingBuffer
 from kvtier.offload.page_file import PageFile
-from kvtier.offload.staging import StagingBuffer
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair
 
@@ -26,12 +25,12 @@ class Extent(Protocol):
     Attributes:
         tokens: a whole number of pages.
         tier: ``host`` or ``disk``.
-        geometry: of its layer.
+        spec: of its layer.
     """
 
     tokens: int
     tier: str
-    geometry: LayerSpec
+    spec: LayerSpec
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Bring ``part`` of this run to the columns of ``into`` from ``begin`` on, when ``after`` has passed.
@@ -40,7 +39,7 @@ class Extent(Protocol):
             The fences of all copies; there is at least one.
         """
 
-    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
         """Copy the tokens ``[first, last)`` of a row to host memory; block until that is done.
 
         Raises:
@@ -52,7 +51,7 @@ class Extent(Protocol):
 class Part:
     """The tokens ``[first, last)`` of a run; row ``i`` of the layer is row ``rows[i]`` of the run."""
 
-    run: Extent
+    extent: Extent
     first: int
     last: int
     rows: tuple[int, ...]
@@ -65,18 +64,18 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V of all rows."""
-        return len(self.rows) * self.tokens * self.run.geometry.token_bytes
+        return len(self.rows) * self.tokens * self.extent.spec.token_bytes
 
     def lift(self, into: KVBuffer, begin: int, after: Sequence[Fence]) -> list[Fence]:
         """Bring it to the columns of ``into`` from ``begin`` on."""
-        return self.run.lift(into, begin, self, after)
+        return self.extent.lift(into, begin, self, after)
 
 
 class PageSource(Protocol):
     """Something that has pages of its own, such as a block of a store, of which a cold layer borrows them."""
 
-    def land(self, layer: int, first: int, last: int, landing: PageView) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``."""
+    def land(self, layer: int, first: int, last: int, view: PageView) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
 
 
 class HostExtent:
@@ -88,13 +87,15 @@ class HostExtent:
 
     tier = "host"
 
-    def __init__(self, engine: CopyEngine, slabs: HostPool, piece: Slice, rows: int, tokens: int, g: LayerSpec) -> None:
+    def __init__(
+        self, engine: CopyEngine, host_pool: HostPool, piece: Slice, rows: int, tokens: int, g: LayerSpec
+    ) -> None:
         self._engine = engine
         self._pages = KVBuffer.on_bytes(piece.memory, rows, g, tokens)
         self._after = piece.after
         self._users: list[Fence] = []
-        self.tokens, self.geometry = tokens, g
-        weakref.finalize(self, slabs.give, piece, self._users)
+        self.tokens, self.spec = tokens, g
+        weakref.finalize(self, host_pool.give, piece, self._users)
 
     def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
         """Copy K and V of all rows from the device when ``after`` has passed; return the fences."""
@@ -114,11 +115,11 @@ class HostExtent:
         self._users[:] = [self._engine.copy_all(pairs, after=[*after, *self._users])]
         return list(self._users)
 
-    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
-        """Copy to ``landing``."""
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
+        """Copy to ``view``."""
         for fence in self._users:
             self._engine.settle(fence)
-        landing.take(self._pages.page(row, first, last), 0, last - first)
+        view.take(self._pages.page(row, first, last), 0, last - first)
 
 
 def _heads(into: KVBuffer, row: int, begin: int, end: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> Iterator[Pair]:
@@ -131,7 +132,7 @@ def _heads(into: KVBuffer, row: int, begin: int, end: int, k_htd: torch.Tensor, 
 class FileExtent:
     """Pages in a file. ``fill`` comes first, once.
 
-    On a device that reads host memory, files are read into windows; else through staging memory.
+    On a device that reads host memory, files are read into buffers; else through staging memory.
     """
 
     tier = "disk"
@@ -141,7 +142,7 @@ class FileExtent:
         self._staging = staging
         self._file = file
         self._written: list[Fence] = []
-        self.tokens, self.geometry = file.tokens, file.geometry
+        self.tokens, self.spec = file.tokens, file.spec
 
     def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
         """Write K and V of all rows when ``after`` has passed; return the fences that free the source."""
@@ -151,8 +152,8 @@ class FileExtent:
             return self._written
         freed: list[Fence] = []
         rows = self._file.rows
-        for first, last in self._staging.chunks(0, self.tokens, rows * self.geometry.token_bytes):
-            stage, free = self._staging.next(rows, last - first, self.geometry)
+        for first, last in self._staging.chunks(0, self.tokens, rows * self.spec.token_bytes):
+            stage, free = self._staging.next(rows, last - first, self.spec)
             k, v = k_bhtd[:, :, first:last], v_bhtd[:, :, first:last]
             pairs = [pair for row in range(rows) for pair in _heads(stage, row, 0, last - first, k[row], v[row])]
             write = partial(self._file.write, first, stage.k, stage.v)
@@ -170,11 +171,11 @@ class FileExtent:
         """Read by a thread, and copy up where that is not the same."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self._file.read, after, self._written)
 
-    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
-        """Read into ``landing``."""
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
+        """Read into ``view``."""
         for fence in self._written:
             self._engine.settle(fence)
-        self._file.read(row, first, last, landing)
+        self._file.read(row, first, last, view)
 
 
 class BorrowedExtent:
@@ -194,19 +195,19 @@ class BorrowedExtent:
         self._staging = staging
         self._source = source
         self._layer = layer
-        self.tokens, self.geometry, self.tier = tokens, g, tier
+        self.tokens, self.spec, self.tier = tokens, g, tier
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Read by a thread, and copy up where that is not the same."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self.read, after, ())
 
-    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
         """Let the source put it there."""
-        self._source.land(self._layer, first, last, landing)
+        self._source.land(self._layer, first, last, view)
 
 
 class _Read(Protocol):
-    def __call__(self, row: int, first: int, last: int, landing: PageView) -> None: ...
+    def __call__(self, row: int, first: int, last: int, view: PageView) -> None: ...
 
 
 def _lift_by_host(
@@ -219,7 +220,7 @@ def _lift_by_host(
     after: Sequence[Fence],
     written: Sequence[Fence],
 ) -> list[Fence]:
-    """Let a thread read ``part``: into the window itself where kernels read host memory, else through ``staging``."""
+    """Let a thread read ``part``: into the buffer itself where kernels read host memory, else through ``staging``."""
     if staging is None:
         end = begin + part.tokens
         task = partial(_read_rows, read, part.rows, part.first, part.last, into, begin)
@@ -227,8 +228,8 @@ def _lift_by_host(
         return [engine.call(task, writes=writes, after=[*after, *written])]
     fences: list[Fence] = []
     rows = len(part.rows)
-    for first, last in staging.chunks(part.first, part.last, rows * part.run.geometry.token_bytes):
-        stage, free = staging.next(rows, last - first, part.run.geometry)
+    for first, last in staging.chunks(part.first, part.last, rows * part.extent.spec.token_bytes):
+        stage, free = staging.next(rows, last - first, part.extent.spec)
         task = partial(_read_rows, read, part.rows, first, last, stage, 0)
         at = begin + first - part.first
         to = at + last - first
@@ -245,4 +246,4 @@ def _lift_by_host(
 
 def _read_rows(read: _Read, rows: Sequence[int], first: int, last: int, into: KVBuffer, begin: int) -> None:
     for i, row in enumerate(rows):
-        read(row, first, last, into.landing(i, begin).cut(0, last - first))
+        read(row, first, last, into.view(i, begin).cut(0, last - first))

@@ -1,15 +1,75 @@
-"""Slabs: host memory in a few large pieces, handed out in small ones and used again."""
+"""Host memory for cold pages: a pool of large pieces, and buffers through which files and a device exchange pages."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from kvtier.errors import BudgetError
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
 from kvtier.transfer import Fence
+
+_PIECES = 3  # one is read into, one is copied from, one is between
+_PIECE_BYTES = 4 * 2**20
+_SHARE = 6  # of a small budget, a sixth for each piece leaves half for pages
+
+
+class StagingBuffer:
+    """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
+
+    def __init__(self, host_pool: HostPool, limit_bytes: int | None, devices: int = 1) -> None:
+        self._host_pool = host_pool
+        self._devices = devices
+        self._piece_bytes = (
+            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, aligned_down(limit_bytes // _SHARE // devices))
+        )
+        self._pieces: list[torch.Tensor | None] = [None] * _PIECES
+        self._users: list[Sequence[Fence]] = [()] * _PIECES
+        self._turn = 0
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes that it, and as many of the same on other devices, may still have to take."""
+        missing = sum(piece is None for piece in self._pieces)
+        return (missing + _PIECES * (self._devices - 1)) * self._piece_bytes
+
+    def chunks(self, first: int, last: int, token_bytes: int) -> Iterator[tuple[int, int]]:
+        """Return the tokens ``[first, last)`` in steps that fit into one piece."""
+        step = max(1, self._piece_bytes // token_bytes)
+        return ((begin, min(begin + step, last)) for begin in range(first, last, step))
+
+    def next(self, rows: int, tokens: int, spec: LayerSpec) -> tuple[KVBuffer, Sequence[Fence]]:
+        """Return a buffer on host memory, and what its first user must come after. ``used`` must follow.
+
+        Raises:
+            BudgetError: ``host_budget`` has no room for it.
+        """
+        nbytes = rows * tokens * spec.token_bytes
+        piece = self._pieces[self._turn]
+        after: Sequence[Fence] = self._users[self._turn]
+        if piece is None or piece.nbytes < nbytes:
+            taken = self._host_pool.take(
+                max(nbytes, self._piece_bytes)
+            )  # a smaller one that it replaces is not given back
+            if taken is None:
+                raise BudgetError(
+                    f"host_budget has no room for {_PIECES} pieces of {max(nbytes, self._piece_bytes)} bytes, through "
+                    "which files reach the device; pass a larger host_budget"
+                )
+            piece = self._pieces[self._turn] = taken.memory
+            after = taken.after
+        return KVBuffer.on_bytes(piece, rows, spec, tokens), after
+
+    def used(self, fences: Sequence[Fence]) -> None:
+        """Note who uses the buffer that ``next`` returned last; also when an interrupt came in between."""
+        self._users[self._turn] = fences
+        self._turn = (self._turn + 1) % _PIECES
+
 
 _SLAB_BYTES = 64 * 2**20  # pinning a few GB at once fails on many drivers; a power of two, which allocators round to
 _FIRST_SLAB_BYTES = 2**20
@@ -56,7 +116,7 @@ class HostPool:
         self._make = make
         self._ledger = ledger
         self._slab_bytes = slab_bytes
-        self._slabs: list[_Slab] = []
+        self._host_pool: list[_Slab] = []
         self._given: deque[tuple[_Slab, Sequence[Fence]]] = deque()
 
     def take(self, nbytes: int, leave: int = 0) -> Slice | None:
@@ -72,18 +132,18 @@ class HostPool:
         return Slice(memory, slab.before, slab)
 
     def _with_room(self, size: int) -> _Slab | None:
-        return next((slab for slab in self._slabs if slab.begin + size <= slab.memory.nbytes), None)
+        return next((slab for slab in self._host_pool if slab.begin + size <= slab.memory.nbytes), None)
 
     def _fresh(self, size: int, leave: int) -> _Slab | None:
         """Return a new slab: as large as all before it, so that few are made and little is taken for little."""
-        held = sum(slab.memory.nbytes for slab in self._slabs)
+        held = sum(slab.memory.nbytes for slab in self._host_pool)
         for nbytes in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
             if not self._ledger.fits(nbytes + leave):  # empty ones are too small, or they would have been used
-                self._slabs = [slab for slab in self._slabs if slab.begin]
+                self._host_pool = [slab for slab in self._host_pool if slab.begin]
                 self._count()
             if self._ledger.fits(nbytes + leave):
                 slab = _Slab(self._make(nbytes))
-                self._slabs.append(slab)
+                self._host_pool.append(slab)
                 self._count()
                 return slab
         return None
@@ -101,4 +161,4 @@ class HostPool:
                 slab.begin, slab.before, slab.users = 0, tuple(slab.users), []
 
     def _count(self) -> None:
-        self._ledger.set(id(self), sum(slab.memory.nbytes for slab in self._slabs))
+        self._ledger.set(id(self), sum(slab.memory.nbytes for slab in self._host_pool))

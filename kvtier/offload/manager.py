@@ -46,7 +46,7 @@ class OffloadManager:
         total_layers: Callable[[], int],
         make_engine: MakeEngine,
     ) -> None:
-        self.traffic = TransferStats()
+        self.transfers = TransferStats()
         self._before = TransferStats()
         self._columns = self._final_columns = 0
         self.host = MemoryBudget(host_budget_bytes)
@@ -58,27 +58,27 @@ class OffloadManager:
         self._make_engine = make_engine
         self._decks: dict[torch.device, DeviceMemory] = {}
 
-    def deck(self, device: torch.device) -> DeviceMemory:
+    def device_memory(self, device: torch.device) -> DeviceMemory:
         """Return the deck of ``device``, made when it is first asked for."""
-        deck = self._decks.get(device)
-        if deck is None:
+        device_memory = self._decks.get(device)
+        if device_memory is None:
             engine = self._make_engine(device)
             ledger = MemoryBudget(None)
-            below = PagePlacement(
-                engine, self.host, self._folder, self.traffic, self.page_tokens, _devices_like(device)
+            placement = PagePlacement(
+                engine, self.host, self._folder, self.transfers, self.page_tokens, _devices_like(device)
             )
-            deck = self._decks[device] = DeviceMemory(
+            device_memory = self._decks[device] = DeviceMemory(
                 device,
                 engine,
                 ledger,
                 lambda: self._limit(device, ledger),
-                below,
-                self.traffic,
+                placement,
+                self.transfers,
                 self.page_tokens,
                 self._total_layers,
             )
-            deck.expected_columns, deck.final_columns = self._columns, self._final_columns
-        return deck
+            device_memory.expected_columns, device_memory.final_columns = self._columns, self._final_columns
+        return device_memory
 
     def _limit(self, device: torch.device, ledger: MemoryBudget) -> int | None:
         if isinstance(self._device_budget, str):
@@ -94,7 +94,7 @@ class OffloadManager:
             BudgetError: there is no room even for one page of it.
         """
         return OffloadedLayer(
-            self.deck(k_bhtd.device),
+            self.device_memory(k_bhtd.device),
             index,
             k_bhtd.shape[0],
             LayerSpec.of(k_bhtd, v_bhtd),
@@ -109,25 +109,25 @@ class OffloadManager:
     def begin_turn(self, columns: int, new_columns: int = 0) -> None:
         """Count from here on; a prompt of ``columns`` columns comes, and at most ``new_columns`` after it."""
         self._columns, self._final_columns = columns, columns + new_columns
-        for deck in self._decks.values():
-            deck.expected_columns, deck.final_columns = columns, columns + new_columns
-        self._before = self.traffic.copy()
-        for ledger in (self.host, *(deck.ledger for deck in self._decks.values())):
+        for device_memory in self._decks.values():
+            device_memory.expected_columns, device_memory.final_columns = columns, columns + new_columns
+        self._before = self.transfers.copy()
+        for ledger in (self.host, *(device_memory.ledger for device_memory in self._decks.values())):
             ledger.begin_peak()
 
     def account(self, report: TurnReport) -> TurnReport:
         """Return ``report`` with what streaming did in the turn."""
-        counts = self.traffic.since(self._before)
+        counts = self.transfers.since(self._before)
         decks = self._decks.values()
         return replace(
             report,
-            hot_layers=sum(deck.hot_layers for deck in decks),
-            cold_layers=sum(deck.cold_layers for deck in decks),
+            hot_layers=sum(device_memory.hot_layers for device_memory in decks),
+            cold_layers=sum(device_memory.cold_layers for device_memory in decks),
             bytes_down=counts.bytes_down,
             bytes_up=counts.bytes_up,
             waits=counts.waits,
             wait_seconds=counts.wait_seconds,
-            peak_device_bytes=max((deck.ledger.peak_bytes for deck in decks), default=0),
+            peak_device_bytes=max((device_memory.ledger.peak_bytes for device_memory in decks), default=0),
             peak_host_bytes=self.host.peak_bytes,
         )
 
@@ -138,8 +138,8 @@ class OffloadManager:
 
     def close(self) -> None:
         """Let go of threads, streams, host memory and page files. May be called more than once."""
-        for deck in self._decks.values():
-            deck.close()
+        for device_memory in self._decks.values():
+            device_memory.close()
         self._decks.clear()
         while self._kept:
             self._kept.pop().close()

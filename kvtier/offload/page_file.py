@@ -28,9 +28,9 @@ class PageFile:
     Written once, piece by piece; read in pieces by any thread. The file is deleted when the object is.
     """
 
-    def __init__(self, folder: SpillFolder, rows: int, tokens: int, geometry: LayerSpec) -> None:
-        g = geometry
-        self.rows, self.tokens, self.geometry = rows, tokens, geometry
+    def __init__(self, folder: SpillFolder, rows: int, tokens: int, spec: LayerSpec) -> None:
+        g = spec
+        self.rows, self.tokens, self.spec = rows, tokens, spec
         k_name, v_name = DTYPE_NAMES.get(g.dtype), DTYPE_NAMES.get(g.values_dtype)
         if k_name is None or v_name is None:
             raise StreamError(f"cold pages of {g.dtype} and {g.values_dtype} cannot be kept in files")
@@ -60,16 +60,16 @@ class PageFile:
                 if os.fstat(fd).st_size < self.nbytes:
                     os.ftruncate(fd, self.nbytes)
                     _transfer_all(os.pwritev, fd, [memoryview(self._header)], 0)
-                landing = [PageView.on(k_bhtd[row], v_bhtd[row]) for row in range(self.rows)]
-                for row, at in enumerate(landing):
+                view = [PageView.on(k_bhtd[row], v_bhtd[row]) for row in range(self.rows)]
+                for row, at in enumerate(view):
                     self._move(fd, os.pwritev, row, first, at)
             finally:
                 os.close(fd)
         except OSError as error:
             raise StreamError(f"cannot write cold pages to {self.path}: {error}") from error
 
-    def read(self, row: int, first: int, last: int, landing: PageView) -> None:
-        """Put the tokens ``[first, last)`` of a row into ``landing``, which has their size.
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
+        """Put the tokens ``[first, last)`` of a row into ``view``, which has their size.
 
         Raises:
             StreamError: the file is gone, cut short, or cannot be read.
@@ -79,17 +79,17 @@ class PageFile:
             try:
                 if os.fstat(fd).st_size != self.nbytes:
                     raise StreamError(f"the page file {self.path} has been cut short or changed: its K and V are lost")
-                self._move(fd, os.preadv, row, first, landing.cut(0, last - first))
+                self._move(fd, os.preadv, row, first, view.cut(0, last - first))
             finally:
                 os.close(fd)
         except OSError as error:
             raise StreamError(f"cannot read cold pages from {self.path}: {error}; their K and V are lost") from error
 
-    def _move(self, fd: int, transfer: _Transfer, row: int, first: int, landing: PageView) -> None:
-        g = self.geometry
+    def _move(self, fd: int, transfer: _Transfer, row: int, first: int, view: PageView) -> None:
+        g = self.spec
         for begin, heads_htb, row_bytes in (
-            (self._k_begin, landing.k_htb, self.tokens * g.k_bytes),
-            (self._v_begin, landing.v_htb, self.tokens * g.v_bytes),
+            (self._k_begin, view.k_htb, self.tokens * g.k_bytes),
+            (self._v_begin, view.v_htb, self.tokens * g.v_bytes),
         ):
             heads, tokens, _ = heads_htb.shape
             at = begin + row * row_bytes

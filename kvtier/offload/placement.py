@@ -1,19 +1,120 @@
-"""Where cold pages go: host memory while its budget lasts, then files."""
+"""Where the pages of cold layers lie: host memory while its budget lasts, then files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvtier.kv.allocation import new_buffer
+from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.extents import FileExtent, HostExtent, Part
-from kvtier.offload.host_memory import HostPool
+from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
-from kvtier.offload.staging import StagingBuffer
 from kvtier.transfer import CopyEngine, Fence
+
+
+class ColdPages:
+    """K and V of one layer for all rows.
+
+    Pages are never changed, only forgotten, so that copies of it share them.
+
+    Attributes:
+        parts: where the full pages are, in order and without gaps.
+        tail: a buffer of one page, for the columns from ``paged`` on.
+    """
+
+    def __init__(self, rows: int, spec: LayerSpec, page_tokens: int, device: torch.device) -> None:
+        self.parts: tuple[Part, ...] = ()
+        self.tail = KVBuffer(rows, spec, page_tokens, device)
+
+    @property
+    def paged(self) -> int:
+        """Columns that are below."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def page_tokens(self) -> int:
+        """Columns of a page."""
+        return self.tail.capacity
+
+    def between(self, begin: int, end: int) -> Iterator[Part]:
+        """Return the parts of the columns ``[begin, end)`` that are below."""
+        at = 0
+        for part in self.parts:
+            first, last = max(begin - at, 0), min(end - at, part.tokens)
+            if first < last:
+                whole = (first, last) == (0, part.tokens)
+                yield part if whole else Part(part.extent, part.first + first, part.first + last, part.rows)
+            at += part.tokens
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Have more full pages after those that are there."""
+        self.parts = (*self.parts, *parts)
+
+    def put_tail(self, into: KVBuffer, base: int, end: int) -> None:
+        """Copy the columns ``[paged, end)`` to ``into``, whose column 0 is column ``base``."""
+        paged = self.paged
+        if paged < end:
+            into.write(paged - base, self.tail.k[:, :, : end - paged], self.tail.v[:, :, : end - paged])
+
+    def keep_tail(self, source: KVBuffer, base: int, begin: int, end: int) -> None:
+        """Copy the columns ``[begin, end)``, none of them below, from ``source``, whose column 0 is column ``base``."""
+        paged = self.paged
+        begin = max(begin, paged)
+        columns = slice(begin - base, end - base)
+        self.tail.write(begin - paged, source.k[:, :, columns], source.v[:, :, columns])
+
+    def crop(self, columns: int) -> None:
+        """Forget the pages after the first ``columns`` columns; one that is cut becomes the unfinished one again.
+
+        Raises:
+            StreamError: the page that is cut is lost.
+        """
+        if columns >= self.paged:
+            return
+        keep = columns // self.page_tokens * self.page_tokens
+        if columns > keep:
+            for row in range(self.tail.rows):
+                self.tail.put(row, 0, self.page(row, keep, columns))
+        self.parts = tuple(self.between(0, keep))
+
+    def select(self, rows: torch.Tensor, live: int) -> None:
+        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns. No page moves."""
+        order = rows.tolist()
+        self.tail.select(rows, max(0, live - self.paged))
+        self.parts = tuple(
+            Part(part.extent, part.first, part.last, tuple(part.rows[row] for row in order)) for part in self.parts
+        )
+
+    def page(self, row: int, begin: int, end: int) -> Page:
+        """Return a host copy of the columns ``[begin, end)`` of ``row``; nothing is brought up for it.
+
+        Raises:
+            StreamError: a page is lost.
+        """
+        g, paged = self.tail.spec, self.paged
+        k = new_buffer(g.k_heads, end - begin, g.k_dim, dtype=g.dtype)
+        v = new_buffer(g.v_heads, end - begin, g.v_dim, dtype=g.values_dtype)
+        view, at = PageView.on(k, v), 0
+        for part in self.between(begin, min(end, paged)):
+            part.extent.read(part.rows[row], part.first, part.last, view.cut(at, at + part.tokens))
+            at += part.tokens
+        if at < end - begin:
+            rest = self.tail.page(row, begin + at - paged, end - paged)
+            view.cut(at, end - begin).take(rest, 0, end - begin - at)
+        return Page(k, v)
+
+    def twin(self) -> ColdPages:
+        """Return a copy that shares the pages."""
+        twin = copy.copy(self)
+        twin.tail = copy.deepcopy(self.tail)
+        return twin
 
 
 class PagePlacement:
@@ -25,7 +126,7 @@ class PagePlacement:
         engine: moves the bytes.
         host: the budget of host memory, which all devices share.
         folder: for files.
-        traffic: counts the bytes.
+        transfers: counts the bytes.
         page_tokens: tokens of a page.
         devices: how many devices may share ``host``: the staging memory of each is left free.
     """
@@ -35,7 +136,7 @@ class PagePlacement:
         engine: CopyEngine,
         host: MemoryBudget,
         folder: SpillFolder,
-        traffic: TransferStats,
+        transfers: TransferStats,
         page_tokens: int,
         devices: int = 1,
     ) -> None:
@@ -43,9 +144,11 @@ class PagePlacement:
         self._engine = engine
         self._host = host
         self._folder = folder
-        self._traffic = traffic
-        self._slabs = None if engine.device_is_host else HostPool(engine.host_empty, host)
-        self.staging = StagingBuffer(self._slabs, host.limit_bytes, devices) if self._slabs is not None else None
+        self._transfers = transfers
+        self._host_pool = None if engine.device_is_host else HostPool(engine.host_empty, host)
+        self.staging = (
+            StagingBuffer(self._host_pool, host.limit_bytes, devices) if self._host_pool is not None else None
+        )
 
     def lower(
         self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]
@@ -60,33 +163,33 @@ class PagePlacement:
             BudgetError: host memory does not even hold what files need to reach the device.
         """
         rows, tokens = k_bhtd.shape[0], k_bhtd.shape[2]
-        geometry = LayerSpec.of(k_bhtd, v_bhtd)
+        spec = LayerSpec.of(k_bhtd, v_bhtd)
         parts: list[Part] = []
         fences: list[Fence] = []
         begin = 0
         while begin < tokens:
-            run: HostExtent | FileExtent | None = None
+            extent: HostExtent | FileExtent | None = None
             count = tokens - begin
-            while run is None and count:  # as many pages as host memory has room for
-                run = self._host_run(rows, count, geometry)
-                if run is None:
+            while extent is None and count:  # as many pages as host memory has room for
+                extent = self._host_run(rows, count, spec)
+                if extent is None:
                     count = count // 2 // self.page_tokens * self.page_tokens
-            if run is None:
+            if extent is None:
                 count = tokens - begin
-                run = FileExtent(self._engine, self.staging, PageFile(self._folder, rows, count, geometry))
+                extent = FileExtent(self._engine, self.staging, PageFile(self._folder, rows, count, spec))
             end = begin + count
-            fences += run.fill(k_bhtd[:, :, begin:end], v_bhtd[:, :, begin:end], after)
-            parts.append(Part(run, 0, count, tuple(range(rows))))
+            fences += extent.fill(k_bhtd[:, :, begin:end], v_bhtd[:, :, begin:end], after)
+            parts.append(Part(extent, 0, count, tuple(range(rows))))
             begin = end
-        self._traffic.bytes_down += rows * tokens * geometry.token_bytes
+        self._transfers.bytes_down += rows * tokens * spec.token_bytes
         return parts, fences
 
     def has_host_room(self, nbytes: int) -> bool:
         """Whether host memory has room for ``nbytes`` more, and for what files need."""
         return self.staging is not None and self._host.fits(nbytes + self.staging.reserve_bytes)
 
-    def _host_run(self, rows: int, tokens: int, geometry: LayerSpec) -> HostExtent | None:
-        if self._slabs is None or self.staging is None:
+    def _host_run(self, rows: int, tokens: int, spec: LayerSpec) -> HostExtent | None:
+        if self._host_pool is None or self.staging is None:
             return None
-        piece = self._slabs.take(rows * tokens * geometry.token_bytes, leave=self.staging.reserve_bytes)
-        return None if piece is None else HostExtent(self._engine, self._slabs, piece, rows, tokens, geometry)
+        piece = self._host_pool.take(rows * tokens * spec.token_bytes, leave=self.staging.reserve_bytes)
+        return None if piece is None else HostExtent(self._engine, self._host_pool, piece, rows, tokens, spec)

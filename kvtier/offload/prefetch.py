@@ -20,8 +20,8 @@ from kvtier.kv.allocation import new_buffer
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.device import PREFETCH_DEPTH
 from kvtier.offload.extents import Part
-from kvtier.offload.residency import PREFETCH_DEPTH
 from kvtier.transfer import CopyEngine, Fence
 
 
@@ -34,12 +34,12 @@ class Wanted:
     pages: tuple[Part, ...]
     columns: int
     rows: int
-    geometry: LayerSpec
+    spec: LayerSpec
 
     @property
     def nbytes(self) -> int:
         """Bytes of a slot for it."""
-        return self.rows * self.columns * self.geometry.token_bytes
+        return self.rows * self.columns * self.spec.token_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -61,7 +61,7 @@ class ColdLayer(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class PrefetchBuffer:
+class PrefetchSlot:
     """Memory of the device for one layer at a time."""
 
     memory: torch.Tensor | None = None
@@ -71,10 +71,10 @@ class PrefetchBuffer:
     leaving: list[Fence] = field(default_factory=list)  # copies of it to below
     seen: list[Fence] = field(default_factory=list)  # marks after the kernels that used it
 
-    def window(self, rows: int, geometry: LayerSpec) -> KVBuffer:
-        """Return the whole slot as a window of a layer."""
+    def buffer(self, rows: int, spec: LayerSpec) -> KVBuffer:
+        """Return the whole slot as a buffer of a layer."""
         assert self.memory is not None
-        return KVBuffer.on_bytes(self.memory, rows, geometry, self.memory.nbytes // (rows * geometry.token_bytes))
+        return KVBuffer.on_bytes(self.memory, rows, spec, self.memory.nbytes // (rows * spec.token_bytes))
 
     def has(self, wanted: Wanted) -> bool:
         """Whether the pages that ``wanted`` names are here or on their way, with room for its columns."""
@@ -82,19 +82,19 @@ class PrefetchBuffer:
         return (
             held is not None
             and (held.layer, held.base, held.pages) == (wanted.layer, wanted.base, wanted.pages)
-            and (held.rows, held.geometry) == (wanted.rows, wanted.geometry)
+            and (held.rows, held.spec) == (wanted.rows, wanted.spec)
             and self.memory is not None
             and self.memory.nbytes >= wanted.nbytes
         )
 
 
-class PrefetchBuffers:
+class PrefetchRing:
     """The slots of one device.
 
     Args:
         engine: moves the bytes.
         ledger: counts the slots.
-        traffic: counts pages and waits.
+        transfers: counts pages and waits.
         make_room: frees that many bytes of the budget for a slot, or raises.
         layers: the layers of the device, in order; called at each step, since some may have turned cold.
     """
@@ -104,17 +104,17 @@ class PrefetchBuffers:
         engine: CopyEngine,
         device: torch.device,
         ledger: MemoryBudget,
-        traffic: TransferStats,
+        transfers: TransferStats,
         make_room: Callable[[int], None],
         layers: Callable[[], Sequence[ColdLayer]],
     ) -> None:
         self._engine = engine
         self._device = device
         self._ledger = ledger
-        self._traffic = traffic
+        self._transfers = transfers
         self._make_room = make_room
         self._layers = layers
-        self.slots = [PrefetchBuffer() for _ in range(PREFETCH_DEPTH)]
+        self.slots = [PrefetchSlot() for _ in range(PREFETCH_DEPTH)]
 
     def release(self) -> None:
         """Take back the slots that attention was given: all of it is enqueued. For the beginning of each update."""
@@ -126,7 +126,7 @@ class PrefetchBuffers:
             slot.seen.append(mark)
             slot.in_use, slot.holds = False, None
 
-    def take(self, wanted: Wanted) -> PrefetchBuffer:
+    def take(self, wanted: Wanted) -> PrefetchSlot:
         """Return a slot with the pages of ``wanted`` in it, for the kernels that are enqueued from now on.
 
         Raises:
@@ -147,8 +147,8 @@ class PrefetchBuffers:
             self._give_up(slot)
             raise
         if wanted.pages:
-            self._traffic.waits += 1
-            self._traffic.wait_seconds += time.perf_counter() - started
+            self._transfers.waits += 1
+            self._transfers.wait_seconds += time.perf_counter() - started
         slot.arriving = []
         return slot
 
@@ -174,12 +174,12 @@ class PrefetchBuffers:
                 except BudgetError:
                     return  # whoever really takes it says so
 
-    def _idle(self, wanted: Wanted) -> PrefetchBuffer:
+    def _idle(self, wanted: Wanted) -> PrefetchSlot:
         """Return a slot that attention does not use, if there is one that nothing was prefetched into but for it."""
         idle = [slot for slot in self.slots if not slot.in_use]
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
-    def _fill(self, slot: PrefetchBuffer, wanted: Wanted) -> None:
+    def _fill(self, slot: PrefetchSlot, wanted: Wanted) -> None:
         self._settle(slot.arriving)  # of a prefetch that nobody wants any more
         before, slot.arriving = slot.seen + slot.leaving, []
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
@@ -189,23 +189,23 @@ class PrefetchBuffers:
             self._ledger.set(id(slot), wanted.nbytes)
             slot.memory = new_buffer(wanted.nbytes, dtype=torch.uint8, device=self._device)
             before = [self._engine.mark()]
-        window = slot.window(wanted.rows, wanted.geometry)
+        buffer = slot.buffer(wanted.rows, wanted.spec)
         try:
             fences, begin = [], 0
             for part in wanted.pages:
-                fences += part.lift(window, begin, before)
+                fences += part.lift(buffer, begin, before)
                 begin += part.tokens
         except BaseException:
             # Copies may be on their way that nobody knows of: let them have the memory.
             slot.memory, slot.leaving, slot.seen = None, [], []
             self._ledger.set(id(slot), 0)
             raise
-        self._traffic.bytes_up += wanted.page_bytes
+        self._transfers.bytes_up += wanted.page_bytes
         # Without pages, kernels are the first to write there; among themselves they are ordered.
         slot.arriving, slot.leaving, slot.seen = fences or slot.leaving, [], []
         slot.holds = wanted
 
-    def _give_up(self, slot: PrefetchBuffer) -> None:
+    def _give_up(self, slot: PrefetchSlot) -> None:
         """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
         users = slot.seen + slot.leaving + slot.arriving
         slot.holds, slot.in_use = None, False

@@ -68,7 +68,7 @@ class BlockReader(Protocol):
 
     id: BlockId
     tier: str
-    geometry: KVSpec
+    spec: KVSpec
 
     @property
     def is_plain(self) -> bool:
@@ -81,8 +81,8 @@ class BlockReader(Protocol):
             BlockError: the bytes cannot be read or are not those that were written.
         """
 
-    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``, which has their size.
+    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``, which has their size.
 
         Without ``check`` the bytes are taken for those that were checked before.
 

@@ -46,7 +46,7 @@ class BlockId:
         return cls(block_key(parent, tokens, snapshot=snapshot), parent, root, tokens)
 
     @property
-    def is_snapshot(self) -> bool:
+    def is_checkpoint(self) -> bool:
         """Whether the block holds states, besides K and V. No block follows a snapshot."""
         return self.key == block_key(self.parent, self.tokens, snapshot=True)
 

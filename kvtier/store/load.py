@@ -39,13 +39,13 @@ class LoadJob:
         readers: Mapping[str, BlockReader],
         reading: Readers,
         unusable: Callable[[Mapping[str, BlockError]], None],
-        snapshots: Sequence[str] = (),
+        checkpoints: Sequence[str] = (),
     ) -> None:
-        self.geometry = next(iter(readers.values())).geometry
+        self.spec = next(iter(readers.values())).spec
         self._readers = readers
         self._reading = reading
         self._note_unusable = unusable
-        self._snapshots = tuple(snapshots)
+        self._checkpoints = tuple(checkpoints)
         self._uses: dict[str, list[tuple[int, Span]]] = {}
         for row, spans in enumerate(rows):
             for span in spans:
@@ -61,7 +61,7 @@ class LoadJob:
     @property
     def has_states(self) -> bool:
         """Whether there is a snapshot for each row."""
-        return bool(self._snapshots)
+        return bool(self._checkpoints)
 
     def states(self, row: int) -> torch.Tensor:
         """Return the states of the snapshot of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
@@ -69,7 +69,7 @@ class LoadJob:
         Raises:
             RestoreError: they could not be read.
         """
-        key = self._snapshots[row]
+        key = self._checkpoints[row]
         try:
             states = self._readers[key].states()
             if states is None:
@@ -82,7 +82,7 @@ class LoadJob:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V that all rows take."""
-        return self.geometry.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
+        return self.spec.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
 
     def tier(self, key: str) -> str:
         """Return where a block comes from: ``host`` or ``disk``."""
@@ -95,7 +95,7 @@ class LoadJob:
             place: says where they are to lie.
         """
         self._place = place
-        layers = range(len(self.geometry.layers))
+        layers = range(len(self.spec.layers))
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
     def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
@@ -116,7 +116,7 @@ class LoadJob:
     def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
         """Let the pages of ``layer`` land, but for those that cannot; return whether all have."""
         rows = {row for uses in self._uses.values() for row, _ in uses}
-        landings = {row: place(layer, row) for row in rows}
+        views = {row: place(layer, row) for row in rows}
         complete = True
         for key, all_uses in self._uses.items():
             uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
@@ -129,11 +129,11 @@ class LoadJob:
             try:
                 if len(uses) == 1:
                     ((row, span),) = uses
-                    reader.land(layer, span.first, span.last, _at(landings[row], span))
+                    reader.land(layer, span.first, span.last, _at(views[row], span))
                 else:
                     page = reader.page(layer)
                     for row, span in uses:
-                        _at(landings[row], span).take(page, span.first, span.last)
+                        _at(views[row], span).take(page, span.first, span.last)
             except BlockError as error:
                 self._failed[key] = error
                 complete = False
@@ -147,7 +147,7 @@ class LoadJob:
         """
         for key, reader in self._readers.items():
             try:
-                for layer in range(len(self.geometry.layers)):
+                for layer in range(len(self.spec.layers)):
                     reader.page(layer)
             except BlockError as error:
                 self._failed[key] = error
@@ -234,5 +234,5 @@ class LoadJob:
 
 
 def _at(place: tuple[PageView, int], span: Span) -> PageView:
-    landing, origin = place
-    return landing.cut(span.start - origin, span.stop - origin)
+    view, origin = place
+    return view.cut(span.start - origin, span.stop - origin)

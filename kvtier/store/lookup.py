@@ -78,7 +78,7 @@ def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int
     return PrefixMatch(tuple(spans), divergence)
 
 
-def snapshots_of(
+def checkpoints_of(
     tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int
 ) -> Iterator[tuple[int, BlockId]]:
     """Yield the snapshots that the tiers hold of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
@@ -94,7 +94,7 @@ def snapshots_of(
             len(block.tokens): block
             for tier in tiers
             for block in tier.tails(parent, after)
-            if block.root == root and block.is_snapshot
+            if block.root == root and block.is_checkpoint
         }
         for length in sorted(found, reverse=True):
             yield start + length, found[length]

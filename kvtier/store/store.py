@@ -2,7 +2,7 @@
 
 The story of this wing. A turn *matches* its tokens against the chains of its root (``match``), opens the blocks it
 found (``restore``) and has their pages put where they are to lie, layer by layer, by threads. At its end it *commits*
-its tokens: blocks that are not known yet are copied out of the windows into the RAM tier and written behind to the disk
+its tokens: blocks that are not known yet are copied out of the buffers into the RAM tier and written behind to the disk
 tier (``commits``). What came from disk is not copied to the RAM tier: the page cache of the system has it already.
 A block that turns out to be damaged is discarded, warned about once, and from then on a miss. One that cannot be read
 now is a miss for a while, and nothing of it is forgotten.
@@ -38,7 +38,7 @@ from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.format.codecs import CODECS
 from kvtier.store.load import LoadJob, summary
-from kvtier.store.lookup import PrefixMatch, Span, longest_match, snapshots_of
+from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import ManagedStore
 from kvtier.store.manage.inventory import Inventory
 from kvtier.store.manage.stats import StoreStats, snapshot
@@ -158,7 +158,7 @@ class PrefixStore(ManagedStore):
         self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl, self._behind.hurry)
         self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
         self._inventory = Inventory(self._host, self._disk, self._names)
-        self._commits = BlockWriter(
+        self._block_writer = BlockWriter(
             self._host, self._disk, self._names, self._behind, on_second_use=write_on == "second-use"
         )
         self._reading = Readers()
@@ -248,7 +248,7 @@ class PrefixStore(ManagedStore):
                 self._tally[f"misses.{reason}"] += 1
         return match
 
-    def snapshots(self, root: str, tokens: TokenIds, limit: int) -> Iterator[tuple[int, BlockId]]:
+    def checkpoints(self, root: str, tokens: TokenIds, limit: int) -> Iterator[tuple[int, BlockId]]:
         """Yield the snapshots of prefixes of ``tokens`` of at most ``limit`` tokens, fewer than all; the longest first.
 
         Each comes with the tokens after which its states are valid.
@@ -257,12 +257,12 @@ class PrefixStore(ManagedStore):
             ClosedError: the store was closed.
         """
         self._check_open()
-        return snapshots_of(self._tiers, root, tokens, limit, self.block_size)
+        return checkpoints_of(self._tiers, root, tokens, limit, self.block_size)
 
-    def restore(self, rows: Sequence[Sequence[Span]], snapshots: Sequence[BlockId] = ()) -> LoadJob:
-        """Open the blocks of ``rows`` and ``snapshots``; ``LoadJob.start`` lets their pages come.
+    def restore(self, rows: Sequence[Sequence[Span]], checkpoints: Sequence[BlockId] = ()) -> LoadJob:
+        """Open the blocks of ``rows`` and ``checkpoints``; ``LoadJob.start`` lets their pages come.
 
-        There must be at least one block among them. Of ``snapshots``, one for each row, only the states are read.
+        There must be at least one block among them. Of ``checkpoints``, one for each row, only the states are read.
 
         Raises:
             BlockError: blocks cannot be used. Every one of them was found out and discarded, or withheld where it only
@@ -271,7 +271,7 @@ class PrefixStore(ManagedStore):
         """
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
-        blocks |= {snapshot.key: snapshot for snapshot in snapshots}
+        blocks |= {snapshot.key: snapshot for snapshot in checkpoints}
         readers: dict[str, BlockReader] = {}
         missing: dict[str, BlockError] = {}
         unusable: dict[str, BlockError] = {}
@@ -287,9 +287,9 @@ class PrefixStore(ManagedStore):
                     self._count("misses.gone")
                 else:
                     readers[key] = reader
-            if not missing and len(geometries := Counter(reader.geometry for reader in readers.values())) > 1:
-                ((usual, _),) = geometries.most_common(1)
-                odd = [key for key, reader in readers.items() if reader.geometry != usual]
+            if not missing and len(specs := Counter(reader.spec for reader in readers.values())) > 1:
+                ((usual, _),) = specs.most_common(1)
+                odd = [key for key, reader in readers.items() if reader.spec != usual]
                 missing = unusable = dict.fromkeys(
                     odd, BlockError("its layers differ from those of the blocks beside it")
                 )
@@ -300,10 +300,10 @@ class PrefixStore(ManagedStore):
             for reader in readers.values():
                 reader.close()
             raise
-        self._commits.hit(list(readers))
+        self._block_writer.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return LoadJob(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in snapshots])
+        return LoadJob(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in checkpoints])
 
     def _open(self, block: BlockId) -> BlockReader | None:
         for tier in self._tiers:
@@ -380,7 +380,7 @@ class PrefixStore(ManagedStore):
         """
         self._check_open()
         _drain_at_the_end()
-        new = self._commits.commit(root, tokens, read, manifest, self.block_size, states)
+        new = self._block_writer.commit(root, tokens, read, manifest, self.block_size, states)
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS

@@ -34,12 +34,12 @@ class EngineChecks:
 
     def test_a_copy_into_a_part_leaves_the_rest_alone(self, engine: CopyEngine) -> None:
         """Strided targets and sources."""
-        window = torch.zeros(2, 3, 8, 4, device=self.device)
+        buffer = torch.zeros(2, 3, 8, 4, device=self.device)
         page = self._ramp(2 * 3 * 2 * 4).reshape(2, 2, 3, 4).transpose(1, 2)
-        engine.wait(engine.copy(window[:, :, 3:5], page, after=(engine.mark(),)))
-        assert torch.equal(window[:, :, 3:5], page)
-        assert not window[:, :, :3].any()
-        assert not window[:, :, 5:].any()
+        engine.wait(engine.copy(buffer[:, :, 3:5], page, after=(engine.mark(),)))
+        assert torch.equal(buffer[:, :, 3:5], page)
+        assert not buffer[:, :, :3].any()
+        assert not buffer[:, :, 5:].any()
 
     def test_several_copies_have_one_fence(self, engine: CopyEngine) -> None:
         """All are done when it has passed, and none begins before ``after``."""
@@ -98,13 +98,13 @@ class EngineChecks:
     def test_a_buffer_is_reused_after_the_fences_of_its_last_use(self, engine: CopyEngine) -> None:
         """One staging buffer, many pages."""
         staging = self._host(engine, _LENGTH)
-        window = torch.zeros(10, _LENGTH, device=self.device)
+        buffer = torch.zeros(10, _LENGTH, device=self.device)
         copied = engine.mark()
         for page in range(10):
             filled = engine.call(_filling(staging, page), writes=(staging,), after=(copied,))
-            copied = engine.copy(window[page], staging, after=(filled,))
+            copied = engine.copy(buffer[page], staging, after=(filled,))
         engine.wait(copied)
-        assert window.mean(1).tolist() == list(range(10))
+        assert buffer.mean(1).tolist() == list(range(10))
 
     def test_an_error_is_raised_wherever_its_fence_is_waited_for(self, engine: CopyEngine) -> None:
         """Not when it is enqueued, and not only once."""

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from kvtier.cli import app
 from kvtier.cli.doctor import command as doctor
-from kvtier.cli.doctor import devices, findings, scripts, selftest
-from kvtier.cli.doctor import spill as spill_check
+from kvtier.cli.doctor import devices, findings, scripts, selftest, spill
 from kvtier.transfer import InlineEngine, ThreadEngine, engine_for
 
 CPU = torch.device("cpu")
@@ -54,8 +53,8 @@ class Beside(ThreadEngine):
 def _small(monkeypatch):
     """Measure with little, and look for races as briefly as can be."""
     monkeypatch.setattr(devices, "_PIECE_BYTES", 2**16)
-    monkeypatch.setattr(spill_check, "_FILE_BYTES", 2**20)
-    monkeypatch.setattr(spill_check, "_PIECE_BYTES", 2**18)
+    monkeypatch.setattr(spill, "_FILE_BYTES", 2**20)
+    monkeypatch.setattr(spill, "_PIECE_BYTES", 2**18)
 
 
 @pytest.fixture
@@ -154,7 +153,7 @@ def test_an_interrupt_while_the_disk_is_measured_leaves_nothing(tmp_path, monkey
         assert path.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spill_check, "_read", interrupted)
+    monkeypatch.setattr(spill, "_read", interrupted)
     assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -285,10 +284,10 @@ def test_a_machine_without_free_memory(monkeypatch):
 def test_the_deepest_and_last_mount_tells_the_file_system(tmp_path):
     path = tmp_path.resolve()
     mounted = [Partition("/", "ext4"), Partition(str(path), "xfs"), Partition(str(path), "tmpfs")]
-    assert spill_check.file_system(path / "more", mounted) == "tmpfs"
-    assert spill_check.file_system(path / "more", mounted[:2]) == "xfs"
-    assert spill_check.file_system(path / "more", [Partition(f"{path}-other", "tmpfs"), mounted[0]]) == "ext4"
-    assert spill_check.file_system(path, []) == "unknown"
+    assert spill.file_system(path / "more", mounted) == "tmpfs"
+    assert spill.file_system(path / "more", mounted[:2]) == "xfs"
+    assert spill.file_system(path / "more", [Partition(f"{path}-other", "tmpfs"), mounted[0]]) == "ext4"
+    assert spill.file_system(path, []) == "unknown"
 
 
 @pytest.mark.skipif(
@@ -296,10 +295,10 @@ def test_the_deepest_and_last_mount_tells_the_file_system(tmp_path):
 )
 def test_a_file_system_in_memory_is_told():
     shared = Path("/dev/shm")
-    if spill_check.file_system(shared) != "tmpfs":
+    if spill.file_system(shared) != "tmpfs":
         pytest.skip("no tmpfs here")
     before = set(shared.iterdir())
-    found = by_subject(spill_check.check_spill_folder(shared / "kvtier-test-doctor"))
+    found = by_subject(spill.check_spill_folder(shared / "kvtier-test-doctor"))
     assert found["spill folder"].level == "note"
     assert "That is RAM" in found["spill folder"].text
     assert "dropped_read_bytes_per_second" not in found["disk"].facts
@@ -308,23 +307,23 @@ def test_a_file_system_in_memory_is_told():
 
 def test_a_disk_that_is_nearly_full(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**11, 0, 4 * 2**18))
-    found = by_subject(spill_check.check_spill_folder(tmp_path))
+    found = by_subject(spill.check_spill_folder(tmp_path))
     assert found["spill folder"].level == "note"
     assert "nearly full" in found["spill folder"].text
     assert found["disk"].level == "ok"
     assert found["disk"].facts["file_bytes"] == 2**18  # a quarter of what is free
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**11, 0, 2**18))
-    assert by_subject(spill_check.check_spill_folder(tmp_path))["disk"].level == "problem"
+    assert by_subject(spill.check_spill_folder(tmp_path))["disk"].level == "problem"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slow_disk_is_told_by_less(tmp_path, monkeypatch):
-    monkeypatch.setattr(spill_check, "_LONGEST_SECONDS", 0)
-    assert by_subject(spill_check.check_spill_folder(tmp_path))["disk"].facts["file_bytes"] == 2**18
+    monkeypatch.setattr(spill, "_LONGEST_SECONDS", 0)
+    assert by_subject(spill.check_spill_folder(tmp_path))["disk"].facts["file_bytes"] == 2**18
 
 
 def test_a_disk_that_forgets_is_a_problem(tmp_path, monkeypatch):
-    write = spill_check._write
+    write = spill._write
 
     def forgetful(path, piece, nbytes):
         done = write(path, piece, nbytes)
@@ -333,20 +332,20 @@ def test_a_disk_that_forgets_is_a_problem(tmp_path, monkeypatch):
             file.write(bytes(8))
         return done
 
-    monkeypatch.setattr(spill_check, "_write", forgetful)
-    found = by_subject(spill_check.check_spill_folder(tmp_path))
+    monkeypatch.setattr(spill, "_write", forgetful)
+    found = by_subject(spill.check_spill_folder(tmp_path))
     assert found["disk"].level == "problem"
     assert "other bytes" in found["disk"].text
 
 
 def test_only_folders_that_were_made_and_are_empty_are_deleted(tmp_path):
     mine = tmp_path / "mine"
-    with spill_check.made_inside(mine / "a" / "b") as scratch:
+    with spill.made_inside(mine / "a" / "b") as scratch:
         assert scratch.parent == mine / "a" / "b"
         (scratch / "left").write_text("by whoever was interrupted")
         (mine / "theirs").write_text("someone else's")
     assert sorted(tmp_path.rglob("*")) == [mine, mine / "theirs"]
-    with spill_check.made_inside(mine):
+    with spill.made_inside(mine):
         pass
     assert mine.exists()
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvtier.cli import app
-from kvtier.cli.store import confirm as asking
+from kvtier.cli.store import common
 from kvtier.errors import StoreError
 from kvtier.store import PrefixStore
 from kvtier.store.format.archive import write_archive
@@ -88,7 +88,7 @@ def unnamed(folder):
 @pytest.fixture
 def person(monkeypatch):
     """Somebody sits at the terminal."""
-    monkeypatch.setattr(asking, "someone_is_there", lambda: True)
+    monkeypatch.setattr(common, "someone_is_there", lambda: True)
 
 
 # --- which folder -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from kvtier.cli import app
-from kvtier.cli.store import confirm as asking
+from kvtier.cli.store import common
 from kvtier.cli.store.roots import RootFile
 from kvtier.store import PrefixStore
 from tests.support.stores import ROOT, block_files, commit, count, restored_length, truth
@@ -185,7 +185,7 @@ def test_a_file_that_is_called_like_markup_is_only_a_file(folder, tmp_path, monk
         def __init__(self, **how):
             super().__init__(file=screen, force_terminal=True, width=200)
 
-    monkeypatch.setattr(asking, "Console", Terminal)
+    monkeypatch.setattr(common, "Console", Terminal)
     monkeypatch.chdir(tmp_path)
     assert run(folder, "export", "letter", "[").exit_code == 0
     assert run(folder, "export", "letter", "[bold]x[").exit_code == 0

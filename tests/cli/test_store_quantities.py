@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.cli.store.quantities import parse_size, parse_span, size, span
+from kvtier.cli.store.output import parse_size, parse_span, size, span
 from kvtier.errors import ConfigurationError
 
 

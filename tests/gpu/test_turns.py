@@ -29,7 +29,7 @@ def test_every_turn_of_a_conversation(accelerator, make_model, generate, tokens,
         assert all(layer.keys.device.type == accelerator.type for layer in cache.layers)
         ids = torch.cat([first.sequences, tokens(5, seed=1).to(accelerator)], 1)
         continued = generate(model, ids, cache)
-        assert cache.last_turn.cached_by_tier["window"] == 47
+        assert cache.last_turn.cached_by_tier["device"] == 47
         assert_same(continued, generate(model, ids, reference))
         ids = torch.cat([continued.sequences, tokens(5, seed=2).to(accelerator)], 1)
         with TieredCache(store) as other:
@@ -50,5 +50,5 @@ def test_windows_in_place_take_what_the_store_adds(accelerator, make_model, gene
         generate(model, ids, cache)
         cache.crop(-30)
         ours = generate(model, ids, cache)
-        assert dict(cache.last_turn.cached_by_tier) == {"window": 17, "host": 22, "disk": 0}
+        assert dict(cache.last_turn.cached_by_tier) == {"device": 17, "host": 22, "disk": 0}
         assert torch.equal(ours.sequences, generate(model, ids).sequences)

@@ -23,7 +23,7 @@ places = st.integers(0, 99)
 class Pair:
     """A window and what it is to hold, in tensors that nobody shares."""
 
-    window: KVBuffer
+    buffer: KVBuffer
     k: torch.Tensor
     v: torch.Tensor
 
@@ -51,37 +51,37 @@ class Forks(RuleBasedStateMachine):
         """Return one; ``forked``: it has just been shared."""
         pair = self.pairs[which % len(self.pairs)]
         if forked:
-            self.add(pair, pair.window.share(pair.length))
+            self.add(pair, pair.buffer.share(pair.length))
         return pair
 
-    def add(self, pair: Pair, window: KVBuffer) -> None:
-        self.pairs.append(Pair(window, pair.k.clone(), pair.v.clone()))
+    def add(self, pair: Pair, buffer: KVBuffer) -> None:
+        self.pairs.append(Pair(buffer, pair.k.clone(), pair.v.clone()))
         if len(self.pairs) > 5:
             self.pairs.remove(next(other for other in self.pairs if other is not pair))
 
     @initialize(rows=st.integers(1, 3), columns=st.integers(0, 20), capacity=st.integers(20, 60))
     def begin(self, rows, columns, capacity):
         k, v = self.states(rows, columns)
-        window = KVBuffer(rows, GEOMETRY, capacity, "cpu")
-        window.append(0, k, v, 0)
-        self.pairs.append(Pair(window, k, v))
+        buffer = KVBuffer(rows, GEOMETRY, capacity, "cpu")
+        buffer.append(0, k, v, 0)
+        self.pairs.append(Pair(buffer, k, v))
 
     @rule(which=places)
     def fork(self, which):
         pair = self.pair(which)
-        self.add(pair, pair.window.share(pair.length))
+        self.add(pair, pair.buffer.share(pair.length))
 
     @rule(which=places)
     def copy(self, which):
-        self.add(self.pair(which), copy.deepcopy(self.pair(which).window))
+        self.add(self.pair(which), copy.deepcopy(self.pair(which).buffer))
 
     @rule(which=places, forked=st.booleans(), columns=st.integers(1, 8))
     def append(self, which, forked, columns):
         pair = self.pair(which, forked)
-        k, v = self.states(pair.window.rows, columns)
+        k, v = self.states(pair.buffer.rows, columns)
         begin = pair.length
         pair.k, pair.v = torch.cat([pair.k, k], 2), torch.cat([pair.v, v], 2)
-        seen = pair.window.append(begin, k, v, begin // 2)
+        seen = pair.buffer.append(begin, k, v, begin // 2)
         assert torch.equal(seen[0], pair.k[:, :, begin // 2 :])
         assert torch.equal(seen[1], pair.v[:, :, begin // 2 :])
 
@@ -94,15 +94,15 @@ class Forks(RuleBasedStateMachine):
     @rule(which=places, forked=st.booleans(), chosen=st.lists(places, min_size=1, max_size=4))
     def select(self, which, forked, chosen):
         pair = self.pair(which, forked)
-        rows = torch.tensor([row % pair.window.rows for row in chosen])
-        pair.window.select(rows, pair.length)
+        rows = torch.tensor([row % pair.buffer.rows for row in chosen])
+        pair.buffer.select(rows, pair.length)
         pair.k, pair.v = pair.k[rows], pair.v[rows]
 
     @rule(which=places, columns=st.integers(1, 80))
     def reserve(self, which, columns):
         pair = self.pair(which)
-        pair.window.reserve(columns, live=pair.length)
-        assert pair.window.capacity >= columns
+        pair.buffer.reserve(columns, live=pair.length)
+        assert pair.buffer.capacity >= columns
 
     @rule(
         which=places,
@@ -115,17 +115,17 @@ class Forks(RuleBasedStateMachine):
     def overwrite(self, which, forked, row, at, columns, how):
         """What a restored prefix does: other columns of one row, the rest stays."""
         pair = self.pair(which, forked)
-        row, begin = row % pair.window.rows, at % (pair.length + 1)
+        row, begin = row % pair.buffer.rows, at % (pair.length + 1)
         end = min(begin + columns, pair.length)
         k, v = (states[0, :, : end - begin] for states in self.states(1, columns))
         if how == "clear":
             k, v = torch.zeros_like(k), torch.zeros_like(v)
-            pair.window.clear(row, begin, end)
+            pair.buffer.clear(row, begin, end)
         elif how == "put":
-            pair.window.put(row, begin, Page(k, v))
+            pair.buffer.put(row, begin, Page(k, v))
         else:
-            landing = pair.window.landing(row, begin).cut(0, end - begin)
-            landing.take(Page(k.contiguous(), v.contiguous()), 0, end - begin)
+            view = pair.buffer.view(row, begin).cut(0, end - begin)
+            view.take(Page(k.contiguous(), v.contiguous()), 0, end - begin)
         pair.k, pair.v = pair.k.clone(), pair.v.clone()
         pair.k[row, :, begin:end], pair.v[row, :, begin:end] = k, v
 
@@ -134,10 +134,10 @@ class Forks(RuleBasedStateMachine):
         target, source = self.pair(to), self.pair(source)
         if target is source:  # a window copies from others
             return
-        row, source_row = rows[0] % target.window.rows, rows[1] % source.window.rows
+        row, source_row = rows[0] % target.buffer.rows, rows[1] % source.buffer.rows
         begin, source_begin = at[0] % (target.length + 1), at[1] % (source.length + 1)
         count = min(columns % 9, target.length - begin, source.length - source_begin)
-        target.window.copy(row, begin, begin + count, source.window, source_row, source_begin)
+        target.buffer.copy(row, begin, begin + count, source.buffer, source_row, source_begin)
         k = source.k[source_row, :, source_begin : source_begin + count].clone()
         v = source.v[source_row, :, source_begin : source_begin + count].clone()
         target.k, target.v = target.k.clone(), target.v.clone()
@@ -146,12 +146,12 @@ class Forks(RuleBasedStateMachine):
     @rule(which=places)
     def close(self, which):
         if len(self.pairs) > 1:
-            self.pairs.pop(which % len(self.pairs)).window.close()
+            self.pairs.pop(which % len(self.pairs)).buffer.close()
 
     @invariant()
     def all_hold_what_they_should(self):
         for pair in self.pairs:
-            k, v = pair.window.contents(pair.length)
+            k, v = pair.buffer.contents(pair.length)
             assert torch.equal(k, pair.k)
             assert torch.equal(v, pair.v)
 

@@ -20,130 +20,130 @@ def states(value: float, columns: int = 1):
 
 
 def filled(columns: int = 10, capacity: int = 20) -> KVBuffer:
-    window = KVBuffer(1, GEOMETRY, capacity, "cpu")
-    window.append(0, *states(1.0, columns), 0)
-    return window
+    buffer = KVBuffer(1, GEOMETRY, capacity, "cpu")
+    buffer.append(0, *states(1.0, columns), 0)
+    return buffer
 
 
-def address(window: KVBuffer) -> tuple[int, int]:
-    return window.k.data_ptr(), window.v.data_ptr()
+def address(buffer: KVBuffer) -> tuple[int, int]:
+    return buffer.k.data_ptr(), buffer.v.data_ptr()
 
 
-def holds(window: KVBuffer, *values: float) -> bool:
-    k, v = window.contents(len(values))
+def holds(buffer: KVBuffer, *values: float) -> bool:
+    k, v = buffer.contents(len(values))
     expected = torch.tensor(values)
     return torch.equal(k[0, 0, :, 0], expected) and torch.equal(v[0, 0, :, 0], expected)
 
 
 def test_the_first_that_appends_goes_on_in_place_the_next_takes_a_copy():
-    window = filled()
-    first, second = window.share(10), window.share(10)
-    at = address(window)
+    buffer = filled()
+    first, second = buffer.share(10), buffer.share(10)
+    at = address(buffer)
     assert address(first) == address(second) == at
     second.append(10, *states(2.0), 0)
     assert address(second) == at
     first.append(10, *states(3.0), 0)
-    window.append(10, *states(4.0), 0)
-    assert len({address(window), address(first), address(second)}) == 3
-    for each, last in ((window, 4.0), (first, 3.0), (second, 2.0)):
+    buffer.append(10, *states(4.0), 0)
+    assert len({address(buffer), address(first), address(second)}) == 3
+    for each, last in ((buffer, 4.0), (first, 3.0), (second, 2.0)):
         assert holds(each, *[1.0] * 10, last)
 
 
 def test_what_was_appended_in_place_is_not_overwritten_by_a_later_twin_of_a_shorter_one():
-    window = filled()
-    shorter = window.share(10)
-    window.append(10, *states(2.0, 5), 0)
+    buffer = filled()
+    shorter = buffer.share(10)
+    buffer.append(10, *states(2.0, 5), 0)
     third = shorter.share(10)
     third.append(10, *states(3.0, 5), 0)
-    assert holds(window, *[1.0] * 10, *[2.0] * 5)
+    assert holds(buffer, *[1.0] * 10, *[2.0] * 5)
     assert holds(third, *[1.0] * 10, *[3.0] * 5)
 
 
 def test_a_crop_before_the_shared_end_makes_the_next_append_a_copy():
-    window = filled()
-    twin = window.share(10)
-    window.append(9, *states(5.0), 0)
-    assert holds(window, *[1.0] * 9, 5.0)
+    buffer = filled()
+    twin = buffer.share(10)
+    buffer.append(9, *states(5.0), 0)
+    assert holds(buffer, *[1.0] * 9, 5.0)
     assert holds(twin, *[1.0] * 10)
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda window: window.clear(0, 2, 4),
-        lambda window: window.put(0, 2, Page(torch.zeros(2, 2, 3), torch.zeros(1, 2, 2))),
-        lambda window: window.landing(0, 2).cut(0, 2).take(Page(torch.zeros(2, 2, 3), torch.zeros(1, 2, 2)), 0, 2),
-        lambda window: window.write(2, *states(0.0, 2)),
-        lambda window: window.copy(0, 2, 4, zeros(), 0, 0),
+        lambda buffer: buffer.clear(0, 2, 4),
+        lambda buffer: buffer.put(0, 2, Page(torch.zeros(2, 2, 3), torch.zeros(1, 2, 2))),
+        lambda buffer: buffer.view(0, 2).cut(0, 2).take(Page(torch.zeros(2, 2, 3), torch.zeros(1, 2, 2)), 0, 2),
+        lambda buffer: buffer.write(2, *states(0.0, 2)),
+        lambda buffer: buffer.copy(0, 2, 4, zeros(), 0, 0),
     ],
     ids=["clear", "put", "landing", "write", "copy"],
 )
 def test_whatever_writes_what_another_reads_takes_a_copy_of_all_columns(write):
-    window = filled()
-    twin = window.share(10)
-    write(window)
-    assert holds(window, 1.0, 1.0, 0.0, 0.0, *[1.0] * 6)
+    buffer = filled()
+    twin = buffer.share(10)
+    write(buffer)
+    assert holds(buffer, 1.0, 1.0, 0.0, 0.0, *[1.0] * 6)
     assert holds(twin, *[1.0] * 10)
 
 
 def zeros() -> KVBuffer:
-    window = KVBuffer(1, GEOMETRY, 2, "cpu")
-    window.write(0, *states(0.0, 2))
-    return window
+    buffer = KVBuffer(1, GEOMETRY, 2, "cpu")
+    buffer.write(0, *states(0.0, 2))
+    return buffer
 
 
-@pytest.mark.parametrize("leave", [lambda window: window.close(), lambda window: None], ids=["closed", "collected"])
+@pytest.mark.parametrize("leave", [lambda buffer: buffer.close(), lambda buffer: None], ids=["closed", "collected"])
 def test_the_last_one_writes_in_place_again(leave):
-    window = filled()
-    twin = window.share(10)
-    at = address(window)
-    leave(window)
-    del window
+    buffer = filled()
+    twin = buffer.share(10)
+    at = address(buffer)
+    leave(buffer)
+    del buffer
     twin.append(3, *states(6.0), 0)
     assert address(twin) == at
     assert holds(twin, 1.0, 1.0, 1.0, 6.0)
 
 
 def test_one_that_was_closed_does_not_write_into_what_is_left():
-    window = filled()
-    twin = window.share(10)
-    window.close()
-    window.append(3, *states(7.0), 0)
+    buffer = filled()
+    twin = buffer.share(10)
+    buffer.close()
+    buffer.append(3, *states(7.0), 0)
     assert holds(twin, *[1.0] * 10)
 
 
 def test_growth_leaves_the_others_as_they_were():
-    window = filled()
-    twin = window.share(10)
-    at = address(window)
+    buffer = filled()
+    twin = buffer.share(10)
+    at = address(buffer)
     twin.reserve(500, live=10)
-    assert address(window) == at != address(twin)
-    window.append(3, *states(8.0), 0)  # alone again
-    assert address(window) == at
+    assert address(buffer) == at != address(twin)
+    buffer.append(3, *states(8.0), 0)  # alone again
+    assert address(buffer) == at
     assert holds(twin, *[1.0] * 10)
 
 
 def test_rows_that_move_leave_the_others_as_they_were():
     k, v = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2.0).view(2, 1, 1, 1)
-    window = KVBuffer.like(k, v, 4)
-    window.append(0, k, v, 0)
-    twin = window.share(1)
+    buffer = KVBuffer.like(k, v, 4)
+    buffer.append(0, k, v, 0)
+    twin = buffer.share(1)
     twin.select(torch.tensor([1, 0]), 1)
-    assert window.k[:, 0, 0, 0].tolist() == [0.0, 1.0]
+    assert buffer.k[:, 0, 0, 0].tolist() == [0.0, 1.0]
     assert twin.k[:, 0, 0, 0].tolist() == twin.v[:, 0, 0, 0].tolist() == [1.0, 0.0]
 
 
 def test_a_deep_copy_shares_nothing():
-    window = filled()
-    twin = copy.deepcopy(window)
-    assert address(twin) != address(window)
-    window.write(0, *states(0.0, 10))
+    buffer = filled()
+    twin = copy.deepcopy(buffer)
+    assert address(twin) != address(buffer)
+    buffer.write(0, *states(0.0, 10))
     assert holds(twin, *[1.0] * 10)
 
 
 def test_twins_of_many_threads_hold_what_each_appended():
-    window = filled(columns=4, capacity=200)
-    twins = [window.share(4) for _ in range(4)]
+    buffer = filled(columns=4, capacity=200)
+    twins = [buffer.share(4) for _ in range(4)]
     start = threading.Barrier(len(twins))
 
     def work(twin: KVBuffer, value: float) -> None:

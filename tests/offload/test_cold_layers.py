@@ -66,7 +66,7 @@ def test_turns_of_a_conversation_under_a_budget(make_model, generate, tokens, sp
             assert_same(first, generate(model, ids, reference))
             ids = torch.cat([first.sequences, tokens(5, seed=1)], 1)
             continued = generate(model, ids, cache)
-            assert cache.last_turn.cached_by_tier["window"] == 47
+            assert cache.last_turn.cached_by_tier["device"] == 47
             assert cache.last_turn.peak_device_bytes <= budget
             assert_same(continued, generate(model, ids, reference))
             assert (cache.last_turn.cold_layers > 0) == (share < 1)
@@ -187,13 +187,13 @@ def test_copies_go_on_apart_and_outlive_each_other(make_model, generate, tokens,
     cache.close()
     with twin:
         ours = generate(model, other, twin)
-        assert twin.last_turn.cached_by_tier["window"] >= 65
+        assert twin.last_turn.cached_by_tier["device"] >= 65
         assert torch.equal(ours.sequences, generate(model, other).sequences)
     store.close()
 
 
 def cold_layers(cache) -> int:
-    return sum(deck.cold_layers for deck in cache._streams.decks)
+    return sum(device_memory.cold_layers for device_memory in cache._offload.decks)
 
 
 # --- the bytes that were promised -------------------------------------------------------------------------------------
@@ -205,15 +205,15 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
     budget = int(0.6 * everything(model, 90))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
         cache.begin(model, prompt)
-        ids, traffic = prompt, cache._streams.traffic
+        ids, transfers = prompt, cache._offload.transfers
         with torch.no_grad():
             model(ids, **{CACHE: cache})
             model(tokens(1), **{CACHE: cache})  # from here on, every step finds the ring as the last one left it
             checked = 0
             for length in range(62, 82):
-                before, cold = traffic.copy(), cold_layers(cache)
+                before, cold = transfers.copy(), cold_layers(cache)
                 model(tokens(1, seed=length), **{CACHE: cache})
-                moved = traffic.since(before)
+                moved = transfers.since(before)
                 assert moved.waits > 2
                 if cold_layers(cache) != cold:
                     continue  # one more turned cold, for which nothing was prefetched
@@ -303,7 +303,7 @@ def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate,
     memory = [everything(model, 120)]
 
     def free(device):
-        return memory[0] - sum(deck.ledger.used_bytes for deck in cache._streams.decks)
+        return memory[0] - sum(device_memory.ledger.used_bytes for device_memory in cache._offload.decks)
 
     monkeypatch.setattr("kvtier.offload.manager.free_device_bytes", free)
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget="auto", spill_dir=spill) as cache:
@@ -399,8 +399,8 @@ def test_known_pages_that_are_lost_are_computed_again(make_model, generate, toke
         ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
         for path in spill.glob("*/*.safetensors"):
             path.unlink()
-        for deck in cache._streams.decks:  # what was prefetched is whole
-            deck.ring.close()
+        for device_memory in cache._offload.decks:  # what was prefetched is whole
+            device_memory.ring.close()
         ours = generate(model, ids, cache)
         assert torch.equal(ours.sequences, generate(model, ids).sequences)
         assert cache.last_turn.cached_by_tier["host"] == 67
@@ -460,4 +460,4 @@ def test_other_caches_and_the_store_are_not_touched(make_model, generate, tokens
                 generate(model, ids, cache)
         more = torch.cat([sequences, tokens(3, seed=2)], 1)
         assert_same_tokens(model, generate, more, other)
-        assert other.last_turn.cached_by_tier["window"] == 57
+        assert other.last_turn.cached_by_tier["device"] == 57

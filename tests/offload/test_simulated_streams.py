@@ -119,23 +119,23 @@ def play_prompt(engine, folder, host_bytes):
 
 def play_slab(engine, folder, host_bytes):
     """Pages that two rings read at once are given back, and their memory is used again."""
-    slabs = HostPool(engine.host_empty, MemoryBudget(None), slab_bytes=256)
-    geometry = LayerSpec(1, 2, 1, 2, torch.float32)
+    host_pool = HostPool(engine.host_empty, MemoryBudget(None), slab_bytes=256)
+    spec = LayerSpec(1, 2, 1, 2, torch.float32)
     with engine.watching():
         k = torch.arange(8.0).view(1, 1, 4, 2)
-        run = HostExtent(engine, slabs, slabs.take(64), 1, 4, geometry)
+        run = HostExtent(engine, host_pool, host_pool.take(64), 1, 4, spec)
         down = run.fill(k, k, [engine.mark()])
-        windows = [KVBuffer(1, geometry, 4, "cpu") for _ in range(2)]
+        buffers = [KVBuffer(1, spec, 4, "cpu") for _ in range(2)]
         ready = engine.mark()
-        fences = [run.lift(window, 0, Part(run, 0, 4, (0,)), [ready])[0] for window in windows]
+        fences = [run.lift(buffer, 0, Part(run, 0, 4, (0,)), [ready])[0] for buffer in buffers]
         del run
-        other = HostExtent(engine, slabs, slabs.take(64), 1, 4, geometry)
+        other = HostExtent(engine, host_pool, host_pool.take(64), 1, 4, spec)
         other.fill(k + 1, k + 1, [engine.mark()])
         for fence in (*down, *fences):
             engine.wait(fence)
-        assert all(torch.equal(window.k, k) for window in windows)
-        engine.settle(other.lift(windows[0], 0, Part(other, 0, 4, (0,)), [engine.mark()])[0])
-        assert torch.equal(windows[0].k, k + 1)
+        assert all(torch.equal(buffer.k, k) for buffer in buffers)
+        engine.settle(other.lift(buffers[0], 0, Part(other, 0, 4, (0,)), [engine.mark()])[0])
+        assert torch.equal(buffers[0].k, k + 1)
 
 
 # What comes first and last in ``after`` are the expressions that it is put together from.
@@ -174,18 +174,18 @@ def survives(drop: Drop, folder, play, host_bytes) -> bool:
 def test_memory_that_is_given_up_is_free(tmp_path):
     """Nothing that is on its way keeps a window that turned cold, or a slot that was replaced."""
     engine = SimulatedEngine(random.Random(0), lazy=True)
-    streams = OffloadManager(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
-    deck = streams.deck(torch.device("cpu"))
+    offload = OffloadManager(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
+    device_memory = offload.device_memory(torch.device("cpu"))
     with engine.watching():
         k = torch.randn(1, 1, 3 * PAGE, 2)
-        layer = streams.layer(0, k, k, None, True)
-        deck.keep_hot(layer, 0)
+        layer = offload.layer(0, k, k, None, True)
+        device_memory.keep_hot(layer, 0)
         layer.append(0, k, k, 0)
         layer.turn_cold()
         assert engine.pending == 0, "a window is still being copied"
-        deck.ring.prefetch(1)
+        device_memory.ring.prefetch(1)
         assert engine.pending > 0
         layer.append(3 * PAGE, k[:, :, :1].repeat(1, 1, 5 * PAGE, 1), k[:, :, :1].repeat(1, 1, 5 * PAGE, 1), 0)
         at_once = engine.pending
         assert at_once == len(layer.wanted_next().pages) - 1, "pages went down, and nothing else is on its way"
-    streams.close()
+    offload.close()

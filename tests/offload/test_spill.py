@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from kvtier.errors import StreamError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload import spill_folder as spill
+from kvtier.offload import spill_folder
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
 
@@ -174,12 +174,12 @@ def named(parent, pid=1):
 def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeypatch, moment):
     """By another process, which sees it before it has its lock, or before the lock is held."""
     parent, swept = tmp_path / "spill", []
-    opened, locked = os.open, spill.fcntl.flock
+    opened, locked = os.open, spill_folder.fcntl.flock
 
     def sweep_once():
         if not swept:
             swept.append(True)
-            spill._sweep(parent)
+            spill_folder._sweep(parent)
 
     def open_late(path, *args, **kwargs):
         if Path(path).name == "owner.lock" and moment == "mkdir":
@@ -192,12 +192,12 @@ def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeyp
         locked(fd, how)
 
     folder = SpillFolder(parent)
-    monkeypatch.setattr(spill.os, "open", open_late)
-    monkeypatch.setattr(spill.fcntl, "flock", lock_late)
+    monkeypatch.setattr(spill_folder.os, "open", open_late)
+    monkeypatch.setattr(spill_folder.fcntl, "flock", lock_late)
     file, k, _ = filled(folder)
     assert swept
     assert torch.equal(load_file(file.path)["k"], k)
-    spill._sweep(parent)
+    spill_folder._sweep(parent)
     assert Path(file.path).exists(), "its owner lives"
     folder.close()
 
@@ -207,7 +207,7 @@ def test_a_folder_that_somebody_deleted_is_made_again(folder):
     shutil.rmtree(folder.parent)
     file, k, _ = filled(folder)
     assert torch.equal(load_file(file.path)["k"], k)
-    spill._sweep(folder.parent)
+    spill_folder._sweep(folder.parent)
     assert Path(file.path).exists()
 
 
@@ -217,7 +217,7 @@ def test_a_folder_without_a_lock_is_not_left_and_is_swept(tmp_path, monkeypatch)
 
     folder = SpillFolder(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(spill.os, "open", full)
+        patched.setattr(spill_folder.os, "open", full)
         with pytest.raises(StreamError, match="No space left"):
             folder.new_file()
     assert not list(tmp_path.iterdir())

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from kvtier.errors import ConfigurationError
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
+from kvtier.offload.device import cold_order, round_up, smallest_budget_bytes
 from kvtier.offload.extents import HostExtent
-from kvtier.offload.host_memory import HostPool
+from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.placement import PagePlacement
-from kvtier.offload.residency import cold_order, round_up, smallest_budget_bytes
 from kvtier.offload.spill_folder import SpillFolder
-from kvtier.offload.staging import StagingBuffer
 from kvtier.platform.memory import free_device_bytes
 from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
 
@@ -56,10 +55,10 @@ def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
 
 
 def test_traffic_is_told_since_any_moment():
-    traffic = TransferStats(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
-    before = traffic.copy()
-    traffic.bytes_up += 3
-    assert traffic.since(before) == TransferStats(0, 3, 0, 0.0)
+    transfers = TransferStats(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
+    before = transfers.copy()
+    transfers.bytes_up += 3
+    assert transfers.since(before) == TransferStats(0, 3, 0, 0.0)
 
 
 def slabs_of(limit, slab_bytes=1024):
@@ -68,46 +67,46 @@ def slabs_of(limit, slab_bytes=1024):
 
 
 def test_slabs_stay_inside_their_budget_and_are_used_again():
-    slabs, ledger = slabs_of(2048)
-    pieces = [slabs.take(512) for _ in range(4)]
+    host_pool, ledger = slabs_of(2048)
+    pieces = [host_pool.take(512) for _ in range(4)]
     assert ledger.used_bytes == 2048
-    assert slabs.take(1) is None
-    slabs.give(pieces[0], ["a"])
-    assert slabs.take(512) is None, "its neighbour lives"
-    slabs.give(pieces[1], ["b"])
-    again = slabs.take(512)
+    assert host_pool.take(1) is None
+    host_pool.give(pieces[0], ["a"])
+    assert host_pool.take(512) is None, "its neighbour lives"
+    host_pool.give(pieces[1], ["b"])
+    again = host_pool.take(512)
     assert again.after == ("a", "b")
     assert again.memory.data_ptr() == pieces[0].memory.data_ptr()
-    assert slabs.take(512, leave=1) is not None
+    assert host_pool.take(512, leave=1) is not None
     assert ledger.peak_bytes == 2048
 
 
 def test_the_last_piece_of_a_budget_may_be_smaller_than_a_slab():
-    slabs, ledger = slabs_of(1500)
-    assert slabs.take(1024) is not None
-    assert slabs.take(400) is None
-    piece = slabs.take(256)
+    host_pool, ledger = slabs_of(1500)
+    assert host_pool.take(1024) is not None
+    assert host_pool.take(400) is None
+    piece = host_pool.take(256)
     assert ledger.used_bytes == 1280
-    slabs.give(piece, ())
-    assert slabs.take(9999) is None
+    host_pool.give(piece, ())
+    assert host_pool.take(9999) is None
     assert ledger.used_bytes == 1024, "what is empty and too small is given back to the system"
 
 
 def test_slabs_grow_with_what_is_asked_of_them():
-    slabs, ledger = slabs_of(None, 64 * 2**20)
+    host_pool, ledger = slabs_of(None, 64 * 2**20)
     held = []
     for _ in range(9):
-        slabs.take(2**20)
+        host_pool.take(2**20)
         held.append(ledger.used_bytes // 2**20)
     assert held == [1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
 def test_pages_that_nobody_has_are_given_back():
-    slabs, ledger = slabs_of(1024)
-    engine, geometry = InlineEngine(), LayerSpec(1, 4, 1, 4, torch.float32)
+    host_pool, ledger = slabs_of(1024)
+    engine, spec = InlineEngine(), LayerSpec(1, 4, 1, 4, torch.float32)
     k = torch.randn(1, 1, 8, 4)
     for _ in range(5):  # four times as much as there is room for
-        run = HostExtent(engine, slabs, slabs.take(256), 1, 8, geometry)
+        run = HostExtent(engine, host_pool, host_pool.take(256), 1, 8, spec)
         run.fill(k, k, [])
         del run
         gc.collect()
@@ -115,11 +114,11 @@ def test_pages_that_nobody_has_are_given_back():
 
 
 def test_staging_takes_no_more_than_its_pieces():
-    slabs, ledger = slabs_of(6 * 1024)
-    staging, geometry = StagingBuffer(slabs, 6 * 1024), LayerSpec(1, 4, 1, 4, torch.float32)
+    host_pool, ledger = slabs_of(6 * 1024)
+    staging, spec = StagingBuffer(host_pool, 6 * 1024), LayerSpec(1, 4, 1, 4, torch.float32)
     reserve = staging.reserve_bytes
     for turn in range(9):
-        _, after = staging.next(1, 4, geometry)
+        _, after = staging.next(1, 4, spec)
         assert list(after) == ([turn - 3] if turn >= 3 else [])
         staging.used([turn])
     assert ledger.used_bytes == reserve == 3 * 1024

@@ -154,8 +154,8 @@ def test_pages_of_cold_layers_are_read_and_written_where_only_idle_files_are_in_
             raise OSError(errno.EMFILE, "too many open files")
         return real(path, *arguments)
 
-    geometry = LayerSpec(2, 4, 2, 4, torch.float32)
-    pages = PageFile(SpillFolder(tmp_path / "spilled"), 1, 3, geometry)
+    spec = LayerSpec(2, 4, 2, 4, torch.float32)
+    pages = PageFile(SpillFolder(tmp_path / "spilled"), 1, 3, spec)
     k_bhtd, v_bhtd = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     k_htd, v_htd = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     with monkeypatch.context() as patched:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from kvtier.platform import fork_safety as fork
+from kvtier.platform import fork_safety
 
 
 class Member:
@@ -28,10 +28,10 @@ class Restless(Member):
 def test_each_member_is_told_before_and_after(in_child):
     members = [Member(), Member()]
     for member in members:
-        fork.take_part(member, fork.Rank.STORE)
-    fork._before()
+        fork_safety.take_part(member, fork_safety.Rank.STORE)
+    fork_safety._before()
     assert [member.said for member in members] == [["rest"], ["rest"]]
-    fork._after(in_child)
+    fork_safety._after(in_child)
     assert [member.said for member in members] == [["rest", in_child], ["rest", in_child]]
 
 
@@ -43,49 +43,52 @@ def test_locks_are_taken_in_the_order_of_their_ranks():
         def before_fork(self):
             order.append(self.rank)
 
-    ranks = [rank for rank in fork.Rank for _ in range(2)]
+    ranks = [rank for rank in fork_safety.Rank for _ in range(2)]
     members = []
     for rank in random.Random(0).sample(ranks, len(ranks)):
         member = Noting()
         member.rank = rank
-        fork.take_part(member, rank)
+        fork_safety.take_part(member, rank)
         members.append(member)
-    fork._before()
-    fork._after(in_child=False)
+    fork_safety._before()
+    fork_safety._after(in_child=False)
     assert order == ranks
 
 
 def test_nobody_is_kept_alive():
     member = Member()
-    fork.take_part(member, fork.Rank.STORE)
+    fork_safety.take_part(member, fork_safety.Rank.STORE)
     said = member.said
     del member
-    fork._before()
-    fork._after(in_child=False)
+    fork_safety._before()
+    fork_safety._after(in_child=False)
     assert said == []
 
 
 def test_who_did_not_come_to_rest_is_not_told_to_go_on():
     """Python goes on with the fork all the same."""
     restless = Restless()
-    fork.take_part(restless, fork.Rank.STORE)
+    fork_safety.take_part(restless, fork_safety.Rank.STORE)
     with pytest.raises(ValueError, match="no rest"):
-        fork._before()
-    fork._after(in_child=False)
+        fork_safety._before()
+    fork_safety._after(in_child=False)
     assert restless.said == []
     del restless
-    fork._before()
-    fork._after(in_child=False)
+    fork_safety._before()
+    fork_safety._after(in_child=False)
 
 
 def test_two_threads_that_fork_take_turns():
-    member, second = Member(), threading.Thread(target=lambda: (fork._before(), fork._after(in_child=False)))
-    fork.take_part(member, fork.Rank.STORE)
-    fork._before()
+    member, second = (
+        Member(),
+        threading.Thread(target=lambda: (fork_safety._before(), fork_safety._after(in_child=False))),
+    )
+    fork_safety.take_part(member, fork_safety.Rank.STORE)
+    fork_safety._before()
     second.start()
     second.join(timeout=0.2)
     assert second.is_alive()
     assert member.said == ["rest"]
-    fork._after(in_child=False)
+    fork_safety._after(in_child=False)
     second.join(timeout=30)
     assert member.said == ["rest", False] * 2

@@ -19,9 +19,9 @@ from kvtier.kv.page import Page
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
+from kvtier.store.format import archive as archives
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.block_file import archive as archives
 from tests.support.stores import OTHER_ROOT, ROOT, count, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -29,7 +29,7 @@ SMALL = KVSpec((LayerSpec(2, 4, 1, 8, torch.float32), LayerSpec(1, 2, 3, 2, torc
 MANIFEST = {"model": "a test", "config": {"rope_theta": 10000.0}, "namespace": ""}
 
 
-def sequence(geometry: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
+def sequence(spec: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
     """K and V of random bits: NaN and infinities among them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,7 +37,7 @@ def sequence(geometry: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
         bits = torch.randint(0, 256, (heads, tokens, dim * dtype.itemsize), dtype=torch.uint8, generator=generator)
         return bits.view(dtype) if bits.numel() else torch.empty(heads, tokens, dim, dtype=dtype)
 
-    return tuple(Page(some(g.k_heads, g.k_dim, g.dtype), some(g.v_heads, g.v_dim, g.dtype)) for g in geometry.layers)
+    return tuple(Page(some(g.k_heads, g.k_dim, g.dtype), some(g.v_heads, g.v_dim, g.dtype)) for g in spec.layers)
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def same_pages(found, whole, start, stop) -> bool:
 
 
 @st.composite
-def geometries(draw):
+def specs(draw):
     sizes = st.integers(0, 3)
     return KVSpec(
         tuple(
@@ -87,17 +87,17 @@ def geometries(draw):
     )
 
 
-@given(geometries(), st.integers(1, 12), st.integers(1, 5), st.sampled_from(["raw", "zstd"]), st.data())
-def test_any_prefix_comes_back_bit_by_bit(tmp_path_factory, geometry, n, size, codec, data):
+@given(specs(), st.integers(1, 12), st.integers(1, 5), st.sampled_from(["raw", "zstd"]), st.data())
+def test_any_prefix_comes_back_bit_by_bit(tmp_path_factory, spec, n, size, codec, data):
     folder = tmp_path_factory.mktemp("archive")
-    whole = sequence(geometry, n)
+    whole = sequence(spec, n)
     tokens = data.draw(st.integers((n - 1) // size * size + 1, n))  # the last block may have more than counts
     with Archive(exported(folder, whole, tokens, size, codec)) as archive:
         archive.check()
         assert archive.tokens.tolist() == list(range(tokens))
         assert (archive.root, archive.manifest, archive.block_size) == (ROOT, MANIFEST, size)
         assert archive.name == "a talk"
-        assert archive.geometry == geometry
+        assert archive.spec == spec
         assert same_pages(archive.pages(0, tokens), whole, 0, tokens)
         start = data.draw(st.integers(0, tokens - 1))
         stop = data.draw(st.integers(start + 1, tokens))

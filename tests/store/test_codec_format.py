@@ -84,7 +84,7 @@ def test_a_block_comes_back_bit_by_bit(path, original, codec):
     try:
         assert (file.id.key, file.id.parent, file.id.root) == (original.id.key, original.id.parent, original.id.root)
         assert file.id.tokens.tolist() == original.id.tokens.tolist()
-        assert file.geometry == KVSpec(tuple(LayerSpec.of(p.k_htd[None], p.v_htd[None]) for p in original.pages))
+        assert file.spec == KVSpec(tuple(LayerSpec.of(p.k_htd[None], p.v_htd[None]) for p in original.pages))
         for layer, page in enumerate(original.pages):
             assert_equal(file.page(layer), page)
     finally:

@@ -44,7 +44,7 @@ def refused_or_equal(path, original):
     try:
         assert file.id.key == original.id.key
         assert file.id.tokens.tolist() == original.id.tokens.tolist()
-        assert len(file.geometry.layers) == len(original.pages)
+        assert len(file.spec.layers) == len(original.pages)
         for layer, page in enumerate(original.pages):
             try:
                 read = file.page(layer)
@@ -67,7 +67,7 @@ def test_a_block_comes_back_as_it_was(tmp_path, codec):
     file = BlockFile(str(write(tmp_path / "block", original, codec)))
     assert (file.id.key, file.id.parent, file.id.root) == (original.id.key, original.id.parent, original.id.root)
     assert file.id.tokens.tolist() == [4, 5, 6]
-    assert file.geometry.token_bytes * 3 == original.nbytes
+    assert file.spec.token_bytes * 3 == original.nbytes
     assert file.nbytes == (tmp_path / "block").stat().st_size
     for layer in reversed(range(LAYERS)):
         assert same_bits(file.page(layer).k_htd, original.pages[layer].k_htd)

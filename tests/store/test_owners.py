@@ -54,7 +54,7 @@ def test_an_owner_that_is_seen_before_it_has_its_lock_takes_another_name(tmp_pat
 
 def _live_and_wait(folder, names):
     names.put(Owner(folder).name)
-    signal.pause()
+    signal.backoff()
 
 
 def test_an_owner_whose_process_is_killed_is_dead(tmp_path):

@@ -20,15 +20,14 @@ from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, common_run
 from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
 from kvtier.store.eviction.base import PolicyState, Usage
-from kvtier.store.tiers.disk.backoff import Withheld
-from kvtier.store.tiers.host import leaves, residents, siblings
-from kvtier.store.tiers.host import ranking as ram_valuation
+from kvtier.store.tiers.host import leaves, ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
 from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.withheld import Withheld
 from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import ROOT, ids
 
-FILES = {module.__file__ for module in (host, leaves, ram_valuation, residents, siblings)}
+FILES = {module.__file__ for module in (host, leaves, ranking, residents, siblings)}
 TTL = 20.0
 
 
@@ -227,25 +226,25 @@ class RamMachine(RuleBasedStateMachine):
             self.put_and_touch(list(self.made)[parent] if parent < len(self.made) else ROOT, turns)
 
     def put_and_touch(self, parent, turns):
-        block = self.made_block(parent, ids(len(self.made)), 1, is_snapshot=False)
+        block = self.made_block(parent, ids(len(self.made)), 1, is_checkpoint=False)
         assert self.tier.put(block) == self.model.put(block, False)
         for _ in range(turns):
             self.tier.touch([block.id.key], {})
             self.model.touch([block.id.key], {})
 
-    def made_block(self, parent, tokens, size, *, is_snapshot):
-        identity = BlockId.of(ROOT, parent, tokens, snapshot=is_snapshot)
+    def made_block(self, parent, tokens, size, *, is_checkpoint):
+        identity = BlockId.of(ROOT, parent, tokens, snapshot=is_checkpoint)
         before = self.made.get(parent)
         depth = before.depth_tokens + len(before.id.tokens) if before is not None else 0
         return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
 
     def draw_block(self, data):
         """A new block after any that was ever made, or one of those."""
-        parents = [ROOT, *(key for key, block in self.made.items() if not block.id.is_snapshot)]
+        parents = [ROOT, *(key for key, block in self.made.items() if not block.id.is_checkpoint)]
         parent = data.draw(st.sampled_from(parents), label="parent")
         tokens = ids(*data.draw(TOKENS, label="tokens"))
         size = data.draw(st.integers(1, 4), label="bytes")
-        return self.made_block(parent, tokens, size, is_snapshot=data.draw(st.booleans(), label="snapshot"))
+        return self.made_block(parent, tokens, size, is_checkpoint=data.draw(st.booleans(), label="snapshot"))
 
     def draw_key(self, data):
         """A block that is here, or was."""

@@ -42,14 +42,14 @@ def store(request, tmp_path):
         yield store
 
 
-def windows(rows, columns):
+def empty_buffers(rows, columns):
     return [tuple(torch.zeros(rows, HEADS, columns, DIM) for _ in "kv") for _ in range(LAYERS)]
 
 
 def test_rows_take_different_parts_of_the_same_blocks(store):
     """Row 0 is padded by 3 columns and wants tokens 0..18, row 1 by 5 and wants 6..13."""
     match = store.match(ROOT, count(18))
-    buffers = windows(2, 25)
+    buffers = empty_buffers(2, 25)
     pads = (3, 5)
     restore = store.restore([match.between(0, 18), match.between(6, 13)])
     restore.start(lambda layer, row: (PageView.on(*(t[row, :, pads[row] :] for t in buffers[layer])), 0))
@@ -91,15 +91,15 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
         commit(store, count(8))
     read, landed = BlockFile.land, threading.Event()
 
-    def land(self, layer, first, last, landing, *, check=True):
+    def land(self, layer, first, last, view, *, check=True):
         if layer == 1:
             assert landed.wait(timeout=30)
             raise BlockError("the platter is scratched")
-        read(self, layer, first, last, landing)
+        read(self, layer, first, last, view)
 
     monkeypatch.setattr(BlockFile, "land", land)
     with PrefixStore(tmp_path, block_size=4) as store:
-        buffers = windows(1, 8)
+        buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
         restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         restore.wait(0)
@@ -147,17 +147,17 @@ def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch
         spans = store.match(ROOT, count(20)).spans
         bad = {(spans[i].block.key, layer) for i, layer in ((3, 0), (2, 0), (1, LAYERS - 1))}
 
-        def land(self, layer, first, last, landing, *, check=True):
+        def land(self, layer, first, last, view, *, check=True):
             if layer == LAYERS - 1:
                 assert waiting.wait(timeout=30)
             if (self.id.key, layer) in bad:
                 raise BlockError(f"{self.path} is scratched")
-            read(self, layer, first, last, landing)
+            read(self, layer, first, last, view)
 
         with monkeypatch.context() as patched:
             patched.setattr(BlockFile, "land", land)
             patched.setattr(restore_module, "wait", wait_for_all)
-            buffers = windows(1, 20)
+            buffers = empty_buffers(1, 20)
             restore = store.restore([spans])
             restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
             with pytest.raises(RestoreError, match=rf"{spans[1].block.key}.* is scratched \(and 2 more\)"):
@@ -180,7 +180,7 @@ def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch,
     with PrefixStore(tmp_path, block_size=4) as store:
         with monkeypatch.context() as patched:
             patched.setattr(BlockFile, "land", land)
-            buffers = windows(1, 8)
+            buffers = empty_buffers(1, 8)
             restore = store.restore([store.match(ROOT, count(8)).spans])
             restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
             restore.give_head_start(30)
@@ -199,7 +199,7 @@ def test_a_failure_is_reported_once(tmp_path, monkeypatch):
 
     with PrefixStore(tmp_path, block_size=4) as store:
         monkeypatch.setattr(BlockFile, "land", land)
-        buffers = windows(1, 8)
+        buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
         restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         with pytest.raises(RestoreError):
@@ -225,7 +225,7 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BlockFile, "land", land)
     with PrefixStore(tmp_path, block_size=4) as store:
-        buffers = windows(1, 8)
+        buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
         restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
         assert reading.wait(timeout=30)
@@ -256,7 +256,7 @@ def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypa
         return read(*args)
 
     with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
-        buffers = [windows(1, 18) for _ in range(readers)]
+        buffers = [empty_buffers(1, 18) for _ in range(readers)]
         restores = [store.restore([store.match(ROOT, count(18)).spans]) for _ in buffers]
         monkeypatch.setattr(os, "preadv", slow)
         for own, restore in zip(buffers, restores, strict=True):

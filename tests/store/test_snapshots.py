@@ -27,7 +27,7 @@ def keep(store, tokens, *positions, root=ROOT):
 
 
 def positions(store, tokens, limit=None, root=ROOT):
-    return [position for position, _ in store.snapshots(root, tokens, len(tokens) - 1 if limit is None else limit)]
+    return [position for position, _ in store.checkpoints(root, tokens, len(tokens) - 1 if limit is None else limit)]
 
 
 @pytest.fixture(params=["host", "raw", "zstd"])
@@ -62,7 +62,7 @@ def test_states_come_back_to_the_bit(reopened):
     longer = count(13)
     match = store.match(ROOT, longer, 12)
     assert match.length == 11
-    for position, snapshot in store.snapshots(ROOT, longer, 12):
+    for position, snapshot in store.checkpoints(ROOT, longer, 12):
         with_pages = store.restore([match.between(0, position)], [snapshot])
         assert torch.equal(with_pages.states(0), states(position))
         with_pages.close()
@@ -123,7 +123,7 @@ def test_models_without_layers_of_k_and_v(reopened):
     store.commit(ROOT, tokens, lambda start, stop: (), {"of": "a test"}, {10: states(10)})
     store = again(store)
     assert store.match(ROOT, count(12)).length == 10
-    ((position, snapshot),) = store.snapshots(ROOT, count(12), 11)
+    ((position, snapshot),) = store.checkpoints(ROOT, count(12), 11)
     assert position == 10
     restore = store.restore([()], [snapshot])
     assert torch.equal(restore.states(0), states(10))
@@ -138,7 +138,7 @@ def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
     data[-1] ^= 1
     file.write_bytes(data)
     with PrefixStore(tmp_path, block_size=SIZE) as store:
-        ((_, snapshot),) = store.snapshots(ROOT, count(8), 7)
+        ((_, snapshot),) = store.checkpoints(ROOT, count(8), 7)
         restore = store.restore([()], [snapshot])
         with pytest.raises(RestoreError, match="checksum"):
             restore.states(0)
@@ -151,7 +151,7 @@ def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
     """Neither can a file of states pass for the block without, nor the other way."""
     pages = truth(ROOT, count(3), 0, 3)
     plain, snapshot = (BlockId.of(ROOT, ROOT, count(3), snapshot=s) for s in (False, True))
-    assert (plain.is_snapshot, snapshot.is_snapshot) == (False, True)
+    assert (plain.is_checkpoint, snapshot.is_checkpoint) == (False, True)
     for block in (Block(plain, pages, 0, states(1)), Block(snapshot, pages)):
         path = tmp_path / "block"
         path.write_bytes(b"".join(encode_block(block, "raw")))
@@ -229,7 +229,7 @@ def test_an_archive_carries_the_states(tmp_path, length, pages):
         store.export("chat", tmp_path / "chat.safetensors")
     with PrefixStore(tmp_path / "b", block_size=SIZE) as store:
         assert store.import_(tmp_path / "chat.safetensors").kept_tokens == length
-        ((position, snapshot),) = store.snapshots(ROOT, count(20), 19)
+        ((position, snapshot),) = store.checkpoints(ROOT, count(20), 19)
         assert position == length
         restore = store.restore([()], [snapshot])
         assert torch.equal(restore.states(0), states(length))

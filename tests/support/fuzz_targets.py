@@ -37,13 +37,13 @@ def read_as_block(path: Path) -> Outcome:
         return Outcome(_sentence(error, path))
     try:
         check_ids(file.id.tokens, file.id.root)
-        for layer in range(len(file.geometry.layers)):
-            n, g = len(file.id.tokens), file.geometry.layers[layer]
+        for layer in range(len(file.spec.layers)):
+            n, g = len(file.id.tokens), file.spec.layers[layer]
             page_bytes = max(page_bytes, g.token_bytes * n)
             if g.token_bytes * n > MOST_PAGE_BYTES:
                 continue
             page = file.page(layer)
-            check_page(page, file.geometry, layer, n)
+            check_page(page, file.spec, layer, n)
             landed = Page(torch.zeros_like(page.k_htd), torch.zeros_like(page.v_htd))
             if page.nbytes:
                 file.land(layer, 0, n, PageView.on(landed.k_htd, landed.v_htd))
@@ -66,11 +66,11 @@ def read_as_archive(path: Path) -> Outcome:
             assert archive.block_size > 0
             assert archive.name is None or 1 <= len(archive.name) <= 200
             archive.check()
-            if archive.geometry.token_bytes * n <= MOST_PAGE_BYTES:
+            if archive.spec.token_bytes * n <= MOST_PAGE_BYTES:
                 for start, stop in ((0, n), (n // 2, n)):
                     for layer, page in enumerate(archive.pages(start, stop)):
-                        check_page(page, archive.geometry, layer, stop - start)
-            return Outcome(None, archive.geometry.token_bytes * n)
+                        check_page(page, archive.spec, layer, stop - start)
+            return Outcome(None, archive.spec.token_bytes * n)
     except ArchiveError as error:
         return Outcome(_sentence(error, path))
 
@@ -90,9 +90,9 @@ def check_ids(tokens, root: str) -> None:
     assert len(bytes.fromhex(root)) == 32
 
 
-def check_page(page: Page, geometry: KVSpec, layer: int, tokens: int) -> None:
+def check_page(page: Page, spec: KVSpec, layer: int, tokens: int) -> None:
     """A page has the shape and type that the file said."""
-    g = geometry.layers[layer]
+    g = spec.layers[layer]
     assert page.k_htd.shape == (g.k_heads, tokens, g.k_dim)
     assert page.v_htd.shape == (g.v_heads, tokens, g.v_dim)
     assert page.k_htd.dtype == page.v_htd.dtype == g.dtype

@@ -78,11 +78,11 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
     match = store.match(root, tokens, limit)
     if not match.spans:
         return 0
-    windows = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
+    buffers = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
     restore = store.restore([match.spans])
     try:
-        restore.start(lambda layer, row: (PageView.on(*windows[layer]), 0))
-        for layer, (k_htd, v_htd) in enumerate(windows):
+        restore.start(lambda layer, row: (PageView.on(*buffers[layer]), 0))
+        for layer, (k_htd, v_htd) in enumerate(buffers):
             restore.wait(layer)
             expected = truth(root, tokens, 0, match.length)[layer]
             assert same_bits(k_htd[:, : match.length], expected.k_htd)

@@ -147,7 +147,7 @@ def test_a_second_store_in_this_process_takes_no_lock_from_the_first(tmp_path, o
 
 def test_a_conversation_goes_on_in_another_process(tmp_path, others):
     said, reused, _ = say(str(tmp_path), list(range(1, 21)))
-    assert reused == {"window": 0, "host": 0, "disk": 0}
+    assert reused == {"device": 0, "host": 0, "disk": 0}
     for turn in range(2):
         prompt = [*said, 7, 8, 9 + turn]
         (expected,) = model_of_two_layers().generate(
@@ -156,7 +156,7 @@ def test_a_conversation_goes_on_in_another_process(tmp_path, others):
         said, reused, process = others.submit(say, str(tmp_path), prompt).result()
         assert process != os.getpid()
         assert said == expected.tolist()
-        assert reused == {"window": 0, "host": 0, "disk": len(prompt) - 4}
+        assert reused == {"device": 0, "host": 0, "disk": len(prompt) - 4}
 
 
 FORGETFUL = """

@@ -121,17 +121,17 @@ def test_every_turn_of_a_conversation(plain, tmp_path, compression):
             assert_same(answer(plain.model, plain.prompts[0], cache), plain.answers[0])
             assert cache.last_turn.cached_tokens == 0
             assert_same(answer(plain.model, plain.prompts[1], cache), plain.answers[1])
-            assert dict(cache.last_turn.cached_by_tier) == {"window": plain.known(1), "host": 0, "disk": 0}
+            assert dict(cache.last_turn.cached_by_tier) == {"device": plain.known(1), "host": 0, "disk": 0}
         with TieredCache(store) as other:
             assert_same(answer(plain.model, plain.prompts[2], other), plain.answers[2])
-            assert dict(other.last_turn.cached_by_tier) == {"window": 0, "host": plain.known(2), "disk": 0}
+            assert dict(other.last_turn.cached_by_tier) == {"device": 0, "host": plain.known(2), "disk": 0}
 
     assert [codec_of(file) for file in block_files(folder)] == [compression] * 3
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as others:
         prompt = plain.prompts[3][0].tolist()
         process, reused = others.submit(answer_from_files, plain.model.dtype, str(folder), prompt, str(result)).result()
     assert process != os.getpid()
-    assert reused == {"window": 0, "host": 0, "disk": plain.known(3)}
+    assert reused == {"device": 0, "host": 0, "disk": plain.known(3)}
     assert_same(Answer(**load_file(result)), plain.answers[3])
 
 

@@ -73,7 +73,7 @@ def test_a_disk_that_refuses_to_be_written_to(tmp_path, monkeypatch, ask, warned
             ids = ask(cache)
             for _ in range(2):
                 ids = ask(cache, ids)
-                assert cache.last_turn.cached_by_tier["window"] == cache.last_turn.prompt_tokens - 6
+                assert cache.last_turn.cached_by_tier["device"] == cache.last_turn.prompt_tokens - 6
             cache.reset()
             ask(cache, ids)
             store.flush()

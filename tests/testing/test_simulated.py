@@ -112,16 +112,16 @@ def test_a_correct_pipeline_gives_the_right_bytes_whatever_happens(choices, lazy
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
     expected = [torch.arange(12).reshape(3, 4).to(dtype) + 7 * page for page in range(count)]
     with engine.watching():
-        window = torch.empty(3, 4 * count, dtype=dtype)
+        buffer = torch.empty(3, 4 * count, dtype=dtype)
         below, down = [], []
         for page, values in enumerate(expected):
-            at = window[:, 4 * page : 4 * page + 4]
+            at = buffer[:, 4 * page : 4 * page + 4]
             at.copy_(values)
             below.append(engine.host_empty(12 * dtype.itemsize).view(dtype).view(3, 4))
             down.append(engine.copy(below[-1], at, after=(engine.mark(),)))
         for fence in down:
             engine.wait(fence)
-        window.zero_()
+        buffer.zero_()
         slots = torch.empty(ring, 3, 4, dtype=dtype)
         free = [engine.mark()] * ring
         answers = []
@@ -137,7 +137,7 @@ def test_a_correct_pipeline_gives_the_right_bytes_whatever_happens(choices, lazy
                 free[ready % ring] = engine.mark()
     engine.close()
     assert all(torch.equal(answer, values) for answer, values in zip(answers, expected, strict=True))
-    assert not window.any()
+    assert not buffer.any()
 
 
 class TestScheduling:
@@ -384,22 +384,22 @@ class TestRules:
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_r1_attention_reads_k_and_v(self, engine, grad, attention):
         q = torch.randn(1, 4, 1, 8)
-        window = torch.randn(2, 1, 2, 32, 8)
+        buffer = torch.randn(2, 1, 2, 32, 8)
         page = torch.randn(2, 6, 8)
 
         def attend(columns):
-            k, v = window[:, :, :, :columns]
+            k, v = buffer[:, :, :, :columns]
             with engine.watching(), grad():
                 if attention == "sdpa":
                     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
                 k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(1, 4, columns, 8) for x in (k, v))
                 return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), -1), v)
 
-        fence = engine.copy(window[1, 0, :, 20:26], page)
+        fence = engine.copy(buffer[1, 0, :, 20:26], page)
         before = attend(20)
         assert rule_of(lambda: attend(21)) == "R1"
         engine = SimulatedEngine(lazy=True)
-        engine.wait(engine.copy(window[1, 0, :, 20:26], page))
+        engine.wait(engine.copy(buffer[1, 0, :, 20:26], page))
         assert attend(26).isfinite().all()
         assert torch.equal(before, attend(20))
         del fence
@@ -483,14 +483,14 @@ class TestRules:
             engine.call(lambda: None, writes=(other,))
 
     def test_r4_operations_on_the_same_bytes_are_ordered(self, engine):
-        window = torch.zeros(4, 8)
-        first = engine.copy(window[:, :4], torch.ones(4, 4))
-        engine.copy(window[:, 4:], torch.ones(4, 4))  # between the others' rows
-        second = engine.call(lambda: None, reads=(window[:, :4],), after=(first,))
-        assert rule_of(lambda: engine.copy(window[2:3, 3:5], torch.ones(1, 2))) == "R4"
-        assert rule_of(lambda: engine.call(lambda: None, reads=(window[2, :4],))) == "R4"
-        assert rule_of(lambda: engine.copy(window[:, :4], torch.ones(4, 4), after=(first,))) == "R4"
-        engine.copy(window[:, :4], torch.ones(4, 4), after=(second,))
+        buffer = torch.zeros(4, 8)
+        first = engine.copy(buffer[:, :4], torch.ones(4, 4))
+        engine.copy(buffer[:, 4:], torch.ones(4, 4))  # between the others' rows
+        second = engine.call(lambda: None, reads=(buffer[:, :4],), after=(first,))
+        assert rule_of(lambda: engine.copy(buffer[2:3, 3:5], torch.ones(1, 2))) == "R4"
+        assert rule_of(lambda: engine.call(lambda: None, reads=(buffer[2, :4],))) == "R4"
+        assert rule_of(lambda: engine.copy(buffer[:, :4], torch.ones(4, 4), after=(first,))) == "R4"
+        engine.copy(buffer[:, :4], torch.ones(4, 4), after=(second,))
 
     def test_r4_readers_do_not_disturb_each_other(self, engine):
         source = torch.ones(4)

@@ -261,7 +261,7 @@ def test_a_seeded_cache_answers_like_one_that_computed(model, known, store):
     plain = timed_turn(Chat(model), prompt, DynamicCache(config=model.config), 4)
     with seeded(store, Chat(model), ids, states) as cache:
         warm = timed_turn(Chat(model), prompt, cache, 4)
-        expect_source(reported(cache).cached_by_tier, {"window": 19})
+        expect_source(reported(cache).cached_by_tier, {"device": 19})
     assert warm.tokens == plain.tokens
     assert len(warm.token_seconds) == 4
     assert 0 < warm.token_seconds[0] < warm.token_seconds[-1] <= warm.seconds
@@ -276,12 +276,12 @@ def test_seeding_a_store_that_knows_the_turn_is_refused(model, known, store):
 
 def test_a_turn_from_elsewhere_than_its_name_says_is_refused():
     with pytest.raises(BenchmarkError, match=r"expected known tokens \{'host': 8\}, the turn reports \{'window': 3"):
-        expect_source({"window": 3, "host": 5, "disk": 0}, {"host": 8})
+        expect_source({"device": 3, "host": 5, "disk": 0}, {"host": 8})
     with pytest.raises(BenchmarkError, match=r"reports \{\}"):
-        expect_source({"window": 0}, {"host": 8})
+        expect_source({"device": 0}, {"host": 8})
     with pytest.raises(BenchmarkError, match=r"reports \{'disk': 1\}"):
         expect_source({"disk": 1}, {})
-    expect_source({"window": 0, "host": 8, "disk": 0}, {"host": 8})
+    expect_source({"device": 0, "host": 8, "disk": 0}, {"host": 8})
 
 
 def test_a_cache_without_a_turn_has_no_report(cache):

@@ -74,7 +74,7 @@ def reused_from(tier):
 
 FAULTS = {
     "generates": lambda cache: cache.last_turn.cached_tokens == 0,
-    "reuses": reused_from("window"),
+    "reuses": reused_from("device"),
     "ram": reused_from("host"),
     "disk": reused_from("disk"),
     "streams": lambda cache: cache.budget is not None,

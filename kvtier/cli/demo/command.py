@@ -227,12 +227,12 @@ def _table(rows: list[_Row]) -> Table:
         padding=0,  # so that the table fits into 80 columns
     )
     table.add_column("turn", no_wrap=True)
-    for heading in ("prompt", "window", "RAM", "disk", "computed", "plain", "kvtier", "faster"):
+    for heading in ("prompt", "device", "RAM", "disk", "computed", "plain", "kvtier", "faster"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("tokens", no_wrap=True)
     for row in rows:
         result = row.result
-        tiers = [str(result.cached_by_tier.get(tier, 0)) for tier in ("window", "host", "disk")]
+        tiers = [str(result.cached_by_tier.get(tier, 0)) for tier in ("device", "host", "disk")]
         table.add_row(
             row.title,
             str(result.prompt_tokens),

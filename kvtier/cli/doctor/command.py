@@ -18,8 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
-from kvtier.cli.doctor import devices
-from kvtier.cli.doctor import spill as spill_check
+from kvtier.cli.doctor import devices, spill
 from kvtier.cli.doctor.findings import Finding, as_json, has_problem, print_finding
 from kvtier.cli.doctor.selftest import SelfTest
 from kvtier.offload.manager import MakeEngine, default_spill_folder
@@ -78,13 +77,13 @@ def examine(folder: Path, seconds: float, engine: MakeEngine) -> Generator[Findi
         yield from _tried("accelerator", partial(devices.accelerator, device))
         yield from _tried("streams", partial(devices.side_streams, device, engine))
         yield from _tried("link", partial(devices.link, device, engine))
-    spilling = list(spill_check.check_spill_folder(folder))
+    spilling = list(spill.check_spill_folder(folder))
     yield from spilling
     if has_problem(spilling):
         yield Finding("problem", "self-test", "not run: it needs a folder for cold pages")
         return
     computing = found or [torch.device("cpu")]
-    with spill_check.made_inside(folder) as scratch:
+    with spill.made_inside(folder) as scratch:
         for device in computing:
             yield from _tried("self-test", partial(SelfTest(device, scratch, engine).run, seconds / len(computing)))
 

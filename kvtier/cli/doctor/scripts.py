@@ -17,7 +17,7 @@ from kvtier.hf.cache import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
 from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.residency import round_up, smallest_budget_bytes
+from kvtier.offload.device import round_up, smallest_budget_bytes
 
 LAYERS = 6
 _VOCABULARY = 256
@@ -210,7 +210,7 @@ def budgets(model: Any, columns: int, page_tokens: int, rows: int = 1, steps: in
     )
     layer_bytes = [g.token_bytes] * config.num_hidden_layers
     least = smallest_budget_bytes(layer_bytes, rows, columns, page_tokens)
-    # Each hot window has room for an eighth more than it holds; one of them exists twice while it grows.
+    # Each hot buffer has room for an eighth more than it holds; one of them exists twice while it grows.
     capacity = round_up(max(columns + page_tokens, columns + columns // 8), page_tokens)
     all_hot = rows * (sum(layer_bytes) * (capacity + page_tokens) + g.token_bytes * capacity)
     return [least + (all_hot - least) * step // (steps - 1) for step in range(steps)]

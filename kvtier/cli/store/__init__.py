@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli.store import edit as naming
-from kvtier.cli.store import inspect as looking
-from kvtier.cli.store import removing
-from kvtier.cli.store import transfer as carrying
-from kvtier.cli.store import verify as checking
+from kvtier.cli.store import edit, inspect, remove, transfer, verify
 
 app = typer.Typer(
     name="store",
@@ -19,18 +15,18 @@ app = typer.Typer(
 )
 
 for _command in (
-    looking.ls,
-    looking.show,
-    looking.du,
-    looking.stats,
-    naming.name,
-    naming.rename,
-    naming.pin,
-    naming.unpin,
-    carrying.export,
-    removing.rm,
-    removing.prune,
-    checking.verify,
+    inspect.ls,
+    inspect.show,
+    inspect.du,
+    inspect.stats,
+    edit.name,
+    edit.rename,
+    edit.pin,
+    edit.unpin,
+    transfer.export,
+    remove.rm,
+    remove.prune,
+    verify.verify,
 ):
     app.command()(_command)
-app.command(name="import")(carrying.import_)
+app.command(name="import")(transfer.import_)

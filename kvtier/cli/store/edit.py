@@ -10,8 +10,7 @@ import typer
 
 from kvtier.cli.store import records
 from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.quantities import parse_span, size
-from kvtier.cli.store.tables import make_console, print_line
+from kvtier.cli.store.output import make_console, parse_span, print_line, size
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
 

@@ -13,9 +13,8 @@ import typer
 
 from kvtier.cli.store import records
 from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder, named, opened
-from kvtier.cli.store.quantities import moment, size, span
+from kvtier.cli.store.output import Column, make_console, moment, print_facts, print_line, print_table, size, span
 from kvtier.cli.store.roots import RootFile
-from kvtier.cli.store.tables import Column, make_console, print_facts, print_line, print_table
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.manage.prometheus import exposition
 from kvtier.store.manage.usage import StoreUsage

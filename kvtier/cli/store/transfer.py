@@ -8,10 +8,19 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store import records
-from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, fail, named, opened, told
-from kvtier.cli.store.confirm import progress_bar, spinner
-from kvtier.cli.store.quantities import size
-from kvtier.cli.store.tables import make_console, print_line
+from kvtier.cli.store.common import (
+    DEFAULT_FOLDER,
+    WRONG_USAGE,
+    AsJson,
+    Folder,
+    fail,
+    named,
+    opened,
+    progress_bar,
+    spinner,
+    told,
+)
+from kvtier.cli.store.output import make_console, print_line, size
 from kvtier.errors import ConfigurationError
 from kvtier.store.format.archive import Archive
 

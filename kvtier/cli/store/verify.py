@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store import records
-from kvtier.cli.store.common import DEFAULT_FOLDER, FAILED, AsJson, Folder, opened
-from kvtier.cli.store.confirm import Yes, confirm, progress_bar
-from kvtier.cli.store.quantities import size
-from kvtier.cli.store.tables import Column, make_console, print_line, print_table
+from kvtier.cli.store.common import DEFAULT_FOLDER, FAILED, AsJson, Folder, Yes, confirm, opened, progress_bar
+from kvtier.cli.store.output import Column, make_console, print_line, print_table, size
 from kvtier.store.tiers.disk.verify import Problem, VerifyReport
 
 _COLUMNS = (

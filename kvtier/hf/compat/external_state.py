@@ -142,7 +142,7 @@ class _MiniMaxFront(ExternalState):
         return int(self._cache.get_seq_length(layer_idx))
 
     def feeding(self, columns: int) -> None:
-        pass  # windows know what they hold
+        pass  # buffers know what they hold
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(*args, **kwargs)

@@ -15,14 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvtier.errors import ConfigurationError, UninstalledError
+from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.model_profiles import cache_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
-from kvtier.hf.generate import class_hooks as own_generate
+from kvtier.hf.generate import class_hooks
 from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.run import take_turn, take_turn_without_reuse, take_unknown_turn
 from kvtier.hf.identity.weights.digest import forget_models
-from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving
+from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving, note_wrapped
 from kvtier.hf.turn.taker import TurnTaker
 
 _TAKEN_BEFORE = (
@@ -50,10 +50,11 @@ def install() -> None:
     Calls without a ``TieredCache`` pass through untouched.
     """
     global _hook
-    own_generate.install(TurnTaker)
+    class_hooks.install(TurnTaker)
     with _lock:
         if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrappers["generate"]):
             _hook.active = True
+            note_wrapped(True)
             return
         if _hook is not None:
             _hook.active = False  # if someone still calls it, the new one is above it
@@ -61,6 +62,7 @@ def install() -> None:
         if hasattr(GenerationMixin, PREPARE_CACHE):
             originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
         hook = _hook = _Hook(originals, {})
+        note_wrapped(True)
         for name, original in originals.items():
             hook.wrappers[name] = (_wrapped if name == "generate" else _noticing)(hook, original)
             setattr(GenerationMixin, name, hook.wrappers[name])
@@ -145,8 +147,9 @@ def uninstall() -> None:
         if _hook is None:
             return
         _hook.active = False
+        note_wrapped(False)
         restore_classes()
-        own_generate.uninstall()
+        class_hooks.uninstall()
         forget_models()  # with the hooks that count the steps of optimizers
         covered = False
         for name, wrapper in _hook.wrappers.items():
@@ -156,19 +159,6 @@ def uninstall() -> None:
                 covered = True
         if not covered:
             _hook = None
-
-
-def check_installed() -> None:
-    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
-
-    Raises:
-        UninstalledError: it is not.
-    """
-    if _hook is None or not _hook.active:
-        raise UninstalledError(
-            "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
-            "TieredCache, or call begin() first"
-        )
 
 
 def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:

@@ -57,21 +57,21 @@ def take_turn(
     if no_cache is not None:
         return _without(original, model, cache, kwargs, no_cache)
     settle(model)
-    call = read_request(model, kwargs, cache.held)
+    request = read_request(model, kwargs, cache.resident)
     ends, streamer = eos_ids(model, kwargs), kwargs.get("streamer")
     stream_failed = False
     while True:
-        report = cache._begin(model, call)
+        report = cache._begin(model, request)
         try:
             passed = carry(model, cache, len(report.rows))
             if passed is not None and all(passed.is_linear):
                 patch_prepare_inputs(model, TurnTaker)
             for begin, end in cache._pieces():
-                assert call.ids is not None
-                prefill_chunk(model, passed, call.ids, call.mask, begin, end)
+                assert request.ids is not None
+                prefill_chunk(model, passed, request.ids, request.mask, begin, end)
                 cache._passed(end)
-            arguments = _arguments(model, cache, passed, call, kwargs)
-            with watching(model, cache) if call.watched else nullcontext():
+            arguments = _arguments(model, cache, passed, request, kwargs)
+            with watching(model, cache) if request.watched else nullcontext():
                 output = original(model, **arguments)
         except (RestoreError, StreamError) as error:
             # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
@@ -101,17 +101,17 @@ def _sequences(output: Any) -> Any:
 
 
 def _arguments(
-    model: PreTrainedModel, cache: TurnTaker, passed: Any, call: GenerateRequest, kwargs: dict[str, Any]
+    model: PreTrainedModel, cache: TurnTaker, passed: Any, request: GenerateRequest, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what the original is called with, now that the turn has begun."""
     arguments = dict(kwargs)
     if passed is not None:
         arguments[str(cache_argument(model))] = passed
-    if call.inputs is None:
+    if request.inputs is None:
         return arguments
-    arguments = call.inputs.after(arguments, cache.get_seq_length())
+    arguments = request.inputs.after(arguments, cache.get_seq_length())
     if cache._has_states:
-        end_of_prompt = PrefillDone(functools.partial(cache._passed, call.inputs.prompt.columns))
+        end_of_prompt = PrefillDone(functools.partial(cache._passed, request.inputs.prompt.columns))
         criteria = kwargs.get("stopping_criteria") or ()
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
     return arguments

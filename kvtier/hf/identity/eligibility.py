@@ -23,26 +23,26 @@ _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
 
-def why_unsound(model: torch.nn.Module, anatomy: ModelWalk) -> NotReusable | None:
+def why_unsound(model: torch.nn.Module, walk: ModelWalk) -> NotReusable | None:
     """Return why ``model``, as it is now, computes K and V that nobody may reuse; None when they may."""
-    for reason in _reasons(model, anatomy):
+    for reason in _reasons(model, walk):
         return NotReusable(reason)
     return None
 
 
-def _reasons(model: torch.nn.Module, anatomy: ModelWalk) -> Iterable[str]:
+def _reasons(model: torch.nn.Module, walk: ModelWalk) -> Iterable[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         yield ENCODER_DECODER
-    processes = max(anatomy.processes, getattr(model, "_tp_size", None) or 1)
+    processes = max(walk.processes, getattr(model, "_tp_size", None) or 1)
     if processes > 1:  # one that reuses other tokens than the rest would feed other shapes, and all would wait forever
         yield f"the weights are spread over {processes} processes, which would have to agree on what they reuse"
-    for name in anatomy.unreadable:
+    for name in walk.unreadable:
         yield f"the values of {name} cannot be read"
     prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if prompt_learning and not getattr(model, "_adapters_disabled", False):
         yield "prompt learning feeds virtual tokens that no prompt names"
     yield from _global_hooks()
-    for part in anatomy.examined:
+    for part in walk.examined:
         if part.module.training and _minds_training(type(part.module)):
             yield f"{_called(part)} is in training mode (call model.eval())"
         hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
@@ -54,7 +54,7 @@ def _reasons(model: torch.nn.Module, anatomy: ModelWalk) -> Iterable[str]:
             yield from _lengths(part.attributes["rope_type"])
         if type(part.module).__module__.startswith("bitsandbytes."):
             yield from _columns_of_all_tokens(part)
-    yield from _patches(anatomy)
+    yield from _patches(walk)
     yield from _config_reasons(getattr(model, "config", None))
 
 
@@ -136,9 +136,9 @@ def _methods_set_on(hook: Any) -> list[Any]:
     return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
 
 
-def _patches(anatomy: ModelWalk) -> Iterable[str]:
+def _patches(walk: ModelWalk) -> Iterable[str]:
     """Find methods that were replaced on single modules."""
-    for part, key, value in anatomy.callables:
+    for part, key, value in walk.callables:
         method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
         own = getattr(type(part.module), method, None)
         if not callable(own) or method in NOT_FORWARD:

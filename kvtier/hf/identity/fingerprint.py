@@ -69,11 +69,11 @@ def _said(error: Exception) -> str:
 
 
 def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | NotReusable:
-    anatomy = ModelWalk(model)
-    unsound = why_unsound(model, anatomy)
+    walk = ModelWalk(model)
+    unsound = why_unsound(model, walk)
     if unsound is not None:
         return unsound
-    weights = digest_weights(model, anatomy.tensors, tokens)
+    weights = digest_weights(model, walk.tensors, tokens)
     if isinstance(weights, Unread):
         return NotReusable(f"the values of {weights.name} cannot be read: {weights.error}")
     values = config_values(model.config)
@@ -82,10 +82,10 @@ def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: n
         "model": type(model).__name__,
         "config": _readable(values),
         "config_digest": hashlib.sha256(describe(values, "config", []).encode()).hexdigest(),
-        "attention": anatomy.attention,
-        "modules": hashlib.sha256("\n".join(anatomy.text).encode()).hexdigest(),
+        "attention": walk.attention,
+        "modules": hashlib.sha256("\n".join(walk.text).encode()).hexdigest(),
         "weights": weights,
-        "adapters": _adapters(anatomy),
+        "adapters": _adapters(walk),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "torch": settings(),
         "namespace": namespace,
@@ -104,10 +104,10 @@ def _readable(value: Any) -> Any:
     return value if type(value) in (bool, int, float, str, type(None)) else type(value).__qualname__
 
 
-def _adapters(anatomy: ModelWalk) -> list[str]:
+def _adapters(walk: ModelWalk) -> list[str]:
     """Return each combination of active, merged and disabled adapters and scaling (PEFT's attribute names)."""
     found = set()
-    for part in anatomy.parts:
+    for part in walk.parts:
         if "_active_adapter" in part.attributes or "_disable_adapters" in part.attributes:
             module: Any = part.module
             state = {

@@ -70,7 +70,7 @@ def read_inputs(
     attention_mask: torch.Tensor | None,
     copies: int,
     missing: Missing | None = None,
-    held: ResidentRows | None = None,
+    resident: ResidentRows | None = None,
 ) -> Inputs | NotReusable:
     """Return what a call of ``generate`` feeds, or why it cannot be told apart from other calls.
 
@@ -81,7 +81,7 @@ def read_inputs(
         attention_mask: ``[batch, columns]``.
         copies: beams or samples of each row.
         missing: placeholders whose media were not passed.
-        held: what the cache holds: media that were not passed must have entered there.
+        resident: what the cache holds: media that were not passed must have entered there.
 
     Raises:
         PromptError: the mask has another shape than the prompt.
@@ -116,7 +116,7 @@ def read_inputs(
     longer = {name: tensor for name, tensor in tensors.items() if tensor is not given[name]}
     known: Sequence[KnownRow | None] = [None] * len(prompt.rows)
     if missing:
-        found = _known(model, prompt, given, missing, held)
+        found = _known(model, prompt, given, missing, resident)
         if isinstance(found, str):
             return NotReusable(found)
         known = found
@@ -205,7 +205,7 @@ def _table(prompt: Prompt) -> npt.NDArray[np.int64]:
 
 
 def _known(
-    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, held: ResidentRows | None
+    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentRows | None
 ) -> Sequence[KnownRow | None] | str:
     """Return what the cache holds of each row in which media enter that were not passed; why not, as text."""
     also = sorted(given.keys() & (_MEDIA | {"position_ids"}))
@@ -215,7 +215,7 @@ def _known(
     places = [
         where[row, pad : pad + len(own)] for row, (own, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True))
     ]
-    return known_rows(prompt.rows, places, held, counts=own_positions(model) is not None)
+    return known_rows(prompt.rows, places, resident, counts=own_positions(model) is not None)
 
 
 # --- the chain --------------------------------------------------------------------------------------------------------

@@ -92,42 +92,42 @@ def missing_media(
 
 
 def known_rows(
-    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], held: ResidentRows | None, *, counts: bool
+    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentRows | None, *, counts: bool
 ) -> tuple[KnownRow | None, ...] | str:
     """Return what a cache holds of each row in which placeholders stand; None for other rows.
 
     Args:
         rows: the ids of each row, without padding.
         places: of each row, ``[tokens]``: where placeholders stand whose media were not passed.
-        held: what the cache holds.
+        resident: what the cache holds.
         counts: whether the model counts positions in a way of its own.
 
     Returns:
         Why the cache does not hold what enters at all placeholders, as text, when it does not.
     """
-    if held is None or not held.rows:
+    if resident is None or not resident.rows:
         return "the cache holds nothing"
     found = []
     for row, (ids, where) in enumerate(zip(rows, places, strict=True)):
-        known = _known_row(ids, where, held, counts) if where.any() else None
+        known = _known_row(ids, where, resident, counts) if where.any() else None
         if known is None and where.any():
             return f"the cache holds no row that begins like row {row} up to its last placeholder"
         found.append(known)
     return tuple(found)
 
 
-def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], held: ResidentRows, counts: bool) -> KnownRow | None:
+def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRows, counts: bool) -> KnownRow | None:
     """Return what the held row with the longest run in common knows of ``ids``; None when none knows all media."""
     best: KnownRow | None = None
-    for at, row in enumerate(held.rows):
-        marks = held.marks[at] if held.marks else ()
+    for at, row in enumerate(resident.rows):
+        marks = resident.marks[at] if resident.marks else ()
         run = common_run(marked(ids, marks), row)
         used = tuple(mark for mark in marks if mark.start < run)
         if where[run:].any() or any(mark.stop > run for mark in used) or (best is not None and run <= best.run):
             continue
-        if counts != bool(held.positions):
+        if counts != bool(resident.positions):
             continue  # positions were passed for a model that counts none, or are not known of one that does
-        positions = _positions(held.positions[at], run, len(ids), where) if counts else None
+        positions = _positions(resident.positions[at], run, len(ids), where) if counts else None
         if counts and positions is None:
             continue
         best = KnownRow(run, used, positions)

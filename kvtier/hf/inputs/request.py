@@ -56,7 +56,7 @@ class GenerateRequest:
 
 
 def read_loop_request(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, held: ResidentRows | None
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, resident: ResidentRows | None
 ) -> GenerateRequest:
     """Return what ``begin`` says: a loop that feeds ``input_ids`` by itself.
 
@@ -64,7 +64,7 @@ def read_loop_request(
         model: the model that will be called.
         input_ids: ``[batch, columns]``.
         attention_mask: ``[batch, columns]``.
-        held: what the cache holds.
+        resident: what the cache holds.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -75,7 +75,7 @@ def read_loop_request(
         return GenerateRequest(off or prompt.reason, feeds=False)
     missing = _missing(model, {}, input_ids, attention_mask)
     if missing and off is None:
-        inputs = read_inputs(model, {}, input_ids, attention_mask, 1, missing, held)
+        inputs = read_inputs(model, {}, input_ids, attention_mask, 1, missing, resident)
         if isinstance(inputs, NotReusable):
             kinds = ", ".join(missing)
             return GenerateRequest(
@@ -86,14 +86,14 @@ def read_loop_request(
 
 
 def read_request(
-    model: PreTrainedModel, arguments: dict[str, Any], held: Callable[[], ResidentRows | None]
+    model: PreTrainedModel, arguments: dict[str, Any], resident: Callable[[], ResidentRows | None]
 ) -> GenerateRequest:
     """Return what a call of ``generate`` with these ``arguments`` says; they are changed where a turn needs others.
 
     Args:
         model: the model that will be called.
         arguments: of the call, by name.
-        held: returns what the cache holds.
+        resident: returns what the cache holds.
 
     Raises:
         PromptError: the mask tells of more columns than the prompt has, or media are missing that no one holds.
@@ -113,7 +113,7 @@ def read_request(
     off = _why_off(model, arguments, setting, ids, repeats)
     inputs: Inputs | NotReusable | None = None
     if off is None:
-        inputs = read_inputs(model, arguments, ids, mask, repeats, missing, held() if missing else None)
+        inputs = read_inputs(model, arguments, ids, mask, repeats, missing, resident() if missing else None)
     if isinstance(inputs, NotReusable):
         off, inputs = inputs.reason, None
     if custom and inputs is not None and not inputs.prompt.plain:

@@ -1,4 +1,4 @@
-"""One class per kind of layer: what attention sees of its windows, and how a window begins a turn."""
+"""One class per kind of layer: what attention sees of its buffers, and how a buffer begins a turn."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from kvtier.offload.manager import OffloadManager
 
 
 def new_layer_buffer(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> KVBuffer:
-    """Return an empty window for K and V like these, ``[batch, heads, tokens, dim]`` each."""
+    """Return an empty buffer for K and V like these, ``[batch, heads, tokens, dim]`` each."""
     return KVBuffer.like(k_bhtd, v_bhtd, 0)
 
 
 class AttentionLayer(DynamicLayer):
-    """Full attention. The window holds every token; appending writes in place.
+    """Full attention. The buffer holds every token; appending writes in place.
 
-    K and V are detached: the window is for inference. Tensors returned by ``update`` are views of the window and
+    K and V are detached: the buffer is for inference. Tensors returned by ``update`` are views of the buffer and
     stay valid until the next call that changes the layer. A ``DynamicLayer`` by type only: nothing of it is used.
 
     Attributes:
-        window: where K and V are; None before the first token, and while all of a prefix is still to come.
+        memory: where K and V are; None before the first token, and while all of a prefix is still to come.
         length: columns held, those of an expected prefix included.
         changes: how often tokens were appended or rows moved, whoever did it.
     """
@@ -38,15 +38,15 @@ class AttentionLayer(DynamicLayer):
     def __init__(self, make: MakeMemory = new_layer_buffer, *, is_optional: bool = False, **kwargs: Any) -> None:
         self.make = make
         self.is_optional = is_optional
-        self.window: LayerMemory | None = None
+        self.memory: LayerMemory | None = None
         self.changes = 0
         self.reset()
 
     def reset(self) -> None:
         """Hold nothing."""
-        if self.window is not None:
-            self.window.close()
-        self.window = None
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = None
         self._prefix: tuple[PrefixLoad, int] | None = None
         self._empty_prefix: PrefixLoad | None = None
         self._came_early = False
@@ -54,8 +54,8 @@ class AttentionLayer(DynamicLayer):
         self.changes += 1
 
     @property
-    def windows(self) -> tuple[AttentionLayer, ...]:
-        """All windows that belong to this layer, in the order in which the store keeps them."""
+    def parts(self) -> tuple[AttentionLayer, ...]:
+        """All buffers that belong to this layer, in the order in which the store keeps them."""
         return (self,)
 
     # The public K and V of a transformers layer are what is held, without spare capacity. Some models read them before
@@ -68,7 +68,7 @@ class AttentionLayer(DynamicLayer):
             RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
-        return None if self.window is None else self.window.contents(self.length)[0]
+        return None if self.memory is None else self.memory.contents(self.length)[0]
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -78,7 +78,7 @@ class AttentionLayer(DynamicLayer):
             RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
-        return None if self.window is None else self.window.contents(self.length)[1]
+        return None if self.memory is None else self.memory.contents(self.length)[1]
 
     @property
     def is_initialized(self) -> bool:
@@ -87,13 +87,13 @@ class AttentionLayer(DynamicLayer):
 
     @property
     def rows(self) -> int:
-        """Sequences in the window."""
-        return 0 if self.window is None else self.window.rows
+        """Sequences in the buffer."""
+        return 0 if self.memory is None else self.memory.rows
 
     @property
     def is_used(self) -> bool:
-        """Whether anything is in the window, or will be: not every model fills every window that ``is_optional``."""
-        return self.window is not None or self._prefix is not None
+        """Whether anything is in the buffer, or will be: not every model fills every buffer that ``is_optional``."""
+        return self.memory is not None or self._prefix is not None
 
     @property
     def complete(self) -> bool:
@@ -101,14 +101,14 @@ class AttentionLayer(DynamicLayer):
         return self._prefix is None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make an empty window for K and V of these shapes."""
+        """Make an empty buffer for K and V of these shapes."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.window = self.make(key_states, value_states)
+        self.memory = self.make(key_states, value_states)
 
     def expect(self, prefix: PrefixLoad, layer: int) -> None:
-        """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for windows that stay empty."""
+        """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for buffers that stay empty."""
         self.length = prefix.columns
-        if self.window is not None or prefix.brings(layer):
+        if self.memory is not None or prefix.brings(layer):
             self._prefix = (prefix, layer)
         else:
             self._empty_prefix = prefix
@@ -125,38 +125,38 @@ class AttentionLayer(DynamicLayer):
         """
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        if self._prefix is not None or self.window is None or self._came_early:
+        if self._prefix is not None or self.memory is None or self._came_early:
             self._prepare(key_states, value_states)
-        assert self.window is not None
+        assert self.memory is not None
         begin = self.length
         self.changes += 1  # first: an interrupt may come at any time
-        states = self.window.append(begin, key_states, value_states, self._first_visible(begin))
+        states = self.memory.append(begin, key_states, value_states, self._first_visible(begin))
         self.length = begin + key_states.shape[2]
         return states
 
     def _prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Have a window for the first K and V of a turn, with the expected prefix in it.
+        """Have a buffer for the first K and V of a turn, with the expected prefix in it.
 
         Raises:
             RestoreError: a page of the expected prefix could not be read, or does not fit.
         """
         if self._prefix is not None:
             prefix, layer = self._prefix
-            self.window = prefix.take(layer, self.window, key_states, value_states, self.make)
+            self.memory = prefix.take(layer, self.memory, key_states, value_states, self.make)
             self._prefix = None
             self.dtype, self.device = key_states.dtype, key_states.device
-        elif self.window is None:
+        elif self.memory is None:
             if self._empty_prefix is not None:
                 raise self._empty_prefix.reject("a layer that had nothing when the prefix was kept has something now")
             self.lazy_initialization(key_states, value_states)
         elif self._came_early:  # to the model's device; this layer may be on another one
             self._came_early = False
-            if self.window.device != key_states.device:
-                k, v = (part.to(key_states.device) for part in self.window.contents(self.length))
+            if self.memory.device != key_states.device:
+                k, v = (part.to(key_states.device) for part in self.memory.contents(self.length))
                 moved = self.make(key_states, value_states)
                 moved.append(0, k, v, 0)
-                self.window.close()
-                self.window, self.device = moved, key_states.device
+                self.memory.close()
+                self.memory, self.device = moved, key_states.device
 
     def _first_visible(self, begin: int) -> int:
         """Return the first column that new tokens at column ``begin`` attend to."""
@@ -170,18 +170,18 @@ class AttentionLayer(DynamicLayer):
         """
         if self._prefix is not None:
             prefix, layer = self._prefix
-            self._prepare(*prefix.nothing(layer, self.window.contents(0) if self.window is not None else None))
+            self._prepare(*prefix.nothing(layer, self.memory.contents(0) if self.memory is not None else None))
             self._came_early = True
 
-    def copy_to(self, twin: AttentionLayer, streams: OffloadManager) -> None:
+    def copy_to(self, twin: AttentionLayer, offload: OffloadManager) -> None:
         """Let ``twin`` hold the same on other streams."""
         if self._prefix is not None:  # the twin has no turn in which it could come
             prefix, layer = self._prefix
             assert isinstance(prefix, OffloadedPrefixLoad)
-            self.window = prefix.complete(layer, self.window, self.make)
+            self.memory = prefix.complete(layer, self.memory, self.make)
             self._prefix = None
-        if isinstance(self.window, OffloadedLayer):
-            twin.window = self.window.twin(streams.deck(self.window.device))
+        if isinstance(self.memory, OffloadedLayer):
+            twin.memory = self.memory.twin(offload.device_memory(self.memory.device))
             twin.length = self.length
             twin.dtype, twin.device = self.dtype, self.device
 
@@ -195,7 +195,7 @@ class AttentionLayer(DynamicLayer):
         return self.length
 
     def get_max_length(self) -> int:
-        """Return -1: the window grows."""
+        """Return -1: the buffer grows."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -217,15 +217,15 @@ class AttentionLayer(DynamicLayer):
         self._select(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
 
     def _select(self, rows: torch.Tensor) -> None:
-        if self.window is not None:
+        if self.memory is not None:
             self.changes += 1
-            self.window.select(rows, self.length)
+            self.memory.select(rows, self.length)
 
 
 class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
     """Sliding or chunked attention: attention sees the last ``sliding_window - 1`` columns and the new ones.
 
-    The window keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
+    The buffer keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
     """
 
     is_sliding = True
@@ -243,11 +243,11 @@ class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
         return self.sliding_window
 
     def activate_past_recording(self) -> None:
-        """Do nothing: the window keeps what ``crop`` needs."""
+        """Do nothing: the buffer keeps what ``crop`` needs."""
 
 
 class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
-    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second window.
+    """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second buffer.
 
     Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
     """
@@ -271,8 +271,8 @@ class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
         self.positions.reset()
 
     @property
-    def windows(self) -> tuple[AttentionLayer, ...]:
-        """The window of K and V, that of the indexer's keys, and that of positions."""
+    def parts(self) -> tuple[AttentionLayer, ...]:
+        """The buffer of K and V, that of the indexer's keys, and that of positions."""
         return (self, self.indexer, self.positions)
 
     @property

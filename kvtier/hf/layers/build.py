@@ -85,7 +85,7 @@ def build_layers(
 
     Args:
         config: of the model.
-        make: makes places for K and V; by default, windows.
+        make: makes places for K and V; by default, buffers.
         upstream: its ``upstream_layers``, of which some are used; by default, new ones.
     """
     upstream = upstream_layers(config) if upstream is None else upstream
@@ -97,7 +97,7 @@ def build_layers(
         return upstream, f"layers of kind {', '.join(others)} are not kept"
     shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
     read_by_others = _last_of_each_kind(upstream) if places or shared else set()
-    windows = count()
+    numbers = count()
     layers: list[Any] = []
     for index, (layer, kind) in enumerate(zip(upstream, kinds, strict=True)):
         if kind is None:
@@ -105,10 +105,10 @@ def build_layers(
             continue
         arguments = {k: v for k, v in vars(layer).items() if k in ("sliding_window", "number_of_states")}
         sliding_window = arguments.get("sliding_window")
-        arguments["make"] = _memory(make, next(windows), sliding_window, index not in read_by_others)
+        arguments["make"] = _memory(make, next(numbers), sliding_window, index not in read_by_others)
         if issubclass(kind, IndexedLayer):
-            for window in ("make_indexer", "make_positions"):
-                arguments[window] = _memory(make, next(windows), None, may_be_cold=False)
+            for name in ("make_indexer", "make_positions"):
+                arguments[name] = _memory(make, next(numbers), None, may_be_cold=False)
         layers.append(kind(**arguments))
     return layers, _why_not_reused(config.get_text_config(decoder=True))
 
@@ -151,13 +151,13 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def build_layer(index: int, make: MakeLayerMemory | None = None) -> AttentionLayer:
-    """Return a layer of full attention, whose window is number ``index`` of its cache."""
+    """Return a layer of full attention, whose buffer is number ``index`` of its cache."""
     return AttentionLayer(_memory(make, index))
 
 
 def attention_layers_of(layers: Iterable[Any]) -> list[AttentionLayer]:
-    """Return the windows of ``layers``, in the order in which the store keeps them."""
-    return [window for layer in layers if isinstance(layer, AttentionLayer) for window in layer.windows]
+    """Return the buffers of ``layers``, in the order in which the store keeps them."""
+    return [part for layer in layers if isinstance(layer, AttentionLayer) for part in layer.parts]
 
 
 def _memory(

@@ -1,4 +1,4 @@
-"""The windows of a cache: its layers, their rows, and the budget they live under. Nothing here knows of turns."""
+"""The buffers of a cache: its layers, their rows, and the budget they live under. Nothing here knows of turns."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from kvtier.offload.manager import OffloadManager
 
 _log = logging.getLogger("kvtier.hf")
 
-OpenStreams = Callable[[Callable[[], int]], OffloadManager | None]
+OpenOffload = Callable[[Callable[[], int]], OffloadManager | None]
 """``how many layers there are`` → the streams of a cache; None when nothing is ever cold."""
 
 
 class LayerCache(DynamicCache):
-    """A transformers cache of windows.
+    """A transformers cache of buffers.
 
     Args:
         open_streams: opens what its layers live on.
     """
 
-    def __init__(self, open_streams: OpenStreams) -> None:
+    def __init__(self, open_offload: OpenOffload) -> None:
         Cache.__init__(self, layers=[])
-        self._streams = open_streams(lambda: len(self._windows))
+        self._offload = open_offload(lambda: len(self._attention_layers))
         self._config: PreTrainedConfig | None = None
         self._no_reuse: str | None = None
         self._config_values: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class LayerCache(DynamicCache):
 
     @property
     def _make(self) -> MakeLayerMemory | None:
-        return self._streams.layer if self._streams is not None else None
+        return self._offload.layer if self._offload is not None else None
 
     def _lay_out(self, config: PreTrainedConfig | None) -> None:
         """Let go of what is held, and have empty layers for a model."""
@@ -77,8 +77,8 @@ class LayerCache(DynamicCache):
             self._config_values, self._laid_out = config_values(config), describe_layers(upstream)
             self.layers, self._no_reuse = build_layers(config, self._make, upstream)
         self._config = config
-        why = self._no_reuse or (None if self._windows else "none of its layers keeps K and V alone")
-        if config is not None and why and self._streams is not None and config is not self._warned_of:
+        why = self._no_reuse or (None if self._attention_layers else "none of its layers keeps K and V alone")
+        if config is not None and why and self._offload is not None and config is not self._warned_of:
             self._warned_of = config
             _log.warning("device_budget has no effect on this model: %s", why)
 
@@ -106,7 +106,7 @@ class LayerCache(DynamicCache):
         self._fed_columns = 0
 
     @property
-    def _windows(self) -> list[AttentionLayer]:
+    def _attention_layers(self) -> list[AttentionLayer]:
         return attention_layers_of(self.layers)
 
     @property
@@ -118,7 +118,7 @@ class LayerCache(DynamicCache):
         """Return a layer. Where no config is known, layers of full attention are made as they are asked for."""
         layers = self.layers
         while len(layers) <= layer_idx:
-            layers.append(build_layer(len(self._windows), self._make))
+            layers.append(build_layer(len(self._attention_layers), self._make))
         return layers[layer_idx]
 
     def _feeding_states(self) -> None:
@@ -214,7 +214,7 @@ class LayerCache(DynamicCache):
         return keys
 
     def _in_step(self, passes: int, *, ended: bool) -> bool:
-        """Whether all layers with states saw the same forward passes of the turn, ``passes`` where windows count them.
+        """Whether all layers with states saw the same forward passes of the turn, ``passes`` where buffers count them.
 
         Layers of one kind are called, and written, equally often in a pass. One that ended early leaves a difference.
         Where the last pass has ``ended``, a layer that has nothing is one that the model does not use: before 5.23,
@@ -299,8 +299,8 @@ class LayerCache(DynamicCache):
 
     @property
     def _row_count(self) -> int:
-        windows = (layer.rows for layer in self._windows)
-        return max((*windows, *map(rows_of, self._states.values())), default=0)
+        rows = (layer.rows for layer in self._attention_layers)
+        return max((*rows, *map(rows_of, self._states.values())), default=0)
 
     def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Let row ``i`` of every layer be its former row ``rows[i]``."""
@@ -311,41 +311,41 @@ class LayerCache(DynamicCache):
                 move(layer)
 
     def _copy_layers_to(self, twin: LayerCache, memo: dict[int, Any]) -> None:
-        """Let ``twin`` hold the same. Windows are shared until one of the two writes what the other reads.
+        """Let ``twin`` hold the same. Buffers are shared until one of the two writes what the other reads.
 
-        Under a budget hot windows are copied, pages below are shared; the budget is the twin's own.
+        Under a budget hot buffers are copied, pages below are shared; the budget is the twin's own.
         """
-        if twin._streams is None or self._streams is None:
-            for layer in self._windows:
-                if isinstance(layer.window, KVBuffer):
+        if twin._offload is None or self._offload is None:
+            for layer in self._attention_layers:
+                if isinstance(layer.memory, KVBuffer):
                     # A layer that waits for a prefix may yet move what is behind it.
-                    live = layer.length if layer.complete else layer.window.capacity
-                    memo[id(layer.window)] = layer.window.share(live)
+                    live = layer.length if layer.complete else layer.memory.capacity
+                    memo[id(layer.memory)] = layer.memory.share(live)
             for layer in self._states.values():
                 clone_states(layer, memo)
             with writable_results():
                 twin.layers = copy.deepcopy(self.layers, memo)
             return
-        twin._streams.keep_files_of(self._streams)
+        twin._offload.keep_files_of(self._offload)
         while len(twin.layers) < len(self.layers):
-            twin.layers.append(build_layer(len(twin._windows), twin._make))
-        for ours, theirs in zip(self._windows, twin._windows, strict=True):
-            ours.copy_to(theirs, twin._streams)
+            twin.layers.append(build_layer(len(twin._attention_layers), twin._make))
+        for ours, theirs in zip(self._attention_layers, twin._attention_layers, strict=True):
+            ours.copy_to(theirs, twin._offload)
         for index, layer in self._states.items():
             copy_states(layer, twin.layers[index])
 
     @property
-    def traffic(self) -> TransferStats | None:
+    def transfers(self) -> TransferStats | None:
         """What streaming has moved since the cache was made; None without a ``device_budget``."""
-        return self._streams.traffic.copy() if self._streams is not None else None
+        return self._offload.transfers.copy() if self._offload is not None else None
 
 
-def host_pages(windows: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
+def host_pages(memories: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
     """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host.
 
-    Of a window that no forward pass has filled there is nothing.
+    Of a buffer that no forward pass has filled there is nothing.
     """
     nothing = torch.empty(0, stop - start, 0, device="cpu")
     return tuple(
-        Page(nothing, nothing) if window is None else window.page(row, pad + start, pad + stop) for window in windows
+        Page(nothing, nothing) if memory is None else memory.page(row, pad + start, pad + stop) for memory in memories
     )

@@ -18,10 +18,10 @@ from kvtier.hf.layers.states import move_rows
 
 
 class _Hybrid(AttentionLayer):
-    """A window, and a state as transformers keeps it. Each half is called by name: both have all of these methods."""
+    """A buffer, and a state as transformers keeps it. Each half is called by name: both have all of these methods."""
 
     is_compileable = False
-    is_croppable: Any = LinearAttentionCacheLayerMixin.is_croppable  # a property; the window itself always is
+    is_croppable: Any = LinearAttentionCacheLayerMixin.is_croppable  # a property; the buffer itself always is
 
     def reset(self) -> None:
         """Hold nothing."""
@@ -29,12 +29,12 @@ class _Hybrid(AttentionLayer):
         AttentionLayer.reset(self)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a window for ``(K, V)``, or a state for what is given by name."""
+        """Begin a buffer for ``(K, V)``, or a state for what is given by name."""
         kind = AttentionLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
-        """Let the state keep what ``crop`` needs; the window does anyway."""
+        """Let the state keep what ``crop`` needs; the buffer does anyway."""
         LinearAttentionLayer.activate_past_recording(self)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -58,7 +58,7 @@ class _Hybrid(AttentionLayer):
 
 
 class HybridLayer(_Hybrid, LinearAttentionAndFullAttentionLayer):
-    """Full attention and linear attention side by side: a window and a state."""
+    """Full attention and linear attention side by side: a buffer and a state."""
 
     def __init__(self, make: MakeMemory = new_layer_buffer, number_of_states: int = 1, **kwargs: Any) -> None:
         self.number_of_states = number_of_states

@@ -13,22 +13,22 @@ class LayerMarks:
     """What layers hold now, in a form that costs nothing while they are used.
 
     Every change counts, by whatever way it came: through the cache, through a layer, or in place in a tensor of states.
-    Only a crop of windows does not: their length shows it. Replaced tensors of states live as long as their marks.
+    Only a crop of buffers does not: their length shows it. Replaced tensors of states live as long as their marks.
 
     Args:
         layers: of a cache.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._windows = [(window, window.changes) for window in attention_layers_of(layers)]
+        self._attention_layers = [(memory, memory.changes) for memory in attention_layers_of(layers)]
         self._states = [(layer, state_marks(layer)) for layer in layers if has_states(layer)]
 
     def still_hold(self, layers: Sequence[Any]) -> bool:
         """Whether ``layers`` are the same, and unchanged."""
-        windows, states = attention_layers_of(layers), [layer for layer in layers if has_states(layer)]
+        attention, states = attention_layers_of(layers), [layer for layer in layers if has_states(layer)]
         return (
-            len(windows) == len(self._windows)
+            len(attention) == len(self._attention_layers)
             and len(states) == len(self._states)
-            and all(a is b and a.changes == n for a, (b, n) in zip(windows, self._windows, strict=True))
+            and all(a is b and a.changes == n for a, (b, n) in zip(attention, self._attention_layers, strict=True))
             and all(a is b and same_marks(state_marks(a), m) for a, (b, m) in zip(states, self._states, strict=True))
         )

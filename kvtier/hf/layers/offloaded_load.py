@@ -1,4 +1,4 @@
-"""The known prefix of a turn under a budget: layer by layer into hot windows and cold pages."""
+"""The known prefix of a turn under a budget: layer by layer into hot buffers and cold pages."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class BorrowedBlock:
         self._checked: set[int] = set()
         weakref.finalize(self, reader.close)
 
-    def land(self, layer: int, first: int, last: int, landing: PageView) -> None:
-        """Put the tokens ``[first, last)`` of ``layer`` into ``landing``; its checksum is looked at the first time.
+    def land(self, layer: int, first: int, last: int, view: PageView) -> None:
+        """Put the tokens ``[first, last)`` of ``layer`` into ``view``; its checksum is looked at the first time.
 
         Raises:
             StreamError: it cannot be read, or is not what was written.
         """
         try:
-            self.reader.land(layer, first, last, landing, check=layer not in self._checked)
+            self.reader.land(layer, first, last, view, check=layer not in self._checked)
         except BlockError as error:
             raise StreamError(f"a page that a cold layer shares with the store is lost: {error}") from error
         self._checked.add(layer)
@@ -49,7 +49,7 @@ class OffloadedPrefixLoad(PrefixLoad):
     sequence borrow whole pages of the store instead of copying them.
 
     Args:
-        streams: where the layers are.
+        offload: where the layers are.
         device: where all layers will be; None when they are on several devices, or nobody knows.
         columns: columns known.
         plans: where each row comes from.
@@ -59,121 +59,121 @@ class OffloadedPrefixLoad(PrefixLoad):
 
     def __init__(
         self,
-        streams: OffloadManager,
+        offload: OffloadManager,
         device: torch.device | None,
         columns: int,
         plans: Sequence[RowPlan],
-        restore: LoadJob | None,
+        job: LoadJob | None,
         held_rows: int,
     ) -> None:
-        super().__init__(columns, plans, restore, held_rows)
-        self._streams = streams
+        super().__init__(columns, plans, job, held_rows)
+        self._offload = offload
         self._device = device
-        self._loans: dict[str, BorrowedBlock] = {}
+        self._borrowed_blocks: dict[str, BorrowedBlock] = {}
 
-    def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
+    def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
         """Choose which layers are to be cold with ``columns`` columns.
 
         Raises:
             RestoreError: the blocks of the store are not of this model.
         """
-        self._expect(windows)
-        if self._restore is None:
+        self._expect(memories)
+        if self._job is None:
             return
         if self._device is not None:
-            layers = enumerate(self._restore.geometry.layers)
-            token_bytes = {index: geometry.token_bytes for index, geometry in layers}
-            self._streams.deck(self._device).foresee(token_bytes, len(self._plans), columns)
+            layers = enumerate(self._job.spec.layers)
+            token_bytes = {index: spec.token_bytes for index, spec in layers}
+            self._offload.device_memory(self._device).foresee(token_bytes, len(self._plans), columns)
 
     def _fill(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
         repeats = k_bhtd.shape[0] // len(self._plans)
         in_place = old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
-        window = old if in_place else make(k_bhtd, v_bhtd)
-        assert isinstance(window, OffloadedLayer)
-        if self._restore is not None and self._restore.geometry.layers[layer] != window.geometry:
-            raise self._misfit(self._restore.geometry.layers[layer], window.geometry)
+        memory = old if in_place else make(k_bhtd, v_bhtd)
+        assert isinstance(memory, OffloadedLayer)
+        if self._job is not None and self._job.spec.layers[layer] != memory.spec:
+            raise self._misfit(self._job.spec.layers[layer], memory.spec)
         try:
-            window.reserve(self.columns)
-            if in_place and self._restore is None and window.length >= self.columns:
-                window.crop(self.columns)
+            memory.reserve(self.columns)
+            if in_place and self._job is None and memory.length >= self.columns:
+                memory.crop(self.columns)
             else:
-                self._fill_layer(layer, window, old, 0 if not in_place else min(self._held_ends()), repeats)
+                self._fill_layer(layer, memory, old, 0 if not in_place else min(self._held_ends()), repeats)
         except BaseException:
             if not in_place:
-                window.close()
+                memory.close()
             raise
         if old is not None and not in_place:
             old.close()
-        return window
+        return memory
 
     def _held_ends(self) -> list[int]:
         """Return, for each row, the column after the last one that is held already."""
         return [max(p.pad, min(p.pad + p.window_tokens, self.columns)) for p in self._plans]
 
     def _fill_layer(
-        self, layer: int, window: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
+        self, layer: int, memory: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
     ) -> None:
         """Fill the columns from ``begin`` on; whole pages of the store are borrowed where they can be."""
         kept = [
             # What is beyond the shortest row would be cut off.
-            old.page(row, begin, end) if old is window and end > begin else None
+            old.page(row, begin, end) if old is memory and end > begin else None
             for row, end in enumerate(self._held_ends())
         ]
-        window.crop(begin)
+        memory.crop(begin)
         filled = begin
-        for span in self._whole_pages(window):
-            if span.start < filled or span.start % self._streams.page_tokens:
+        for span in self._whole_pages(memory):
+            if span.start < filled or span.start % self._offload.page_tokens:
                 continue
             if filled < span.start:
-                self._fill_columns(layer, window, old, kept, filled, span.start, repeats)
+                self._fill_columns(layer, memory, old, kept, filled, span.start, repeats)
                 filled = span.start
-            if not self._has_room(span, window):
+            if not self._has_room(span, memory):
                 continue
-            run = self._borrow(span, layer, window)
-            window.borrow([Part(run, 0, span.tokens, (0,) * window.rows)])
-            self.restored_bytes -= span.tokens * window.geometry.token_bytes
+            extent = self._borrow(span, layer, memory)
+            memory.borrow([Part(extent, 0, span.tokens, (0,) * memory.rows)])
+            self.restored_bytes -= span.tokens * memory.spec.token_bytes
             filled = span.stop
         if filled < self.columns:
-            self._fill_columns(layer, window, old, kept, filled, self.columns, repeats)
+            self._fill_columns(layer, memory, old, kept, filled, self.columns, repeats)
 
-    def _whole_pages(self, window: OffloadedLayer) -> list[Span]:
-        """Return the spans that ``window`` can have as pages, as they are."""
-        if self._restore is None or len(self._plans) > 1 or self._plans[0].pad or not window.is_cold:
+    def _whole_pages(self, memory: OffloadedLayer) -> list[Span]:
+        """Return the spans that ``memory`` can have as pages, as they are."""
+        if self._job is None or len(self._plans) > 1 or self._plans[0].pad or not memory.is_cold:
             return []
-        page, tiers = self._streams.page_tokens, ("disk",) if window.kernels_read_host else ("disk", "host")
+        page, tiers = self._offload.page_tokens, ("disk",) if memory.kernels_read_host else ("disk", "host")
         return [
             span
-            for span in self._restore.spans(0)
+            for span in self._job.spans(0)
             if (span.first, span.last) == (0, page)
-            and self._restore.reader(span.block.key).is_plain
-            and self._restore.tier(span.block.key) in tiers
+            and self._job.reader(span.block.key).is_plain
+            and self._job.tier(span.block.key) in tiers
         ]
 
-    def _has_room(self, span: Span, window: OffloadedLayer) -> bool:
+    def _has_room(self, span: Span, memory: OffloadedLayer) -> bool:
         """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
-        assert self._restore is not None
-        on_disk = self._restore.tier(span.block.key) == "disk"
-        return on_disk or window.has_host_room(span.tokens * window.geometry.token_bytes)
+        assert self._job is not None
+        on_disk = self._job.tier(span.block.key) == "disk"
+        return on_disk or memory.has_host_room(span.tokens * memory.spec.token_bytes)
 
-    def _borrow(self, span: Span, layer: int, window: OffloadedLayer) -> BorrowedExtent:
-        assert self._restore is not None
+    def _borrow(self, span: Span, layer: int, memory: OffloadedLayer) -> BorrowedExtent:
+        assert self._job is not None
         key = span.block.key
-        loan = self._loans.get(key)
-        if loan is None:
-            loan = self._loans[key] = BorrowedBlock(self._restore.lend(key))
-        run = window.borrowed_run(loan, layer, span.tokens, loan.reader.tier)
-        if run.tier == "host":
+        borrowed = self._borrowed_blocks.get(key)
+        if borrowed is None:
+            borrowed = self._borrowed_blocks[key] = BorrowedBlock(self._job.lend(key))
+        extent = memory.borrowed_extent(borrowed, layer, span.tokens, borrowed.reader.tier)
+        if extent.tier == "host":
             owner = object()
-            self._streams.host.set(owner, span.tokens * window.geometry.token_bytes)
-            weakref.finalize(run, self._streams.host.set, owner, 0).atexit = False
-        return run
+            self._offload.host.set(owner, span.tokens * memory.spec.token_bytes)
+            weakref.finalize(extent, self._offload.host.set, owner, 0).atexit = False
+        return extent
 
     def _fill_columns(
         self,
         layer: int,
-        window: OffloadedLayer,
+        memory: OffloadedLayer,
         old: LayerMemory | None,
         kept: Sequence[Page | None],
         begin: int,
@@ -182,44 +182,44 @@ class OffloadedPrefixLoad(PrefixLoad):
     ) -> None:
         """Write the columns ``[begin, end)``: padding, what is held, what the store has."""
         ends = self._held_ends()
-        with window.filling(begin, end) as (buffer, base):
-            for row in range(window.rows):
+        with memory.filling(begin, end) as (target, base):
+            for row in range(memory.rows):
                 plan, page, held_end = self._plans[row // repeats], kept[row // repeats], ends[row // repeats]
                 first = min(max(plan.pad, begin), end)
-                buffer.clear(row, begin - base, first - base)
+                target.clear(row, begin - base, first - base)
                 if page is not None:
-                    buffer.put(row, begin - base, page)
-                elif old is not None and old is not window:
-                    step = self._streams.page_tokens
+                    target.put(row, begin - base, page)
+                elif old is not None and old is not memory:
+                    step = self._offload.page_tokens
                     for at in range(first, min(held_end, end), step):
                         stop = min(at + step, held_end, end)
                         source = plan.source_pad + at - plan.pad
-                        buffer.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
-            if self._restore is not None:
-                self._land(layer, buffer, base, begin, end, repeats)
-            for row in range(window.rows):
+                        target.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
+            if self._job is not None:
+                self._land(layer, target, base, begin, end, repeats)
+            for row in range(memory.rows):
                 last = max(self._plans[row // repeats].end, begin)
                 if last < end:
-                    buffer.clear(row, last - base, end - base)
+                    target.clear(row, last - base, end - base)
 
-    def _land(self, layer: int, buffer: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
-        """Let what the store has of the columns ``[begin, end)`` land in ``buffer``, whose column 0 is ``base``."""
-        assert self._restore is not None
+    def _land(self, layer: int, target: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
+        """Let what the store has of the columns ``[begin, end)`` land in ``target``, whose column 0 is ``base``."""
+        assert self._job is not None
         pads = [plan.pad for plan in self._plans]
-        direct = buffer.device.type == "cpu"
-        host = buffer if direct else KVBuffer(len(pads), buffer.geometry, end - base, "cpu")
+        direct = target.device.type == "cpu"
+        host = target if direct else KVBuffer(len(pads), target.spec, end - base, "cpu")
 
         def place(_: int, row: int) -> tuple[PageView, int]:
             at = row * repeats if direct else row
-            return host.landing(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
+            return host.view(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
 
         one_row = len(pads) == 1
-        self._restore.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
+        self._job.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
         for row, held_end in enumerate(self._held_ends()):
             first = max(held_end, begin)
             for copy_row in range(row * repeats + direct, (row + 1) * repeats):
                 source_row = row * repeats if direct else row
-                buffer.copy(copy_row, first - base, end - base, host, source_row, first - base)
+                target.copy(copy_row, first - base, end - base, host, source_row, first - base)
 
     def complete(self, layer: int, old: LayerMemory | None, make: MakeMemory) -> LayerMemory:
         """Return ``layer`` with the prefix in it before any token comes after it.
@@ -227,11 +227,11 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        if old is not None and self._restore is None:
+        if old is not None and self._job is None:
             k, v = old.contents(0)
         else:
-            assert self._restore is not None
-            g = self._restore.geometry.layers[layer]
+            assert self._job is not None
+            g = self._job.spec.layers[layer]
             device = old.device if old is not None else self._device
             k = torch.empty(len(self._plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
             v = torch.empty(len(self._plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
@@ -243,5 +243,5 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: one could not be read.
         """
-        if self._restore is not None:
-            self._restore.check()
+        if self._job is not None:
+            self._job.check()

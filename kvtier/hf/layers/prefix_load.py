@@ -1,4 +1,4 @@
-"""The known prefix of a turn, on its way into the windows."""
+"""The known prefix of a turn, on its way into the buffers."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class RowPlan:
 class PrefixLoad:
     """The first ``columns`` columns of a turn, as far as they are known.
 
-    Rows share one limit: transformers cuts a batch at one column for all rows. Where the windows already hold what
-    they are to hold, nothing is copied. Pages of the store land in host windows layer by layer; on a CPU these are
-    the windows themselves, so that a page is copied once, from its tier to its place.
+    Rows share one limit: transformers cuts a batch at one column for all rows. Where the buffers already hold what
+    they are to hold, nothing is copied. Pages of the store land in host buffers layer by layer; on a CPU these are
+    the buffers themselves, so that a page is copied once, from its tier to its place.
     """
 
-    def __init__(self, columns: int, plans: Sequence[RowPlan], restore: LoadJob | None, held_rows: int) -> None:
+    def __init__(self, columns: int, plans: Sequence[RowPlan], job: LoadJob | None, held_rows: int) -> None:
         self.columns = columns
-        self.restored_bytes = restore.nbytes if restore is not None else 0
+        self.restored_bytes = job.nbytes if job is not None else 0
         self.rows = len(plans)
         self.repeats = 1
         self.device = torch.device("cpu")
         self.seconds = 0.0
         self._plans = tuple(plans)
-        self._restore = restore
+        self._job = job
         self._in_place = held_rows == len(plans) and all(
             plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
         )
@@ -67,58 +67,58 @@ class PrefixLoad:
         self._left: set[int] = set()
         self._begun = False
 
-    def start(self, windows: Sequence[LayerMemory | None], columns: int) -> None:
+    def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
         """Give the pages of each layer a place and let them come.
 
         Args:
-            windows: what the layers hold now.
-            columns: what the windows will need in this turn, as far as one can tell.
+            memories: what the layers hold now.
+            columns: what the buffers will need in this turn, as far as one can tell.
 
         Raises:
             RestoreError: the blocks of the store are not of this model.
         """
-        self._expect(windows)
-        restore = self._restore
-        if restore is None or not restore.nbytes:
+        self._expect(memories)
+        job = self._job
+        if job is None or not job.nbytes:
             return
-        for window, geometry in zip(windows, restore.geometry.layers, strict=True):
-            if self._in_place and isinstance(window, KVBuffer) and window.is_host(geometry):
-                window.reserve(columns, live=min(self.columns, window.capacity))
-                self._landed.append(window)
+        for memory, spec in zip(memories, job.spec.layers, strict=True):
+            if self._in_place and isinstance(memory, KVBuffer) and memory.is_host(spec):
+                memory.reserve(columns, live=min(self.columns, memory.capacity))
+                self._landed.append(memory)
             else:
-                self._landed.append(KVBuffer(len(self._plans), geometry, KVBuffer.capacity_for(columns), "cpu"))
-        restore.start(self._place)
+                self._landed.append(KVBuffer(len(self._plans), spec, KVBuffer.capacity_for(columns), "cpu"))
+        job.start(self._place)
 
-    def _expect(self, windows: Sequence[LayerMemory | None]) -> None:
-        restore = self._restore
-        if restore is not None and len(windows) != len(restore.geometry.layers):
-            raise restore.reject(f"blocks of {len(restore.geometry.layers)} layers do not fit {len(windows)}")
-        self._left = {i for i, window in enumerate(windows) if window is not None or self.brings(i)}
+    def _expect(self, memories: Sequence[LayerMemory | None]) -> None:
+        job = self._job
+        if job is not None and len(memories) != len(job.spec.layers):
+            raise job.reject(f"blocks of {len(job.spec.layers)} layers do not fit {len(memories)}")
+        self._left = {i for i, memory in enumerate(memories) if memory is not None or self.brings(i)}
 
     def brings(self, layer: int) -> bool:
-        """Whether the store has K or V of window ``layer``. Of a window that no forward pass fills it has none."""
-        return self._restore is not None and self._restore.geometry.layers[layer].token_bytes > 0
+        """Whether the store has K or V of buffer ``layer``. Of a buffer that no forward pass fills it has none."""
+        return self._job is not None and self._job.spec.layers[layer].token_bytes > 0
 
     def nothing(self, layer: int, like: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of no tokens for window ``layer``, in as many rows as the turn has.
+        """Return K and V of no tokens for buffer ``layer``, in as many rows as the turn has.
 
         Args:
-            layer: which window.
+            layer: which buffer.
             like: K and V of no tokens that it holds; None when all comes from the store.
         """
         rows = self.rows * self.repeats
         if like is not None:
             k, v = (part.new_empty(rows, *part.shape[1:]) for part in like)
             return k, v
-        assert self._restore is not None
-        g = self._restore.geometry.layers[layer]
+        assert self._job is not None
+        g = self._job.spec.layers[layer]
         k = torch.empty(rows, g.k_heads, 0, g.k_dim, dtype=g.dtype, device=self.device)
         return k, torch.empty(rows, g.v_heads, 0, g.v_dim, dtype=g.dtype, device=self.device)
 
     @property
     def has_states(self) -> bool:
         """Whether states come from the store."""
-        return self._restore is not None and self._restore.has_states
+        return self._job is not None and self._job.has_states
 
     def states(self) -> list[torch.Tensor]:
         """Return the states of each row, U8 ``[bytes]``.
@@ -126,22 +126,22 @@ class PrefixLoad:
         Raises:
             RestoreError: they could not be read.
         """
-        assert self._restore is not None
-        states = [self._restore.states(row) for row in range(self.rows)]
+        assert self._job is not None
+        states = [self._job.states(row) for row in range(self.rows)]
         self.restored_bytes += sum(each.nbytes for each in states)
         return states
 
     def reject(self, reason: str) -> RestoreError:
         """Discard what comes from the store: it does not fit. Returns what to raise."""
-        return self._restore.reject(reason) if self._restore is not None else RestoreError(reason)
+        return self._job.reject(reason) if self._job is not None else RestoreError(reason)
 
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
-        return self._landed[layer].landing(row, self._plans[row].pad), 0
+        return self._landed[layer].view(row, self._plans[row].pad), 0
 
     def take(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
-        """Return the window of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
+        """Return the buffer of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
 
         Args:
             layer: which layer.
@@ -168,38 +168,38 @@ class PrefixLoad:
         landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self._plans)
         if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
-            window = old
-            window.reserve(self.columns, live=min(self.columns, window.capacity))
+            memory = old
+            memory.reserve(self.columns, live=min(self.columns, memory.capacity))
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
-            window = landed
+            memory = landed
         else:
-            window = KVBuffer.like(k_bhtd, v_bhtd, KVBuffer.capacity_for(self.columns + k_bhtd.shape[2]))
-        for row in range(window.rows):
+            memory = KVBuffer.like(k_bhtd, v_bhtd, KVBuffer.capacity_for(self.columns + k_bhtd.shape[2]))
+        for row in range(memory.rows):
             source = row // repeats
             plan = self._plans[source]
             begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
             held = max(begin, min(plan.pad + plan.window_tokens, self.columns))
-            if window is not old:
-                window.clear(row, 0, begin)
+            if memory is not old:
+                memory.clear(row, 0, begin)
                 if old is not None:
-                    window.copy(row, begin, held, old, plan.source_row, plan.source_pad)
-            if landed is not None and landed is not window:
-                window.copy(row, held, end, landed, source, held)
+                    memory.copy(row, begin, held, old, plan.source_row, plan.source_pad)
+            if landed is not None and landed is not memory:
+                memory.copy(row, held, end, landed, source, held)
             if end < self.columns:
-                window.clear(row, end, self.columns)
-        return window
+                memory.clear(row, end, self.columns)
+        return memory
 
-    def _wait(self, layer: int, geometry: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
+    def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
         if not self._landed:
             return None
-        if self._restore is not None:
+        if self._job is not None:
             if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
-                self._restore.give_head_start(self.restored_bytes / _HEAD_START_BYTES_PER_SECOND)
+                self._job.give_head_start(self.restored_bytes / _HEAD_START_BYTES_PER_SECOND)
             self._begun = True
-            self._restore.wait(layer)
+            self._job.wait(layer)
         landed = self._landed[layer]
-        if landed.geometry != geometry:
-            raise self._misfit(landed.geometry, geometry)
+        if landed.spec != spec:
+            raise self._misfit(landed.spec, spec)
         return landed
 
     def _misfit(self, stored: LayerSpec, wanted: LayerSpec) -> RestoreError:
@@ -211,20 +211,20 @@ class PrefixLoad:
         Raises:
             RestoreError: one could not be read.
         """
-        if self._restore is not None:
+        if self._job is not None:
             for layer in range(len(self._landed)):
-                self._restore.wait(layer)
+                self._job.wait(layer)
 
     def close(self) -> None:
         """Stop what is on its way. May be called more than once."""
-        if self._restore is not None:
-            self._restore.close()
+        if self._job is not None:
+            self._job.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixLoad:
         """Share what has landed, when all of it has."""
         self.wait()
         twin = copy.copy(self)
-        twin._restore = None
-        twin._landed = [memo.get(id(window)) or window.share(window.capacity) for window in self._landed]
+        twin._job = None
+        twin._landed = [memo.get(id(memory)) or memory.share(memory.capacity) for memory in self._landed]
         twin._left = set(self._left)
         return twin

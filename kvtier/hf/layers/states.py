@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kvtier.kv.allocation import writable_results
 
-# What layers of linear attention and convolutions keep; a layer that also has a window keeps that apart.
+# What layers of linear attention and convolutions keep; a layer that also has a buffer keeps that apart.
 _LINEAR = (
     "conv_states",
     "recurrent_states",

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import GenerationMixin
 
-from kvtier.errors import BusyError, ConfigurationError
+from kvtier.errors import BusyError, ConfigurationError, UninstalledError
 
 Result = TypeVar("Result")
 
@@ -142,3 +142,25 @@ def running_generate() -> FrameType | None:
                 return frame
         frame = frame.f_back
     return None
+
+
+_is_wrapped = False
+
+
+def note_wrapped(wrapped: bool) -> None:
+    """Note whether ``generate`` announces its calls from now on."""
+    global _is_wrapped
+    _is_wrapped = wrapped
+
+
+def check_wrapped() -> None:
+    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
+
+    Raises:
+        UninstalledError: it is not.
+    """
+    if not _is_wrapped:
+        raise UninstalledError(
+            "kvtier.uninstall() was called, and without it no cache can tell which tokens it is given; make a new "
+            "TieredCache, or call begin() first"
+        )

@@ -22,7 +22,7 @@ class TurnTaker(ABC):
         """How long a call waits for one that is using the cache on another thread."""
 
     @abstractmethod
-    def _begin(self, model: PreTrainedModel, call: GenerateRequest) -> TurnReport:
+    def _begin(self, model: PreTrainedModel, request: GenerateRequest) -> TurnReport:
         """Begin a turn of ``model``, whose pages may still be on their way."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class TurnTaker(ABC):
         """Whether a turn has begun that is not committed."""
 
     @abstractmethod
-    def held(self) -> ResidentRows | None:
+    def resident(self) -> ResidentRows | None:
         """Return the tokens of the last turn whose K and V the cache holds; None when there are none."""
 
     @abstractmethod

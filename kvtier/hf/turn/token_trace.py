@@ -168,14 +168,14 @@ def watching(model: torch.nn.Module, cache: Any) -> Iterator[None]:
         return arguments if any(arguments.get(name) is cache for name in CACHE_ARGUMENTS) else None
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        arguments, fed = given(args, kwargs), cache._fed
-        if arguments is not None and fed is not None:
-            fed.passing(arguments, cache.get_seq_length(), takes_positions)
+        arguments, trace = given(args, kwargs), cache._fed
+        if arguments is not None and trace is not None:
+            trace.passing(arguments, cache.get_seq_length(), takes_positions)
 
     def after(_: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
-        fed = cache._fed
-        if output and fed is not None and given(args, kwargs) is not None:
-            fed.passed()
+        trace = cache._fed
+        if output and trace is not None and given(args, kwargs) is not None:
+            trace.passed()
 
     hooks = (
         model.register_forward_pre_hook(before, with_kwargs=True),

@@ -24,7 +24,7 @@ from kvtier.store.chain import TokenIds, common_run
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentPrefix:
-    """The tokens whose K and V all windows hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
+    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
 
     ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
     """
@@ -90,7 +90,7 @@ class Turn:
     is_strict: bool = False
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     passes: int = 0
-    fed: TokenTrace | None = None
+    trace: TokenTrace | None = None
     custom: bool = False
     match_seconds: float = 0.0
     divergences: Sequence[Divergence | None] = ()
@@ -115,8 +115,8 @@ class Turn:
         """
         prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
         row_of = list(self.row_of) if self.row_of is not None else None
-        fed, ends = copy.deepcopy(self.fed), dict(self.ends)
-        return replace(self, prefix=prefix, row_of=row_of, fed=fed, ends=ends, is_strict=False)
+        trace, ends = copy.deepcopy(self.trace), dict(self.ends)
+        return replace(self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False)
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
@@ -127,8 +127,8 @@ class Turn:
         before = self.row_of or self._expanded(held_rows)
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
-        if self.fed is not None:
-            self.fed.move(rows.tolist())
+        if self.trace is not None:
+            self.trace.move(rows.tolist())
 
     def appending(self, layer: int, begin: int, columns: int) -> None:
         """Note that ``layer``, which holds ``begin`` columns, is given ``columns`` more.
@@ -137,8 +137,8 @@ class Turn:
             BusyError: something else than the running ``generate()`` has changed the layer.
         """
         ends = self.ends
-        held = ends.get(layer)
-        expected, last_pass = held if held is not None else (self._known_columns, 0)
+        resident = ends.get(layer)
+        expected, last_pass = resident if resident is not None else (self._known_columns, 0)
         if begin != expected:
             self._changed(layer, begin, expected)
         if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
@@ -148,10 +148,10 @@ class Turn:
         ends[layer] = begin + columns, self.passes
         if self.cropped_to is not None:
             self.prompt_only = True
-            if self.fed is None:
+            if self.trace is None:
                 self.intact = min(self.intact, self.cropped_to)
-        if self.fed is not None:
-            self.fed.appended(begin, columns)
+        if self.trace is not None:
+            self.trace.appended(begin, columns)
 
     @property
     def _known_columns(self) -> int:
@@ -172,8 +172,8 @@ class Turn:
         self.cropped_to = columns if self.cropped_to is None else min(columns, self.cropped_to)
         if not self.is_strict:  # else the next update finds that the layers are not as generate() left them
             self.ends = {layer: (ends[layer], last_pass) for layer, (_, last_pass) in self.ends.items()}
-        if self.fed is not None:
-            self.fed.cut(columns)
+        if self.trace is not None:
+            self.trace.cut(columns)
 
     def prompt_rows(self, held_rows: int) -> list[int]:
         """Return the prompt row that each of ``held_rows`` cache rows continues."""
@@ -188,22 +188,22 @@ class Turn:
     def named(
         self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
     ) -> ResidentPrefix | None:
-        """Return the tokens that stand in the ``held_rows`` rows of the windows; None when nobody can tell.
+        """Return the tokens that stand in the ``held_rows`` rows of the buffers; None when nobody can tell.
 
         Args:
             generated: the new tokens of each returned sequence.
-            held_rows: rows of the windows.
+            held_rows: rows of the buffers.
             columns: of them.
             ends: ids that end a sequence.
         """
         if self.prompt is None or not held_rows:
             return None
         row_of = self.prompt_rows(held_rows)
-        seen = self.fed.rows(row_of, columns) if self.fed is not None else None
+        seen = self.trace.rows(row_of, columns) if self.trace is not None else None
         if seen is not None:
             lengths = [len(self.prompt.rows[p]) for p in row_of]
             rows = tuple(np.concatenate([ids[:n], _until(ids[n:], ends)]) for ids, n in zip(seen, lengths, strict=True))
-            return self._held(rows, row_of)
+            return self._resident(rows, row_of)
         if self.custom:
             return None
         by_row = not self.prompt_only and self.prompt.answer_follows and len(generated) == held_rows
@@ -212,10 +212,10 @@ class Turn:
             generated[row] if by_row and not self.prompt.ends_early(p) else nothing for row, p in enumerate(row_of)
         ]
         rows = tuple(self.prompt.continued(p, tail) for p, tail in zip(row_of, tails, strict=True))
-        return self._held(rows, row_of)
+        return self._resident(rows, row_of)
 
-    def _held(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> ResidentPrefix:
-        """Return the ``rows`` of the windows, which continue the prompt rows ``row_of``."""
+    def _resident(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> ResidentPrefix:
+        """Return the ``rows`` of the buffers, which continue the prompt rows ``row_of``."""
         prompt = self.prompt
         assert prompt is not None
         marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
@@ -277,7 +277,7 @@ class Turn:
             cached_tokens=cached_tokens,
             computed_tokens=prompt_tokens - cached_tokens,
             generated_tokens=sum(r.generated_tokens for r in rows),
-            cached_by_tier=MappingProxyType({"window": 0, "host": 0, "disk": 0} | dict(self.cached_by_tier)),
+            cached_by_tier=MappingProxyType({"device": 0, "host": 0, "disk": 0} | dict(self.cached_by_tier)),
             restored_bytes=self.prefix.restored_bytes if self.prefix else 0,
             restore_seconds=self.match_seconds + (self.prefix.seconds if self.prefix else 0.0),
             miss_reason=self.reason or self._cut_short(),

@@ -94,7 +94,7 @@ def write_archive(
         )
     if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
         raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
-    geometry, ids = _one_sequence(target, blocks, tokens)
+    spec, ids = _one_sequence(target, blocks, tokens)
     states = blocks[-1].states() if sum(len(block.id.tokens) for block in blocks) == tokens else None
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
@@ -103,7 +103,7 @@ def write_archive(
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             with os.fdopen(fd, "wb") as out:
-                nbytes = _write(out, blocks, geometry, ids, states, metadata)
+                nbytes = _write(out, blocks, spec, ids, states, metadata)
                 out.flush()
                 os.fsync(out.fileno())
             _give_name(temporary, target, overwrite)
@@ -126,32 +126,32 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
     known = len(ids) - (len(blocks[-1].id.tokens) if blocks else 0)
     if not known < tokens <= len(ids):
         raise ArchiveError(f"cannot write {target}: the blocks have {len(ids)} tokens where the prefix has {tokens}")
-    geometry = blocks[0].geometry
-    if any(block.geometry != geometry for block in blocks) or len(geometry.layers) > MAX_LAYERS:
+    spec = blocks[0].spec
+    if any(block.spec != spec for block in blocks) or len(spec.layers) > MAX_LAYERS:
         raise ArchiveError(f"cannot write {target}: the blocks are not of the layers of one model")
     try:
         check_ids(ids[:tokens])
     except ValueError as error:
         raise ArchiveError(f"cannot write {target}: {error}") from error
-    return geometry, ids[:tokens]
+    return spec, ids[:tokens]
 
 
 def _write(
     out: BinaryIO,
     blocks: Sequence[BlockReader],
-    geometry: KVSpec,
+    spec: KVSpec,
     ids: TokenIds,
     states: torch.Tensor | None,
     metadata: Mapping[str, str],
 ) -> int:
     tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
-    for i, g in enumerate(geometry.layers):
+    for i, g in enumerate(spec.layers):
         dtype = DTYPE_NAMES.get(g.dtype)
         if dtype is None:
             raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
         tensors.append((f"k.{i}", dtype, [g.k_heads, len(ids), g.k_dim], g.k_bytes * len(ids)))
         tensors.append((f"v.{i}", dtype, [g.v_heads, len(ids), g.v_dim], g.v_bytes * len(ids)))
-    payloads = _payloads(blocks, geometry, ids)
+    payloads = _payloads(blocks, spec, ids)
     if states is not None:
         tensors.append((STATES, "U8", [states.nbytes], states.nbytes))
         payloads = chain(payloads, [memoryview(states.numpy())])
@@ -168,23 +168,23 @@ def _write(
     return nbytes
 
 
-def _payloads(blocks: Sequence[BlockReader], geometry: KVSpec, ids: TokenIds) -> Iterator[memoryview]:
+def _payloads(blocks: Sequence[BlockReader], spec: KVSpec, ids: TokenIds) -> Iterator[memoryview]:
     """Yield the bytes of each tensor in turn. They are good until the next one is asked for."""
     yield memoryview(np.ascontiguousarray(ids, dtype="<i8").view(np.uint8))
     places: dict[LayerSpec, PageView] = {}
-    for layer, g in enumerate(geometry.layers):
+    for layer, g in enumerate(spec.layers):
         if g not in places:
             places.clear()  # one layer at a time; memory that was written once is faster
             item_bytes = g.dtype.itemsize
             k = np.empty((g.k_heads, len(ids), g.k_dim * item_bytes), dtype=np.uint8)
             v = np.empty((g.v_heads, len(ids), g.v_dim * item_bytes), dtype=np.uint8)
             places[g] = PageView(k, v)
-        landing, start = places[g], 0
+        view, start = places[g], 0
         for block in blocks:
             stop = min(start + len(block.id.tokens), len(ids))
-            block.land(layer, 0, stop - start, landing.cut(start, stop))
+            block.land(layer, 0, stop - start, view.cut(start, stop))
             start = stop
-        for part in (landing.k_htb, landing.v_htb):
+        for part in (view.k_htb, view.v_htb):
             yield memoryview(part.reshape(-1))
 
 
@@ -224,7 +224,7 @@ class Archive:
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
         name: what it was called; None where it had no name, or none that a prefix can have.
-        geometry: its layers.
+        spec: its layers.
         nbytes: size of the file.
 
     Raises:
@@ -251,15 +251,15 @@ class Archive:
             newer = _FORMATS.fullmatch(metadata["format"])
             hint = "; it is of a newer kvtier: update this one" if newer and int(newer[1]) > 1 else ""
             raise ValueError(f"its format is {metadata['format']!r:.40}, this version reads {_FORMAT!r}{hint}")
-        if not opened.layers and not opened.is_snapshot:
+        if not opened.layers and not opened.is_checkpoint:
             raise ValueError("it has no layers")
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
         self._begins, self._ends = layout.begins, layout.ends
         self._crc32 = read_checksums(metadata["crc32"], layout.names)
         self.root = check_hash(metadata["root"], "root")
         pages = slice(1, 1 + 2 * opened.layers)
-        self.geometry = layers_of(layout.dtypes[pages], layout.shapes[pages], opened.tokens)
-        self._is_snapshot = opened.is_snapshot
+        self.spec = layers_of(layout.dtypes[pages], layout.shapes[pages], opened.tokens)
+        self._is_snapshot = opened.is_checkpoint
         if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
             raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
         self.block_size = int(metadata["block_size"])
@@ -282,7 +282,7 @@ class Archive:
         if not 0 <= start < stop <= len(self.tokens):
             raise ConfigurationError(f"start={start} and stop={stop} are not within the {len(self.tokens)} tokens.")
         pages = []
-        for i, g in enumerate(self.geometry.layers):
+        for i, g in enumerate(self.spec.layers):
             k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start, stop)
             pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start, stop)))
         return tuple(pages)

@@ -95,7 +95,7 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[KVSpec, _Shapes]:
+def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[KVSpec, _Shapes]:
     """Return the layers that the metadata tell, and the shapes of K and V, which their dtypes follow.
 
     Raises:
@@ -109,8 +109,8 @@ def _read_geometry(shapes_text: str, dtypes_text: str, layers: int, tokens: int)
     told = [shapes[name] for name in names]
     if not all(type(shape) is list for shape in told):
         raise ValueError("a shape is no shape")
-    geometry = layers_of([dtypes[name] for name in names], told, tokens)
-    return geometry, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
+    spec = layers_of([dtypes[name] for name in names], told, tokens)
+    return spec, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
 
 
 # Where tensors stand in the order of a header's names.
@@ -188,7 +188,7 @@ class BlockFile:
         self.codec = metadata["codec"]
         if self.codec not in codecs.CODECS:
             raise ValueError(f"unknown codec {self.codec!r:.40}")
-        self.geometry, told = _read_geometry(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
+        self.spec, told = _read_spec(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
         pages = slice(1, 1 + 2 * opened.layers)
         if self.codec == "raw":
             fits = (layout.shapes[pages], layout.dtypes[pages]) == told
@@ -201,8 +201,8 @@ class BlockFile:
         key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
         tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
         check_ids(tokens)
-        self._is_snapshot = opened.is_snapshot
-        if block_key(parent, tokens, snapshot=opened.is_snapshot) != key:
+        self._is_snapshot = opened.is_checkpoint
+        if block_key(parent, tokens, snapshot=opened.is_checkpoint) != key:
             raise ValueError("its ids do not give its key")
         self.id = BlockId(key, parent, root, tokens)
 
@@ -227,7 +227,7 @@ class BlockFile:
             UnavailableError: it cannot be read now.
             BlockError: its checksum differs.
         """
-        g, tokens = self.geometry.layers[layer], len(self.id.tokens)
+        g, tokens = self.spec.layers[layer], len(self.id.tokens)
         k, v = self._payload(_k(layer)), self._payload(_v(layer))
         try:
             return Page(
@@ -244,8 +244,8 @@ class BlockFile:
         """Whether pages are stored as they are."""
         return bool(self.codec == "raw")
 
-    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
-        """Put tokens ``[first, last)`` of the page of ``layer`` into ``landing``, without a copy where it can be.
+    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
+        """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where it can be.
 
         Without ``check``, a checksum is only looked at where the page must be read as a whole.
 
@@ -253,15 +253,15 @@ class BlockFile:
             BlockError: as ``page``; what the landing then holds is undefined.
         """
         whole = (first, last) == (0, len(self.id.tokens))
-        if not (whole and self.codec == "raw" and self._read_straight(layer, landing, check)):
-            landing.take(self.page(layer), first, last)
+        if not (whole and self.codec == "raw" and self._read_straight(layer, view, check)):
+            view.take(self.page(layer), first, last)
 
-    def _read_straight(self, layer: int, landing: PageView, check: bool) -> bool:
-        """Read K and V of ``layer`` right into ``landing``; whether that was possible.
+    def _read_straight(self, layer: int, view: PageView, check: bool) -> bool:
+        """Read K and V of ``layer`` right into ``view``; whether that was possible.
 
         A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
         """
-        heads = [*landing.k_htb, *landing.v_htb]
+        heads = [*view.k_htb, *view.v_htb]
         begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
         adjacent = self._ends[_k(layer)] == self._begins[_v(layer)]
         if len(heads) > _MAX_PIECES or not adjacent or sum(head.nbytes for head in heads) != end - begin:
@@ -274,7 +274,7 @@ class BlockFile:
             raise self._unusable(error) from error
         if not check:
             return True
-        for index, heads_tb in ((_k(layer), landing.k_htb), (_v(layer), landing.v_htb)):
+        for index, heads_tb in ((_k(layer), view.k_htb), (_v(layer), view.v_htb)):
             checksum = 0
             for head_tb in heads_tb:
                 checksum = zlib.crc32(head_tb, checksum)

@@ -148,7 +148,7 @@ class Opened:
         return (len(self.layout.names) - 1) // 2
 
     @property
-    def is_snapshot(self) -> bool:
+    def is_checkpoint(self) -> bool:
         """Whether states follow K and V."""
         return self.layout.names[-1] == STATES
 

@@ -47,7 +47,7 @@ class ManagedStore(ABC):
     _names: Names
     _audit: Audit
     _inventory: Inventory
-    _commits: BlockWriter
+    _block_writer: BlockWriter
     _clock: Callable[[], float]
     _pinned: frozenset[str]  # in a store without folder
 
@@ -107,7 +107,7 @@ class ManagedStore(ABC):
         for _ in range(_TRIES):
             keys = []
             with self._asked():
-                for key in self._commits.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
+                for key in self._block_writer.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
                     if key is None:
                         break
                     keys.append(key)
@@ -128,7 +128,7 @@ class ManagedStore(ABC):
             if before is not None:  # a conversation that goes on is named anew each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
-            self._commits.write_down(keys)
+            self._block_writer.write_down(keys)
             self.flush()  # a name holds on to what is on disk
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
@@ -366,7 +366,7 @@ class ManagedStore(ABC):
                 readers.append(reader)
             if sum(len(reader.id.tokens) for reader in readers) < written.tokens:
                 raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
-            manifest = self._commits.manifest(written.root)
+            manifest = self._block_writer.manifest(written.root)
             block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self.block_size)
             return write_archive(
                 file,
@@ -406,7 +406,7 @@ class ManagedStore(ABC):
                     raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
             states = archive.states()
-            self._commits.commit(
+            self._block_writer.commit(
                 archive.root,
                 archive.tokens,
                 archive.pages,
@@ -416,7 +416,7 @@ class ManagedStore(ABC):
                 imported=True,
             )
             self.flush()
-            keys = self._commits.chain_of(blocks, archive.block_size)
+            keys = self._block_writer.chain_of(blocks, archive.block_size)
             if None in keys:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
             return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)

@@ -173,7 +173,7 @@ class Inventory:
             return []
         tiers = (self._host, self._disk) if self._disk is not None else (self._host,)
         tails = (tail for tier in tiers for tail in tier.tails(parent, block.tokens))
-        found = {tail.key for tail in tails if tail.is_snapshot}
+        found = {tail.key for tail in tails if tail.is_checkpoint}
         whole = BlockId.of(block.root, block.parent, block.tokens, snapshot=True)
         if any(whole.key in tier for tier in tiers):
             found.add(whole.key)

@@ -176,7 +176,7 @@ class ReadCoalescer:
 
     @staticmethod
     def _page_bytes(load: _Load, layer: int) -> int:
-        return load.reader.geometry.layers[layer].token_bytes * len(load.reader.id.tokens)
+        return load.reader.spec.layers[layer].token_bytes * len(load.reader.id.tokens)
 
     def shared(self, load: _Load, reader: SharedReader, layer: int) -> bool:
         """Whether ``reader`` should read ``layer`` with others; if not, it counts as read."""
@@ -193,7 +193,7 @@ class SharedReader:
     def __init__(self, loads: ReadCoalescer, load: _Load, lease: BlockLease) -> None:
         self.id: BlockId = load.reader.id
         self.tier: str = load.reader.tier
-        self.geometry: KVSpec = load.reader.geometry
+        self.spec: KVSpec = load.reader.spec
         self.taken: set[int] = set()
         self._loads = loads
         self._load = load
@@ -214,16 +214,16 @@ class SharedReader:
         """
         return self._loads.page(self._load, self, layer)
 
-    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``landing``.
+    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``.
 
         Raises:
             BlockError: as ``page``.
         """
         if self._loads.shared(self._load, self, layer):
-            landing.take(self.page(layer), first, last)
+            view.take(self.page(layer), first, last)
         else:
-            self._load.reader.land(layer, first, last, landing, check=check)
+            self._load.reader.land(layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a snapshot; each restore reads them for itself.

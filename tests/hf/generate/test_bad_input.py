@@ -269,7 +269,7 @@ def test_after_one_token_the_conversation_goes_on(model, generate, tokens, cache
     assert (report.prompt_tokens, report.cached_tokens, report.generated_tokens) == (1, 0, 8)
     ids = torch.cat([sequences, tokens(2, seed=1)], 1)
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
-    assert cache.last_turn.cached_by_tier["window"] == 8
+    assert cache.last_turn.cached_by_tier["device"] == 8
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (1, 15), (2, 12)], ids=str)

@@ -132,7 +132,7 @@ def test_a_loop_of_ones_own_starts_cold_and_is_kept(used, same, tokens, store):
         same(restored, longer)
         assert restored.last_turn.cached_by_tier["host"] == found.shape[1] - 1
     same(cache, longer)
-    assert cache.last_turn.cached_by_tier["window"] == found.shape[1] - 1
+    assert cache.last_turn.cached_by_tier["device"] == found.shape[1] - 1
 
 
 def test_padded_rows_of_a_loop_of_ones_own_are_kept_each(used, same, tokens):
@@ -155,7 +155,7 @@ def test_contrastive_search(used, same, tokens, rows):
         assert cache.last_turn.cached_tokens == 0
     longer = torch.cat([found, tokens(3, rows=rows, seed=2)], 1)
     same(cache, longer)
-    assert cache.last_turn.cached_by_tier["window"] == rows * found.shape[1]  # the last one was tried, and fed
+    assert cache.last_turn.cached_by_tier["device"] == rows * found.shape[1]  # the last one was tried, and fed
 
 
 @pytest.mark.parametrize("function", UNKNOWN, ids=lambda function: function.__name__)
@@ -220,7 +220,7 @@ def test_what_assisted_decoding_leaves_is_kept(how, model, make_model, used, sam
         same(restored, longer)
         assert restored.last_turn.cached_by_tier["host"] == found.shape[1] - 1
     same(cache, longer)
-    assert cache.last_turn.cached_by_tier["window"] == found.shape[1] - 1
+    assert cache.last_turn.cached_by_tier["device"] == found.shape[1] - 1
 
 
 def _states(cache):
@@ -274,7 +274,7 @@ def test_what_is_taken_back_at_the_end_of_a_turn_costs_nothing_else(model, used,
     found = model.generate(ids, past_key_values=cache, stopping_criteria=StoppingCriteriaList([Undo()]), **settings)
     assert torch.equal(found, expected)
     same(cache, torch.cat([found, tokens(3, seed=2)], 1))
-    assert cache.last_turn.cached_by_tier["window"] == found.shape[1] - 2
+    assert cache.last_turn.cached_by_tier["device"] == found.shape[1] - 2
     assert cache.last_turn.cached_tokens == found.shape[1] - 2
 
 

@@ -151,7 +151,7 @@ def test_experts_that_are_weighed_by_the_whole_prompt(make_model, tokens, cache,
         assert cache.last_turn.miss_reason == "use_cache=False was passed"
 
 
-@pytest.mark.parametrize("tier", ["window", "host"])
+@pytest.mark.parametrize("tier", ["device", "host"])
 def test_rows_of_a_padded_batch_come_from_different_chains(turn, cache, tokens, store, tier):
     turn(cache, tokens(40, seed=1))
     turn(cache, tokens(25, seed=2))
@@ -160,11 +160,11 @@ def test_rows_of_a_padded_batch_come_from_different_chains(turn, cache, tokens, 
     batch[1, 13:] = torch.cat([tokens(25, seed=2), tokens(5, seed=6)], 1)
     batch[2, 40:] = tokens(3, seed=7)  # knows nothing, and is padding wherever the others are cached
     with TieredCache(store) as restored:
-        target = cache if tier == "window" else restored
+        target = cache if tier == "device" else restored
         turn(target, batch)
         assert [row.cached_tokens for row in target.last_turn.rows] == [38, 25, 0]
         assert [row.prompt_tokens for row in target.last_turn.rows] == [43, 30, 3]
-        assert target.last_turn.cached_by_tier[tier] == (25 if tier == "window" else 63)
+        assert target.last_turn.cached_by_tier[tier] == (25 if tier == "device" else 63)
 
 
 def test_batch_sizes_change_from_turn_to_turn(turn, cache, tokens):
@@ -329,7 +329,7 @@ def test_crop_between_turns(turn, used, tokens, removed):
     cache.crop(-removed)
     assert cache.get_seq_length() == max(0, 37 - removed)
     turn(cache, ids)
-    assert cache.last_turn.cached_by_tier["window"] == max(0, 37 - removed)
+    assert cache.last_turn.cached_by_tier["device"] == max(0, 37 - removed)
     assert cache.last_turn.cached_tokens == 37  # the store knows the rest
 
 
@@ -373,13 +373,13 @@ def test_twins_continue_alike_and_apart(turn, used, tokens):
     assert twin.store is cache.store
     assert twin.get_seq_length() == cache.get_seq_length() == 37
     turn(twin, ids)
-    assert twin.last_turn.cached_by_tier["window"] == 37
+    assert twin.last_turn.cached_by_tier["device"] == 37
     kept = [layer.keys.clone() for layer in cache.layers]
     turn(twin, torch.cat([ids[:, :20], tokens(9, seed=9)], 1))  # overwrites what the twin held
     for layer, before in zip(cache.layers, kept, strict=True):
         assert torch.equal(layer.keys, before)
     turn(cache, ids)
-    assert cache.last_turn.cached_by_tier["window"] == 37
+    assert cache.last_turn.cached_by_tier["device"] == 37
 
 
 def test_closing_one_twin_leaves_the_other(turn, used):
@@ -387,7 +387,7 @@ def test_closing_one_twin_leaves_the_other(turn, used):
     twin = copy.deepcopy(cache)
     twin.close()
     turn(cache, ids)
-    assert cache.last_turn.cached_by_tier["window"] == 37
+    assert cache.last_turn.cached_by_tier["device"] == 37
 
 
 # --- other ways to generate -------------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_tokens_that_nobody_named_are_not_kept(model, cache, turn, tokens):
     with torch.no_grad():
         model(tokens(5, seed=9), **{CACHE: cache})
     turn(cache, torch.cat([tokens(20), tokens(8, seed=1)], 1))
-    assert cache.last_turn.cached_by_tier["window"] == 0
+    assert cache.last_turn.cached_by_tier["device"] == 0
 
 
 def test_mask_of_another_width_is_refused(model, cache, tokens):

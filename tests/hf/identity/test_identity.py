@@ -138,9 +138,9 @@ class Hiding(torch.nn.Module):
 
 
 def test_hidden_weights_are_found():
-    anatomy = ModelWalk(Hiding())
-    assert sorted(name for name, _ in anatomy.tensors) == ["_held.table", "listed.0.bias", "listed.0.weight"]
-    assert [part.name for part in anatomy.parts] == ["", "listed.0"]
+    walk = ModelWalk(Hiding())
+    assert sorted(name for name, _ in walk.tensors) == ["_held.table", "listed.0.bias", "listed.0.weight"]
+    assert [part.name for part in walk.parts] == ["", "listed.0"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

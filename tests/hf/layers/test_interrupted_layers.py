@@ -44,7 +44,7 @@ FAMILIES = (
     "qwen3_next",
     "lfm2",
 )
-STARTS = ("empty", "window", "store")
+STARTS = ("empty", "device", "store")
 cases = pytest.mark.parametrize(
     ("name", "start"),
     [(name, start) for i, name in enumerate(FAMILIES) for j, start in enumerate(STARTS) if MANY or i % 3 == j],
@@ -102,7 +102,7 @@ class Scene:
         return self.model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, **arguments)
 
     def play(self, start, then, interrupt):
-        """Interrupt a turn on a cache that is ``empty``, has the first turn in its ``window``, or in its ``store``.
+        """Interrupt a turn on a cache that is ``empty``, has the first turn on its ``device``, or in its ``store``.
 
         Args:
             start: which.

@@ -76,11 +76,11 @@ def test_a_sliding_layer_shows_what_its_mask_sizes_promise(window, appended):
 def test_appending_moves_nothing_but_when_the_window_grows():
     layer = AttentionLayer()
     layer.update(torch.zeros(1, 1, 1000, 4), torch.zeros(1, 1, 1000, 4))
-    moves, at = 0, layer.window.k.data_ptr()
+    moves, at = 0, layer.memory.k.data_ptr()
     for _ in range(2000):
         layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
-        moves += layer.window.k.data_ptr() != at
-        at = layer.window.k.data_ptr()
+        moves += layer.memory.k.data_ptr() != at
+        at = layer.memory.k.data_ptr()
     assert layer.length == 3000
     assert moves == 2  # 1000 → 1500 → 2250 → 3375
 

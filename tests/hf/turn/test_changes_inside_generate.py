@@ -181,7 +181,7 @@ def test_a_copy_is_a_fork(build, store, name, duplicate):
                 found = model.generate(longer, past_key_values=used, **settings)
                 assert torch.equal(found, model.generate(longer, **settings))
                 if name != "mamba2":
-                    assert used.last_turn.cached_by_tier["window"] >= 20
+                    assert used.last_turn.cached_by_tier["device"] >= 20
 
 
 def test_states_in_a_graph_can_be_forked(build, store):

@@ -32,19 +32,19 @@ def test_every_turn_of_a_conversation(make_model, generate, tokens, tmp_path, fa
 
         ids = torch.cat([first.sequences, tokens(5, seed=1)], 1)
         continued = generate(model, ids, cache)
-        assert dict(cache.last_turn.cached_by_tier) == {"window": 47, "host": 0, "disk": 0}
+        assert dict(cache.last_turn.cached_by_tier) == {"device": 47, "host": 0, "disk": 0}
         assert_same(continued, generate(model, ids, reference))
 
         ids = torch.cat([continued.sequences, tokens(5, seed=2)], 1)
         with TieredCache(store) as second:
             from_ram = generate(model, ids, second)
-            assert dict(second.last_turn.cached_by_tier) == {"window": 0, "host": 60, "disk": 0}
+            assert dict(second.last_turn.cached_by_tier) == {"device": 0, "host": 60, "disk": 0}
             assert_same(from_ram, generate(model, ids, reference))
 
     ids = torch.cat([from_ram.sequences, tokens(5, seed=3)], 1)
     with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
         from_disk = generate(model, ids, cache)
-        assert dict(cache.last_turn.cached_by_tier) == {"window": 0, "host": 0, "disk": 73}
+        assert dict(cache.last_turn.cached_by_tier) == {"device": 0, "host": 0, "disk": 73}
         assert_same(from_disk, generate(model, ids, reference))
 
 

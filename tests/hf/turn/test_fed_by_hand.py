@@ -140,7 +140,7 @@ def test_between_turns(build, store, name, way):
         way(model, cache)
         longer = torch.cat([ids, prompt(3, seed=1)], 1)
         found = ask(model, longer, cache)
-        assert cache.last_turn.cached_by_tier["window"] == 0
+        assert cache.last_turn.cached_by_tier["device"] == 0
         with TieredCache(store) as other:
             ask(model, torch.cat([found, prompt(3, seed=2)], 1), other)
             ask(model, torch.cat([ids, prompt(9, seed=3)], 1), other)

@@ -13,7 +13,7 @@ from tests.support.upstream import CACHE
 
 
 def addresses(cache):
-    return [(layer.window.k.data_ptr(), layer.window.v.data_ptr()) for layer in cache.layers]
+    return [(layer.memory.k.data_ptr(), layer.memory.v.data_ptr()) for layer in cache.layers]
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_one_restore_serves_many_samples(model, generate, tokens, store, held):
             expected = generate(model, ids, **settings).sequences
             torch.manual_seed(seed)
             assert torch.equal(generate(model, ids, fork, **settings).sequences, expected)
-            assert fork.last_turn.cached_by_tier["window"] == ids.shape[1] - 1
+            assert fork.last_turn.cached_by_tier["device"] == ids.shape[1] - 1
             assert fork.last_turn.restored_bytes == 0
             longer = torch.cat([expected, tokens(3, seed=seed)], 1)
             assert torch.equal(generate(model, longer, fork).sequences, generate(model, longer).sequences)
             assert fork.last_turn.cached_tokens == expected.shape[1] - 1
             fork.close()
         assert torch.equal(generate(model, ids, first).sequences, generate(model, ids).sequences)
-        assert first.last_turn.cached_by_tier["window"] == ids.shape[1] - 1
+        assert first.last_turn.cached_by_tier["device"] == ids.shape[1] - 1
 
 
 def test_forks_outlive_what_they_were_forked_from(model, generate, tokens, tmp_path):
@@ -72,7 +72,7 @@ def test_forks_outlive_what_they_were_forked_from(model, generate, tokens, tmp_p
         fork = cache.fork()
     with fork:
         assert torch.equal(generate(model, ids, fork).sequences, generate(model, ids).sequences)
-        assert fork.last_turn.cached_by_tier["window"] == 37
+        assert fork.last_turn.cached_by_tier["device"] == 37
     with pytest.raises(ClosedError):
         fork.fork()
 
@@ -127,7 +127,7 @@ def test_a_turn_that_has_begun_goes_on_in_each_fork(model, generate, tokens, sto
             assert report.cached_tokens == (25 if known else 0)
             longer = torch.cat([found, tokens(3, seed=seed + 1)], 1)
             assert torch.equal(generate(model, longer, one).sequences, generate(model, longer).sequences)
-            assert one.last_turn.cached_by_tier["window"] == 35
+            assert one.last_turn.cached_by_tier["device"] == 35
         for one in caches[1:]:
             one.close()
 
@@ -141,9 +141,9 @@ def test_forks_under_a_budget_have_their_own(make_model, generate, tokens, store
         with cache.fork() as fork:
             other = torch.cat([ids[:, :-5], tokens(4, seed=2)], 1)
             assert torch.equal(generate(model, other, fork).sequences, generate(model, other).sequences)
-            assert fork.last_turn.cached_by_tier["window"] >= 60
+            assert fork.last_turn.cached_by_tier["device"] >= 60
             assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
-            assert cache.last_turn.cached_by_tier["window"] >= 60
+            assert cache.last_turn.cached_by_tier["device"] >= 60
 
 
 _HYBRID = {
@@ -189,4 +189,4 @@ def test_forks_of_models_with_states(build, generate, tokens, store, tmp_path, b
             for seed, one in enumerate((fork, cache, fork)):
                 longer = torch.cat([ids, tokens(5, seed=seed)], 1)
                 assert torch.equal(generate(model, longer, one).sequences, generate(model, longer).sequences)
-                assert one.last_turn.cached_by_tier["window"] >= (47 if seed < 2 else 0)
+                assert one.last_turn.cached_by_tier["device"] >= (47 if seed < 2 else 0)

@@ -44,7 +44,7 @@ class Interrupt:
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("at_pass", [0, 1, 4], ids=["prefill", "first-token", "fifth-token"])
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("start", ["empty", "window", "ram", "disk"])
+@pytest.mark.parametrize("start", ["empty", "device", "ram", "disk"])
 def test_interrupted_turn(make_model, generate, tokens, tmp_path, kind, start, layer, at_pass, before):
     model = make_model(kind)
     path = tmp_path if start == "disk" else None
@@ -58,7 +58,7 @@ def test_interrupted_turn(make_model, generate, tokens, tmp_path, kind, start, l
         else:
             fresh = store
         with fresh, TieredCache(fresh) as other:
-            target = cache if start in ("empty", "window") else other
+            target = cache if start in ("empty", "device") else other
             with Interrupt(model.model.layers[layer], at_pass, before), pytest.raises(KeyboardInterrupt):
                 generate(model, ids, target)
             expected = generate(model, ids).sequences

@@ -51,13 +51,13 @@ def test_long_prompts_are_fed_in_pieces():
     ("columns", "cached", "known"), [(9000, 0, 0), (9000, 3000, 8000), (2500, 0, 2499), (50, 3, 3)]
 )
 def test_pieces_follow_each_other_and_leave_a_token(columns, cached, known):
-    pieces, snapshots = planned(turn(columns, cached=cached, known=known))
+    pieces, checkpoints = planned(turn(columns, cached=cached, known=known))
     edge = cached
     for begin, end in pieces:
         assert begin == edge < end
         edge = end
     assert edge < columns
-    assert snapshots <= {end for _, end in pieces}
+    assert checkpoints <= {end for _, end in pieces}
 
 
 def test_token_by_token_only_if_that_pays():

@@ -216,7 +216,7 @@ class Turns(RuleBasedStateMachine):
         ended = self.turn(cache, [sequence], max_new_tokens=new)
         for prompt in (sequence, sequence[: 1 + at % len(sequence)]):
             self.turn(cache, [prompt], max_new_tokens=new)
-            assert cache.last_turn.cached_by_tier["window"] == len(prompt) - 1
+            assert cache.last_turn.cached_by_tier["device"] == len(prompt) - 1
         return multiple(*ended)
 
     @rule(

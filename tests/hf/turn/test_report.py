@@ -15,7 +15,7 @@ def test_a_turn_in_which_nothing_happened():
     report = TurnReport()
     assert (report.prompt_tokens, report.cached_tokens, report.computed_tokens, report.generated_tokens) == (0, 0, 0, 0)
     assert (report.restored_bytes, report.restore_seconds) == (0, 0.0)
-    assert dict(report.cached_by_tier) == {"window": 0, "host": 0, "disk": 0}
+    assert dict(report.cached_by_tier) == {"device": 0, "host": 0, "disk": 0}
     assert (report.miss_reason, report.divergence, report.rows) == (None, None, ())
 
 
@@ -76,7 +76,7 @@ def test_restored_bytes_are_those_of_the_tokens_that_came_from_the_store(model, 
     generate(model, tokens(20), cache)
     assert cache.last_turn.restored_bytes == 0
     generate(model, tokens(20), cache)
-    assert (cache.last_turn.cached_by_tier["window"], cache.last_turn.restored_bytes) == (19, 0)
+    assert (cache.last_turn.cached_by_tier["device"], cache.last_turn.restored_bytes) == (19, 0)
     with TieredCache(store) as other:
         generate(model, tokens(20), other)
         config = model.config

@@ -18,7 +18,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier import BusyError, ClosedError, ConfigurationError, PromptError, TieredCache
-from kvtier.hf.turn import exclusive_use as serving
+from kvtier.hf.turn import exclusive_use
 from kvtier.hf.turn.manager import TurnCache
 from tests.support.interrupts import InterruptAtLine
 from tests.support.upstream import CACHE
@@ -308,7 +308,7 @@ def test_an_interrupt_at_any_line_frees_the_cache_and_wakes_others(store):
         others = []
 
         def call():
-            return serving.exclusively(cache, "reset()", lambda: None)
+            return exclusive_use.exclusively(cache, "reset()", lambda: None)
 
         def hold():
             waiting = threading.Event()
@@ -317,9 +317,9 @@ def test_an_interrupt_at_any_line_frees_the_cache_and_wakes_others(store):
 
         at, came = 0, True
         while came:
-            interrupt = InterruptAtLine(at, {serving.__file__})
+            interrupt = InterruptAtLine(at, {exclusive_use.__file__})
             with contextlib.suppress(KeyboardInterrupt), interrupt:
-                serving.exclusively(cache, "reset()", hold)
+                exclusive_use.exclusively(cache, "reset()", hold)
             came, at = interrupt.came, at + 1
             while others:  # first: the next call would wake it
                 assert others.pop().result() is None
@@ -438,8 +438,8 @@ def test_one_thread_at_a_time(threads):
             wrong.append(list(inside))
         if how == "asks again":
             with contextlib.suppress(BusyError):
-                serving.exclusively(cache, "reset()", lambda: wrong.append("came in"))
-            if not serving.is_serving(cache):
+                exclusive_use.exclusively(cache, "reset()", lambda: wrong.append("came in"))
+            if not exclusive_use.is_serving(cache):
                 wrong.append("was put out")
         inside.pop()
         if how == "raises":
@@ -450,10 +450,10 @@ def test_one_thread_at_a_time(threads):
         gate.wait(LONG_SECONDS)
         for how in hows:
             try:
-                ended.append(serving.exclusively(cache, serving.GENERATE, lambda how=how: use(how)))
+                ended.append(exclusive_use.exclusively(cache, exclusive_use.GENERATE, lambda how=how: use(how)))
             except RuntimeError:
                 ended.append("raises")
-            assert not serving.is_serving(cache)
+            assert not exclusive_use.is_serving(cache)
 
     running = [Elsewhere(lambda hows=hows: run(hows)) for hows in threads]
     assert [thread.result() for thread in running] == [None] * len(threads)

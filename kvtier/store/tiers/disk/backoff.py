@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_SECONDS = 1.0
@@ -58,26 +58,3 @@ class WriteBackoff:
         """Go on. Returns whether there was a pause."""
         paused, self.reason, self._seconds = self.reason is not None, None, 0.0
         return paused
-
-
-class Withheld:
-    """Blocks that are not to be found for a while, since they could not be read. Nothing of them is forgotten.
-
-    Args:
-        clock: Unix time.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._pauses: dict[str, WriteBackoff] = {}
-
-    def add(self, keys: Iterable[str]) -> None:
-        """Withhold blocks, each for longer than the last time."""
-        if len(self._pauses) > _MOST_WITHHELD:
-            self._pauses = {key: pause for key, pause in self._pauses.items() if pause.holds()}
-        for key in keys:
-            self._pauses.setdefault(key, WriteBackoff(self._clock)).begin("it could not be read", told=False)
-
-    def __contains__(self, key: str) -> bool:
-        pause = self._pauses.get(key)
-        return pause is not None and pause.holds()

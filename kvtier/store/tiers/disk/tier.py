@@ -21,7 +21,7 @@ from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
 from kvtier.store.tiers.block_states import State
-from kvtier.store.tiers.disk.backoff import Withheld, WriteBackoff, is_full, is_locked
+from kvtier.store.tiers.disk.backoff import WriteBackoff, is_full, is_locked
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.ranking import Place
 from kvtier.store.tiers.disk.file_leases import FileLeases
@@ -30,6 +30,7 @@ from kvtier.store.tiers.disk.owners import Owner, pid_of
 from kvtier.store.tiers.disk.records import MANIFEST_BYTES, read_record
 from kvtier.store.tiers.leases import Leases
 from kvtier.store.tiers.shared_reads import ReadCoalescer, SharedReader
+from kvtier.store.tiers.withheld import Withheld
 
 _log = logging.getLogger("kvtier.store.tiers.disk.tier")
 T = TypeVar("T")
@@ -86,7 +87,7 @@ class DiskTier:
         self._clock = clock
         self._between = FileLeases(folder.leases)  # leases between processes
         self._loads = ReadCoalescer(self.leases)
-        self._pause = WriteBackoff(clock)
+        self._backoff = WriteBackoff(clock)
         self._warned: set[str] = set()
         self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
@@ -140,7 +141,7 @@ class DiskTier:
     @property
     def paused(self) -> str | None:
         """Why nothing is written at the moment; None when writing goes on."""
-        return self._pause.reason
+        return self._backoff.reason
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,7 @@ class DiskTier:
 
     def put(self, block: Block) -> bool:
         """Write ``block`` unless it is there. Returns whether it is there afterwards."""
-        if self._pause.holds() and not (self._pause.told and self._has_room()):
+        if self._backoff.holds() and not (self._backoff.told and self._has_room()):
             return False
         try:
             pieces = encode_block(block, self.settings.codec)
@@ -190,12 +191,12 @@ class DiskTier:
             return False
         except (BlockError, OSError, sqlite3.Error) as error:
             if is_full(error):
-                self._pause.begin(f"the drive is full ({error})", told=not self._has_room())
+                self._backoff.begin(f"the drive is full ({error})", told=not self._has_room())
             elif is_locked(error):
-                self._pause.begin(f"another process holds the catalog ({error})", told=False)
+                self._backoff.begin(f"another process holds the catalog ({error})", told=False)
             self._cannot_write(error)
             return False
-        if self._pause.end():
+        if self._backoff.end():
             _log.info("writing to %s goes on", self.folder.path)
         self._lost.discard(block.id.key)
         return kept

@@ -15,10 +15,10 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
-from kvtier.store.tiers.disk.backoff import Withheld
 from kvtier.store.tiers.host.ranking import RamValuation
 from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
+from kvtier.store.tiers.withheld import Withheld
 
 LONGEST_WAIT_SECONDS = 2.0
 """How long a put waits in all for other blocks to be written: on a drive that hangs, they never are."""
@@ -32,7 +32,7 @@ class HostReader:
 
     def __init__(self, block: Block, lease: BlockLease) -> None:
         self.id = block.id
-        self.geometry = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        self.spec = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
         self._block = block
         self._lease = lease
 
@@ -40,9 +40,9 @@ class HostReader:
         """Return the page of ``layer``; no bytes move."""
         return self._block.pages[layer]
 
-    def land(self, layer: int, first: int, last: int, landing: PageView, *, check: bool = True) -> None:
+    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
         """Copy tokens ``[first, last)`` of the page of ``layer``."""
-        landing.take(self._block.pages[layer], first, last)
+        view.take(self._block.pages[layer], first, last)
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a snapshot; no bytes move."""

@@ -8,10 +8,21 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store import records
-from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.confirm import Yes, confirm, spinner
-from kvtier.cli.store.quantities import parse_size, parse_span, size
-from kvtier.cli.store.tables import make_console, plain, print_line
+from kvtier.cli.store.common import (
+    DEFAULT_FOLDER,
+    WRONG_USAGE,
+    AsJson,
+    Folder,
+    Yes,
+    chain,
+    confirm,
+    fail,
+    named,
+    opened,
+    spinner,
+    told,
+)
+from kvtier.cli.store.output import make_console, parse_size, parse_span, plain, print_line, size
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
 
