@@ -13,7 +13,7 @@ from kvtier.kv.base import first_visible
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.device import round_up
+from kvtier.offload.accounting import round_up
 from kvtier.offload.extents import BorrowedExtent, PageSource, Part
 from kvtier.offload.placement import ColdPages
 from kvtier.offload.prefetch import PrefetchSlot, Wanted

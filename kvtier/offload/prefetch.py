@@ -19,8 +19,7 @@ from kvtier.errors import BudgetError, KvtierError
 from kvtier.kv.allocation import new_buffer
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.accounting import MemoryBudget, TransferStats
-from kvtier.offload.device import PREFETCH_DEPTH
+from kvtier.offload.accounting import PREFETCH_DEPTH, MemoryBudget, TransferStats
 from kvtier.offload.extents import Part
 from kvtier.transfer import CopyEngine, Fence
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import ConfigurationError
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.accounting import MemoryBudget, TransferStats
-from kvtier.offload.device import cold_order, round_up, smallest_budget_bytes
+from kvtier.offload.accounting import MemoryBudget, TransferStats, cold_order, round_up, smallest_budget_bytes
 from kvtier.offload.extents import HostExtent
 from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.placement import PagePlacement

@@ -20,10 +20,10 @@ from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, common_run
 from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
 from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.tiers.backoff import Withheld
 from kvtier.store.tiers.host import leaves, ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
 from kvtier.store.tiers.host.tier import HostTier
-from kvtier.store.tiers.withheld import Withheld
 from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import ROOT, ids
 

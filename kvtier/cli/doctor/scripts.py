@@ -17,7 +17,7 @@ from kvtier.hf.cache import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
 from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.device import round_up, smallest_budget_bytes
+from kvtier.offload.accounting import round_up, smallest_budget_bytes
 
 LAYERS = 6
 _VOCABULARY = 256

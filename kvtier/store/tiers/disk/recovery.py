@@ -22,8 +22,8 @@ from kvtier.errors import BlockError, StoreError, UnavailableError
 from kvtier.platform.mounts import is_shared_over_network
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.tiers.backoff import is_full, is_locked
 from kvtier.store.tiers.disk.audit import Audit
-from kvtier.store.tiers.disk.backoff import is_full, is_locked
 from kvtier.store.tiers.disk.catalog.adoption import Rebuilt
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.connection import Connect

@@ -20,8 +20,8 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.tiers.backoff import Backoff, Withheld, is_full, is_locked
 from kvtier.store.tiers.block_states import State
-from kvtier.store.tiers.disk.backoff import WriteBackoff, is_full, is_locked
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.ranking import Place
 from kvtier.store.tiers.disk.file_leases import FileLeases
@@ -30,7 +30,6 @@ from kvtier.store.tiers.disk.owners import Owner, pid_of
 from kvtier.store.tiers.disk.records import MANIFEST_BYTES, read_record
 from kvtier.store.tiers.leases import Leases
 from kvtier.store.tiers.shared_reads import ReadCoalescer, SharedReader
-from kvtier.store.tiers.withheld import Withheld
 
 _log = logging.getLogger("kvtier.store.tiers.disk.tier")
 T = TypeVar("T")
@@ -87,7 +86,7 @@ class DiskTier:
         self._clock = clock
         self._between = FileLeases(folder.leases)  # leases between processes
         self._loads = ReadCoalescer(self.leases)
-        self._backoff = WriteBackoff(clock)
+        self._backoff = Backoff(clock)
         self._warned: set[str] = set()
         self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget

@@ -15,10 +15,10 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.tiers.backoff import Withheld
 from kvtier.store.tiers.host.ranking import RamValuation
 from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
-from kvtier.store.tiers.withheld import Withheld
 
 LONGEST_WAIT_SECONDS = 2.0
 """How long a put waits in all for other blocks to be written: on a drive that hangs, they never are."""

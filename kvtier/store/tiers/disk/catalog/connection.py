@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvtier.store.tiers.disk.backoff import is_locked
+from kvtier.store.tiers.backoff import is_locked
 
 LOCKED_SECONDS = 2.0
 """How long one statement waits for a lock that another process holds."""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.tiers.disk.backoff import is_locked
+from kvtier.store.tiers.backoff import is_locked
 from kvtier.store.tiers.disk.catalog.connection import (
     LOCKED_SECONDS,
     LONG_SECONDS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_SECONDS = 1.0
@@ -24,7 +24,7 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "lock" in str(error)  # "database is locked" and others
 
 
-class WriteBackoff:
+class Backoff:
     """Whether to write. Each failure doubles the wait, from a second to a minute; a success ends it.
 
     Args:
@@ -58,3 +58,26 @@ class WriteBackoff:
         """Go on. Returns whether there was a pause."""
         paused, self.reason, self._seconds = self.reason is not None, None, 0.0
         return paused
+
+
+class Withheld:
+    """Blocks that are not to be found for a while, since they could not be read. Nothing of them is forgotten.
+
+    Args:
+        clock: Unix time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pauses: dict[str, Backoff] = {}
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Withhold blocks, each for longer than the last time."""
+        if len(self._pauses) > _MOST_WITHHELD:
+            self._pauses = {key: backoff for key, backoff in self._pauses.items() if backoff.holds()}
+        for key in keys:
+            self._pauses.setdefault(key, Backoff(self._clock)).begin("it could not be read", told=False)
+
+    def __contains__(self, key: str) -> bool:
+        backoff = self._pauses.get(key)
+        return backoff is not None and backoff.holds()
