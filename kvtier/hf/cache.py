@@ -1,26 +1,28 @@
-"""TieredCache: a transformers cache that knows its tokens, and owns the turn."""
+"""TieredCache: a transformers cache that knows its tokens."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
+from kvtier.hf.generate.request import read_loop_request
 from kvtier.hf.inputs.positions import remember_positions
-from kvtier.hf.inputs.request import read_loop_request
-from kvtier.hf.layers.layer_marks import LayerMarks
+from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.exclusive_use import exclusively
-from kvtier.hf.turn.manager import TurnCache
+from kvtier.hf.turn.manager import TurnManager
+from kvtier.kv.allocation import writable_results
+from kvtier.offload.accounting import TransferStats
 from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
@@ -28,10 +30,8 @@ from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
 from kvtier.transfer import engine_for
 
-_log = logging.getLogger("kvtier.hf")
 
-
-class TieredCache(TurnCache):
+class TieredCache(DynamicCache):
     """A ``past_key_values`` that never computes a known prefix twice.
 
     Guarantees: what is reused was computed for the same tokens by the same model, compared id by id; K and V are the
@@ -71,20 +71,206 @@ class TieredCache(TurnCache):
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
-        self._streaming = OffloadConfig(device_budget, host_budget, spill_dir, engine)
-        self._lease: StoreHandle | None = None  # on a store that others share; a PrefixStore is its owner's
+        self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, engine)
+        self._handle: StoreHandle | None = None  # on a store that others share; a PrefixStore is its owner's
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._lease = StoreHandle(store)
-            store = self._lease.store
+            self._handle = StoreHandle(store)
+            store = self._handle.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
             )
-        super().__init__(store, partial(self._streaming.open, store), wait_seconds)
+        self._container = LayerContainer(partial(self._offload_config.open, store))
+        self.turns = TurnManager(self._container, store, wait_seconds)
+        Cache.__init__(self, layers=[])
         install()
         try_upstream(_cache_in_ram)
-        self._lay_out(config)
+        self.turns.lay_out(config)
+
+    @property
+    def last_turn(self) -> TurnReport | None:
+        """The report of the last turn that has begun; None before the first."""
+        return self.turns.last_turn
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call on another thread."""
+        return self.turns.wait_seconds
+
+    @property
+    def transfers(self) -> TransferStats | None:
+        """What offloading has moved since the cache was made; None without a ``device_budget``."""
+        offload = self._container.offload
+        return offload.transfers.copy() if offload is not None else None
+
+    # --- a cache of transformers ------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers, as transformers has them."""
+        return self._container.layers
+
+    @layers.setter
+    def layers(self, layers: list[Any]) -> None:
+        self._container.layers = layers
+
+    @layers.deleter
+    def layers(self) -> None:
+        raise ConfigurationError("the layers of a TieredCache cannot be deleted; call reset() to let it hold nothing")
+
+    # Stays outside of what is compiled: it waits for pages, and its buffers outlive the pass.
+    @torch.compiler.disable
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
+
+        Raises:
+            BudgetError: ``device_budget`` is too small for so many tokens.
+            BusyError: something else than the running ``generate()`` has changed the layer.
+            ClosedError: the cache was closed.
+            StreamError: a page of a cold layer is lost, or cannot be written.
+            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
+            UninstalledError: ``uninstall()`` was called, and no turn has begun.
+        """
+        layers = self._container.layers
+        layer = layers[layer_idx] if layer_idx < len(layers) else self._container.layer(layer_idx)
+        self.turns.appending(layer_idx, layer, key_states.shape[2])
+        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return states
+
+    @torch.compiler.disable
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a layer's convolution state; None before the first token.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self.turns.changing_states()
+        self._container.check_has_states(layer_idx)
+        self._container.asked_for_conv_state(layer_idx, state_idx)
+        state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
+
+    @torch.compiler.disable
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self.turns.changing_states()
+        self._container.check_has_states(layer_idx)
+        self._container.updating_conv_state(layer_idx, state_idx, conv_states.shape[-1])
+        with writable_results():
+            seen: torch.Tensor = super().update_conv_state(conv_states.detach(), layer_idx, state_idx, **kwargs)
+        return seen
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a layer's recurrent state; None before the first token.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self._container.check_has_states(layer_idx)
+        state: torch.Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
+
+    @torch.compiler.disable
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Give a layer its new state; return it.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        self.turns.changing_states()
+        self._container.check_has_states(layer_idx)
+        self._container.updating_recurrent_state(layer_idx, state_idx)
+        with writable_results():
+            state: torch.Tensor = super().update_recurrent_state(
+                recurrent_states.detach(), layer_idx, state_idx, **kwargs
+            )
+        return state
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Return whether a layer with states, by default the last one, has seen tokens.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with states.
+        """
+        if layer_idx is None or layer_idx < len(self.layers):
+            self._container.check_has_states(layer_idx)
+        state = (layer_idx,) if state_idx is None else (layer_idx, state_idx)
+        return bool(super().has_previous_state(*state))
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Return whether a layer keeps what ``crop`` needs to take states back."""
+        return layer_idx < len(self.layers) and bool(getattr(self.layers[layer_idx], "record_past", False))
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Append ``[batch, new tokens, dim]`` to a layer's indexer; return the indexer's keys of all tokens.
+
+        Raises:
+            ConfigurationError: the cache has no such layer with an indexer.
+        """
+        if layer_idx >= len(self.layers) or not hasattr(self.layers[layer_idx], "update_indexer"):
+            raise self._container.no_layer(layer_idx, "an indexer")
+        keys: torch.Tensor = self.layers[layer_idx].update_indexer(indexer_key_states)
+        return keys
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns that ``layer_idx`` holds; where no layer can tell, those that were fed."""
+        if not self._container.counts_columns:
+            return self._container.fed_columns
+        return int(super().get_seq_length(layer_idx))
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return the columns that a layer shows at most, or the most of all; -1 where there is no limit."""
+        layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
+        return max((int(layer.get_max_length()) for layer in layers if hasattr(layer, "get_max_length")), default=-1)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return False: the cache counts, in Python, what it is given."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Return whether ``crop`` can take tokens back from every layer."""
+        return all(bool(getattr(layer, "is_croppable", False)) for layer in self.layers)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes the former row ``beam_idx[i]``."""
+        self.turns.move_rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.turns.move_rows(indices, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, copies next to each other."""
+        rows = torch.arange(self._container.row_count, device="cpu").repeat_interleave(repeats)
+        self.turns.move_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        self.turns.cropping()
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.turns.cropped()
+
+    def reset(self) -> None:
+        """Hold nothing. The store keeps what it has.
+
+        Raises:
+            BusyError: another call is using the cache.
+        """
+        exclusively(self.turns, "reset()", self.turns.start_over)
 
     # --- turns in a loop of one's own ---
 
@@ -106,23 +292,23 @@ class TieredCache(TurnCache):
             ClosedError: the cache was closed.
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
-        self._check_open()
-        return exclusively(self, "begin()", partial(self._begin_loop, model, input_ids, attention_mask))
+        self.turns.check_open()
+        return exclusively(self.turns, "begin()", partial(self._begin_loop, model, input_ids, attention_mask))
 
     def _begin_loop(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> TurnReport:
-        request = read_loop_request(model, input_ids, attention_mask, self.resident())
+        request = read_loop_request(model, input_ids, attention_mask, self.turns.resident())
         while True:
-            report = self._begin(model, request)
+            report = self.turns.begin(model, request)
             try:
-                if self._turn is not None and self._turn.prefix is not None:
-                    self._turn.prefix.wait()
+                if self.turns.turn is not None and self.turns.turn.prefix is not None:
+                    self.turns.turn.prefix.wait()
             except BlockError:
-                self.start_over()  # the block is not found again: begin with what is left
+                self.turns.start_over()  # the block is not found again: begin with what is left
                 continue
-            if self._turn is not None and self._turn.prompt is not None:
-                remember_positions(model, self._turn.prompt)
+            if self.turns.turn is not None and self.turns.turn.prompt is not None:
+                remember_positions(model, self.turns.turn.prompt)
             return report
 
     def commit(
@@ -143,22 +329,22 @@ class TieredCache(TurnCache):
             PromptError: no turn has begun, or ``sequences`` do not begin with its prompt, or there is nothing to name.
             StoreError: the name cannot be kept; the turn has ended all the same.
         """
-        self._check_open()
-        return exclusively(self, "commit()", partial(self._commit_loop, sequences, name, pin, ttl))
+        self.turns.check_open()
+        return exclusively(self.turns, "commit()", partial(self._commit_loop, sequences, name, pin, ttl))
 
     def _commit_loop(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
-        self._check_open()  # again: the cache may have been closed while this call waited
+        self.turns.check_open()  # again: the cache may have been closed while this call waited
         if name is not None:
             checked_name(name)
             checked_ttl(ttl)
-        if self._turn is None:
+        if self.turns.turn is None:
             raise PromptError("commit() without begin(): call begin(model, input_ids, attention_mask) first")
         if sequences.ndim != 2:
             raise PromptError(f"sequences must be [rows, columns], not {sequences.ndim}-dimensional")
-        prompt = self._turn.prompt
+        prompt = self.turns.turn.prompt
         if prompt is not None and not prompt.begins(sequences):
             raise PromptError("sequences do not begin with the prompt that begin() was given")
-        report = self._commit(sequences, ())
+        report = self.turns.commit(sequences)
         if name is not None:
             self.name(name, pin=pin, ttl=ttl)
         return report
@@ -178,43 +364,39 @@ class TieredCache(TurnCache):
             PromptError: the last turn kept nothing, or has no such row.
             StoreError: the store does not have it, e.g. for want of room, or the disk fails.
         """
-        self._check_open()
-        if self._resident is None or self._root is None or not 0 <= row < len(self._resident.rows):
-            reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
-            raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
-        return self._store.name(name, self._root, self._resident.rows[row], pin=pin, ttl=ttl)
+        self.turns.check_open()
+        root, tokens = self.turns.kept_row(row)
+        return self.store.name(name, root, tokens, pin=pin, ttl=ttl)
 
     # --- resources --------------------------------------------------------------------------------------------------
 
     @property
     def store(self) -> PrefixStore:
         """The store behind this cache."""
-        return self._store
+        return self.turns.store
 
     def flush(self) -> None:
         """Wait until everything committed so far is on disk."""
-        self._check_open()
-        self._store.flush()
+        self.turns.check_open()
+        self.store.flush()
 
     def close(self) -> None:
         """Let go of the buffers; write what is queued. Closes a store that was opened here and nobody else uses.
 
         Inside ``generate()``, that call ends with a ``ClosedError`` if it goes on.
         """
-        if self._closed:
+        if self.turns.closed:
             return
-        self._end_turn()
-        self._let_go()
-        self._resident, self._closed = None, True
-        if self._offload is not None:
-            self._offload.close()
-        if not self._store.closed:
-            self._store.flush()
-        if self._lease is not None:
-            self._lease.close()
+        self.turns.close()
+        if self._container.offload is not None:
+            self._container.offload.close()
+        if not self.store.closed:
+            self.store.flush()
+        if self._handle is not None:
+            self._handle.close()
 
     def __enter__(self) -> TieredCache:
-        self._check_open()
+        self.turns.check_open()
         return self
 
     def __exit__(
@@ -252,23 +434,15 @@ class TieredCache(TurnCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
-        self._check_open()
+        self.turns.check_open()
         twin = TieredCache(
-            self._store, config=self._config, wait_seconds=self.wait_seconds, **self._streaming.arguments
+            self.store,
+            config=self._container.config,
+            wait_seconds=self.wait_seconds,
+            **self._offload_config.arguments,
         )
-        twin._lease = self._lease.twin() if self._lease is not None else None
-        turn = self._turn
-        if turn is not None and turn.prefix is not None and self._offload is None:
-            turn.prefix.wait()  # what is on its way lands in buffers that are about to be shared
-        if twin._offload is not None and turn is not None and turn.prompt is not None:
-            twin._offload.begin_turn(turn.prompt.columns, self._longest_answer)
-        self._copy_layers_to(twin, memo)
-        if turn is not None:
-            twin._turn = turn.twin(memo if any(not layer.complete for layer in self._attention_layers) else None)
-        if self._resident is not None and self._marks is not None and self._marks.still_hold(self.layers):
-            twin._resident, twin._marks = self._resident, LayerMarks(twin.layers)
-        twin._root, twin.last_turn, twin._calls = self._root, self.last_turn, self._calls.copy()
-        twin._checkpoints, twin._fed_columns = copy.deepcopy(self._checkpoints), self._fed_columns
+        twin._handle = self._handle.twin() if self._handle is not None else None
+        self.turns.copy_to(twin.turns, memo)
         return twin
 
     def __hash__(self) -> int:

@@ -136,7 +136,7 @@ MEMBERS = [
     ),
     *_of(
         "transformers.cache_utils.Cache",
-        "hf/layers/container.py",
+        "hf/cache.py",
         {
             "__init__": (
                 "(self, layers=None, layer_class_to_replicate=None, offloading=False, offload_only_non_sliding=True)"
@@ -152,7 +152,7 @@ MEMBERS = [
     Reliance("transformers.cache_utils.Cache.is_linear", "hf/generate/prefill.py", "property"),
     Reliance(
         "transformers.cache_utils.Cache.get_conv_state",
-        "hf/layers/container.py",
+        "hf/cache.py",
         "(self, layer_idx, state_idx=0)",
         since=(5, 21),
     ),
@@ -252,20 +252,20 @@ OTHERS = [
 # cache holds past kvtier's methods: look at what calls it, and add it here.
 KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.cache_utils.Cache": {
-        "update": "hf/turn/manager.py",
-        "reset": "hf/turn/manager.py",
-        "crop": "hf/turn/manager.py",
-        "reorder_cache": "hf/layers/container.py",
-        "batch_select_indices": "hf/layers/container.py",
-        "batch_repeat_interleave": "hf/layers/container.py",
-        "get_seq_length": "hf/layers/container.py",
+        "update": "hf/cache.py",
+        "reset": "hf/cache.py",
+        "crop": "hf/cache.py",
+        "reorder_cache": "hf/cache.py",
+        "batch_select_indices": "hf/cache.py",
+        "batch_repeat_interleave": "hf/cache.py",
+        "get_seq_length": "hf/cache.py",
         "get_mask_sizes": "asks one layer",
         "get_max_length": "asks the layers",
         "get_query_offset": "is get_seq_length",
         "has_previous_state": "asks one linear layer",
-        "get_conv_state": "hf/layers/container.py",
+        "get_conv_state": "hf/cache.py",
         "get_recurrent_state": "asks one linear layer",
-        "update_conv_state": "hf/layers/container.py",
+        "update_conv_state": "hf/cache.py",
         "update_recurrent_state": "of one linear layer",
         "update_indexer": "of one indexed layer",
         "activate_past_recording": "of the layers that have it",

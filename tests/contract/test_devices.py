@@ -41,7 +41,7 @@ BESIDE = {"hf/compat/canary.py"}
 def unplaced(source: str) -> Iterator[int]:
     """Yield the lines in which a tensor is made without a device."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.GenerateRequest) and isinstance(node.func, ast.Attribute):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             made = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch" and node.func.attr in MAKING
             if made and "device" not in {keyword.arg for keyword in node.keywords}:
                 yield node.lineno

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
+from kvtier.hf.generate.request import _infer_mask
 from kvtier.hf.inputs.arguments import DROPPED
-from kvtier.hf.inputs.request import _infer_mask
 from tests.support.upstream import CACHE
 
 
@@ -122,7 +122,7 @@ def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, toke
 
     found = model.generate(tokens(10), stopping_criteria=StoppingCriteriaList([Notes()]), **{**GREEDY, **settings})
     assert found.shape[1] == 14
-    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/generate/prefill.py: PromptEnd")
+    assert seen[:2] == [(1, 11), (2, 12)], relied_on("hf/generate/prefill.py: PrefillDone")
 
 
 @pytest.mark.parametrize(
@@ -158,16 +158,16 @@ def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
     model.generate(ids, do_sample=False, max_new_tokens=1, **({"pad_token_id": 0} if pad is None else {}))
     theirs = fed[0].get("attention_mask")
     theirs = None if theirs is None or theirs.all() else theirs  # older versions pass a mask of ones
-    assert (ours is None) == (theirs is None), relied_on("hf/inputs/request.py")
+    assert (ours is None) == (theirs is None), relied_on("hf/generate/request.py")
     if ours is not None:
-        assert torch.equal(ours, theirs), relied_on("hf/inputs/request.py")
+        assert torch.equal(ours, theirs), relied_on("hf/generate/request.py")
 
 
 def test_settings_come_from_the_call_then_its_config_then_the_model(model, tokens):
     ids = tokens(10)
     model.generation_config.max_new_tokens = 1
     config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
-    where = relied_on("hf/inputs/request.py")
+    where = relied_on("hf/generate/request.py")
     assert model.generate(ids, do_sample=False).shape[1] == 11, where
     assert model.generate(ids, generation_config=config).shape[1] == 12, where
     assert model.generate(ids, generation_config=config, max_new_tokens=3).shape[1] == 13, where
@@ -236,4 +236,4 @@ def test_mamba_prepares_its_inputs_by_name(tokens):
 
     model.prepare_inputs_for_generation = watching
     model.generate(tokens(5) % 49 + 1, **{name: DynamicCache(config=config)}, **GREEDY)
-    assert seen[0] == ((), True, True), relied_on("hf/generate/prefill.py: slice_prompts")
+    assert seen[0] == ((), True, True), relied_on("hf/generate/prefill.py: patch_prepare_inputs")

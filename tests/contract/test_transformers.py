@@ -231,7 +231,9 @@ def test_settings_that_are_asked_for(name):
     assert hasattr(GenerationConfig(), name), changed(
         f"the generation setting {name}", "is gone", "hf/inputs/arguments.py"
     )
-    assert any(f'"{name}"' in (PACKAGE / "hf/inputs" / file).read_text() for file in ("arguments.py", "request.py"))
+    assert any(
+        f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("inputs/arguments.py", "generate/request.py")
+    )
 
 
 def test_arguments_by_position():
@@ -250,9 +252,9 @@ def tiny():
 @pytest.mark.parametrize(
     ("attribute", "where"),
     [
-        ("config.is_encoder_decoder", "hf/inputs/request.py"),
+        ("config.is_encoder_decoder", "hf/generate/request.py"),
         ("config.rope_parameters", "hf/identity/eligibility.py"),
-        ("generation_config", "hf/inputs/request.py"),
+        ("generation_config", "hf/generate/request.py"),
         ("device", "hf/cache.py"),
         ("model.rotary_emb.rope_type", "hf/identity/eligibility.py"),
     ],

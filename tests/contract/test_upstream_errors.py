@@ -91,7 +91,9 @@ def test_assisted_decoding_without_one(prefilled):
 def test_a_cache_that_is_not_to_be_used(make_model, tokens):
     model, ids = make_model("llama", torch.float64), tokens(30)
     wrong = differs(model, ids, DynamicCache(config=model.config), use_cache=False)
-    still_wrong(wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/inputs/request.py")
+    still_wrong(
+        wrong, "use_cache=False feeds all tokens at every step into the caller's cache", "hf/generate/request.py"
+    )
 
 
 def test_chunks_on_a_known_prefix(prefilled):
@@ -109,7 +111,7 @@ def test_encoder_decoder_cache_used_again():
     still_wrong(
         differs(model, ids[1:], cache),
         "an EncoderDecoderCache keeps the cross-attention of an earlier input",
-        "hf/generate/run.py: take_turn_without_reuse",
+        "hf/generate/run.py: _run_encoder_decoder",
     )
 
 
@@ -118,7 +120,7 @@ def test_layers_cropped_to_nothing_keep_their_rows(prefilled):
     cache.crop(-27)
     assert cache.get_seq_length() == 0
     wrong = differs(model, ids.repeat(2, 1), cache)
-    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/turn/manager.py: _start")
+    still_wrong(wrong, "a cache that was cropped to nothing keeps its batch size", "hf/turn/manager.py")
 
 
 # --- layers with states -----------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def test_mamba_feeds_its_whole_prompt_again(tokens):
     still_wrong(
         fed[0].shape[1] == 12,
         "mamba feeds its whole prompt on top of a known state",
-        "hf/generate/prefill.py: slice_prompts",
+        "hf/generate/prefill.py: patch_prepare_inputs",
     )
 
 
@@ -241,7 +243,7 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
         wrong = False
     except (AttributeError, NotImplementedError):
         wrong = True
-    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers/container.py: _move_rows")
+    still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers/container.py: move_rows")
 
 
 def test_states_alone_are_right_whatever_the_version_tells(tokens, store):

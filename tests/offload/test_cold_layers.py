@@ -10,11 +10,11 @@ import threading
 
 import pytest
 import torch
-from test_interrupts import Interrupt
 from transformers import DynamicCache
 
 from kvtier import BudgetError, ConfigurationError, PrefixStore, StreamError, TieredCache
 from kvtier.testing import SimulatedEngine
+from tests.support.interrupts import Interrupt
 from tests.support.upstream import CACHE
 
 PAGE = 8
@@ -193,7 +193,7 @@ def test_copies_go_on_apart_and_outlive_each_other(make_model, generate, tokens,
 
 
 def cold_layers(cache) -> int:
-    return sum(device_memory.cold_layers for device_memory in cache._offload.decks)
+    return sum(device_memory.cold_layers for device_memory in cache.turns.layers.offload.decks)
 
 
 # --- the bytes that were promised -------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
     budget = int(0.6 * everything(model, 90))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
         cache.begin(model, prompt)
-        ids, transfers = prompt, cache._offload.transfers
+        ids, transfers = prompt, cache.turns.layers.offload.transfers
         with torch.no_grad():
             model(ids, **{CACHE: cache})
             model(tokens(1), **{CACHE: cache})  # from here on, every step finds the ring as the last one left it
@@ -303,7 +303,7 @@ def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate,
     memory = [everything(model, 120)]
 
     def free(device):
-        return memory[0] - sum(device_memory.ledger.used_bytes for device_memory in cache._offload.decks)
+        return memory[0] - sum(device_memory.ledger.used_bytes for device_memory in cache.turns.layers.offload.decks)
 
     monkeypatch.setattr("kvtier.offload.manager.free_device_bytes", free)
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget="auto", spill_dir=spill) as cache:
@@ -399,7 +399,7 @@ def test_known_pages_that_are_lost_are_computed_again(make_model, generate, toke
         ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
         for path in spill.glob("*/*.safetensors"):
             path.unlink()
-        for device_memory in cache._offload.decks:  # what was prefetched is whole
+        for device_memory in cache.turns.layers.offload.decks:  # what was prefetched is whole
             device_memory.ring.close()
         ours = generate(model, ids, cache)
         assert torch.equal(ours.sequences, generate(model, ids).sequences)

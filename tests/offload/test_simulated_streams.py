@@ -153,7 +153,7 @@ def test_every_wait_and_every_fence_is_needed(tmp_path):
         recorder = Recorder(SimulatedEngine(random.Random(0), lazy=True))
         play(recorder, tmp_path, host_bytes)
         for drop in drops(recorder):
-            inside = "kvtier/stream" in drop.site.file
+            inside = "kvtier/offload" in drop.site.file
             if inside and drop.what in ORDERING and not drop.origin and drop.site.function not in FREES_MEMORY:
                 shown_by.setdefault(drop, []).append((play, host_bytes))
     assert len(shown_by) > 10

@@ -130,7 +130,7 @@ def test_devices_that_share_a_host_budget_leave_each_other_room_for_staging(tmp_
     k = torch.zeros(1, 2, 16, 8)
     kept = [one.lower(k, k, [])[0] for _ in range(600)]  # goes on to files when the host is full
     kept += [two.lower(k, k, [])[0]]
-    assert {part.run.tier for parts in kept for part in parts} == {"host", "disk"}
+    assert {part.extent.tier for parts in kept for part in parts} == {"host", "disk"}
     assert host.peak_bytes <= 1_000_000
     kept.clear()
     folder.close()

@@ -607,8 +607,8 @@ class TestMutants:
         recorder.settle(mixed)
         line = self.test_what_cannot_be_told_apart_is_listed_once.__code__.co_firstlineno
         origins = {
-            "mark": f"mark at unit/test_simulated.py:{line + 2}",
-            "call": f"call at unit/test_simulated.py:{line + 3}",
+            "mark": f"mark at testing/test_simulated.py:{line + 2}",
+            "call": f"call at testing/test_simulated.py:{line + 3}",
         }
         assert [(drop.site.line - line, drop.what, drop.origin) for drop in drops(recorder)] == [
             (3, "after", ""),

@@ -101,9 +101,15 @@ def test_a_fault_where_a_check_looks_is_found_by_it(examined, fault, kind, verdi
 class Forgetful(TieredCache):
     """Holds nothing at the start of a turn; the store behind it may know the prompt."""
 
-    def _begin(self, *args, **kwargs):
-        self.start_over()
-        return super()._begin(*args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        begin = self.turns.begin
+
+        def begin_with_nothing(*args, **kwargs):
+            self.turns.start_over()
+            return begin(*args, **kwargs)
+
+        self.turns.begin = begin_with_nothing
 
 
 class AllHot(TieredCache):

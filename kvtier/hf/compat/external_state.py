@@ -82,7 +82,7 @@ class _Counted(ExternalState):
         return int(self._cache.get_seq_length())
 
     def feeding(self, columns: int) -> None:
-        self._cache._fed_columns += columns
+        self._cache.turns.layers.fed_columns += columns
 
 
 class _RwkvState(_Counted, list[torch.Tensor]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -69,11 +68,6 @@ def decoder_cache(value: Any) -> Any:
     if isinstance(value, EncoderDecoderCache):
         return value.self_attention_cache
     return value.stands_for if isinstance(getattr(type(value), "stands_for", None), property) else value
-
-
-def caches_among(arguments: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return the arguments, whatever their names, that are caches of ``kind`` or an ``EncoderDecoderCache`` of one."""
-    return {name: value for name, value in arguments.items() if isinstance(decoder_cache(value), kind)}
 
 
 # What generate() takes by position, in order.

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from kvtier.hf.compat.names import CACHE_ARGUMENT, CACHE_ARGUMENTS, caches_among, decoder_cache
+from kvtier.hf.compat.names import CACHE_ARGUMENT, CACHE_ARGUMENTS
+from kvtier.hf.turn.manager import managed_among, turns_of
 
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any]] = {}
@@ -24,16 +25,12 @@ _OWN_HOOK: Any = vars(GenerationMixin).get("__init_subclass__")
 """What transformers does when a class below ``GenerationMixin`` is made; None where that is nothing."""
 
 
-def install(kind: type) -> None:
-    """Wrap ``generate`` of all classes that have their own: those that are loaded, and those that come later.
-
-    Args:
-        kind: of the caches that are looked after, a ``TurnTaker``.
-    """
+def install() -> None:
+    """Wrap ``generate`` of all classes that have their own: those that are loaded, and those that come later."""
     global _listens
     with _lock:
         for owner in set(_below(GenerationMixin)):
-            _wrap(owner, kind)
+            _wrap(owner)
         if _listens:
             return
 
@@ -43,7 +40,7 @@ def install(kind: type) -> None:
             else:
                 super(GenerationMixin, cls).__init_subclass__(**kwargs)
             with _lock:
-                _wrap(cls, kind)
+                _wrap(cls)
 
         GenerationMixin.__init_subclass__ = classmethod(__init_subclass__)
         _listens = True
@@ -63,10 +60,10 @@ def uninstall() -> None:
         _listens = False
 
 
-def _wrap(owner: type, kind: type) -> None:
+def _wrap(owner: type) -> None:
     if "generate" in vars(owner) and owner not in _originals:
         _originals[owner] = vars(owner)["generate"]
-        owner.generate = _guarded(_originals[owner], kind)  # type: ignore[attr-defined]
+        owner.generate = _guarded(_originals[owner])  # type: ignore[attr-defined]
 
 
 def _below(owner: type) -> Iterator[type]:
@@ -76,25 +73,25 @@ def _below(owner: type) -> Iterator[type]:
         yield from _below(child)
 
 
-def _guarded(original: Callable[..., Any], kind: type) -> Callable[..., Any]:
+def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
     parameters = inspect.signature(original).parameters
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
-        caches = [decoder_cache(past) for past in caches_among(given, kind).values()]
-        for name in caches_among(kwargs, kind):
+        managers = [turns for turns in map(turns_of, given.values()) if turns is not None]
+        for name in managed_among(kwargs):
             is_ours = name in CACHE_ARGUMENTS and name not in parameters
             if is_ours and CACHE_ARGUMENT is not None and CACHE_ARGUMENT not in kwargs:
                 kwargs[CACHE_ARGUMENT] = kwargs.pop(name)  # upstream's own name, which it does not warn of
         reason = f"{type(self).__name__} has a generate of its own, which does not tell its tokens"
-        for cache in caches:
-            cache.begin_without_reuse(reason)
+        for turns in managers:
+            turns.begin_without_reuse(reason)
         try:
             return original(self, *args, **kwargs)
         finally:
-            for cache in caches:
-                if cache.has_turn:  # it did not come to transformers' own
-                    cache.pass_over(reason)
+            for turns in managers:
+                if turns.has_turn:  # it did not come to transformers' own
+                    turns.pass_over(reason)
 
     return generate

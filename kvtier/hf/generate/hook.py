@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
     GenerationMixin,
     PreTrainedModel,
 )
 
 from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.model_profiles import cache_argument
-from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, caches_among, decoder_cache
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE
 from kvtier.hf.generate import class_hooks
 from kvtier.hf.generate.prefill import restore_classes
-from kvtier.hf.generate.run import take_turn, take_turn_without_reuse, take_unknown_turn
+from kvtier.hf.generate.request import parse_request
+from kvtier.hf.generate.run import run_turn
 from kvtier.hf.identity.weights.digest import forget_models
 from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving, note_wrapped
-from kvtier.hf.turn.taker import TurnTaker
+from kvtier.hf.turn.manager import TurnManager, managed_among, turns_of
 
 _TAKEN_BEFORE = (
     "generate() was taken from the model before kvtier was imported, as functools.partial(model.generate) does, or "
@@ -50,7 +49,7 @@ def install() -> None:
     Calls without a ``TieredCache`` pass through untouched.
     """
     global _hook
-    class_hooks.install(TurnTaker)
+    class_hooks.install()
     with _lock:
         if _hook is not None and _is_below(GenerationMixin.generate, _hook.wrappers["generate"]):
             _hook.active = True
@@ -76,32 +75,30 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
         given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
         if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
             return original(self, *args, **kwargs)
-        caches = caches_among(given, TurnTaker)
+        caches = managed_among(given)
         if not caches:
             return original(self, *args, **kwargs)
         name, past = _the_one_of(caches, given)
-        cache: TurnTaker = decoder_cache(past)
-        if is_serving(cache):  # some ways of decoding call generate again inside a turn
+        turns = turns_of(past)
+        if turns is None or is_serving(turns):  # some ways of decoding call generate again inside a turn
             if name in CACHE_ARGUMENTS:
                 given[cache_argument(self) or name] = given.pop(name)
             return original(self, **given)
-        return exclusively(cache, GENERATE, functools.partial(_take, original, self, name, past, given))
+        return exclusively(turns, GENERATE, functools.partial(_take, original, self, turns, name, past, given))
 
     return generate
 
 
-def _take(original: Callable[..., Any], model: PreTrainedModel, name: str, past: Any, given: dict[str, Any]) -> Any:
+def _take(
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    turns: TurnManager,
+    name: str,
+    past: Any,
+    given: dict[str, Any],
+) -> Any:
     """Run ``generate`` as a turn of the cache ``past``, which was ``given`` under ``name``."""
-    cache: TurnTaker = decoder_cache(past)
-    if name not in CACHE_ARGUMENTS:
-        return take_unknown_turn(original, model, cache, given, name)
-    del given[name]
-    if past is cache and getattr(model.config, "is_encoder_decoder", False):
-        # Passed on as it is, it would take what the encoder says for tokens of the decoder.
-        past = EncoderDecoderCache(cache, DynamicCache())
-    if isinstance(past, EncoderDecoderCache):
-        return take_turn_without_reuse(original, model, past, given)
-    return take_turn(original, model, cache, given)
+    return run_turn(original, model, turns, parse_request(model, name, past, given, turns.resident))
 
 
 def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:
@@ -127,10 +124,10 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)] if hook.active else []
-        for past in (past for model_kwargs in given for past in caches_among(model_kwargs, TurnTaker).values()):
-            cache: TurnTaker = decoder_cache(past)
-            if not is_serving(cache):
-                cache.begin_without_reuse(_TAKEN_BEFORE)
+        for past in (past for model_kwargs in given for past in model_kwargs.values()):
+            turns = turns_of(past)
+            if turns is not None and not is_serving(turns):
+                turns.begin_without_reuse(_TAKEN_BEFORE)
         return original(self, *args, **kwargs)
 
     return prepare

@@ -14,6 +14,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriter
 from kvtier.hf.compat.external_state import ExternalState
 from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, CARRIED_ARGUMENTS
+from kvtier.hf.turn.manager import turns_of
 
 
 def prefill_chunk(
@@ -60,16 +61,20 @@ class PrefillDone(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, ExternalState) or turns_of(value) is not None
+
+
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any] | None] = {}
 """Classes whose ``prepare_inputs_for_generation`` was wrapped → their own; None when they inherited it."""
 
 
-def patch_prepare_inputs(model: PreTrainedModel, kind: type) -> None:
+def patch_prepare_inputs(model: PreTrainedModel) -> None:
     """See to it that a model of linear attention alone is fed only the tokens that its cache does not have.
 
     ``generate`` does so where any layer has full attention, and feeds the others the whole prompt again. Wraps
-    ``prepare_inputs_for_generation`` of the model's class, once, for caches of ``kind`` and what is carried alone.
+    ``prepare_inputs_for_generation`` of the model's class, once, for caches of kvtier and external states alone.
     """
     owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
     if owner is GenerationMixin:
@@ -79,12 +84,11 @@ def patch_prepare_inputs(model: PreTrainedModel, kind: type) -> None:
             return
         _originals[owner] = vars(owner).get("prepare_inputs_for_generation")
         original = owner.prepare_inputs_for_generation
-        kinds: Any = (kind, ExternalState)
 
         @functools.wraps(original)
         def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             given = (kwargs.get(name) for name in (*CACHE_ARGUMENTS, *CARRIED_ARGUMENTS))
-            cache: Any = next((value for value in given if isinstance(value, kinds)), None)
+            cache: Any = next((value for value in given if _is_ours(value)), None)
             is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
             if cache is not None and is_whole and all(cache.is_linear):
                 known = cache.get_seq_length()

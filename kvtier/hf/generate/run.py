@@ -17,79 +17,89 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import RestoreError, StreamError
-from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.external_state import carry, settle
-from kvtier.hf.compat.model_profiles import cache_argument, why_no_cache
+from kvtier.hf.compat.model_profiles import cache_argument
 from kvtier.hf.generate.prefill import PrefillDone, patch_prepare_inputs, prefill_chunk
-from kvtier.hf.identity.eligibility import ENCODER_DECODER
-from kvtier.hf.inputs.request import (
-    GenerateRequest,
-    eos_ids,
-    read_request,
-    refuse_missing_media,
-    use_cache,
-    why_without_cache,
-)
-from kvtier.hf.turn.taker import TurnTaker
+from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.turn.manager import TurnManager
 from kvtier.hf.turn.token_trace import watching
 
+Generate = Callable[..., Any]
+"""transformers' own ``generate``, unbound."""
 
-def take_turn(
-    original: Callable[..., Any],
-    model: PreTrainedModel,
-    cache: TurnTaker,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Run ``generate`` as a turn of ``cache``.
+
+def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest) -> Any:
+    """Run ``generate`` as a turn, and return what it returns.
 
     Args:
         original: transformers' own ``generate``.
         model: what it is called on.
-        cache: that was passed.
-        kwargs: all other arguments by name; changed.
+        turns: of the cache that was passed.
+        request: what the call asks for.
 
     Raises:
-        PromptError: the mask tells of more columns than the prompt has, or media are missing that the cache does not
-            hold.
+        PromptError: media are missing that the cache does not hold.
         StreamError: a page of a cold layer is lost, or cannot be written.
     """
-    no_cache = why_untrusted() or why_no_cache(model) or why_without_cache(model, kwargs)
-    if no_cache is not None:
-        return _without(original, model, cache, kwargs, no_cache)
+    if request.bypass is not None:
+        return _run_aside(original, model, turns, request)
+    if isinstance(request.past, EncoderDecoderCache):
+        return _run_encoder_decoder(original, model, turns, request)
     settle(model)
-    request = read_request(model, kwargs, cache.resident)
-    ends, streamer = eos_ids(model, kwargs), kwargs.get("streamer")
-    stream_failed = False
+    streamer, stream_failed = request.arguments.get("streamer"), False
     while True:
-        report = cache._begin(model, request)
+        report = turns.begin(model, request)
         try:
-            passed = carry(model, cache, len(report.rows))
-            if passed is not None and all(passed.is_linear):
-                patch_prepare_inputs(model, TurnTaker)
-            for begin, end in cache._pieces():
-                assert request.ids is not None
-                prefill_chunk(model, passed, request.ids, request.mask, begin, end)
-                cache._passed(end)
-            arguments = _arguments(model, cache, passed, request, kwargs)
-            with watching(model, cache) if request.watched else nullcontext():
-                output = original(model, **arguments)
+            output = _load_and_run(original, model, turns, request, len(report.rows), streamer)
         except (RestoreError, StreamError) as error:
             # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
             # Cold pages that are lost may fail for a reason that stays, such as a full disk.
-            if isinstance(error, StreamError) and (stream_failed or not cache._can_start_again()):
-                cache._salvage()
+            if isinstance(error, StreamError) and (stream_failed or not turns.can_start_again()):
+                turns.abort()
                 raise
             stream_failed = isinstance(error, StreamError)
-            cache.start_over()
+            turns.start_over()
             if streamer is not None:
-                kwargs["streamer"] = _WithoutPrompt(streamer)
-            continue
+                streamer = _WithoutPrompt(streamer)
         except BaseException:
-            cache._salvage()
+            turns.abort()
             raise
-        break
-    cache._commit(_sequences(output), ends)
-    return output
+        else:
+            turns.commit(_sequences(output), request.eos_ids)
+            return output
+
+
+def _load_and_run(
+    original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest, rows: int, streamer: Any
+) -> Any:
+    """Feed the model what is not known; each layer waits for its own part of what is."""
+    passed = carry(model, request.past, rows)
+    if passed is not None and all(passed.is_linear):
+        patch_prepare_inputs(model)
+    for begin, end in turns.prefill_chunks():
+        assert request.ids is not None
+        prefill_chunk(model, passed, request.ids, request.mask, begin, end)
+        turns.prefilled(end)
+    arguments = _arguments(model, turns, passed, request)
+    if streamer is not None:
+        arguments["streamer"] = streamer
+    with watching(model, request.past, lambda: turns.trace) if request.watched else nullcontext():
+        return original(model, **arguments)
+
+
+def _arguments(model: PreTrainedModel, turns: TurnManager, passed: Any, request: GenerateRequest) -> dict[str, Any]:
+    """Return what the original is called with, now that the turn has begun."""
+    arguments = dict(request.arguments)
+    if passed is not None:
+        arguments[str(cache_argument(model))] = passed
+    if request.inputs is None:
+        return arguments
+    arguments = request.inputs.after(arguments, turns.layers.columns)
+    if turns.has_states:
+        end_of_prompt = PrefillDone(functools.partial(turns.prefilled, request.inputs.prompt.columns))
+        criteria = request.arguments.get("stopping_criteria") or ()
+        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
+    return arguments
 
 
 def _sequences(output: Any) -> Any:
@@ -100,64 +110,29 @@ def _sequences(output: Any) -> Any:
     return output if found is None else found
 
 
-def _arguments(
-    model: PreTrainedModel, cache: TurnTaker, passed: Any, request: GenerateRequest, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what the original is called with, now that the turn has begun."""
-    arguments = dict(kwargs)
-    if passed is not None:
-        arguments[str(cache_argument(model))] = passed
-    if request.inputs is None:
-        return arguments
-    arguments = request.inputs.after(arguments, cache.get_seq_length())
-    if cache._has_states:
-        end_of_prompt = PrefillDone(functools.partial(cache._passed, request.inputs.prompt.columns))
-        criteria = kwargs.get("stopping_criteria") or ()
-        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
-    return arguments
-
-
-def _without(
-    original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], reason: str
-) -> Any:
-    """Run a turn that neither reuses nor is kept, whose cache is not passed on or begins empty."""
-    refuse_missing_media(model, kwargs, reason)
-    cache._begin(model, GenerateRequest(reason))
+def _run_aside(original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest) -> Any:
+    """Run a call that neither reuses nor is kept, whose cache is not passed on, or begins empty."""
+    turns.begin(model, request)
     try:
-        return original(model, **kwargs)
+        return original(model, **request.arguments)
     finally:
-        cache._commit(None, ())
+        turns.commit(None)
 
 
-def take_unknown_turn(
-    original: Callable[..., Any], model: PreTrainedModel, cache: TurnTaker, kwargs: dict[str, Any], name: str
-) -> Any:
-    """Run ``generate`` with a cache among its arguments under a ``name`` that kvtier does not know: without reuse."""
-    return _without(original, model, cache, kwargs, f"kvtier does not know a cache that is given as {name}=")
-
-
-def take_turn_without_reuse(
-    original: Callable[..., Any],
-    model: PreTrainedModel,
-    past: EncoderDecoderCache,
-    kwargs: dict[str, Any],
+def _run_encoder_decoder(
+    original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest
 ) -> Any:
     """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
-    cache: TurnTaker = past.self_attention_cache
-    unwanted = why_without_cache(model, kwargs)
-    if unwanted is not None:
-        return _without(original, model, cache, kwargs, unwanted)
-    use_cache(model, kwargs)
-    cache._begin(model, GenerateRequest(ENCODER_DECODER))
-    past.cross_attention_cache = DynamicCache()
-    past.is_updated.clear()
+    turns.begin(model, request)
+    request.past.cross_attention_cache = DynamicCache()
+    request.past.is_updated.clear()
     name = cache_argument(model)
     try:
-        output = original(model, **kwargs, **({name: past} if name is not None else {}))
+        output = original(model, **request.arguments, **({name: request.past} if name is not None else {}))
     except BaseException:
-        cache._salvage()
+        turns.abort()
         raise
-    cache._commit(None, ())
+    turns.commit(None)
     return output
 
 

@@ -6,7 +6,7 @@ Transformers continues a cache in this way: it wants the whole conversation as i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from kvtier.errors import PromptError
 from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
 from kvtier.hf.inputs.prompt import Positions
@@ -151,3 +152,14 @@ def _positions(known: Positions, run: int, length: int, where: npt.NDArray[np.bo
         return None
     between = known[:, -1:] + 1 + np.arange(max(0, run - size))
     return np.concatenate([known[:, :run], between, follows[:, None] + np.arange(length - run)], 1)
+
+
+def media_error(missing: Collection[str], reason: str) -> PromptError:
+    """Return what to raise where placeholders of these kinds came without media that can be taken from a cache."""
+    kinds = " and ".join(missing)
+    tensors = " and ".join(KINDS[kind][0] for kind in missing)
+    return PromptError(
+        f"input_ids have placeholders of kind {kinds}, but no {tensors} were passed, and what entered there cannot be "
+        f"taken from this cache: {reason}. Pass {tensors}, and what belongs to it, in each turn: what is known of it "
+        "is not computed again. If the ids are meant as words, call generate() without a TieredCache"
+    )

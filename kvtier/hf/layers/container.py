@@ -1,4 +1,4 @@
-"""The buffers of a cache: its layers, their rows, and the budget they live under. Nothing here knows of turns."""
+"""The layers of one cache: which there are, their rows, and the memory that they live in. Knows no turn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from kvtier.errors import ConfigurationError
 from kvtier.hf.layers.attention import AttentionLayer
@@ -29,62 +29,64 @@ from kvtier.kv.allocation import writable_results
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.offload.accounting import TransferStats
 from kvtier.offload.manager import OffloadManager
 
 _log = logging.getLogger("kvtier.hf")
 
 OpenOffload = Callable[[Callable[[], int]], OffloadManager | None]
-"""``how many layers there are`` → the streams of a cache; None when nothing is ever cold."""
+"""``how many layers there are`` → what moves the pages of a cache's cold layers; None when no layer is ever cold."""
 
 
-class LayerCache(DynamicCache):
-    """A transformers cache of buffers.
+class LayerContainer:
+    """The layers of one cache.
 
     Args:
-        open_streams: opens what its layers live on.
+        open_offload: opens what its cold layers live on.
+
+    Attributes:
+        layers: as transformers has them: attention, states, both, or placeholders of what keeps nothing.
+        config: of the model that they are laid out for; None before the first turn, and while they are being laid out.
+        offload: what moves the pages of cold layers; None without a budget.
+        no_reuse: why what these layers hold cannot be reused; None when it can.
+        fed_columns: columns that were fed, where no layer can tell.
     """
 
     def __init__(self, open_offload: OpenOffload) -> None:
-        Cache.__init__(self, layers=[])
-        self._offload = open_offload(lambda: len(self._attention_layers))
-        self._config: PreTrainedConfig | None = None
-        self._no_reuse: str | None = None
+        self.layers: list[Any] = []
+        self.offload = open_offload(lambda: len(self.attention))
+        self.config: PreTrainedConfig | None = None
+        self.no_reuse: str | None = None
+        self.fed_columns = 0
         self._config_values: dict[str, Any] = {}
         self._laid_out: list[tuple[type, dict[str, Any]]] = []
         self._warned_of: PreTrainedConfig | None = None
-        self._fed_columns = 0
         self._calls: Counter[tuple[str, int, int]] = Counter()
         """``(what, layer, which of its states)`` → how often a model changed states of a layer in the current turn."""
 
-    def __getattr__(self, name: str) -> Any:
-        """Say what to do about layers that were deleted; called for attributes that are missing."""
-        if name == "layers":
-            raise ConfigurationError("the layers of this TieredCache were deleted; call reset(), or make a new one")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+    # --- layout -----------------------------------------------------------------------------------------------------
 
     @property
     def _make(self) -> MakeLayerMemory | None:
-        return self._offload.layer if self._offload is not None else None
+        return self.offload.layer if self.offload is not None else None
 
-    def _lay_out(self, config: PreTrainedConfig | None) -> None:
+    def lay_out(self, config: PreTrainedConfig | None) -> None:
         """Let go of what is held, and have empty layers for a model."""
-        self._config = None  # until the layers are whole: an interrupt may come at any time
-        self._let_go()
-        self._no_reuse = None
+        self.config = None  # until the layers are whole: an interrupt may come at any time
+        self.let_go()
+        self.no_reuse = None
         if config is not None:
             upstream = upstream_layers(config)
             self._config_values, self._laid_out = config_values(config), describe_layers(upstream)
-            self.layers, self._no_reuse = build_layers(config, self._make, upstream)
-        self._config = config
-        why = self._no_reuse or (None if self._attention_layers else "none of its layers keeps K and V alone")
-        if config is not None and why and self._offload is not None and config is not self._warned_of:
+            self.layers, self.no_reuse = build_layers(config, self._make, upstream)
+        self.config = config
+        why = self.no_reuse or (None if self.attention else "none of its layers keeps K and V alone")
+        if config is not None and why and self.offload is not None and config is not self._warned_of:
             self._warned_of = config
             _log.warning("device_budget has no effect on this model: %s", why)
 
-    def _fits(self, config: PreTrainedConfig) -> bool:
+    def fits(self, config: PreTrainedConfig) -> bool:
         """Whether the layers are those that ``config`` lays out now: it may have been edited since."""
-        if config is not self._config or self._has_grown:
+        if config is not self.config or self.has_grown:
             return False
         values = config_values(config)
         if values != self._config_values:
@@ -94,126 +96,100 @@ class LayerCache(DynamicCache):
         return True
 
     @property
-    def _has_grown(self) -> bool:
+    def has_grown(self) -> bool:
         """Whether there are more or fewer layers than the config lays out: a model may append its own."""
-        return self._config is not None and len(self.layers) != len(self._laid_out)
+        return self.config is not None and len(self.layers) != len(self._laid_out)
 
-    def _let_go(self) -> None:
-        for layer in vars(self).get("layers", ()):  # they may have been deleted
+    def let_go(self) -> None:
+        """Hold nothing."""
+        for layer in self.layers:
             if isinstance(layer, AttentionLayer):
                 layer.reset()
         self.layers = []
-        self._fed_columns = 0
+        self.fed_columns = 0
+
+    def layer(self, index: int) -> Any:
+        """Return a layer. Where no config is known, layers of full attention are made as they are asked for."""
+        layers = self.layers
+        while len(layers) <= index:
+            layers.append(build_layer(len(self.attention), self._make))
+        return layers[index]
+
+    # --- what is held -----------------------------------------------------------------------------------------------
 
     @property
-    def _attention_layers(self) -> list[AttentionLayer]:
+    def attention(self) -> list[AttentionLayer]:
+        """Layers that keep K and V, in the order in which the store keeps their pages."""
         return attention_layers_of(self.layers)
 
     @property
-    def _states(self) -> dict[int, Any]:
+    def filled(self) -> list[AttentionLayer]:
+        """Of these, the ones that the model fills in every pass, or has filled."""
+        return [layer for layer in self.attention if layer.is_used or not layer.is_optional]
+
+    @property
+    def states(self) -> dict[int, Any]:
         """Layers that keep what is only valid after one token, by their indices."""
         return {index: layer for index, layer in enumerate(self.layers) if has_states(layer)}
 
-    def _layer(self, layer_idx: int) -> Any:
-        """Return a layer. Where no config is known, layers of full attention are made as they are asked for."""
-        layers = self.layers
-        while len(layers) <= layer_idx:
-            layers.append(build_layer(len(self._attention_layers), self._make))
-        return layers[layer_idx]
+    @property
+    def row_count(self) -> int:
+        """Sequences held."""
+        rows = (layer.rows for layer in self.attention)
+        return max((*rows, *map(rows_of, self.states.values())), default=0)
 
-    def _feeding_states(self) -> None:
-        """Note that a model is about to change states."""
+    @property
+    def counts_columns(self) -> bool:
+        """Whether any layer can tell how many columns it holds; there may be no layer yet."""
+        return not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
 
-    # Layers of linear attention tell nobody how many tokens they have seen: one forward pass asks the first of them for
-    # its state once, and gives it all new tokens, unless there is only one.
-    @torch.compiler.disable
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """Return a layer's convolution state; None before the first token.
+    @property
+    def columns(self) -> int:
+        """Columns of the first layer that can tell; where none can, those that were fed."""
+        if not self.counts_columns:
+            return self.fed_columns
+        return next((int(layer.get_seq_length()) for layer in self.layers if isinstance(layer, CacheLayerMixin)), 0)
 
-        Raises:
-            ConfigurationError: the cache has no such layer with states.
-        """
-        self._feeding_states()
-        self._check_has_states(layer_idx)
-        self._calls["get_conv_state", layer_idx, state_idx] += 1
-        if state_idx == 0 and layer_idx == self._first_linear:
-            self._fed_columns += 1
-        state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
-        return state
+    @property
+    def common_columns(self) -> int:
+        """Columns that every layer has."""
+        return min((layer.length for layer in self.filled), default=self.columns)
 
-    @torch.compiler.disable
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> torch.Tensor:
-        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see.
+    def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
+        """Let row ``i`` of every layer be its former row ``rows[i]``; ``move`` does it for one layer with K and V."""
+        for layer in self.layers:
+            if has_states(layer) and not isinstance(layer, (HybridLayer, HybridSlidingLayer)):
+                move_rows(layer, lambda states: states[rows.to(states.device)])
+            else:
+                move(layer)
 
-        Raises:
-            ConfigurationError: the cache has no such layer with states.
-        """
-        self._feeding_states()
-        self._check_has_states(layer_idx)
-        self._calls["update_conv_state", layer_idx, state_idx] += 1
-        if state_idx == 0 and layer_idx == self._first_linear:
-            self._fed_columns += conv_states.shape[-1] - 1
-        with writable_results():
-            seen: torch.Tensor = super().update_conv_state(conv_states.detach(), layer_idx, state_idx, **kwargs)
-        return seen
+    # --- layers with states -----------------------------------------------------------------------------------------
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """Return a layer's recurrent state; None before the first token.
+    # They tell nobody how many tokens they have seen: one forward pass asks the first of them for its state once, and
+    # gives it all new tokens, unless there is only one.
 
-        Raises:
-            ConfigurationError: the cache has no such layer with states.
-        """
-        self._check_has_states(layer_idx)
-        state: torch.Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
-        return state
+    def asked_for_conv_state(self, index: int, state: int) -> None:
+        """Note that a model asks for a convolution state."""
+        self._calls["get_conv_state", index, state] += 1
+        if state == 0 and index == self._first_linear:
+            self.fed_columns += 1
 
-    @torch.compiler.disable
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> torch.Tensor:
-        """Give a layer its new state; return it.
+    def updating_conv_state(self, index: int, state: int, columns: int) -> None:
+        """Note that a model gives ``columns`` new tokens to a convolution."""
+        self._calls["update_conv_state", index, state] += 1
+        if state == 0 and index == self._first_linear:
+            self.fed_columns += columns - 1
 
-        Raises:
-            ConfigurationError: the cache has no such layer with states.
-        """
-        self._feeding_states()
-        self._check_has_states(layer_idx)
-        self._calls["update_recurrent_state", layer_idx, state_idx] += 1
-        with writable_results():
-            state: torch.Tensor = super().update_recurrent_state(
-                recurrent_states.detach(), layer_idx, state_idx, **kwargs
-            )
-        return state
+    def updating_recurrent_state(self, index: int, state: int) -> None:
+        """Note that a model replaces a recurrent state."""
+        self._calls["update_recurrent_state", index, state] += 1
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Return whether a layer with states, by default the last one, has seen tokens.
+    def begin_counting(self, columns: int) -> None:
+        """Note that a turn begins that goes on after ``columns`` columns."""
+        self._calls.clear()
+        self.fed_columns = columns
 
-        Raises:
-            ConfigurationError: the cache has no such layer with states.
-        """
-        if layer_idx is None or layer_idx < len(self.layers):
-            self._check_has_states(layer_idx)
-        state = (layer_idx,) if state_idx is None else (layer_idx, state_idx)
-        return bool(super().has_previous_state(*state))
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Return whether a layer keeps what ``crop`` needs to take states back."""
-        return layer_idx < len(self.layers) and bool(getattr(self.layers[layer_idx], "record_past", False))
-
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Append ``[batch, new tokens, dim]`` to a layer's indexer; return the indexer's keys of all tokens.
-
-        Raises:
-            ConfigurationError: the cache has no such layer with an indexer.
-        """
-        if layer_idx >= len(self.layers) or not hasattr(self.layers[layer_idx], "update_indexer"):
-            raise self._no_layer(layer_idx, "an indexer")
-        keys: torch.Tensor = self.layers[layer_idx].update_indexer(indexer_key_states)
-        return keys
-
-    def _in_step(self, passes: int, *, ended: bool) -> bool:
+    def in_step(self, passes: int, *, ended: bool) -> bool:
         """Whether all layers with states saw the same forward passes of the turn, ``passes`` where buffers count them.
 
         Layers of one kind are called, and written, equally often in a pass. One that ended early leaves a difference.
@@ -222,7 +198,7 @@ class LayerCache(DynamicCache):
         """
         seen: dict[tuple[type, int], set[tuple[Any, ...]]] = {}
         lengths = set()
-        for index, layer in self._states.items():
+        for index, layer in self.states.items():
             if isinstance(layer, CacheLayerMixin):
                 lengths.add(layer.get_seq_length())
             if not isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -242,16 +218,22 @@ class LayerCache(DynamicCache):
         linear = (i for i, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionCacheLayerMixin))
         return next(linear, None)
 
-    def _check_has_states(self, layer_idx: int | None) -> None:
+    def check_has_states(self, layer_idx: int | None) -> None:
+        """Make sure that a layer, or any, keeps states.
+
+        Raises:
+            ConfigurationError: it does not.
+        """
         if layer_idx is None:
             if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
-                raise self._no_layer(None, "states")
+                raise self.no_layer(None, "states")
         elif layer_idx >= len(self.layers) or not isinstance(self.layers[layer_idx], LinearAttentionCacheLayerMixin):
-            raise self._no_layer(layer_idx, "states")
+            raise self.no_layer(layer_idx, "states")
 
-    def _no_layer(self, layer_idx: int | None, what: str) -> ConfigurationError:
+    def no_layer(self, layer_idx: int | None, what: str) -> ConfigurationError:
+        """Return what to raise where a layer was asked for ``what`` it does not have."""
         which = "any layer" if layer_idx is None else f"layer {layer_idx}"
-        if self._config is None:
+        if self.config is None:
             return ConfigurationError(
                 f"{which} of this TieredCache was asked for {what}, but it does not know the model's layers yet: pass "
                 "config=model.config to TieredCache(), or call begin(model, input_ids) before the model"
@@ -263,81 +245,32 @@ class LayerCache(DynamicCache):
             "there: pass the config of the model that is called, or call begin(model, input_ids) first"
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the columns that ``layer_idx`` holds; where no layer can tell, those that were fed."""
-        if self.layers and not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
-            return self._fed_columns
-        return int(super().get_seq_length(layer_idx))
+    # --- a second cache ---------------------------------------------------------------------------------------------
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return the columns that a layer shows at most, or the most of all; -1 where there is no limit."""
-        layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
-        return max((int(layer.get_max_length()) for layer in layers if hasattr(layer, "get_max_length")), default=-1)
-
-    @property
-    def is_compileable(self) -> bool:
-        """Return False: the cache counts, in Python, what it is given."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """Return whether ``crop`` can take tokens back from every layer."""
-        return all(bool(getattr(layer, "is_croppable", False)) for layer in self.layers)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes the former row ``beam_idx[i]``."""
-        self._move_rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._move_rows(indices, lambda layer: layer.batch_select_indices(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, copies next to each other."""
-        rows = torch.arange(self._row_count, device="cpu").repeat_interleave(repeats)
-        self._move_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
-
-    @property
-    def _row_count(self) -> int:
-        rows = (layer.rows for layer in self._attention_layers)
-        return max((*rows, *map(rows_of, self._states.values())), default=0)
-
-    def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
-        """Let row ``i`` of every layer be its former row ``rows[i]``."""
-        for layer in self.layers:
-            if has_states(layer) and not isinstance(layer, (HybridLayer, HybridSlidingLayer)):
-                move_rows(layer, lambda states: states[rows.to(states.device)])
-            else:
-                move(layer)
-
-    def _copy_layers_to(self, twin: LayerCache, memo: dict[int, Any]) -> None:
+    def copy_to(self, twin: LayerContainer, memo: dict[int, Any]) -> None:
         """Let ``twin`` hold the same. Buffers are shared until one of the two writes what the other reads.
 
         Under a budget hot buffers are copied, pages below are shared; the budget is the twin's own.
         """
-        if twin._offload is None or self._offload is None:
-            for layer in self._attention_layers:
+        twin.fed_columns, twin._calls = self.fed_columns, self._calls.copy()
+        if twin.offload is None or self.offload is None:
+            for layer in self.attention:
                 if isinstance(layer.memory, KVBuffer):
                     # A layer that waits for a prefix may yet move what is behind it.
                     live = layer.length if layer.complete else layer.memory.capacity
                     memo[id(layer.memory)] = layer.memory.share(live)
-            for layer in self._states.values():
+            for layer in self.states.values():
                 clone_states(layer, memo)
             with writable_results():
                 twin.layers = copy.deepcopy(self.layers, memo)
             return
-        twin._offload.keep_files_of(self._offload)
+        twin.offload.keep_files_of(self.offload)
         while len(twin.layers) < len(self.layers):
-            twin.layers.append(build_layer(len(twin._attention_layers), twin._make))
-        for ours, theirs in zip(self._attention_layers, twin._attention_layers, strict=True):
-            ours.copy_to(theirs, twin._offload)
-        for index, layer in self._states.items():
+            twin.layers.append(build_layer(len(twin.attention), twin._make))
+        for ours, theirs in zip(self.attention, twin.attention, strict=True):
+            ours.copy_to(theirs, twin.offload)
+        for index, layer in self.states.items():
             copy_states(layer, twin.layers[index])
-
-    @property
-    def transfers(self) -> TransferStats | None:
-        """What streaming has moved since the cache was made; None without a ``device_budget``."""
-        return self._offload.transfers.copy() if self._offload is not None else None
 
 
 def host_pages(memories: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:

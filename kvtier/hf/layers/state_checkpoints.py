@@ -1,4 +1,4 @@
-"""Snapshots of a turn: the states of a cache's layers as they were at the columns where it was worth keeping them."""
+"""Checkpoints of a turn: the states of a cache's layers as they were at the columns where it was worth keeping them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ class StateCheckpoints:
     def taken(self) -> bool:
         """Whether states of this turn were kept."""
         return bool(self._taken)
+
+    def copy(self) -> StateCheckpoints:
+        """Return the same for a cache that holds the same; nobody writes to states that were taken."""
+        twin = StateCheckpoints()
+        twin.live, twin._taken = self.live, dict(self._taken)
+        return twin
 
     def lose(self) -> None:
         """Know nothing: the layers hold something else now."""

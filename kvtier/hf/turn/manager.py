@@ -1,4 +1,4 @@
-"""A cache that takes turns: begins with what is known, keeps what is new. TieredCache is this and its resources."""
+"""TurnManager: begins turns with what is known, and keeps what is new."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from kvtier.errors import BlockError, ClosedError, StreamError, UnannouncedError
+from kvtier.errors import BlockError, ClosedError, PromptError, StreamError, UnannouncedError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
+from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.identity.fingerprint import identify
+from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.inputs.request import GenerateRequest, media_error
-from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer
-from kvtier.hf.layers.container import LayerCache, OpenOffload, host_pages
+from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.layers.attention import SlidingWindowLayer
+from kvtier.hf.layers.container import LayerContainer, host_pages
 from kvtier.hf.layers.layer_marks import LayerMarks
 from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
 from kvtier.hf.layers.prefix_load import PrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
-from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, exclusively, is_serving, running_generate
+from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.plan import MakePrefix, plan_turn
 from kvtier.hf.turn.prefill_plan import plan_pieces
-from kvtier.hf.turn.taker import TurnTaker
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import ResidentPrefix, Turn
 from kvtier.report import TurnReport
@@ -47,25 +48,34 @@ _UNANNOUNCED = (
 )
 
 
-class TurnCache(LayerCache, TurnTaker):
-    """The half of ``TieredCache`` that the hook around ``generate()`` speaks to.
+class TurnManager:
+    """The turns of one cache: what each begins with, what happens to the layers meanwhile, and what is kept of it.
+
+    Guarantees: what a turn begins with belongs to its prompt, or nothing does; whatever ends a turn, the layers then
+    hold tokens that are known, or nothing.
 
     Args:
+        layers: of the cache.
         store: where prefixes are kept.
-        open_streams: opens what its layers live on.
         wait_seconds: how long a call waits for one that is using the cache on another thread.
+
+    Attributes:
+        layers: of the cache.
+        store: where prefixes are kept.
+        wait_seconds: see above.
+        last_turn: the report of the last turn that has begun; None before the first.
+        closed: whether the cache was closed.
 
     Raises:
         ConfigurationError: ``wait_seconds`` is no number of seconds.
     """
 
-    last_turn: TurnReport | None
-
-    def __init__(self, store: PrefixStore, open_offload: OpenOffload, wait_seconds: float = 0.0) -> None:
-        super().__init__(open_offload)
-        self._store = store
-        self._wait_seconds = checked_wait_seconds(wait_seconds)
-        self._closed = False
+    def __init__(self, layers: LayerContainer, store: PrefixStore, wait_seconds: float = 0.0) -> None:
+        self.layers = layers
+        self.store = store
+        self.wait_seconds = checked_wait_seconds(wait_seconds)
+        self.last_turn: TurnReport | None = None
+        self.closed = False
         self._turn: Turn | None = None
         self._resident: ResidentPrefix | None = None
         self._checkpoints = StateCheckpoints()
@@ -74,47 +84,38 @@ class TurnCache(LayerCache, TurnTaker):
         self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the call itself: a number could be given to a later one
         self._longest_answer = 0
-        self.last_turn = None
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call on another thread."""
-        return self._wait_seconds
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, config: PreTrainedConfig | None) -> None:
-        super()._lay_out(config if why_untrusted() is None else None)  # there, layers might not even be made
+    def lay_out(self, config: PreTrainedConfig | None) -> None:
+        """Hold nothing, and have empty layers for a model."""
+        self.layers.lay_out(config if why_untrusted() is None else None)  # there, layers might not even be made
         self._resident = None
         self._checkpoints.lose()
 
-    # Stays outside of what is compiled: it waits for pages, and its buffers outlive the pass.
-    @torch.compiler.disable
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[batch, heads, new tokens, dim]`` to a layer; return the K and V that attention must see.
+    def appending(self, index: int, layer: Any, columns: int) -> None:
+        """Note that a layer is about to be given ``columns`` more.
 
         Raises:
-            BudgetError: ``device_budget`` is too small for so many tokens.
             BusyError: something else than the running ``generate()`` has changed the layer.
             ClosedError: the cache was closed.
-            StreamError: a page of a cold layer is lost, or cannot be written.
             UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
-        layers = self.layers
-        layer = layers[layer_idx] if layer_idx < len(layers) else self._layer(layer_idx)
         turn = self._turn
         if turn is None:
             self._feed_unannounced()
         else:
-            turn.appending(layer_idx, layer.get_seq_length(), key_states.shape[2])
-        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        return states
+            turn.appending(index, layer.get_seq_length(), columns)
 
-    # Models without attention come here alone.
-    def _feeding_states(self) -> None:
+    def changing_states(self) -> None:
+        """Note that a model is about to change states: models without attention come here alone.
+
+        Raises:
+            ClosedError: the cache was closed.
+            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
+            UninstalledError: ``uninstall()`` was called, and no turn has begun.
+        """
         if self._turn is None:
             self._feed_unannounced()
 
@@ -124,61 +125,64 @@ class TurnCache(LayerCache, TurnTaker):
         A ``generate()`` that kvtier did not see takes what the cache holds for the beginning of its prompt. One that
         finds the cache empty is right, as long as it is the same call.
         """
-        self._check_open()
+        self.check_open()
         check_wrapped()
         running = running_generate()
-        holds_tokens = self._resident is not None or bool(self.get_seq_length())
+        holds_tokens = self._resident is not None or bool(self.layers.columns)
         if running is not None and running is not self._unseen_generate and holds_tokens:
             raise UnannouncedError(_UNANNOUNCED)
         self._unseen_generate = running
         self._resident = None  # tokens without a name
 
-    def reset(self) -> None:
-        """Hold nothing. The store keeps what it has.
-
-        Raises:
-            BusyError: another call is using the cache.
-        """
-        exclusively(self, "reset()", self.start_over)
-
     def start_over(self) -> None:
         """Hold nothing, and forget the turn."""
         self._unseen_generate = None
         self._end_turn()
-        self._lay_out(self._config)
+        self.lay_out(self.layers.config)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens."""
+    def cropping(self) -> None:
+        """Note that tokens are about to be taken back from every layer."""
         self._checkpoints.live = None
-        super().crop(tokens_to_remove)
-        if self._turn is not None and tokens_to_remove:
-            ends = {index: self.layers[index].get_seq_length() for index in self._turn.ends}
-            self._turn.cropped(self.get_seq_length(), ends)
 
-    def _move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
-        before, turn = self._row_count, self._turn
+    def cropped(self) -> None:
+        """Note that tokens were taken back from every layer."""
+        if self._turn is not None:
+            ends = {index: self.layers.layers[index].get_seq_length() for index in self._turn.ends}
+            self._turn.cropped(self.layers.columns, ends)
+
+    def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
+        """Let row ``i`` of every layer be its former row ``rows[i]``; ``move`` does it for one layer with K and V."""
+        before, turn = self.layers.row_count, self._turn
         # Until every layer has moved, an interrupt leaves rows that differ between layers: nothing of it can be kept.
         self._turn, self._resident = (Turn.off("rows were being moved") if turn else None), None
-        super()._move_rows(rows, move)
+        self.layers.move_rows(rows, move)
         self._turn = turn
         if turn is not None:
             turn.rows_moved(rows, before)
 
-    def _begin(self, model: PreTrainedModel, request: GenerateRequest) -> TurnReport:
-        self._check_open()
+    # --- a turn -----------------------------------------------------------------------------------------------------
+
+    def begin(self, model: PreTrainedModel, request: GenerateRequest) -> TurnReport:
+        """Begin a turn of ``model``, whose pages may still be on their way.
+
+        Raises:
+            ClosedError: the cache was closed.
+            PromptError: media of the prompt were not passed, and the turn does not begin with them.
+        """
+        self.check_open()
         self._longest_answer = request.longest_answer
         # These take tokens back, or may do anything. Of calls whose arguments were not read, nothing is known.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
-        self._salvage()
+        self.abort()
         start = partial(self._start_request, request)
         prompt, off = request.prompt, why_untrusted() or request.off
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             off = off or "the model has no config"
-        elif not self._fits(config):
-            self._lay_out(config)
-        off = off or self._no_reuse or (why_off(model) if config is not None else None)
-        states = bool(self._states)
+        elif not self.layers.fits(config):
+            self.lay_out(config)
+        off = off or self.layers.no_reuse or (why_off(model) if config is not None else None)
+        states = bool(self.layers.states)
         if prompt is not None and not off and states and prompt.is_padded:  # then K and V depend on it as well
             off = "padding would go into the states of this model"
         if prompt is not None and not off:
@@ -187,12 +191,12 @@ class TurnCache(LayerCache, TurnTaker):
             return start(Turn.off(off or "the prompt is empty"))
         started = time.perf_counter()
         tokens = np.unique(np.concatenate(prompt.rows))
-        identity = identify(model, self._store.namespace, self._store.block_size, tokens)
+        identity = identify(model, self.store.namespace, self.store.block_size, tokens)
         if isinstance(identity, NotReusable):
             return start(Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root
         if changed:
-            self._lay_out(self._config)
+            self.lay_out(self.layers.config)
         self._root = identity.root
         if states and self._is_spread(model):
             return start(Turn.off("states of layers on several devices are not restored"))
@@ -205,13 +209,11 @@ class TurnCache(LayerCache, TurnTaker):
             trace = TokenTrace(prompt) if request.watched and prompt.plain else None
             return start(Turn(prompt, identity, None, cold, prompt_only=True, trace=trace, custom=request.custom))
         while True:
-            turn = plan_turn(
-                prompt, identity, self._resident_now(), self._store, self._prefix_for(model), states=states
-            )
+            turn = plan_turn(prompt, identity, self._resident_now(), self.store, self._prefix_for(model), states=states)
             turn.match_seconds = time.perf_counter() - started
             if turn.prefix is None:
                 if not any(turn.known):
-                    turn.reason = "nothing known begins so"
+                    turn.reason = "no stored prefix matches the start of this prompt"
                 if changed:
                     turn.reason = "the model is not the one that filled this cache"
                 elif turn.known_columns and states:
@@ -233,8 +235,8 @@ class TurnCache(LayerCache, TurnTaker):
         Raises:
             ClosedError: the cache was closed.
         """
-        self._check_open()
-        self._salvage()
+        self.check_open()
+        self.abort()
         return self._resident_now()
 
     def _start_request(
@@ -261,17 +263,17 @@ class TurnCache(LayerCache, TurnTaker):
         return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
     def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
-        if self._offload is None:
+        if self.layers.offload is None:
             return PrefixLoad
-        return partial(OffloadedPrefixLoad, self._offload, None if self._is_spread(model) else model.device)
+        return partial(OffloadedPrefixLoad, self.layers.offload, None if self._is_spread(model) else model.device)
 
     def _hides_rows(self, prompt: Prompt) -> bool:
         """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
         trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
         if trailing <= 0:
             return False
-        text = self._config.get_text_config(decoder=True) if self._config is not None else None
-        widths = [layer.sliding_window for layer in self._attention_layers if isinstance(layer, SlidingWindowLayer)]
+        text = self.layers.config.get_text_config(decoder=True) if self.layers.config is not None else None
+        widths = [layer.sliding_window for layer in self.layers.attention if isinstance(layer, SlidingWindowLayer)]
         return bool(widths) and (trailing >= min(widths) or bool(getattr(text, "attention_chunk_size", None)))
 
     def _resident_now(self) -> ResidentPrefix | None:
@@ -279,25 +281,26 @@ class TurnCache(LayerCache, TurnTaker):
 
         None where anything else has changed a layer since, by whatever way.
         """
-        if self._resident is None or not self.layers or self._marks is None or not self._marks.still_hold(self.layers):
+        if (
+            self._resident is None
+            or not self.layers.layers
+            or self._marks is None
+            or not self._marks.still_hold(self.layers.layers)
+        ):
             return None
-        if not self._attention_layers:
+        if not self.layers.attention:
             return self._resident
-        lengths = {layer.length for layer in self._filled}
-        if len(lengths) != 1 or not all(layer.complete for layer in self._filled):
+        lengths = {layer.length for layer in self.layers.filled}
+        if len(lengths) != 1 or not all(layer.complete for layer in self.layers.filled):
             return None
         return self._resident.cut(lengths.pop())
-
-    @property
-    def _filled(self) -> list[AttentionLayer]:
-        return [layer for layer in self._attention_layers if layer.is_used or not layer.is_optional]
 
     def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
         self._resident = self._unseen_generate = None  # first of all: from here on, pages may land in the buffers
         if turn.prefix is None:
-            self._lay_out(self._config)
+            self.lay_out(self.layers.config)
         else:
-            layers = self._attention_layers
+            layers = self.layers.attention
             assert turn.prompt is not None
             try:
                 if model is not None:
@@ -305,33 +308,32 @@ class TurnCache(LayerCache, TurnTaker):
                 turn.prefix.start([layer.memory for layer in layers], turn.prompt.columns)
                 for index, layer in enumerate(layers):
                     layer.expect(turn.prefix, index)
-                if self._states and model is not None:
+                if self.layers.states and model is not None:
                     self._start_states(turn.prefix, model, repeats)
             except BaseException:
                 turn.prefix.close()
                 raise
         turn.is_strict = self._is_strict
         self._turn, self._marks = turn, None
-        self._calls.clear()
-        self._fed_columns = turn.prefix.columns if turn.prefix is not None else 0
-        if self._offload is not None:
-            self._offload.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
+        self.layers.begin_counting(turn.prefix.columns if turn.prefix is not None else 0)
+        if self.layers.offload is not None:
+            self.layers.offload.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
         self.last_turn = turn.report()
         return self.last_turn
 
     def _start_states(self, prefix: PrefixLoad, model: PreTrainedModel, repeats: int) -> None:
         if not prefix.has_states:
-            self._checkpoints.go_on(self._states, repeats)
+            self._checkpoints.go_on(self.layers.states, repeats)
             return
         try:
-            self._checkpoints.put(self._states, prefix.states(), model.device, repeats)
+            self._checkpoints.put(self.layers.states, prefix.states(), model.device, repeats)
         except UnreadableError as error:
             raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
 
     def begin_without_reuse(self, reason: str) -> None:
         """Begin a turn with empty layers that neither reuses nor is kept."""
-        self._check_open()
-        self._salvage()
+        self.check_open()
+        self.abort()
         self._is_strict = False
         self._start(Turn.off(reason))
 
@@ -346,37 +348,63 @@ class TurnCache(LayerCache, TurnTaker):
         self.last_turn = Turn.off(reason).report()
 
     @property
-    def _has_states(self) -> bool:
-        return bool(self._states)
+    def turn(self) -> Turn | None:
+        """The turn that has begun and is not committed."""
+        return self._turn
 
     @property
-    def _fed(self) -> TokenTrace | None:
+    def has_states(self) -> bool:
+        """Whether any layer keeps what is only valid after one token."""
+        return bool(self.layers.states)
+
+    @property
+    def trace(self) -> TokenTrace | None:
+        """What of this turn was seen to be fed; None where nobody needs to watch."""
         return self._turn.trace if self._turn is not None else None
 
-    def _common_length(self) -> int:
-        """Return the columns that every layer has."""
-        return min((layer.length for layer in self._filled), default=self.get_seq_length())
-
-    def _pieces(self) -> Sequence[tuple[int, int]]:
+    def prefill_chunks(self) -> Sequence[tuple[int, int]]:
+        """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
         return self._turn.pieces if self._turn is not None else ()
 
-    def _passed(self, column: int) -> None:
+    def prefilled(self, column: int) -> None:
+        """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
         turn = self._turn
-        if turn is None or turn.prompt is None or not self._states:
+        if turn is None or turn.prompt is None or not self.layers.states:
             return
-        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self._in_step(
+        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self.layers.in_step(
             turn.passes, ended=True
         ):
-            self._checkpoints.take(self._states, column, len(turn.prompt.rows))
+            self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
 
-    def _commit(self, sequences: Any, eos_ids: Iterable[int], *, whole: bool = True) -> TurnReport:
+    def can_start_again(self) -> bool:
+        """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
+        return any(not layer.complete for layer in self.layers.attention)
+
+    def kept_row(self, row: int) -> tuple[str, TokenIds]:
+        """Return the root and the tokens of a row that the last turn kept.
+
+        Raises:
+            PromptError: it kept nothing, or has no such row.
+        """
+        if self._resident is None or self._root is None or not 0 <= row < len(self._resident.rows):
+            reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
+            raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
+        return self._root, self._resident.rows[row]
+
+    def commit(self, sequences: Any, eos_ids: Iterable[int] = (), *, whole: bool = True) -> TurnReport:
+        """End the turn: keep prompt and generated tokens.
+
+        Whatever goes wrong, the answer is there: nothing is raised, and nothing is kept then.
+
+        Args:
+            sequences: what ``generate`` returned; None keeps the prompt alone.
+            eos_ids: ids that end a sequence.
+            whole: whether no forward pass was interrupted.
+        """
         turn, self._turn = self._turn, None
         if turn is None:  # the cache was closed inside generate(), whose answer is right all the same
             self.last_turn = Turn.off("the cache was closed before the turn ended").report()
             return self.last_turn
-        if "layers" not in vars(self):  # they were deleted inside generate()
-            turn = Turn.off("the layers of the cache were deleted")
-            self._lay_out(self._config)
         generated: list[TokenIds] = []
         try:
             if sequences is not None and not turn.reads(sequences):
@@ -384,61 +412,65 @@ class TurnCache(LayerCache, TurnTaker):
                 turn.custom, sequences = True, None  # what was fed may have been seen; nothing else can tell
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
-            named = turn.named(generated, self._row_count, self._common_length(), list(eos_ids))
+            named = turn.named(generated, self.layers.row_count, self.layers.common_columns, list(eos_ids))
             ended = whole and is_serving(self)  # in a loop of one's own, the last pass may have been interrupted
-            if self._states and (whole or not is_serving(self)) and not self._in_step(turn.passes, ended=ended):
+            if (
+                self.layers.states
+                and (whole or not is_serving(self))
+                and not self.layers.in_step(turn.passes, ended=ended)
+            ):
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
-                self._lay_out(self._config)
-            elif self._has_grown:
+                self.lay_out(self.layers.config)
+            elif self.layers.has_grown:
                 turn.reason = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
                 self._keep(named, turn, whole)
         except Exception as error:
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
-            self._lay_out(self._config)
+            self.lay_out(self.layers.config)
         finally:
             if turn.prefix is not None:
                 turn.prefix.close()
         report = turn.report(generated)
-        self.last_turn = self._offload.account(report) if self._offload is not None else report
+        self.last_turn = self.layers.offload.account(report) if self.layers.offload is not None else report
         return self.last_turn
 
     def _keep(self, named: ResidentPrefix, turn: Turn, whole: bool) -> None:
         """Keep the tokens whose K and V every buffer holds; ``whole``: no forward pass was interrupted."""
-        layers = self._filled
+        layers = self.layers.filled
         if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
-            self._lay_out(self._config)
+            self.lay_out(self.layers.config)
             return
-        length = self._common_length()
+        length = self.layers.common_columns
         for layer in layers:  # an interrupt may have left some layers a step ahead
             layer.length = length
         resident = named.cut(length)
-        states = self._states_of(resident, turn, length, whole) if self._states else None
+        states = self._states_of(resident, turn, length, whole) if self.layers.states else None
         try:
             self._store_rows(resident, turn, states)
         except StreamError as error:
             _log.warning("this turn is not kept: %s", error)
-            self._lay_out(self._config)
+            self.lay_out(self.layers.config)
             return
         except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept in the store: %s", error)
         self._resident = replace(resident, live=self._checkpoints.live)
-        self._marks = LayerMarks(self.layers)
+        self._marks = LayerMarks(self.layers.layers)
 
     def _store_rows(
         self, resident: ResidentPrefix, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None
     ) -> None:
         assert turn.identity is not None
         root, manifest = turn.identity.root, turn.identity.manifest
-        memories = [layer.memory for layer in self._attention_layers]
+        memories = [layer.memory for layer in self.layers.attention]
         if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
             _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
             return
         for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
             read = partial(host_pages, memories, row, pad)
-            self._store.commit(root, tokens, read, manifest, None if states is None else states[row])
+            self.store.commit(root, tokens, read, manifest, None if states is None else states[row])
 
     def _states_of(
         self, resident: ResidentPrefix, turn: Turn, length: int, whole: bool
@@ -453,7 +485,7 @@ class TurnCache(LayerCache, TurnTaker):
             states = self._checkpoints.of(prompt_row)
             at_end = whole and len(resident.rows[row]) == length
             if at_end and turn.keeps_answer_states and length not in states:
-                last = self._checkpoints.take_last(self._states, row)
+                last = self._checkpoints.take_last(self.layers.states, row)
                 if last is not None:
                     states[length] = last
             live = live and at_end and length in states
@@ -462,29 +494,62 @@ class TurnCache(LayerCache, TurnTaker):
         self._checkpoints.live = length if live else None
         return by_row
 
-    def _salvage(self) -> None:
+    def abort(self) -> None:
+        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
         turn = self._turn
         if turn is None:
             return
-        if "layers" not in vars(self):
-            self.start_over()
-            return
+        attention = self.layers.attention
         # In a first pass that was interrupted, a buffer that is still to be filled looks like one that never is.
-        begun = all(layer.complete and layer.length and layer.memory is not None for layer in self._attention_layers)
-        if turn.prompt is not None and begun and (self._attention_layers or self._checkpoints.taken):
+        begun = all(layer.complete and layer.length and layer.memory is not None for layer in attention)
+        if turn.prompt is not None and begun and (attention or self._checkpoints.taken):
             turn.prompt_only = True
-            self._commit(None, (), whole=False)
+            self.commit(None, whole=False)
         else:
             self.start_over()
-
-    def _can_start_again(self) -> bool:
-        return any(not layer.complete for layer in self._attention_layers)
 
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, None
         if turn is not None and turn.prefix is not None:
             turn.prefix.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
+    def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
+        """Let ``twin``, the manager of a second cache, hold the same, and go on with the same turn."""
+        turn, offload = self._turn, twin.layers.offload
+        if turn is not None and turn.prefix is not None and self.layers.offload is None:
+            turn.prefix.wait()  # what is on its way lands in buffers that are about to be shared
+        if offload is not None and turn is not None and turn.prompt is not None:
+            offload.begin_turn(turn.prompt.columns, self._longest_answer)
+        self.layers.copy_to(twin.layers, memo)
+        if turn is not None:
+            twin._turn = turn.twin(memo if self.can_start_again() else None)
+        if self._resident is not None and self._marks is not None and self._marks.still_hold(self.layers.layers):
+            twin._resident, twin._marks = self._resident, LayerMarks(twin.layers.layers)
+        twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
+
+    def close(self) -> None:
+        """Forget the turn, and let go of the buffers."""
+        self._end_turn()
+        self.layers.let_go()
+        self._resident, self.closed = None, True
+
+    def check_open(self) -> None:
+        """Make sure that the cache is open.
+
+        Raises:
+            ClosedError: it was closed.
+        """
+        if self.closed:
             raise ClosedError("this TieredCache was closed; make a new one")
+
+
+def turns_of(value: Any) -> TurnManager | None:
+    """Return what manages the turns of a cache, or of the decoder's cache inside of it; None for anything else."""
+    cache = decoder_cache(value)
+    turns = getattr(cache, "turns", None) if isinstance(cache, DynamicCache) else None
+    return turns if isinstance(turns, TurnManager) else None
+
+
+def managed_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments, whatever their names, that are caches with a ``TurnManager``, bare or wrapped."""
+    return {name: value for name, value in arguments.items() if turns_of(value) is not None}

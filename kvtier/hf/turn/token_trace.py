@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,8 +156,8 @@ class TokenTrace:
 
 
 @contextmanager
-def watching(model: torch.nn.Module, cache: Any) -> Iterator[None]:
-    """Tell ``cache`` of every forward pass of ``model`` that is given it."""
+def watching(model: torch.nn.Module, cache: Any, current: Callable[[], TokenTrace | None]) -> Iterator[None]:
+    """Tell the ``current`` trace of every forward pass of ``model`` that is given ``cache``."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     takes_positions = "position_ids" in names
 
@@ -168,12 +168,12 @@ def watching(model: torch.nn.Module, cache: Any) -> Iterator[None]:
         return arguments if any(arguments.get(name) is cache for name in CACHE_ARGUMENTS) else None
 
     def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        arguments, trace = given(args, kwargs), cache._fed
+        arguments, trace = given(args, kwargs), current()
         if arguments is not None and trace is not None:
             trace.passing(arguments, cache.get_seq_length(), takes_positions)
 
     def after(_: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
-        trace = cache._fed
+        trace = current()
         if output and trace is not None and given(args, kwargs) is not None:
             trace.passed()
 

@@ -191,7 +191,9 @@ def test_states_in_a_graph_can_be_forked(build, store):
         cache.begin(model, ids)
         model(ids, **given(model, cache))
         with cache.fork() as twin:
-            assert not any(s.requires_grad for layer in twin._states.values() for s in layer.recurrent_states.values())
+            states = [s for layer in twin.turns.layers.states.values() for s in layer.recurrent_states.values()]
+            assert states
+            assert not any(state.requires_grad for state in states)
 
 
 def test_a_cache_cannot_be_pickled(cache):

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-
 import pytest
 import torch
 
 from kvtier import PrefixStore, TieredCache
+from tests.support.interrupts import Interrupt
 from tests.support.upstream import CACHE
 
 LAYERS = 3
-
-
-class Interrupt:
-    """Raises ``KeyboardInterrupt`` in the forward pass number ``at_pass`` of a module, before or after it ran.
-
-    It comes from a profiler: a hook, or another class, would make it another model.
-    """
-
-    def __init__(self, module, at_pass, before):
-        self._module, self._left = module, at_pass
-        self._event = "call" if before else "return"
-        self._code = inspect.unwrap(type(module).forward).__code__
-
-    def _profile(self, frame, event, argument):
-        if event == self._event and frame.f_code is self._code and frame.f_locals.get("self") is self._module:
-            self._left -= 1
-            if self._left < 0:
-                raise KeyboardInterrupt
-
-    def __enter__(self):
-        self._before = sys.getprofile()
-        sys.setprofile(self._profile)
-        return self
-
-    def __exit__(self, *_):
-        sys.setprofile(self._before)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -19,14 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier import BusyError, ClosedError, ConfigurationError, PromptError, TieredCache
 from kvtier.hf.turn import exclusive_use
-from kvtier.hf.turn.manager import TurnCache
+from kvtier.hf.turn.manager import TurnManager
 from tests.support.interrupts import InterruptAtLine
 from tests.support.upstream import CACHE
 
 LONG_SECONDS = 60.0  # no test waits as long, unless it fails
 
 
-class Backoff(BaseStreamer, StoppingCriteria):
+class Pause(BaseStreamer, StoppingCriteria):
     """Holds a ``generate()`` at its first new token until ``go_on``, and may stop it there."""
 
     def __init__(self, error=None, stops=False):
@@ -133,7 +133,7 @@ ENDS = {"ends": {}, "stopped": {"stops": True}, "raises": {"error": RuntimeError
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("ask", ASKS)
 def test_the_second_waits_and_goes_on(model, generate, tokens, patient, ask, end):
-    ids, pause = tokens(30), Backoff(**ENDS[end])
+    ids, pause = tokens(30), Pause(**ENDS[end])
     longer = torch.cat([ids, tokens(6, seed=1)], 1)
     expected = answer(model, generate, None, longer)
     first = Elsewhere(lambda: generate(model, ids, patient, streamer=pause, stopping_criteria=[pause]))
@@ -154,7 +154,7 @@ def test_the_second_waits_and_goes_on(model, generate, tokens, patient, ask, end
 @pytest.mark.parametrize("wait_seconds", [0, 0.01])
 @pytest.mark.parametrize("ask", ASKS)
 def test_a_wait_ends_with_an_error_that_names_the_setting(model, generate, tokens, store, ask, wait_seconds):
-    ids, pause = tokens(30), Backoff()
+    ids, pause = tokens(30), Pause()
     expected = answer(model, generate, None, ids)
     with TieredCache(store, wait_seconds=wait_seconds) as cache:
         first = Elsewhere(lambda: answer_with(model, generate, cache, ids, pause))
@@ -201,11 +201,11 @@ def test_the_same_thread_never_waits(model, generate, tokens, patient, what):
 
 @pytest.mark.parametrize(
     ("what", "of"),
-    [("begin", TurnCache._begin), ("commit", TurnCache._commit), ("reset", TurnCache.start_over)],
+    [("begin", TurnManager.begin), ("commit", TurnManager.commit), ("reset", TurnManager.start_over)],
 )
 def test_a_second_call_waits_for_begin_commit_and_reset_too(model, generate, tokens, patient, what, of):
     """Otherwise what waited for one turn would come into the next one, which waited as well."""
-    ids, pause = tokens(30), Backoff()
+    ids, pause = tokens(30), Pause()
     expected = answer(model, generate, None, ids)
     first_of = {
         "reset": patient.reset,
@@ -241,7 +241,7 @@ def test_a_second_call_waits_for_begin_commit_and_reset_too(model, generate, tok
 
 @pytest.mark.parametrize("what", ["begin", "commit"])
 def test_a_cache_that_is_closed_meanwhile(model, generate, tokens, patient, what):
-    ids, pause = tokens(30), Backoff()
+    ids, pause = tokens(30), Pause()
     asks = {"begin": lambda: patient.begin(model, ids), "commit": lambda: patient.commit(ids)}
     first = Elsewhere(lambda: answer_with(model, generate, patient, ids, pause))
     assert pause.inside.wait(LONG_SECONDS)
@@ -276,7 +276,7 @@ def test_by_default_nothing_waits(store):
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
 def test_an_interrupt_ends_the_wait(model, generate, tokens, patient):
-    ids, pause, over, came = tokens(30), Backoff(), threading.Event(), []
+    ids, pause, over, came = tokens(30), Pause(), threading.Event(), []
     main = threading.get_ident()
 
     def once(*_):
@@ -363,7 +363,7 @@ def in_a_child(what):
 class TestChildren:
     @pytest.mark.parametrize("what", ["reset", "begin", "commit", "generate"])
     def test_a_child_never_waits_for_a_turn_of_its_parent(self, model, generate, tokens, patient, what):
-        ids, pause = tokens(30), Backoff()
+        ids, pause = tokens(30), Pause()
         asks = {
             "reset": patient.reset,
             "begin": lambda: patient.begin(model, ids),
