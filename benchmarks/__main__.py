@@ -32,7 +32,7 @@ NAMES = (
     "ram_tier",
     "writes",
     "eviction",
-    "snapshots",
+    "checkpoints",
     "gpu",
 )
 _WIDTH = 120  # narrower, and the tables lose figures

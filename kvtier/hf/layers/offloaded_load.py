@@ -110,7 +110,7 @@ class OffloadedPrefixLoad(PrefixLoad):
 
     def _held_ends(self) -> list[int]:
         """Return, for each row, the column after the last one that is held already."""
-        return [max(p.pad, min(p.pad + p.window_tokens, self.columns)) for p in self._plans]
+        return [max(p.pad, min(p.pad + p.device_tokens, self.columns)) for p in self._plans]
 
     def _fill_layer(
         self, layer: int, memory: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int

@@ -19,18 +19,13 @@ from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.store.load import LoadJob
 
-# Where the threads that compute leave no core to those that read, each slows the other down by more than the overlap
-# gains: pages that come from RAM or the page cache are waited for first. Those of a slow drive do not come so fast.
-_HEAD_START_BYTES_PER_SECOND = 1e9
-
-
 MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
 """``(K, V)`` → an empty place for K and V like these, ``[batch, heads, tokens, dim]`` each."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Where the first tokens of one row come from: ``window_tokens`` of a held row, then the store.
+    """Where the first tokens of one row come from: ``device_tokens`` of a held row, then the store.
 
     ``pad`` is the column of the row's first token, ``end`` the one after its last, ``source_pad`` that of the first
     token of the held row ``source_row``.
@@ -39,7 +34,7 @@ class RowPlan:
     pad: int
     source_row: int
     source_pad: int
-    window_tokens: int
+    device_tokens: int
     end: int = sys.maxsize
 
 
@@ -58,6 +53,7 @@ class PrefixLoad:
         self.repeats = 1
         self.device = torch.device("cpu")
         self.seconds = 0.0
+        self.overlap_bytes_per_second = 1e9  # of pages that are not waited for before the first layer computes
         self._plans = tuple(plans)
         self._job = job
         self._in_place = held_rows == len(plans) and all(
@@ -178,7 +174,7 @@ class PrefixLoad:
             source = row // repeats
             plan = self._plans[source]
             begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
-            held = max(begin, min(plan.pad + plan.window_tokens, self.columns))
+            held = max(begin, min(plan.pad + plan.device_tokens, self.columns))
             if memory is not old:
                 memory.clear(row, 0, begin)
                 if old is not None:
@@ -194,7 +190,7 @@ class PrefixLoad:
             return None
         if self._job is not None:
             if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
-                self._job.give_head_start(self.restored_bytes / _HEAD_START_BYTES_PER_SECOND)
+                self._job.give_head_start(self.restored_bytes / self.overlap_bytes_per_second)
             self._begun = True
             self._job.wait(layer)
         landed = self._landed[layer]

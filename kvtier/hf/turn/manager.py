@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -14,27 +12,25 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from kvtier.errors import BlockError, ClosedError, PromptError, StreamError, UnannouncedError
+from kvtier.errors import BlockError, ClosedError, PromptError, UnannouncedError
 from kvtier.hf.compat.canary import why_untrusted
-from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.compat.names import decoder_cache
-from kvtier.hf.identity.fingerprint import identify
+from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.inputs.request import GenerateRequest
-from kvtier.hf.layers.attention import SlidingWindowLayer
-from kvtier.hf.layers.container import LayerContainer, host_pages
+from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.layer_marks import LayerMarks
-from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
-from kvtier.hf.layers.prefix_load import PrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
-from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
+from kvtier.hf.turn.admission import admit, why_cold
+from kvtier.hf.turn.candidates import ResidentPrefix
+from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
-from kvtier.hf.turn.plan import MakePrefix, plan_turn
-from kvtier.hf.turn.prefill_plan import plan_pieces
+from kvtier.hf.turn.keep import keep
+from kvtier.hf.turn.start import planned_turn, start_load
 from kvtier.hf.turn.token_trace import TokenTrace
-from kvtier.hf.turn.turn import ResidentPrefix, Turn
+from kvtier.hf.turn.turn import Turn
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
@@ -63,6 +59,7 @@ class TurnManager:
         layers: of the cache.
         store: where prefixes are kept.
         wait_seconds: see above.
+        costs: what plans weigh against each other.
         last_turn: the report of the last turn that has begun; None before the first.
         closed: whether the cache was closed.
 
@@ -73,6 +70,7 @@ class TurnManager:
     def __init__(self, layers: LayerContainer, store: PrefixStore, wait_seconds: float = 0.0) -> None:
         self.layers = layers
         self.store = store
+        self.costs = COSTS
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.closed = False
@@ -174,60 +172,40 @@ class TurnManager:
         # These take tokens back, or may do anything. Of calls whose arguments were not read, nothing is known.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
-        start = partial(self._start_request, request)
-        prompt, off = request.prompt, why_untrusted() or request.off
         config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            off = off or "the model has no config"
-        elif not self.layers.fits(config):
+        if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
             self.lay_out(config)
-        off = off or self.layers.no_reuse or (why_off(model) if config is not None else None)
-        states = bool(self.layers.states)
-        if prompt is not None and not off and states and prompt.is_padded:  # then K and V depend on it as well
-            off = "padding would go into the states of this model"
-        if prompt is not None and not off:
-            off = why_not_so(model, prompt.columns, prompt.is_padded, request.longest_answer)
-        if prompt is None or off or prompt.columns == 0 or not prompt.rows:
-            return start(Turn.off(off or "the prompt is empty"))
+        prompt = admit(model, request, self.layers)
+        if isinstance(prompt, NotReusable):
+            return self._start(request, Turn.off(prompt.reason))
         started = time.perf_counter()
-        tokens = np.unique(np.concatenate(prompt.rows))
-        identity = identify(model, self.store.namespace, self.store.block_size, tokens)
+        identity = identify(model, self.store.namespace, self.store.block_size, np.unique(np.concatenate(prompt.rows)))
         if isinstance(identity, NotReusable):
-            return start(Turn.off(identity.reason))
+            return self._start(request, Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root
         if changed:
             self.lay_out(self.layers.config)
         self._root = identity.root
-        if states and self._is_spread(model):
-            return start(Turn.off("states of layers on several devices are not restored"))
-        cold = request.cold
-        if self._hides_rows(prompt):
-            cold = cold or "right padding fills the whole sliding window, so that a row's last tokens are not visible"
-        if cold:
-            if states:
-                return start(Turn.off(cold))  # drafts that were taken back would still be in the states
-            trace = TokenTrace(prompt) if request.watched and prompt.plain else None
-            return start(Turn(prompt, identity, None, cold, prompt_only=True, trace=trace, custom=request.custom))
+        cold = why_cold(prompt, request, self.layers)
+        if cold is not None:
+            return self._start(request, self._cold_turn(prompt, identity, request, cold))
         while True:
-            turn = plan_turn(prompt, identity, self._resident_now(), self.store, self._prefix_for(model), states=states)
+            turn = planned_turn(
+                model, prompt, identity, request, self._resident_now(), self.layers, self.store, self.costs
+            )
             turn.match_seconds = time.perf_counter() - started
-            if turn.prefix is None:
-                if not any(turn.known):
-                    turn.reason = "no stored prefix matches the start of this prompt"
-                if changed:
-                    turn.reason = "the model is not the one that filled this cache"
-                elif turn.known_columns and states:
-                    turn.reason = "the states of this model are not known within the known prefix"
-            if states:
-                turn.keeps_answer_states = not profile_of(model).decodes_otherwise
-                may_feed = request.feeds and request.repeats == 1 and prompt.plain
-                plan_pieces(turn, token_by_token=profile_of(model).token_by_token, may_feed=may_feed)
-            if request.watched and prompt.plain:
-                turn.trace = TokenTrace(prompt, turn.prefix.columns if turn.prefix is not None else 0)
+            if changed and turn.prefix is None:
+                turn.reason = "the model is not the one that filled this cache"
             try:
-                return start(turn, model, request.repeats)
+                return self._start(request, turn, model)
             except BlockError:
                 continue  # blocks that do not fit the model: they are withheld
+
+    def _cold_turn(self, prompt: Prompt, identity: Identity, request: GenerateRequest, reason: str) -> Turn:
+        if self.layers.states:
+            return Turn.off(reason)  # drafts that were taken back would still be in the states
+        trace = TokenTrace(prompt) if request.watched and prompt.plain else None
+        return Turn(prompt, identity, None, reason, prompt_only=True, trace=trace, custom=request.custom)
 
     def resident(self) -> ResidentPrefix | None:
         """Return the tokens of the last turn whose K and V the cache holds; None when there are none.
@@ -238,43 +216,6 @@ class TurnManager:
         self.check_open()
         self.abort()
         return self._resident_now()
-
-    def _start_request(
-        self, request: GenerateRequest, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1
-    ) -> TurnReport:
-        """Start the ``turn`` of a ``request``.
-
-        Raises:
-            PromptError: media of the call's prompt were not passed, and the turn does not begin with them.
-        """
-        needed = request.prompt.needed if request.prompt is not None else 0
-        if needed > (turn.prefix.columns if turn.prefix is not None else 0):
-            reason = turn.reason or "the turn would begin before the last of it entered"
-            if turn.prefix is not None:
-                turn.prefix.close()
-            if request.inputs is not None:
-                raise media_error(request.missing, reason)
-            turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
-        return self._start(turn, model, repeats)
-
-    @staticmethod
-    def _is_spread(model: PreTrainedModel) -> bool:
-        """Whether the layers of ``model`` are on several devices."""
-        return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-
-    def _prefix_for(self, model: PreTrainedModel) -> MakePrefix:
-        if self.layers.offload is None:
-            return PrefixLoad
-        return partial(OffloadedPrefixLoad, self.layers.offload, None if self._is_spread(model) else model.device)
-
-    def _hides_rows(self, prompt: Prompt) -> bool:
-        """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
-        trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
-        if trailing <= 0:
-            return False
-        text = self.layers.config.get_text_config(decoder=True) if self.layers.config is not None else None
-        widths = [layer.sliding_window for layer in self.layers.attention if isinstance(layer, SlidingWindowLayer)]
-        return bool(widths) and (trailing >= min(widths) or bool(getattr(text, "attention_chunk_size", None)))
 
     def _resident_now(self) -> ResidentPrefix | None:
         """Return what all buffers hold, cut to their length: a crop between turns shortens it.
@@ -295,24 +236,26 @@ class TurnManager:
             return None
         return self._resident.cut(lengths.pop())
 
-    def _start(self, turn: Turn, model: PreTrainedModel | None = None, repeats: int = 1) -> TurnReport:
+    def _start(self, request: GenerateRequest, turn: Turn, model: PreTrainedModel | None = None) -> TurnReport:
+        """Start the ``turn`` of a ``request``.
+
+        Raises:
+            BlockError: blocks do not fit the model; they are not found again.
+            PromptError: media of the call's prompt were not passed, and the turn does not begin with them.
+        """
+        needed = request.prompt.needed if request.prompt is not None else 0
+        if needed > (turn.prefix.columns if turn.prefix is not None else 0):
+            reason = turn.reason or "the turn would begin before the last of it entered"
+            if turn.prefix is not None:
+                turn.prefix.close()
+            if request.inputs is not None:
+                raise media_error(request.missing, reason)
+            turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
         self._resident = self._unseen_generate = None  # first of all: from here on, pages may land in the buffers
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
-            layers = self.layers.attention
-            assert turn.prompt is not None
-            try:
-                if model is not None:
-                    turn.prefix.repeats, turn.prefix.device = repeats, model.device
-                turn.prefix.start([layer.memory for layer in layers], turn.prompt.columns)
-                for index, layer in enumerate(layers):
-                    layer.expect(turn.prefix, index)
-                if self.layers.states and model is not None:
-                    self._start_states(turn.prefix, model, repeats)
-            except BaseException:
-                turn.prefix.close()
-                raise
+            start_load(turn, turn.prefix, self.layers, self._checkpoints, model, request.repeats)
         turn.is_strict = self._is_strict
         self._turn, self._marks = turn, None
         self.layers.begin_counting(turn.prefix.columns if turn.prefix is not None else 0)
@@ -321,21 +264,12 @@ class TurnManager:
         self.last_turn = turn.report()
         return self.last_turn
 
-    def _start_states(self, prefix: PrefixLoad, model: PreTrainedModel, repeats: int) -> None:
-        if not prefix.has_states:
-            self._checkpoints.go_on(self.layers.states, repeats)
-            return
-        try:
-            self._checkpoints.put(self.layers.states, prefix.states(), model.device, repeats)
-        except UnreadableError as error:
-            raise prefix.reject(f"the states of a snapshot cannot be used: {error}") from error
-
     def begin_without_reuse(self, reason: str) -> None:
         """Begin a turn with empty layers that neither reuses nor is kept."""
         self.check_open()
         self.abort()
         self._is_strict = False
-        self._start(Turn.off(reason))
+        self._start(GenerateRequest(reason), Turn.off(reason))
 
     @property
     def has_turn(self) -> bool:
@@ -364,14 +298,14 @@ class TurnManager:
 
     def prefill_chunks(self) -> Sequence[tuple[int, int]]:
         """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
-        return self._turn.pieces if self._turn is not None else ()
+        return self._turn.prefill.chunks if self._turn is not None else ()
 
     def prefilled(self, column: int) -> None:
         """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
         turn = self._turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
-        if (column == turn.prompt.columns or column in turn.snapshot_columns) and self.layers.in_step(
+        if (column == turn.prompt.columns or column in turn.prefill.checkpoint_columns) and self.layers.in_step(
             turn.passes, ended=True
         ):
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
@@ -424,7 +358,11 @@ class TurnManager:
             elif self.layers.has_grown:
                 turn.reason = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
-                self._keep(named, turn, whole)
+                self._resident = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole)
+                if self._resident is None:
+                    self.lay_out(self.layers.config)
+                else:
+                    self._marks = LayerMarks(self.layers.layers)
         except Exception as error:
             # The answer is there: it must not be lost because it cannot be kept.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
@@ -435,64 +373,6 @@ class TurnManager:
         report = turn.report(generated)
         self.last_turn = self.layers.offload.account(report) if self.layers.offload is not None else report
         return self.last_turn
-
-    def _keep(self, named: ResidentPrefix, turn: Turn, whole: bool) -> None:
-        """Keep the tokens whose K and V every buffer holds; ``whole``: no forward pass was interrupted."""
-        layers = self.layers.filled
-        if not all(layer.complete and layer.rows == len(named.rows) for layer in layers):
-            self.lay_out(self.layers.config)
-            return
-        length = self.layers.common_columns
-        for layer in layers:  # an interrupt may have left some layers a step ahead
-            layer.length = length
-        resident = named.cut(length)
-        states = self._states_of(resident, turn, length, whole) if self.layers.states else None
-        try:
-            self._store_rows(resident, turn, states)
-        except StreamError as error:
-            _log.warning("this turn is not kept: %s", error)
-            self.lay_out(self.layers.config)
-            return
-        except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
-            # The answer is there: it must not be lost because it cannot be kept.
-            _log.warning("this turn is not kept in the store: %s", error)
-        self._resident = replace(resident, live=self._checkpoints.live)
-        self._marks = LayerMarks(self.layers.layers)
-
-    def _store_rows(
-        self, resident: ResidentPrefix, turn: Turn, states: Sequence[Mapping[int, torch.Tensor]] | None
-    ) -> None:
-        assert turn.identity is not None
-        root, manifest = turn.identity.root, turn.identity.manifest
-        memories = [layer.memory for layer in self.layers.attention]
-        if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
-            _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
-            return
-        for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
-            read = partial(host_pages, memories, row, pad)
-            self.store.commit(root, tokens, read, manifest, None if states is None else states[row])
-
-    def _states_of(
-        self, resident: ResidentPrefix, turn: Turn, length: int, whole: bool
-    ) -> list[dict[int, torch.Tensor]]:
-        """Return, of each row, the states that are known, by the number of tokens after which they are valid.
-
-        No row is padded: such turns were not begun.
-        """
-        by_row = []
-        live = whole
-        for row, prompt_row in enumerate(turn.prompt_rows(len(resident.rows))):
-            states = self._checkpoints.of(prompt_row)
-            at_end = whole and len(resident.rows[row]) == length
-            if at_end and turn.keeps_answer_states and length not in states:
-                last = self._checkpoints.take_last(self.layers.states, row)
-                if last is not None:
-                    states[length] = last
-            live = live and at_end and length in states
-            by_row.append({column: blob for column, blob in states.items() if column <= length})
-        self._checkpoints.lose()
-        self._checkpoints.live = length if live else None
-        return by_row
 
     def abort(self) -> None:
         """End a turn that was interrupted: keep the part of its prompt that every layer has."""

@@ -1,120 +1,188 @@
-"""The plan of a turn: the longest prefix that buffers and store hold together."""
+"""The plan of a turn, a pure function of what is known: how much is reused, from where, and how the rest is fed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from kvtier.errors import BlockError
-from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.layers.prefix_load import PrefixLoad, RowPlan
-from kvtier.hf.turn.turn import ResidentPrefix, Turn
+from kvtier.hf.layers.prefix_load import RowPlan
+from kvtier.hf.turn.candidates import Candidates
+from kvtier.hf.turn.cost import Costs
 from kvtier.report import Divergence
-from kvtier.store import PrefixStore
-from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.load import LoadJob
+from kvtier.store.chain import BlockId
 from kvtier.store.lookup import Span
 
-MakePrefix = Callable[[int, Sequence[RowPlan], LoadJob | None, int], PrefixLoad]
 
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """How a model can go on from a prefix, and how its prompt can be fed.
 
-def plan_turn(
-    prompt: Prompt,
-    identity: Identity,
-    resident: ResidentPrefix | None,
-    store: PrefixStore,
-    make_prefix: MakePrefix = PrefixLoad,
-    *,
-    states: bool = False,
-) -> Turn:
-    """Return the turn that reuses as much of ``prompt`` as can be, the buffers first.
-
-    Never all of it: the model must still be fed one token. Blocks that turn out to be unusable are not found again, and
-    what is left is planned with. A model with ``states`` can only go on from where they are known.
+    Attributes:
+        states: whether it can only go on from where its states are known.
+        token_by_token: whether it can only go on by one token at a time.
+        may_feed: whether anything can be fed before ``generate`` feeds the rest.
     """
-    plans, from_device = [], []
-    for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
-        source, run = resident.best(tokens, row) if resident else (0, 0)
-        plans.append(RowPlan(pad, source, resident.pads[source] if resident else 0, run, pad + len(tokens)))
-        from_device.append(run)
-    while True:
-        # Where padding follows a row, it is fed that, and may be known as a whole.
-        usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
-        matches = [store.match(identity.root, tokens, n) for tokens, n in zip(prompt.rows, usable, strict=True)]
-        known = [min(n, max(w, m.length)) for w, m, n in zip(from_device, matches, usable, strict=True)]
-        limits = [
-            prompt.columns - 1 if prompt.ends_early(row) and n == usable[row] else prompt.pads[row] + n
-            for row, n in enumerate(known)
-        ]
-        limit = min([prompt.columns - 1, *limits])
-        columns = prompt.cut(limit)
-        divergences = [
-            _divergence(resident.rows[plan.source_row], tokens, plan.window_tokens)
-            if resident and plan.window_tokens > match.length
-            else match.divergence
-            for plan, match, tokens in zip(plans, matches, prompt.rows, strict=True)
-        ]
-        checkpoints: Sequence[BlockId] = ()
-        common = columns
-        if states:
-            columns, checkpoints = _at_states(prompt, identity.root, resident, plans, columns, store)
-        if all(columns <= pad for pad in prompt.pads):
-            return Turn(prompt, identity, None, divergences=divergences, known_columns=common, known=known, limit=limit)
-        wanted = [m.between(w, columns - pad) for m, w, pad in zip(matches, from_device, prompt.pads, strict=True)]
-        try:
-            restore = store.restore(wanted, checkpoints) if checkpoints or any(wanted) else None
-        except BlockError:
-            continue  # what failed is not found again
-        break
-    prefix = make_prefix(columns, plans, restore, len(resident.rows) if resident else 0)
-    turn = Turn(prompt, identity, prefix, divergences=divergences, known_columns=common, known=known, limit=limit)
-    turn.cached_by_tier = _by_tier(prompt, columns, from_device, wanted, restore)
-    return turn
+
+    states: bool = False
+    token_by_token: bool = False
+    may_feed: bool = False
 
 
-def _at_states(
-    prompt: Prompt,
-    root: str,
-    resident: ResidentPrefix | None,
-    plans: Sequence[RowPlan],
-    columns: int,
-    store: PrefixStore,
-) -> tuple[int, Sequence[BlockId]]:
-    """Return the last column, not beyond ``columns``, after which the states of all rows are known.
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """How the prompt of a turn is fed.
 
-    With it comes the snapshot of each row, none of which is padded; none when the layers are there already. 0 when no
-    such column is known.
+    Attributes:
+        chunks: columns ``(begin, end)`` that are fed one after the other before ``generate`` feeds the rest.
+        checkpoint_columns: where states are kept, besides the ends of prompt and turn.
     """
-    kept = [
-        (each for each in store.checkpoints(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows
-    ]
-    found = [next(kept[0], None)] if len(kept) == 1 else ()
-    by_row = [dict(f for f in found if f)] if len(kept) == 1 else [dict(each) for each in kept]
+
+    chunks: tuple[tuple[int, int], ...] = ()
+    checkpoint_columns: frozenset[int] = frozenset()
+
+
+NO_PREFILL = Prefill()
+"""``generate`` feeds the whole prompt, and states are kept at the ends of prompt and turn alone."""
+
+
+def plan_prefill(prompt: Prompt, begin: int, cut: int, abilities: Abilities, costs: Costs) -> Prefill:
+    """Return how the prompt of a model with states is fed.
+
+    Prompts tend to branch at the same place: if K and V but no states are known up to a branch, states are kept there.
+    (Marconi, MLSys 2025, keeps the states of hybrid models at such branches.)
+
+    Args:
+        prompt: its rows.
+        begin: columns that are reused.
+        cut: columns whose K and V are known.
+        abilities: of the model.
+        costs: what is weighed against each other.
+    """
+    if not abilities.may_feed or prompt.is_padded:
+        return NO_PREFILL
+    end = prompt.columns - 1  # generate must be left one token
+    worth, spacing = costs.checkpoint_worth_tokens, costs.checkpoint_spacing_tokens
+    if abilities.token_by_token:
+        chunks: tuple[tuple[int, int], ...] = ()
+        if begin:
+            chunks = tuple((column, column + 1) for column in range(begin, end))
+        elif cut == end >= worth:  # one token is left to go on by
+            chunks = ((0, end),)
+        return Prefill(chunks, frozenset({cut}))
+    columns = {column for column in range(0, end, spacing) if begin < column <= end - spacing // 2}
+    if cut - begin >= worth:
+        columns = {column for column in columns if abs(column - cut) >= spacing // 2} | {cut}
+    return Prefill(tuple(pairwise([begin, *sorted(columns)])), frozenset(columns))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnPlan:
+    """What a turn reuses, and how it goes on.
+
+    Attributes:
+        columns: that are reused; 0 for none.
+        rows: where the first tokens of each row come from.
+        spans: of each row, what is loaded from the store.
+        checkpoints: of each row, the block whose states are loaded; empty where the layers are there already.
+        divergences: where each row leaves what is known.
+        known: tokens of each row whose K and V are known, if it were alone.
+        limit: the column up to which every row is known.
+        known_columns: columns whose K and V are known; of a model with states, more than can be reused.
+        prefill: in which chunks the rest is fed, and where states are kept.
+        reason: why not more is reused.
+    """
+
+    columns: int
+    rows: tuple[RowPlan, ...]
+    spans: tuple[tuple[Span, ...], ...]
+    checkpoints: tuple[BlockId, ...]
+    divergences: tuple[Divergence | None, ...]
+    known: tuple[int, ...]
+    limit: int
+    known_columns: int
+    prefill: Prefill = NO_PREFILL
+    reason: str | None = None
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether anything is loaded from the store."""
+        return bool(self.checkpoints) or any(self.spans)
+
+    def device_tokens(self) -> int:
+        """Return the tokens that the buffers hold already."""
+        return sum(min(row.device_tokens, max(0, self.columns - row.pad)) for row in self.rows)
+
+
+def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
+    """Return the plan that reuses as much of ``prompt`` as can be, the buffers first.
+
+    Never all of it: the model must still be fed one token.
+    """
+    rows = _row_plans(prompt, candidates)
+    columns, checkpoints = candidates.columns, tuple[BlockId, ...]()
+    if abilities.states:
+        columns, checkpoints = _at_states(prompt, candidates, rows)
+    if all(columns <= pad for pad in prompt.pads):
+        columns, checkpoints = 0, ()
+    reason = None if columns else _why_nothing(candidates, abilities)
+    end = prompt.columns - 1
+    if columns and abilities.token_by_token and columns < end:
+        alone = (end - columns) * costs.single_pass_tokens
+        if not (abilities.may_feed and alone <= columns):
+            columns, checkpoints = 0, ()
+            reason = "this model takes what follows a prefix token by token, which would take longer"
+    spans = tuple(
+        found.match.between(row.device_tokens, columns - row.pad) if columns else ()
+        for found, row in zip(candidates.rows, rows, strict=True)
+    )
+    planned = TurnPlan(
+        columns,
+        rows,
+        spans,
+        checkpoints,
+        tuple(candidates.divergence(row, tokens) for row, tokens in enumerate(prompt.rows)),
+        candidates.known,
+        candidates.limit,
+        candidates.columns,
+        reason=reason,
+    )
+    if not abilities.states:
+        return planned
+    return replace(planned, prefill=plan_prefill(prompt, planned.columns, candidates.columns, abilities, costs))
+
+
+def _row_plans(prompt: Prompt, candidates: Candidates) -> tuple[RowPlan, ...]:
+    resident = candidates.resident
+    return tuple(
+        RowPlan(
+            pad,
+            found.source_row,
+            resident.pads[found.source_row] if resident else 0,
+            found.device_tokens,
+            pad + len(tokens),
+        )
+        for tokens, pad, found in zip(prompt.rows, prompt.pads, candidates.rows, strict=True)
+    )
+
+
+def _at_states(prompt: Prompt, candidates: Candidates, rows: Sequence[RowPlan]) -> tuple[int, tuple[BlockId, ...]]:
+    """Return the last column that is known after which the states of all rows are known, and the blocks that have them.
+
+    No block when the layers are there already. 0 when no such column is known.
+    """
+    by_row = [dict(found.checkpoints) for found in candidates.rows]
     best = max(set.intersection(*map(set, by_row)), default=0)
-    live = resident.live if resident is not None and len(resident.rows) == len(plans) else None
-    in_place = all(plan.source_row == row and plan.window_tokens == live for row, plan in enumerate(plans))
-    if live is not None and best <= live <= columns and in_place and prompt.admits(live):
+    resident = candidates.resident
+    live = resident.live if resident is not None and len(resident.rows) == len(rows) else None
+    in_place = all(plan.source_row == row and plan.device_tokens == live for row, plan in enumerate(rows))
+    if live is not None and best <= live <= candidates.columns and in_place and prompt.admits(live):
         return live, ()
-    return best, [checkpoints[best] for checkpoints in by_row] if best else ()
+    return best, tuple(checkpoints[best] for checkpoints in by_row) if best else ()
 
 
-def _divergence(known: TokenIds, tokens: TokenIds, common: int) -> Divergence | None:
-    """Return where ``tokens`` leave ``known`` after ``common`` tokens; None when one of them just ends."""
-    if common == min(len(known), len(tokens)):
-        return None
-    return Divergence(common, int(known[common]), int(tokens[common]))
-
-
-def _by_tier(
-    prompt: Prompt,
-    columns: int,
-    from_device: Sequence[int],
-    wanted: Sequence[Sequence[Span]],
-    restore: LoadJob | None,
-) -> dict[str, int]:
-    counts = {"device": sum(min(w, max(0, columns - pad)) for w, pad in zip(from_device, prompt.pads, strict=True))}
-    if restore is not None:
-        for span in (span for spans in wanted for span in spans):
-            tier = restore.tier(span.block.key)
-            counts[tier] = counts.get(tier, 0) + span.tokens
-    return counts
+def _why_nothing(candidates: Candidates, abilities: Abilities) -> str | None:
+    if candidates.columns and abilities.states:
+        return "the states of this model are not known within the known prefix"
+    return None if any(candidates.known) else "no stored prefix matches the start of this prompt"

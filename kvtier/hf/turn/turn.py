@@ -14,38 +14,14 @@ import torch
 
 from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
-from kvtier.hf.inputs.content_ids import ContentId
-from kvtier.hf.inputs.prompt import Positions, Prompt
+from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.prefix_load import PrefixLoad
+from kvtier.hf.turn.candidates import ResidentPrefix
+from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import Divergence, RowReport, TurnReport
-from kvtier.store.chain import TokenIds, common_run
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ResidentPrefix:
-    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
-
-    ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
-    """
-
-    rows: tuple[TokenIds, ...]
-    pads: tuple[int, ...]
-    live: int | None = None
-    """The column after which the states of all rows are valid, in models that have states."""
-    marks: tuple[tuple[ContentId, ...], ...] = ()
-    positions: tuple[Positions, ...] = ()
-
-    def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
-        """Return the row that shares the longest run with ``tokens``, and the run; ``preferred`` wins a draw."""
-        runs = [common_run(row, tokens) for row in self.rows]
-        best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
-        return best, runs[best]
-
-    def cut(self, columns: int) -> ResidentPrefix:
-        """Return the part within the first ``columns`` columns."""
-        rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
-        return replace(self, rows=rows, live=self.live if self.live == columns else None)
+from kvtier.store.chain import TokenIds
+from kvtier.store.load import LoadJob
 
 
 @dataclass(slots=True, eq=False)
@@ -65,17 +41,14 @@ class Turn:
         is_strict: whether only the running ``generate()`` may change the cache, which appends and nothing else.
         ends: columns that each layer held after its last update of the turn, and the forward pass that made it.
         passes: forward passes of the turn, the one that is running included.
-        fed: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
+        trace: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
         custom: whether nothing else can tell: the prompt may not have been fed.
         match_seconds: time it took to find the prefix.
         divergences: where each row left what was known.
         cached_by_tier: tokens of the prefix by where they come from.
-        known_columns: columns whose K and V are known; of a model with states, more than can be reused.
         known: tokens of each row whose K and V are known, if it were alone.
         limit: columns up to which every row is known.
-        pieces: columns ``(begin, end)`` of the prompt that are to be fed one after the other before ``generate`` feeds
-            the rest.
-        snapshot_columns: where the states of such a model are to be kept, besides the ends of prompt and turn.
+        prefill: in which chunks its prompt is fed, and where states are kept, besides the ends of prompt and turn.
         keeps_answer_states: whether states after generated tokens are those that a prompt would give.
     """
 
@@ -95,17 +68,46 @@ class Turn:
     match_seconds: float = 0.0
     divergences: Sequence[Divergence | None] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
-    known_columns: int = 0
     known: Sequence[int] = ()
     limit: int = 0
-    pieces: list[tuple[int, int]] = field(default_factory=list)
-    snapshot_columns: set[int] = field(default_factory=set)
+    prefill: Prefill = NO_PREFILL
     keeps_answer_states: bool = True
 
     @classmethod
     def off(cls, reason: str) -> Turn:
         """Return a turn that neither reuses nor is kept."""
         return cls(None, None, None, reason)
+
+    @classmethod
+    def planned(
+        cls, prompt: Prompt, identity: Identity, prefix: PrefixLoad | None, plan: TurnPlan, job: LoadJob | None
+    ) -> Turn:
+        """Return the turn that a plan describes.
+
+        Args:
+            prompt: its rows.
+            identity: of the model.
+            prefix: what is reused; None for nothing.
+            plan: what was decided.
+            job: what is loaded from the store; None for nothing.
+        """
+        by_tier: dict[str, int] = {}
+        if prefix is not None:
+            by_tier["device"] = plan.device_tokens()
+            for span in (span for spans in plan.spans for span in spans):
+                tier = job.tier(span.block.key) if job is not None else "device"
+                by_tier[tier] = by_tier.get(tier, 0) + span.tokens
+        return cls(
+            prompt,
+            identity,
+            prefix,
+            plan.reason,
+            divergences=plan.divergences,
+            cached_by_tier=by_tier,
+            known=plan.known,
+            limit=plan.limit,
+            prefill=plan.prefill,
+        )
 
     def twin(self, memo: dict[int, Any] | None) -> Turn:
         """Return the same turn for a cache that holds the same.

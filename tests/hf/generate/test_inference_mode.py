@@ -174,7 +174,7 @@ def test_rows_move_in_another_mode_than_they_were_made(build, store, name, order
         ):
             with MODES[two]():
                 move()
-        assert cache._row_count == 4
+        assert cache.turns.layers.row_count == 4
         ask(model, prompt(20, rows=3), cache, three)
 
 

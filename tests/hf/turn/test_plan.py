@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.layers.prefix_load import PrefixLoad
-from kvtier.hf.turn.prefill_plan import SPACING_TOKENS, WORTH_A_SNAPSHOT_TOKENS, plan_pieces
-from kvtier.hf.turn.turn import Turn
+from kvtier.hf.turn.candidates import Candidates, ResidentPrefix, RowCandidates
+from kvtier.hf.turn.cost import COSTS
+from kvtier.hf.turn.plan import Abilities, plan, plan_prefill
+from kvtier.store.lookup import PrefixMatch
+
+SPACING_TOKENS, WORTH_A_SNAPSHOT_TOKENS = COSTS.checkpoint_spacing_tokens, COSTS.checkpoint_worth_tokens
 
 
 def turn(columns, *, cached=0, known=None, pad=0):
     prompt = Prompt((np.arange(columns - pad),), (pad,), columns)
-    prefix = PrefixLoad(cached, [], None, 0) if cached else None
-    return Turn(prompt, None, prefix, known_columns=cached if known is None else known)
+    return prompt, cached, cached if known is None else known
 
 
 def planned(turn, *, token_by_token=False, may_feed=True):
-    plan_pieces(turn, token_by_token=token_by_token, may_feed=may_feed)
-    return turn.pieces, turn.snapshot_columns
+    found = plan_prefill(*turn, Abilities(True, token_by_token, may_feed), COSTS)
+    return list(found.chunks), set(found.checkpoint_columns)
 
 
 def test_an_ordinary_turn_is_fed_at_once():
@@ -60,29 +62,38 @@ def test_pieces_follow_each_other_and_leave_a_token(columns, cached, known):
     assert checkpoints <= {end for _, end in pieces}
 
 
+def planned_token_by_token(turn, *, may_feed=True):
+    """Plan a turn on a model that takes what follows a prefix token by token, whose layers hold what is known."""
+    prompt, cached, known = turn
+    resident = ResidentPrefix((np.arange(cached),), (0,), cached)
+    row = RowCandidates(0, cached, PrefixMatch((), None))
+    candidates = Candidates(resident, (row,), (known,), known, known)
+    return plan(prompt, candidates, Abilities(True, True, may_feed), COSTS)
+
+
 def test_token_by_token_only_if_that_pays():
-    pieces, _ = planned(turn(100, cached=90), token_by_token=True)
-    assert pieces == [(column, column + 1) for column in range(90, 99)]
-    long = turn(200, cached=90)
-    assert planned(long, token_by_token=True) == ([], {90})
-    assert long.prefix is None
+    short = planned_token_by_token(turn(100, cached=90))
+    assert short.columns == 90
+    assert short.prefill.chunks == tuple((column, column + 1) for column in range(90, 99))
+    long = planned_token_by_token(turn(200, cached=90))
+    assert (long.prefill.chunks, long.prefill.checkpoint_columns) == ((), {90})
+    assert long.columns == 0
     assert "token by token" in long.reason
 
 
 def test_token_by_token_again_from_all_but_the_last_token():
     assert planned(turn(100, known=99), token_by_token=True) == ([(0, 99)], {99})
     assert planned(turn(100, known=70), token_by_token=True)[0] == []
-    one_left = turn(100, cached=99)
-    assert planned(one_left, token_by_token=True)[0] == []
-    assert one_left.prefix is not None
+    one_left = planned_token_by_token(turn(100, cached=99))
+    assert one_left.prefill.chunks == ()
+    assert one_left.columns == 99
 
 
 def test_where_nothing_may_be_fed_nothing_is():
     assert planned(turn(100, known=70), may_feed=False) == ([], set())
     assert planned(turn(9000), may_feed=False) == ([], set())
-    cannot = turn(100, cached=95)
-    planned(cannot, token_by_token=True, may_feed=False)
-    assert cannot.prefix is None
+    cannot = planned_token_by_token(turn(100, cached=95), may_feed=False)
+    assert (cannot.columns, cannot.prefill.chunks) == (0, ())
 
 
 def test_padded_rows_are_fed_at_once():

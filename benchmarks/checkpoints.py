@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.result import Result, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.compat.names import passed
-from kvtier.hf.turn import prefill_plan
+from kvtier.hf.turn.cost import COSTS
 
 _NONE = "at the end only"
 _SPACINGS = (2048, 1024, 512)
@@ -34,7 +33,8 @@ def run(options: Options) -> Result:
     edited[0, at] = edited[0, at] % (model.config.vocab_size - 1) + 1
 
     def turns(spacing: int) -> Sample:
-        with _spacing(spacing), PrefixStore() as store, TieredCache(store) as cache:
+        with PrefixStore() as store, TieredCache(store) as cache:
+            cache.turns.costs = replace(COSTS, checkpoint_spacing_tokens=spacing)
             first = _seconds(model, prompt, cache)
             kept = sum(tier.nbytes for tier in store.stats().tiers)
             again = _seconds(model, edited, cache)
@@ -45,7 +45,7 @@ def run(options: Options) -> Result:
     competitors = [Competitor(name, partial(turns, spacing)) for name, spacing in names.items()]
     turns(2 * tokens)  # what the first call of a process pays for is no part of it
     samples = interleave(competitors, rounds, options.say)
-    facts: dict[str, Any] = {"prompt_tokens": tokens, "edited_at": at, "chosen": prefill_plan.SPACING_TOKENS}
+    facts: dict[str, Any] = {"prompt_tokens": tokens, "edited_at": at, "chosen": COSTS.checkpoint_spacing_tokens}
     cases = (
         make_case("first turn", samples, "first_s", baseline=_NONE, ratio_kind="cost", facts=facts),
         make_case("turn after a late edit", samples, "edited_s", baseline=_NONE, ratio_kind="speedup", facts=facts),
@@ -54,7 +54,7 @@ def run(options: Options) -> Result:
         "A random hybrid model: three layers of linear attention for one of full attention, in fp32. "
         "kept_bytes are K, V and states in the store after the first turn.",
     )
-    return Result("snapshots", (__doc__ or "").strip(), rounds, options.quick, cases, (), notes)
+    return Result("checkpoints", (__doc__ or "").strip(), rounds, options.quick, cases, (), notes)
 
 
 def hybrid() -> Any:
@@ -90,13 +90,3 @@ def _seconds(model: Any, ids: torch.Tensor, cache: TieredCache) -> float:
     started = time.perf_counter()
     model.generate(ids, attention_mask=torch.ones_like(ids), **passed(cache), max_new_tokens=1, do_sample=False)
     return time.perf_counter() - started
-
-
-@contextmanager
-def _spacing(tokens: int) -> Iterator[None]:
-    """Keep states so far apart."""
-    before, prefill_plan.SPACING_TOKENS = prefill_plan.SPACING_TOKENS, tokens
-    try:
-        yield
-    finally:
-        prefill_plan.SPACING_TOKENS = before

@@ -1,0 +1,103 @@
+"""What a turn leaves: its rows to the store, with the states of its model where these are known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from kvtier.errors import ClosedError, StreamError
+from kvtier.hf.layers.container import LayerContainer, host_pages
+from kvtier.hf.layers.state_checkpoints import StateCheckpoints
+from kvtier.hf.turn.candidates import ResidentPrefix
+from kvtier.hf.turn.turn import Turn
+from kvtier.store import PrefixStore
+
+_log = logging.getLogger("kvtier.hf")
+
+
+def keep(
+    named: ResidentPrefix,
+    turn: Turn,
+    layers: LayerContainer,
+    checkpoints: StateCheckpoints,
+    store: PrefixStore,
+    *,
+    whole: bool,
+) -> ResidentPrefix | None:
+    """Commit the tokens whose K and V every buffer holds, and return them; None where the layers must be emptied.
+
+    Args:
+        named: the tokens that stand in the rows of the layers.
+        turn: that ends.
+        layers: of the cache.
+        checkpoints: of the cache.
+        store: that keeps them.
+        whole: whether no forward pass was interrupted.
+    """
+    filled = layers.filled
+    if not all(layer.complete and layer.rows == len(named.rows) for layer in filled):
+        return None
+    length = layers.common_columns
+    for layer in filled:  # an interrupt may have left some layers a step ahead
+        layer.length = length
+    resident = named.cut(length)
+    states = _states_of_rows(layers, checkpoints, resident, turn, length, whole) if layers.states else None
+    try:
+        _store_rows(store, layers, resident, turn, states)
+    except StreamError as error:
+        _log.warning("this turn is not kept: %s", error)
+        return None
+    except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
+        # The answer is there: it must not be lost because it cannot be kept.
+        _log.warning("this turn is not kept in the store: %s", error)
+    return replace(resident, live=checkpoints.live)
+
+
+def _store_rows(
+    store: PrefixStore,
+    layers: LayerContainer,
+    resident: ResidentPrefix,
+    turn: Turn,
+    states: Sequence[Mapping[int, torch.Tensor]] | None,
+) -> None:
+    assert turn.identity is not None
+    root, manifest = turn.identity.root, turn.identity.manifest
+    memories = [layer.memory for layer in layers.attention]
+    if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
+        _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
+        return
+    for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
+        read = partial(host_pages, memories, row, pad)
+        store.commit(root, tokens, read, manifest, None if states is None else states[row])
+
+
+def _states_of_rows(
+    layers: LayerContainer,
+    checkpoints: StateCheckpoints,
+    resident: ResidentPrefix,
+    turn: Turn,
+    length: int,
+    whole: bool,
+) -> list[dict[int, torch.Tensor]]:
+    """Return, of each row, the states that are known, by the number of tokens after which they are valid.
+
+    No row is padded: such turns were not begun.
+    """
+    by_row = []
+    live = whole
+    for row, prompt_row in enumerate(turn.prompt_rows(len(resident.rows))):
+        states = checkpoints.of(prompt_row)
+        at_end = whole and len(resident.rows[row]) == length
+        if at_end and turn.keeps_answer_states and length not in states:
+            last = checkpoints.take_last(layers.states, row)
+            if last is not None:
+                states[length] = last
+        live = live and at_end and length in states
+        by_row.append({column: blob for column, blob in states.items() if column <= length})
+    checkpoints.lose()
+    checkpoints.live = length if live else None
+    return by_row
