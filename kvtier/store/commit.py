@@ -15,8 +15,7 @@ from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.tier import DiskTier
-from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
 
 Read = Callable[[int, int], tuple[Page, ...]]
@@ -31,26 +30,14 @@ class BlockWriter:
     """What puts blocks into the tiers of one store.
 
     Args:
-        host: the RAM tier.
-        disk: the file tier, if there is one.
-        names: told when a block takes the place of another.
+        tiers: of the store.
         behind: does what can be done behind the caller.
-        on_second_use: write a block to disk when a second turn uses it, not when the first one does.
+        on_second_use: write a block to the durable tier when a second turn uses it, not when the first one does.
     """
 
-    def __init__(
-        self,
-        host: HostTier,
-        disk: DiskTier | None,
-        names: Names,
-        behind: WriteBehind,
-        *,
-        on_second_use: bool = False,
-    ) -> None:
-        self._host = host
-        self._disk = disk
-        self._tiers: tuple[Tier, ...] = (host, disk) if disk is not None else (host,)
-        self._names = names
+    def __init__(self, tiers: TierStack, behind: WriteBehind, *, on_second_use: bool = False) -> None:
+        self._tiers = tiers
+        self._host = tiers.host
         self._behind = behind
         self._on_second_use = on_second_use
         self._manifests: dict[str, Mapping[str, Any]] = {}
@@ -74,10 +61,11 @@ class BlockWriter:
         known; and all of it is written to disk, whether it is used again or not.
         """
         if manifest is not None and root not in self._manifests:
-            is_noted = self._disk is None or self._behind.submit(
-                partial(self._disk.describe_root, root, manifest, anew=not imported)
+            durable = self._tiers.is_durable
+            is_noted = not durable or self._behind.submit(
+                partial(self._tiers.describe_root, root, manifest, anew=not imported)
             )
-            if is_noted and (self._disk is None or not imported):
+            if is_noted and not (durable and imported):
                 self._manifests[root] = manifest
         new = 0
         keys: list[str] = []
@@ -118,8 +106,7 @@ class BlockWriter:
 
         Without them, nothing that follows could be kept on disk. It is done behind the caller.
         """
-        disk = self._disk
-        if disk is None:
+        if not self._tiers.is_durable:
             return
         # The others are on disk, or will be.
         in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
@@ -127,9 +114,9 @@ class BlockWriter:
             return
 
         def write() -> None:
-            for key in disk.absent(in_ram):
+            for key in self._tiers.absent_below(in_ram):
                 block = self._host.block(key)
-                if block is None or not self._put(disk, block, keep_tails):
+                if block is None or not self._put_below(block, keep_tails):
                     break  # what follows would be an orphan
 
         self._behind.submit(write)
@@ -143,7 +130,7 @@ class BlockWriter:
         for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
             ids = block.tokens[: position - start].copy()
             snapshot = BlockId.of(block.root, block.parent, ids, snapshot=True)
-            kept = any(snapshot.key in tier for tier in self._tiers) or self._keep(
+            kept = snapshot.key in self._tiers or self._keep(
                 Block(snapshot, read(start, position), start, states[position]), keep_tails=True
             )
             if kept:
@@ -154,7 +141,7 @@ class BlockWriter:
         """Return what ``root`` stands for; empty when nobody has said."""
         if root in self._manifests:
             return self._manifests[root]
-        return self._disk.description(root) if self._disk is not None else {}
+        return self._tiers.description(root)
 
     def hit(self, keys: Sequence[str]) -> None:
         """Note that blocks were restored; told to the tiers with the next commit."""
@@ -166,21 +153,21 @@ class BlockWriter:
         with self._counting:
             hits, self._hits = self._hits, Counter()
         self._host.touch(keys, hits)
-        if self._disk is None:
-            self._names.touched(keys)
+        if not self._tiers.is_durable:
+            self._tiers.names.touched(keys)
         elif keys:
-            self._behind.submit(partial(self._touch_on_disk, self._disk, keys, hits))
+            self._behind.submit(partial(self._touch_below, keys, hits))
 
-    def _touch_on_disk(self, disk: DiskTier, keys: Sequence[str], hits: Mapping[str, int]) -> None:
-        disk.touch(keys, hits)
-        disk.ask(lambda: self._names.touched(keys), None)
+    def _touch_below(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        self._tiers.touch_below(keys, hits)
+        self._tiers.tell_names(lambda names: names.touched(keys))
 
     def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
         """Return the keys that answer for a chain, block by block; the last is that of a snapshot, if there is one."""
         keys = [self.stands_for(block, block_size) for block in blocks]
         for end in blocks[-1:]:
             snapshot = BlockId.of(end.root, end.parent, end.tokens, snapshot=True)
-            if any(snapshot.key in tier for tier in self._tiers):
+            if snapshot.key in self._tiers:
                 keys[-1] = snapshot.key
         return keys
 
@@ -189,32 +176,30 @@ class BlockWriter:
 
         None when no tier has either.
         """
-        if any(block.key in tier for tier in self._tiers):
+        if block.key in self._tiers:
             return block.key
         if len(block.tokens) < block_size:
-            for tier in self._tiers:
-                for child in tier.nearest(block.parent, block.tokens):
-                    if child.root == block.root and common_run(child.tokens, block.tokens) == len(block.tokens):
-                        return child.key
+            for child in self._tiers.nearest(block.parent, block.tokens):
+                if child.root == block.root and common_run(child.tokens, block.tokens) == len(block.tokens):
+                    return child.key
         return None
 
     def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
         """Put ``block`` into RAM, and see to it that it is written. Returns whether it is kept somewhere."""
-        disk = self._disk
-        if disk is None or (self._on_second_use and not imported):
-            return self._put(self._host, block, keep_tails)
+        if not self._tiers.is_durable or (self._on_second_use and not imported):
+            return self._put_into_ram(block, keep_tails)
         key = block.id.key
 
         def write() -> None:
             try:
-                self._put(disk, block, keep_tails)
+                self._put_below(block, keep_tails)
             finally:
                 self._host.written(key)
 
         try:
             if not self._host.put(block, writing=True):
                 if not self._host.is_writing:
-                    return self._put(disk, block, keep_tails)  # no room in RAM: there is nothing to write behind from
+                    return self._put_below(block, keep_tails)  # no room in RAM: there is nothing to write behind from
                 self._behind.note_stall()  # RAM stays full of what is not written yet
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
@@ -232,12 +217,17 @@ class BlockWriter:
             raise
         return True
 
-    def _put(self, tier: HostTier | DiskTier, block: Block, keep_tails: bool) -> bool:
-        if not tier.put(block):
-            return False
-        if not keep_tails:
-            self._drop_shorter(tier, block.id)
-        return True
+    def _put_into_ram(self, block: Block, keep_tails: bool) -> bool:
+        kept = self._host.put(block)
+        if kept and not keep_tails:
+            self._drop_shorter(self._host, block.id)
+        return kept
+
+    def _put_below(self, block: Block, keep_tails: bool) -> bool:
+        kept = self._tiers.put_below(block)
+        if kept and not keep_tails:
+            self._drop_shorter(self._tiers.last, block.id)
+        return kept
 
     def _drop_shorter(self, tier: Tier, block: BlockId) -> float | None:
         """Forget tails that ``block`` begins with: it answers for them, now that the tier has it.
@@ -247,8 +237,8 @@ class BlockWriter:
         """
         waited = []
         for tail in tier.tails(block.parent, block.tokens):
-            if self._disk is None or tier is self._disk:
-                self._rename(tail.key, block.key)
+            if tier is self._tiers.last:  # names of chains that end in the tail mean this block from now on
+                self._tiers.tell_names(partial(_replace, tail.key, block.key))
             # A tail that waits is the end of no name: ``write_down`` has it written.
             tier.discard_unread([tail.key])  # first: what nobody is to write must not be in RAM for ever
             since = self._behind.take_back(tail.key)
@@ -256,13 +246,6 @@ class BlockWriter:
                 waited.append(since)
         return min(waited, default=None)
 
-    def _rename(self, old: str, new: str) -> None:
-        """See to it that names of chains that end in block ``old`` mean block ``new``, which begins with it."""
-        if self._disk is None:
-            self._names.replaced(old, new)
-            return
-        disk = self._disk
-        try:
-            disk.ask(lambda: self._names.replaced(old, new), None)
-        except OSError as error:
-            disk.warn("names", f"cannot write the file of a name in {disk.folder.path} ({error})")
+
+def _replace(old: str, new: str, names: Names) -> None:
+    names.replaced(old, new)

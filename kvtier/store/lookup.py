@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvtier.report import Divergence
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
-from kvtier.store.tiers.base import Tier
+
+
+class Lookup(Protocol):
+    """Where blocks are looked up: one tier, or several."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the block can be opened."""
+
+    def nearest(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
+        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+
+    def tails(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
+        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +65,7 @@ class PrefixMatch:
         return tuple(cut)
 
 
-def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
+def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
 
     Full blocks are found by their keys; after the last of them, the block that shares the longest run of ids counts as
@@ -79,7 +92,7 @@ def longest_match(tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int
 
 
 def checkpoints_of(
-    tiers: Sequence[Tier], root: str, tokens: TokenIds, limit: int, block_size: int
+    tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int
 ) -> Iterator[tuple[int, BlockId]]:
     """Yield the snapshots that the tiers hold of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
 
@@ -92,8 +105,7 @@ def checkpoints_of(
         after = tokens[start : min(start + block_size, limit + 1)]  # the longest has one token less
         found = {
             len(block.tokens): block
-            for tier in tiers
-            for block in tier.tails(parent, after)
+            for block in tiers.tails(parent, after)
             if block.root == root and block.is_checkpoint
         }
         for length in sorted(found, reverse=True):
@@ -101,23 +113,22 @@ def checkpoints_of(
         if index:  # one as long as a block
             last = whole[index - 1]
             block = BlockId.of(root, last.parent, last.tokens, snapshot=True)
-            if any(block.key in tier for tier in tiers):
+            if block.key in tiers:
                 yield start, block
 
 
-def _next(tiers: Sequence[Tier], root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
+def _next(tiers: Lookup, root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
     """Return the block after ``parent`` that shares the longest run with ``expected``.
 
     A block of exactly these ids is found by its key, which no other ids have; whoever opens it compares them.
     """
     if len(expected) == block_size:
         block = BlockId.of(root, parent, expected)
-        if any(block.key in tier for tier in tiers):
+        if block.key in tiers:
             return block
     best, best_run = None, -1
-    for tier in tiers:
-        for child in tier.nearest(parent, expected):
-            run = common_run(child.tokens, expected)
-            if child.root == root and run > best_run:
-                best, best_run = child, run
+    for child in tiers.nearest(parent, expected):
+        run = common_run(child.tokens, expected)
+        if child.root == root and run > best_run:
+            best, best_run = child, run
     return best

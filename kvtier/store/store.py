@@ -13,6 +13,7 @@ What its owner does with it (names, pins, forgetting, verification) is in ``Pref
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import threading
@@ -22,11 +23,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
-
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, StoreError, UnavailableError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, UnavailableError
 from kvtier.platform.filesystem import LOCAL, Filesystem
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
@@ -39,19 +38,13 @@ from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.format.codecs import CODECS
 from kvtier.store.load import LoadJob, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
-from kvtier.store.manage.admin import ManagedStore
-from kvtier.store.manage.inventory import Inventory
+from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, snapshot
 from kvtier.store.names import checked_ttl
-from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
-from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.owners import Owner
-from kvtier.store.tiers.disk.recovery import open_catalog
-from kvtier.store.tiers.disk.tier import DiskSettings, DiskTier
-from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.disk.tier import DiskSettings
+from kvtier.store.tiers.stack import HostSettings, TierStack
 from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
@@ -66,7 +59,21 @@ _UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
 
 
-class PrefixStore(ManagedStore):
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Concatenate[PrefixStore, P], R]:
+    """Return the method of a store that does what this one of its admin does."""
+
+    @functools.wraps(method)
+    def call(self: PrefixStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.admin, *args, **kwargs)
+
+    return call
+
+
+class PrefixStore:
     """Prefixes of conversations, kept in RAM and, given a path, on disk.
 
     Guarantees: token ids are compared on every hit; RAM and disk stay within their budgets; a disk that fails costs
@@ -146,20 +153,13 @@ class PrefixStore(ManagedStore):
         policy = policy or Adaptive()
         if not isinstance(getattr(policy, "name", None), str):
             raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.base.")
-        self._pinned: frozenset[str] = frozenset()  # in a store without folder
-        self._disk: DiskTier | None = None
-        self._owner: Owner | None = None
-        if self.path is None:
-            self._database = Database(None)
-            self._names = Names(self._database, None, clock)
-        else:
-            self._open_folder(StoreFolder(self.path, filesystem, durability == "full"), settings, policy, connect)
-        self._behind = WriteBehind(tail_delay, self._warn_of_stall)
-        self._host = HostTier(host_bytes, policy, clock, lambda: self._pinned, ttl, self._behind.hurry)
-        self._tiers: tuple[Tier, ...] = (self._host, self._disk) if self._disk is not None else (self._host,)
-        self._inventory = Inventory(self._host, self._disk, self._names)
-        self._block_writer = BlockWriter(
-            self._host, self._disk, self._names, self._behind, on_second_use=write_on == "second-use"
+        folder = StoreFolder(self.path, filesystem, durability == "full") if self.path is not None else None
+        self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
+        host_settings = HostSettings(host_bytes, self._behind.hurry)
+        self._tiers = TierStack(folder, host_settings, settings, policy, connect, clock)
+        self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
+        self.admin = StoreAdmin(
+            self.path, block_size, self._tiers, self._block_writer, self.flush, self._check_open, clock
         )
         self._reading = Readers()
         self._expire_at = clock() + _EXPIRE_SECONDS
@@ -169,30 +169,6 @@ class PrefixStore(ManagedStore):
         self._closed = False
         _open_stores.add(self)
         take_part(self, Rank.STORE)
-
-    def _open_folder(
-        self, folder: StoreFolder, settings: DiskSettings, policy: EvictionPolicy, connect: Connect
-    ) -> None:
-        """Open the disk tier.
-
-        Raises:
-            StoreError: it cannot be opened.
-        """
-        try:
-            owner = Owner(folder.owners)
-        except OSError as error:
-            raise StoreError(
-                f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to"
-            ) from error
-        try:
-            opened = open_catalog(folder, owner, policy, self._clock, connect)
-        except BaseException:
-            owner.close()
-            raise
-        self._owner, self._database, self._names, self._audit = owner, opened.database, opened.names, opened.audit
-        self._disk = DiskTier(folder, opened.catalog, owner, settings, self._clock)
-        self._disk.expire()
-        self._disk.trim()
 
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""
@@ -238,7 +214,7 @@ class PrefixStore(ManagedStore):
             ClosedError: the store was closed.
         """
         self._check_open()
-        self._forget_what_is_due()
+        self.admin.forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
         match = longest_match(self._tiers, root, tokens, limit, self.block_size)
         with self._lock:
@@ -278,7 +254,7 @@ class PrefixStore(ManagedStore):
         try:
             for key, block in blocks.items():
                 try:
-                    reader = self._open(block)
+                    reader = self._tiers.open(block)
                 except BlockError as error:
                     missing[key] = unusable[key] = error
                     continue
@@ -305,17 +281,6 @@ class PrefixStore(ManagedStore):
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
         return LoadJob(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in checkpoints])
 
-    def _open(self, block: BlockId) -> BlockReader | None:
-        for tier in self._tiers:
-            reader = tier.open(block)
-            if reader is None:
-                continue
-            if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
-                reader.close()
-                raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
-            return reader
-        return None
-
     def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
         """Discard damaged blocks, given by key with what is wrong with them; withhold those that cannot be read now.
 
@@ -328,10 +293,8 @@ class PrefixStore(ManagedStore):
             key: error for key, error in errors.items() if isinstance(error, UnavailableError) and key not in gone
         }
         damaged = {key: error for key, error in errors.items() if not isinstance(error, UnavailableError)}
-        for tier in self._tiers:
-            tier.withhold(unavailable)
-            for key in damaged:
-                tier.discard(key)
+        self._tiers.withhold(unavailable)
+        self._tiers.discard(damaged)
         with self._lock:
             for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
                 if keys:
@@ -384,25 +347,19 @@ class PrefixStore(ManagedStore):
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS
-            self._host.expire()
-            if self._disk is not None:
-                self._behind.submit(self._expire_on_disk)
+            self._tiers.host.expire()
+            if self._tiers.is_durable:
+                self._behind.submit(self._expire_below)
         return new
 
-    def _expire_on_disk(self) -> None:
-        if self._disk is not None:
-            self._disk.expire()
-        self._database.finish_overwriting()
-
-    def _warn_of_stall(self) -> None:
-        if self._disk is not None:
-            self._disk.count("errors.write")
-            self._disk.warn("stall", f"writing to {self.path} hangs; what is computed now is kept in RAM alone")
+    def _expire_below(self) -> None:
+        self._tiers.last.expire()
+        self._tiers.database.finish_overwriting()
 
     def flush(self) -> None:
         """Wait until everything committed so far is on disk, but for what waits for its second use."""
         self._behind.flush()
-        self._database.finish_overwriting()
+        self._tiers.database.finish_overwriting()
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and what it has done since it was opened.
@@ -414,7 +371,27 @@ class PrefixStore(ManagedStore):
         with self._lock:
             tally = Counter(self._tally)
         path = str(self.path) if self.path is not None else None
-        return snapshot(path, self._host, self._disk, self._names, self._pinned, tally, self._behind.queued)
+        return snapshot(path, self._tiers, tally, self._behind.queued)
+
+    # --- between turns ----------------------------------------------------------------------------------------------
+
+    name = _of_admin(StoreAdmin.name)
+    names = _of_admin(StoreAdmin.names)
+    named = _of_admin(StoreAdmin.named)
+    name_chain = _of_admin(StoreAdmin.name_chain)
+    rename = _of_admin(StoreAdmin.rename)
+    unname = _of_admin(StoreAdmin.unname)
+    pin = _of_admin(StoreAdmin.pin)
+    unpin = _of_admin(StoreAdmin.unpin)
+    chains = _of_admin(StoreAdmin.chains)
+    tokens_of = _of_admin(StoreAdmin.tokens_of)
+    usage = _of_admin(StoreAdmin.usage)
+    forget = _of_admin(StoreAdmin.forget)
+    forget_chain = _of_admin(StoreAdmin.forget_chain)
+    prune = _of_admin(StoreAdmin.prune)
+    export = _of_admin(StoreAdmin.export)
+    import_ = _of_admin(StoreAdmin.import_)
+    verify = _of_admin(StoreAdmin.verify)
 
     # --- resources --------------------------------------------------------------------------------------------------
 
@@ -425,11 +402,7 @@ class PrefixStore(ManagedStore):
         self._closed = True
         self._behind.close()
         self._reading.close()
-        if self._disk is not None:
-            self._disk.close()
-        self._database.close()
-        if self._owner is not None:
-            self._owner.close()
+        self._tiers.close()
 
     def __enter__(self) -> PrefixStore:
         self._check_open()

@@ -543,7 +543,7 @@ def test_a_file_that_is_no_export_makes_no_store(tmp_path):
 
 def test_import_of_what_has_no_name_asks_for_one(folder, tmp_path):
     with PrefixStore(folder) as store:
-        reader = store._open(store._kept_blocks(store._names.get("letter"))[0])
+        reader = store._tiers.open(store.admin._kept_blocks(store._tiers.names.get("letter"))[0])
         write_archive(tmp_path / "x", [reader], 4, root="a1" * 32, manifest={}, block_size=4)
         reader.close()
     assert "--name" in refusal("import", tmp_path / "x", "--store", tmp_path / "new", code=2)

@@ -313,7 +313,7 @@ def test_a_state_that_cannot_be_read_begins_anew_and_stops_no_write(tmp_path, ca
         for first in range(0, 60, 20):
             commit(store, count(4, first=first))
             commit(store, count(4, first=first))
-        with store._database.transaction() as connection:
+        with store._tiers.database.transaction() as connection:
             connection.execute("UPDATE total SET policy = ?", (text,))
         for first in range(100, 500, 20):
             commit(store, count(4, first=first))

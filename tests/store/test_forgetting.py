@@ -97,7 +97,7 @@ def test_a_reader_that_keeps_the_log_is_told_and_the_rest_is_done_later(store, t
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as other:  # else SQLite deletes the log at the end
         other.execute("SELECT COUNT(*) FROM blocks").fetchone()
         if later == "write":
-            store._disk.touch([entry.key for entry in store._inventory.entries()], {})
+            store._tiers.last.touch([entry.key for entry in store._tiers.entries()], {})
         elif later == "flush":
             store.flush()
         else:

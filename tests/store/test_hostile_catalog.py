@@ -168,7 +168,7 @@ def test_parents_that_form_a_cycle_are_walked_once(folder):
 
 
 def blocks_of(store):
-    return sorted(store._inventory.entries(), key=lambda entry: entry.depth_tokens)
+    return sorted(store._tiers.entries(), key=lambda entry: entry.depth_tokens)
 
 
 def test_a_cycle_with_a_leaf_is_listed(folder):

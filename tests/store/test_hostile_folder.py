@@ -88,7 +88,7 @@ def test_a_lock_of_another_user(folder, monkeypatch):
     monkeypatch.setattr(owners.os, "open", refusing)
     with PrefixStore(folder, **SETTINGS) as store:
         assert restored_length(store, count(10)) == 10
-        assert [store._owner.lives(name) for name in (dead, alive)] == [False, True]
+        assert [store._tiers._folder.owner.lives(name) for name in (dead, alive)] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_commit_interrupted_at_any_line_can_be_done_again(tmp_path, monkeypatc
             store.commit(root, tokens[:6], lambda *at, root=root: truth(root, tokens, *at))
             came = commit_interrupted(at, store, tokens, root)  # with a manifest, the first one
             store.flush()
-            assert not store._host._writing, "a block that nobody writes is never evicted"
+            assert not store._tiers.host._writing, "a block that nobody writes is never evicted"
             assert bytes_in_ram(store) <= settings["host_budget"]
             commit(store, tokens, root)
             store.flush()
@@ -66,10 +66,10 @@ def test_a_commit_to_ram_interrupted_at_any_line_can_be_done_again():
             commit(store, tokens[:4])
             commit(store, tokens[:6])
             came = commit_interrupted(at, store, tokens)
-            assert bytes_in_ram(store) <= store._host.budget_bytes
+            assert bytes_in_ram(store) <= store._tiers.host.budget_bytes
             commit(store, tokens)
             assert restored_length(store, tokens) == 7
-            assert bytes_in_ram(store) <= store._host.budget_bytes
+            assert bytes_in_ram(store) <= store._tiers.host.budget_bytes
         if not came:
             break
     assert at > 50

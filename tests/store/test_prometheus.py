@@ -8,7 +8,8 @@ import pytest
 
 from kvtier.store import PrefixStore
 from kvtier.store.manage.prometheus import exposition
-from kvtier.store.manage.stats import StoreStats, TierStats
+from kvtier.store.manage.stats import StoreStats
+from kvtier.store.tiers.base import TierStats
 from tests.support.stores import OTHER_ROOT, commit, count, ids, restored_length
 
 _SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\n"])*",?)*)\})? (\d+)')

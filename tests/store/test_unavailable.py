@@ -222,7 +222,7 @@ def test_what_the_disk_lacks_is_written_again(tmp_path, clock, why):
         commit(store, count(KNOWN))
         store.flush()
         if why == "evicted":
-            store._disk.shrink(0)
+            store._tiers.last.shrink(0)
         assert not files(store)
         drive.full = False
         clock.now += 100

@@ -235,7 +235,7 @@ def test_a_drive_that_hangs_holds_no_turn_up(tmp_path, caplog):
         store.flush()
         commit(store, count(4 * turn + 4))
         store.flush()
-        assert not store._host._writing, "a block that nobody writes is never evicted"
+        assert not store._tiers.host._writing, "a block that nobody writes is never evicted"
         assert sum("hangs" in record.message for record in caplog.records) == 1
     with PrefixStore(tmp_path, block_size=4) as store:
         assert restored_length(store, count(4 * turn + 4)) == 4 * turn + 4
@@ -244,12 +244,12 @@ def test_a_drive_that_hangs_holds_no_turn_up(tmp_path, caplog):
 def test_a_drive_that_hangs_while_ram_is_full_of_what_it_has_not_written_holds_no_turn_up(tmp_path, caplog):
     gate, settings = threading.Event(), {"block_size": 4, "host_budget": 3 * block(count(4)).nbytes}
     with PrefixStore(tmp_path, **settings) as store:
-        store._host._longest_wait_seconds = 0.05
+        store._tiers.host._longest_wait_seconds = 0.05
         store._behind.submit(gate.wait)
         assert commit(store, count(40)) == 12
         gate.set()
         store.flush()
-        store._host._longest_wait_seconds = 30.0
+        store._tiers.host._longest_wait_seconds = 30.0
         assert restored_length(store, count(40)) == 12
         assert sum("hangs" in record.message for record in caplog.records) == 1
         assert commit(store, count(40)) == 28

@@ -140,7 +140,7 @@ def restored_length_at_last(store: PrefixStore, tokens: TokenIds, root: str = RO
 
 def bytes_in_ram(store: PrefixStore) -> int:
     """What the blocks in RAM take, counted anew."""
-    host = store._host
+    host = store._tiers.host
     counted = sum(resident.block.nbytes for resident in list(host._blocks.values()))
     assert counted == host.nbytes
     return counted

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import sqlite3
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,68 +23,59 @@ from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.usage import StoreUsage, measure
 from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
-from kvtier.store.tiers.disk.audit import Audit
-from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.tier import DiskTier
-from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
-from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.disk.verify import Progress, VerifyReport
+from kvtier.store.tiers.stack import TierStack
 from kvtier.units import parse_bytes
 
 _TRIES = 3
 _log = logging.getLogger("kvtier.store")
 
 
-class ManagedStore(ABC):
-    """The half of ``PrefixStore`` that its owner uses. Thread-safe."""
+class StoreAdmin:
+    """Names, pins, ends, forgetting, pruning, archives and verification of one store. Thread-safe.
 
-    path: Path | None
-    block_size: int
-    _host: HostTier
-    _disk: DiskTier | None
-    _database: Database
-    _names: Names
-    _audit: Audit
-    _inventory: Inventory
-    _block_writer: BlockWriter
-    _clock: Callable[[], float]
-    _pinned: frozenset[str]  # in a store without folder
+    Every method raises ``ClosedError`` when the store was closed, and ``StoreError`` when the disk fails.
 
-    @abstractmethod
-    def flush(self) -> None:
-        """Wait until everything committed so far is on disk."""
+    Args:
+        path: the folder of the store; None for one in RAM.
+        block_size: tokens of a full block.
+        tiers: of the store.
+        writer: puts blocks into the tiers.
+        flush: waits until everything committed so far is on disk.
+        check_open: raises ``ClosedError`` when the store was closed.
+        clock: Unix time.
+    """
 
-    @abstractmethod
-    def _open(self, block: BlockId) -> BlockReader | None:
-        """Open a block for reading; None when no tier has it.
-
-        Raises:
-            BlockError: it cannot be used.
-        """
-
-    @abstractmethod
-    def _check_open(self) -> None:
-        """See to it that the store is open.
-
-        Raises:
-            ClosedError: it is not.
-        """
+    def __init__(
+        self,
+        path: Path | None,
+        block_size: int,
+        tiers: TierStack,
+        writer: BlockWriter,
+        flush: Callable[[], None],
+        check_open: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._path = path
+        self._block_size = block_size
+        self._tiers = tiers
+        self._names = tiers.names
+        self._inventory = Inventory(tiers)
+        self._writer = writer
+        self._flush = flush
+        self._check_open = check_open
+        self._clock = clock
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Do what the owner asked for: unlike in a turn, a failing disk is told.
-
-        Raises:
-            StoreError: the disk fails.
-        """
+        """Do what the owner asked for: unlike in a turn, a failing disk is told."""
         self._check_open()
         try:
             yield
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"the store in {self.path} cannot do that: {error}") from error
+            raise StoreError(f"the store in {self._path} cannot do that: {error}") from error
         finally:
-            if self._disk is None:
-                self._pinned = frozenset(self._names.pinned_blocks())
+            self._tiers.refresh_pins()
 
     def name(
         self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
@@ -107,11 +97,11 @@ class ManagedStore(ABC):
         for _ in range(_TRIES):
             keys = []
             with self._asked():
-                for key in self._block_writer.chain_of(chain_keys(root, tokens, self.block_size), self.block_size):
+                for key in self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size):
                     if key is None:
                         break
                     keys.append(key)
-            if not keys or len(keys) * self.block_size < len(tokens):
+            if not keys or len(keys) * self._block_size < len(tokens):
                 raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
             named = self._set_name(name, root, keys, len(tokens), pin, ttl)
             if named.kept_tokens == len(tokens):
@@ -128,18 +118,14 @@ class ManagedStore(ABC):
             if before is not None:  # a conversation that goes on is named anew each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
-            self._block_writer.write_down(keys)
-            self.flush()  # a name holds on to what is on disk
+            self._writer.write_down(keys)
+            self._flush()  # a name holds on to what is on disk
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
 
     def names(self) -> tuple[NamedPrefix, ...]:
-        """Return everything that has a name.
-
-        Raises:
-            StoreError: the disk fails.
-        """
-        self._forget_what_is_due()
+        """Return everything that has a name."""
+        self.forget_what_is_due()
         with self._asked():
             return self._inventory.described_all(self._names.all())
 
@@ -148,9 +134,8 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: nothing is.
-            StoreError: the disk fails.
         """
-        self._forget_what_is_due()
+        self.forget_what_is_due()
         with self._asked():
             return self._inventory.described(*self._names.details(name))
 
@@ -159,7 +144,6 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: nothing is called so.
-            StoreError: the disk fails.
         """
         self._set_pinned(name, True)
 
@@ -168,7 +152,6 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: nothing is called so.
-            StoreError: the disk fails.
         """
         self._set_pinned(name, False)
 
@@ -182,7 +165,6 @@ class ManagedStore(ABC):
         Raises:
             UnknownNameError: nothing is called ``old``.
             ConfigurationError: ``new`` cannot be a name, or is one already.
-            StoreError: the disk fails.
         """
         with self._asked():
             self._names.rename(old, checked_name(new))
@@ -192,7 +174,6 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: nothing is called so.
-            StoreError: the disk fails.
         """
         with self._asked():
             self._names.get(name)
@@ -203,7 +184,6 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: nothing is called so.
-            StoreError: the disk fails.
         """
         with self._asked():
             written = self._names.get(name)
@@ -221,22 +201,14 @@ class ManagedStore(ABC):
         return blocks
 
     def chains(self) -> tuple[Chain, ...]:
-        """Return every chain that no other goes beyond, named or not, the last used first.
-
-        Raises:
-            StoreError: the disk fails.
-        """
+        """Return every chain that no other goes beyond, named or not, the last used first."""
         with self._asked():
             return self._inventory.chains()
 
     def usage(self) -> StoreUsage:
-        """Return what all blocks take, by root.
-
-        Raises:
-            StoreError: the disk fails.
-        """
+        """Return what all blocks take, by root."""
         with self._asked():
-            return measure(self._inventory.entries(), (name for name, *_ in self._names.all()))
+            return measure(self._tiers.entries(), (name for name, *_ in self._names.all()))
 
     def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
         """Give a name to the chain whose last block's key begins with ``key_prefix``.
@@ -244,7 +216,6 @@ class ManagedStore(ABC):
         Raises:
             UnknownNameError: no key begins so, or several do.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
-            StoreError: the disk fails.
         """
         with self._asked():
             root, keys, tokens = self._inventory.keys_to(key_prefix)
@@ -266,12 +237,11 @@ class ManagedStore(ABC):
         Raises:
             UnknownNameError: nothing is called so.
             ConfigurationError: ``what`` is neither a name nor ids.
-            StoreError: the disk fails.
         """
         if isinstance(what, str) and encode is not None:
             what = encode(what)
         if isinstance(what, str):
-            self.flush()
+            self._flush()
             with self._asked():
                 return self._forget_name(what)
         try:
@@ -280,7 +250,7 @@ class ManagedStore(ABC):
             tokens = np.empty(0)
         if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
             raise ConfigurationError("forget() takes a name, or the token ids of one sequence, e.g. a list of int.")
-        self.flush()
+        self._flush()
         with self._asked():
             keys = self._inventory.holding(tokens.astype(np.int64))
             for name in self._names.of_blocks(keys):
@@ -292,9 +262,8 @@ class ManagedStore(ABC):
 
         Raises:
             UnknownNameError: no key begins so, or several do.
-            StoreError: the disk fails.
         """
-        self.flush()
+        self._flush()
         with self._asked():
             _, keys, _ = self._inventory.keys_to(key_prefix)
             return self._remove(self._inventory.own(keys, set()))
@@ -313,22 +282,20 @@ class ManagedStore(ABC):
             sqlite3.Error: the catalog fails, or is locked.
         """
         sums = self._inventory.nbytes(keys)
-        for key in keys:
-            self._host.discard(key)
-        if self._disk is not None and keys:
-            self._disk.remove(keys)
+        self._tiers.remove(keys)
+        if self._tiers.is_durable and keys:
             if in_a_turn:
-                self._database.overwrite_later()
-            elif not self._database.overwrite_deleted():
+                self._tiers.database.overwrite_later()
+            elif not self._tiers.database.overwrite_deleted():
                 _log.warning(
                     "another process uses the catalog of %s: copies of what was removed, its token ids among them, "
                     "stay in catalog.sqlite or catalog.sqlite-wal until this store flushes, writes or is closed "
                     "after that process is done",
-                    self.path,
+                    self._path,
                 )
         return Forgotten(sums["blocks"], sums["bytes"])
 
-    def _forget_what_is_due(self) -> None:
+    def forget_what_is_due(self) -> None:
         """Forget names whose time is over. In a turn, so a failing disk is no error."""
         try:
             due = self._names.due()
@@ -353,12 +320,12 @@ class ManagedStore(ABC):
             UnknownNameError: nothing is called so.
             StoreError: the store does not have all of it any more, or the disk fails.
         """
-        self.flush()
+        self._flush()
         with self._asked(), ExitStack() as open_blocks:
             written = self._names.get(name)
             readers: list[BlockReader] = []
             for block in self._kept_blocks(written):
-                reader = self._open(block)
+                reader = self._tiers.open(block)
                 if reader is None:
                     break
                 open_blocks.callback(reader.close)
@@ -366,8 +333,8 @@ class ManagedStore(ABC):
                 readers.append(reader)
             if sum(len(reader.id.tokens) for reader in readers) < written.tokens:
                 raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
-            manifest = self._block_writer.manifest(written.root)
-            block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self.block_size)
+            manifest = self._writer.manifest(written.root)
+            block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self._block_size)
             return write_archive(
                 file,
                 readers,
@@ -406,7 +373,7 @@ class ManagedStore(ABC):
                     raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
             states = archive.states()
-            self._block_writer.commit(
+            self._writer.commit(
                 archive.root,
                 archive.tokens,
                 archive.pages,
@@ -415,8 +382,8 @@ class ManagedStore(ABC):
                 None if states is None else {len(archive.tokens): states},
                 imported=True,
             )
-            self.flush()
-            keys = self._block_writer.chain_of(blocks, archive.block_size)
+            self._flush()
+            keys = self._writer.chain_of(blocks, archive.block_size)
             if None in keys:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
             return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
@@ -430,26 +397,20 @@ class ManagedStore(ABC):
 
         Raises:
             ConfigurationError: an argument cannot be used.
-            StoreError: the disk fails.
         """
         limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
         seconds = checked_ttl(unused_for)
-        self.flush()
-        tier = self._disk if self._disk is not None else self._host
-        before, blocks = tier.nbytes, len(tier)
-        self._forget_what_is_due()
+        self._flush()
+        last = self._tiers.last
+        before, blocks = last.nbytes, len(last)
+        self.forget_what_is_due()
         with self._asked():
-            self._host.expire()
-            tier.expire()
+            self._tiers.expire()
             if seconds is not None:
-                unused = tier.unused_since(self._clock() - seconds)
-                self._host.discard_unread(unused)
-                if self._disk is not None:
-                    self._disk.discard_unread(unused)
+                self._tiers.discard_unread(last.unused_since(self._clock() - seconds))
             if limit is not None:
-                self._host.shrink(limit)
-                tier.shrink(limit)
-        return Forgotten(blocks - len(tier), before - tier.nbytes)
+                self._tiers.shrink(limit)
+        return Forgotten(blocks - len(last), before - last.nbytes)
 
     def verify(self, *, repair: bool = False, progress: Progress | None = None) -> VerifyReport:
         """Read every file, and compare files, catalog and accounting.
@@ -457,14 +418,7 @@ class ManagedStore(ABC):
         Args:
             repair: put right what can be: damaged blocks are removed, unknown ones taken in.
             progress: called now and then with the bytes that were read, and all there are.
-
-        Raises:
-            StoreError: the disk fails.
         """
-        self.flush()
+        self._flush()
         with self._asked():
-            if self._disk is None:
-                return VerifyReport(len(self._host), self._host.nbytes, 0.0, ())
-            return verify(
-                self._disk.folder, self._database, self._disk.catalog, self._audit, repair=repair, progress=progress
-            )
+            return self._tiers.verify(repair=repair, progress=progress)

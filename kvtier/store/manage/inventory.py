@@ -11,9 +11,7 @@ from kvtier.errors import UnknownNameError
 from kvtier.store.block import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.names import Name, NamedPrefix
-from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.tier import DiskTier
-from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.stack import TierStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +56,13 @@ class _Linked:
 class Inventory:
     """What a store has, over all its tiers. Reads only; the disk tier's view counts where there is one."""
 
-    def __init__(self, host: HostTier, disk: DiskTier | None, names: Names) -> None:
-        self._host = host
-        self._disk = disk
-        self._names = names
-
-    def entry(self, key: str) -> Entry | None:
-        """Return what is known of a block: on disk or, while it is not written yet, in RAM."""
-        return self._entry_on_disk(key, None) or self._host.entry(key)
-
-    def _entry_on_disk(self, key: str, linked: _Linked | None) -> Entry | None:
-        if self._disk is None:
-            return None
-        return self._disk.entry(key) if linked is None else linked.entries.get(key)
+    def __init__(self, tiers: TierStack) -> None:
+        self._tiers = tiers
+        self._names = tiers.names
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a block."""
-        found = self._host.find(key)
-        if found is None and self._disk is not None:
-            disk = self._disk
-            found = disk.ask(lambda: disk.catalog.find(key), None)
-        return found
+        return self._tiers.find(key)
 
     # --- chains -----------------------------------------------------------------------------------------------------
 
@@ -88,9 +72,7 @@ class Inventory:
         for name, *_ in names:
             for key in name.keys:
                 by_key.setdefault(key, set()).add(name.name)
-        disk, nothing = self._disk, list[Entry]()
-        entries = [] if disk is None else disk.ask(disk.catalog.linked_entries, nothing)
-        linked = _Linked({entry.key: entry for entry in entries}, by_key)
+        linked = _Linked(self._tiers.linked(), by_key)
         return tuple(self._described(*each, linked) for each in names)
 
     def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
@@ -102,11 +84,11 @@ class Inventory:
         by_tier = {"host": 0, "disk": 0}
         tokens = 0
         for key in name.keys:
-            entry = self._host.entry(key) if self._disk is None else self._entry_on_disk(key, linked)
+            entry = self._entries_of(key, linked)[0]
             if entry is None:
                 break  # what is in RAM alone may go at any moment: no name holds on to it
             counted = min(entry.tokens, name.tokens - tokens)
-            by_tier["host" if key in self._host else "disk"] += counted
+            by_tier["host" if key in self._tiers.host else self._tiers.last.name] += counted
             tokens += counted
             kept.append(entry)
         own = set(self._own([entry.key for entry in kept], {name.name}, linked))
@@ -132,16 +114,16 @@ class Inventory:
     def _own(self, keys: Sequence[str], names: set[str], linked: _Linked | None) -> list[str]:
         own: list[str] = []
         for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
-            on_disk, in_ram = self._entry_on_disk(key, linked), self._host.entry(key)
-            if on_disk is None and in_ram is None:
+            entries = self._entries_of(key, linked)
+            if not any(entries):
                 continue
             if self._names_of([key], linked) - names:
                 break
             is_followed = bool(own) and own[-1] == after
             beside: list[str] = []
-            if self._has_others(on_disk, in_ram, after, linked):
+            if self._has_others(entries, after, linked):
                 beside = self._snapshots_on_the_way(key, after)
-            children = max(entry.children for entry in (on_disk, in_ram) if entry is not None)
+            children = max(entry.children for entry in entries if entry is not None)
             if children > len(beside) + is_followed or self._names_of(beside, linked) - names:
                 break
             own += [*beside, key]
@@ -150,15 +132,18 @@ class Inventory:
                 own += self._snapshots_on_the_way(first.root, keys[0])
         return own
 
-    def _has_others(
-        self, on_disk: Entry | None, in_ram: Entry | None, after: str | None, linked: _Linked | None
-    ) -> bool:
-        """Whether a block, of which the tiers know this, is followed in one of them by others than ``after``."""
+    def _entries_of(self, key: str, linked: _Linked | None) -> list[Entry | None]:
+        """Return what each tier knows of a block; first the one that names hold on to."""
+        return self._tiers.entries_of(key, linked.entries if linked is not None else None)
+
+    def _has_others(self, entries: Sequence[Entry | None], after: str | None, linked: _Linked | None) -> bool:
+        """Whether a block, of which the tiers know ``entries``, is followed in one of them by others than ``after``."""
         if after is None:
             return False
-        is_after_on_disk = on_disk is not None and self._entry_on_disk(after, linked) is not None
-        return (on_disk is not None and on_disk.children > is_after_on_disk) or (
-            in_ram is not None and in_ram.children > (after in self._host)
+        followers = self._entries_of(after, linked)
+        return any(
+            entry is not None and entry.children > (follower is not None)
+            for entry, follower in zip(entries, followers, strict=True)
         )
 
     def _names_of(self, keys: Sequence[str], linked: _Linked | None) -> set[str]:
@@ -171,17 +156,16 @@ class Inventory:
         block = self.find(after) if after is not None else None
         if block is None:
             return []
-        tiers = (self._host, self._disk) if self._disk is not None else (self._host,)
-        tails = (tail for tier in tiers for tail in tier.tails(parent, block.tokens))
+        tails = self._tiers.tails(parent, block.tokens)
         found = {tail.key for tail in tails if tail.is_checkpoint}
         whole = BlockId.of(block.root, block.parent, block.tokens, snapshot=True)
-        if any(whole.key in tier for tier in tiers):
+        if whole.key in self._tiers:
             found.add(whole.key)
         return sorted(found - {block.key})
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that no other goes beyond, the last used first."""
-        entries = {entry.key: entry for entry in self.entries()}
+        entries = {entry.key: entry for entry in self._tiers.entries()}
         followed = {entry.parent for entry in entries.values()}
         sums: dict[str, tuple[int, int]] = {}
 
@@ -202,23 +186,13 @@ class Inventory:
             chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
 
-    def entries(self) -> Iterable[Entry]:
-        """Return what is known of every block."""
-        in_ram = {entry.key: entry for entry in self._host.entries()}
-        if self._disk is not None:
-            disk = self._disk
-            nothing: list[Entry] = []
-            on_disk = disk.ask(disk.catalog.entries, nothing)
-            in_ram.update((entry.key, entry) for entry in on_disk)
-        return in_ram.values()
-
     def keys_to(self, key_prefix: str) -> tuple[str, list[str], int]:
         """Return root, keys and tokens of the chain whose last block's key begins with ``key_prefix``.
 
         Raises:
             UnknownNameError: no key begins so, or several do.
         """
-        entries = {entry.key: entry for entry in self.entries()}
+        entries = {entry.key: entry for entry in self._tiers.entries()}
         found = [key for key in entries if key.startswith(key_prefix)] if key_prefix else []
         if len(found) != 1:
             raise UnknownNameError(
@@ -236,7 +210,7 @@ class Inventory:
 
         What ``tokens`` begin with counts as leading there, too.
         """
-        entries = {entry.key: entry for entry in self.entries()}
+        entries = {entry.key: entry for entry in self._tiers.entries()}
         following: dict[str, list[str]] = {}
         for entry in entries.values():
             following.setdefault(entry.parent, []).append(entry.key)
@@ -283,13 +257,8 @@ class Inventory:
 
         Those count too that no turn finds any more, since they could not be removed before.
         """
-        found = [entry for entry in map(self._kept, keys) if entry is not None]
+        found = [entry for entry in map(self._tiers.kept_entry, keys) if entry is not None]
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
-
-    def _kept(self, key: str) -> Entry | None:
-        disk = self._disk
-        on_disk = disk.ask(lambda: disk.catalog.entry(key), None) if disk is not None else None
-        return on_disk or self._host.entry(key)
 
 
 def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvtier.store.manage.stats import StoreStats, TierStats
+from kvtier.store.manage.stats import StoreStats
+from kvtier.store.tiers.base import TierStats
 
 # Shown as 0 before they happen: a series that begins at 1 has no increase that could be seen.
 _MISS_REASONS = ("unknown", "diverged", "shorter", "damaged", "unavailable", "gone")

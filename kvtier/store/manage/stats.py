@@ -7,41 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.tier import DiskTier
-from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.base import TierStats
+from kvtier.store.tiers.stack import TierStack
 
 
 def _nothing() -> Mapping[str, int]:
     return MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """One tier.
-
-    Attributes:
-        tier: ``host`` or ``disk``.
-        nbytes: bytes that its blocks take: tensors in RAM; on disk whole allocation units, blocks being written and
-            blocks that could not be deleted yet included.
-        budget_bytes: what ``nbytes`` never exceeds.
-        blocks: blocks that can be found.
-        pinned_blocks: of those, what is never evicted.
-        leased_blocks: blocks that this process is reading right now.
-        hits: blocks restored from here. Like all counts below: by this process, since the store was opened.
-        evictions: blocks that went to make room.
-        expirations: blocks that went because nothing used them for ``ttl``.
-    """
-
-    tier: str
-    nbytes: int = 0
-    budget_bytes: int = 0
-    blocks: int = 0
-    pinned_blocks: int = 0
-    leased_blocks: int = 0
-    hits: int = 0
-    evictions: int = 0
-    expirations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,70 +50,32 @@ class StoreStats:
     names: int = 0
 
 
-def snapshot(
-    path: str | None,
-    host: HostTier,
-    disk: DiskTier | None,
-    names: Names,
-    pinned: frozenset[str],
-    tally: Mapping[str, int],
-    queued_writes: int,
-) -> StoreStats:
+def snapshot(path: str | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
     """Return the numbers of a store.
 
     Args:
         path: its folder.
-        host: the RAM tier.
-        disk: the file tier, if there is one.
-        names: its names.
-        pinned: blocks that are pinned in RAM.
+        tiers: its tiers.
         tally: what the store itself has counted: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
         queued_writes: blocks waiting to be written.
     """
-    tiers = [
-        TierStats(
-            "host",
-            nbytes=host.nbytes,
-            budget_bytes=host.budget_bytes,
-            blocks=len(host),
-            pinned_blocks=sum(key in host for key in pinned),
-            leased_blocks=len(host.leases),
-            hits=tally.get("hits.host", 0),
-            evictions=host.counts["evictions"],
-            expirations=host.counts["expirations"],
-        )
-    ]
-    if disk is not None:
-        blocks, pinned_blocks = disk.ask(disk.catalog.counts, (0, 0))
-        tiers.append(
-            TierStats(
-                "disk",
-                nbytes=disk.nbytes,
-                budget_bytes=disk.settings.budget_bytes,
-                blocks=blocks,
-                pinned_blocks=pinned_blocks,
-                leased_blocks=len(disk.leases),
-                hits=tally.get("hits.disk", 0),
-                evictions=disk.counts["evictions"],
-                expirations=disk.counts["expirations"],
-            )
-        )
+    tier_stats = tiers.stats(tally)
     try:
-        name_count = len(names)
+        name_count = len(tiers.names)
     except sqlite3.Error:  # the tier has warned of it by now
         name_count = 0
     return StoreStats(
         path=path,
-        tiers=tuple(tiers),
+        tiers=tier_stats,
         lookups=tally.get("lookups", 0),
         lookup_tokens=tally.get("lookup_tokens", 0),
         hit_tokens=tally.get("hit_tokens", 0),
         misses=_by_reason(tally, "misses."),
         committed_tokens=tally.get("committed_tokens", 0),
-        written_bytes=disk.counts["written_bytes"] if disk is not None else 0,
+        written_bytes=tiers.counts.get("written_bytes", 0),
         queued_writes=queued_writes,
-        errors=_by_reason(disk.counts if disk is not None else {}, "errors."),
-        paused=disk.paused if disk is not None else None,
+        errors=_by_reason(tiers.counts, "errors."),
+        paused=tiers.paused,
         names=name_count,
     )
 

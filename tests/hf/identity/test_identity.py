@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationMixin, PreTrainedConfig
 
-from kvtier.hf.identity.eligibility import POSITIONAL, why_unsound
+from kvtier.hf.compat.names import POSITIONAL
+from kvtier.hf.identity.eligibility import why_unsound
 from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.stable_repr import describe, describe_code

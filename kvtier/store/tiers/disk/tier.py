@@ -21,6 +21,7 @@ from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
 from kvtier.store.tiers.backoff import Backoff, Withheld, is_full, is_locked
+from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.ranking import Place
@@ -73,6 +74,8 @@ class DiskTier:
         settings: what it keeps to.
         clock: Unix time.
     """
+
+    name = "disk"
 
     def __init__(
         self, folder: StoreFolder, catalog: Catalog, owner: Owner, settings: DiskSettings, clock: Callable[[], float]
@@ -484,6 +487,24 @@ class DiskTier:
         """Return what is known of a block that lives here."""
         return self.ask(lambda: self.catalog.entry(key), None) if key not in self._lost else None
 
+    def kept_entry(self, key: str) -> Entry | None:
+        """Return what is known of a block, also of one that no turn finds any more since it could not be removed."""
+        return self.ask(lambda: self.catalog.entry(key), None)
+
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a block that lives here."""
+        return self.ask(lambda: self.catalog.find(key), None)
+
+    def entries(self) -> list[Entry]:
+        """Return what is known of every block."""
+        nothing: list[Entry] = []
+        return self.ask(self.catalog.entries, nothing)
+
+    def linked_entries(self) -> list[Entry]:
+        """Return what is known of every block that a name is about."""
+        nothing: list[Entry] = []
+        return self.ask(self.catalog.linked_entries, nothing)
+
     def open(self, block: BlockId) -> SharedReader | None:
         """Open a block for reading, with a lease on it; None when it is not (or no longer) here.
 
@@ -526,6 +547,21 @@ class DiskTier:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that these blocks were used now, and how often blocks were restored."""
         self.ask(lambda: self.catalog.touch(keys, hits), None)
+
+    def stats(self, hits: int) -> TierStats:
+        """Return its numbers; ``hits`` blocks were restored from here."""
+        blocks, pinned_blocks = self.ask(self.catalog.counts, (0, 0))
+        return TierStats(
+            self.name,
+            nbytes=self.nbytes,
+            budget_bytes=self.settings.budget_bytes,
+            blocks=blocks,
+            pinned_blocks=pinned_blocks,
+            leased_blocks=len(self.leases),
+            hits=hits,
+            evictions=self.counts["evictions"],
+            expirations=self.counts["expirations"],
+        )
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.backoff import Withheld
+from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.host.ranking import RamValuation
 from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
@@ -74,6 +75,8 @@ class HostTier:
         before_waiting: called before a put waits for room: has what waits to be written written.
         longest_wait_seconds: how long a put waits in all for other blocks to be written.
     """
+
+    name = "host"
 
     def __init__(
         self,
@@ -292,6 +295,29 @@ class HostTier:
             resident.hits,
             resident.used_at,
             key in self._pinned(),
+        )
+
+    def linked_entries(self) -> list[Entry]:
+        """Return what is known of every block, those that names are about among them."""
+        return self.entries()
+
+    def kept_entry(self, key: str) -> Entry | None:
+        """Return what is known of a block that lives here."""
+        return self.entry(key)
+
+    def stats(self, hits: int) -> TierStats:
+        """Return its numbers; ``hits`` blocks were restored from here."""
+        pinned = self._pinned()
+        return TierStats(
+            self.name,
+            nbytes=self.nbytes,
+            budget_bytes=self.budget_bytes,
+            blocks=len(self),
+            pinned_blocks=sum(key in self for key in pinned),
+            leased_blocks=len(self.leases),
+            hits=hits,
+            evictions=self.counts["evictions"],
+            expirations=self.counts["expirations"],
         )
 
     def find(self, key: str) -> BlockId | None:
