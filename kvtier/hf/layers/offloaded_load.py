@@ -77,26 +77,26 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: the blocks of the store are not of this model.
         """
-        self._expect(memories)
-        if self._job is None:
+        self.check_fit(memories)
+        if self.job is None:
             return
         if self._device is not None:
-            layers = enumerate(self._job.spec.layers)
+            layers = enumerate(self.job.spec.layers)
             token_bytes = {index: spec.token_bytes for index, spec in layers}
-            self._offload.device_memory(self._device).foresee(token_bytes, len(self._plans), columns)
+            self._offload.device_memory(self._device).foresee(token_bytes, len(self.plans), columns)
 
     def _fill(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
-        repeats = k_bhtd.shape[0] // len(self._plans)
-        in_place = old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
+        repeats = k_bhtd.shape[0] // len(self.plans)
+        in_place = old is not None and self.in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
         memory = old if in_place else make(k_bhtd, v_bhtd)
         assert isinstance(memory, OffloadedLayer)
-        if self._job is not None and self._job.spec.layers[layer] != memory.spec:
-            raise self._misfit(self._job.spec.layers[layer], memory.spec)
+        if self.job is not None and self.job.spec.layers[layer] != memory.spec:
+            raise self.misfit(self.job.spec.layers[layer], memory.spec)
         try:
             memory.reserve(self.columns)
-            if in_place and self._job is None and memory.length >= self.columns:
+            if in_place and self.job is None and memory.length >= self.columns:
                 memory.crop(self.columns)
             else:
                 self._fill_layer(layer, memory, old, 0 if not in_place else min(self._held_ends()), repeats)
@@ -110,7 +110,7 @@ class OffloadedPrefixLoad(PrefixLoad):
 
     def _held_ends(self) -> list[int]:
         """Return, for each row, the column after the last one that is held already."""
-        return [max(p.pad, min(p.pad + p.device_tokens, self.columns)) for p in self._plans]
+        return [max(p.pad, min(p.pad + p.device_tokens, self.columns)) for p in self.plans]
 
     def _fill_layer(
         self, layer: int, memory: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
@@ -140,29 +140,29 @@ class OffloadedPrefixLoad(PrefixLoad):
 
     def _whole_pages(self, memory: OffloadedLayer) -> list[Span]:
         """Return the spans that ``memory`` can have as pages, as they are."""
-        if self._job is None or len(self._plans) > 1 or self._plans[0].pad or not memory.is_cold:
+        if self.job is None or len(self.plans) > 1 or self.plans[0].pad or not memory.is_cold:
             return []
         page, tiers = self._offload.page_tokens, ("disk",) if memory.kernels_read_host else ("disk", "host")
         return [
             span
-            for span in self._job.spans(0)
+            for span in self.job.spans(0)
             if (span.first, span.last) == (0, page)
-            and self._job.reader(span.block.key).is_plain
-            and self._job.tier(span.block.key) in tiers
+            and self.job.reader(span.block.key).is_plain
+            and self.job.tier(span.block.key) in tiers
         ]
 
     def _has_room(self, span: Span, memory: OffloadedLayer) -> bool:
         """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
-        assert self._job is not None
-        on_disk = self._job.tier(span.block.key) == "disk"
+        assert self.job is not None
+        on_disk = self.job.tier(span.block.key) == "disk"
         return on_disk or memory.has_host_room(span.tokens * memory.spec.token_bytes)
 
     def _borrow(self, span: Span, layer: int, memory: OffloadedLayer) -> BorrowedExtent:
-        assert self._job is not None
+        assert self.job is not None
         key = span.block.key
         borrowed = self._borrowed_blocks.get(key)
         if borrowed is None:
-            borrowed = self._borrowed_blocks[key] = BorrowedBlock(self._job.lend(key))
+            borrowed = self._borrowed_blocks[key] = BorrowedBlock(self.job.lend(key))
         extent = memory.borrowed_extent(borrowed, layer, span.tokens, borrowed.reader.tier)
         if extent.tier == "host":
             owner = object()
@@ -184,7 +184,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         ends = self._held_ends()
         with memory.filling(begin, end) as (target, base):
             for row in range(memory.rows):
-                plan, page, held_end = self._plans[row // repeats], kept[row // repeats], ends[row // repeats]
+                plan, page, held_end = self.plans[row // repeats], kept[row // repeats], ends[row // repeats]
                 first = min(max(plan.pad, begin), end)
                 target.clear(row, begin - base, first - base)
                 if page is not None:
@@ -195,17 +195,17 @@ class OffloadedPrefixLoad(PrefixLoad):
                         stop = min(at + step, held_end, end)
                         source = plan.source_pad + at - plan.pad
                         target.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
-            if self._job is not None:
+            if self.job is not None:
                 self._land(layer, target, base, begin, end, repeats)
             for row in range(memory.rows):
-                last = max(self._plans[row // repeats].end, begin)
+                last = max(self.plans[row // repeats].end, begin)
                 if last < end:
                     target.clear(row, last - base, end - base)
 
     def _land(self, layer: int, target: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
         """Let what the store has of the columns ``[begin, end)`` land in ``target``, whose column 0 is ``base``."""
-        assert self._job is not None
-        pads = [plan.pad for plan in self._plans]
+        assert self.job is not None
+        pads = [plan.pad for plan in self.plans]
         direct = target.device.type == "cpu"
         host = target if direct else KVBuffer(len(pads), target.spec, end - base, "cpu")
 
@@ -214,7 +214,7 @@ class OffloadedPrefixLoad(PrefixLoad):
             return host.view(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
 
         one_row = len(pads) == 1
-        self._job.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
+        self.job.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
         for row, held_end in enumerate(self._held_ends()):
             first = max(held_end, begin)
             for copy_row in range(row * repeats + direct, (row + 1) * repeats):
@@ -227,14 +227,14 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        if old is not None and self._job is None:
+        if old is not None and self.job is None:
             k, v = old.contents(0)
         else:
-            assert self._job is not None
-            g = self._job.spec.layers[layer]
+            assert self.job is not None
+            g = self.job.spec.layers[layer]
             device = old.device if old is not None else self._device
-            k = torch.empty(len(self._plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
-            v = torch.empty(len(self._plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
+            k = torch.empty(len(self.plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
+            v = torch.empty(len(self.plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
         return self.take(layer, old, k, v, make)
 
     def wait(self) -> None:
@@ -243,5 +243,5 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: one could not be read.
         """
-        if self._job is not None:
-            self._job.check()
+        if self.job is not None:
+            self.job.check()

@@ -54,9 +54,9 @@ class PrefixLoad:
         self.device = torch.device("cpu")
         self.seconds = 0.0
         self.overlap_bytes_per_second = 1e9  # of pages that are not waited for before the first layer computes
-        self._plans = tuple(plans)
-        self._job = job
-        self._in_place = held_rows == len(plans) and all(
+        self.plans = tuple(plans)
+        self.job = job
+        self.in_place = held_rows == len(plans) and all(
             plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
         )
         self._landed: list[KVBuffer] = []
@@ -73,27 +73,32 @@ class PrefixLoad:
         Raises:
             RestoreError: the blocks of the store are not of this model.
         """
-        self._expect(memories)
-        job = self._job
+        self.check_fit(memories)
+        job = self.job
         if job is None or not job.nbytes:
             return
         for memory, spec in zip(memories, job.spec.layers, strict=True):
-            if self._in_place and isinstance(memory, KVBuffer) and memory.is_host(spec):
+            if self.in_place and isinstance(memory, KVBuffer) and memory.is_host(spec):
                 memory.reserve(columns, live=min(self.columns, memory.capacity))
                 self._landed.append(memory)
             else:
-                self._landed.append(KVBuffer(len(self._plans), spec, KVBuffer.capacity_for(columns), "cpu"))
+                self._landed.append(KVBuffer(len(self.plans), spec, KVBuffer.capacity_for(columns), "cpu"))
         job.start(self._place)
 
-    def _expect(self, memories: Sequence[LayerMemory | None]) -> None:
-        job = self._job
+    def check_fit(self, memories: Sequence[LayerMemory | None]) -> None:
+        """Make sure that the store has as many layers as there are.
+
+        Raises:
+            RestoreError: it has others.
+        """
+        job = self.job
         if job is not None and len(memories) != len(job.spec.layers):
             raise job.reject(f"blocks of {len(job.spec.layers)} layers do not fit {len(memories)}")
         self._left = {i for i, memory in enumerate(memories) if memory is not None or self.brings(i)}
 
     def brings(self, layer: int) -> bool:
         """Whether the store has K or V of buffer ``layer``. Of a buffer that no forward pass fills it has none."""
-        return self._job is not None and self._job.spec.layers[layer].token_bytes > 0
+        return self.job is not None and self.job.spec.layers[layer].token_bytes > 0
 
     def nothing(self, layer: int, like: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of no tokens for buffer ``layer``, in as many rows as the turn has.
@@ -106,15 +111,15 @@ class PrefixLoad:
         if like is not None:
             k, v = (part.new_empty(rows, *part.shape[1:]) for part in like)
             return k, v
-        assert self._job is not None
-        g = self._job.spec.layers[layer]
+        assert self.job is not None
+        g = self.job.spec.layers[layer]
         k = torch.empty(rows, g.k_heads, 0, g.k_dim, dtype=g.dtype, device=self.device)
         return k, torch.empty(rows, g.v_heads, 0, g.v_dim, dtype=g.dtype, device=self.device)
 
     @property
     def has_states(self) -> bool:
         """Whether states come from the store."""
-        return self._job is not None and self._job.has_states
+        return self.job is not None and self.job.has_states
 
     def states(self) -> list[torch.Tensor]:
         """Return the states of each row, U8 ``[bytes]``.
@@ -122,17 +127,17 @@ class PrefixLoad:
         Raises:
             RestoreError: they could not be read.
         """
-        assert self._job is not None
-        states = [self._job.states(row) for row in range(self.rows)]
+        assert self.job is not None
+        states = [self.job.states(row) for row in range(self.rows)]
         self.restored_bytes += sum(each.nbytes for each in states)
         return states
 
     def reject(self, reason: str) -> RestoreError:
         """Discard what comes from the store: it does not fit. Returns what to raise."""
-        return self._job.reject(reason) if self._job is not None else RestoreError(reason)
+        return self.job.reject(reason) if self.job is not None else RestoreError(reason)
 
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
-        return self._landed[layer].view(row, self._plans[row].pad), 0
+        return self._landed[layer].view(row, self.plans[row].pad), 0
 
     def take(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
@@ -162,8 +167,8 @@ class PrefixLoad:
     ) -> LayerMemory:
         assert old is None or isinstance(old, KVBuffer)
         landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
-        repeats = k_bhtd.shape[0] // len(self._plans)
-        if old is not None and self._in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
+        repeats = k_bhtd.shape[0] // len(self.plans)
+        if old is not None and self.in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
             memory = old
             memory.reserve(self.columns, live=min(self.columns, memory.capacity))
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
@@ -172,7 +177,7 @@ class PrefixLoad:
             memory = KVBuffer.like(k_bhtd, v_bhtd, KVBuffer.capacity_for(self.columns + k_bhtd.shape[2]))
         for row in range(memory.rows):
             source = row // repeats
-            plan = self._plans[source]
+            plan = self.plans[source]
             begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
             held = max(begin, min(plan.pad + plan.device_tokens, self.columns))
             if memory is not old:
@@ -188,17 +193,18 @@ class PrefixLoad:
     def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
         if not self._landed:
             return None
-        if self._job is not None:
+        if self.job is not None:
             if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
-                self._job.give_head_start(self.restored_bytes / self.overlap_bytes_per_second)
+                self.job.give_head_start(self.restored_bytes / self.overlap_bytes_per_second)
             self._begun = True
-            self._job.wait(layer)
+            self.job.wait(layer)
         landed = self._landed[layer]
         if landed.spec != spec:
-            raise self._misfit(landed.spec, spec)
+            raise self.misfit(landed.spec, spec)
         return landed
 
-    def _misfit(self, stored: LayerSpec, wanted: LayerSpec) -> RestoreError:
+    def misfit(self, stored: LayerSpec, wanted: LayerSpec) -> RestoreError:
+        """Return what to raise where a layer of the store is none of this model's."""
         return self.reject(f"stored pages of {stored} do not fit the model's {wanted}")
 
     def wait(self) -> None:
@@ -207,20 +213,20 @@ class PrefixLoad:
         Raises:
             RestoreError: one could not be read.
         """
-        if self._job is not None:
+        if self.job is not None:
             for layer in range(len(self._landed)):
-                self._job.wait(layer)
+                self.job.wait(layer)
 
     def close(self) -> None:
         """Stop what is on its way. May be called more than once."""
-        if self._job is not None:
-            self._job.close()
+        if self.job is not None:
+            self.job.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixLoad:
         """Share what has landed, when all of it has."""
         self.wait()
         twin = copy.copy(self)
-        twin._job = None
+        twin.job = None
         twin._landed = [memo.get(id(memory)) or memory.share(memory.capacity) for memory in self._landed]
         twin._left = set(self._left)
         return twin
