@@ -16,7 +16,7 @@ from kvtier.store.chain import BlockId
 class Block:
     """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors.
 
-    A snapshot also has ``states``: what is only valid after its last token, as bytes that whoever made them can read,
+    A checkpoint also has ``states``: what is only valid after its last token, as bytes that whoever made them can read,
     U8 ``[bytes]``.
     """
 
@@ -91,7 +91,7 @@ class BlockReader(Protocol):
         """
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a snapshot, U8 ``[bytes]``; nobody may write to them. None for other blocks.
+        """Return the states of a checkpoint, U8 ``[bytes]``; nobody may write to them. None for other blocks.
 
         Raises:
             BlockError: as ``page``.

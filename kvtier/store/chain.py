@@ -11,15 +11,15 @@ import numpy.typing as npt
 TokenIds = npt.NDArray[np.int64]
 
 
-def block_key(parent: str, tokens: TokenIds, *, snapshot: bool = False) -> str:
+def block_key(parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> str:
     """Return SHA-256 of the parent's key and the ids (little-endian int64), as hex.
 
-    A ``snapshot`` is another block than the one without states for the same ids: one more word, -1, which is no id,
+    A ``checkpoint`` is another block than the one without states for the same ids: one more word, -1, which is no id,
     ends what is hashed.
     """
     digest = hashlib.sha256(bytes.fromhex(parent))
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
-    if snapshot:
+    if checkpoint:
         digest.update(np.array([-1], dtype="<i8").tobytes())
     return digest.hexdigest()
 
@@ -41,14 +41,14 @@ class BlockId:
     tokens: TokenIds
 
     @classmethod
-    def of(cls, root: str, parent: str, tokens: TokenIds, *, snapshot: bool = False) -> BlockId:
+    def of(cls, root: str, parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> BlockId:
         """Name the block of ``tokens`` after ``parent``."""
-        return cls(block_key(parent, tokens, snapshot=snapshot), parent, root, tokens)
+        return cls(block_key(parent, tokens, checkpoint=checkpoint), parent, root, tokens)
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the block holds states, besides K and V. No block follows a snapshot."""
-        return self.key == block_key(self.parent, self.tokens, snapshot=True)
+        """Whether the block holds states, besides K and V. No block follows a checkpoint."""
+        return self.key == block_key(self.parent, self.tokens, checkpoint=True)
 
 
 def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:

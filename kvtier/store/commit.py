@@ -55,7 +55,7 @@ class BlockWriter:
         *,
         imported: bool = False,
     ) -> int:
-        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, snapshots apart.
+        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, checkpoints apart.
 
         What is ``imported`` comes from a file: its ``manifest`` is a stranger's word, and only taken where nothing is
         known; and all of it is written to disk, whether it is used again or not.
@@ -122,19 +122,19 @@ class BlockWriter:
         self._behind.submit(write)
 
     def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
-        """Keep the snapshots of prefixes that end in ``block``, which begins with token ``start``; return their keys.
+        """Keep the checkpoints of prefixes that end in ``block``, which begins with token ``start``; return their keys.
 
         Beside the states they hold K and V of their own: no block that goes on beyond them answers for those.
         """
         keys = []
         for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
             ids = block.tokens[: position - start].copy()
-            snapshot = BlockId.of(block.root, block.parent, ids, snapshot=True)
-            kept = snapshot.key in self._tiers or self._keep(
-                Block(snapshot, read(start, position), start, states[position]), keep_tails=True
+            checkpoint = BlockId.of(block.root, block.parent, ids, checkpoint=True)
+            kept = checkpoint.key in self._tiers or self._keep(
+                Block(checkpoint, read(start, position), start, states[position]), keep_tails=True
             )
             if kept:
-                keys.append(snapshot.key)
+                keys.append(checkpoint.key)
         return keys
 
     def manifest(self, root: str) -> Mapping[str, Any]:
@@ -163,12 +163,12 @@ class BlockWriter:
         self._tiers.tell_names(lambda names: names.touched(keys))
 
     def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
-        """Return the keys that answer for a chain, block by block; the last is that of a snapshot, if there is one."""
+        """Return the keys that answer for a chain, block by block; the last is that of a checkpoint if there is one."""
         keys = [self.stands_for(block, block_size) for block in blocks]
         for end in blocks[-1:]:
-            snapshot = BlockId.of(end.root, end.parent, end.tokens, snapshot=True)
-            if snapshot.key in self._tiers:
-                keys[-1] = snapshot.key
+            checkpoint = BlockId.of(end.root, end.parent, end.tokens, checkpoint=True)
+            if checkpoint.key in self._tiers:
+                keys[-1] = checkpoint.key
         return keys
 
     def stands_for(self, block: BlockId, block_size: int) -> str | None:

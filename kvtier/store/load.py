@@ -60,11 +60,11 @@ class LoadJob:
 
     @property
     def has_states(self) -> bool:
-        """Whether there is a snapshot for each row."""
+        """Whether there is a checkpoint for each row."""
         return bool(self._checkpoints)
 
     def states(self, row: int) -> torch.Tensor:
-        """Return the states of the snapshot of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
+        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
 
         Raises:
             RestoreError: they could not be read.

@@ -94,7 +94,7 @@ def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_
 def checkpoints_of(
     tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int
 ) -> Iterator[tuple[int, BlockId]]:
-    """Yield the snapshots that the tiers hold of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
+    """Yield the checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens that are known, the longest first.
 
     Each comes with the tokens it stands for: its states are valid after them. Blocks before it need not be here.
     """
@@ -112,7 +112,7 @@ def checkpoints_of(
             yield start + length, found[length]
         if index:  # one as long as a block
             last = whole[index - 1]
-            block = BlockId.of(root, last.parent, last.tokens, snapshot=True)
+            block = BlockId.of(root, last.parent, last.tokens, checkpoint=True)
             if block.key in tiers:
                 yield start, block
 

@@ -39,7 +39,7 @@ from kvtier.store.format.codecs import CODECS
 from kvtier.store.load import LoadJob, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
-from kvtier.store.manage.stats import StoreStats, snapshot
+from kvtier.store.manage.stats import StoreStats, store_stats
 from kvtier.store.names import checked_ttl
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
@@ -225,7 +225,7 @@ class PrefixStore:
         return match
 
     def checkpoints(self, root: str, tokens: TokenIds, limit: int) -> Iterator[tuple[int, BlockId]]:
-        """Yield the snapshots of prefixes of ``tokens`` of at most ``limit`` tokens, fewer than all; the longest first.
+        """Yield the checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens, not of all; the longest first.
 
         Each comes with the tokens after which its states are valid.
 
@@ -247,7 +247,7 @@ class PrefixStore:
         """
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
-        blocks |= {snapshot.key: snapshot for snapshot in checkpoints}
+        blocks |= {checkpoint.key: checkpoint for checkpoint in checkpoints}
         readers: dict[str, BlockReader] = {}
         missing: dict[str, BlockError] = {}
         unusable: dict[str, BlockError] = {}
@@ -279,7 +279,9 @@ class PrefixStore:
         self._block_writer.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return LoadJob(rows, readers, self._reading, self._note_unusable, [snapshot.key for snapshot in checkpoints])
+        return LoadJob(
+            rows, readers, self._reading, self._note_unusable, [checkpoint.key for checkpoint in checkpoints]
+        )
 
     def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
         """Discard damaged blocks, given by key with what is wrong with them; withhold those that cannot be read now.
@@ -371,7 +373,7 @@ class PrefixStore:
         with self._lock:
             tally = Counter(self._tally)
         path = str(self.path) if self.path is not None else None
-        return snapshot(path, self._tiers, tally, self._behind.queued)
+        return store_stats(path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------
 

@@ -83,12 +83,12 @@ IMPORTS = [
     Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate/run.py"),
     Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
     Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
-    Reliance("transformers.AutoModelForCausalLM", "hf/upstream.py"),
-    Reliance("transformers.AutoTokenizer", "hf/upstream.py"),
-    Reliance("transformers.LlamaConfig", "hf/upstream.py"),
-    Reliance("transformers.LlamaForCausalLM", "hf/upstream.py"),
-    Reliance("transformers.TextStreamer", "hf/upstream.py"),
-    Reliance("transformers.utils.logging", "hf/upstream.py"),
+    Reliance("transformers.AutoModelForCausalLM", "cli/demo/conversation.py"),
+    Reliance("transformers.AutoTokenizer", "cli/demo/conversation.py"),
+    Reliance("transformers.LlamaConfig", "cli/doctor/scripts.py"),
+    Reliance("transformers.LlamaForCausalLM", "cli/doctor/scripts.py"),
+    Reliance("transformers.TextStreamer", "cli/demo/conversation.py"),
+    Reliance("transformers.utils.logging", "cli/demo/conversation.py"),
 ]
 
 # What is called, overridden or read on them.

@@ -302,7 +302,7 @@ def test_what_is_not_there_is_nowhere():
 def test_a_block_and_snapshots_with_the_same_ids_are_told_apart():
     tier = new_tier(9 * SIZE)
     pages = block(count(4)).pages
-    twins = [Block(BlockId.of(ROOT, ROOT, count(4), snapshot=snapshot), pages) for snapshot in (False, True)]
+    twins = [Block(BlockId.of(ROOT, ROOT, count(4), checkpoint=checkpoint), pages) for checkpoint in (False, True)]
     for first, second in (twins, twins[::-1]):
         for gone, left in ((first, second), (second, first)):
             for each in (first, second):

@@ -233,7 +233,7 @@ class RamMachine(RuleBasedStateMachine):
             self.model.touch([block.id.key], {})
 
     def made_block(self, parent, tokens, size, *, is_checkpoint):
-        identity = BlockId.of(ROOT, parent, tokens, snapshot=is_checkpoint)
+        identity = BlockId.of(ROOT, parent, tokens, checkpoint=is_checkpoint)
         before = self.made.get(parent)
         depth = before.depth_tokens + len(before.id.tokens) if before is not None else 0
         return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
@@ -244,7 +244,7 @@ class RamMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(parents), label="parent")
         tokens = ids(*data.draw(TOKENS, label="tokens"))
         size = data.draw(st.integers(1, 4), label="bytes")
-        return self.made_block(parent, tokens, size, is_checkpoint=data.draw(st.booleans(), label="snapshot"))
+        return self.made_block(parent, tokens, size, is_checkpoint=data.draw(st.booleans(), label="checkpoint"))
 
     def draw_key(self, data):
         """A block that is here, or was."""

@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers.utils import logging as transformers_logging
 
 from kvtier.hf.compat.names import passed
-from kvtier.hf.upstream import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    TextStreamer,
-    transformers_logging,
-)
 
 _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
 

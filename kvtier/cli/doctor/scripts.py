@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
-from kvtier.hf.upstream import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import round_up, smallest_budget_bytes
 

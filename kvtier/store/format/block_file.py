@@ -2,7 +2,7 @@
 
 ``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
 checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
-``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A snapshot ends with ``states``
+``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A checkpoint ends with ``states``
 (U8), which are not compressed.
 """
 
@@ -202,7 +202,7 @@ class BlockFile:
         tokens: TokenIds = self._payload(_TOKENS).view("<i8").astype(np.int64)
         check_ids(tokens)
         self._is_snapshot = opened.is_checkpoint
-        if block_key(parent, tokens, snapshot=opened.is_checkpoint) != key:
+        if block_key(parent, tokens, checkpoint=opened.is_checkpoint) != key:
             raise ValueError("its ids do not give its key")
         self.id = BlockId(key, parent, root, tokens)
 
@@ -283,7 +283,7 @@ class BlockFile:
         return True
 
     def states(self) -> torch.Tensor | None:
-        """Read the states of a snapshot.
+        """Read the states of a checkpoint.
 
         Raises:
             BlockError: they cannot be read, or their checksum differs.

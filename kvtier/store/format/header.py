@@ -177,7 +177,7 @@ def open_header(fd: int, required: Sequence[str]) -> Opened:
     missing = next((name for name in required if name not in metadata), None)
     if missing:
         raise ValueError(f"its metadata have no {missing!r}")
-    if layout.names != tensor_names((len(layout.names) - 1) // 2, snapshot=len(layout.names) % 2 == 0):
+    if layout.names != tensor_names((len(layout.names) - 1) // 2, checkpoint=len(layout.names) % 2 == 0):
         raise ValueError("its tensors are not tokens, and K and V of each layer in turn")
     if layout.names[-1] == STATES and (layout.dtypes[-1] != "U8" or len(layout.shapes[-1]) != 1):
         raise ValueError("its states are not bytes")
@@ -258,9 +258,9 @@ def _are_sizes(values: Iterable[object]) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def tensor_names(layers: int, *, snapshot: bool = False) -> tuple[str, ...]:
+def tensor_names(layers: int, *, checkpoint: bool = False) -> tuple[str, ...]:
     """Return the names of the tensors of a file of so many layers, in order."""
-    return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * snapshot)
+    return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * checkpoint)
 
 
 def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> KVSpec:

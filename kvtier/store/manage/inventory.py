@@ -152,13 +152,13 @@ class Inventory:
         return set[str]().union(*(linked.names.get(key, ()) for key in keys))
 
     def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
-        """Return the snapshots after ``parent`` that ``after``, the next block of a chain, begins with."""
+        """Return the checkpoints after ``parent`` that ``after``, the next block of a chain, begins with."""
         block = self.find(after) if after is not None else None
         if block is None:
             return []
         tails = self._tiers.tails(parent, block.tokens)
         found = {tail.key for tail in tails if tail.is_checkpoint}
-        whole = BlockId.of(block.root, block.parent, block.tokens, snapshot=True)
+        whole = BlockId.of(block.root, block.parent, block.tokens, checkpoint=True)
         if whole.key in self._tiers:
             found.add(whole.key)
         return sorted(found - {block.key})

@@ -50,7 +50,7 @@ class StoreStats:
     names: int = 0
 
 
-def snapshot(path: str | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
+def store_stats(path: str | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
     """Return the numbers of a store.
 
     Args:

@@ -226,7 +226,7 @@ class SharedReader:
             self._load.reader.land(layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a snapshot; each restore reads them for itself.
+        """Return the states of a checkpoint; each restore reads them for itself.
 
         Raises:
             BlockError: as ``page``.

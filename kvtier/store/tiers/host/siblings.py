@@ -34,7 +34,7 @@ class Siblings:
         """Remove a block that is here."""
         siblings = self._after[block.parent]
         index = bisect_left(siblings, _bytes_of(block), key=_bytes_of)
-        while siblings[index].key != block.key:  # a snapshot has the ids of the block beside it
+        while siblings[index].key != block.key:  # a checkpoint has the ids of the block beside it
             index += 1
         del siblings[index]
         if not siblings:
@@ -69,7 +69,7 @@ class Siblings:
             shared = common_run(siblings[index].tokens, tokens)
             if shared == length:
                 first = bisect_left(siblings, _as_bytes(tokens[:length]), key=_bytes_of)
-                yield from siblings[first : index + 1]  # a block, and a snapshot beside it
+                yield from siblings[first : index + 1]  # a block, and a checkpoint beside it
                 shared -= 1
 
 

@@ -46,7 +46,7 @@ class HostReader:
         view.take(self._block.pages[layer], first, last)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a snapshot; no bytes move."""
+        """Return the states of a checkpoint; no bytes move."""
         return self._block.states
 
     def detach(self) -> None:

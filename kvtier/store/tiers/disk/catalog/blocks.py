@@ -122,7 +122,7 @@ class Catalog:
                         "LIMIT ?",
                         (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
                     )
-                    found += map(_block_id, rows)  # a snapshot beside a block
+                    found += map(_block_id, rows)  # a checkpoint beside a block
                     shared -= 1
                 longest = min(shared, longest - 1)
         return found

@@ -1,4 +1,4 @@
-"""Snapshots in a store: they come back to the bit, are found by the tokens before them, and go with their chain."""
+"""Checkpoints in a store: they come back to the bit, are found by the tokens before them, and go with their chain."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_states_come_back_to_the_bit(reopened):
     longer = count(13)
     match = store.match(ROOT, longer, 12)
     assert match.length == 11
-    for position, snapshot in store.checkpoints(ROOT, longer, 12):
-        with_pages = store.restore([match.between(0, position)], [snapshot])
+    for position, checkpoint in store.checkpoints(ROOT, longer, 12):
+        with_pages = store.restore([match.between(0, position)], [checkpoint])
         assert torch.equal(with_pages.states(0), states(position))
         with_pages.close()
-        alone = store.restore([()], [snapshot])
+        alone = store.restore([()], [checkpoint])
         assert alone.nbytes == 0
         assert torch.equal(alone.states(0), states(position))
         alone.close()
@@ -123,9 +123,9 @@ def test_models_without_layers_of_k_and_v(reopened):
     store.commit(ROOT, tokens, lambda start, stop: (), {"of": "a test"}, {10: states(10)})
     store = again(store)
     assert store.match(ROOT, count(12)).length == 10
-    ((position, snapshot),) = store.checkpoints(ROOT, count(12), 11)
+    ((position, checkpoint),) = store.checkpoints(ROOT, count(12), 11)
     assert position == 10
-    restore = store.restore([()], [snapshot])
+    restore = store.restore([()], [checkpoint])
     assert torch.equal(restore.states(0), states(10))
     restore.close()
 
@@ -138,8 +138,8 @@ def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
     data[-1] ^= 1
     file.write_bytes(data)
     with PrefixStore(tmp_path, block_size=SIZE) as store:
-        ((_, snapshot),) = store.checkpoints(ROOT, count(8), 7)
-        restore = store.restore([()], [snapshot])
+        ((_, checkpoint),) = store.checkpoints(ROOT, count(8), 7)
+        restore = store.restore([()], [checkpoint])
         with pytest.raises(RestoreError, match="checksum"):
             restore.states(0)
         restore.close()
@@ -150,9 +150,9 @@ def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
 def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
     """Neither can a file of states pass for the block without, nor the other way."""
     pages = truth(ROOT, count(3), 0, 3)
-    plain, snapshot = (BlockId.of(ROOT, ROOT, count(3), snapshot=s) for s in (False, True))
-    assert (plain.is_checkpoint, snapshot.is_checkpoint) == (False, True)
-    for block in (Block(plain, pages, 0, states(1)), Block(snapshot, pages)):
+    plain, checkpoint = (BlockId.of(ROOT, ROOT, count(3), checkpoint=s) for s in (False, True))
+    assert (plain.is_checkpoint, checkpoint.is_checkpoint) == (False, True)
+    for block in (Block(plain, pages, 0, states(1)), Block(checkpoint, pages)):
         path = tmp_path / "block"
         path.write_bytes(b"".join(encode_block(block, "raw")))
         with pytest.raises(BlockError, match="ids do not give its key"):
@@ -229,8 +229,8 @@ def test_an_archive_carries_the_states(tmp_path, length, pages):
         store.export("chat", tmp_path / "chat.safetensors")
     with PrefixStore(tmp_path / "b", block_size=SIZE) as store:
         assert store.import_(tmp_path / "chat.safetensors").kept_tokens == length
-        ((position, snapshot),) = store.checkpoints(ROOT, count(20), 19)
+        ((position, checkpoint),) = store.checkpoints(ROOT, count(20), 19)
         assert position == length
-        restore = store.restore([()], [snapshot])
+        restore = store.restore([()], [checkpoint])
         assert torch.equal(restore.states(0), states(length))
         restore.close()
