@@ -1,4 +1,4 @@
-"""What one turn reused and why: the values behind ``TieredCache.last_turn``."""
+"""TurnReport: what one turn reused and why, the value of ``TieredCache.last_turn``."""
 
 from __future__ import annotations
 

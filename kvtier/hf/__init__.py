@@ -1,1 +1,1 @@
-"""The hall: the only code that imports transformers."""
+"""TieredCache and its turns: the only folder, besides the command line, that imports transformers."""

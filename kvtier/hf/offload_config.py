@@ -1,4 +1,4 @@
-"""How a cache streams: its budgets, read once."""
+"""OffloadConfig: the budgets of a cache, read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Allocation of tensors that stay writable, whatever mode the caller computes in.
+"""Allocation of tensors that stay writable, in inference mode and outside of it.
 
 PyTorch refuses to write a tensor made in inference mode in place once that mode has ended. A cache outlives the call
 that made its buffers, so every tensor that kvtier writes later is made here.

@@ -1,4 +1,4 @@
-"""The memory of one layer: what attention reads and appends to."""
+"""LayerMemory: the memory of one layer, which attention appends to and reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The buffer: contiguous K and V of one layer, appended in place."""
+"""KVBuffer: contiguous K and V of one layer, appended in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who lives in buffers that several share, and which columns none of them may write."""
+"""Copy-on-write bookkeeping for K/V buffers shared by forked caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages: K and V of one layer on the host, and places for them to land."""
+"""Pages: K and V of one layer on the host, and views that pages are copied into."""
 
 from __future__ import annotations
 

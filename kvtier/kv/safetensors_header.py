@@ -1,4 +1,4 @@
-"""The header of a safetensors file: names for dtypes, and where each tensor's bytes begin."""
+"""The header of a safetensors file: names of dtypes, and where the bytes of each tensor begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of K and V: what one token costs in each layer, and where a layer's bytes lie in a block."""
+"""Shapes of K and V: what one token costs in each layer, and where the bytes of a layer lie in a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accounting of a budget: what it must hold at least, what is held, and what was moved. Counted, not estimated."""
+"""Budgets and counters of offloading: smallest budget, bytes held, bytes moved."""
 
 from __future__ import annotations
 

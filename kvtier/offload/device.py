@@ -1,4 +1,4 @@
-"""Layers of one compute device: which are cold, and the budget that all of them share."""
+"""DeviceMemory: the layers of one compute device, which of them are cold, and the budget that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs: full pages of one layer that lie next to each other in a lower tier."""
+"""Extents: full pages of one layer that lie side by side in a lower tier."""
 
 from __future__ import annotations
 

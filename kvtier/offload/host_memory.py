@@ -1,4 +1,4 @@
-"""Host memory for cold pages: a pool of large pieces, and buffers through which files and a device exchange pages."""
+"""Host memory for pages: a pool of large slabs, and staging buffers between files and a device."""
 
 from __future__ import annotations
 

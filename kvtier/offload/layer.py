@@ -1,4 +1,4 @@
-"""One layer under a budget: hot, a buffer on the device; or cold, pages below and an unfinished page on the device."""
+"""OffloadedLayer: a hot layer has its buffer on the device; a cold one has pages in lower tiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams: the decks of all devices that a cache lives on, and what they share."""
+"""OffloadManager: the layers of one cache under a budget, on all devices that they live on."""
 
 from __future__ import annotations
 

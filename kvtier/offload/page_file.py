@@ -1,4 +1,4 @@
-"""A page file: K and V of one layer for some tokens of all rows, as a safetensors file."""
+"""PageFile: K and V of one layer, for some tokens of all rows, as a safetensors file."""
 
 from __future__ import annotations
 

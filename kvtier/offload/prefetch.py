@@ -1,4 +1,4 @@
-"""The prefetch ring: a few slots, in which the next cold layers arrive while others compute.
+"""PrefetchRing: a few slots that take the pages of the next cold layers while other layers compute.
 
 A slot goes round: *idle* → *arriving* (pages are on their way) → *in use* (attention was given it) → idle. It is in use
 until the next layer of the device is updated, since by then its attention has been enqueued; a mark taken at that

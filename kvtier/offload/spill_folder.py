@@ -1,4 +1,4 @@
-"""The spill folder: a private place for page files, which lives as long as its cache."""
+"""SpillFolder: a private folder of page files, deleted with its cache."""
 
 from __future__ import annotations
 

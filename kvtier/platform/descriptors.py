@@ -1,4 +1,4 @@
-"""Files that are read again and again, and few of them open at a time.
+"""A pool of open files: many files are read again and again, few of them are open at a time.
 
 The system limits how many files a process may have open (256 on macOS, 1,024 on most of Linux), while a long prompt has
 thousands of blocks. So a ``ReadFile`` does not stay open: its descriptor is kept for as long as there is room, and is

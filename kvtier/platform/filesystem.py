@@ -1,4 +1,4 @@
-"""Folders and files as the store touches them: whole or not at all, the user's alone, and never through a link.
+"""Files and folders of a store: written whole or not at all, private to the user, never through a link.
 
 What can fail on a real drive fails in one of six system calls; ``SystemCalls`` holds them, so that a test can make any
 single one fail, be cut short, or be the last thing that a process does. ``mounts.py`` tells what a drive is.

@@ -1,4 +1,4 @@
-"""Forks: a child has a copy of all memory, but no other thread, and none of its parent's locks on files.
+"""Fork safety: locks, threads and files that must be at rest while the process forks.
 
 What another thread holds, or has half done, would stay so in the child for ever. And SQLite, which remembers the locks
 of its process, would take the parent's for the child's: it forbids to carry a connection, even an idle one, across a

@@ -1,4 +1,4 @@
-"""How much memory this process may take: the machine's, less where its container has less, and a device's."""
+"""Memory limits of this process: of the machine, its container, and a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a drive is: its type of filesystem, and whether other machines may have the same files open.
+"""The filesystem that a path lies on: its type, and whether other machines can have the same files open.
 
 SQLite's write-ahead log needs memory that all users of a database share, and locks that hold among them. Filesystems
 that reach over a network have neither for certain.

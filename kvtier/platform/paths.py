@@ -1,4 +1,4 @@
-"""Folders that people name, and the ones that are taken where nobody did: always absolute."""
+"""Folders that users name, as absolute paths, and default folders."""
 
 from __future__ import annotations
 

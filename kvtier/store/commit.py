@@ -1,4 +1,4 @@
-"""Commits: blocks that are not known yet are kept in RAM, and written to disk behind the caller."""
+"""BlockWriter: puts new blocks into RAM, and writes them to disk behind the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restore: the pages of some matches on their way, layer by layer, to where they are to lie."""
+"""LoadJob: copies the pages of matched blocks to their places, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matching: the longest known prefix of a sequence, to the token."""
+"""Lookup: the longest stored prefix of a sequence, to the token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores that caches of one process share because they name the same folder, or none."""
+"""One open store for each folder, shared by the caches of a process."""
 
 from __future__ import annotations
 

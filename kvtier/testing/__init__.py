@@ -1,4 +1,4 @@
-"""For tests: a simulated engine that finds unordered copies, mutants that prove it, and checks for engine authors."""
+"""For tests: conformance classes, a simulated accelerator, faults of drives."""
 
 from kvtier.testing.engines import EngineChecks
 from kvtier.testing.simulation.engine import SimulatedEngine

@@ -1,4 +1,4 @@
-"""What every copy engine must do, as checks that pytest collects: for the engines here and for those of others."""
+"""EngineChecks: what every copy engine must do, as a class to subclass in a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drives that fail: any one call or statement of a store can be refused, cut short, or be the last of its process.
+"""Faults of drives: any one call or statement of a store can fail, be cut short, or end its process.
 
 ``Faults`` counts what a store asks of the drive (``open``, ``write``, ``fsync``, ``rename``, ``unlink``, ``mkdir``)
 and, as ``statement``, of SQLite, in one order, and lets the planned ones go wrong. ``FaultyFilesystem`` and

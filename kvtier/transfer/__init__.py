@@ -1,4 +1,4 @@
-"""Everything that runs beside the caller: threads, and copies ordered against compute. Nothing else makes any."""
+"""Threads, and copies that are ordered against compute. No other folder starts a thread or a stream."""
 
 from kvtier.transfer.accelerator import StreamEngine, engine_for
 from kvtier.transfer.base import CopyEngine, Fence, InlineEngine

@@ -1,4 +1,4 @@
-"""The engine of an accelerator: side streams, events, pinned memory."""
+"""StreamEngine for accelerators: side streams, events, pinned memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The copy engine: what a device offers for moving bytes beside the computation."""
+"""CopyEngine: how a device moves bytes beside the computation."""
 
 from __future__ import annotations
 

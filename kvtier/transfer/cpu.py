@@ -1,4 +1,4 @@
-"""The engine of a CPU: kernels run in the caller, files are read and written by threads beside it."""
+"""ThreadEngine for CPUs: kernels run in the caller, threads read and write files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that read."""
+"""Readers: threads that read files."""
 
 from __future__ import annotations
 

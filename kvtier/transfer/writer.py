@@ -1,4 +1,4 @@
-"""A thread that writes, behind the caller."""
+"""Writer: one thread that writes behind the caller."""
 
 from __future__ import annotations
 

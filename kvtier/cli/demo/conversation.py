@@ -1,4 +1,4 @@
-"""A greedy chat at the level of tokens, timed: what the demo needs of transformers, and nothing of kvtier."""
+"""A greedy chat at the level of tokens, timed, with and without a cache of kvtier."""
 
 from __future__ import annotations
 

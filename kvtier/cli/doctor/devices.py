@@ -1,4 +1,4 @@
-"""What this machine computes with, and how fast bytes reach it."""
+"""Devices of this machine, and how fast bytes reach them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``kvtier doctor`` finds: one line each, for people and for programs."""
+"""Findings of ``kvtier doctor``: one line each, for people and for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts: short conversations of a tiny random model, run on a TieredCache and on a DynamicCache to be compared.
+"""Short conversations of a tiny random model, played on a TieredCache and on a DynamicCache.
 
 A script says what happens in each turn. Both runs make the same forward calls, so that tokens and logits must have the
 same bits: a turn on the DynamicCache begins with as many known tokens as the TieredCache reported for it.

@@ -1,4 +1,4 @@
-"""The self-test of streaming: answers on this machine's own device must be those of a DynamicCache, bit for bit."""
+"""Self-test of offloading: answers on this device must equal those of a DynamicCache, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spill folder: can cold pages be kept there, on what kind of file system, and how fast."""
+"""The spill folder: whether cold pages can lie there, on what filesystem, and how fast."""
 
 from __future__ import annotations
 

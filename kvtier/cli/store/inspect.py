@@ -1,4 +1,4 @@
-"""The commands that only look: ``ls``, ``show``, ``du`` and ``stats``. None of them makes a store."""
+"""The commands that only read: ``ls``, ``show``, ``du`` and ``stats``. None of them makes a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``--json`` prints: stable keys, units in their names, times as Unix seconds."""
+"""Output of ``--json``: stable keys, units in their names, times as Unix seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that destroy, after asking: ``rm`` and ``prune``."""
+"""The commands that delete, after asking: ``rm`` and ``prune``."""
 
 from __future__ import annotations
 

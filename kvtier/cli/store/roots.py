@@ -1,4 +1,4 @@
-"""What a root stands for, as its file in the store tells."""
+"""What a root stands for, read from its file in the store."""
 
 from __future__ import annotations
 

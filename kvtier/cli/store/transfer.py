@@ -1,4 +1,4 @@
-"""``export`` and ``import``: one named prefix as one file, to be carried to another store."""
+"""``export`` and ``import``: one named prefix as one file."""
 
 from __future__ import annotations
 

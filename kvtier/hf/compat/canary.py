@@ -1,4 +1,4 @@
-"""A trial of a transformers that kvtier was not tested with: a short conversation with a tiny model, once a process."""
+"""Canary: a short conversation with a tiny model, once a process, on an untested transformers."""
 
 from __future__ import annotations
 

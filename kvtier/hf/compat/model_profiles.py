@@ -1,4 +1,4 @@
-"""How models differ from what transformers promises of all of them: one table, and what follows from it for a turn.
+"""ModelProfile: how models differ from what transformers promises of all, as one table.
 
 Most entries were found by comparing one forward pass over a whole prompt with passes that continue a ``DynamicCache``.
 """

@@ -1,4 +1,4 @@
-"""What transformers calls things, by version: the module to change when a release renames one of them."""
+"""Names in transformers, by version: the module to change when a release renames something."""
 
 from __future__ import annotations
 

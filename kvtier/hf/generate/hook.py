@@ -1,4 +1,4 @@
-"""The hook around ``generate()``: calls with a cache of ours become turns, all others pass through."""
+"""The hook around generate(): calls with a TieredCache become turns, other calls pass through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feeding prompts in other pieces than ``generate`` would, for models that go on from states."""
+"""Prefill in chunks, for models that continue from states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that the code of a model can read: an attribute that no code names decides nothing."""
+"""Names that the code of a model can read: an attribute that no code names decides nothing."""
 
 from __future__ import annotations
 

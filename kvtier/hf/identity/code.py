@@ -1,4 +1,4 @@
-"""Code and where it comes from. A function is judged by its code object, never by the names that it carries."""
+"""Origin of code: released, installed or own, judged by files and code objects, never by names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a turn must not reuse: whatever decides K and V and is neither in the tokens nor in the root."""
+"""Eligibility of a model: why K and V that it computes now must not be reused."""
 
 from __future__ import annotations
 

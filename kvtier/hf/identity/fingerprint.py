@@ -1,4 +1,4 @@
-"""Model → root: everything besides tokens that must be equal for K and V to be equal."""
+"""Fingerprint: model → root, everything besides tokens that must be equal for K and V to be equal."""
 
 from __future__ import annotations
 

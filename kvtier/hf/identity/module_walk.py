@@ -1,4 +1,4 @@
-"""What a model is made of: one walk over its modules, that soundness and identity both read."""
+"""ModelWalk: one walk over the modules of a model, for eligibility and fingerprint."""
 
 from __future__ import annotations
 

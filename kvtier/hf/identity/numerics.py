@@ -1,4 +1,4 @@
-"""The settings of PyTorch that decide bits of K and V."""
+"""Settings of PyTorch that decide bits of K and V."""
 
 from __future__ import annotations
 

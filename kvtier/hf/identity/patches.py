@@ -1,4 +1,4 @@
-"""What was changed of released code: methods and attributes of classes, functions in modules."""
+"""Patches of released code: methods and attributes of classes, functions in modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value → words that are equal in every process where it computes the same."""
+"""Values in words that are equal in every process in which they compute the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that a call feeds besides ids → the chain of each row, and what is left to feed after a known prefix."""
+"""Inputs besides ids, as ids of the chain, and what of them is left to feed after a known prefix."""
 
 from __future__ import annotations
 

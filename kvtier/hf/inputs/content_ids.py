@@ -1,4 +1,4 @@
-"""Ids that no vocabulary has: where something besides ids enters a sequence, they say what it is."""
+"""Content-hash ids for images, audio, embeddings and custom positions in a block chain."""
 
 from __future__ import annotations
 

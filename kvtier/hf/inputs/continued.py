@@ -1,4 +1,4 @@
-"""Prompts that continue what a cache holds: placeholders come again, the pictures and sounds behind them do not.
+"""Prompts that continue what a cache holds and leave out media that it has.
 
 Transformers continues a cache in this way: it wants the whole conversation as ids, and no media that the cache holds.
 """

@@ -1,4 +1,4 @@
-"""Pictures, films and sounds of a call: which tensors are whose, and at which columns each of them enters."""
+"""Images, videos and sounds of a call: whose they are, and at which columns they enter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions of the tokens of a prompt, where models count them in ways of their own."""
+"""Positions of prompt tokens in models that count them in their own way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids and mask → one token row per sequence, padding removed."""
+"""Prompt: token ids and mask as one row of tokens per sequence, padding removed."""
 
 from __future__ import annotations
 

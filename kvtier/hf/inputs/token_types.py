@@ -1,4 +1,4 @@
-"""Token types of a prompt: they make runs of tokens that may attend to each other."""
+"""Token types of a prompt: which tokens may attend to each other both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One class per kind of layer: what attention sees of its buffers, and how a buffer begins a turn."""
+"""Attention layers: full, sliding and indexed; what attention sees, and how a prefix comes in."""
 
 from __future__ import annotations
 

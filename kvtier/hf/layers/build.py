@@ -1,4 +1,4 @@
-"""The layout of a cache: which kind of layer stands where, as a model's config says."""
+"""Layers of a cache from the config of a model: which kind of layer stands where."""
 
 from __future__ import annotations
 

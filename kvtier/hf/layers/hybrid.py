@@ -1,4 +1,4 @@
-"""Layers that keep K and V and states side by side. Layers of states alone are transformers' own."""
+"""Hybrid layers: K and V and recurrent states side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the layers of a cache still hold what they held when a turn was kept."""
+"""LayerMarks: whether the layers of a cache are unchanged since the end of a turn."""
 
 from __future__ import annotations
 

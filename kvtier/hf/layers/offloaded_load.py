@@ -1,4 +1,4 @@
-"""The known prefix of a turn under a budget: layer by layer into hot buffers and cold pages."""
+"""OffloadedPrefixLoad: the same under a budget, loaded into hot buffers and cold pages."""
 
 from __future__ import annotations
 

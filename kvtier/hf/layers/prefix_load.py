@@ -1,4 +1,4 @@
-"""The known prefix of a turn, on its way into the buffers."""
+"""PrefixLoad: the known prefix of a turn, loaded into the buffers layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a turn: the states of a cache's layers as they were at the columns where it was worth keeping them."""
+"""StateCheckpoints: states of the layers at the columns of a turn where it pays to keep them."""
 
 from __future__ import annotations
 

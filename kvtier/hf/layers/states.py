@@ -1,4 +1,4 @@
-"""States: what layers keep that is only valid after one token. Read out of the layers row by row, and put back.
+"""Recurrent and convolution states, read from layers row by row and put back.
 
 Recurrent and convolution states, and the pools of layers that compress K and V, say nothing about shorter prefixes.
 They are kept whole, for the few positions at which they were read out. As bytes they are a safetensors file: one tensor

@@ -1,4 +1,4 @@
-"""Which call is using a cache, how long others wait for it, and which ``generate()`` is running on this thread."""
+"""Exclusive use: which call uses a cache, and how long other calls wait for it."""
 
 from __future__ import annotations
 

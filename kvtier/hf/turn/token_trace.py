@@ -1,4 +1,4 @@
-"""Which tokens went through a model into each column of a cache, where only watching its forward passes can tell."""
+"""TokenTrace: the token in each column of a cache, recorded from forward passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One turn of a cache: what it starts from, what happened to its rows since, and the report of it."""
+"""Turn: what a turn starts from, what happens to its rows, and its report."""
 
 from __future__ import annotations
 

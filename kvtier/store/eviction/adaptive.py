@@ -1,4 +1,4 @@
-"""Policies: least recently used, and one that adapts to what is asked for again."""
+"""Eviction policies: least recently used, and one that learns between recency and frequency."""
 
 from __future__ import annotations
 

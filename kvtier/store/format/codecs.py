@@ -1,4 +1,4 @@
-"""Bytes of a tensor as they are stored: raw, or with the exponents of its floats compressed.
+"""Codecs: bytes of a tensor as they are stored, raw or with compressed exponents.
 
 The exponents of K and V repeat, their mantissas do not. The ``zstd`` codec rotates each word left by one bit, which
 puts the eight exponent bits of bf16 and fp32 into the top byte, compresses that byte of all words as one zstd frame,

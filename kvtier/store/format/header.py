@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors file lie, read from a header that anybody may have written.
+"""Header of a safetensors file, read from bytes that anybody may have written.
 
 All that is hostile in a header ends here: what it claims is compared with itself and with hard limits before anything
 is allocated or read by it. Work and memory are bounded by ``MAX_HEADER_BYTES``.

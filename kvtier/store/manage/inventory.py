@@ -1,4 +1,4 @@
-"""The inventory: chains as their owner sees them, with what each takes and what only it uses."""
+"""Inventory: chains as their owner sees them, with the bytes of each and those that only it uses."""
 
 from __future__ import annotations
 

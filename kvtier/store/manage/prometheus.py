@@ -1,4 +1,4 @@
-"""Statistics of a store in the text format that Prometheus and its kin collect."""
+"""Statistics of a store in the text format of Prometheus."""
 
 from __future__ import annotations
 

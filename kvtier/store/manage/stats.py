@@ -1,4 +1,4 @@
-"""What a store holds and has done, as one immutable snapshot."""
+"""Statistics of a store, as one immutable value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Usage: where the bytes of a store go, every block counted once."""
+"""Usage: the bytes of a store by root, each block counted once."""
 
 from __future__ import annotations
 

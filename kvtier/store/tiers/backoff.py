@@ -1,4 +1,4 @@
-"""Pauses: what failed is tried again after a while: writing to a full drive, reading a block that cannot be read."""
+"""Backoff: a full drive, a locked catalog or an unreadable block is tried again after a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a block in a tier, as one table.
+"""States of a block in a tier, and the moves between them, as one table.
 
 ``TABLE`` is the only place that says how a block may change its state, and the catalog moves a row only if its state is
 one of ``sources(move)``. The drawing in the documentation is made from it, too.

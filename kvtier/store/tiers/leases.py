@@ -1,4 +1,4 @@
-"""Leases: which blocks of a tier are being read, in this process."""
+"""Leases: which blocks of a tier this process is reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads: blocks of a slow tier that several restores read at the same time, read once.
+"""ReadCoalescer: a block that several loads want at the same time is read once.
 
 A restore that reads a block alone reads it straight to where it is to lie. Once a second one has opened the same block,
 each page that both still need is read into memory once, and copied from there to both. What is held for those who come

@@ -1,4 +1,4 @@
-"""What was accessed where: by kernels, which have times, and by operations, which have numbers."""
+"""Accesses to memory by kernels and by operations, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adversary in the place of an accelerator: every order that the fences allow may happen."""
+"""SimulatedEngine: an accelerator in which every order that the fences allow may happen."""
 
 from __future__ import annotations
 

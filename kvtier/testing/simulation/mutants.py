@@ -1,4 +1,4 @@
-"""Mutants: an engine without one of the waits or fences that a caller asks for, to prove that each is needed."""
+"""Mutants: an engine without one of its waits or fences, to prove that each is needed."""
 
 from __future__ import annotations
 

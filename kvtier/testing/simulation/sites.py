@@ -1,4 +1,4 @@
-"""Sites: the places in code from which an engine is called."""
+"""Sites: the places in code that call an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many steps optimizers have made in this process: fused ones write weights without counting in their versions.
+"""Optimizer steps of this process: fused ones write weights and count no version.
 
 PyTorch calls a hook before and after the step of every ``torch.optim.Optimizer``, whatever class it is of. The count
 says nothing of which tensors a step wrote: optimizers with flat buffers or master weights write others than those

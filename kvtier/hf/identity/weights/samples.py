@@ -1,4 +1,4 @@
-"""A few words of every tensor, read in every turn at the same places, to notice writes that PyTorch does not count.
+"""Samples of every tensor, compared each turn to notice writes that PyTorch does not count.
 
 Of each tensor, ``SAMPLES`` words of 8 bytes are read at irregular distances, or all bytes where there are no more.
 Contiguous tensors in main memory are read by one gather over their addresses; calling PyTorch or NumPy once per

@@ -1,4 +1,4 @@
-"""The bytes of one tensor → 64-bit sums of its blocks of 2 KiB, in which every byte counts, and SHA-256 over these.
+"""Bytes of a tensor as 64-bit sums of blocks of 2 KiB, and SHA-256 over these.
 
 Only tensors are read whose bytes lie in ordinary memory in a known form. ``why_unreadable`` gives the reason for all
 others, before an operation of PyTorch can fail on them or crash the process.

@@ -1,4 +1,4 @@
-"""An audit of a store folder: where its files and its catalog disagree, and how to make them agree.
+"""Audit: differences between the files and the catalog of a store, and how to mend them.
 
 Used in three places: whole, when a store is first opened after a boot of the machine (a power cut can lose what was not
 yet on the drive); in part, at every open, for what writers that died have left; and by ``verify``.

@@ -1,4 +1,4 @@
-"""Leases between processes: which blocks somebody reads, told by locks on one file of the store.
+"""FileLeases: which blocks any process is reading, as byte locks on one file of the store.
 
 Each block has a byte of its own in that file, of which only the locks exist. Whoever reads a block shares the lock of
 its byte; whoever wants to evict it claims it alone. The locks are those of an open file, not of a process (Linux,

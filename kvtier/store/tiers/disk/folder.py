@@ -1,4 +1,4 @@
-"""The folder of a store: where each file of it lies, and how one is written.
+"""StoreFolder: where each file of a store lies, and how it is written.
 
 kvtier.json                                format version
 catalog.sqlite                             what there is; can be made anew from the rest

@@ -1,4 +1,4 @@
-"""Owners: which store object of which process is at work in a folder, and whether it still lives.
+"""Owners: which store objects of which processes use a folder, and which of them are alive.
 
 Each holds a lock on a small file of its own for as long as it lives. The system lets go of the lock when the process
 ends, however it ends; unlike a process id, the lock means the same in every container that sees the folder.

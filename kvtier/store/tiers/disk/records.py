@@ -1,4 +1,4 @@
-"""Small JSON files of a store: read whole, of bounded size, and never what only bears the name of one."""
+"""Small JSON files of a store, read whole, with a size limit, and only if they are regular files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file tier: one safetensors file a block, under a byte budget, found through the catalog."""
+"""DiskTier: one safetensors file for each block, under a byte budget, found through the catalog."""
 
 from __future__ import annotations
 

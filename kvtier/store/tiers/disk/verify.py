@@ -1,4 +1,4 @@
-"""Verification: every file read, every row compared, every byte of the accounting counted anew."""
+"""Verification: reads every file, compares every row, and counts every byte again."""
 
 from __future__ import annotations
 

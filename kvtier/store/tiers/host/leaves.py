@@ -1,4 +1,4 @@
-"""Blocks that may be evicted, in two queues: the least valued of them is found without looking at all."""
+"""Leaves: blocks that may be evicted, in two queues that find the least valued without a scan."""
 
 from __future__ import annotations
 

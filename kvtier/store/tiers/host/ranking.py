@@ -1,4 +1,4 @@
-"""Valuation in RAM: what an eviction policy is fed from there, its state, and what was evicted lately.
+"""Ranking in RAM: the numbers that an eviction policy works with, and ghosts of evicted blocks.
 
 ``valuation`` is the same for the catalog of files.
 """

@@ -1,4 +1,4 @@
-"""The blocks of the RAM tier, and what is derived from them: their bytes, who follows whom, who goes first."""
+"""Residents: the blocks of the RAM tier, with their sums, links and eviction queues."""
 
 from __future__ import annotations
 

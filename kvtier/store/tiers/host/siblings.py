@@ -1,4 +1,4 @@
-"""Blocks by the block that they follow, in the order of their ids: neighbours are found without comparing them all."""
+"""Siblings: blocks by their parent, ordered by their ids; neighbours are found by bisection."""
 
 from __future__ import annotations
 

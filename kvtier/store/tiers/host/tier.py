@@ -1,4 +1,4 @@
-"""The RAM tier: blocks as tensors."""
+"""HostTier: blocks in RAM, as tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adoption: whole files that the catalog does not know become rows of it; all of them, when it is made anew."""
+"""Adoption: rows for whole files that the catalog does not know; for all files when it is rebuilt."""
 
 from __future__ import annotations
 

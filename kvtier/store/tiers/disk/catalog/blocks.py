@@ -1,4 +1,4 @@
-"""Which blocks the disk tier holds: the rows of ``blocks``, and every change of their state.
+"""Catalog: rows of the blocks of the disk tier, and every change of their state.
 
 A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Only
 ready rows are ever found. States and moves are those of ``lifecycle``; a move that a row cannot make changes nothing.

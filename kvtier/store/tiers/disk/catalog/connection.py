@@ -1,4 +1,4 @@
-"""One connection to a SQLite file: which thread uses it, how long it waits for others, and when it is made anew."""
+"""One SQLite connection: which thread uses it, how long it waits, when it is reopened."""
 
 from __future__ import annotations
 

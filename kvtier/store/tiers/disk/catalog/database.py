@@ -1,4 +1,4 @@
-"""The SQLite file of a store: one connection that changes rows, one that reads them beside it, and forks.
+"""Database: the SQLite file of a store, with one connection that writes and one that reads.
 
 In WAL mode a reader never waits for a writer. So the thread that generates, which reads, waits for no thread that
 writes, even while that one waits for another process.

@@ -1,4 +1,4 @@
-"""Token ids as bytes whose order is that of the ids: what two sequences share, they share in both forms.
+"""Token ids as bytes that sort and share prefixes as the ids do.
 
 An id below ``0xFF0000`` takes 3 bytes, the most significant first; any other takes ``0xFF`` and its 8 bytes. No code of
 an id begins with that of another one. So sequences are in the same order in both forms (negative ids count as unsigned,

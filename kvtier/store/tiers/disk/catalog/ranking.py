@@ -1,4 +1,4 @@
-"""Valuation: what blocks of the catalog are worth, by the numbers that an eviction policy keeps in their rows.
+"""Ranking in the catalog: the numbers of an eviction policy, kept in the rows of blocks.
 
 The policy is pure; here is what it is fed from and where its numbers go: columns of ``blocks``, the rows of ``ghosts``
 (what was evicted lately), and the one text that is its state for all processes.

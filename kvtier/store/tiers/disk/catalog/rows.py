@@ -1,4 +1,4 @@
-"""Rows of ``blocks``: how one is put in, moved between states, and placed in its chain, within an open transaction."""
+"""Rows of blocks within a transaction: inserted, moved between states, placed in their chain."""
 
 from __future__ import annotations
 

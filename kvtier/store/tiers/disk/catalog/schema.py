@@ -1,4 +1,4 @@
-"""The tables of a catalog, and what a row of them may hold.
+"""Tables of the catalog, and checks of what a row may hold.
 
 ``blocks`` has a row for each block: its state is one of ``lifecycle.State``, its ids are in the code of ``id_codes``,
 in whose order siblings that share most are neighbours. ``names`` and ``links`` tell what people called and pinned,
