@@ -84,7 +84,7 @@ class UnavailableError(BlockError):
 
 
 class GoneError(UnavailableError):
-    """A stored block was evicted, or written anew, after it was found: whoever looks again finds what is there now."""
+    """A stored block was evicted or rewritten after it was found: a new lookup finds what is there now."""
 
 
 class RestoreError(BlockError):

@@ -381,7 +381,7 @@ class TieredCache(DynamicCache):
         self.store.flush()
 
     def close(self) -> None:
-        """Let go of the buffers; write what is queued. Closes a store that was opened here and nobody else uses.
+        """Let go of the buffers; write what is queued. Closes a store that was opened here, unless others use it.
 
         Inside ``generate()``, that call ends with a ``ClosedError`` if it goes on.
         """

@@ -23,7 +23,7 @@ class KVBuffer:
     a copy. Memory beyond what was written is only reserved: on the CPU it costs address space.
     """
 
-    _tenants: CopyOnWrite | None = None  # None: nobody shares these buffers
+    _tenants: CopyOnWrite | None = None  # None: these buffers are not shared
 
     def __init__(self, rows: int, spec: LayerSpec, capacity: int, device: torch.device | str) -> None:
         self.spec = spec
@@ -99,7 +99,7 @@ class KVBuffer:
         self._move_to(grown.k, grown.v)
 
     def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Have these buffers, which nobody shares."""
+        """Have these buffers, which are not shared."""
         # An interrupt may come at any time, between the two buffers too: the smaller one says what room there is.
         self._room = min(self._room, k.shape[2])
         self.k, self.v = k, v

@@ -25,7 +25,7 @@ class CopyOnWrite:
         with self._lock:
             self._tenants.add(tenant)
             self._tenants.add(other)
-            # What the one with the tail has appended is its own: whoever joins must not take the tail over it.
+            # What the one with the tail has appended is its own: a cache that joins must not take the tail over it.
             self._kept = max(self._kept, live, self._written)
 
     def leave(self, tenant: object) -> None:

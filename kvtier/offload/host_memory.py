@@ -92,7 +92,7 @@ class _Slab:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """``memory``: bytes of a slab. Whoever writes to them first comes after ``after``."""
+    """``memory``: bytes of a slab. The first write to them comes after ``after``."""
 
     memory: torch.Tensor
     after: tuple[Fence, ...]
@@ -102,7 +102,7 @@ class Slice:
 class HostPool:
     """Host memory within a budget.
 
-    A slab is used again from its beginning when all of its slices were given back; whoever gets them then comes after
+    A slab is used again from its beginning when all of its slices were given back; the next user of them comes after
     the copies that used them. Memory is counted by slabs, not by slices.
 
     Args:

@@ -303,7 +303,7 @@ class OffloadedLayer:
         return k.to(self.device), v.to(self.device)
 
     def twin(self, device_memory: DeviceMemory) -> OffloadedLayer:
-        """Return a copy on another deck. Pages below are shared, since nobody changes them."""
+        """Return a copy on another device memory. Pages in lower tiers are shared, since they never change."""
         twin = OffloadedLayer(
             device_memory,
             self.index,

@@ -152,7 +152,7 @@ def _devices_like(device: torch.device) -> int:
 
 
 def default_spill_folder(store_folder: Path | None) -> Path:
-    """Return where page files go if nobody said: beside the blocks of the store, else in the user's cache folder.
+    """Return where page files go by default: beside the blocks of the store, else in the user's cache folder.
 
     Raises:
         ConfigurationError: the user has none.

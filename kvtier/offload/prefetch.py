@@ -171,7 +171,7 @@ class PrefetchRing:
                 try:
                     self._fill(free.pop(), wanted)
                 except BudgetError:
-                    return  # whoever really takes it says so
+                    return  # the layer that takes it raises
 
     def _idle(self, wanted: Wanted) -> PrefetchSlot:
         """Return a slot that attention does not use, if there is one that nothing was prefetched into but for it."""
@@ -179,7 +179,7 @@ class PrefetchRing:
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
     def _fill(self, slot: PrefetchSlot, wanted: Wanted) -> None:
-        self._settle(slot.arriving)  # of a prefetch that nobody wants any more
+        self._settle(slot.arriving)  # of a prefetch that is no longer wanted
         before, slot.arriving = slot.seen + slot.leaving, []
         slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
         if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
@@ -195,7 +195,7 @@ class PrefetchRing:
                 fences += part.lift(buffer, begin, before)
                 begin += part.tokens
         except BaseException:
-            # Copies may be on their way that nobody knows of: let them have the memory.
+            # Copies that are not noted may be on their way: let them have the memory.
             slot.memory, slot.leaving, slot.seen = None, [], []
             self._ledger.set(id(slot), 0)
             raise
@@ -205,7 +205,7 @@ class PrefetchRing:
         slot.holds = wanted
 
     def _give_up(self, slot: PrefetchSlot) -> None:
-        """Let the memory of a slot go, and see that nobody keeps it: the budget counts it as free from now on."""
+        """Let the memory of a slot go, so that nothing keeps it: the budget counts it as free from now on."""
         users = slot.seen + slot.leaving + slot.arriving
         slot.holds, slot.in_use = None, False
         slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []

@@ -62,7 +62,7 @@ class SpillFolder:
         return self
 
     def forget(self, path: str) -> None:
-        """Delete a file that nobody reads any more."""
+        """Delete a file that is no longer read."""
         if os.getpid() != self._pid:
             return  # a forked child lets go of copies; the files are its parent's
         with contextlib.suppress(OSError):
@@ -109,14 +109,14 @@ def _remove(path: Path, lock: int, pid: int) -> None:
 
 
 def _is_held(path: Path, lock: int) -> bool:
-    """Take the lock of a folder; whether nobody else had it, and the folder is still there."""
+    """Take the lock of a folder; return whether it was free, and the folder is still there."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: then nobody can sweep it either
+    except OSError:  # a file system without locks: then no process can sweep it either
         return True
     try:
         return (path / _LOCK).stat().st_ino == os.fstat(lock).st_ino

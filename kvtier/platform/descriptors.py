@@ -40,7 +40,7 @@ class Descriptors:
     """The descriptors of files that are being read or were lately. Thread-safe.
 
     Args:
-        most: how many that nobody uses stay open; by default a quarter of what the process may have open, 8 to 256.
+        most: how many unused ones stay open; by default a quarter of what the process may have open, 8 to 256.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -84,7 +84,7 @@ class Descriptors:
         return opened.fd
 
     def open(self, open_file: Callable[[], int]) -> int:
-        """Return what ``open_file`` returns; if too many files are open, those that nobody uses are closed for it.
+        """Return what ``open_file`` returns; if too many files are open, unused ones are closed for it.
 
         Raises:
             OSError: it cannot be opened.
@@ -106,14 +106,14 @@ class Descriptors:
             self._close_idle(limit)
 
     def close(self, file: ReadFile) -> None:
-        """Close the descriptor of ``file``, if one is open. Nobody uses it."""
+        """Close the descriptor of ``file``, which is not in use, if one is open."""
         with self._lock:
             opened = self._open.pop(file, None)
         if opened is not None:
             os.close(opened.fd)
 
     def _close_idle(self, leave: int) -> bool:
-        """Close descriptors that nobody uses until ``leave`` are open; return whether one was closed."""
+        """Close unused descriptors until ``leave`` are open; return whether one was closed."""
         with self._lock:
             idle = [file for file, opened in self._open.items() if not opened.users]
             closed = [self._open.pop(file).fd for file in idle[: max(0, len(self._open) - leave)]]
@@ -195,5 +195,5 @@ class ReadFile:
             self._is_held = True
 
     def close(self) -> None:
-        """Let go of the file. May be called more than once; nobody is reading."""
+        """Let go of the file. May be called more than once, while no read is running."""
         self._descriptors.close(self)

@@ -19,7 +19,7 @@ from typing import Protocol
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 from kvtier.platform.mounts import mounted_kind
 
-# Never through a link; and a pipe that bears the name of a file must not keep whoever opens it waiting for a writer.
+# Never through a link; and opening a pipe in the place of a file must not wait for its writer.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
@@ -45,7 +45,7 @@ class Filesystem(Protocol):
     def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
         """Put a file at ``path`` that holds all bytes of ``pieces``, in place of what was there.
 
-        Whoever reads sees the old file or the new one, never a part, also after this process was killed; with
+        A reader sees the old file or the new one, never a part, also after this process was killed; with
         ``durable`` also after a power cut. Only the user can read it (0600 whatever the umask).
 
         Raises:
@@ -77,7 +77,7 @@ class Filesystem(Protocol):
         """Return how many bytes a user without privileges may still write to the drive of ``folder``."""
 
     def kind(self, folder: Path) -> str | None:
-        """Return the type of the filesystem of ``folder``, e.g. ``ext4`` or ``nfs4``; None where nobody tells."""
+        """Return the type of the filesystem of ``folder``, e.g. ``ext4``; None where the system does not tell."""
 
     def refuse_links(self, folder: Path, path: Path) -> None:
         """See to it that nothing between ``folder`` (which may be a link itself) and ``path`` leads elsewhere.
@@ -249,7 +249,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` is a temporary file whose writer is gone: nobody will finish or delete it."""
+    """Whether ``path`` is a temporary file whose writer is gone, so that it will never be finished."""
     name = _TEMPORARY.fullmatch(path.name)
     if name is None:
         return False

@@ -2,7 +2,7 @@
 
 What another thread holds, or has half done, would stay so in the child for ever. And SQLite, which remembers the locks
 of its process, would take the parent's for the child's: it forbids to carry a connection, even an idle one, across a
-fork. So whoever has either comes to rest before a fork, and goes on after it, in both processes.
+fork. So each owner of such a thing comes to rest before a fork, and goes on after it, in both processes.
 """
 
 from __future__ import annotations

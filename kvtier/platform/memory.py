@@ -86,7 +86,7 @@ def _entry(path: Path, name: str) -> int:
 
 
 def default_host_budget_bytes() -> int:
-    """Return the RAM a store may use when nobody said: a quarter of what there is, at most 4 GiB."""
+    """Return the default budget of a store's RAM: a quarter of what there is, at most 4 GiB."""
     return min(host_memory_bytes() // 4, 4 * _GIB)
 
 

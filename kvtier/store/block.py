@@ -14,9 +14,9 @@ from kvtier.store.chain import BlockId
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """The pages of all layers for the tokens of ``id``. Immutable: nobody writes to its tensors.
+    """The pages of all layers for the tokens of ``id``. Immutable: its tensors are never written to.
 
-    A checkpoint also has ``states``: what is only valid after its last token, as bytes that whoever made them can read,
+    A checkpoint also has ``states``: what is only valid after its last token, as bytes that their maker can read,
     U8 ``[bytes]``.
     """
 
@@ -91,7 +91,7 @@ class BlockReader(Protocol):
         """
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint, U8 ``[bytes]``; nobody may write to them. None for other blocks.
+        """Return the states of a checkpoint, U8 ``[bytes]``, read only. None for other blocks.
 
         Raises:
             BlockError: as ``page``.

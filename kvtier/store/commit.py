@@ -138,7 +138,7 @@ class BlockWriter:
         return keys
 
     def manifest(self, root: str) -> Mapping[str, Any]:
-        """Return what ``root`` stands for; empty when nobody has said."""
+        """Return what ``root`` stands for; empty when it is not known."""
         if root in self._manifests:
             return self._manifests[root]
         return self._tiers.description(root)
@@ -240,7 +240,7 @@ class BlockWriter:
             if tier is self._tiers.last:  # names of chains that end in the tail mean this block from now on
                 self._tiers.tell_names(partial(_replace, tail.key, block.key))
             # A tail that waits is the end of no name: ``write_down`` has it written.
-            tier.discard_unread([tail.key])  # first: what nobody is to write must not be in RAM for ever
+            tier.discard_unread([tail.key])  # first: a tail that is not written must not stay in RAM for ever
             since = self._behind.take_back(tail.key)
             if since is not None:
                 waited.append(since)

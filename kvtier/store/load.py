@@ -64,7 +64,7 @@ class LoadJob:
         return bool(self._checkpoints)
 
     def states(self, row: int) -> torch.Tensor:
-        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, in memory that nobody may write to.
+        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, read only.
 
         Raises:
             RestoreError: they could not be read.

@@ -120,7 +120,7 @@ def checkpoints_of(
 def _next(tiers: Lookup, root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
     """Return the block after ``parent`` that shares the longest run with ``expected``.
 
-    A block of exactly these ids is found by its key, which no other ids have; whoever opens it compares them.
+    A block of exactly these ids is found by its key, which no other ids have; opening it compares them.
     """
     if len(expected) == block_size:
         block = BlockId.of(root, parent, expected)

@@ -19,7 +19,7 @@ _Event = torch.Event | None  # None: passed already
 
 
 class StreamEngine(CopyEngine):
-    """One stream up, one stream down, ordered against the *current* stream of whoever marks or waits.
+    """One stream up, one stream down, ordered against the *current* stream of the thread that marks or waits.
 
     A fence is the future of an event: the event exists as soon as the copy has been enqueued on its stream, which for a
     copy that comes after a host task is when that task is done. Nothing here blocks the host but ``settle``, and

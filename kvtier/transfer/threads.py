@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class _Task:
-    """What is to be run once, by whoever comes first, and what comes of it."""
+    """A task that runs once, on the first thread that comes to it, and its result."""
 
     def __init__(self, task: Callable[[], Any]) -> None:
         self.future: Future[Any] = Future()
@@ -20,7 +20,7 @@ class _Task:
         self._claim = threading.Lock()
 
     def run(self) -> None:
-        """Run it, unless somebody has, or nobody wants it any more."""
+        """Run it, unless it has run, or is no longer wanted."""
         if not self._claim.acquire(blocking=False) or not self.future.set_running_or_notify_cancel():
             return
         try:

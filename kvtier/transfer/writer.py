@@ -18,7 +18,7 @@ Task = Callable[[], None]
 class Writer:
     """One thread that runs tasks in order, and others when their time has come. At most ``depth`` tasks are queued.
 
-    Where no thread can be started, the caller runs them. Whoever queues a task handles its errors inside it; one that
+    Where no thread can be started, the caller runs them. A task handles its errors inside itself; one that
     raises all the same is logged, and the next one runs.
 
     Args:

@@ -46,7 +46,7 @@ def check_spill_folder(folder: Path) -> Iterator[Finding]:
 def made_inside(folder: Path) -> Iterator[Path]:
     """Yield a new folder in ``folder``, and delete it afterwards with all that is in it.
 
-    ``folder`` and those above it are made where they are missing, and deleted afterwards if nobody else uses them.
+    ``folder`` and those above it are made where they are missing, and deleted afterwards if they are empty.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -60,7 +60,7 @@ def made_inside(folder: Path) -> Iterator[Path]:
 
 
 def file_system(folder: Path, partitions: Sequence[Partition] | None = None) -> str:
-    """Return the kind of file system that ``folder`` lies on, e.g. ``ext4``; ``unknown`` where nobody says."""
+    """Return the kind of file system that ``folder`` lies on, e.g. ``ext4``; else ``unknown``."""
     path = folder.resolve()
     mounted: Sequence[Any] = psutil.disk_partitions(all=True) if partitions is None else partitions
     above = [part for part in mounted if path.is_relative_to(part.mountpoint)]

@@ -23,7 +23,7 @@ from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.names import NamedPrefix
 
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where nobody can be asked.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where standard input is no terminal.")]
 
 
 def someone_is_there() -> bool:

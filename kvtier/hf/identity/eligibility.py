@@ -24,7 +24,7 @@ ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the 
 
 
 def why_unsound(model: torch.nn.Module, walk: ModelWalk) -> NotReusable | None:
-    """Return why ``model``, as it is now, computes K and V that nobody may reuse; None when they may."""
+    """Return why ``model``, as it is now, computes K and V that must not be reused; None when they may be."""
     for reason in _reasons(model, walk):
         return NotReusable(reason)
     return None

@@ -54,7 +54,7 @@ class Item:
 class _Kind:
     """All inputs of one kind.
 
-    ``items`` are in the order of the tensors; there are none when nobody can tell them apart. ``parts`` are the
+    ``items`` are in the order of the tensors; there are none when they cannot be told apart. ``parts`` are the
     tensors, split into those of each item along ``dims``.
     """
 

@@ -28,7 +28,7 @@ class GenerateRequest:
         inputs: what is fed, besides ids too; None where ``off``, and in loops of one's own.
         prompt: what is fed, as rows of ids.
         eos_ids: ids that end a sequence.
-        longest_answer: new tokens at most; 0 where nobody can tell.
+        longest_answer: new tokens at most; 0 where it is not known.
         repeats: how many rows of the cache continue each row of the prompt.
         feeds: whether the prompt can be fed in pieces.
         watched: whether to note what is fed: returned sequences do not tell which row holds what.

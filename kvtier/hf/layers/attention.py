@@ -29,7 +29,7 @@ class AttentionLayer(DynamicLayer):
     Attributes:
         memory: where K and V are; None before the first token, and while all of a prefix is still to come.
         length: columns held, those of an expected prefix included.
-        changes: how often tokens were appended or rows moved, whoever did it.
+        changes: how often tokens were appended or rows moved, in any way.
     """
 
     is_sliding = False

@@ -32,7 +32,7 @@ class MakeLayerMemory(Protocol):
     def __call__(
         self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
     ) -> LayerMemory:
-        """Return an empty place; ``may_be_cold``: nobody reads views of it after the next layer's update."""
+        """Return an empty place; ``may_be_cold``: views of it are not read after the next layer's update."""
 
 
 # transformers' kinds of layers → ours. Layers of states alone stay transformers' own.

@@ -165,7 +165,7 @@ class LayerContainer:
 
     # --- layers with states -----------------------------------------------------------------------------------------
 
-    # They tell nobody how many tokens they have seen: one forward pass asks the first of them for its state once, and
+    # They do not say how many tokens they have seen: one forward pass asks the first of them for its state once, and
     # gives it all new tokens, unless there is only one.
 
     def asked_for_conv_state(self, index: int, state: int) -> None:

@@ -50,7 +50,7 @@ class OffloadedPrefixLoad(PrefixLoad):
 
     Args:
         offload: where the layers are.
-        device: where all layers will be; None when they are on several devices, or nobody knows.
+        device: where all layers will be; None when they are on several devices, or it is not known.
         columns: columns known.
         plans: where each row comes from.
         restore: what comes from the store.

@@ -16,10 +16,10 @@ _log = logging.getLogger("kvtier.hf")
 class StateCheckpoints:
     """What the layers with states of one cache had at some columns of the current turn, and where they are now.
 
-    States are of all rows at one column. Whoever changes the layers between turns says so by ``lose``.
+    States are of all rows at one column. Every change of the layers between turns must be announced by ``lose``.
 
     Attributes:
-        live: the column after which the layers' states are valid between turns; None when nobody knows.
+        live: the column after which the layers' states are valid between turns; None when it is not known.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StateCheckpoints:
         return bool(self._taken)
 
     def copy(self) -> StateCheckpoints:
-        """Return the same for a cache that holds the same; nobody writes to states that were taken."""
+        """Return the same for a second cache that holds the same; states that were taken are never written to."""
         twin = StateCheckpoints()
         twin.live, twin._taken = self.live, dict(self._taken)
         return twin

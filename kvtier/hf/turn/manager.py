@@ -293,7 +293,7 @@ class TurnManager:
 
     @property
     def trace(self) -> TokenTrace | None:
-        """What of this turn was seen to be fed; None where nobody needs to watch."""
+        """The trace of this turn; None where generated tokens are known without one."""
         return self._turn.trace if self._turn is not None else None
 
     def prefill_chunks(self) -> Sequence[tuple[int, int]]:

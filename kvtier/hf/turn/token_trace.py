@@ -24,7 +24,7 @@ class TokenTrace:
     """The tokens of each row of a cache, as forward passes of one model were seen to bring them.
 
     Guarantees: what ``rows`` returns was fed at the positions, and saw the tokens, that it would have in a prompt.
-    Whoever changes the cache says so by ``appended``, ``cut`` and ``move``; what nobody said is found out by counting.
+    Every change of the cache is announced by ``appended``, ``cut`` or ``move``; other changes are found by counting.
 
     Args:
         prompt: of the turn.
@@ -134,7 +134,7 @@ class TokenTrace:
         self._passing = None
 
     def rows(self, row_of: Sequence[int], columns: int) -> list[TokenIds] | None:
-        """Return the tokens of each row within the first ``columns`` columns; None when nobody can tell.
+        """Return the tokens of each row within the first ``columns`` columns; None when they are not known.
 
         Args:
             row_of: the prompt row that each row of the cache continues.

@@ -190,7 +190,7 @@ class Turn:
     def named(
         self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
     ) -> ResidentPrefix | None:
-        """Return the tokens that stand in the ``held_rows`` rows of the buffers; None when nobody can tell.
+        """Return the tokens that stand in the ``held_rows`` rows of the buffers; None when they are not known.
 
         Args:
             generated: the new tokens of each returned sequence.

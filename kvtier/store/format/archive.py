@@ -213,14 +213,14 @@ def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
 
 
 class Archive:
-    """An archive open for reading, whoever wrote it.
+    """An archive open for reading, from any writer.
 
     Opening checks all that it says of itself, and the token ids; K and V are only checked by ``check``. What no check
     can tell is whether they are those that the model computes for these tokens: that is to be taken on trust.
 
     Attributes:
         root: the root of the prefix.
-        manifest: what the root stands for, as whoever wrote the file says.
+        manifest: what the root stands for, as the writer of the file says.
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
         name: what it was called; None where it had no name, or none that a prefix can have.

@@ -86,7 +86,7 @@ class Tier(Protocol):
         """Return what is known of every block that can be found."""
 
     def expire(self) -> object:
-        """Forget what nobody has used for as long as blocks are kept."""
+        """Forget blocks that were not used for as long as blocks are kept."""
 
     def shrink(self, to_bytes: int) -> object:
         """Evict until all blocks take no more than ``to_bytes``, or nothing more can go."""

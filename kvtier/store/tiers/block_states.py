@@ -20,7 +20,7 @@ class State(IntEnum):
     ABSENT = 0
     """Not here. No row, no file, no bytes."""
     WRITING = 1
-    """Its bytes are reserved and are being written by one process; nobody finds it."""
+    """Its bytes are reserved and are being written by one process; lookups do not find it."""
     READY = 2
     """Whole: can be found, read and evicted."""
     LEASED = 3
@@ -38,7 +38,7 @@ class Move(IntEnum):
     ABORT_STORE = 3
     """The write failed, or its process died: what there is of it is taken back."""
     ADOPT = 4
-    """A whole file is found that nobody knew, or whose writer died before it could say so."""
+    """A whole file is found that has no row, or whose writer died before it could complete it."""
     PREPARE_LOAD = 5
     COMPLETE_LOAD = 6
     """The last reader is done."""

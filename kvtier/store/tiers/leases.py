@@ -36,7 +36,7 @@ class Leases:
         self._lock.release()
 
     def prepare_load(self, key: str) -> BlockLease:
-        """Take a lease on block ``key``. Whoever calls has seen to it that the block is ready."""
+        """Take a lease on block ``key``. The block must be ready."""
         with self._lock:
             lease = BlockLease(self, key)
             self._readers[key] = self._readers.get(key, 0) + 1

@@ -79,7 +79,7 @@ class ReadCoalescer:
         self._lock.release()
 
     def open(self, block: BlockId, open_block: Callable[[], FileReader]) -> SharedReader:
-        """Return a reader of ``block``, which ``open_block`` opens if nobody has.
+        """Return a reader of ``block``, which ``open_block`` opens if it is not open.
 
         Raises:
             BlockError: what ``open_block`` raises.
@@ -102,7 +102,7 @@ class ReadCoalescer:
             raise
 
     def forget(self, key: str) -> None:
-        """Let whoever opens block ``key`` from now on open it anew: its file is to be deleted.
+        """Open block ``key`` anew from now on: its file is to be deleted.
 
         Those who read it may finish.
         """
@@ -139,7 +139,7 @@ class ReadCoalescer:
             load.reader.close()
 
     def page(self, load: _Load, reader: SharedReader, layer: int) -> Page:
-        """Return a page for ``reader``; whoever asks first reads it."""
+        """Return a page for ``reader``; the first to ask reads it."""
         with self._lock:
             future = load.pages.get(layer)
             others = sum(layer not in other.taken for other in load.waiting if other is not reader)
@@ -207,7 +207,7 @@ class SharedReader:
         return self._load.reader.is_plain
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``; nobody may write to it.
+        """Return the page of ``layer``, read only.
 
         Raises:
             BlockError: the bytes cannot be read or are not those that were written.
@@ -234,7 +234,7 @@ class SharedReader:
         return self._load.reader.states()
 
     def detach(self) -> None:
-        """Stay open, but let nobody hold pages for this reader: it reads when and as often as it needs to."""
+        """Stay open, but hold no pages for this reader: it reads when and as often as it needs to."""
         self._loads.leave(self._load, self)
 
     def close(self) -> None:

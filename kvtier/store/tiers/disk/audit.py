@@ -146,7 +146,7 @@ class Audit:
                 )
 
     def adopt(self, path: Path) -> None:
-        """Take in a block file that nobody knew; delete one that is no whole block."""
+        """Take in a block file that has no row; delete one that is no whole block."""
         try:
             self._catalog.adopt([self.look_at(path)])
         except UnavailableError:

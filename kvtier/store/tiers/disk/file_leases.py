@@ -1,7 +1,7 @@
 """FileLeases: which blocks any process is reading, as byte locks on one file of the store.
 
-Each block has a byte of its own in that file, of which only the locks exist. Whoever reads a block shares the lock of
-its byte; whoever wants to evict it claims it alone. The locks are those of an open file, not of a process (Linux,
+Each block has a byte of its own in that file, of which only the locks exist. A reader of a block shares the lock of
+its byte; an eviction claims it alone. The locks are those of an open file, not of a process (Linux,
 fcntl(2), "Open file description locks"): they end when the process does, however it ends, and take one descriptor for
 however many blocks.
 
@@ -35,7 +35,7 @@ _PLACE_DIGITS = 15  # of a key in hex: 60 bits, which a file offset can hold
 class FileLeases:
     """The leases of one store on its blocks, and its claims. Thread-safe.
 
-    Two blocks in 2**60 share a byte: then one that nobody reads stays a while longer.
+    Two blocks in 2**60 share a byte: then one that is not read may stay a while longer.
 
     Args:
         path: the file, made if missing. Where it cannot be, nothing is told between processes.
@@ -80,7 +80,7 @@ class FileLeases:
         self._fd, self._file = -1, None
 
     def _set(self, kind: str, place: int) -> bool:
-        """Change the lock of a byte; whether nobody else's was in the way."""
+        """Change the lock of a byte; return whether no other lock was in the way."""
         if fcntl is None or not hasattr(fcntl, "F_OFD_SETLK") or self._fd < 0:
             return True
         lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, 1, 0)
@@ -102,7 +102,7 @@ class FileLeases:
             self._begin_anew()
 
     def share(self, key: str) -> bool:
-        """Take a lease on block ``key``; whether nobody has claimed it. Each is released."""
+        """Take a lease on block ``key``; return whether it is not claimed. Each lease is released."""
         place = _place(key)
         with self._lock:
             if place in self._claimed:
@@ -126,7 +126,7 @@ class FileLeases:
                     self._let_go()
 
     def claim(self, key: str) -> bool:
-        """See to it that nobody begins to read block ``key``; whether nobody does already. ``unclaim`` ends it."""
+        """Claim block ``key``, so that no read of it begins; return whether none is running. ``unclaim`` ends it."""
         place = _place(key)
         with self._lock:
             if place in self._shared or place in self._claimed:

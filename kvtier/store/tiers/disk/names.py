@@ -218,7 +218,7 @@ class Names:
     def _sync_rows(self, path: Path, name: str) -> None:
         """Make the rows of ``name`` tell what its file tells, if there is one.
 
-        Whoever changes a name changes the file first and the rows after. So the file is read while nobody else can
+        A change of a name changes the file first and the rows after. So the file is read while no other process can
         change rows: what another process has just done to it is then never undone here.
         """
         with self._database.transaction() as connection:

@@ -64,7 +64,7 @@ class DiskTier:
     """Blocks as files of ``folder``, as ``settings`` say.
 
     A write is: prepare in the catalog, write the file, complete in the catalog. Whatever fails on the way is warned
-    about once, undone, and the block stays out; nothing is raised to whoever was generating. A block that is being
+    about once, undone, and the block stays out; nothing is raised in a turn. A block that is being
     read, by any process, is not evicted. Counts of what happened are in ``counts``.
 
     Args:
@@ -148,7 +148,7 @@ class DiskTier:
     # --- storing ----------------------------------------------------------------------------------------------------
 
     def description(self, root: str) -> Mapping[str, Any]:
-        """Return what ``root`` stands for; empty when nobody has noted it, or it cannot be read."""
+        """Return what ``root`` stands for; empty when it is not noted, or cannot be read."""
         try:
             found = read_record(self.folder.root(root), MANIFEST_BYTES)
         except (OSError, ValueError, RecursionError):
@@ -288,7 +288,7 @@ class DiskTier:
         self._unsettled[block.key] = block
         try:
             if self.catalog.writer(block.key) == self._owner.name:
-                # Files first: once the row is gone, another owner may write them, and nobody looks for halves.
+                # Files first: once the row is gone, another owner may write them, and halves would stay.
                 path = self.folder.block(block.key, block.root)
                 for file in (path, *self.folder.leftovers_beside(path, pid_of(self._owner.name))):
                     with contextlib.suppress(OSError):
@@ -336,7 +336,7 @@ class DiskTier:
                 self._between.unclaim(key)
 
     def _is_read(self, key: str) -> bool:
-        """Whether somebody reads block ``key``. If not, nobody can begin to before it is unclaimed."""
+        """Whether block ``key`` is being read. If not, no read can begin before it is unclaimed."""
         return key in self.leases or not self._between.claim(key)
 
     def _delete(self, places: Iterable[Place]) -> int:
@@ -373,7 +373,7 @@ class DiskTier:
     def discard_unread(self, keys: Iterable[str]) -> list[Place]:
         """Forget blocks and delete their files, but for those that are being read; return those that went.
 
-        A file that is deleted while it is read takes its bytes until then, and nobody would count them.
+        A file that is deleted while it is read takes its bytes until then, uncounted.
         """
         gone: list[Place] = []
         for key in keys:
@@ -409,7 +409,7 @@ class DiskTier:
         return gone
 
     def expire(self) -> list[Place]:
-        """Forget what nobody has used for as long as ``settings.ttl_seconds``."""
+        """Forget blocks that were not used for ``settings.ttl_seconds``."""
         if self.settings.ttl_seconds is None:
             return []
         gone = self.discard_unread(self.unused_since(self._since))
@@ -539,7 +539,7 @@ class DiskTier:
         return file
 
     def close(self) -> None:
-        """End the leases of what nobody reads any more. May be called more than once."""
+        """End the leases of blocks that are no longer read. May be called more than once."""
         self._between.close()
 
     # --- counting ---------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ class HostTier:
             self._changed.notify_all()
 
     def discard_unread(self, keys: Iterable[str]) -> None:
-        """Forget blocks. Who reads one may finish: its bytes are counted by whoever holds them."""
+        """Forget blocks. Readers may finish: they hold the tensors, which are no longer counted here."""
         for key in keys:
             self.discard(key)
 
@@ -226,7 +226,7 @@ class HostTier:
             return [key for key in self._blocks.used_before(since) if key not in pinned]
 
     def expire(self) -> None:
-        """Forget what nobody has used for as long as ``ttl_seconds``."""
+        """Forget blocks that were not used for ``ttl_seconds``."""
         if self._ttl_seconds is not None:
             for key in self.unused_since(self._clock() - self._ttl_seconds):
                 self.counts["expirations"] += 1

@@ -38,7 +38,7 @@ class Adoption:
         self._valuation = valuation
 
     def adopt(self, found: Iterable[Found]) -> int:
-        """Take in whole files that nobody knew; return how many were new."""
+        """Take in whole files that have no row; return how many were new."""
         new = 0
         for some in batches(found, _ROWS_AT_ONCE):
             with self._database.transaction(long=True) as connection:

@@ -180,7 +180,7 @@ class Catalog:
             return move(connection, key, Move.ABORT_STORE, owner)
 
     def writer(self, key: str) -> str | None:
-        """Return the owner that is writing a block; None when nobody is."""
+        """Return the owner that is writing a block; None when it is not being written."""
         with self._database.reading() as connection:
             row = connection.execute(
                 f"SELECT owner FROM blocks WHERE key = ? AND state = {State.WRITING:d}", (bytes.fromhex(key),)
@@ -188,7 +188,7 @@ class Catalog:
             return str(row[0]) if row else None
 
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        """Take in whole files that nobody knew: identity, bytes, Unix time of last use. Returns how many were new."""
+        """Take in whole files that have no row: identity, bytes, Unix time of last use. Returns how many were new."""
         return self._adoption.adopt(found)
 
     def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
@@ -214,7 +214,7 @@ class Catalog:
             owner: who deletes the files.
             keep: a block that must stay (the parent of what needs the room).
             leased: whether a block is being read.
-            at_most: how many blocks may go at once; whoever needs more asks again.
+            at_most: how many blocks may go at once; a caller that needs more asks again.
             all_or_nothing: change nothing when less can go.
 
         Returns:
