@@ -56,18 +56,18 @@ class OffloadManager:
         self.page_tokens = page_tokens
         self._total_layers = total_layers
         self._make_engine = make_engine
-        self._decks: dict[torch.device, DeviceMemory] = {}
+        self._device_memories: dict[torch.device, DeviceMemory] = {}
 
     def device_memory(self, device: torch.device) -> DeviceMemory:
-        """Return the deck of ``device``, made when it is first asked for."""
-        device_memory = self._decks.get(device)
+        """Return the memory of ``device``, made when it is first asked for."""
+        device_memory = self._device_memories.get(device)
         if device_memory is None:
             engine = self._make_engine(device)
             ledger = MemoryBudget(None)
             placement = PagePlacement(
                 engine, self.host, self._folder, self.transfers, self.page_tokens, _devices_like(device)
             )
-            device_memory = self._decks[device] = DeviceMemory(
+            device_memory = self._device_memories[device] = DeviceMemory(
                 device,
                 engine,
                 ledger,
@@ -109,38 +109,38 @@ class OffloadManager:
     def begin_turn(self, columns: int, new_columns: int = 0) -> None:
         """Count from here on; a prompt of ``columns`` columns comes, and at most ``new_columns`` after it."""
         self._columns, self._final_columns = columns, columns + new_columns
-        for device_memory in self._decks.values():
+        for device_memory in self._device_memories.values():
             device_memory.expected_columns, device_memory.final_columns = columns, columns + new_columns
         self._before = self.transfers.copy()
-        for ledger in (self.host, *(device_memory.ledger for device_memory in self._decks.values())):
+        for ledger in (self.host, *(device_memory.ledger for device_memory in self._device_memories.values())):
             ledger.begin_peak()
 
     def account(self, report: TurnReport) -> TurnReport:
         """Return ``report`` with what streaming did in the turn."""
         counts = self.transfers.since(self._before)
-        decks = self._decks.values()
+        device_memories = self._device_memories.values()
         return replace(
             report,
-            hot_layers=sum(device_memory.hot_layers for device_memory in decks),
-            cold_layers=sum(device_memory.cold_layers for device_memory in decks),
+            hot_layers=sum(device_memory.hot_layers for device_memory in device_memories),
+            cold_layers=sum(device_memory.cold_layers for device_memory in device_memories),
             bytes_down=counts.bytes_down,
             bytes_up=counts.bytes_up,
             waits=counts.waits,
             wait_seconds=counts.wait_seconds,
-            peak_device_bytes=max((device_memory.ledger.peak_bytes for device_memory in decks), default=0),
+            peak_device_bytes=max((device_memory.ledger.peak_bytes for device_memory in device_memories), default=0),
             peak_host_bytes=self.host.peak_bytes,
         )
 
     @property
-    def decks(self) -> Sequence[DeviceMemory]:
-        """All decks."""
-        return tuple(self._decks.values())
+    def device_memories(self) -> Sequence[DeviceMemory]:
+        """The memory of each device that the cache lives on."""
+        return tuple(self._device_memories.values())
 
     def close(self) -> None:
         """Let go of threads, streams, host memory and page files. May be called more than once."""
-        for device_memory in self._decks.values():
+        for device_memory in self._device_memories.values():
             device_memory.close()
-        self._decks.clear()
+        self._device_memories.clear()
         while self._kept:
             self._kept.pop().close()
 

@@ -1,4 +1,4 @@
-"""Across calls: blocks of K and V that outlive the turn, in RAM and on disk."""
+"""Prefixes that outlive a call: blocks of K and V in RAM and on disk."""
 
 from kvtier.store.store import PrefixStore
 

@@ -1,13 +1,14 @@
-"""PrefixStore: prefixes that were computed once, found again to the token.
+"""PrefixStore: stored prefixes of conversations, found again to the token.
 
-The story of this wing. A turn *matches* its tokens against the chains of its root (``match``), opens the blocks it
-found (``restore``) and has their pages put where they are to lie, layer by layer, by threads. At its end it *commits*
-its tokens: blocks that are not known yet are copied out of the buffers into the RAM tier and written behind to the disk
-tier (``commits``). What came from disk is not copied to the RAM tier: the page cache of the system has it already.
-A block that turns out to be damaged is discarded, warned about once, and from then on a miss. One that cannot be read
-now is a miss for a while, and nothing of it is forgotten.
+A turn *matches* its tokens against the chains of its root (``lookup.py``), opens the blocks that match, and lets
+threads copy their pages to their places, layer by layer (``load.py``). At its end it *commits* its tokens: blocks that
+are not known yet are copied out of the buffers into RAM, and written to the durable tier behind the caller
+(``commit.py``). A block that was read from disk is not copied to RAM: the page cache of the system has it already.
 
-What its owner does with it (names, pins, forgetting, verification) is in ``PrefixStore``'s second half.
+A damaged block is discarded, with one warning, and is a miss from then on. A block that cannot be read now is a miss for
+a while, and nothing of it is forgotten.
+
+Names, pins, removal and verification are the work of ``manage/admin.py``.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_copies_go_on_apart_and_outlive_each_other(make_model, generate, tokens,
 
 
 def cold_layers(cache) -> int:
-    return sum(device_memory.cold_layers for device_memory in cache.turns.layers.offload.decks)
+    return sum(device_memory.cold_layers for device_memory in cache.turns.layers.offload.device_memories)
 
 
 # --- the bytes that were promised -------------------------------------------------------------------------------------
@@ -303,7 +303,9 @@ def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate,
     memory = [everything(model, 120)]
 
     def free(device):
-        return memory[0] - sum(device_memory.ledger.used_bytes for device_memory in cache.turns.layers.offload.decks)
+        return memory[0] - sum(
+            device_memory.ledger.used_bytes for device_memory in cache.turns.layers.offload.device_memories
+        )
 
     monkeypatch.setattr("kvtier.offload.manager.free_device_bytes", free)
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget="auto", spill_dir=spill) as cache:
@@ -399,7 +401,7 @@ def test_known_pages_that_are_lost_are_computed_again(make_model, generate, toke
         ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
         for path in spill.glob("*/*.safetensors"):
             path.unlink()
-        for device_memory in cache.turns.layers.offload.decks:  # what was prefetched is whole
+        for device_memory in cache.turns.layers.offload.device_memories:  # what was prefetched is whole
             device_memory.ring.close()
         ours = generate(model, ids, cache)
         assert torch.equal(ours.sequences, generate(model, ids).sequences)
