@@ -5,8 +5,8 @@ threads copy their pages to their places, layer by layer (``load.py``). At its e
 are not known yet are copied out of the buffers into RAM, and written to the durable tier behind the caller
 (``commit.py``). A block that was read from disk is not copied to RAM: the page cache of the system has it already.
 
-A damaged block is discarded, with one warning, and is a miss from then on. A block that cannot be read now is a miss for
-a while, and nothing of it is forgotten.
+A damaged block is discarded, with one warning, and is a miss from then on. A block that cannot be read now is a miss
+for a while, and nothing of it is forgotten.
 
 Names, pins, removal and verification are the work of ``manage/admin.py``.
 """
