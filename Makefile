@@ -21,7 +21,7 @@ ON_EACH := tests/contract tests/hf/generate/test_generate_modes.py tests/hf/gene
 NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check contract format wheel bench sweep docs notebooks older newest fuzz crash clean
+.PHONY: demo test test-all check contract format wheel bench sweep docs notebooks older newest fuzz crash clean
 .PHONY: $(OLDER:%=contract-%) $(OLDER:%=older-%)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,6 +48,11 @@ demo: $(STAMP)  ## three turns on a long document, the last one in a new process
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
+
+# The same tests with other examples every time, hours of them: faults at every point, kills and races at full length.
+test-all: $(STAMP)  ## all tests at length
+	HYPOTHESIS_PROFILE=nightly KVTIER_BEHAVIOURS=all KVTIER_INTERRUPT_POINTS=100 KVTIER_FAULT_STRIDE=1 KVTIER_KILLS=1000 \
+	    KVTIER_RACE_TURNS=500 KVTIER_SWEEP=all $(BIN)/python -m pytest $(ON_ALL_CORES)
 
 check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and older transformers
 	$(BIN)/ruff check .

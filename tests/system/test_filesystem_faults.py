@@ -1,6 +1,6 @@
 """Promise 4, call by call: each thing that a store asks of its drive or of SQLite fails once, and from there on.
 
-A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every twentieth one
+A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every fortieth one
 does, from another one on in each test.
 """
 
@@ -27,7 +27,7 @@ from tests.support.stores import (
     run_python,
 )
 
-STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "20"))
+STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "40"))
 SECONDS_A_POINT = 10
 
 
