@@ -45,7 +45,7 @@ def _one_thread() -> Iterator[None]:
 
 
 # Whether bytes reach the drive is their subject.
-_WAITING_FOR_THE_DRIVE = {"platform", "system"}
+_WAITING_FOR_THE_DRIVE = {"platform", "system", "tools"}
 
 
 @pytest.fixture(autouse=True, scope="module")

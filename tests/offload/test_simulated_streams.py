@@ -77,8 +77,8 @@ def check_turn(model, ids, cache):
     known = cache.last_turn.cached_tokens
     fed_alike = answer(model, ids, with_columns_of(cache, known, model) if known else DynamicCache(config=model.config))
     assert_same_answer(found, fed_alike, exact=True)
-    assert 0 < cache.last_turn.peak_device_bytes <= cache._streaming.arguments["device_budget"]
-    assert cache.last_turn.peak_host_bytes <= cache._streaming.arguments["host_budget"]
+    assert 0 < cache.last_turn.peak_device_bytes <= cache._offload_config.arguments["device_budget"]
+    assert cache.last_turn.peak_host_bytes <= cache._offload_config.arguments["host_budget"]
 
 
 def arguments_of(engine, folder, host_bytes):

@@ -247,7 +247,7 @@ from tests.support.stores import commit, count, restored_length
 from kvtier import PrefixStore
 from kvtier.store.tiers.disk.catalog.ranking import Session
 from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.open_stores import Lease
+from kvtier.store.open_stores import StoreHandle
 
 folder = sys.argv[1]
 busy, go_on = threading.Event(), threading.Event()
@@ -274,12 +274,12 @@ elif sys.argv[2] == "the start of a writer":
     committing.start()
 else:
     hold_up(StoreFolder, "_check_version")
-    threading.Thread(target=Lease, args=(folder,)).start()
+    threading.Thread(target=StoreHandle, args=(folder,)).start()
 assert busy.wait(60)
 pid = os.fork()
 if pid == 0:
     signal.alarm(60)
-    commit(Lease(folder).store, count(20, first=2000))
+    commit(StoreHandle(folder).store, count(20, first=2000))
     commit(store, count(20, first=1000))
     sys.exit()
 assert os.waitpid(pid, 0)[1] == 0

@@ -275,7 +275,7 @@ def test_seeding_a_store_that_knows_the_turn_is_refused(model, known, store):
 
 
 def test_a_turn_from_elsewhere_than_its_name_says_is_refused():
-    with pytest.raises(BenchmarkError, match=r"expected known tokens \{'host': 8\}, the turn reports \{'window': 3"):
+    with pytest.raises(BenchmarkError, match=r"expected known tokens \{'host': 8\}, the turn reports \{'device': 3"):
         expect_source({"device": 3, "host": 5, "disk": 0}, {"host": 8})
     with pytest.raises(BenchmarkError, match=r"reports \{\}"):
         expect_source({"device": 0}, {"host": 8})

@@ -94,7 +94,7 @@ def test_an_answer_outlives_an_error_while_it_is_kept(
     (record,) = caplog.records
     assert "this turn is not kept" in record.getMessage()
     assert type(error).__name__ in record.getMessage()
-    assert cache.held() is None
+    assert cache.turns.resident() is None
     for known in (0, 27):
         again = generate(model, found.sequences, cache)
         assert torch.equal(again.sequences, generate(model, found.sequences).sequences)

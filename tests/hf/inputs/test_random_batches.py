@@ -98,7 +98,7 @@ def test_batches(tmp_path_factory, kind, budgeted, batches, block_size):
             assert (report.cached_tokens, report.known_tokens) == (sum(usable), sum(known))
             assert sum(report.cached_by_tier.values()) == sum(usable)
             cut_short = sum(known) - sum(usable)
-            assert not hidden or "padding on the right" in report.miss_reason
+            assert not hidden or "right padding" in report.miss_reason
             assert hidden or (report.miss_reason is None) == (cut_short == 0 and any(known))
             assert not cut_short or f"{cut_short} known tokens of other rows" in report.miss_reason
 

@@ -138,7 +138,7 @@ def test_in_the_middle(build, store, name, change, place):
         assert torch.equal(found, model.generate(longer, max_new_tokens=5, do_sample=False, attention_mask=mask))
 
 
-@pytest.mark.parametrize("change", ["close", "crop", "delete layers", "clear layers"])
+@pytest.mark.parametrize("change", ["close", "crop", "clear layers"])
 @pytest.mark.parametrize("name", KINDS)
 def test_after_the_last_token(build, store, name, change):
     """Nothing is fed any more: the answer is right, and what is kept of it too."""
@@ -157,6 +157,17 @@ def test_after_the_last_token(build, store, name, change):
     longer = torch.cat([expected, prompt(3, seed=1)], 1)
     found = model.generate(longer, past_key_values=cache, max_new_tokens=5, do_sample=False)
     assert torch.equal(found, model.generate(longer, max_new_tokens=5, do_sample=False))
+
+
+def test_layers_cannot_be_deleted(build, store):
+    """It is refused at once, and changes nothing."""
+    model, ids = build("llama"), prompt(20)
+    with TieredCache(store) as cache:
+        found = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        with pytest.raises(ConfigurationError, match="cannot be deleted"):
+            del cache.layers
+        assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False), found)
+        assert cache.last_turn.cached_by_tier["device"] == 19
 
 
 def test_a_crop_of_ones_own_decoding_is_none_of_these(build, store):

@@ -153,7 +153,7 @@ def test_the_running_call_is_found_whatever_wraps_it(model, tokens):
 
 def test_calls_that_are_seen_keep_no_frame(model, cache, tokens):
     model.generate(tokens(12), past_key_values=cache, **SETTINGS)
-    assert cache._unseen_generate is None
+    assert cache.turns._unseen_generate is None
 
 
 def test_a_cache_made_among_the_arguments_of_the_first_call(tmp_path):
