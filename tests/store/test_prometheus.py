@@ -7,8 +7,8 @@ import re
 import pytest
 
 from kvtier.store import PrefixStore
-from kvtier.store.manage.prometheus import exposition
 from kvtier.store.manage.stats import StoreStats
+from kvtier.store.prometheus import exposition
 from kvtier.store.tiers.base import TierStats
 from tests.support.stores import OTHER_ROOT, commit, count, ids, restored_length
 

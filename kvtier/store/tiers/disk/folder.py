@@ -28,7 +28,7 @@ from kvtier.platform.filesystem import Filesystem, is_leftover, is_temporary
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
 from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
-_log = logging.getLogger("kvtier.store.tiers.disk.folder")
+_log = logging.getLogger("kvtier.store.disk")
 _BLOCK_SUFFIX = ".safetensors"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker is taken for somebody else's
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")

@@ -34,7 +34,7 @@ from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.disk.owners import Owner
 
-_log = logging.getLogger("kvtier.store.tiers.disk.recovery")
+_log = logging.getLogger("kvtier.store.disk")
 _FILES_AT_ONCE = 500
 _KEY = re.compile("[0-9a-f]{64}")
 _LONG_SECONDS = 2.0  # what takes longer shows how far it is

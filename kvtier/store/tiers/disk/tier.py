@@ -32,7 +32,7 @@ from kvtier.store.tiers.disk.records import MANIFEST_BYTES, read_record
 from kvtier.store.tiers.leases import Leases
 from kvtier.store.tiers.shared_reads import ReadCoalescer, SharedReader
 
-_log = logging.getLogger("kvtier.store.tiers.disk.tier")
+_log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
 _ELSEWHERE_SECONDS = 2.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01

@@ -17,7 +17,7 @@ from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
 
-_log = logging.getLogger("kvtier.store.tiers.disk.verify")
+_log = logging.getLogger("kvtier.store.disk")
 _READERS = 2
 Progress = Callable[[int, int], None]
 """``(bytes done, bytes in all)``, called now and then."""
