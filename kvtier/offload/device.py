@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from kvtier.errors import BudgetError
+from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import (
     PREFETCH_DEPTH,
     MemoryBudget,
@@ -16,10 +18,38 @@ from kvtier.offload.accounting import (
     round_up,
     smallest_budget_bytes,
 )
-from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.placement import PagePlacement
-from kvtier.offload.prefetch import PrefetchRing
+from kvtier.offload.prefetch import ColdLayer, PrefetchRing
 from kvtier.transfer import CopyEngine
+
+
+class BudgetedLayer(ColdLayer, Protocol):
+    """What the memory of a device asks of a layer.
+
+    Attributes:
+        spec: of its K and V.
+        may_be_cold: whether it may turn cold.
+        wants: columns that its last update needed room for.
+    """
+
+    spec: LayerSpec
+    may_be_cold: bool
+    wants: int
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one column of all rows."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device that are the layer's own."""
+
+    def turn_cold(self) -> None:
+        """Move the full pages to lower tiers, and give the buffer up."""
 
 
 class DeviceMemory:
@@ -63,11 +93,11 @@ class DeviceMemory:
         self.final_columns = 0
         self._limit = limit
         self._total_layers = total_layers
-        self._layers: dict[int, OffloadedLayer] = {}
+        self._layers: dict[int, BudgetedLayer] = {}
         self._sorted: list[int] = []
         self._cold: set[int] = set()  # layers that are, or are to be, cold
 
-    def _in_order(self) -> Sequence[OffloadedLayer]:
+    def _in_order(self) -> Sequence[BudgetedLayer]:
         return [self._layers[index] for index in self._sorted]
 
     @property
@@ -80,7 +110,7 @@ class DeviceMemory:
         """How many layers are hot."""
         return len(self._layers) - self.cold_layers
 
-    def join(self, layer: OffloadedLayer) -> None:
+    def join(self, layer: BudgetedLayer) -> None:
         """Take a new layer in.
 
         Raises:
@@ -92,7 +122,7 @@ class DeviceMemory:
             bisect.insort(self._sorted, layer.index)
         self.count(layer)
 
-    def leave(self, layer: OffloadedLayer) -> None:
+    def leave(self, layer: BudgetedLayer) -> None:
         """Let a layer go."""
         self.ledger.set(id(layer), 0)
         if self._layers.get(layer.index) is layer:
@@ -102,11 +132,11 @@ class DeviceMemory:
             self.ring.close()
             self._cold.clear()
 
-    def count(self, layer: OffloadedLayer, more: int = 0) -> None:
+    def count(self, layer: BudgetedLayer, more: int = 0) -> None:
         """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
         self.ledger.set(id(layer), layer.device_bytes + more)
 
-    def step(self, layer: OffloadedLayer) -> None:
+    def step(self, layer: BudgetedLayer) -> None:
         """Begin the update of ``layer``: what attention of the layers before it read has been enqueued.
 
         Not so of a layer that must stay hot: an indexer's keys may come after the K and V of its own layer, which
@@ -140,7 +170,7 @@ class DeviceMemory:
             if hot + ring + tails <= limit:
                 return
 
-    def keep_hot(self, layer: OffloadedLayer, nbytes: int) -> bool:
+    def keep_hot(self, layer: BudgetedLayer, nbytes: int) -> bool:
         """Make room for ``nbytes`` more of ``layer``; False when it is its turn to be cold.
 
         Raises:
@@ -154,7 +184,7 @@ class DeviceMemory:
             self._turn_one_cold(but=layer)
         return layer.index not in self._cold
 
-    def make_room(self, nbytes: int, keep: OffloadedLayer | None = None) -> None:
+    def make_room(self, nbytes: int, keep: BudgetedLayer | None = None) -> None:
         """Let layers turn cold until ``nbytes`` more fit.
 
         Raises:
@@ -170,7 +200,7 @@ class DeviceMemory:
         while not self.ledger.fits(nbytes):
             self._turn_one_cold(but=keep)
 
-    def _turn_one_cold(self, but: OffloadedLayer | None) -> None:
+    def _turn_one_cold(self, but: BudgetedLayer | None) -> None:
         """Choose the next layer to be cold; let it go down if it is here and is not ``but``, which sees to itself."""
         for index in (*cold_order(self._total_layers()), *self._sorted):
             layer = self._layers.get(index)
@@ -189,7 +219,7 @@ class DeviceMemory:
         self.ledger.limit_bytes = self._limit()
         return self.ledger.limit_bytes
 
-    def _too_small(self, limit: int, growing: OffloadedLayer | None) -> BudgetError:
+    def _too_small(self, limit: int, growing: BudgetedLayer | None) -> BudgetError:
         layers = {**self._layers, **({growing.index: growing} if growing is not None else {})}
         rows = max(layer.rows for layer in layers.values())
         columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +13,10 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import round_up
+from kvtier.offload.device import DeviceMemory
 from kvtier.offload.extents import BorrowedExtent, PageSource, Part
 from kvtier.offload.placement import ColdPages
 from kvtier.offload.prefetch import PrefetchSlot, Wanted
-
-if TYPE_CHECKING:
-    from kvtier.offload.device import DeviceMemory
 
 
 class OffloadedLayer:
