@@ -95,7 +95,7 @@ wheel: $(STAMP)
 	sys.path.sort(key=lambda p: "build/wheel/venv" not in p); \
 	import kvtier, kvtier.cli, pathlib; where = pathlib.Path(kvtier.__file__); \
 	assert "wheel/venv" in where.as_posix(), where; \
-	assert (where.parent / "py.typed").exists() and (where.parent / "cli" / "lighthouse.txt").exists(); \
+	assert (where.parent / "py.typed").exists() and (where.parent / "cli" / "demo" / "lighthouse.txt").exists(); \
 	print("wheel: kvtier imports from", where.parent.relative_to(pathlib.Path.cwd()))'
 
 bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
