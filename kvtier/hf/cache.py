@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvtier.errors import BlockError, ConfigurationError, PromptError
 from kvtier.hf.compat.canary import try_upstream
+from kvtier.hf.compat.model_profiles import forget_notes
 from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.request import read_loop_request
 from kvtier.hf.inputs.positions import remember_positions
@@ -298,6 +299,7 @@ class TieredCache(DynamicCache):
     def _begin_loop(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> TurnReport:
+        forget_notes(model, self)
         request = read_loop_request(model, input_ids, attention_mask, self.turns.resident())
         while True:
             report = self.turns.begin(model, request)

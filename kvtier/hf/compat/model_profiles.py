@@ -30,6 +30,7 @@ class ModelProfile:
         media_by_row: the main tensor of pictures is ``[rows, pictures of a row, …]``.
         carried_argument: the name under which the model takes states that it carries past any cache; ``"cache"`` stands
             for the one that a cache has.
+        notes_on_cache: attributes that the model sets on a cache object, about the prompt of one call.
     """
 
     off: str | None = None
@@ -42,6 +43,7 @@ class ModelProfile:
     sees_ahead: bool = False
     media_by_row: bool = False
     carried_argument: str | None = None
+    notes_on_cache: tuple[str, ...] = ()
 
     @property
     def why_off(self) -> str | None:
@@ -72,7 +74,6 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
         "megatron-bert": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
         "minimax": ModelProfile(carried_argument="cache"),
         "minimax_m3_vl": ModelProfile(not_padded=True),
-        "minimax_m3_vl_text": ModelProfile(not_padded=True),
         "molmo2": ModelProfile(sees_ahead=True),
         "moshi": ModelProfile(within="sliding_window"),
         "mpt": ModelProfile(by_distance=True),
@@ -82,7 +83,9 @@ PROFILES: Mapping[str, ModelProfile] = MappingProxyType(
             off="the model continues a cache by one token at a time only, and not to the same K and V"
         ),
         "qwen4_exp": ModelProfile(
-            off="before 5.21, the model keeps the positions of its last prompt on the cache", off_before=(5, 21)
+            off="before 5.21, the model keeps the positions of its last prompt on the cache",
+            off_before=(5, 21),
+            notes_on_cache=("position_ids",),
         ),
         "recurrent_gemma": ModelProfile(off="the model keeps its recurrent state in its modules, outside of any cache"),
         "rembert": ModelProfile(off=_MISCOUNTS, off_before=(5, 18)),
@@ -100,9 +103,18 @@ _PLAIN = ModelProfile()
 
 
 def profile_of(model: Any) -> ModelProfile:
-    """Return what is particular about ``model``, or a config that has a ``model_type``."""
-    config = getattr(model, "config", model)
-    return PROFILES.get(getattr(config, "model_type", ""), _PLAIN)
+    """Return what is particular about ``model``, or a config that has a ``model_type``.
+
+    The text part of a model, ``…_text``, is taken for as particular as the whole.
+    """
+    model_type = str(getattr(getattr(model, "config", model), "model_type", ""))
+    return PROFILES.get(model_type) or PROFILES.get(model_type.removesuffix("_text"), _PLAIN)
+
+
+def forget_notes(model: Any, cache: Any) -> None:
+    """Delete what ``model`` has noted on a cache object in an earlier call: it is about another prompt."""
+    for name in profile_of(model).notes_on_cache:
+        vars(cache).pop(name, None)
 
 
 def cache_argument(model: Any) -> str | None:

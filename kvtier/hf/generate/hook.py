@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from kvtier.errors import ConfigurationError
-from kvtier.hf.compat.model_profiles import cache_argument
-from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE
+from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
+from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, decoder_cache
 from kvtier.hf.generate import class_hooks
 from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.request import parse_request
@@ -127,6 +127,7 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
         for past in (past for model_kwargs in given for past in model_kwargs.values()):
             turns = turns_of(past)
             if turns is not None and not is_serving(turns):
+                forget_notes(self, decoder_cache(past))
                 turns.begin_without_reuse(_TAKEN_BEFORE)
         return original(self, *args, **kwargs)
 

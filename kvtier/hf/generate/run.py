@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import RestoreError, StreamError
 from kvtier.hf.compat.external_state import carry, settle
-from kvtier.hf.compat.model_profiles import cache_argument
+from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
+from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.generate.prefill import PrefillDone, patch_prepare_inputs, prefill_chunk
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.turn.manager import TurnManager
@@ -41,6 +42,7 @@ def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, req
         PromptError: media are missing that the cache does not hold.
         StreamError: a page of a cold layer is lost, or cannot be written.
     """
+    forget_notes(model, decoder_cache(request.past))
     if request.bypass is not None:
         return _run_aside(original, model, turns, request)
     if isinstance(request.past, EncoderDecoderCache):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from kvtier import PrefixStore, TieredCache
@@ -35,7 +36,7 @@ def installed(monkeypatch):
     ("model_type", "first_right"),
     [
         *((name, (5, 18)) for name in ("big_bird", "doge", "git", "megatron-bert", "rembert", "roformer")),
-        ("qwen4_exp", (5, 21)),
+        *((name, (5, 21)) for name in ("qwen4_exp", "qwen4_exp_text")),
     ],
 )
 def test_what_a_version_gets_wrong_is_off_until_the_next(installed, model_type, first_right):
@@ -44,6 +45,16 @@ def test_what_a_version_gets_wrong_is_off_until_the_next(installed, model_type, 
     assert f"before {first_right[0]}.{first_right[1]}" in why_off(model)
     installed(*first_right)
     assert why_off(model) is None
+
+
+def test_notes_about_an_earlier_prompt_are_forgotten(make_model, generate, tokens, cache):
+    """A model that goes on from them, in a turn that begins with nothing, would count the old prompt, too."""
+    model = make_model("llama")
+    model.config.model_type = "qwen4_exp_text"
+    cache.position_ids, cache.mine = torch.arange(9), "kept"
+    generate(model, tokens(20), cache)
+    assert not hasattr(cache, "position_ids")
+    assert cache.mine == "kept"
 
 
 @pytest.mark.parametrize("model_type", ["cpmant", "flaubert", "prophetnet", "recurrent_gemma", "xlm"])
