@@ -91,7 +91,7 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         finally:
             for turns in managers:
-                if turns.has_turn:  # it did not come to transformers' own
+                if turns.turn is not None:  # it did not come to transformers' own
                     turns.pass_over(reason)
 
     return generate

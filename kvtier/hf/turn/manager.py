@@ -271,11 +271,6 @@ class TurnManager:
         self._is_strict = False
         self._start(GenerateRequest(reason), Turn.off(reason))
 
-    @property
-    def has_turn(self) -> bool:
-        """Whether a turn has begun that is not committed."""
-        return self._turn is not None
-
     def pass_over(self, reason: str) -> None:
         """Hold nothing, and report a turn that could neither reuse nor be kept."""
         self.start_over()

@@ -94,8 +94,9 @@ class Turn:
         by_tier: dict[str, int] = {}
         if prefix is not None:
             by_tier["device"] = plan.device_tokens()
+        if job is not None:
             for span in (span for spans in plan.spans for span in spans):
-                tier = job.tier(span.block.key) if job is not None else "device"
+                tier = job.tier(span.block.key)
                 by_tier[tier] = by_tier.get(tier, 0) + span.tokens
         return cls(
             prompt,

@@ -6,6 +6,7 @@ from collections import deque
 
 import pytest
 import torch
+from torch.library import Library
 
 from kvtier.hf.generate.prefill import patch_prepare_inputs, restore_classes
 from kvtier.hf.identity.fingerprint import identify
@@ -27,11 +28,11 @@ class Hidden(deque):
 @pytest.fixture(scope="module")
 def operator():
     """An operator that a program has registered."""
-    library = torch.library.Library("kvtier_test", "DEF")
-    library.define("double(Tensor x) -> Tensor")
-    library.impl("double", lambda x: 2 * x, "CPU")
+    mine = Library("kvtier_test", "DEF")
+    mine.define("double(Tensor x) -> Tensor")
+    mine.impl("double", lambda x: 2 * x, "CPU")
     yield torch.ops.kvtier_test.double
-    library._destroy()
+    mine._destroy()
 
 
 def reads_the_operator(x):
