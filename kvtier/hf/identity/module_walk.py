@@ -179,8 +179,6 @@ class ModelWalk:
             if line.is_special:
                 if "_hf_hook" in attributes:
                     offloaded = _offloaded(attributes["_hf_hook"], dot) or offloaded
-                if attributes.get("_compiled_call_impl") is not None:  # by module.compile()
-                    text.append("compiled")
                 self.examined.append(part)
             elif attributes.get("training") or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 self.examined.append(part)

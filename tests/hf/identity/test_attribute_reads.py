@@ -1,0 +1,30 @@
+"""Attributes that no code of a model names decide nothing; names can stand in code, in strings and in containers."""
+
+from __future__ import annotations
+
+import torch
+
+from kvtier.hf.identity.attribute_reads import reads_of_class
+
+
+def test_names_in_containers_of_a_class_count():
+    class Layer(torch.nn.Module):
+        table = {"first": ("hidden_scale", ["other_scale"])}
+
+    reads = reads_of_class(Layer)
+    assert reads.may_read("hidden_scale")
+    assert reads.may_read("other_scale")
+    assert not reads.may_read("no_scale")
+
+
+def test_code_that_makes_up_names_may_read_anything():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x * getattr(self, "".join(chr(97) for _ in range(3)))
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return x * self.factor
+
+    assert reads_of_class(Layer).may_read("aaa")
+    assert not reads_of_class(Plain).may_read("aaa")

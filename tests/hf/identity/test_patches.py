@@ -1,0 +1,19 @@
+"""A function that a model's module imports calls others of its own module: a patch of these counts."""
+
+from __future__ import annotations
+
+from transformers import modeling_rope_utils
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from kvtier.hf.identity.patches import describe_patches
+from kvtier.hf.identity.stable_repr import Describer
+
+
+def test_a_patch_beside_an_imported_function_counts(monkeypatch):
+    def words():
+        return describe_patches([LlamaModel], [], Describer([]))
+
+    before = words()
+    assert words() == before
+    monkeypatch.setattr(modeling_rope_utils, "_compute_yarn_parameters", lambda config, device: None)
+    assert words() != before
