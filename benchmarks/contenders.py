@@ -8,21 +8,20 @@ from dataclasses import replace
 
 from benchmarks.replay import Contender, Place
 from benchmarks.trace import Trace
-from kvtier.store.eviction.base import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction.base import EvictionPolicy, Usage, fresh_state
 
 
 class Library(Contender):
     """A policy of kvtier, fed as the tiers feed it. Ghosts are no more than there are blocks."""
 
-    queues = 2
-
     def __init__(self, trace: Trace, policy: EvictionPolicy, name: str) -> None:
         super().__init__(trace)
         self.name = name
-        self.state = PolicyState()
+        self.queues = policy.queues
+        self.state = fresh_state(policy)
         self.ghosts: dict[int, Usage] = {}
         self._policy = policy
-        self._blocks: dict[int, tuple[Usage, float]] = {}
+        self._blocks: dict[int, Usage] = {}
 
     def put(self, block: int) -> Place:
         """See ``Contender``."""
@@ -30,7 +29,7 @@ class Library(Contender):
         usage = Usage(0, self.state.clock, trace.tokens[block], trace.depths[block], trace.sizes[block])
         if ghost is not None:
             self.state = self._policy.returned(ghost, self.state)
-            usage = replace(usage, uses=ghost.uses)
+            usage = replace(usage, uses=ghost.uses, note=ghost.note)
         return self._place(block, usage)
 
     def turn_ends(self) -> None:
@@ -39,24 +38,26 @@ class Library(Contender):
 
     def used(self, block: int) -> Place:
         """See ``Contender``."""
-        return self._place(block, self._blocks[block][0].used(self.state))
+        return self._place(block, self._blocks[block].used(self.state.clock))
 
     def _place(self, block: int, usage: Usage) -> Place:
-        priority = self._policy.priority(usage, self.state)
-        self._blocks[block] = usage, priority
-        return int(usage.came_back), priority
+        standing = self._policy.standing(usage, self.state)
+        self._blocks[block] = replace(usage, note=standing.note)
+        return standing.queue, standing.priority
 
     def pick(self, firsts: Sequence[float | None]) -> int:
         """See ``Contender``."""
-        once, again = firsts
-        if once is None or again is None:
-            return int(once is None)
-        return int(again + self._policy.lead(self.state) < once)
+        values = [
+            (first + self._policy.lead(queue, self.state), queue)
+            for queue, first in enumerate(firsts)
+            if first is not None
+        ]
+        return min(values)[1]
 
     def goes(self, block: int, queue: int) -> Place | None:
         """See ``Contender``."""
-        usage, priority = self._blocks.pop(block)
-        self.state = self._policy.evicted(usage, priority, self.state)
+        usage = self._blocks.pop(block)
+        self.state = self._policy.evicted(usage, self.state)
         self.ghosts[block] = usage
         while len(self.ghosts) > max(len(self._blocks), 1):
             del self.ghosts[next(iter(self.ghosts))]

@@ -11,7 +11,7 @@ from benchmarks.measure import Options, Sample
 from benchmarks.replay import Contender, Replay
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.trace import Trace, read_trace
-from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
+from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
 
 DEFAULT = "kvtier"
 CLASSIC = ("LRU", "LFU", "ARC")

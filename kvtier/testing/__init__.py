@@ -1,9 +1,20 @@
 """For tests: conformance classes, a simulated accelerator, faults of drives."""
 
 from kvtier.testing.engines import EngineChecks
+from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
 from kvtier.testing.simulation.races import RaceError
 from kvtier.testing.simulation.sites import Site
 
-__all__ = ["Drop", "EngineChecks", "Mutant", "RaceError", "Recorder", "SimulatedEngine", "Site", "drops"]
+__all__ = [
+    "Drop",
+    "EngineChecks",
+    "Mutant",
+    "PolicyChecks",
+    "RaceError",
+    "Recorder",
+    "SimulatedEngine",
+    "Site",
+    "drops",
+]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvtier.store.chain import BlockId, common_run
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.names import Name
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.adoption import Rebuilt

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from kvtier import PrefixStore, StoreError
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.connection import LOCKED_SECONDS, connect
 from kvtier.store.tiers.disk.catalog.database import Database

@@ -19,7 +19,7 @@ from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.kv.page import PageView
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.block import Block
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, encode_block
 from kvtier.store.names import Name
 from kvtier.store.tiers.disk import recovery

@@ -2,22 +2,25 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
 from kvtier import PrefixStore
-from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
-from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.eviction import Adaptive, LeastRecentlyUsed, Standing, Usage
+from kvtier.store.eviction.adaptive import came_back
+from kvtier.store.eviction.base import fresh_state, state_from_text, state_to_text
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.host.tier import HostTier
+from kvtier.testing import PolicyChecks
 from tests.support.stores import ROOT, block, chain, commit, count, restored_length
 
 SIZE = block(count(4)).nbytes
 ONCE = Usage(1, 90, 256, 0, 1000)
 AGAIN = replace(ONCE, uses=2)
-LATER = PolicyState(clock=100)
+LATER = fresh_state(Adaptive(), clock=100)
 
 
 def after(policy, state, *ghosts):
@@ -26,13 +29,33 @@ def after(policy, state, *ghosts):
     return state
 
 
+def priority(policy, usage, state):
+    return policy.standing(usage, state).priority
+
+
+class TestAdaptive(PolicyChecks):
+    @pytest.fixture
+    def policy(self):
+        return Adaptive()
+
+
+class TestLeastRecentlyUsed(PolicyChecks):
+    @pytest.fixture
+    def policy(self):
+        return LeastRecentlyUsed()
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
+class OfMine(Adaptive):
+    name = "mine/1"
+
+
 def test_a_state_outlives_a_process_as_text():
-    state = PolicyState(clock=7, favour=1.5, came_back_share=0.25, stay=3.5)
-    assert PolicyState.from_text(state.to_text("mine/1"), "mine/1") == state
-    assert PolicyState.from_text(state.to_text("mine/1"), "mine/2") is None
+    state = fresh_state(OfMine(), clock=7).learn(favour=1.5, came_back_share=0.25, stay=3.5)
+    assert state_from_text(OfMine(), state_to_text(OfMine(), state)) == state
+    assert state_from_text(Adaptive(), state_to_text(OfMine(), state)) is None
 
 
 @pytest.mark.parametrize(
@@ -45,111 +68,121 @@ def test_a_state_outlives_a_process_as_text():
         "[" * 100_000,
         '{"policy": "mine/1"}',
         *(
-            json.dumps({"policy": "mine/1", **asdict(LATER), name: value})
+            json.dumps({"policy": "mine/1", "clock": 100, "learnt": dict(LATER.learnt), **change})
+            for change in [
+                {"more": 1},
+                {"clock": 1.5},
+                {"clock": -1},
+                {"clock": 2**60},
+                {"clock": True},
+                {"learnt": 7},
+                {"learnt": {}},
+                {"learnt": {**LATER.learnt, "more": 1.0}},
+            ]
+        ),
+        *(
+            json.dumps({"policy": "mine/1", "clock": 100, "learnt": {**LATER.learnt, name: value}})
             for name, value in [
-                ("more", 1),
-                ("clock", 1.5),
-                ("clock", -1),
-                ("clock", 2**60),
-                ("clock", True),
                 ("favour", float("nan")),
                 ("favour", float("inf")),
                 ("favour", 10**400),
+                ("favour", -0.5),
                 ("stay", "1"),
                 ("stay", None),
+                ("stay", True),
                 ("came_back_share", 2),
             ]
         ),
     ],
-    ids=lambda text: text[:60],
+    ids=lambda text: text[:90],
 )
 def test_a_state_that_is_no_state_is_none(text):
-    assert PolicyState.from_text(text, "mine/1") is None
+    assert state_from_text(OfMine(), text) is None
 
 
 def test_a_turn_counts_once_and_a_block_came_back_with_the_second():
     new = replace(ONCE, uses=0)
-    first = new.used(LATER)
-    assert (first.uses, first.last_use, first.came_back) == (1, 100, False)
-    assert first.used(LATER.tick()).came_back
+    first = new.used(LATER.clock)
+    assert (first.uses, first.last_use, came_back(first)) == (1, 100, False)
+    assert came_back(first.used(101))
     assert LATER.tick() == replace(LATER, clock=101)
 
 
 def test_least_recently_used_knows_nothing_but_the_clock():
     policy = LeastRecentlyUsed()
-    assert policy.priority(ONCE, LATER) == policy.priority(replace(AGAIN, depth_tokens=9999), LATER) == 100
-    assert policy.lead(LATER) == 0
-    assert policy.evicted(AGAIN, 1.0, LATER) == policy.returned(AGAIN, LATER) == LATER
+    assert policy.standing(ONCE, LATER) == policy.standing(replace(AGAIN, depth_tokens=9999), LATER) == Standing(0, 100)
+    assert policy.lead(0, LATER) == 0
+    assert policy.evicted(AGAIN, LATER) == policy.returned(AGAIN, LATER) == LATER
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
 def test_ghosts_that_had_come_back_raise_the_lead_and_others_lower_it():
-    policy, state = Adaptive(), PolicyState(clock=10_000)
-    assert policy.lead(after(policy, state, AGAIN)) > policy.lead(state)
-    assert policy.lead(after(policy, state, ONCE)) < policy.lead(state)
-    assert policy.lead(after(policy, state, ONCE, AGAIN)) == pytest.approx(policy.lead(state))
+    policy, state = Adaptive(), replace(LATER, clock=10_000)
+    assert policy.lead(1, after(policy, state, AGAIN)) > policy.lead(1, state)
+    assert policy.lead(1, after(policy, state, ONCE)) < policy.lead(1, state)
+    assert policy.lead(1, after(policy, state, ONCE, AGAIN)) == pytest.approx(policy.lead(1, state))
 
 
 def test_the_kind_that_is_seldom_evicted_moves_the_lead_more():
     policy = Adaptive()
-    state = replace(PolicyState(clock=10_000), came_back_share=0.1)
-    assert policy.lead(after(policy, state, AGAIN, ONCE)) > policy.lead(state)
-    state = replace(state, came_back_share=0.9)
-    assert policy.lead(after(policy, state, AGAIN, ONCE)) < policy.lead(state)
+    state = replace(LATER, clock=10_000).learn(came_back_share=0.1)
+    assert policy.lead(1, after(policy, state, AGAIN, ONCE)) > policy.lead(1, state)
+    state = state.learn(came_back_share=0.9)
+    assert policy.lead(1, after(policy, state, AGAIN, ONCE)) < policy.lead(1, state)
 
 
 def test_the_share_follows_what_is_evicted():
     policy, state = Adaptive(), LATER
     for _ in range(3000):
-        state = policy.evicted(AGAIN, 1.0, state)
-    assert state.came_back_share > 0.99
+        state = policy.evicted(AGAIN, state)
+    assert state.learnt["came_back_share"] > 0.99
     for _ in range(3000):
-        state = policy.evicted(ONCE, 1.0, state)
-    assert state.came_back_share < 0.01
-    assert state.stay == pytest.approx(10)
+        state = policy.evicted(ONCE, state)
+    assert state.learnt["came_back_share"] < 0.01
+    assert state.learnt["stay"] == pytest.approx(10)
 
 
 @pytest.mark.parametrize("ghost", [ONCE, AGAIN])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_lead_stays_between_nothing_and_all_turns_and_turns_round_at_once(ghost, share):
     policy, clock = Adaptive(), 10**12
-    state = PolicyState(clock=clock, came_back_share=share)
+    state = fresh_state(policy, clock).learn(came_back_share=share)
     for _ in range(20_000):
         state = policy.returned(ghost, state)
-    assert policy.lead(state) == pytest.approx(clock if ghost.came_back else 0, rel=1e-9)
-    other = ONCE if ghost.came_back else AGAIN
-    assert policy.lead(after(policy, state, other)) != policy.lead(state)
+    assert policy.lead(1, state) == pytest.approx(clock if came_back(ghost) else 0, rel=1e-9)
+    other = ONCE if came_back(ghost) else AGAIN
+    assert policy.lead(1, after(policy, state, other)) != policy.lead(1, state)
 
 
 def test_the_lead_is_no_more_than_all_turns_in_a_new_store_too():
-    assert Adaptive().lead(PolicyState(clock=3)) == 3
-    assert Adaptive().lead(PolicyState()) == 0
+    assert Adaptive().lead(1, replace(LATER, clock=3)) == 3
+    assert Adaptive().lead(1, replace(LATER, clock=0)) == 0
 
 
 def test_turns_can_be_told_apart_after_ten_to_the_twelve():
     policy = Adaptive()
-    state = PolicyState(clock=10**12, stay=1e6, favour=math.log1p(10**12))
+    state = fresh_state(policy, 10**12).learn(stay=1e6, favour=math.log1p(10**12))
     deep = replace(ONCE, depth_tokens=10**6)
-    assert policy.priority(deep, state) < policy.priority(deep, state.tick()) < math.inf
+    assert priority(policy, deep, state) < priority(policy, deep, state.tick()) < math.inf
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_block_twice_as_dear_stays_longer_by_half_of_what_blocks_stay():
-    policy, state = Adaptive(), replace(LATER, stay=40.0)
+    policy, state = Adaptive(), LATER.learn(stay=40.0)
     dear = replace(ONCE, depth_tokens=Adaptive.REFERENCE_TOKENS - 128)
-    assert policy.priority(dear, state) == pytest.approx(100 + 20)
-    assert policy.priority(ONCE, state) == pytest.approx(100, abs=1)
+    assert priority(policy, dear, state) == pytest.approx(100 + 20)
+    assert priority(policy, ONCE, state) == pytest.approx(100, abs=1)
 
 
 def test_without_evictions_and_whatever_the_bytes_the_last_use_decides():
     policy = Adaptive()
-    assert policy.priority(replace(ONCE, depth_tokens=10**6), LATER) == policy.priority(ONCE, LATER) == 100
-    state = replace(LATER, stay=40.0)
-    assert policy.priority(replace(ONCE, nbytes=10**9), state) == policy.priority(ONCE, state)
+    assert priority(policy, replace(ONCE, depth_tokens=10**6), LATER) == priority(policy, ONCE, LATER) == 100
+    state = LATER.learn(stay=40.0)
+    assert priority(policy, replace(ONCE, nbytes=10**9), state) == priority(policy, ONCE, state)
 
 
 # --- tiers ------------------------------------------------------------------------------------------------------------
@@ -159,21 +192,26 @@ class Lead:
     """Least recently used, but with a lead that a test sets."""
 
     name = "lead/1"
+    queues = 2
+    initial: ClassVar = {"returned": 0.0}
 
     def __init__(self, turns):
         self.turns = turns
 
-    def priority(self, usage, state):
-        return float(state.clock)
+    def is_sound(self, state):
+        return True
 
-    def lead(self, state):
-        return self.turns
+    def standing(self, usage, state):
+        return Standing(int(came_back(usage)), float(state.clock))
 
-    def evicted(self, usage, priority, state):
+    def lead(self, queue, state):
+        return self.turns * queue
+
+    def evicted(self, usage, state):
         return state
 
     def returned(self, ghost, state):
-        return replace(state, stay=state.stay + ghost.uses)
+        return state.learn(returned=state.learnt["returned"] + ghost.uses)
 
 
 class InRam:
@@ -216,7 +254,7 @@ class InRows:
 
     def state(self):
         with self.database.reading() as connection:
-            return PolicyState.from_text(*connection.execute("SELECT policy FROM total").fetchone(), self.policy.name)
+            return state_from_text(self.policy, *connection.execute("SELECT policy FROM total").fetchone())
 
     def ghosts(self):
         with self.database.reading() as connection:
@@ -250,7 +288,7 @@ def test_a_ghost_goes_on_counting(kind):
     assert tier.evict_one() == back.id.key
     assert tier.ghosts() == 1
     tier.put(back)
-    assert tier.state().stay == 1  # the policy was told, with its uses
+    assert tier.state().learnt["returned"] == 1  # the policy was told, with its uses
     assert tier.ghosts() == 0
     tier.touch(back)
     tier.put(other)
@@ -305,7 +343,7 @@ def test_a_store_adapts_unless_told_otherwise():
     assert left(policy=LeastRecentlyUsed()) == 0
 
 
-@pytest.mark.parametrize("text", ["nonsense", '{"policy": "least-recently-used/1", "clock": 3}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["nonsense", '{"policy": "adaptive/2", "clock": 3}', "[" * 100_000])
 def test_a_state_that_cannot_be_read_begins_anew_and_stops_no_write(tmp_path, caplog, text):
     """Nor are blocks that come now taken for older than those that are there."""
     settings = {"block_size": 4, "host_budget": 1, "disk_budget": 6 * 4096, "free_space_floor": 0}

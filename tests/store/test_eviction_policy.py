@@ -18,8 +18,8 @@ from benchmarks.replay import Replay
 from benchmarks.trace import MEDIUM, ROOT, Trace
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
-from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.eviction import Adaptive, LeastRecentlyUsed, PolicyState, Usage
+from kvtier.store.eviction.base import fresh_state, state_from_text, state_to_text
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.host.tier import HostTier
@@ -53,30 +53,36 @@ EVENTS = st.lists(
 
 @given(EVENTS, st.integers(0, 10**12))
 def test_a_state_stays_finite_and_survives_being_written_down(events, clock):
-    policy, state = Adaptive(), PolicyState(clock=clock)
+    policy = Adaptive()
+    state = fresh_state(policy, clock)
     for kind, uses, age in events:
         usage = Usage(uses, max(0, state.clock - age), 256, 512, 1000)
         if kind == "turn":
             state = state.tick()
         elif kind == "evicted":
-            state = policy.evicted(usage, policy.priority(usage, state), state)
+            state = policy.evicted(usage, state)
         else:
             state = policy.returned(usage, state)
-        assert PolicyState.from_text(state.to_text(policy.name), policy.name) == state
-        assert 0 <= policy.lead(state) <= state.clock
-        assert 0 <= state.came_back_share <= 1
-        assert 0 <= state.stay <= state.clock
-        assert state.clock <= policy.priority(usage, state) < math.inf
+        assert state_from_text(policy, state_to_text(policy, state)) == state
+        assert policy.lead(0, state) == 0 <= policy.lead(1, state) <= state.clock
+        assert 0 <= state.learnt["came_back_share"] <= 1
+        assert 0 <= state.learnt["stay"] <= state.clock
+        assert state.clock <= policy.standing(usage, state).priority < math.inf
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e6), st.integers(0, 5))
 def test_of_two_blocks_alike_the_later_used_is_worth_more_and_of_two_used_at_once_the_deeper(
     clock, depth, deeper, stay, uses
 ):
-    policy, state = Adaptive(), PolicyState(clock=clock, stay=stay)
+    policy = Adaptive()
+    state = fresh_state(policy, clock).learn(stay=stay)
+
+    def priority(usage: Usage, state: PolicyState) -> float:
+        return policy.standing(usage, state).priority
+
     usage = Usage(uses, clock, 256, depth, 1000)
-    assert policy.priority(usage, state) < policy.priority(usage, state.tick())
-    assert policy.priority(usage, state) <= policy.priority(replace(usage, depth_tokens=depth + deeper), state)
+    assert priority(usage, state) < priority(usage, state.tick())
+    assert priority(usage, state) <= priority(replace(usage, depth_tokens=depth + deeper), state)
 
 
 # --- tiers ------------------------------------------------------------------------------------------------------------
@@ -96,30 +102,30 @@ class Expected:
 
     def __init__(self, policy):
         self.policy = policy
-        self.state = PolicyState()
+        self.state = fresh_state(policy)
         self.blocks = {}
 
     def put(self, path):
         usage = Usage(0, self.state.clock, 1, len(path) - 1, 1)
-        self.blocks[path] = usage, self.policy.priority(usage, self.state)
+        self.blocks[path] = usage, self.policy.standing(usage, self.state)
 
     def touch(self, path):
         self.state = self.state.tick()
         for end in range(1, len(path) + 1):
-            usage = self.blocks[path[:end]][0].used(self.state)
-            self.blocks[path[:end]] = usage, self.policy.priority(usage, self.state)
+            usage = self.blocks[path[:end]][0].used(self.state.clock)
+            self.blocks[path[:end]] = usage, self.policy.standing(usage, self.state)
 
     def value(self, path):
-        usage, priority = self.blocks[path]
-        return priority + (self.policy.lead(self.state) if usage.came_back else 0.0)
+        _, standing = self.blocks[path]
+        return standing.priority + self.policy.lead(standing.queue, self.state)
 
     def may_go(self, stay):
         parents = {path[:-1] for path in self.blocks}
         return [path for path in self.blocks if path not in parents and path not in stay]
 
     def evict(self, path):
-        usage, priority = self.blocks.pop(path)
-        self.state = self.policy.evicted(usage, priority, self.state)
+        usage, _ = self.blocks.pop(path)
+        self.state = self.policy.evicted(usage, self.state)
 
 
 @given(TURNS, POLICIES, st.data())

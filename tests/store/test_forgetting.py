@@ -8,7 +8,7 @@ import pytest
 
 from kvtier import PrefixStore, StoreError
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.connection import connect
 from kvtier.store.tiers.disk.catalog.database import Database

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.stores import ROOT, block, chain, count, ids, same_bits
 

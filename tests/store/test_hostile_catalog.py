@@ -7,7 +7,7 @@ import pytest
 
 from kvtier import PrefixStore
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.database import Database
 from tests.support.stores import ROOT, commit, count, restored_length

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from kvtier.store.eviction.adaptive import LeastRecentlyUsed
+from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.host import leaves, ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
 from kvtier.store.tiers.host.tier import HostTier

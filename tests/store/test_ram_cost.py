@@ -13,6 +13,7 @@ import torch
 import kvtier.store.tiers.host.tier
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
+from kvtier.store.eviction import Standing
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.tiers.host.leaves import MOST_STALE, Leaves, Queue
 from kvtier.store.tiers.host.tier import HostTier
@@ -122,5 +123,5 @@ def test_leases_that_ended_are_forgotten_without_an_eviction():
     leaves = Leaves(lambda key: False, ended, frozenset)
     for number in range(10):
         ended.add(str(number))
-        leaves.put("a", 0.0, number, came_back=False)
+        leaves.put("a", Standing(0, 0.0), number)
         assert not ended

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from hypothesis import settings
@@ -18,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, common_run
-from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
-from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
+from kvtier.store.eviction.base import Standing, Usage, fresh_state
 from kvtier.store.tiers.backoff import Withheld
 from kvtier.store.tiers.host import leaves, ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
@@ -35,25 +36,30 @@ class Coarse:
     """Values blocks so that many are worth the same, across both queues."""
 
     name = "coarse/1"
+    queues = 2
+    initial: ClassVar = {"stay": 0.0}
 
-    def priority(self, usage, state):
-        return float((state.clock + usage.depth_tokens) // 4)
+    def is_sound(self, state):
+        return True
 
-    def lead(self, state):
-        return float(state.clock % 3)
+    def standing(self, usage, state):
+        return Standing(int(usage.uses > 1), float((state.clock + usage.depth_tokens) // 4))
 
-    def evicted(self, usage, priority, state):
-        return replace(state, stay=state.stay + 1)
+    def lead(self, queue, state):
+        return float(state.clock % 3) * queue
+
+    def evicted(self, usage, state):
+        return state.learn(stay=state.learnt["stay"] + 1)
 
     def returned(self, ghost, state):
-        return replace(state, stay=0.0)
+        return state.learn(stay=0.0)
 
 
 @dataclass
 class Known:
     block: Block
     usage: Usage
-    priority: float
+    standing: Standing
     used_at: float
     hits: int = 0
 
@@ -67,7 +73,7 @@ class Model:
 
     def __init__(self, budget_bytes, policy, clock, ttl):
         self.budget_bytes, self.policy, self.clock, self.ttl = budget_bytes, policy, clock, ttl
-        self.state = PolicyState()
+        self.state = fresh_state(self.policy)
         self.blocks: dict[str, Known] = {}
         self.ghosts: dict[str, Usage] = {}
         self.leases: Counter[str] = Counter()
@@ -89,16 +95,15 @@ class Model:
 
     def least_valued(self, keep):
         best, least = None, 0.0
-        lead = self.policy.lead(self.state)
         for key, known in self.blocks.items():
-            value = known.priority + lead if known.usage.came_back else known.priority
+            value = known.standing.priority + self.policy.lead(known.standing.queue, self.state)
             if (best is None or value < least) and key != keep and self.may_go(key):
                 best, least = key, value
         return best
 
     def evict(self, key):
         known = self.blocks[key]
-        self.state = self.policy.evicted(known.usage, known.priority, self.state)
+        self.state = self.policy.evicted(known.usage, self.state)
         self.ghosts[key] = known.usage
         while len(self.ghosts) > len(self.blocks):
             del self.ghosts[next(iter(self.ghosts))]
@@ -124,7 +129,7 @@ class Model:
                 ghost = self.ghosts.pop(key)
                 self.state = self.policy.returned(ghost, self.state)
                 usage = replace(ghost, last_use=self.state.clock, nbytes=size)
-            self.blocks[key] = Known(block, usage, self.policy.priority(usage, self.state), self.clock())
+            self.blocks[key] = Known(block, usage, self.policy.standing(usage, self.state), self.clock())
         if writing:
             self.writing.add(key)
         return True
@@ -141,8 +146,8 @@ class Model:
         for key in keys:
             if key in self.blocks:
                 known = self.blocks[key]
-                known.usage = known.usage.used(self.state)
-                known.priority = self.policy.priority(known.usage, self.state)
+                known.usage = known.usage.used(self.state.clock)
+                known.standing = self.policy.standing(known.usage, self.state)
                 known.used_at = self.clock()
         for key, n in hits.items():
             if key in self.blocks:
@@ -383,7 +388,7 @@ class RamMachine(RuleBasedStateMachine):
         """Let the model be what the tier is: which blocks are here, and what is known of them, but nothing derived."""
         here = sorted(self.tier._blocks.values(), key=lambda resident: resident.number)
         self.model.blocks = {
-            each.block.id.key: Known(each.block, each.usage, each.priority, each.used_at, each.hits) for each in here
+            each.block.id.key: Known(each.block, each.usage, each.standing, each.used_at, each.hits) for each in here
         }
         self.model.state = self.tier._valuation.state
         self.model.ghosts = dict(self.tier._valuation.ghosts)

@@ -1,6 +1,7 @@
 """Which block is evicted first: pure decisions, no I/O."""
 
-from kvtier.store.eviction.adaptive import Adaptive, LeastRecentlyUsed
-from kvtier.store.eviction.base import EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction.adaptive import Adaptive
+from kvtier.store.eviction.base import EvictionPolicy, PolicyState, Standing, Usage
+from kvtier.store.eviction.least_recently_used import LeastRecentlyUsed
 
-__all__ = ["Adaptive", "EvictionPolicy", "LeastRecentlyUsed", "PolicyState", "Usage"]
+__all__ = ["Adaptive", "EvictionPolicy", "LeastRecentlyUsed", "PolicyState", "Standing", "Usage"]

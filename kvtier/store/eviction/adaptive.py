@@ -1,37 +1,24 @@
-"""Eviction policies: least recently used, and one that learns between recency and frequency."""
+"""Adaptive: learns to balance recency against frequency."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 
-from kvtier.store.eviction.base import PolicyState, Usage
+from kvtier.store.eviction.base import PolicyState, Standing, Usage
+
+_ONCE, _AGAIN = 0, 1
 
 
-class LeastRecentlyUsed:
-    """The block goes first that was not used for longest."""
-
-    name = "least-recently-used/1"
-
-    def priority(self, usage: Usage, state: PolicyState) -> float:
-        """Return when it was used."""
-        return float(state.clock)
-
-    def lead(self, state: PolicyState) -> float:
-        """Return none."""
-        return 0.0
-
-    def evicted(self, usage: Usage, priority: float, state: PolicyState) -> PolicyState:
-        """Change nothing."""
-        return state
-
-    def returned(self, ghost: Usage, state: PolicyState) -> PolicyState:
-        """Change nothing."""
-        return state
+def came_back(usage: Usage) -> bool:
+    """Return whether several turns used a block."""
+    return usage.uses > 1
 
 
 class Adaptive:
-    """Balances recency against frequency by what turns out to have been evicted too early. The default.
+    """Balances recency against frequency by which blocks turn out to have been evicted too early. The default.
+
+    Blocks that one turn used wait in one queue, blocks that several turns used in the other.
 
     Within a queue the order is that of last use, moved by what a block costs to compute again. The token after ``p``
     others takes ``2·params + 4·layers·width·p`` operations: the matrix products, and attention, which is linear in
@@ -45,9 +32,17 @@ class Adaptive:
 
     The lead of blocks that came back is learnt, as in ARC (Megiddo and Modha, FAST 2003): each ghost that returns moves
     it in favour of its kind, the more the smaller the share of its kind among the evicted is.
+
+    It learns three numbers:
+
+    - ``favour``, of blocks that came back: the logarithm of one more than their lead;
+    - ``came_back_share``: of the blocks that were evicted lately, the share of those that had come back;
+    - ``stay``: turns from the last use of a block to its eviction, lately.
     """
 
-    name = "adaptive/1"
+    name = "adaptive/2"
+    queues = 2
+    initial: Mapping[str, float] = {"favour": math.log(300.0), "came_back_share": 0.5, "stay": 0.0}
     REFERENCE_TOKENS = 32768
     COST_WEIGHT = 0.5
     STEP = 0.003
@@ -56,24 +51,31 @@ class Adaptive:
     SHARE_RATE = 0.002
     STAY_RATE = 0.005
 
-    def priority(self, usage: Usage, state: PolicyState) -> float:
-        """Return when it was used, later by what it would cost."""
+    def is_sound(self, state: PolicyState) -> bool:
+        """Return whether no number is negative, and the share is one."""
+        return min(state.learnt.values()) >= 0 and state.learnt["came_back_share"] <= 1
+
+    def standing(self, usage: Usage, state: PolicyState) -> Standing:
+        """Rank a block by the turn that used it, and later by its cost."""
         middle = usage.depth_tokens + usage.tokens / 2
-        return state.clock + self.COST_WEIGHT * state.stay * math.log2(1.0 + middle / self.REFERENCE_TOKENS)
+        cost = self.COST_WEIGHT * state.learnt["stay"] * math.log2(1.0 + middle / self.REFERENCE_TOKENS)
+        return Standing(_AGAIN if came_back(usage) else _ONCE, state.clock + cost)
 
-    def lead(self, state: PolicyState) -> float:
+    def lead(self, queue: int, state: PolicyState) -> float:
         """Return the turns by which a block that came back outstays one that did not."""
-        return min(math.expm1(state.favour), float(state.clock))
+        return min(math.expm1(state.learnt["favour"]), float(state.clock)) if queue == _AGAIN else 0.0
 
-    def evicted(self, usage: Usage, priority: float, state: PolicyState) -> PolicyState:
+    def evicted(self, usage: Usage, state: PolicyState) -> PolicyState:
         """Note how long it stayed, and of which kind it was."""
-        came_back_share = state.came_back_share + self.SHARE_RATE * (usage.came_back - state.came_back_share)
-        stay = state.stay + self.STAY_RATE * (max(0, state.clock - usage.last_use) - state.stay)
-        return replace(state, came_back_share=came_back_share, stay=stay)
+        share, stay = state.learnt["came_back_share"], state.learnt["stay"]
+        return state.learn(
+            came_back_share=share + self.SHARE_RATE * (came_back(usage) - share),
+            stay=stay + self.STAY_RATE * (max(0, state.clock - usage.last_use) - stay),
+        )
 
     def returned(self, ghost: Usage, state: PolicyState) -> PolicyState:
         """Move the lead in favour of its kind."""
-        share = state.came_back_share if ghost.came_back else 1.0 - state.came_back_share
-        step = self.STEP * min(self.MOST_STEPS, 1.0 / max(share, 1e-9))
-        favour = state.favour + (step if ghost.came_back else -step)
-        return replace(state, favour=min(max(favour, 0.0), math.log1p(state.clock)))
+        share = state.learnt["came_back_share"]
+        step = self.STEP * min(self.MOST_STEPS, 1.0 / max(share if came_back(ghost) else 1.0 - share, 1e-9))
+        favour = state.learnt["favour"] + (step if came_back(ghost) else -step)
+        return state.learn(favour=min(max(favour, 0.0), math.log1p(state.clock)))

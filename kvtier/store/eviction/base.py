@@ -1,28 +1,28 @@
-"""Who goes first: pure decisions, no I/O.
+"""The seam of eviction: which block goes first. Pure decisions, no I/O.
 
-The story. Only a *leaf* can go, a block that no other follows, or what follows it could never be found. Leaves wait in
-two queues: those that one turn used, and those that came back, which several turns used. Within a queue, the block goes
-first whose **priority** is lowest: a number that is computed when the block is put or used, and stored beside it, so
-that a tier finds the lowest with an index. Between the two queues, blocks that came back have a **lead**: a number of
-turns that is computed when somebody must go. Because the lead is not part of what is stored, a new lead holds for all
-blocks at once.
+Only a *leaf* can go, a block that no other follows: without its parent, a block could never be found. A policy gives
+each block a **standing** when it is put or used: one of a few queues, and a priority within it. A tier stores the
+standing beside the block, so that an index finds the leaf of the lowest priority in each queue. When a block must go,
+each queue has a **lead**, a number that is added to the priorities of that queue. The lead is not stored, so a new lead
+holds for all blocks of the queue at once.
 
-A tier gives each block its ``Usage`` and all of them one ``PolicyState``, which processes that share a folder share
-too. It remembers what was evicted lately as *ghosts*, no more of them than blocks it has room for: a ghost that is put
-again was evicted too early, which is how a policy learns. Its uses go on counting.
+A tier counts turns on a clock, and keeps what the policy has learnt: a few numbers by name, which processes that share
+a folder share too. It remembers blocks that were evicted lately as *ghosts*, no more of them than blocks it has room
+for. A ghost that is put again was evicted too early, which is how a policy learns; its uses and its note go on.
 
-All numbers stay finite for as long as turns are counted: priorities grow by one a turn, and 64-bit floats are exact up
-to 2**53 of them; the lead never exceeds the number of turns.
+All numbers stay finite: 64-bit floats tell 2**53 turns apart.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 LONGEST_CLOCK = 2**53
+MOST_QUEUES = 16
+MOST_NOTE_CHARACTERS = 256
 _LARGEST = 1e15
 
 
@@ -32,10 +32,11 @@ class Usage:
 
     Attributes:
         uses: turns that used it; 0 in the turn that puts it.
-        last_use: the clock of the tier at the last of them.
+        last_use: the clock at the last of these turns; of a ghost, this may be the clock at its eviction.
         tokens: its token ids.
         depth_tokens: tokens before it in its chain.
         nbytes: what it takes.
+        note: what the policy noted of it last, in its own words; empty when it is new.
     """
 
     uses: int
@@ -43,15 +44,26 @@ class Usage:
     tokens: int
     depth_tokens: int
     nbytes: int
+    note: str = ""
 
-    @property
-    def came_back(self) -> bool:
-        """Whether several turns used it."""
-        return self.uses > 1
-
-    def used(self, state: PolicyState) -> Usage:
+    def used(self, clock: int) -> Usage:
         """Return the same after one more turn."""
-        return replace(self, uses=self.uses + 1, last_use=state.clock)
+        return replace(self, uses=self.uses + 1, last_use=clock)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a policy ranks a block. A tier stores it beside the block.
+
+    Attributes:
+        queue: which queue the block waits in, from 0.
+        priority: within the queue, the lowest goes first. Finite.
+        note: what the policy wants to read again in ``Usage.note``, of at most ``MOST_NOTE_CHARACTERS``.
+    """
+
+    queue: int
+    priority: float
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,61 +72,81 @@ class PolicyState:
 
     Attributes:
         clock: turns so far.
-        favour: what a policy has learnt about blocks that came back: the logarithm of one more than their lead.
-        came_back_share: of the blocks that were evicted lately, those that had come back.
-        stay: turns from the last use of a block to its eviction, lately.
+        learnt: what the policy has learnt. Its names are those of ``EvictionPolicy.initial``.
     """
 
-    clock: int = 0
-    favour: float = math.log(300.0)
-    came_back_share: float = 0.5
-    stay: float = 0.0
+    clock: int
+    learnt: Mapping[str, float]
 
     def tick(self) -> PolicyState:
         """Return the same one turn later."""
         return replace(self, clock=self.clock + 1)
 
-    @classmethod
-    def from_text(cls, text: str, policy: str) -> PolicyState | None:
-        """Read what ``to_text`` wrote for the ``policy`` of that name; None of anything else."""
-        try:
-            values = json.loads(text)
-            if values.pop("policy") != policy or values.keys() != {each.name for each in fields(cls)}:
-                return None
-            is_sound = (
-                type(values["clock"]) is int
-                and 0 <= values["clock"] <= LONGEST_CLOCK
-                and 0 <= values["came_back_share"] <= 1
-                and all(0 <= values[name] < _LARGEST for name in ("favour", "stay"))  # NaN is not
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
-        return cls(**values) if is_sound else None
-
-    def to_text(self, policy: str) -> str:
-        """Write it down for the ``policy`` of that name: what the numbers mean is that policy's."""
-        return json.dumps({"policy": policy, **asdict(self)})
+    def learn(self, **numbers: float) -> PolicyState:
+        """Return the same with other numbers."""
+        return replace(self, learnt={**self.learnt, **numbers})
 
 
 class EvictionPolicy(Protocol):
-    """Values blocks, in constant time and without side effects. The leaf of the lowest value goes first.
+    """Ranks blocks, in constant time and without side effects. The leaf of the lowest value goes first.
 
-    The value of a block is its priority, plus the lead if it came back.
+    The value of a block is its priority, plus the lead of its queue.
 
     Attributes:
-        name: what it is called, and the version of what its state means: a state of another name begins anew.
+        name: what it is called, and the version of what it learns and notes: those of another name begin anew.
+        queues: how many queues it uses, 1 to ``MOST_QUEUES``.
+        initial: what it knows before it has learnt anything: finite numbers by name.
     """
 
     name: str
+    queues: int
+    initial: Mapping[str, float]
 
-    def priority(self, usage: Usage, state: PolicyState) -> float:
-        """Return what to store with a block that was just put or used."""
+    def is_sound(self, state: PolicyState) -> bool:
+        """Return whether ``learnt``, finite numbers by the right names, is what this policy could have learnt."""
 
-    def lead(self, state: PolicyState) -> float:
-        """Return how much more all blocks are worth that came back; at least 0."""
+    def standing(self, usage: Usage, state: PolicyState) -> Standing:
+        """Rank a block that was just put or used."""
 
-    def evicted(self, usage: Usage, priority: float, state: PolicyState) -> PolicyState:
+    def lead(self, queue: int, state: PolicyState) -> float:
+        """Return what is added to the priorities of ``queue``. Finite."""
+
+    def evicted(self, usage: Usage, state: PolicyState) -> PolicyState:
         """Return the state after an eviction."""
 
     def returned(self, ghost: Usage, state: PolicyState) -> PolicyState:
         """Return the state after a block is put again that was evicted lately; ``ghost`` is what it was then."""
+
+
+def fresh_state(policy: EvictionPolicy, clock: int = 0) -> PolicyState:
+    """Return the state of a ``policy`` that has learnt nothing."""
+    return PolicyState(clock, dict(policy.initial))
+
+
+def state_to_text(policy: EvictionPolicy, state: PolicyState) -> str:
+    """Write down a state of ``policy``."""
+    return json.dumps({"policy": policy.name, "clock": state.clock, "learnt": dict(state.learnt)})
+
+
+def state_from_text(policy: EvictionPolicy, text: str) -> PolicyState | None:
+    """Read what ``state_to_text`` wrote for the same policy; None of anything else."""
+    try:
+        values = json.loads(text)
+        if values.pop("policy") != policy.name or values.keys() != {"clock", "learnt"}:
+            return None
+        clock, learnt = values["clock"], values["learnt"]
+        is_sound = (
+            type(clock) is int
+            and 0 <= clock <= LONGEST_CLOCK
+            and learnt.keys() == policy.initial.keys()
+            and all(type(number) in (int, float) and abs(number) < _LARGEST for number in learnt.values())  # not NaN
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    state = PolicyState(clock, learnt) if is_sound else None
+    return state if state is not None and policy.is_sound(state) else None
+
+
+def queue_among(policy: EvictionPolicy, queue: int) -> int:
+    """Return the queue of ``policy`` that answers for a stored ``queue``, which another policy may have chosen."""
+    return min(max(queue, 0), policy.queues - 1)

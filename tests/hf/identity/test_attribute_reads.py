@@ -9,7 +9,7 @@ from kvtier.hf.identity.attribute_reads import reads_of_class
 
 def test_names_in_containers_of_a_class_count():
     class Layer(torch.nn.Module):
-        table = {"first": ("hidden_scale", ["other_scale"])}
+        table = ("hidden_scale", ["other_scale"])
 
     reads = reads_of_class(Layer)
     assert reads.may_read("hidden_scale")

@@ -1,9 +1,12 @@
-"""Leaves: blocks that may be evicted, in two queues that find the least valued without a scan."""
+"""Leaves: blocks that may be evicted, in queues that find the least valued without a scan."""
 
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Collection
+
+from kvtier.store.eviction.base import Standing
 
 Leaf = tuple[float, int, str]
 """Priority, the number of the put, key. Of equal priorities, the block goes first that was put first."""
@@ -51,7 +54,7 @@ class Queue:
 
 
 class Leaves:
-    """All leaves of a tier, by whether they came back.
+    """All leaves of a tier, in the queues of an eviction policy.
 
     A leaf that comes first and must stay is put aside, so that the next search does not meet it again. It returns to
     its queue when its last lease ends, or when the pinned blocks are others. Not thread-safe, but for ``ended``.
@@ -69,28 +72,28 @@ class Leaves:
         self._ended = ended
         self._pinned = pinned
         self._pinned_before: Collection[str] = ()
-        self._once, self._again = Queue(), Queue()
+        self._queues: defaultdict[int, Queue] = defaultdict(Queue)
         self._leased_aside: dict[str, tuple[Queue, Leaf]] = {}
         self._pinned_aside: dict[str, tuple[Queue, Leaf]] = {}
 
-    def put(self, key: str, priority: float, number: int, *, came_back: bool) -> None:
-        """Add a leaf, or give it another priority."""
+    def put(self, key: str, standing: Standing, number: int) -> None:
+        """Add a leaf, or give it another standing."""
         self._return_ended()  # here, where all leaves come by, so that ``ended`` stays bounded
         self.drop(key)
-        (self._again if came_back else self._once).add((priority, number, key))
+        self._queues[standing.queue].add((standing.priority, number, key))
 
     def drop(self, key: str) -> None:
         """Take out a block that has gone, or is a leaf no more; unknown keys are ignored."""
-        for place in (self._once, self._again):
-            place.drop(key)
+        for queue in self._queues.values():
+            queue.drop(key)
         for aside in (self._leased_aside, self._pinned_aside):
             aside.pop(key, None)
 
-    def least_valued(self, lead: float, keep: str) -> str | None:
+    def least_valued(self, lead: Callable[[int], float], keep: str) -> str | None:
         """Return the key of the leaf that is to go first; None when there is none.
 
         Args:
-            lead: how much more leaves are worth that came back.
+            lead: returns how much more the leaves of a queue are worth.
             keep: the key of a block that must stay.
         """
         self._return_ended()
@@ -101,10 +104,10 @@ class Leaves:
                 queue.add(leaf)
             self._pinned_before = pinned
         found = []
-        for queue, more in ((self._once, 0.0), (self._again, lead)):
+        for number, queue in self._queues.items():
             first = self._first(queue, keep, pinned)
             if first is not None:
-                found.append((first[0] + more, *first[1:]))
+                found.append((first[0] + lead(number), *first[1:]))
         return min(found)[2] if found else None
 
     def _first(self, queue: Queue, keep: str, pinned: Collection[str]) -> Leaf | None:

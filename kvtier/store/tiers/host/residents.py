@@ -9,7 +9,7 @@ from functools import partial
 
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.eviction.base import Usage
+from kvtier.store.eviction.base import Standing, Usage
 from kvtier.store.tiers.host.leaves import Leaves
 from kvtier.store.tiers.host.siblings import Siblings
 
@@ -21,7 +21,7 @@ class Resident:
     Attributes:
         block: the block.
         usage: its uses.
-        priority: what the policy values it at.
+        standing: where the policy ranks it.
         used_at: Unix time of its last use.
         number: of the put that brought it; later ones are larger.
         hits: how often it was restored.
@@ -29,7 +29,7 @@ class Resident:
 
     block: Block
     usage: Usage
-    priority: float
+    standing: Standing
     used_at: float
     number: int
     hits: int = 0
@@ -76,14 +76,14 @@ class Residents(Mapping[str, Resident]):
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    def add(self, block: Block, nbytes: int, usage: Usage, priority: float, used_at: float) -> None:
+    def add(self, block: Block, nbytes: int, usage: Usage, standing: Standing, used_at: float) -> None:
         """Add a block that is not here."""
         self._derive()
         key, parent = block.id.key, block.id.parent
         self._is_derived = False
         self._puts += 1
         self._note_order(used_at)
-        self._blocks[key] = resident = Resident(block, usage, priority, used_at, self._puts)
+        self._blocks[key] = resident = Resident(block, usage, standing, used_at, self._puts)
         self._nbytes += nbytes
         self._siblings.add(block.id)
         self._leaves.drop(parent)
@@ -103,20 +103,20 @@ class Residents(Mapping[str, Resident]):
             self._put_leaf(block.id.parent, parent)
         self._is_derived = True
 
-    def use(self, key: str, usage: Usage, priority: float, used_at: float) -> None:
+    def use(self, key: str, usage: Usage, standing: Standing, used_at: float) -> None:
         """Note that a block that is here was used."""
         self._derive()
         resident = self._blocks[key]
         self._is_derived = False
         self._note_order(used_at)
-        resident.usage, resident.priority, resident.used_at = usage, priority, used_at
+        resident.usage, resident.standing, resident.used_at = usage, standing, used_at
         self._blocks.move_to_end(key)
         self._put_leaf(key, resident)
         self._is_derived = True
 
     def _put_leaf(self, key: str, resident: Resident) -> None:
         if not self._siblings.count(key):
-            self._leaves.put(key, resident.priority, resident.number, came_back=resident.usage.came_back)
+            self._leaves.put(key, resident.standing, resident.number)
 
     def _note_order(self, used_at: float) -> None:
         """Note whether the blocks are still in order when one that was used at ``used_at`` becomes the last."""
@@ -151,10 +151,10 @@ class Residents(Mapping[str, Resident]):
         self._derive()
         return list(self._siblings.tails(parent, tokens))
 
-    def least_valued(self, lead: float, keep: str) -> str | None:
+    def least_valued(self, lead: Callable[[int], float], keep: str) -> str | None:
         """Return the leaf that is to go first: not ``keep``, not leased, not pinned; None when there is none.
 
-        Leaves that came back are worth ``lead`` more.
+        Leaves of a queue are worth ``lead(queue)`` more.
         """
         self._derive()
         self._is_derived = False  # the search puts leaves aside

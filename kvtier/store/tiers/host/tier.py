@@ -145,8 +145,8 @@ class HostTier:
         if key not in self._blocks and not self._make_room(block, size, writing):
             return False
         if key not in self._blocks:  # another thread may have put it during a wait
-            usage, priority = self._valuation.entered(block, size)
-            self._blocks.add(block, size, usage, priority, self._clock())
+            usage, standing = self._valuation.entered(block, size)
+            self._blocks.add(block, size, usage, standing, self._clock())
         if writing and key not in self._writing:
             self._writing[key] = self.leases.prepare_load(key)
         return True
@@ -176,7 +176,7 @@ class HostTier:
 
     def _evict(self, key: str) -> None:
         resident = self._blocks[key]
-        self._valuation.evicted(key, resident.usage, resident.priority, most_ghosts=len(self._blocks))
+        self._valuation.evicted(key, resident.usage, most_ghosts=len(self._blocks))
         self.counts["evictions"] += 1
         self.discard(key)
 

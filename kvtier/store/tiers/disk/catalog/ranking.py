@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.base import LONGEST_CLOCK, EvictionPolicy, PolicyState, Usage
+from kvtier.store.eviction.base import (
+    LONGEST_CLOCK,
+    MOST_QUEUES,
+    EvictionPolicy,
+    PolicyState,
+    Standing,
+    Usage,
+    fresh_state,
+    queue_among,
+    state_from_text,
+    state_to_text,
+)
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.connection import LONG_SECONDS, Statements
 
@@ -36,7 +48,6 @@ class Valued:
     place: Place
     parent: str
     usage: Usage
-    priority: float
 
 
 class Valuation:
@@ -59,88 +70,114 @@ class Session:
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
         self._state = self._read_state()
         # Of each queue, the priority and key of the last leaf that the index gave, and leaves that it has not, a heap.
-        self._passed: list[tuple[float, bytes]] = [(-math.inf, b"")] * 2
-        self._exposed: tuple[list[_Leaf], list[_Leaf]] = ([], [])
+        self._passed: defaultdict[int, tuple[float, bytes]] = defaultdict(lambda: (-math.inf, b""))
+        self._exposed: defaultdict[int, list[_Leaf]] = defaultdict(list)
 
     def _read_state(self) -> PolicyState:
         """Return what the policy has learnt; where that cannot be read, a fresh state that no block is younger than."""
-        state = PolicyState.from_text(self._text, self._policy.name)
+        state = state_from_text(self._policy, self._text)
         if state is None:
             with self._connection.limited(LONG_SECONDS):
                 (last_use,) = self._connection.execute("SELECT COALESCE(MAX(last_use), -1) FROM blocks").fetchone()
-            state = PolicyState(clock=min(last_use + 1, LONGEST_CLOCK))
+            state = fresh_state(self._policy, clock=min(last_use + 1, LONGEST_CLOCK))
         return state
 
     def end(self) -> None:
         """Write down the state, if it is another one."""
-        text = self._state.to_text(self._policy.name)
+        text = state_to_text(self._policy, self._state)
         if text != self._text:
             self._connection.execute("UPDATE total SET policy = ?", (text,))
             self._text = text
 
-    def entered(self, block: BlockId, depth_tokens: int, nbytes: int) -> tuple[Usage, float]:
-        """Return what is known of a block that is put now, and its priority."""
+    def entered(self, block: BlockId, depth_tokens: int, nbytes: int) -> tuple[Usage, Standing]:
+        """Rank a block that is put now."""
         key = bytes.fromhex(block.key)
-        ghost = self._connection.execute("SELECT uses, last_use FROM ghosts WHERE key = ?", (key,)).fetchone()
+        ghost = self._connection.execute("SELECT uses, last_use, note FROM ghosts WHERE key = ?", (key,)).fetchone()
         usage = Usage(0, self._state.clock, len(block.tokens), depth_tokens, nbytes)
         if ghost is not None:
-            usage = Usage(ghost[0], ghost[1], len(block.tokens), depth_tokens, nbytes)
+            uses, last_use, note = ghost
+            usage = replace(usage, uses=uses, last_use=last_use, note=note)
             self._state = self._policy.returned(usage, self._state)
+            usage = replace(usage, last_use=self._state.clock)
             self._connection.execute("DELETE FROM ghosts WHERE key = ?", (key,))
-        return usage, self._policy.priority(usage, self._state)
+        return usage, self._policy.standing(usage, self._state)
 
     def used(self, keys: Sequence[str], now: float) -> None:
         """Note that a turn used the blocks ``keys`` at Unix time ``now``."""
         self._state = self._state.tick()
         for key in keys:
             row = self._connection.execute(
-                "SELECT uses, last_use, tokens, depth, bytes FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                "SELECT uses, last_use, tokens, depth, bytes, note FROM blocks WHERE key = ?", (bytes.fromhex(key),)
             ).fetchone()
             if row is None:
                 continue
-            usage = Usage(*row).used(self._state)
+            usage = Usage(*row).used(self._state.clock)
+            standing = self._policy.standing(usage, self._state)
             self._connection.execute(
-                "UPDATE blocks SET uses = ?, last_use = ?, priority = ?, used_at = ? WHERE key = ?",
-                (usage.uses, usage.last_use, self._policy.priority(usage, self._state), now, bytes.fromhex(key)),
+                "UPDATE blocks SET uses = ?, last_use = ?, queue = ?, priority = ?, note = ?, used_at = ? "
+                "WHERE key = ?",
+                (
+                    usage.uses,
+                    usage.last_use,
+                    standing.queue,
+                    standing.priority,
+                    standing.note,
+                    now,
+                    bytes.fromhex(key),
+                ),
             )
 
     def least(self) -> Valued | None:
-        """Return the leaf of the lowest value of those that this session has not returned: the first of two queues.
+        """Return the leaf of the lowest value of those that this session has not returned: the first of some queue.
 
         A block becomes a leaf when ``evicted`` is told of the last that follows it.
         """
-        lead = self._policy.lead(self._state)
-        heads = [(row[0] + came_back * lead, came_back, row) for came_back in (0, 1) if (row := self._head(came_back))]
+        heads = [(row[0] + self._lead(queue), queue, row) for queue in self._queues() if (row := self._head(queue))]
         if not heads:
             return None
-        _, came_back, row = min(heads, key=lambda each: each[0])
-        priority, key, parent, root, nbytes, uses, last_use, tokens, depth = row
-        exposed = self._exposed[came_back]
+        _, queue, row = min(heads, key=lambda each: each[0])
+        priority, key, parent, root, nbytes, uses, last_use, tokens, depth, note, _ = row
+        exposed = self._exposed[queue]
         if exposed and exposed[0] is row:
             heapq.heappop(exposed)
         else:
-            self._passed[came_back] = (priority, key)
-        return Valued(
-            Place(key.hex(), root.hex(), nbytes), parent.hex(), Usage(uses, last_use, tokens, depth, nbytes), priority
-        )
+            self._passed[queue] = (priority, key)
+        usage = Usage(uses, last_use, tokens, depth, nbytes, note)
+        return Valued(Place(key.hex(), root.hex(), nbytes), parent.hex(), usage)
 
-    def _head(self, came_back: int) -> _Leaf | None:
+    def _lead(self, queue: int) -> float:
+        return self._policy.lead(queue_among(self._policy, queue), self._state)
+
+    def _queues(self) -> list[int]:
+        """Return the queues that have leaves: another policy may have ranked some of them."""
+        found: list[int] = []
+        while len(found) < MOST_QUEUES:
+            row = self._connection.execute(
+                f"SELECT queue FROM blocks INDEXED BY leaves WHERE {_IS_LEAF} AND queue > ? ORDER BY queue LIMIT 1",
+                (found[-1] if found else -1,),
+            ).fetchone()
+            if row is None:
+                break
+            found.append(row[0])
+        return sorted({*found, *(queue for queue, leaves in self._exposed.items() if leaves)})
+
+    def _head(self, queue: int) -> _Leaf | None:
         """Return the first leaf of a queue that was not returned yet: one that came late, or the next in the index."""
-        heads: list[_Leaf] = self._exposed[came_back][:1]
+        heads: list[_Leaf] = self._exposed[queue][:1]
         heads += self._connection.execute(
-            f"SELECT {_LEAF} FROM blocks INDEXED BY leaves WHERE {_IS_LEAF} AND (uses > 1) = ? "
+            f"SELECT {_LEAF} FROM blocks INDEXED BY leaves WHERE {_IS_LEAF} AND queue = ? "
             "AND (priority, key) > (?, ?) ORDER BY priority, key LIMIT 1",
-            (came_back, *self._passed[came_back]),
+            (queue, *self._passed[queue]),
         )
         return min(heads, default=None)
 
     def evicted(self, valued: Valued) -> None:
         """Learn from an eviction, and remember the block as a ghost; of those, no more than there are blocks."""
-        self._state = self._policy.evicted(valued.usage, valued.priority, self._state)
+        self._state = self._policy.evicted(valued.usage, self._state)
         self._connection.execute(
-            "INSERT INTO ghosts VALUES (?, ?, ?) "
-            "ON CONFLICT (key) DO UPDATE SET uses = excluded.uses, last_use = excluded.last_use",
-            (bytes.fromhex(valued.place.key), valued.usage.uses, self._state.clock),
+            "INSERT INTO ghosts VALUES (?, ?, ?, ?) ON CONFLICT (key) "
+            "DO UPDATE SET uses = excluded.uses, last_use = excluded.last_use, note = excluded.note",
+            (bytes.fromhex(valued.place.key), valued.usage.uses, self._state.clock, valued.usage.note),
         )
         ghosts, blocks = self._connection.execute("SELECT ghosts, blocks FROM total").fetchone()
         too_many = ghosts - max(_MIN_GHOSTS, blocks)
@@ -155,11 +192,11 @@ class Session:
         """See to it that a block is found that has become a leaf in a part of its queue that was passed already."""
         row = self._connection.execute(f"SELECT {_LEAF} FROM blocks WHERE {_IS_LEAF} AND key = ?", (key,)).fetchone()
         if row is not None:
-            came_back = int(row[5] > 1)
-            if row[:2] <= self._passed[came_back]:
-                heapq.heappush(self._exposed[came_back], row)
+            queue = row[-1]
+            if row[:2] <= self._passed[queue]:
+                heapq.heappush(self._exposed[queue], row)
 
 
-_Leaf = tuple[float, bytes, bytes, bytes, int, int, int, int, int]
-_LEAF = "priority, key, parent, root, bytes, uses, last_use, tokens, depth"
+_Leaf = tuple[float, bytes, bytes, bytes, int, int, int, int, int, str, int]
+_LEAF = "priority, key, parent, root, bytes, uses, last_use, tokens, depth, note, queue"
 _IS_LEAF = f"state = {State.READY:d} AND children = 0 AND pins = 0"

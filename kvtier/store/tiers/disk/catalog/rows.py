@@ -47,12 +47,12 @@ def insert(
 ) -> None:
     """Put in a row. ``used_at`` is the Unix time of the last use."""
     key = bytes.fromhex(block.key)
-    usage, priority = session.entered(block, max(depth, 0), nbytes)
+    usage, standing = session.entered(block, max(depth, 0), nbytes)
     connection.execute(
         "INSERT INTO blocks SELECT :key, :parent, :root, :state, :owner, :tokens, :depth, :bytes, "
         f"(SELECT COUNT(*) FROM blocks AS c WHERE c.parent = :key AND c.state != {State.LEAVING:d}), "
         "(SELECT COUNT(*) FROM links WHERE links.key = :key AND links.pinned), "
-        ":uses, 0, :last_use, :priority, :used_at, :ids",
+        ":uses, 0, :last_use, :queue, :priority, :note, :used_at, :ids",
         {
             "key": key,
             "parent": bytes.fromhex(block.parent),
@@ -64,7 +64,9 @@ def insert(
             "bytes": nbytes,
             "uses": usage.uses,
             "last_use": usage.last_use,
-            "priority": priority,
+            "queue": standing.queue,
+            "priority": standing.priority,
+            "note": standing.note,
             "used_at": used_at,
             "ids": encode_ids(block.tokens),
         },

@@ -16,7 +16,7 @@ from functools import cache
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.connection import Statements
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 UNPLACED = -1
 """The depth of a block whose parents are not all there yet, while the tables are being filled."""
 _HERE = f"({State.WRITING:d}, {State.READY:d})"  # blocks that hold their parent
@@ -52,10 +52,10 @@ CREATE TABLE blocks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, state INTEGER NOT NULL, owner TEXT NOT NULL,
     tokens INTEGER NOT NULL, depth INTEGER NOT NULL, bytes INTEGER NOT NULL, children INTEGER NOT NULL,
     pins INTEGER NOT NULL, uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL,
-    priority REAL NOT NULL, used_at REAL NOT NULL, ids BLOB NOT NULL
+    queue INTEGER NOT NULL, priority REAL NOT NULL, note TEXT NOT NULL, used_at REAL NOT NULL, ids BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX siblings ON blocks (parent, ids);
-CREATE INDEX leaves ON blocks (uses > 1, priority, key) WHERE {_READY} AND children = 0 AND pins = 0;
+CREATE INDEX leaves ON blocks (queue, priority, key) WHERE {_READY} AND children = 0 AND pins = 0;
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_use ON blocks (used_at) WHERE {_READY} AND pins = 0;
 CREATE INDEX unplaced ON blocks (key) WHERE depth < 0;
@@ -70,7 +70,9 @@ CREATE TABLE links (
 ) WITHOUT ROWID;
 CREATE INDEX links_key ON links (key);
 CREATE INDEX pins ON links (key) WHERE pinned;
-CREATE TABLE ghosts (key BLOB PRIMARY KEY, uses INTEGER NOT NULL, last_use INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE ghosts (
+    key BLOB PRIMARY KEY, uses INTEGER NOT NULL, last_use INTEGER NOT NULL, note TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE INDEX ghosts_age ON ghosts (last_use);
 CREATE TABLE total (
     id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL, held_bytes INTEGER NOT NULL,
@@ -112,15 +114,19 @@ CREATE TRIGGER ghost_removed AFTER DELETE ON ghosts BEGIN
 END;
 """
 
+_WHOLE_NUMBERS = ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue")
 # What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
 _SOUND: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("key", "parent", "root", "last"), lambda value: isinstance(value, bytes) and len(value) == 32),
     "link": lambda value: value is None or (isinstance(value, bytes) and len(value) == 32),
-    **dict.fromkeys(("tokens", "depth", "bytes", "children", "pins", "uses", "hits"), lambda value: type(value) is int),
+    **dict.fromkeys(
+        ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue"), lambda value: type(value) is int
+    ),
     **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
     "ids": lambda value: isinstance(value, bytes) and len(value) % 3 == 0,
     "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},
-    "name": lambda value: isinstance(value, str),
+    **dict.fromkeys(("name", "note"), lambda value: isinstance(value, str)),
+    "priority": lambda value: isinstance(value, float),
 }
 
 
