@@ -99,14 +99,14 @@ def _write_chains(folder: Path, blocks: int) -> list[TokenIds]:
         for start, block in enumerate(chain_keys(ROOT, tokens, _BLOCK)):
             path = files.block(block.key, ROOT)
             if number < 2 or start * _BLOCK >= len(shared) or number % 2 == 0:
-                files.write(path, encode_block(Block(block, _small(block.tokens), start * _BLOCK), "raw"))
+                files.write(path, encode_block(Block(block, _small(block.tokens), start * _BLOCK)))
         prompts = [*prompts, tokens][-2:]
     # What is shared was written once: add as many blocks after it, so that there are as many as were asked for.
     found = sum(1 for _ in files.block_files())
     parent = chain_keys(ROOT, shared, _BLOCK)[-1].key
     for _ in range(blocks - found):
         block = BlockId.of(ROOT, parent, dice.integers(0, 50_000, _BLOCK))
-        files.write(files.block(block.key, ROOT), encode_block(Block(block, _small(block.tokens)), "raw"))
+        files.write(files.block(block.key, ROOT), encode_block(Block(block, _small(block.tokens))))
     return prompts
 
 

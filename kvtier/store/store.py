@@ -36,7 +36,8 @@ from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy
-from kvtier.store.format.codecs import CODECS
+from kvtier.store.format.codecs import BUILT_IN, Codec
+from kvtier.store.format.codecs.base import check_codec
 from kvtier.store.load import LoadJob, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
@@ -64,6 +65,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _codec(compression: str | Codec) -> Codec:
+    """Return the codec that ``compression`` asks for.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(compression, str):
+        codec = check_codec(compression)
+        if codec.name in BUILT_IN and type(codec) is not type(BUILT_IN[codec.name]):
+            raise ConfigurationError(f"compression={type(codec).__name__} has the name of another codec: {codec.name}")
+        return codec
+    if compression != "auto" and compression not in BUILT_IN:
+        known = ", ".join(map(repr, BUILT_IN))
+        raise ConfigurationError(f"compression={compression!r} is unknown; pass 'auto', {known}, or a codec.")
+    return BUILT_IN["raw" if compression == "auto" else compression]
+
+
 def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Concatenate[PrefixStore, P], R]:
     """Return the method of a store that does what this one of its admin does."""
 
@@ -81,13 +99,17 @@ class PrefixStore:
     a warning and a recompute, never an exception from ``match``, ``restore`` or ``commit``; what is being read is not
     evicted. Thread-safe. Several processes may use one folder at once.
 
+    Attributes:
+        lossy_codec: the name of the codec of files, if it loses bits; it is then part of every root.
+
     Args:
         path: folder of the disk tier, created if missing; None keeps everything in RAM, for this process only.
         host_budget: bytes of RAM for blocks, e.g. ``"2GiB"``; by default a quarter of the machine's, at most 4 GiB.
         disk_budget: bytes of files, by default 50 GiB; ignored without ``path``.
         block_size: tokens of a full block.
         compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
-            restores fastest where files come from the page cache or a fast drive.
+            restores fastest where files come from the page cache or a fast drive. A codec of one's own is passed as an
+            object (``kvtier.store.format.codecs.base``), to every process that is to read its files.
         namespace: stores with different namespaces never share a prefix.
         free_space_floor: bytes of the drive that are left free, by default 1 GiB.
         durability: ``"full"``: what ``flush`` has confirmed outlives a power cut; ``"lazy"``: the system writes it out
@@ -115,7 +137,7 @@ class PrefixStore:
         host_budget: int | str | None = None,
         disk_budget: int | str = DEFAULT_DISK_BUDGET,
         block_size: int = DEFAULT_BLOCK_SIZE,
-        compression: str = "auto",
+        compression: str | Codec = "auto",
         namespace: str = "",
         free_space_floor: int | str = DEFAULT_FREE_SPACE_FLOOR,
         durability: str = "full",
@@ -129,8 +151,7 @@ class PrefixStore:
     ) -> None:
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
             raise ConfigurationError(f"block_size={block_size!r} must be a whole number of tokens, 1 or more.")
-        if compression not in ("auto", *CODECS):
-            raise ConfigurationError(f"compression={compression!r} is unknown; pass 'auto', 'raw' or 'zstd'.")
+        codec = _codec(compression)
         if not isinstance(namespace, str):
             raise ConfigurationError(f"namespace={namespace!r} must be a string.")
         if durability not in ("full", "lazy"):
@@ -143,18 +164,20 @@ class PrefixStore:
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
         settings = DiskSettings(
             budget_bytes=parse_bytes(disk_budget, "disk_budget"),
-            codec="raw" if compression == "auto" else compression,
+            codec=codec,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
             ttl_seconds=ttl,
         )
         self.block_size = block_size
         self.namespace = namespace
+        self.lossy_codec = None if codec.is_lossless or path is None else codec.name
         self.path = folder_path(path, "path") if path is not None else None
         self._clock = clock
         policy = policy or Adaptive()
         if not isinstance(getattr(policy, "name", None), str):
             raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.base.")
-        folder = StoreFolder(self.path, filesystem, durability == "full") if self.path is not None else None
+        codecs = {**BUILT_IN, codec.name: codec}
+        folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
         host_settings = HostSettings(host_bytes, self._behind.hurry)
         self._tiers = TierStack(folder, host_settings, settings, policy, connect, clock)

@@ -1,5 +1,6 @@
 """For tests: conformance classes, a simulated accelerator, faults of drives."""
 
+from kvtier.testing.codecs import CodecChecks
 from kvtier.testing.engines import EngineChecks
 from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
@@ -8,6 +9,7 @@ from kvtier.testing.simulation.races import RaceError
 from kvtier.testing.simulation.sites import Site
 
 __all__ = [
+    "CodecChecks",
     "Drop",
     "EngineChecks",
     "Mutant",

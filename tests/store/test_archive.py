@@ -22,6 +22,7 @@ from kvtier.store.chain import BlockId
 from kvtier.store.format import archive as archives
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.format.codecs import BUILT_IN
 from tests.support.stores import OTHER_ROOT, ROOT, count, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -51,7 +52,7 @@ def chain(folder, whole: tuple[Page, ...], size: int, codec: str = "raw"):
             pages = tuple(Page(p.k_htd[:, start:stop].contiguous(), p.v_htd[:, start:stop].contiguous()) for p in whole)
             block = BlockId.of(ROOT, parent, count(stop - start, start))
             path = folder / f"block-{start}"
-            path.write_bytes(b"".join(encode_block(Block(block, pages), codec)))
+            path.write_bytes(b"".join(encode_block(Block(block, pages), BUILT_IN[codec])))
             readers.append(BlockFile(str(path)))
             stack.callback(readers[-1].close)
             parent = block.key

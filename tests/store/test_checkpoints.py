@@ -154,7 +154,7 @@ def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
     assert (plain.is_checkpoint, checkpoint.is_checkpoint) == (False, True)
     for block in (Block(plain, pages, 0, states(1)), Block(checkpoint, pages)):
         path = tmp_path / "block"
-        path.write_bytes(b"".join(encode_block(block, "raw")))
+        path.write_bytes(b"".join(encode_block(block)))
         with pytest.raises(BlockError, match="ids do not give its key"):
             BlockFile(str(path))
 

@@ -21,6 +21,7 @@ from kvtier.platform.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.block import Block
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, encode_block
+from kvtier.store.format.codecs import BUILT_IN
 from kvtier.store.names import Name
 from kvtier.store.tiers.disk import recovery
 from kvtier.store.tiers.disk import tier as disk
@@ -34,7 +35,7 @@ from kvtier.store.tiers.shared_reads import HELD_BYTES
 from kvtier.testing.faults import Faults, FaultyFilesystem
 from tests.support.stores import ROOT, allocated, block, block_files, chain, count, leftovers, same_bits
 
-SIZE = allocated(sum(piece.nbytes for piece in encode_block(block(count(4, first=10)), "raw")))
+SIZE = allocated(sum(piece.nbytes for piece in encode_block(block(count(4, first=10)))))
 ROOMY = 100 * SIZE
 
 
@@ -46,7 +47,7 @@ class Opened(DiskTier):
         self.owner = Owner(folder.owners)
         opened = open_catalog(folder, self.owner, LeastRecentlyUsed(), clock, connect)
         self.database, self.names, self.audit = opened.database, opened.names, opened.audit
-        super().__init__(folder, opened.catalog, self.owner, DiskSettings(budget, codec, **settings), clock)
+        super().__init__(folder, opened.catalog, self.owner, DiskSettings(budget, BUILT_IN[codec], **settings), clock)
 
     def rows(self, statement, *values):
         with self.database.transaction() as connection:
@@ -425,7 +426,7 @@ def test_what_another_store_is_writing_is_waited_for(tmp_path, ending):
         def meanwhile(seconds):
             waited.append(seconds)
             if ending == "it writes it":
-                other.folder.write(other.folder.block(first.id.key, ROOT), encode_block(first, "raw"))
+                other.folder.write(other.folder.block(first.id.key, ROOT), encode_block(first))
                 other.catalog.complete_store(first.id.key, other.owner.name)
             elif ending == "it fails":
                 other.catalog.abort_store(first.id.key, other.owner.name)

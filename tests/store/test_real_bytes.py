@@ -64,7 +64,7 @@ def test_what_the_drive_says_is_asked(tmp_path):
 
 
 def test_a_smaller_budget_holds_from_the_opening_on(tmp_path):
-    size = allocated(sum(piece.nbytes for piece in encode_block(block(count(4)), "raw")))
+    size = allocated(sum(piece.nbytes for piece in encode_block(block(count(4)))))
     with PrefixStore(tmp_path, disk_budget=20 * size, **SETTINGS) as store:
         commit(store, count(80))
     with PrefixStore(tmp_path, disk_budget=5 * size, **SETTINGS) as store:

@@ -272,7 +272,7 @@ def test_one_block_of_other_layers_costs_the_others_nothing(tmp_path):
         commit(store, count(20))
     odd = chain(count(20), 4)[3]
     path = next(tmp_path.rglob(f"{odd.id.key}.safetensors"))
-    path.write_bytes(b"".join(encode_block(Block(odd.id, odd.pages[:1], odd.depth_tokens), "raw")))
+    path.write_bytes(b"".join(encode_block(Block(odd.id, odd.pages[:1], odd.depth_tokens))))
     with PrefixStore(tmp_path / "kv", **settings) as store:
         assert attempt(store, count(20)) == 12
         assert len(files(store)) == 4

@@ -34,7 +34,11 @@ class Identity:
 
 
 def identify(
-    model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike = ()
+    model: PreTrainedModel,
+    namespace: str,
+    block_size: int,
+    tokens: npt.ArrayLike = (),
+    lossy_codec: str | None = None,
 ) -> Identity | NotReusable:
     """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
@@ -52,7 +56,7 @@ def identify(
     be described, and any exception of the model's code, is a reason not to reuse.
     """
     try:
-        return _identify(model, namespace, block_size, tokens)
+        return _identify(model, namespace, block_size, tokens, lossy_codec)
     except Undescribable as reason:
         return NotReusable(f"what the model computes with is not known: {reason}")
     except Exception as error:  # of code of all kinds that a model may hold: it must not end a generate()
@@ -68,7 +72,9 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike) -> Identity | NotReusable:
+def _identify(
+    model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike, lossy_codec: str | None
+) -> Identity | NotReusable:
     walk = ModelWalk(model)
     unsound = why_unsound(model, walk)
     if unsound is not None:
@@ -90,6 +96,7 @@ def _identify(model: PreTrainedModel, namespace: str, block_size: int, tokens: n
         "torch": settings(),
         "namespace": namespace,
         "block_size": block_size,
+        **({"codec": lossy_codec} if lossy_codec is not None else {}),
     }
     text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))

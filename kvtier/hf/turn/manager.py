@@ -179,7 +179,8 @@ class TurnManager:
         if isinstance(prompt, NotReusable):
             return self._start(request, Turn.off(prompt.reason))
         started = time.perf_counter()
-        identity = identify(model, self.store.namespace, self.store.block_size, np.unique(np.concatenate(prompt.rows)))
+        store, tokens = self.store, np.unique(np.concatenate(prompt.rows))
+        identity = identify(model, store.namespace, store.block_size, tokens, store.lossy_codec)
         if isinstance(identity, NotReusable):
             return self._start(request, Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root

@@ -2,8 +2,8 @@
 
 ``__metadata__`` holds ``format``, ``codec``, ``key``, ``parent``, ``root`` and, as JSON, ``crc32`` (tensor name to
 checksum of its payload), ``shapes`` and ``dtypes`` (of the tensors before encoding). Tensors: ``tokens`` (I64),
-``k.0``, ``v.0``, ``k.1``, …; with the ``zstd`` codec K and V are U8 payloads. A checkpoint ends with ``states``
-(U8), which are not compressed.
+``k.0``, ``v.0``, ``k.1``, …; with any codec but ``raw``, K and V are U8 payloads. A checkpoint ends with ``states``
+(U8), which are never encoded.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import errno
 import functools
 import json
 import os
+import re
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ from kvtier.platform.descriptors import ReadFile
 from kvtier.platform.filesystem import READ_FLAGS
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
-from kvtier.store.format import codecs
+from kvtier.store.format.codecs import BUILT_IN, Codec, Raw
+from kvtier.store.format.codecs.base import as_bytes, is_name
 from kvtier.store.format.header import (
     MAX_LAYERS,
     NOT_JSON,
@@ -46,12 +48,13 @@ from kvtier.store.format.header import (
 
 FORMAT_VERSION = 1
 _FORMAT = f"kvtier/{FORMAT_VERSION}"
+_VERSIONED = re.compile(r"kvtier/[0-9]{1,9}")
 _MAX_PIECES = 1024  # that one system call reads into (IOV_MAX of Linux and macOS)
 _METADATA = ("format", "codec", "key", "parent", "root", "crc32", "shapes", "dtypes")
 _Shapes = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]
 
 
-def encode_block(block: Block, codec: str) -> list[memoryview]:
+def encode_block(block: Block, codec: Codec = BUILT_IN[Raw.name]) -> list[memoryview]:
     """Return the bytes of a block file in pieces, header first.
 
     Raises:
@@ -73,16 +76,16 @@ def encode_block(block: Block, codec: str) -> list[memoryview]:
         for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
             if tensor.dtype not in DTYPE_NAMES:
                 raise BlockError(f"blocks of {tensor.dtype} cannot be kept in files")
-            payload = codecs.encode(tensor, codec)
+            payload = codec.encode(tensor)
             shapes[name], dtypes[name] = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
-            stored = (dtypes[name], shapes[name]) if codec == "raw" else ("U8", [payload.nbytes])
+            stored = (dtypes[name], shapes[name]) if codec.name == Raw.name else ("U8", [payload.nbytes])
             payloads.append((name, *stored, payload))
     if block.states is not None:
-        payloads.append((STATES, "U8", [block.states.nbytes], codecs.as_bytes(block.states)))
+        payloads.append((STATES, "U8", [block.states.nbytes], as_bytes(block.states)))
     checksums = {name: zlib.crc32(payload) for name, *_, payload in payloads}
     metadata = {
         "format": _FORMAT,
-        "codec": codec,
+        "codec": codec.name,
         "key": block.id.key,
         "parent": block.id.parent,
         "root": block.id.root,
@@ -142,13 +145,19 @@ class BlockFile:
     Whoever wrote the file: opening takes memory for a header of ``MAX_HEADER_BYTES`` and the ids, a page takes at most
     the bytes of its payload and of the tensor that they decode to, neither larger than K or V of any model.
 
+    Attributes:
+        id: its tokens, and where they stand in their chain.
+        spec: its layers.
+        is_plain: whether pages are stored as they are.
+
     Args:
         path: where it lies.
         open_file: opens it for reading; by default, ``path`` as it is.
         unusable: says what a failed call of the system tells of it.
+        codecs: those that can be read, by name.
 
     Raises:
-        UnavailableError: the file cannot be read now.
+        UnavailableError: the file cannot be read now, or is of a version or a codec that is not known here.
         BlockError: it is not a whole block of this format.
     """
 
@@ -159,11 +168,13 @@ class BlockFile:
         path: str,
         open_file: Callable[[], int] | None = None,
         unusable: Callable[[OSError | MemoryError], BlockError] | None = None,
+        codecs: Mapping[str, Codec] = BUILT_IN,
     ) -> None:
         self.path = path
         self._file = ReadFile(open_file or partial(os.open, path, READ_FLAGS))
         self._unusable = unusable or partial(what_failed, path)
         self._when_closed: Callable[[], object] = lambda: None
+        self._codecs = codecs
         try:
             with self._file.reading() as fd:
                 self._read_header(fd)
@@ -184,18 +195,25 @@ class BlockFile:
         metadata, layout = opened.metadata, opened.layout
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
         if metadata["format"] != _FORMAT:
-            raise ValueError(f"format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
-        self.codec = metadata["codec"]
-        if self.codec not in codecs.CODECS:
-            raise ValueError(f"unknown codec {self.codec!r:.40}")
+            kind = UnavailableError if _VERSIONED.fullmatch(metadata["format"]) else ValueError
+            raise kind(f"{self.path}: format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
+        if not is_name(metadata["codec"]):
+            raise ValueError(f"no codec has the name {metadata['codec']!r:.40}")
         self.spec, told = _read_spec(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
         pages = slice(1, 1 + 2 * opened.layers)
-        if self.codec == "raw":
+        self.is_plain = metadata["codec"] == Raw.name
+        if self.is_plain:
             fits = (layout.shapes[pages], layout.dtypes[pages]) == told
         else:
             fits = set(layout.dtypes[pages]) <= {"U8"} and all(len(shape) == 1 for shape in layout.shapes[pages])
         if not fits:
             raise ValueError("its tensors do not have the shapes and types that its metadata tell")
+        if metadata["codec"] not in self._codecs:
+            raise UnavailableError(
+                f"{self.path}: its codec {metadata['codec']!r} is not known here; open the store with that codec as "
+                "compression="
+            )
+        self._codec = self._codecs[metadata["codec"]]
         self._begins, self._ends = layout.begins, layout.ends
         self._crc32 = read_checksums(metadata["crc32"], layout.names)
         key, parent, root = (check_hash(metadata[name], name) for name in ("key", "parent", "root"))
@@ -231,18 +249,13 @@ class BlockFile:
         k, v = self._payload(_k(layer)), self._payload(_v(layer))
         try:
             return Page(
-                codecs.decode(k, self.codec, (g.k_heads, tokens, g.k_dim), g.dtype),
-                codecs.decode(v, self.codec, (g.v_heads, tokens, g.v_dim), g.dtype),
+                self._codec.decode(k, (g.k_heads, tokens, g.k_dim), g.dtype),
+                self._codec.decode(v, (g.v_heads, tokens, g.v_dim), g.dtype),
             )
         except BlockError as error:
             raise BlockError(f"{self.path}: layer {layer}: {error}") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UnavailableError(f"{self.path}: no memory to decode layer {layer}") from error
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether pages are stored as they are."""
-        return bool(self.codec == "raw")
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
         """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where it can be.
@@ -253,7 +266,7 @@ class BlockFile:
             BlockError: as ``page``; what the landing then holds is undefined.
         """
         whole = (first, last) == (0, len(self.id.tokens))
-        if not (whole and self.codec == "raw" and self._read_straight(layer, view, check)):
+        if not (whole and self.is_plain and self._read_straight(layer, view, check)):
             view.take(self.page(layer), first, last)
 
     def _read_straight(self, layer: int, view: PageView, check: bool) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.platform.filesystem import Filesystem, is_leftover, is_temporary
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
+from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.disk")
@@ -42,14 +43,18 @@ class StoreFolder:
         path: the folder; it may be a link itself.
         filesystem: what touches it.
         durable: whether what is written outlives a power cut.
+        codecs: those that block files may have, by name.
 
     Raises:
         StoreError: the folder cannot be used.
         StoreVersionError: a newer kvtier wrote it.
     """
 
-    def __init__(self, path: Path, filesystem: Filesystem, durable: bool) -> None:
+    def __init__(
+        self, path: Path, filesystem: Filesystem, durable: bool, codecs: Mapping[str, Codec] = BUILT_IN
+    ) -> None:
         self.path = path
+        self._codecs = codecs
         self.filesystem = filesystem
         self._durable = durable
         self._safe: set[Path] = set()  # folders that are made, and no links
@@ -105,7 +110,7 @@ class StoreFolder:
         """Whether there is a whole block file of this format among the first few."""
         for path in itertools.islice(self.block_files(), _BLOCKS_TO_TRY):
             try:
-                BlockFile(str(path)).close()
+                BlockFile(str(path), codecs=self._codecs).close()
             except BlockError:
                 continue
             return True
@@ -208,7 +213,7 @@ class StoreFolder:
             UnavailableError: it cannot be read now.
             BlockError: it is missing, or damaged.
         """
-        return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path))
+        return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path), self._codecs)
 
     def _open(self, path: Path) -> int:
         """Open a file for reading, if no link is on the way; return its descriptor.

@@ -20,6 +20,7 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.tiers.backoff import Backoff, Withheld, is_full, is_locked
 from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.block_states import State
@@ -51,7 +52,7 @@ class DiskSettings:
     """
 
     budget_bytes: int
-    codec: str = "raw"
+    codec: Codec = BUILT_IN["raw"]
     floor_bytes: int = 0
     ttl_seconds: float | None = None
 

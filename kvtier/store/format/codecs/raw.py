@@ -1,0 +1,38 @@
+"""Raw: bytes as they are. Blocks in this codec are read straight to their place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvtier.errors import BlockError
+from kvtier.store.format.codecs.base import Bytes, as_bytes
+
+
+class Raw:
+    """The bytes of a tensor as they are."""
+
+    name = "raw"
+    is_lossless = True
+
+    def encoded_nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Return the size of the tensor."""
+        return math.prod(shape) * dtype.itemsize
+
+    def encode(self, tensor: torch.Tensor) -> Bytes:
+        """Return the bytes of a tensor, without a copy where it is contiguous."""
+        return as_bytes(tensor.contiguous())
+
+    def decode(self, payload: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor on the payload's memory.
+
+        Raises:
+            BlockError: the payload has another size.
+        """
+        size = self.encoded_nbytes(shape, dtype)
+        if payload.nbytes != size:
+            raise BlockError(f"payload has {payload.nbytes} bytes where {shape} of {dtype} takes {size}")
+        if not size:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.from_numpy(payload).view(dtype).view(shape)

@@ -1,0 +1,141 @@
+"""CodecChecks: what every codec must do, as a class to subclass in a test."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvtier.errors import BlockError
+from kvtier.kv.page import Page
+from kvtier.kv.safetensors_header import DTYPES
+from kvtier.kv.spec import KVSpec, LayerSpec
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId
+from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.format.codecs import BUILT_IN, Codec
+from kvtier.store.format.codecs.base import as_bytes, check_codec
+from kvtier.store.store import PrefixStore
+
+_ROOT = "00" * 32
+_SHAPES = ((2, 7, 8), (1, 256, 64), (8, 1, 3), (0, 5, 4), (3, 4, 0))
+
+
+class CodecChecks:
+    """Subclass it as ``Test…`` and define the fixture ``codec``, which returns a codec.
+
+    ``tmp_path`` is the fixture of pytest.
+    """
+
+    def test_it_says_what_it_is(self, codec: Codec) -> None:
+        """A name that stands in files, and whether it keeps every bit."""
+        assert check_codec(codec) is codec
+
+    def test_tensors_come_back(self, codec: Codec) -> None:
+        """Of every type that K and V can have, any shape, and strides of a view: every bit, if it is lossless."""
+        for name, dtype in DTYPES.items():
+            for shape in _SHAPES:
+                for tensor in (_tensor(shape, dtype), _tensor(shape[::-1], dtype).permute(2, 1, 0)):
+                    payload = codec.encode(tensor)
+                    assert payload.dtype == np.uint8
+                    assert codec.encoded_nbytes(shape, dtype) in (None, payload.nbytes)
+                    found = codec.decode(payload.copy(), shape, dtype)
+                    assert (tuple(found.shape), found.dtype) == (shape, dtype), name
+                    if codec.is_lossless:
+                        assert np.array_equal(as_bytes(found.contiguous()), as_bytes(tensor.contiguous())), name
+
+    def test_values_of_every_kind_come_back(self, codec: Codec) -> None:
+        """Infinities, NaN and the sign of zero, if it is lossless; from one that is not, numbers stay near."""
+        special = torch.tensor([[[0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-30, -1.5, 65504.0]]])
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            tensor = special.to(dtype)
+            if codec.is_lossless:
+                found = codec.decode(codec.encode(tensor).copy(), (1, 1, 8), dtype)
+                assert np.array_equal(as_bytes(found.contiguous()), as_bytes(tensor))
+            usual = torch.linspace(-3, 3, 64).reshape(1, 8, 8).to(dtype)
+            found = codec.decode(codec.encode(usual).copy(), (1, 8, 8), dtype)
+            assert (found.float() - usual.float()).abs().max() <= 0.1
+
+    def test_nothing_but_a_block_error_comes_of_other_payloads(self, codec: Codec) -> None:
+        """Cut short, grown, or with other bytes in it: an error, or some tensor of the right shape."""
+        drawn = random.Random(5)
+        whole = codec.encode(_tensor((2, 16, 8), torch.float32))
+        for _ in range(300):
+            payload = bytearray(whole.tobytes())
+            at = drawn.randrange(len(payload))
+            change = drawn.choice(["cut", "grow", "byte", "bytes", "nothing left"])
+            if change == "cut":
+                del payload[at:]
+            elif change == "grow":
+                payload += drawn.randbytes(at + 1)
+            elif change == "byte":
+                payload[at] ^= 1 << drawn.randrange(8)
+            elif change == "bytes":
+                payload[at : at + 16] = drawn.randbytes(min(16, len(payload) - at))
+            else:
+                payload.clear()
+            try:
+                found = codec.decode(np.frombuffer(payload, dtype=np.uint8), (2, 16, 8), torch.float32)
+            except BlockError:
+                continue
+            assert change not in ("cut", "nothing left")
+            assert (tuple(found.shape), found.dtype) == ((2, 16, 8), torch.float32)
+
+    def test_a_block_file_gives_back_its_pages(self, codec: Codec, tmp_path: Path) -> None:
+        """Layer by layer, with layers of different types and sizes."""
+        tokens = np.arange(5, dtype=np.int64)
+        pages = [
+            Page(_tensor((heads, 5, dim), dtype), _tensor((heads, 5, 2 * dim), dtype))
+            for heads, dim, dtype in ((2, 8, torch.float32), (1, 4, torch.bfloat16))
+        ]
+        block = Block(BlockId.of(_ROOT, _ROOT, tokens), tuple(pages))
+        path = tmp_path / "block.safetensors"
+        path.write_bytes(b"".join(encode_block(block, codec)))
+        file = BlockFile(str(path), codecs={codec.name: codec})
+        try:
+            file.check()
+            assert file.spec == KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in pages))
+            for layer, page in enumerate(pages):
+                found = file.page(layer)
+                for mine, theirs in ((found.k_htd, page.k_htd), (found.v_htd, page.v_htd)):
+                    expected = codec.decode(codec.encode(theirs).copy(), tuple(theirs.shape), theirs.dtype)
+                    assert np.array_equal(as_bytes(mine.contiguous()), as_bytes(expected.contiguous()))
+        finally:
+            file.close()
+
+    def test_a_store_keeps_blocks_in_it(self, codec: Codec, tmp_path: Path) -> None:
+        """Another store on the same folder reads them; one without the codec finds nothing, and deletes nothing."""
+        tokens = np.arange(8, dtype=np.int64)
+        k = _tensor((2, 8, 4), torch.float32)
+
+        def read(start: int, stop: int) -> tuple[Page, ...]:
+            return (Page(k[:, start:stop].clone(), k[:, start:stop].clone()),)
+
+        with PrefixStore(tmp_path, block_size=4, compression=codec) as store:
+            assert store.lossy_codec == (None if codec.is_lossless else codec.name)
+            assert store.commit(_ROOT, tokens, read) == 8
+        with PrefixStore(tmp_path, block_size=4) as store:
+            match = store.match(_ROOT, tokens)
+            try:
+                store.restore([match.spans]).close()
+                is_read = True
+            except BlockError:
+                is_read = False
+            assert is_read == (codec.name in BUILT_IN)
+        with PrefixStore(tmp_path, block_size=4, compression=codec) as store:
+            match = store.match(_ROOT, tokens)
+            assert match.length == 8
+            load = store.restore([match.spans])
+            page = load.reader(match.spans[0].block.key).page(0)
+            expected = codec.decode(codec.encode(k[:, :4].contiguous()).copy(), (2, 4, 4), torch.float32)
+            assert torch.equal(page.k_htd, expected)
+            load.close()
+            assert store.verify().ok
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return values as they are usual for K and V, the same each time."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(3), device="cpu")
+    return values.to(dtype)

@@ -1,0 +1,119 @@
+"""Codecs, and a store with one of one's own that loses bits: its prefixes are never taken for others."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kvtier import PrefixStore, TieredCache
+from kvtier.errors import BlockError, ConfigurationError
+from kvtier.store.format.codecs import ExponentZstd, Raw
+from kvtier.testing import CodecChecks
+from tests.support.stores import block, count
+
+
+class TestRaw(CodecChecks):
+    @pytest.fixture
+    def codec(self):
+        return Raw()
+
+
+class TestExponentZstd(CodecChecks):
+    @pytest.fixture
+    def codec(self):
+        return ExponentZstd()
+
+
+class Int8:
+    """Each head of each token as 8-bit integers and a scale."""
+
+    name = "int8/1"
+    is_lossless = False
+
+    def encoded_nbytes(self, shape, dtype):
+        return math.prod(shape[:-1]) * (shape[-1] + 4)
+
+    def encode(self, tensor):
+        values = tensor.float().nan_to_num()
+        scale = values.abs().amax(-1, keepdim=True) / 127 if values.numel() else values.new_zeros(*values.shape[:-1], 1)
+        whole = (values / scale.clamp_min(1e-30)).round().to(torch.int8)
+        parts = (scale, whole)
+        return np.concatenate([part.contiguous().reshape(-1).view(torch.uint8).numpy() for part in parts])
+
+    def decode(self, payload, shape, dtype):
+        if payload.nbytes != self.encoded_nbytes(shape, dtype):
+            raise BlockError(
+                f"payload has {payload.nbytes} bytes where {shape} takes {self.encoded_nbytes(shape, dtype)}"
+            )
+        rows = math.prod(shape[:-1])
+        scale = torch.from_numpy(payload[: 4 * rows].view(np.float32).reshape(*shape[:-1], 1))
+        return (torch.from_numpy(payload[4 * rows :].view(np.int8).reshape(shape)) * scale).to(dtype)
+
+
+class TestInt8(CodecChecks):
+    @pytest.fixture
+    def codec(self):
+        return Int8()
+
+
+def test_the_root_names_a_codec_that_loses_bits(make_model, generate, tokens, tmp_path):
+    model = make_model("llama")
+
+    def turn(**options):
+        with TieredCache(PrefixStore(tmp_path, block_size=8, **options)) as cache:
+            generate(model, tokens(32), cache)
+            cache.store.flush()
+            return cache.last_turn
+
+    assert turn().cached_tokens == 0
+    assert turn().cached_by_tier["disk"] == 31
+    lossy = turn(compression=Int8())
+    assert lossy.cached_tokens == 0
+    assert turn(compression=Int8()).cached_by_tier["disk"] == 31
+    assert turn(compression="zstd").cached_by_tier["disk"] == 31  # no bit is lost: the same prefix
+    with PrefixStore(compression=Int8()) as store:
+        assert store.lossy_codec is None  # nothing is encoded in RAM
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        object(),
+        type("Nameless", (Int8,), {"name": None})(),
+        type("Shouting", (Int8,), {"name": "INT8"})(),
+        type("Silent", (Int8,), {"is_lossless": None})(),
+        type("Impostor", (Int8,), {"name": "zstd"})(),
+        7,
+        "lz4",
+    ],
+)
+def test_what_is_no_codec_is_refused_with_a_sentence(wrong):
+    with pytest.raises(ConfigurationError, match="compression="):
+        PrefixStore(compression=wrong)
+
+
+def test_files_in_a_codec_that_is_not_known_here_stay(tmp_path, caplog):
+    """They are misses, and verification, a rebuilt catalog and a repair leave them alone."""
+    settings = {"block_size": 4}
+    tokens = count(8)
+
+    def read(start, stop):
+        return block(tokens[start:stop]).pages
+
+    with PrefixStore(tmp_path, compression=Int8(), **settings) as store:
+        store.commit("00" * 32, tokens, read)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    with PrefixStore(tmp_path, **settings) as store:
+        report = store.verify(repair=True)
+        assert not report.ok
+        assert all(problem.kind == "unreadable" and "int8/1" in problem.text for problem in report.problems)
+    (tmp_path / "catalog.sqlite").unlink()
+    with PrefixStore(tmp_path, **settings) as store:
+        store.commit("00" * 32, count(8, first=50), lambda start, stop: block(count(8, first=50)[start:stop]).pages)
+    assert set(files) <= set(tmp_path.rglob("*.safetensors"))
+    with PrefixStore(tmp_path, compression=Int8(), **settings) as store:
+        store.verify(repair=True)
+        assert store.match("00" * 32, tokens).length == 8
