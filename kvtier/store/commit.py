@@ -13,7 +13,7 @@ import torch
 from kvtier.kv.page import Page
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
-from kvtier.store.tiers.base import Tier
+from kvtier.store.tiers.base import OrderedTier
 from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
@@ -61,11 +61,11 @@ class BlockWriter:
         known; and all of it is written to disk, whether it is used again or not.
         """
         if manifest is not None and root not in self._manifests:
-            durable = self._tiers.is_durable
-            is_noted = not durable or self._behind.submit(
+            writes_behind = self._tiers.writes_behind
+            is_noted = not writes_behind or self._behind.submit(
                 partial(self._tiers.describe_root, root, manifest, anew=not imported)
             )
-            if is_noted and not (durable and imported):
+            if is_noted and not (writes_behind and imported):
                 self._manifests[root] = manifest
         new = 0
         keys: list[str] = []
@@ -106,7 +106,7 @@ class BlockWriter:
 
         Without them, nothing that follows could be kept on disk. It is done behind the caller.
         """
-        if not self._tiers.is_durable:
+        if not self._tiers.writes_behind:
             return
         # The others are on disk, or will be.
         in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
@@ -153,7 +153,7 @@ class BlockWriter:
         with self._counting:
             hits, self._hits = self._hits, Counter()
         self._host.touch(keys, hits)
-        if not self._tiers.is_durable:
+        if not self._tiers.writes_behind:
             self._tiers.names.touched(keys)
         elif keys:
             self._behind.submit(partial(self._touch_below, keys, hits))
@@ -186,7 +186,7 @@ class BlockWriter:
 
     def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
         """Put ``block`` into RAM, and see to it that it is written. Returns whether it is kept somewhere."""
-        if not self._tiers.is_durable or (self._on_second_use and not imported):
+        if not self._tiers.writes_behind or (self._on_second_use and not imported):
             return self._put_into_ram(block, keep_tails)
         key = block.id.key
 
@@ -218,7 +218,7 @@ class BlockWriter:
         return True
 
     def _put_into_ram(self, block: Block, keep_tails: bool) -> bool:
-        kept = self._host.put(block)
+        kept = bool(self._host.put(block))
         if kept and not keep_tails:
             self._drop_shorter(self._host, block.id)
         return kept
@@ -229,7 +229,7 @@ class BlockWriter:
             self._drop_shorter(self._tiers.last, block.id)
         return kept
 
-    def _drop_shorter(self, tier: Tier, block: BlockId) -> float | None:
+    def _drop_shorter(self, tier: OrderedTier, block: BlockId) -> float | None:
         """Forget tails that ``block`` begins with: it answers for them, now that the tier has it.
 
         Returns:

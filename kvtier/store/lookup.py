@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,9 @@ from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 
 class Lookup(Protocol):
     """Where blocks are looked up: one tier, or several."""
+
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Return those of ``keys`` that can be opened."""
 
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
@@ -68,15 +71,17 @@ class PrefixMatch:
 def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
 
-    Full blocks are found by their keys; after the last of them, the block that shares the longest run of ids counts as
-    far as it agrees. Ids are compared everywhere: a key alone is no hit.
+    Full blocks are found by their keys, all in one question; after the last of them, the block that shares the longest
+    run of ids counts as far as it agrees. Ids are compared everywhere: a key alone is no hit.
     """
+    whole = chain_keys(root, tokens[: len(tokens) // block_size * block_size], block_size)[: -(-limit // block_size)]
+    present = tiers.present([block.key for block in whole])
     spans: list[Span] = []
     position, parent = 0, root
     divergence = None
     while position < limit:
         expected = tokens[position : position + block_size]
-        block = _next(tiers, root, parent, expected, block_size)
+        block = _next(tiers, root, parent, expected, whole[position // block_size :], present)
         if block is None:
             break
         common = common_run(block.tokens, expected)
@@ -117,15 +122,16 @@ def checkpoints_of(
                 yield start, block
 
 
-def _next(tiers: Lookup, root: str, parent: str, expected: TokenIds, block_size: int) -> BlockId | None:
+def _next(
+    tiers: Lookup, root: str, parent: str, expected: TokenIds, whole: Sequence[BlockId], present: set[str]
+) -> BlockId | None:
     """Return the block after ``parent`` that shares the longest run with ``expected``.
 
-    A block of exactly these ids is found by its key, which no other ids have; opening it compares them.
+    A block of exactly these ids, the first of ``whole``, is found by its key, which no other ids have; opening it
+    compares them.
     """
-    if len(expected) == block_size:
-        block = BlockId.of(root, parent, expected)
-        if block.key in tiers:
-            return block
+    if whole and whole[0].key in present:
+        return whole[0]
     best, best_run = None, -1
     for child in tiers.nearest(parent, expected):
         run = common_run(child.tokens, expected)

@@ -43,9 +43,11 @@ from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
 from kvtier.store.names import checked_ttl
+from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.tier import DiskSettings
+from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import HostSettings, TierStack
 from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
@@ -121,6 +123,8 @@ class PrefixStore:
             write it at once. With 0, each turn writes it.
         write_on: ``"first-use"``: what a turn computes is written to disk; ``"second-use"``: it is kept in RAM alone
             until another turn uses it, so that prompts that never come back are not written.
+        lower_tiers: tiers of one's own below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a
+            copy of each full block, and are asked for blocks that RAM and disk lack. The store closes them.
         filesystem: what touches the folder; for tests and unusual drives.
         connect: what connects to the catalog; for tests.
         clock: Unix time; for tests.
@@ -145,6 +149,7 @@ class PrefixStore:
         policy: EvictionPolicy | None = None,
         tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
         write_on: str = "first-use",
+        lower_tiers: Sequence[Tier] = (),
         filesystem: Filesystem = LOCAL,
         connect: Connect = connect,
         clock: Callable[[], float] = time.time,
@@ -180,7 +185,9 @@ class PrefixStore:
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
         host_settings = HostSettings(host_bytes, self._behind.hurry)
-        self._tiers = TierStack(folder, host_settings, settings, policy, connect, clock)
+        self._tiers = TierStack(
+            folder, host_settings, settings, policy, connect, clock, checked_tiers(lower_tiers), block_size
+        )
         self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(
             self.path, block_size, self._tiers, self._block_writer, self.flush, self._check_open, clock
@@ -276,17 +283,14 @@ class PrefixStore:
         missing: dict[str, BlockError] = {}
         unusable: dict[str, BlockError] = {}
         try:
-            for key, block in blocks.items():
-                try:
-                    reader = self._tiers.open(block)
-                except BlockError as error:
-                    missing[key] = unusable[key] = error
-                    continue
-                if reader is None:  # evicted since it was matched
+            for key, found in self._tiers.open_all(list(blocks.values())).items():
+                if found is None:  # evicted since it was matched
                     missing[key] = BlockError(f"block {key[:12]} is gone")
                     self._count("misses.gone")
+                elif isinstance(found, BlockError):
+                    missing[key] = unusable[key] = found
                 else:
-                    readers[key] = reader
+                    readers[key] = found
             if not missing and len(specs := Counter(reader.spec for reader in readers.values())) > 1:
                 ((usual, _),) = specs.most_common(1)
                 odd = [key for key, reader in readers.items() if reader.spec != usual]
@@ -385,7 +389,7 @@ class PrefixStore:
     def flush(self) -> None:
         """Wait until everything committed so far is on disk, but for what waits for its second use."""
         self._behind.flush()
-        self._tiers.database.finish_overwriting()
+        self._tiers.flush_below()
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and what it has done since it was opened.

@@ -7,6 +7,7 @@ from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
 from kvtier.testing.simulation.races import RaceError
 from kvtier.testing.simulation.sites import Site
+from kvtier.testing.tiers import TierChecks
 
 __all__ = [
     "CodecChecks",
@@ -18,5 +19,6 @@ __all__ = [
     "Recorder",
     "SimulatedEngine",
     "Site",
+    "TierChecks",
     "drops",
 ]

@@ -402,7 +402,7 @@ class StoreAdmin:
         seconds = checked_ttl(unused_for)
         self._flush()
         last = self._tiers.last
-        before, blocks = last.nbytes, len(last)
+        before = last.stats(0)
         self.forget_what_is_due()
         with self._asked():
             self._tiers.expire()
@@ -410,7 +410,8 @@ class StoreAdmin:
                 self._tiers.discard_unread(last.unused_since(self._clock() - seconds))
             if limit is not None:
                 self._tiers.shrink(limit)
-        return Forgotten(blocks - len(last), before - last.nbytes)
+        after = last.stats(0)
+        return Forgotten(before.blocks - after.blocks, before.nbytes - after.nbytes)
 
     def verify(self, *, repair: bool = False, progress: Progress | None = None) -> VerifyReport:
         """Read every file, and compare files, catalog and accounting.

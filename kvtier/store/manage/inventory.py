@@ -216,13 +216,20 @@ class Inventory:
             following.setdefault(entry.parent, []).append(entry.key)
         gone: set[str] = set()
         for root in {entry.root for entry in entries.values()}:
-            leading = self._walk(root, tokens, following, gone)
+            leading = self._walk(root, tokens, entries, following, gone)
             for key in reversed(leading):
                 if not set(following.get(key, ())) - gone:
                     gone.add(key)
         return sorted(gone, key=lambda key: -entries[key].depth_tokens)
 
-    def _walk(self, root: str, tokens: TokenIds, following: dict[str, list[str]], gone: set[str]) -> list[str]:
+    def _walk(
+        self,
+        root: str,
+        tokens: TokenIds,
+        entries: Mapping[str, Entry],
+        following: dict[str, list[str]],
+        gone: set[str],
+    ) -> list[str]:
         """Add to ``gone`` what holds all of ``tokens``; return what leads there, parents first."""
         leading: list[str] = []
         places: list[tuple[str, int]] = [(root, 0)]
@@ -231,8 +238,10 @@ class Inventory:
             parent, start = places.pop()
             rest = tokens[start:]
             for key in following.get(parent, ()):
-                block = self.find(key) if key not in seen else None
+                if key in seen:
+                    continue
                 seen.add(key)
+                block = self.find(key) or self._tiers.find_below(entries[key])
                 if block is None:
                     continue
                 shared = common_run(block.tokens, rest)

@@ -1,13 +1,42 @@
-"""What the store asks of a tier, and the values that pass between them."""
+"""The seam of tiers: where blocks live. What the store asks of a tier, and the values that pass between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum, auto
+from typing import Protocol, TypeVar
 
-from kvtier.store.block import BlockReader, Entry
+from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
+
+T = TypeVar("T")
+
+
+class Presence(Enum):
+    """What a tier says of a block."""
+
+    PRESENT = auto()
+    """It can be opened."""
+    ABSENT = auto()
+    """It is not here."""
+    UNAVAILABLE = auto()
+    """It may be here, and cannot be reached now. Nothing of it is forgotten."""
+
+
+class PutResult(Enum):
+    """What came of putting a block. True where it is kept."""
+
+    KEPT = auto()
+    """It is here now, or was before."""
+    NO_ROOM = auto()
+    """The budget has no room for it."""
+    UNAVAILABLE = auto()
+    """It cannot be kept now, or could never be found: the block that it follows is not here."""
+
+    def __bool__(self) -> bool:
+        return self is PutResult.KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +44,10 @@ class TierStats:
     """One tier.
 
     Attributes:
-        tier: ``host`` or ``disk``.
+        tier: its name: ``host``, ``disk``, or that of a tier of one's own.
         nbytes: bytes that its blocks take: tensors in RAM; on disk whole allocation units, blocks being written and
             blocks that could not be deleted yet included.
-        budget_bytes: what ``nbytes`` never exceeds.
+        budget_bytes: what ``nbytes`` never exceeds; 0 for none.
         blocks: blocks that can be found.
         pinned_blocks: of those, what is never evicted.
         leased_blocks: blocks that this process is reading right now.
@@ -39,13 +68,67 @@ class TierStats:
 
 
 class Tier(Protocol):
-    """A place where blocks live, within a byte budget. Blocks that are being read are not evicted.
+    """A place where blocks live. Thread-safe.
+
+    A block never changes: two tiers that have a block of the same key have the same one. A tier may lose any block at
+    any time that is not being read.
+
+    A turn asks all that it needs at once, so that a tier over a network answers in one round trip. It waits for
+    ``presence`` and ``open_all`` no longer than ``LONGEST_ANSWER_SECONDS`` (``lower.py``); what has not come by then is
+    computed. Everything else is asked behind the turn, or by the owner of the store.
+
+    No method raises anything but what it documents; an error of any other kind is warned of once, and counts as
+    unavailable.
 
     Attributes:
         name: what reports call it.
     """
 
     name: str
+
+    def presence(self, keys: Sequence[str]) -> Future[Sequence[Presence]]:
+        """Say of each of ``keys``, in order, whether the block can be opened."""
+
+    def open_all(self, blocks: Sequence[BlockId]) -> Sequence[Future[BlockReader | None]]:
+        """Open blocks for reading, each with a lease until its reader is closed; None where one is not here.
+
+        Key, parent and root say which; the ids may be left out. Those of the reader are compared with what was asked.
+        A future that is cancelled, or was not waited for, leaves no lease behind. Its exceptions are:
+
+        - ``UnavailableError``: the block is here, and cannot be opened now.
+        - ``BlockError``: it is here, and damaged.
+        """
+
+    def put(self, block: Block) -> PutResult:
+        """Keep ``block``. The tier may hold on to its tensors, and never writes to them."""
+
+    def discard_all(self, keys: Sequence[str]) -> object:
+        """Forget blocks, also those that are being read; unknown keys are ignored. Readers may finish."""
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used these blocks now, and how often blocks were restored; unknown keys are ignored."""
+
+    def entries(self) -> Iterable[Entry]:
+        """Return what is known of every block that can be found."""
+
+    def shrink(self, to_bytes: int) -> object:
+        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go."""
+
+    def stats(self, hits: int) -> TierStats:
+        """Return its numbers; ``hits`` blocks were restored from here."""
+
+    def flush(self) -> None:
+        """Wait until all that was put outlives this process, as far as it ever will. In bounded time."""
+
+    def close(self) -> None:
+        """Let go of threads, connections and files. May be called more than once."""
+
+
+class OrderedTier(Tier, Protocol):
+    """A tier that knows its blocks in the order of their ids, on this machine: a turn asks it step by step.
+
+    It finds a prefix to the token. A tier without order finds whole blocks, by their keys.
+    """
 
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
@@ -56,11 +139,20 @@ class Tier(Protocol):
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
 
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a block that lives here."""
+
     def entry(self, key: str) -> Entry | None:
         """Return what is known of a block that lives here."""
 
+    def kept_entry(self, key: str) -> Entry | None:
+        """Return the same, also of a block that no turn finds any more since it could not be removed."""
+
+    def linked_entries(self) -> Iterable[Entry]:
+        """Return what is known of every block that a name is about, and maybe of others."""
+
     def open(self, block: BlockId) -> BlockReader | None:
-        """Open a block for reading, with a lease on it until it is closed; None when it is not (or no longer) here.
+        """Open a block at once.
 
         Raises:
             UnavailableError: it is here, and cannot be opened now.
@@ -68,7 +160,7 @@ class Tier(Protocol):
         """
 
     def discard(self, key: str) -> None:
-        """Forget a block; unknown keys are ignored."""
+        """Forget one block; an unknown key is ignored."""
 
     def discard_unread(self, keys: Iterable[str]) -> object:
         """Forget blocks, but for those whose bytes would stay since they are being read."""
@@ -76,23 +168,30 @@ class Tier(Protocol):
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks that could not be read again only after a while. Nothing of them is forgotten."""
 
-    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
-        """Note that a turn used these blocks now, and how often blocks were restored."""
-
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block that lives here."""
-
-    def entries(self) -> Iterable[Entry]:
-        """Return what is known of every block that can be found."""
-
     def expire(self) -> object:
         """Forget blocks that were not used for as long as blocks are kept."""
-
-    def shrink(self, to_bytes: int) -> object:
-        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go."""
 
     def unused_since(self, since: float) -> list[str]:
         """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
 
-    def stats(self, hits: int) -> TierStats:
-        """Return its numbers; ``hits`` blocks were restored from here."""
+
+def answered(value: T) -> Future[T]:
+    """Return a future that has its value already."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def opened(
+    open_block: Callable[[BlockId], BlockReader | None], blocks: Iterable[BlockId]
+) -> list[Future[BlockReader | None]]:
+    """Return a future for each block with what ``open_block`` returns or raises, now. Interrupts are raised here."""
+    futures: list[Future[BlockReader | None]] = []
+    for block in blocks:
+        future: Future[BlockReader | None] = Future()
+        try:
+            future.set_result(open_block(block))
+        except Exception as error:
+            future.set_exception(error)
+        futures.append(future)
+    return futures

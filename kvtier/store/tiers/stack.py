@@ -1,4 +1,9 @@
-"""TierStack: the tiers of one store, the fastest first. It alone knows which there are, and in which order."""
+"""TierStack: the tiers of one store, the fastest first. It alone knows which there are, and in which order.
+
+A store has two tiers of its own, RAM and files. Both are ordered: they find a prefix to the token, and names, pins and
+sums are about them. Below may be tiers of others, which only know blocks by their keys: they keep a copy of each full
+block, and are asked for what the store's own tiers do not have.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvtier.errors import BlockError
+from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
-from kvtier.store.tiers.base import TierStats
+from kvtier.store.tiers.base import OrderedTier, Presence, Tier, TierStats
 from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.disk.opened import OpenedFolder, open_folder
-from kvtier.store.tiers.disk.tier import DiskSettings, DiskTier
+from kvtier.store.tiers.disk.tier import DiskSettings
 from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
 from kvtier.store.tiers.host.tier import HostTier
+from kvtier.store.tiers.lower import LowerTier
 
 T = TypeVar("T")
 
@@ -53,6 +59,8 @@ class TierStack:
         policy: which block is evicted first.
         connect: what connects to the catalog.
         clock: Unix time.
+        lower: tiers below, the nearest first.
+        block_size: tokens of the blocks that these keep.
 
     Attributes:
         host: the RAM tier.
@@ -71,7 +79,11 @@ class TierStack:
         policy: EvictionPolicy,
         connect: Connect,
         clock: Callable[[], float],
+        lower: Sequence[Tier] = (),
+        block_size: int = 0,
     ) -> None:
+        self._block_size = block_size
+        self._lower = [LowerTier(tier, clock) for tier in lower]
         self._pinned: frozenset[str] = frozenset()  # of a store without folder: files are pinned by their rows
         self._folder: OpenedFolder | None = None
         if folder is None:
@@ -84,17 +96,24 @@ class TierStack:
             host.budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, host.before_waiting
         )
         self._disk = self._folder.tier if self._folder is not None else None
-        self.tiers: tuple[HostTier | DiskTier, ...] = (
-            (self.host, self._disk) if self._disk is not None else (self.host,)
-        )
+        self.tiers: tuple[OrderedTier, ...] = (self.host, self._disk) if self._disk is not None else (self.host,)
+
+    @property
+    def _all(self) -> tuple[OrderedTier | LowerTier, ...]:
+        return (*self.tiers, *self._lower)
 
     @property
     def is_durable(self) -> bool:
-        """Whether the last tier outlives the process."""
+        """Whether there are files: names and blocks then outlive the process."""
         return self._disk is not None
 
     @property
-    def last(self) -> HostTier | DiskTier:
+    def writes_behind(self) -> bool:
+        """Whether there is a tier below RAM, which is written behind the caller."""
+        return self._disk is not None or bool(self._lower)
+
+    @property
+    def last(self) -> OrderedTier:
         """The tier that names hold on to."""
         return self.tiers[-1]
 
@@ -115,8 +134,26 @@ class TierStack:
             yield from tier.tails(parent, tokens)
 
     def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block."""
+        """Return the identity of a block of the store's own tiers."""
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
+
+    def find_below(self, entry: Entry) -> BlockId | None:
+        """Return the identity of a block that a lower tier has told of: it is opened for its ids."""
+        block = BlockId(entry.key, entry.parent, entry.root, np.empty(0, dtype=np.int64))
+        for tier in self._lower:
+            (outcome,) = tier.open_all([block])
+            if outcome is not None and not isinstance(outcome, BlockError):
+                outcome.close()
+                return outcome.id
+        return None
+
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Return those of ``keys`` that can be opened in some tier. Each tier is asked once, for all at once."""
+        found: set[str] = set()
+        for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
+            left = [key for key in keys if key not in found]
+            found.update(key for key, it in zip(left, answer(left), strict=True) if it is Presence.PRESENT)
+        return found
 
     def open(self, block: BlockId) -> BlockReader | None:
         """Open a block for reading in the fastest tier that has it; None when none has.
@@ -125,14 +162,41 @@ class TierStack:
             UnavailableError: it cannot be opened now.
             BlockError: it is not usable.
         """
+        found = self.open_all([block])[block.key]
+        if isinstance(found, BlockError):
+            raise found
+        return found
+
+    def open_all(self, blocks: Sequence[BlockId]) -> dict[str, BlockReader | BlockError | None]:
+        """Open blocks for reading, each in the fastest tier that has it.
+
+        Returns:
+            By key: its reader, what is wrong with it, or None when no tier has it.
+        """
+        found: dict[str, BlockReader | BlockError | None] = {}
+        try:
+            for block in blocks:
+                found[block.key] = self._open_here(block)
+            for tier in self._lower:
+                left = [block for block in blocks if _may_be_below(found[block.key])]
+                for block, outcome in zip(left, tier.open_all(left), strict=True):
+                    if outcome is not None:
+                        found[block.key] = outcome
+        except BaseException:
+            for reader in found.values():
+                if reader is not None and not isinstance(reader, BlockError):
+                    reader.close()
+            raise
+        return {block.key: _as_asked(found[block.key], block) for block in blocks}
+
+    def _open_here(self, block: BlockId) -> BlockReader | BlockError | None:
         for tier in self.tiers:
-            reader = tier.open(block)
-            if reader is None:
-                continue
-            if reader.id.root != block.root or not np.array_equal(reader.id.tokens, block.tokens):
-                reader.close()
-                raise BlockError(f"block {block.key[:12]} holds other tokens than the catalog says")
-            return reader
+            try:
+                reader = tier.open(block)
+            except BlockError as error:
+                return error
+            if reader is not None:
+                return reader
         return None
 
     # --- what is known of blocks ------------------------------------------------------------------------------------
@@ -152,9 +216,10 @@ class TierStack:
         return {entry.key: entry for entry in self.last.linked_entries()}
 
     def entries(self) -> Iterable[Entry]:
-        """Return what is known of every block; what the last tier knows counts."""
+        """Return what is known of every block; what the store's own tiers know counts, files first."""
         found: dict[str, Entry] = {}
-        for tier in self.tiers:
+        last_counts: tuple[OrderedTier | LowerTier, ...] = (*self._lower, *self.tiers)
+        for tier in last_counts:
             found.update((entry.key, entry) for entry in tier.entries())
         return found.values()
 
@@ -175,17 +240,29 @@ class TierStack:
     # --- keeping ----------------------------------------------------------------------------------------------------
 
     def put_below(self, block: Block) -> bool:
-        """Write a block to the durable tier; return whether it is there afterwards."""
-        return self._disk is not None and self._disk.put(block)
+        """Write a block to the tiers below RAM, a full one to all of them; return whether files, or names, have it."""
+        kept = bool(self._disk.put(block)) if self._disk is not None else block.id.key in self.host
+        if len(block.id.tokens) == self._block_size and block.states is None:
+            for tier in self._lower:
+                tier.put(block)
+        return kept
 
     def absent_below(self, keys: Sequence[str]) -> list[str]:
         """Return those of ``keys`` that the durable tier neither has nor is writing; none when it fails."""
         return self._disk.absent(keys) if self._disk is not None else []
 
     def touch_below(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
-        """Note in the durable tier that a turn used these blocks now, and how often blocks were restored."""
+        """Note below RAM that a turn used these blocks now, and how often blocks were restored."""
         if self._disk is not None:
             self._disk.touch(keys, hits)
+        for tier in self._lower:
+            tier.touch(keys, hits)
+
+    def flush_below(self) -> None:
+        """Wait until what was put into the lower tiers outlives this process, and overwrite what was removed."""
+        self.database.finish_overwriting()
+        for tier in self._lower:
+            tier.flush()
 
     def tell_names(self, tell: Callable[[Names], None]) -> None:
         """Change names in a turn; where they have files, a failure is warned about once."""
@@ -202,14 +279,21 @@ class TierStack:
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks that could not be read again only after a while. Nothing of them is forgotten."""
         keys = list(keys)
-        for tier in self.tiers:
+        for tier in self._all:
             tier.withhold(keys)
 
     def discard(self, keys: Iterable[str]) -> None:
         """Forget damaged blocks in every tier."""
+        keys = list(keys)
         for key in keys:
             for tier in self.tiers:
                 tier.discard(key)
+        if keys:
+            self._discard_below(keys)
+
+    def _discard_below(self, keys: Sequence[str]) -> None:
+        for tier in self._lower:
+            tier.discard_all(keys)
 
     def discard_unread(self, keys: Sequence[str]) -> None:
         """Forget blocks, but for those whose bytes would stay since they are being read."""
@@ -224,6 +308,7 @@ class TierStack:
             sqlite3.Error: the catalog fails, or is locked.
         """
         self.host.discard_unread(keys)
+        self._discard_below(keys)
         if self._disk is not None and keys:
             self._disk.remove(keys)
 
@@ -238,7 +323,7 @@ class TierStack:
         Raises:
             sqlite3.Error: the catalog fails.
         """
-        for tier in self.tiers:
+        for tier in self._all:
             tier.shrink(to_bytes)
 
     def refresh_pins(self) -> None:
@@ -250,12 +335,15 @@ class TierStack:
 
     def stats(self, tally: Mapping[str, int]) -> tuple[TierStats, ...]:
         """Return the numbers of each tier; ``tally`` has ``hits.<tier>``."""
-        return tuple(tier.stats(tally.get(f"hits.{tier.name}", 0)) for tier in self.tiers)
+        return tuple(tier.stats(tally.get(f"hits.{tier.name}", 0)) for tier in self._all)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What the durable tier has written, and what failed there."""
-        return self._disk.counts if self._disk is not None else Counter()
+        """What was written below RAM, and what failed there."""
+        found = Counter(self._disk.counts if self._disk is not None else ())
+        for tier in self._lower:
+            found.update(tier.counts)
+        return found
 
     @property
     def paused(self) -> str | None:
@@ -280,8 +368,30 @@ class TierStack:
 
     def close(self) -> None:
         """End leases, and let go of files."""
+        for tier in self._lower:
+            tier.close()
         if self._folder is not None:
             self._folder.tier.close()
         self.database.close()
         if self._folder is not None:
             self._folder.owner.close()
+
+
+def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
+    """Return what answers for a tier that waits for nobody."""
+    return lambda keys: tier.presence(keys).result()
+
+
+def _may_be_below(outcome: BlockReader | BlockError | None) -> bool:
+    """Whether to ask the next tier."""
+    return outcome is None or isinstance(outcome, UnavailableError)
+
+
+def _as_asked(outcome: BlockReader | BlockError | None, block: BlockId) -> BlockReader | BlockError | None:
+    """Return ``outcome`` if it is ``block``: ids are compared, whatever a key says."""
+    if outcome is None or isinstance(outcome, BlockError):
+        return outcome
+    if outcome.id.root != block.root or not np.array_equal(outcome.id.tokens, block.tokens):
+        outcome.close()
+        return BlockError(f"block {block.key[:12]} holds other tokens than its key says")
+    return outcome

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,12 @@ from typing import Any, TypeVar
 
 from kvtier.errors import BlockError, GoneError
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.block import Block, Entry
+from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
 from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.tiers.backoff import Backoff, Withheld, is_full, is_locked
-from kvtier.store.tiers.base import TierStats
+from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered, opened
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
 from kvtier.store.tiers.disk.catalog.ranking import Place
@@ -181,28 +182,28 @@ class DiskTier:
         self.count("errors.write")
         self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
 
-    def put(self, block: Block) -> bool:
-        """Write ``block`` unless it is there. Returns whether it is there afterwards."""
+    def put(self, block: Block) -> PutResult:
+        """Write ``block`` unless it is there."""
         if self._backoff.holds() and not (self._backoff.told and self._has_room()):
-            return False
+            return PutResult.UNAVAILABLE
         try:
             pieces = encode_block(block, self.settings.codec)
             size = self.folder.allocated_bytes(sum(piece.nbytes for piece in pieces)) + self._excess_bytes
             kept = self._put(block.id, pieces, size)
         except NoRoom as error:
             self.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
-            return False
+            return PutResult.NO_ROOM
         except (BlockError, OSError, sqlite3.Error) as error:
             if is_full(error):
                 self._backoff.begin(f"the drive is full ({error})", told=not self._has_room())
             elif is_locked(error):
                 self._backoff.begin(f"another process holds the catalog ({error})", told=False)
             self._cannot_write(error)
-            return False
+            return PutResult.UNAVAILABLE
         if self._backoff.end():
             _log.info("writing to %s goes on", self.folder.path)
         self._lost.discard(block.id.key)
-        return kept
+        return PutResult.KEPT if kept else PutResult.UNAVAILABLE
 
     def _has_room(self) -> bool:
         """Whether the drive has room, as far as it tells: of quotas, and of how many files it can take, it does not."""
@@ -464,6 +465,13 @@ class DiskTier:
     def __contains__(self, key: str) -> bool:
         return self._is_found(key) and self.ask(lambda: self.catalog.contains(key, self._since), False)
 
+    def presence(self, keys: Sequence[str]) -> Future[Sequence[Presence]]:
+        """Say of each of ``keys`` whether the block can be opened; where the catalog fails, that cannot be told."""
+        ready = self.ask(lambda: self.catalog.ready(keys, self._since), None)
+        if ready is None:
+            return answered([Presence.UNAVAILABLE] * len(keys))
+        return answered([Presence.PRESENT if key in ready and self._is_found(key) else Presence.ABSENT for key in keys])
+
     def absent(self, keys: Sequence[str]) -> list[str]:
         """Return those of ``keys`` that are neither here nor being written; none when the catalog fails."""
         nothing: list[str] = []
@@ -520,6 +528,10 @@ class DiskTier:
         except GoneError:
             return None
 
+    def open_all(self, blocks: Sequence[BlockId]) -> list[Future[BlockReader | None]]:
+        """Open blocks for reading, one after the other."""
+        return opened(self.open, blocks)
+
     def _open(self, block: BlockId) -> BlockFile:
         if not self._between.share(block.key):
             raise GoneError(f"block {block.key[:12]} is being evicted")
@@ -538,6 +550,9 @@ class DiskTier:
             file.close()
             raise BlockError(f"{path} holds another block than the catalog says")
         return file
+
+    def flush(self) -> None:
+        """Do nothing: what was put is in its place, as durable as the folder makes it."""
 
     def close(self) -> None:
         """End the leases of blocks that are no longer read. May be called more than once."""

@@ -6,17 +6,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.block import Block, Entry
+from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.backoff import Withheld
-from kvtier.store.tiers.base import TierStats
+from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered, opened
 from kvtier.store.tiers.host.ranking import RamValuation
 from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
@@ -119,7 +120,7 @@ class HostTier:
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
-    def put(self, block: Block, *, writing: bool = False) -> bool:
+    def put(self, block: Block, *, writing: bool = False) -> PutResult:
         """Keep ``block``; evict others for it.
 
         Args:
@@ -128,11 +129,12 @@ class HostTier:
                 others are being written, for ``longest_wait_seconds`` at most.
 
         Returns:
-            False when there is no room for it, however much were evicted, or none in time. There is no lease then.
+            ``NO_ROOM`` where there is none, however much were evicted, or none in time. There is no lease then.
         """
         with self._lock:
             try:
-                return self._put(block, block.id.key, block.nbytes, writing)
+                kept = self._put(block, block.id.key, block.nbytes, writing)
+                return PutResult.KEPT if kept else PutResult.NO_ROOM
             except BaseException:
                 resident = self._blocks.get(block.id.key)
                 if resident is not None and resident.block is block:
@@ -201,10 +203,14 @@ class HostTier:
             self._blocks.remove(key)
             self._changed.notify_all()
 
-    def discard_unread(self, keys: Iterable[str]) -> None:
+    def discard_all(self, keys: Iterable[str]) -> None:
         """Forget blocks. Readers may finish: they hold the tensors, which are no longer counted here."""
         for key in keys:
             self.discard(key)
+
+    def discard_unread(self, keys: Iterable[str]) -> None:
+        """Forget blocks. Readers may finish: they hold the tensors, which are no longer counted here."""
+        self.discard_all(keys)
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks again only after a while: what a turn has for them does not fit."""
@@ -237,6 +243,10 @@ class HostTier:
     def __contains__(self, key: str) -> bool:
         resident = self._blocks.get(key)
         return resident is not None and self._is_fresh(key, resident)
+
+    def presence(self, keys: Sequence[str]) -> Future[Sequence[Presence]]:
+        """Say of each of ``keys`` whether the block is here."""
+        return answered([Presence.PRESENT if key in self else Presence.ABSENT for key in keys])
 
     def _is_fresh(self, key: str, resident: Resident) -> bool:
         if key in self._withheld:
@@ -338,6 +348,10 @@ class HostTier:
                 return None
             return HostReader(resident.block, self.leases.prepare_load(block.key))
 
+    def open_all(self, blocks: Sequence[BlockId]) -> list[Future[BlockReader | None]]:
+        """Open blocks for reading."""
+        return opened(self.open, blocks)
+
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used these blocks now, and how often blocks were restored."""
         with self._lock:
@@ -351,3 +365,9 @@ class HostTier:
                 resident = self._blocks.get(key)
                 if resident is not None:
                     resident.hits += n
+
+    def flush(self) -> None:
+        """Do nothing: no block outlives the process."""
+
+    def close(self) -> None:
+        """Do nothing: there is nothing but memory."""

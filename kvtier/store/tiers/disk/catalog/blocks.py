@@ -71,19 +71,25 @@ class Catalog:
             ).fetchone()
         return found is not None
 
+    def ready(self, keys: Sequence[str], since: float = _FOREVER) -> set[str]:
+        """Return those of ``keys`` that ``contains`` is true of."""
+        return self._having(keys, f"state = {State.READY:d} AND (used_at >= ? OR pins > 0)", since)
+
     def absent(self, keys: Sequence[str]) -> list[str]:
         """Return those of ``keys`` that are neither ready nor being written."""
-        present: set[bytes] = set()
+        present = self._having(keys, f"state IN ({State.READY:d}, {State.WRITING:d})")
+        return [key for key in keys if key not in present]
+
+    def _having(self, keys: Sequence[str], condition: str, *values: float) -> set[str]:
+        found: set[str] = set()
         with self._database.reading() as connection:
-            for start in range(0, len(keys), _KEYS_AT_ONCE):
-                some = [bytes.fromhex(key) for key in keys[start : start + _KEYS_AT_ONCE]]
+            for some in batches(keys, _KEYS_AT_ONCE):
                 rows = connection.execute(
-                    f"SELECT key FROM blocks WHERE key IN ({','.join('?' * len(some))}) "
-                    f"AND state IN ({State.READY:d}, {State.WRITING:d})",
-                    some,
+                    f"SELECT key FROM blocks WHERE key IN ({','.join('?' * len(some))}) AND {condition}",
+                    [*map(bytes.fromhex, some), *values],
                 )
-                present.update(row[0] for row in rows)
-        return [key for key in keys if bytes.fromhex(key) not in present]
+                found.update(row[0].hex() for row in rows)
+        return found
 
     def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
         """Return the identity of such a block."""

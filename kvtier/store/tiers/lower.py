@@ -1,0 +1,200 @@
+"""LowerTier: a tier below the store's own, asked so that no turn fails or waits for long because of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from kvtier.errors import BlockError, ConfigurationError, UnavailableError
+from kvtier.store.block import Block, BlockReader, Entry
+from kvtier.store.chain import BlockId
+from kvtier.store.tiers.backoff import Backoff, Withheld
+from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats
+
+_log = logging.getLogger("kvtier.store")
+T = TypeVar("T")
+LONGEST_ANSWER_SECONDS = 2.0
+"""How long a turn waits for a lookup, and for all that it opens."""
+
+
+class LowerTier:
+    """Asks a tier that may be slow, away, or wrong. What it raises or does not answer in time is unavailable.
+
+    A tier that fails is not asked again for a second; then for two, and so on up to a minute. The first failure is
+    warned of, every one is counted.
+
+    Args:
+        tier: what is asked.
+        clock: Unix time.
+        longest_answer_seconds: how long a turn waits for a lookup, and for all that it opens.
+    """
+
+    def __init__(
+        self, tier: Tier, clock: Callable[[], float], longest_answer_seconds: float = LONGEST_ANSWER_SECONDS
+    ) -> None:
+        self.name = tier.name
+        self.counts: Counter[str] = Counter()
+        self._tier = tier
+        self._backoff = Backoff(clock)
+        self._withheld = Withheld(clock)
+        self._longest_answer_seconds = longest_answer_seconds
+        self._has_warned = False
+
+    def _failed(self, what: str, error: BaseException, *, warn: bool = True) -> None:
+        self.counts[f"errors.{self.name}"] += 1
+        said = str(error).partition("\n")[0] or "no answer in time"
+        self._backoff.begin(f"{type(error).__name__}: {said}", told=False)
+        if warn and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "the tier %r cannot %s (%s: %s); what it has is recomputed while that lasts",
+                self.name,
+                what,
+                type(error).__name__,
+                said,
+            )
+
+    def _ask(self, what: str, call: Callable[[], T], otherwise: T) -> T:
+        """Return what ``call`` returns; ``otherwise`` if it fails, or others did lately."""
+        if self._backoff.holds():
+            return otherwise
+        try:
+            answer = call()
+        except Exception as error:  # of a stranger's code
+            self._failed(what, error)
+            return otherwise
+        self._backoff.end()
+        return answer
+
+    # --- in a turn --------------------------------------------------------------------------------------------------
+
+    def presence(self, keys: Sequence[str]) -> Sequence[Presence]:
+        """Say of each of ``keys``, in order, whether the block can be opened, in bounded time."""
+        unavailable = [Presence.UNAVAILABLE] * len(keys)
+        if not keys:
+            return []
+
+        def call() -> Sequence[Presence]:
+            found = self._tier.presence(keys).result(self._longest_answer_seconds)
+            if len(found) != len(keys):
+                raise ValueError(f"{len(found)} answers about {len(keys)} keys")
+            return [
+                Presence.UNAVAILABLE if key in self._withheld else each for key, each in zip(keys, found, strict=True)
+            ]
+
+        return self._ask("look up", call, unavailable)
+
+    def withhold(self, keys: Iterable[str]) -> None:
+        """Find blocks that could not be read again only after a while."""
+        self._withheld.add(keys)
+
+    def open_all(self, blocks: Sequence[BlockId]) -> list[BlockReader | BlockError | None]:
+        """Open blocks for reading, in bounded time; say of each what is wrong, None where it is not here."""
+        if not blocks:
+            return []
+        if self._backoff.holds():
+            return [UnavailableError(f"the tier {self.name!r} is not asked now: {self._backoff.reason}")] * len(blocks)
+        try:
+            futures = list(self._tier.open_all(blocks))
+            if len(futures) != len(blocks):
+                raise ValueError(f"{len(futures)} answers about {len(blocks)} blocks")
+        except Exception as error:  # of a stranger's code
+            self._failed("open", error, warn=False)  # the store does
+            return [UnavailableError(f"the tier {self.name!r} opens nothing: {self._backoff.reason}")] * len(blocks)
+        give_up_at = time.monotonic() + self._longest_answer_seconds
+        found: list[BlockReader | BlockError | None] = []
+        try:
+            for future in futures:
+                found.append(self._opened(future, max(0.0, give_up_at - time.monotonic())))
+        except BaseException:
+            for each in found:
+                if each is not None and not isinstance(each, BlockError):
+                    each.close()
+            for future in futures[len(found) :]:
+                _let_go(future)
+            raise
+        return found
+
+    def _opened(self, future: Future[BlockReader | None], seconds: float) -> BlockReader | BlockError | None:
+        try:
+            return future.result(seconds)
+        except BlockError as error:
+            return error
+        except Exception as error:  # of a stranger's code, or none came in time
+            _let_go(future)
+            self._failed("open", error, warn=False)
+            return UnavailableError(f"the tier {self.name!r} has not opened a block: {self._backoff.reason}")
+
+    # --- behind a turn ----------------------------------------------------------------------------------------------
+
+    def put(self, block: Block) -> PutResult:
+        """Keep ``block``."""
+        return self._ask("keep a block", lambda: self._tier.put(block), PutResult.UNAVAILABLE)
+
+    def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
+        """Note that a turn used these blocks now, and how often blocks were restored."""
+        self._ask("note a use", lambda: self._tier.touch(keys, hits), None)
+
+    def flush(self) -> None:
+        """Wait until all that was put outlives this process."""
+        self._ask("flush", self._tier.flush, None)
+
+    # --- for the owner ----------------------------------------------------------------------------------------------
+
+    def discard_all(self, keys: Sequence[str]) -> None:
+        """Forget blocks, whatever failed before."""
+        try:
+            self._tier.discard_all(keys)
+        except Exception as error:  # of a stranger's code
+            self._failed("forget blocks", error)
+
+    def entries(self) -> Iterable[Entry]:
+        """Return what is known of every block that can be found."""
+        nothing: list[Entry] = []
+        return self._ask("list its blocks", lambda: list(self._tier.entries()), nothing)
+
+    def shrink(self, to_bytes: int) -> None:
+        """Evict until all blocks take no more than ``to_bytes``."""
+        self._ask("evict", lambda: self._tier.shrink(to_bytes), None)
+
+    def stats(self, hits: int) -> TierStats:
+        """Return its numbers; ``hits`` blocks were restored from here."""
+        return self._ask("count", lambda: self._tier.stats(hits), TierStats(self.name, hits=hits))
+
+    def close(self) -> None:
+        """Let go of threads, connections and files."""
+        try:
+            self._tier.close()
+        except Exception as error:  # of a stranger's code
+            self._failed("close", error)
+
+
+def checked_tiers(tiers: Sequence[Tier]) -> Sequence[Tier]:
+    """Return ``tiers`` if a store can have them below its own.
+
+    Raises:
+        ConfigurationError: one has no name, or that of another.
+    """
+    names = [getattr(tier, "name", None) for tier in tiers]
+    for tier, name in zip(tiers, names, strict=True):
+        if not isinstance(name, str) or name in ("", "device", "host", "disk") or names.count(name) > 1:
+            raise ConfigurationError(
+                f"lower_tiers: {type(tier).__name__} has the name {name!r:.80}; it needs one of its own, that is not "
+                "'device', 'host' or 'disk'. See kvtier.store.tiers.base."
+            )
+    return tiers
+
+
+def _let_go(future: Future[BlockReader | None]) -> None:
+    """Have a reader that may still come closed when it does."""
+    if not future.cancel():
+        future.add_done_callback(_close)
+
+
+def _close(future: Future[BlockReader | None]) -> None:
+    if not future.cancelled() and future.exception() is None and (reader := future.result()) is not None:
+        reader.close()

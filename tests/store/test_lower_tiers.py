@@ -1,0 +1,244 @@
+"""A tier of one's own below RAM and disk: asked once a turn, never waited for without a bound, never a failure."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future
+
+import pytest
+
+from kvtier import PrefixStore, TieredCache
+from kvtier.errors import BlockError, ConfigurationError, RestoreError, UnavailableError
+from kvtier.store.tiers.base import Presence, PutResult
+from kvtier.store.tiers.lower import LowerTier
+from tests.support.dict_tier import DictReader, DictTier, never
+from tests.support.stores import ROOT, block, chain, commit, count, restored_length
+
+SETTINGS = {"block_size": 4, "tail_delay": 0}
+
+
+@pytest.fixture
+def tier():
+    return DictTier()
+
+
+@pytest.fixture(params=["disk", "RAM alone"])
+def new_store(request, tmp_path, tier):
+    """Return a function that opens a store in an empty place, with the same tier below."""
+    stores = []
+
+    def new(**more):
+        path = tmp_path / str(len(stores)) if request.param == "disk" else None
+        stores.append(PrefixStore(path, **{**SETTINGS, "lower_tiers": [tier], **more}))
+        return stores[-1]
+
+    yield new
+    for store in stores:
+        store.close()
+
+
+def test_full_blocks_are_found_by_a_store_that_has_nothing_else(new_store, tier):
+    tokens = count(18)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+    assert len(tier.blocks) == 4  # the tail of two tokens is not among them
+    assert ("flush", 1) in tier.requests
+    del tier.requests[:]
+
+    second = new_store()
+    match = second.match(ROOT, tokens)
+    assert match.length == 16
+    second.restore([match.spans]).close()
+    assert tier.requests == [("presence", 4), ("open_all", 4)]
+    assert all(reader.closed for reader in tier.readers)
+    assert restored_length(second, tokens) == 16
+    assert second.stats().tiers[-1].hits == 8
+
+
+def test_what_came_from_below_is_kept_above_by_the_next_commit(new_store, tier):
+    tokens = count(16)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+    second = new_store()
+    commit(second, tokens)
+    second.flush()
+    del tier.requests[:]
+    assert restored_length(second, tokens) == 16
+    assert not [request for request in tier.requests if request[0] == "open_all" and request[1]]
+
+
+def test_a_prefix_goes_on_below(tmp_path, tier):
+    """RAM and disk have the beginning of a chain, the tier below has the rest."""
+    tokens = count(16)
+    with PrefixStore(tmp_path / "a", **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, tokens)
+    with PrefixStore(tmp_path / "b", **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(8))
+        store.flush()
+        del tier.requests[:]
+        load = store.restore([store.match(ROOT, tokens).spans])
+        assert [load.tier(span.block.key) for span in load.spans(0)] == ["host", "host", "dict", "dict"]
+        load.close()
+        assert tier.requests == [("presence", 2), ("open_all", 2)]
+
+
+def test_conversations_of_a_model(make_model, generate, tokens, tmp_path, tier):
+    model = make_model("llama")
+    plain = generate(model, tokens(32)).sequences
+    for folder, cached, below in (("a", 0, 0), ("b", 31, 31), ("b", 31, 0)):
+        with TieredCache(PrefixStore(tmp_path / folder, block_size=8, lower_tiers=[tier])) as cache:
+            assert generate(model, tokens(32), cache).sequences.tolist() == plain.tolist()
+            assert cache.last_turn.cached_tokens == cached
+            assert sum(cache.last_turn.cached_by_tier.values()) == cached
+            assert cache.last_turn.cached_by_tier.get("dict", 0) == below
+
+
+def test_forgotten_prompts_are_forgotten_below_too(new_store, tier):
+    store = new_store()
+    commit(store, count(16))
+    commit(store, count(16, first=100))
+    store.flush()
+    store.forget(count(16))
+    assert len(tier.blocks) == 4
+    other = new_store()  # which has nothing of it itself
+    other.forget(count(6, first=100))
+    assert not tier.blocks
+
+
+@pytest.mark.parametrize("error", [OSError("away"), KeyError("oops"), BlockError("odd")])
+@pytest.mark.parametrize("method", ["presence", "open_all", "put", "touch", "flush", "entries", "stats", "close"])
+def test_whatever_it_raises_costs_a_recompute_and_one_warning(new_store, tier, monkeypatch, caplog, method, error):
+    tokens = count(16)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(tier, method, fail)
+    second = new_store()
+    for _ in range(3):
+        found = second.match(ROOT, tokens)
+        if found.spans:
+            try:
+                second.restore([found.spans]).close()
+            except BlockError:
+                found = second.match(ROOT, tokens)
+        commit(second, tokens)
+    second.flush()
+    second.stats()
+    second.usage()
+    second.close()
+    assert len(caplog.records) == 1
+    assert "'dict'" in caplog.text
+    assert len(tier.blocks) == 4  # nothing was deleted
+
+
+def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone():
+    now = [0.0]
+    tier = DictTier(never)
+    lower = LowerTier(tier, lambda: now[0], longest_answer_seconds=0.0)
+    keys = [each.id.key for each in chain(count(8), 4)]
+    assert lower.presence(keys) == [Presence.UNAVAILABLE] * 2
+    assert lower.presence(keys) == [Presence.UNAVAILABLE] * 2
+    assert len(tier.requests) == 1
+    now[0] = 1.5
+    assert all(isinstance(each, UnavailableError) for each in lower.open_all([each.id for each in chain(count(8), 4)]))
+    assert len(tier.requests) == 2
+    assert lower.counts == {"errors.dict": 3}
+    now[0] = 60.0
+    tier.answer = DictTier().answer
+    assert lower.presence(keys) == [Presence.ABSENT] * 2
+
+
+def test_a_reader_that_comes_too_late_is_closed():
+    (late,) = chain(count(4), 4)
+    reader, future = DictReader(late), Future()
+    assert future.set_running_or_notify_cancel()  # it can no longer be cancelled
+    lower = LowerTier(DictTier(lambda value: future), lambda: 0.0, longest_answer_seconds=0.0)
+    (found,) = lower.open_all([late.id])
+    assert isinstance(found, UnavailableError)
+    assert not reader.closed
+    future.set_result(reader)
+    assert reader.closed
+
+
+def test_other_tokens_under_a_key_are_damage(new_store, tier):
+    """They are refused when they are opened, forgotten below, and computed."""
+    tokens = count(8)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+    last = list(tier.blocks)[-1]
+    tier.blocks[last] = block(count(4, first=70))
+    second = new_store()
+    match = second.match(ROOT, tokens)
+    with pytest.raises(BlockError, match="holds other tokens"):
+        second.restore([match.spans])
+    assert last not in tier.blocks
+    assert restored_length(second, tokens) == 4
+
+
+def test_a_page_that_cannot_be_read_is_a_miss(new_store, tier, monkeypatch):
+    tokens = count(8)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+
+    def fail(self, *args, **more):
+        raise UnavailableError("the line is dead")
+
+    monkeypatch.setattr(DictReader, "land", fail)
+    monkeypatch.setattr(DictReader, "page", fail)
+    second = new_store()
+    load = second.restore([second.match(ROOT, tokens).spans])
+    with pytest.raises(RestoreError, match="the line is dead"):
+        load.check()
+    load.close()
+    assert len(tier.blocks) == 2
+    assert second.match(ROOT, tokens).length == 0  # withheld for a while
+
+
+def test_states_and_tails_stay_above(new_store, tier):
+    """What could only be found in order is not put where there is none."""
+    store = new_store()
+    commit(store, count(3))
+    store.flush()
+    assert not tier.blocks
+    assert not [request for request in tier.requests if request[0] == "put"]
+
+
+def test_a_put_that_fails_is_no_failure_of_the_files(tmp_path, monkeypatch):
+    tier = DictTier()
+    monkeypatch.setattr(tier, "put", lambda block: PutResult.NO_ROOM)
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(8))
+    with PrefixStore(tmp_path, **SETTINGS) as store:
+        assert store.match(ROOT, count(8)).length == 8
+
+
+def test_a_store_closes_its_tiers(tier):
+    with PrefixStore(lower_tiers=[tier], **SETTINGS):
+        assert tier.closed == 0
+    assert tier.closed == 1
+
+
+@pytest.mark.parametrize("names", [["host"], ["disk"], ["device"], [""], [None], ["a", "a"]])
+def test_a_tier_needs_a_name_of_its_own(names):
+    tiers = []
+    for name in names:
+        tiers.append(DictTier())
+        tiers[-1].name = name
+    with pytest.raises(ConfigurationError, match="lower_tiers"):
+        PrefixStore(lower_tiers=tiers)
+
+
+def test_a_lost_folder_costs_nothing_that_is_below(tmp_path, tier):
+    with PrefixStore(tmp_path / "kv", **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(16))
+    shutil.rmtree(tmp_path / "kv")
+    with PrefixStore(tmp_path / "kv", **SETTINGS, lower_tiers=[tier]) as store:
+        assert restored_length(store, count(16)) == 16
