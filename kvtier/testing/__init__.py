@@ -2,6 +2,7 @@
 
 from kvtier.testing.codecs import CodecChecks
 from kvtier.testing.engines import EngineChecks
+from kvtier.testing.layer_memory import LayerMemoryChecks
 from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
@@ -13,6 +14,7 @@ __all__ = [
     "CodecChecks",
     "Drop",
     "EngineChecks",
+    "LayerMemoryChecks",
     "Mutant",
     "PolicyChecks",
     "RaceError",

@@ -1,0 +1,53 @@
+"""The checks that every memory of a layer passes: a buffer, a hot layer under a budget, a cold one in RAM or in files."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kvtier.kv.buffer import KVBuffer
+from kvtier.offload.manager import OffloadManager
+from kvtier.testing import LayerMemoryChecks, SimulatedEngine
+from kvtier.transfer import InlineEngine, ThreadEngine
+
+
+class TestBuffer(LayerMemoryChecks):
+    @pytest.fixture
+    def make(self):
+        return lambda k, v: KVBuffer.like(k, v, 0)
+
+
+ENGINES = {
+    "inline": lambda device: InlineEngine(),
+    "threads": lambda device: ThreadEngine(),
+    "simulated": lambda device: SimulatedEngine(random.Random(4), lazy=True),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+class TestOffloadedLayer(LayerMemoryChecks):
+    @pytest.fixture(params=["hot", "cold"])
+    def make(self, request, tmp_path, engine):
+        offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, ENGINES[engine])
+
+        def made(k, v):
+            layer = offload.layer(0, k, v, None, may_be_cold=True)
+            if request.param == "cold":
+                layer.turn_cold()
+            return layer
+
+        yield made
+        offload.close()
+
+
+def test_cold_layers_are_cold(tmp_path):
+    offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, lambda device: InlineEngine())
+    k = torch.ones(1, 1, 8, 2)
+    layer = offload.layer(0, k, k, None, may_be_cold=True)
+    layer.turn_cold()
+    layer.append(0, k, k, 0)
+    assert layer.is_cold
+    assert layer.paged == 8
+    offload.close()
