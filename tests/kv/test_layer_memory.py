@@ -1,4 +1,4 @@
-"""The checks that every memory of a layer passes: a buffer, a hot layer under a budget, a cold one with pages in files."""
+"""The checks that every memory of a layer passes: a buffer, a hot layer under a budget, a cold one in files."""
 
 from __future__ import annotations
 
