@@ -51,7 +51,7 @@ test: $(STAMP)
 
 # The same tests with other examples every time, hours of them: faults at every point, kills and races at full length.
 test-all: $(STAMP)  ## all tests at length
-	HYPOTHESIS_PROFILE=nightly KVTIER_BEHAVIOURS=all KVTIER_INTERRUPT_POINTS=100 KVTIER_FAULT_STRIDE=1 KVTIER_KILLS=1000 \
+	HYPOTHESIS_PROFILE=nightly KVTIER_SAMPLE=all KVTIER_BEHAVIOURS=all KVTIER_INTERRUPT_POINTS=100 KVTIER_FAULT_STRIDE=1 KVTIER_KILLS=1000 \
 	    KVTIER_RACE_TURNS=500 KVTIER_SWEEP=all $(BIN)/python -m pytest $(ON_ALL_CORES)
 
 check: $(STAMP) wheel contract  ## lint, format, types, layering, a wheel that imports, and older transformers

@@ -48,7 +48,7 @@ class TurnReport:
         cached_tokens: of those, the tokens whose K and V were reused.
         computed_tokens: of those, the tokens the model had to compute.
         generated_tokens: new tokens, up to each row's end of sequence; 0 until the turn is committed.
-        cached_by_tier: ``cached_tokens`` by where they came from: ``device``, ``host``, ``disk``, and tiers of one's own.
+        cached_by_tier: ``cached_tokens`` by where they came from: ``device``, ``host``, ``disk``, or a lower tier.
         restored_bytes: bytes of K and V copied from the store into the buffers.
         restore_seconds: time this turn spent matching, waiting for pages and copying them.
         miss_reason: why not more was reused; None when all that can be was.

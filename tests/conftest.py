@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
-from tests.support import families
+from tests.support import families, samples
 from tests.support.upstream import CACHE
 
 # A change must not fail for what another one broke: CI tries the same examples every time. New ones are looked for by
@@ -25,6 +25,23 @@ _ANY_TIME = {
 settings.register_profile("ci", max_examples=40, derandomize=True, **_ANY_TIME)
 settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide which samples are taken before processes of this run are started."""
+    config.addinivalue_line("markers", "sample(n): a run takes n of its cases; see tests/support/samples.py")
+    samples.seed()
+
+
+def pytest_report_header() -> str:
+    """Say how to take the same samples again."""
+    return f"samples: {samples.VARIABLE}={samples.seed()}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases that are not in the sample."""
+    samples.take_samples(config, items)
+
 
 VOCABULARY = 200
 # What every test that names `family` runs on: K and V of every kind, none slow. The others are in families.py.

@@ -73,15 +73,16 @@ def _codec(compression: str | Codec) -> Codec:
     Raises:
         ConfigurationError: it is none.
     """
-    if not isinstance(compression, str):
+    if hasattr(compression, "encode") and not isinstance(compression, (str, bytes)):
         codec = check_codec(compression)
         if codec.name in BUILT_IN and type(codec) is not type(BUILT_IN[codec.name]):
             raise ConfigurationError(f"compression={type(codec).__name__} has the name of another codec: {codec.name}")
         return codec
-    if compression != "auto" and compression not in BUILT_IN:
+    name = "raw" if compression == "auto" else compression
+    if not isinstance(name, str) or name not in BUILT_IN:
         known = ", ".join(map(repr, BUILT_IN))
         raise ConfigurationError(f"compression={compression!r} is unknown; pass 'auto', {known}, or a codec.")
-    return BUILT_IN["raw" if compression == "auto" else compression]
+    return BUILT_IN[name]
 
 
 def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Concatenate[PrefixStore, P], R]:

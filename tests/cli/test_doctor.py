@@ -101,6 +101,7 @@ def test_json_on_standard_output_stands_alone(tmp_path, monkeypatch):
     assert "versions" in done.stderr
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.usefixtures("without_accelerator")
 @pytest.mark.parametrize(
     ("engine", "says"),
@@ -394,6 +395,7 @@ def test_the_first_difference_is_told():
     assert "not numbers" in scripts.first_difference([answer(logit=float("nan"))], [answer()])
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("make", [engine_for, lambda device: InlineEngine(), lambda device: Beside()])
 def test_exactness_from_all_cold_to_all_hot(tmp_path, make):
     trials = list(selftest.SelfTest(CPU, tmp_path, make).exactness())

@@ -64,6 +64,7 @@ def compare(place: Place, model, script, tmp_path, *, page_tokens=8, **settings)
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)  # of 8
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [None, 17])
 def test_every_budget_from_all_cold_to_all_hot(place, tmp_path, dtype, chunk):
@@ -113,6 +114,7 @@ def test_a_long_answer_with_small_pages(place, tmp_path):
     assert report.waits >= steps * LAYERS
 
 
+@pytest.mark.sample(1)  # of 2
 def test_races(place, tmp_path):
     """Random turns, budgets, pages and batches while another thread keeps the device and its links busy."""
     model, wrong = tiny_model(place.device, torch.float32), {}

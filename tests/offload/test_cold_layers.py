@@ -53,6 +53,7 @@ def spill(tmp_path):
 # --- the same bits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)  # of 54
 @dtypes
 @pytest.mark.parametrize("share", [0.5, 0.65, 1.0])
 def test_turns_of_a_conversation_under_a_budget(make_model, generate, tokens, spill, family, dtype, share):
@@ -97,6 +98,7 @@ def test_every_budget_from_one_hot_layer_to_all(make_model, generate, tokens, sp
     assert seen >= {0, 1, 2, 3, 4, 8}, seen
 
 
+@pytest.mark.sample(3)  # of 4
 @pytest.mark.parametrize(
     "mode",
     [
@@ -408,6 +410,7 @@ def test_known_pages_that_are_lost_are_computed_again(make_model, generate, toke
         assert cache.last_turn.cached_by_tier["host"] == 67
 
 
+@pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("layer", range(6))
 @pytest.mark.parametrize("at_pass", [0, 1, 5])
 def test_an_interrupt_anywhere_leaves_a_cache_that_works(make_model, generate, tokens, spill, layer, at_pass):
@@ -418,6 +421,7 @@ def test_an_interrupt_anywhere_leaves_a_cache_that_works(make_model, generate, t
         assert_same_tokens(model, generate, torch.cat([ids, tokens(2, seed=1)], 1), cache)
 
 
+@pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("host_bytes", [2**30, 30_000], ids=["host", "disk"])
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 9, 14, 30, 61, 90])
 def test_an_interrupt_between_any_two_steps_of_a_transfer(make_model, generate, tokens, spill, host_bytes, at):

@@ -595,6 +595,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.sample(5)  # of 15
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 def test_what_a_turn_asks_takes_no_more_among_many_blocks(operation, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.ranking._MIN_GHOSTS", 10)

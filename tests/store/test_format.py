@@ -126,6 +126,7 @@ def test_bytes_after_the_end_are_refused(tmp_path, codec):
         BlockFile(str(path))
 
 
+@pytest.mark.sample(1)  # of 2
 def test_every_flipped_bit_is_refused_or_changes_nothing(tmp_path, codec):
     original = chain(count(7), 4)[1]
     data = bytearray(write(tmp_path / "whole", original, codec).read_bytes())

@@ -30,6 +30,7 @@ def commit_interrupted(at, *arguments):
     return interrupt.came
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("blocks", [0, 1, 1000], ids=lambda blocks: f"{blocks} blocks of RAM")
 def test_a_commit_interrupted_at_any_line_can_be_done_again(tmp_path, blocks):
     """A tail grows, so that a longer one takes its place. Each time in another root, as if in another store."""

@@ -91,6 +91,7 @@ class Filled:
         self.tier.expire()
 
 
+@pytest.mark.sample(11)  # of 28
 @pytest.mark.parametrize("kind", ["free", "leased", "pinned", "used again"])
 @pytest.mark.parametrize("call", ["nearest", "tails", "put", "shrink", "touch", "discard", "expire"])
 def test_a_call_costs_no_more_with_thirty_times_the_blocks(call, kind):

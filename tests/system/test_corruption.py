@@ -133,6 +133,7 @@ def refusal(error: Exception, folder: Path, damages: list[Damage]) -> bool:
     return marker and type(error) in (StoreError, StoreVersionError) and str(folder) in str(error)
 
 
+@pytest.mark.sample(1)  # of 10
 @pytest.mark.parametrize("part", range(PARTS))
 def test_whatever_is_damaged_what_comes_back_is_exact(tmp_path, healthy, part):
     seen, found = set(), []
@@ -174,6 +175,7 @@ def test_what_was_damaged_once_is_whole_afterwards(tmp_path, healthy, damage):
 ANYTHING = (None, 7, -1, 2**62, 1.5, "text", "", b"", bytes(5), bytes(32), b"\xff" * 40)
 
 
+@pytest.mark.sample(1)  # of 11
 @pytest.mark.parametrize("value", ANYTHING, ids=lambda value: repr(value)[:12])
 def test_rows_that_hold_anything_in_any_column_are_damage(tmp_path, healthy, value):
     """What a flipped bit makes of the type of a value, or of the value."""

@@ -19,6 +19,7 @@ SEED = int(os.environ.get("KVTIER_SEED", "1"))
 SECONDS_A_KILL = 20
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("room", crashes.BUDGETS)
 def test_processes_killed_at_random(room):
     kills = -(-KILLS // len(crashes.BUDGETS))

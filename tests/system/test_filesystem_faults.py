@@ -100,6 +100,7 @@ def go_wrong(folder: Path, room: str, fault: Fault, warned) -> None:
         assert warned() == []
 
 
+@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("room", drive_faults.BUDGETS)
 @pytest.mark.parametrize("times", [1, None], ids=["once", "from then on"])
 def test_a_drive_that_fails_at_any_point(place, points, warned, room, times):
@@ -140,6 +141,7 @@ sys.exit(wrong > 0)
 """
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 @pytest.mark.parametrize("room", drive_faults.BUDGETS)
 def test_a_process_killed_at_any_point(place, points, room):

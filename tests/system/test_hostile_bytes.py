@@ -29,6 +29,7 @@ def test_files_of_the_corpus_are_read_or_refused(tmp_path, name):
     assert [read(path).refusal is None for read in READERS] == wanted
 
 
+@pytest.mark.sample(2)  # of 6
 @pytest.mark.parametrize("name", CORPUS)
 def test_mutations_are_refused_in_little_memory_and_time_or_fit_together(tmp_path, name):
     path = tmp_path / "input"
@@ -77,6 +78,7 @@ FILLINGS = {
 }
 
 
+@pytest.mark.sample(26)  # of 42
 @pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize("start", ["", '{"__metadata__":{"format":"kvtier/1"},', '{"__metadata__":{"a":"b",'])
 def test_the_worst_headers_cost_little_time_and_memory(tmp_path, start, filling):

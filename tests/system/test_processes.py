@@ -91,6 +91,7 @@ script = partial(stores.run_python, options=("-W", "error::ResourceWarning"))
 # --- at the same time -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("settings", [{}, {"host_budget": 1}, {"compression": "zstd"}], ids=["warm", "cold", "zstd"])
 def test_two_processes_commit_and_read_at_the_same_time(tmp_path, others, settings):
     settings = {"block_size": 4, **settings}
@@ -169,6 +170,7 @@ commit(store, count(400))  # a hundred blocks: most are still to be written when
 """
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize(
     ("ending", "code"),
     [("", 0), ("raise RuntimeError('the end')", 1)],
@@ -225,6 +227,7 @@ assert os.waitpid(pid, 0)[1] == 0
 """
 
 
+@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
 @pytest.mark.parametrize("fork", [BY_MULTIPROCESSING, BY_OS], ids=["multiprocessing", "os.fork"])
 def test_a_forked_child_that_ends_without_close(tmp_path, fork, whose):
@@ -286,6 +289,7 @@ assert os.waitpid(pid, 0)[1] == 0
 """
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("what", ["a transaction", "the start of a writer", "the making of a shared store"])
 def test_a_process_that_forks_while_a_thread_is_busy(tmp_path, what):
     done = script(BUSY, tmp_path, what)
@@ -330,6 +334,7 @@ with PrefixStore(sys.argv[1], block_size=4) as store:
 """
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
 def test_a_forked_child_outlives_the_store_of_its_parent(tmp_path, whose):
     done = script(OUTLIVED, tmp_path, whose)

@@ -21,6 +21,7 @@ TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "15"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize(("who", "number"), [("processes", 8), ("threads", 16), ("hardship", 8)])
 def test_a_race(tmp_path, who, number):
     arguments = f"{str(tmp_path / 'store')!r}, {number}, {TURNS}, {SEED}"

@@ -113,6 +113,7 @@ def assert_same(ours: Answer, theirs: Answer) -> None:
     assert torch.equal(ours.logits, theirs.logits), f"up to {(ours.logits - theirs.logits).abs().max()} apart"
 
 
+@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 def test_every_turn_of_a_conversation(plain, tmp_path, compression):
     folder, result = tmp_path / "store", tmp_path / "answer.safetensors"
@@ -140,6 +141,7 @@ def codec_of(file: Path) -> str:
         return opened.metadata()["codec"]
 
 
+@pytest.mark.sample(1)  # of 6
 @pytest.mark.parametrize("share", [0.12, 0.3, 0.6])
 def test_turns_under_a_budget(plain, tmp_path, share):
     """Nearly all layers cold, most, some: continued turns, and one that comes from files, which cold layers borrow."""

@@ -56,6 +56,7 @@ def works_again(folder: Path, ask, ids, settings) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(4)  # of 16
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=os.strerror)
 @pytest.mark.parametrize("name", ["fsync", "open", "replace", "mkdir"])
@@ -228,6 +229,7 @@ def test_a_folder_that_becomes_a_file(tmp_path, ask, warned):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(6)  # of 24
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("how", DAMAGES)
@@ -251,6 +253,7 @@ def test_a_block_damaged_between_turns(tmp_path, ask, warned, how, which, compre
     assert warned() == []
 
 
+@pytest.mark.sample(5)  # of 8
 @pytest.mark.parametrize("which", [0, 2], ids=["first", "middle"])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_block_damaged_while_the_store_is_closed(tmp_path, ask, warned, how, which):
@@ -278,6 +281,7 @@ def ended(read, buffers):
     return 0
 
 
+@pytest.mark.sample(1)  # of 15
 @pytest.mark.parametrize(
     ("use", "compression"),
     [("generate", "raw"), ("generate", "zstd"), ("begin", "raw"), ("beams", "zstd"), ("batch", "raw")],
@@ -325,6 +329,7 @@ def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, 
     assert failed_at > 20
 
 
+@pytest.mark.sample(3)  # of 4
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_block_damaged_between_begin_and_the_first_forward_pass(tmp_path, ask, warned, how):
     """Its pages may have landed or not: either way nothing wrong is attended to."""
@@ -347,6 +352,7 @@ def test_a_block_damaged_between_begin_and_the_first_forward_pass(tmp_path, ask,
 # --- the catalog ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("files", [("",), ("-wal",), ("", "-wal", "-shm")], ids=lambda names: "+".join(names) or "main")
 @pytest.mark.parametrize("how", ["delete", "empty", "garbage"])

@@ -417,6 +417,7 @@ def restore_bench(model, known, tmp_path):
     return restore._Bench(Chat(model), *known, folders)
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=[needs_dropping])])
 def test_restoring_brings_the_same_bytes_by_every_way(restore_bench, dropped):
     case = restore_bench.case(2, Options(), dropped=dropped)

@@ -52,6 +52,7 @@ if Version(transformers.__version__) < Version("5.21"):  # does not tell a cache
 ALL = os.environ.get("KVTIER_SWEEP") == "all"
 
 
+@pytest.mark.sample(1)  # of 20
 @pytest.mark.parametrize("model_type", architectures() if ALL else SAMPLE)
 def test_no_wrong_token_no_crash_and_reuse(model_type):
     row = examine(model_type)

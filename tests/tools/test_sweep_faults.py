@@ -84,6 +84,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.sample(2)  # of 10
 @pytest.mark.parametrize(
     ("fault", "kind", "verdict"),
     [*((fault, Perturbed, "wrong") for fault in FAULTS), ("reuses", Raising, "failed"), ("padded", Raising, "failed")],
@@ -125,6 +126,7 @@ def without_folder(path=None, **kwargs):
     return PrefixStore(**kwargs)
 
 
+@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize(
     ("make_cache", "make_store", "missing"),
     [

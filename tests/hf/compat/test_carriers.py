@@ -141,6 +141,7 @@ def test_a_loop_of_ones_own_is_told_why_not(built, store, name):
     assert "past a cache" in report.miss_reason
 
 
+@pytest.mark.sample(6)  # of 9
 @every
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_an_interrupted_pass_leaves_a_cache_that_works(built, store, name, at):

@@ -109,6 +109,7 @@ def assert_turns(name: str, model: Any, cache: TieredCache, past: Any, **setting
     assert answers[0] == answers[1] != answers[2]  # the input decides
 
 
+@pytest.mark.sample(6)  # of 15
 @pytest.mark.parametrize(
     ("name", "mode"),
     [*product(MODELS, ("greedy", "beams")), ("t5", "samples"), ("whisper", "samples"), ("t5", "no-cache-asked")],

@@ -83,6 +83,7 @@ def loop(model, cache, ids, steps=5):
     return ids, torch.cat(logits), known
 
 
+@pytest.mark.sample(3)  # of 12
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MODELS)
 def test_loops(build, tmp_path, name, seed):
@@ -109,6 +110,7 @@ def test_loops(build, tmp_path, name, seed):
         assert known in (40, 34, None)  # states are known where the turn before ended
 
 
+@pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("budget", [None, "160KiB"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
 @pytest.mark.parametrize("name", MODELS)

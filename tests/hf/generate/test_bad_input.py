@@ -244,6 +244,7 @@ PROMPTS = {
 }
 
 
+@pytest.mark.sample(10)  # of 20
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("used", [False, True], ids=["empty cache", "used cache"])
 def test_an_odd_prompt_ends_as_it_does_in_plain_transformers(model, generate, tokens, cache, kind, used):

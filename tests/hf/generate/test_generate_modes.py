@@ -199,6 +199,7 @@ def test_plain_tensor_is_returned(model, used):
 MASKS = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32]
 
 
+@pytest.mark.sample(6)  # of 42
 @pytest.mark.parametrize("dtype", MASKS, ids=str)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], ids=str)

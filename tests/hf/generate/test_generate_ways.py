@@ -60,6 +60,7 @@ def compiled_module(model):
     return torch.compile(model, backend="eager", dynamic=True)
 
 
+@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize(
     ("how", "settings"),
     [(compiled_forward, {}), (compiled_in_place, {"num_beams": 2}), (compiled_module, {})],

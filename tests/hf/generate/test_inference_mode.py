@@ -68,6 +68,7 @@ def ask(model, ids, cache, mode, **settings):
     return found.clone()
 
 
+@pytest.mark.sample(10)  # of 52
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_conversation(build, store, name, order):
@@ -80,6 +81,7 @@ def test_a_conversation(build, store, name, order):
     assert all(reused[1:]), cache.last_turn.miss_reason
 
 
+@pytest.mark.sample(8)  # of 26
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_restored_prefix(build, tmp_path, name, tier):
@@ -97,6 +99,7 @@ def test_a_restored_prefix(build, tmp_path, name, tier):
         ask(model, ids, cache, first)
 
 
+@pytest.mark.sample(6)  # of 20
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next", "falcon_h1", "deepseek_v4"])
 def test_a_fork(build, store, name, order):
@@ -112,6 +115,7 @@ def test_a_fork(build, store, name, order):
         twin.close()
 
 
+@pytest.mark.sample(4)  # of 24
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("share", [0.45, 0.6, 1.0])
 @pytest.mark.parametrize("where", ["files", "ram below a device"])
@@ -146,6 +150,7 @@ def layers_of(model):
     return cache.layers
 
 
+@pytest.mark.sample(9)  # of 16
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["gemma3", "falcon_h1"])
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
@@ -157,6 +162,7 @@ def test_beams(build, store, name, order, settings):
             ids = torch.cat([found[:1], prompt(3, seed=turn + 1)], 1)
 
 
+@pytest.mark.sample(11)  # of 28
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3", "deepseek_v32", "qwen3_next", "falcon_h1", "mamba2", "deepseek_v4"]

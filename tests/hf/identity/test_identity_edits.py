@@ -22,6 +22,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample(25)  # of 142
 @pytest.mark.parametrize(("make", "name", "is_off"), CASES)
 def test_what_decides_changes_the_root(make, name, is_off):
     said = []
@@ -35,6 +36,7 @@ def test_what_decides_changes_the_root(make, name, is_off):
     assert say(small()) == say(small())
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_other_processes_say_the_same(seed):
     """They order sets otherwise, and have other addresses."""

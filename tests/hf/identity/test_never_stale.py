@@ -586,6 +586,7 @@ def adapted(model, kind):
     return model.eval()
 
 
+@pytest.mark.sample(3)  # of 9
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "ia3", "ln"])
 def test_adapter_switch(model, generate, tokens, cache, kind):
     ids, model = tokens(30), adapted(model, kind)
@@ -704,6 +705,7 @@ def dynamic_rope(make_model):
     )
 
 
+@pytest.mark.sample(5)  # of 8
 @pytest.mark.parametrize("kind", [long_rope, dynamic_rope])
 @pytest.mark.parametrize("lengths", [(60, 20), (20, 60), (28, 28), (31, 60)])
 def test_rope_that_changes_with_length(make_model, generate, tokens, store, kind, lengths):

@@ -138,6 +138,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.sample(6)  # of 12
 @pytest.mark.parametrize("change", CHANGES)
 def test_adapter(peft_model, cache, store, turn, change):
     assert turn(peft_model, cache) == 0

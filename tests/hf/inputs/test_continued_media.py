@@ -70,6 +70,7 @@ def asked(kind, given, against, on, **settings):
     return new_words(given, found)
 
 
+@pytest.mark.sample(8)  # of 24
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
 @pytest.mark.parametrize("kind", [*FAMILIES, WITH_STATES])
 def test_a_cache_is_continued_as_a_dynamic_cache_is(kind, cache, types):
@@ -88,6 +89,7 @@ def test_a_cache_is_continued_as_a_dynamic_cache_is(kind, cache, types):
         row = [*row, new_words(given, found)]
 
 
+@pytest.mark.sample(11)  # of 21
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
 def test_what_is_not_held_is_asked_for(kind, cache, types):
     """Also where the store knows the conversation: only the cache that computed it can say what entered."""
@@ -160,6 +162,7 @@ def test_words_before_a_picture_may_not_change(kind, cache):
         asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)  # it still holds A
 
 
+@pytest.mark.sample(4)  # of 7
 def test_words_take_the_place_of_a_later_picture(kind, cache):
     """Positions after the first picture are not those after both."""
     row = [BEFORE, A, BETWEEN, B, AFTER]

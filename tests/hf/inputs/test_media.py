@@ -92,6 +92,7 @@ def test_same_picture_and_other_words_after_it(kind, turn):
     assert turn(kind, [words(12, 9), A, AFTER]) == 0
 
 
+@pytest.mark.sample(4)  # of 7
 def test_a_conversation_about_pictures(kind, turn, store, tmp_path):
     """A picture is added in each turn, and each turn is also restored elsewhere."""
     row, known = [BEFORE], 0
@@ -219,6 +220,7 @@ def test_answers_right_after_a_picture(kind, turn):
     assert turn(kind, [*row, turn.said, AFTER]) == known
 
 
+@pytest.mark.sample(6)  # of 14
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_beams_and_samples(kind, turn, cache, settings):
     row = [BEFORE, A, AFTER]
@@ -353,6 +355,7 @@ def test_prompts_in_chunks(turn, kind, chunk):
     assert turn(kind, [*row, B, AFTER]) == columns(kind, *row, B, AFTER) - 1
 
 
+@pytest.mark.sample(5)  # of 13
 @pytest.mark.parametrize("name", SEERS)
 def test_other_families(name, cache, store):
     """A conversation about pictures, a change in its first picture, and another conversation on the same model."""
@@ -382,6 +385,7 @@ def test_other_families(name, cache, store):
     assert cache.last_turn.miss_reason is None
 
 
+@pytest.mark.sample(5)  # of 14
 @pytest.mark.parametrize("hidden", ["whole", "part"])
 def test_pictures_that_the_mask_hides(kind, cache, hidden):
     """Models fill all placeholders, hidden ones too: each picture stays with its own."""
@@ -414,6 +418,7 @@ def test_pictures_that_the_mask_hides(kind, cache, hidden):
             assert 0 < cache.last_turn.cached_tokens <= seen + len(AFTER) - 1
 
 
+@pytest.mark.sample(3)  # of 8
 @pytest.mark.parametrize("chunk", [3, 5, 8, 13])
 @pytest.mark.parametrize("what", ["words", "picture"])
 def test_chunks_that_cut_tokens_apart_that_attend_to_each_other(cache, what, chunk):

@@ -62,6 +62,7 @@ def expected_of(sequences: list[Tokens], pads: list[int], columns: int, kept: se
     return known, [max(0, min(cut - pad, len(row))) for row, pad in zip(sequences, pads, strict=True)]
 
 
+@pytest.mark.sample(3)  # of 4
 @pytest.mark.parametrize("budgeted", [False, True], ids=["hot", "cold"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @settings(max_examples=max(1, settings().max_examples // 8))

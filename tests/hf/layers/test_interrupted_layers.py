@@ -149,6 +149,7 @@ def points_of(play):
     return seen[0]
 
 
+@pytest.mark.sample(3)  # of 17
 @cases
 def test_interrupt_before_and_after_each_update_of_a_layer(name, start, tokens):
     played = scene(name, tokens)
@@ -170,6 +171,7 @@ def test_interrupt_before_and_after_each_update_of_a_layer(name, start, tokens):
 HALL = {str(path) for path in Path(kvtier.hf.__file__).parent.glob("*.py")} | {cache_utils.__file__}
 
 
+@pytest.mark.sample(3)  # of 17
 @cases
 def test_interrupt_at_lines_of_cache_and_model(name, start, tokens):
     """In the middle of an update too: of states, of windows, of the turn's beginning and end.
@@ -202,6 +204,7 @@ def test_interrupt_at_lines_of_cache_and_model(name, start, tokens):
             raise AssertionError(f"interrupted at line {at} of {lines}, then {then}: {error}") from error
 
 
+@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("on_disk", [False, True], ids=["ram", "disk"])
 def test_interrupts_while_layers_are_laid_out_lose_nothing(model, generate, tokens, tmp_path, on_disk):
     """The next turn has layers for what the store knows, and finds all of it."""

@@ -50,6 +50,7 @@ def ask():
     return run
 
 
+@pytest.mark.sample(4)  # of 12
 @pytest.mark.parametrize("name", EVERY)
 def test_a_conversation_goes_on(built, ask, tmp_path, name):
     """On the same object, from RAM, and from disk: from the end of the answer, unless decoding has another formula."""
@@ -109,6 +110,7 @@ def test_where_two_prompts_part_a_third_one_goes_on(built, ask, store, name):
                 assert "states" in cache.last_turn.miss_reason
 
 
+@pytest.mark.sample(7)  # of 12
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_prompt_a_third_time(built, ask, store, name):
     """The second time, all but the last token is fed first, so that there are states to go on from."""

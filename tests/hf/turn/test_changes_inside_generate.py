@@ -110,6 +110,7 @@ CHANGES = {
 NEEDS_WINDOWS = ("crop", "crop layers", "reset layers")
 
 
+@pytest.mark.sample(11)  # of 240
 @pytest.mark.parametrize("place", ["streamer", "stopping_criteria", "logits_processor"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", KINDS)
@@ -179,6 +180,7 @@ def test_a_crop_of_ones_own_decoding_is_none_of_these(build, store):
         assert torch.equal(found, model.generate(torch.cat([ids, ids], 1), **settings))
 
 
+@pytest.mark.sample(8)  # of 15
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, TieredCache.fork])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_copy_is_a_fork(build, store, name, duplicate):

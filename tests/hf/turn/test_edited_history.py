@@ -207,6 +207,7 @@ GOING_BACK = [
 ]
 
 
+@pytest.mark.sample(2)  # of 22
 @pytest.mark.parametrize("name", [*FAMILIES, *CARRIERS])
 @settings(max_examples=EXAMPLES)
 @example(beginnings=((1, 2, 3, 4) * 4, (5, 2, 3, 1) * 4), script=TAKING_TURNS, on_disk=False)

@@ -19,6 +19,7 @@ def assert_same(ours, theirs):
         assert torch.equal(mine, reference), f"step {step}: {(mine - reference).abs().max()}"
 
 
+@pytest.mark.sample(4)  # of 32
 @dtypes
 def test_every_turn_of_a_conversation(make_model, generate, tokens, tmp_path, family, attention, dtype):
     """First turn, continued turn, restore from RAM, restore from disk: prompts of 40 tokens and more, windows of 16."""
@@ -79,6 +80,7 @@ def test_a_window_that_fills_while_generating(make_model, generate, tokens, stor
         assert_same(ours, generate(model, ids, reference))
 
 
+@pytest.mark.sample(9)  # of 18
 @dtypes
 def test_padded_batch(make_model, generate, tokens, store, family, dtype):
     """Three rows of different lengths; the second turn continues all of them from RAM."""

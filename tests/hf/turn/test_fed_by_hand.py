@@ -131,6 +131,7 @@ def fail_in(model, layer, call):
         hook.remove()
 
 
+@pytest.mark.sample(6)  # of 54
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", KINDS)
 def test_between_turns(build, store, name, way):
@@ -171,6 +172,7 @@ def test_untouched_layers_are_reused(build, store, name):
 # --- within a turn ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(11)  # of 54
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("when", ["prompt", "answer"])
 @pytest.mark.parametrize("name", KINDS)

@@ -27,6 +27,7 @@ def _cases():
                 yield pytest.param(name, behaviour, id=f"{name}-{behaviour}")
 
 
+@pytest.mark.sample(10)  # of 219
 @pytest.mark.parametrize(("name", "behaviour"), list(_cases()))
 def test_behaviour(name, behaviour, store):
     if name == "deepseek_v4" and "beams" in behaviour and INSTALLED < (5, 23):

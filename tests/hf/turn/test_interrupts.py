@@ -12,6 +12,7 @@ from tests.support.upstream import CACHE
 LAYERS = 3
 
 
+@pytest.mark.sample(6)  # of 144
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("at_pass", [0, 1, 4], ids=["prefill", "first-token", "fifth-token"])

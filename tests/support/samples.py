@@ -1,0 +1,45 @@
+"""Samples: of a test with many slow cases, a run takes a few; all of them are taken at length.
+
+``@pytest.mark.sample(n)`` marks such a test. Which cases are taken follows from the commit, so that commits try
+different ones, and a commit the same ones each time. ``KVTIER_SAMPLE=all`` takes all, ``KVTIER_SAMPLE=<word>`` others.
+Cases that are asked for by their name on the command line are always taken.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+VARIABLE = "KVTIER_SAMPLE"
+
+
+def seed() -> str:
+    """Return what decides which cases are taken, and see to it that processes of this run decide alike."""
+    if VARIABLE not in os.environ:
+        asked = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        os.environ[VARIABLE] = asked.stdout.strip() or "none"
+    return os.environ[VARIABLE]
+
+
+def take_samples(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases of ``items`` that are not in the sample."""
+    if seed() == "all" or any("::" in each for each in config.args) or config.option.keyword:
+        return
+    cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for name, found in cases.items():
+        (count,) = found[0].get_closest_marker("sample").args
+        left_out.update(random.Random(f"{seed()} {name}").sample(found, max(0, len(found) - count)))
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]

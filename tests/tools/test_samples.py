@@ -1,0 +1,53 @@
+"""Which cases of a sampled test a run takes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support import samples
+
+
+class Case:
+    def __init__(self, nodeid, count=None):
+        self.nodeid = nodeid
+        self._marker = SimpleNamespace(args=(count,)) if count is not None else None
+
+    def get_closest_marker(self, name):
+        return self._marker
+
+
+def taken(monkeypatch, seed, cases, *, args=(), keyword=""):
+    """Return the names of the cases that are taken, after checking that the others are reported."""
+    monkeypatch.setenv(samples.VARIABLE, seed)
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    config = SimpleNamespace(args=list(args), option=SimpleNamespace(keyword=keyword), hook=hook)
+    items = list(cases)
+    samples.take_samples(config, items)
+    assert len(items) + len(left_out) == len(cases)
+    return [each.nodeid for each in items]
+
+
+CASES = [Case(f"a.py::sampled[{n}]", 3) for n in range(20)] + [Case(f"a.py::whole[{n}]") for n in range(5)]
+
+
+def test_a_sample_is_as_large_as_it_says_and_nothing_else_is_left_out(monkeypatch):
+    found = taken(monkeypatch, "abc", CASES)
+    assert len(found) == 8
+    assert [name for name in found if "whole" in name] == [case.nodeid for case in CASES[20:]]
+
+
+def test_a_seed_takes_the_same_and_seeds_together_take_all(monkeypatch):
+    assert taken(monkeypatch, "abc", CASES) == taken(monkeypatch, "abc", CASES)
+    assert {name for seed in range(60) for name in taken(monkeypatch, str(seed), CASES)} == {
+        case.nodeid for case in CASES
+    }
+
+
+@pytest.mark.parametrize(
+    ("seed", "more"), [("all", {}), ("abc", {"args": ["a.py::sampled[3]"]}), ("abc", {"keyword": "sampled"})]
+)
+def test_all_are_taken_when_they_are_asked_for(monkeypatch, seed, more):
+    assert len(taken(monkeypatch, seed, CASES, **more)) == 25
