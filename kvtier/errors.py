@@ -5,18 +5,18 @@ KvtierError
 │   └── BudgetError                   ``device_budget`` is too small: the message names the smallest that works
 ├── ClosedError                       a cache or store is used after ``close()``
 ├── BusyError                         a cache is changed, or asked for a second turn, before its turn has ended
-├── PromptError (ValueError)          tokens and mask contradict each other or what the cache holds
+├── PromptError (ValueError)          tokens and mask contradict each other or the content of the cache
 │   └── UnannouncedError              a ``generate()`` that kvtier did not see feeds a cache that holds other tokens
-├── UnknownNameError (KeyError)       nothing in the store is called so
+├── UnknownNameError (KeyError)       the store has no prefix of this name
 ├── UninstalledError                  a cache is used in generate() after ``uninstall()``
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
-    ├── ArchiveError                  a file of an exported prefix cannot be written, or is not to be imported
+    ├── ArchiveError                  a file of an exported prefix cannot be written or imported
     └── BlockError                    one block is missing, damaged or not what it claims to be
-        ├── UnavailableError          one block cannot be opened or read now: nothing says that it is damaged
-        │   └── GoneError             it was evicted, or written anew, after it was found
-        └── RestoreError              either, noticed while a turn was already reading it
+        ├── UnavailableError          one block cannot be opened or read now; it is not known to be damaged
+        │   └── GoneError             it was evicted or rewritten after the lookup
+        └── RestoreError              either, detected while a turn was already reading it
 """
 
 
@@ -33,7 +33,7 @@ class BudgetError(ConfigurationError):
 
 
 class StreamError(KvtierError):
-    """K and V of a cold layer cannot be written, or were lost below: the message names the file and the cause."""
+    """K and V of a cold layer cannot be written, or are lost; the message names the file and the cause."""
 
 
 class ClosedError(KvtierError):
@@ -41,21 +41,21 @@ class ClosedError(KvtierError):
 
 
 class BusyError(KvtierError):
-    """Another call is using the cache, which nothing else may change under it."""
+    """Another call is using the cache, and only that call may change it."""
 
 
 class PromptError(KvtierError, ValueError):
-    """Token ids and attention mask contradict each other, or what the cache holds."""
+    """Token ids and attention mask contradict each other, or the content of the cache."""
 
 
 class UnannouncedError(PromptError):
-    """A ``generate()`` that kvtier did not see feeds a cache that holds tokens: its answer would be a stale one."""
+    """A ``generate()`` that kvtier did not see feeds a cache that holds tokens: its answer would be stale."""
 
 
 class UnknownNameError(KvtierError, KeyError):
-    """Nothing in the store is called so."""
+    """The store has no prefix of this name."""
 
-    def __str__(self) -> str:  # a KeyError would show the message as Python writes strings
+    def __str__(self) -> str:  # a KeyError would show the message in quotes
         return str(self.args[0]) if self.args else ""
 
 
@@ -72,7 +72,7 @@ class StoreVersionError(StoreError):
 
 
 class ArchiveError(StoreError):
-    """The file of an exported prefix cannot be written, or is not what can be imported; the message names it."""
+    """The file of an exported prefix cannot be written or imported; the message names it."""
 
 
 class BlockError(StoreError):
@@ -80,15 +80,15 @@ class BlockError(StoreError):
 
 
 class UnavailableError(BlockError):
-    """A stored block cannot be opened or read now, for want of permission, memory, descriptors or a working drive."""
+    """A stored block cannot be opened or read now, for lack of permission, memory, descriptors or a working drive."""
 
 
 class GoneError(UnavailableError):
-    """A stored block was evicted or rewritten after it was found: a new lookup finds what is there now."""
+    """A stored block was evicted or rewritten after the lookup: a new lookup finds the current blocks."""
 
 
 class RestoreError(BlockError):
     """A block failed while a turn was already reading it; the turn must start again without that block.
 
-    The store has discarded a damaged block, and withholds one that cannot be read now, before this is raised.
+    Before this is raised, the store has discarded a damaged block, or withheld a block that cannot be read now.
     """

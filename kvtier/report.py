@@ -1,4 +1,4 @@
-"""TurnReport: what one turn reused and why, the value of ``TieredCache.last_turn``."""
+"""TurnReport: the reused and computed tokens of one turn, the value of ``TieredCache.last_turn``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first token at which a prompt left what was known."""
+    """The first token at which a prompt differs from its known prefix."""
 
     index: int
     expected: int
@@ -24,7 +24,7 @@ class RowReport:
         prompt_tokens: its tokens.
         cached_tokens: of those, the tokens whose K and V were reused.
         generated_tokens: new tokens of all sequences that continue it.
-        divergence: the first token at which it left the best known prefix.
+        divergence: the first token at which it differs from the best known prefix.
         known_tokens: tokens that could have been reused if the row had been alone.
     """
 
@@ -44,26 +44,26 @@ class TurnReport:
     """One turn, summed over its rows.
 
     Attributes:
-        prompt_tokens: tokens of all prompts, padding left out.
+        prompt_tokens: tokens of all prompts, without padding.
         cached_tokens: of those, the tokens whose K and V were reused.
         computed_tokens: of those, the tokens the model had to compute.
         generated_tokens: new tokens, up to each row's end of sequence; 0 until the turn is committed.
-        cached_by_tier: ``cached_tokens`` by where they came from: ``device``, ``host``, ``disk``, or a lower tier.
+        cached_by_tier: ``cached_tokens`` by source tier: ``device``, ``host``, ``disk``, or a lower tier.
         restored_bytes: bytes of K and V copied from the store into the buffers.
         restore_seconds: time this turn spent matching, waiting for pages and copying them.
-        miss_reason: why not more was reused; None when all that can be was.
-        divergence: the first token at which row 0 left the best known prefix.
-        rows: the same, row by row.
-        hot_layers: layers whose K and V are on the device that computes. This one and what follows are 0 without a
-            ``device_budget``, and until the turn is committed.
-        cold_layers: layers whose pages lie below it.
+        miss_reason: why no more tokens were reused; None when all reusable tokens were.
+        divergence: the first token at which row 0 differs from the best known prefix.
+        rows: reports of the rows.
+        hot_layers: layers whose K and V are on the device that computes. This value and the following ones up to
+            ``peak_host_bytes`` are 0 without a ``device_budget``, and until the turn is committed.
+        cold_layers: layers whose pages are in lower tiers.
         bytes_down: bytes of K and V that went to lower tiers.
-        bytes_up: bytes of K and V that were fetched from there, some of them for the step after the last.
-        waits: how often attention had to have pages that were fetched.
-        wait_seconds: time that this held the caller up.
-        peak_device_bytes: the most that buffers, unfinished pages and prefetch slots held on any one device.
-        peak_host_bytes: the most that pages held in RAM below the devices.
-        known_tokens: tokens whose K and V were known. What is beyond ``cached_tokens`` was computed again, because
+        bytes_up: bytes of K and V fetched from lower tiers, some of them for the step after the last.
+        waits: how often attention needed fetched pages.
+        wait_seconds: time that the caller waited for these pages.
+        peak_device_bytes: most bytes of buffers, unfinished pages and prefetch slots on any one device.
+        peak_host_bytes: most bytes of pages in RAM, below the devices.
+        known_tokens: tokens whose K and V were known. Tokens beyond ``cached_tokens`` were computed again, because
             transformers cuts the rows of a batch at one column, or a model's states are not known there.
     """
 

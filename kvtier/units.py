@@ -25,7 +25,7 @@ def parse_bytes(value: int | str, argument: str) -> int:
     """Return ``value`` as a number of bytes: ``1048576``, ``"2GiB"``, ``"500 MB"``.
 
     Raises:
-        ConfigurationError: ``value`` is no byte count, or not positive; the message names ``argument``.
+        ConfigurationError: ``value`` is not a byte count, or not positive; the message names ``argument``.
     """
     if isinstance(value, str):
         match = _PATTERN.fullmatch(value)

@@ -1,4 +1,4 @@
-"""TieredCache: a transformers cache that knows its tokens."""
+"""TieredCache: a transformers cache that knows its token ids."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from kvtier.transfer import engine_for
 class TieredCache(DynamicCache):
     """A ``past_key_values`` that never computes a known prefix twice.
 
-    Guarantees: what is reused was computed for the same tokens by the same model, compared id by id; K and V are the
-    bytes that were computed; a store that fails costs a recompute. One object serves one ``generate`` at a time.
+    Guarantees: reused K and V were computed by the same model for the same tokens, compared id by id; their bytes are
+    the computed bytes, unless the store has a codec that loses bits; a store that fails costs a recompute. One object serves one ``generate`` at a time.
     Inference only: K and V that require grad are detached.
 
     Args:
         store: a folder (one store for all caches of the process that name it), a ``PrefixStore``, or None for the
             process-wide store in RAM.
-        config: the model's config, to lay out layers before the first turn; otherwise the first turn does it.
-        device_budget: bytes for K and V on each device that computes, e.g. ``"6GiB"``, or ``"auto"`` for what is free
-            there less a reserve; layers that do not fit are cold. None: all are hot. On a machine without accelerator
+        config: the model's config, to make the layers before the first turn; otherwise the first turn makes them.
+        device_budget: bytes for K and V on each device that computes, e.g. ``"6GiB"``, or ``"auto"`` for its free
+            memory less a reserve; layers that do not fit are cold. None: all are hot. On a machine without accelerator
             that device is the RAM.
         host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
-            machine's. Without accelerator, cold layers go to disk at once.
+            machine's RAM. Without accelerator, cold layers go to disk at once.
         spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
         wait_seconds: how long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call that is using the cache
             on another thread, before ``BusyError``. 0: not at all.
-        engine: ``device`` → what moves bytes there; for tests and new kinds of devices.
+        engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
@@ -73,7 +73,7 @@ class TieredCache(DynamicCache):
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, engine)
-        self._handle: StoreHandle | None = None  # on a store that others share; a PrefixStore is its owner's
+        self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
             self._handle = StoreHandle(store)
             store = self._handle.store
@@ -101,7 +101,7 @@ class TieredCache(DynamicCache):
 
     @property
     def transfers(self) -> TransferStats | None:
-        """What offloading has moved since the cache was made; None without a ``device_budget``."""
+        """Counts of offload transfers since the cache was made; None without a ``device_budget``."""
         offload = self._container.offload
         return offload.transfers.copy() if offload is not None else None
 
@@ -120,7 +120,7 @@ class TieredCache(DynamicCache):
     def layers(self) -> None:
         raise ConfigurationError("the layers of a TieredCache cannot be deleted; call reset() to let it hold nothing")
 
-    # Stays outside of what is compiled: it waits for pages, and its buffers outlive the pass.
+    # Excluded from torch.compile: it waits for pages, and its buffers outlive the pass.
     @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -129,10 +129,10 @@ class TieredCache(DynamicCache):
 
         Raises:
             BudgetError: ``device_budget`` is too small for so many tokens.
-            BusyError: something else than the running ``generate()`` has changed the layer.
+            BusyError: something other than the running ``generate()`` has changed the layer.
             ClosedError: the cache was closed.
             StreamError: a page of a cold layer is lost, or cannot be written.
-            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
+            UnannouncedError: no turn has begun, kvtier did not see the running ``generate()``, the cache holds tokens.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         layers = self._container.layers
@@ -158,7 +158,7 @@ class TieredCache(DynamicCache):
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        """Give a layer ``[batch, channels, new tokens]``; return what the convolution must see.
+        """Give a layer ``[batch, channels, new tokens]``; return the tensor that the convolution must see.
 
         Raises:
             ConfigurationError: the cache has no such layer with states.
@@ -184,7 +184,7 @@ class TieredCache(DynamicCache):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        """Give a layer its new state; return it.
+        """Set the recurrent state of a layer, and return it.
 
         Raises:
             ConfigurationError: the cache has no such layer with states.
@@ -210,7 +210,7 @@ class TieredCache(DynamicCache):
         return bool(super().has_previous_state(*state))
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Return whether a layer keeps what ``crop`` needs to take states back."""
+        """Return whether a layer records its past states, as ``crop`` needs."""
         return layer_idx < len(self.layers) and bool(getattr(self.layers[layer_idx], "record_past", False))
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
@@ -225,24 +225,24 @@ class TieredCache(DynamicCache):
         return keys
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the columns that ``layer_idx`` holds; where no layer can tell, those that were fed."""
+        """Return the columns that ``layer_idx`` holds; if no layer counts them, the columns that were fed."""
         if not self._container.counts_columns:
             return self._container.fed_columns
         return int(super().get_seq_length(layer_idx))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return the columns that a layer shows at most, or the most of all; -1 where there is no limit."""
+        """Return the largest limit of visible columns, of one layer or of all; -1 if no layer has a limit."""
         layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
         return max((int(layer.get_max_length()) for layer in layers if hasattr(layer, "get_max_length")), default=-1)
 
     @property
     def is_compileable(self) -> bool:
-        """Return False: the cache counts, in Python, what it is given."""
+        """Return False: the cache counts its tokens in Python."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """Return whether ``crop`` can take tokens back from every layer."""
+        """Return whether ``crop`` can remove tokens from every layer."""
         return all(bool(getattr(layer, "is_croppable", False)) for layer in self.layers)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -266,22 +266,22 @@ class TieredCache(DynamicCache):
             self.turns.cropped()
 
     def reset(self) -> None:
-        """Hold nothing. The store keeps what it has.
+        """Drop all content. The store keeps its blocks.
 
         Raises:
             BusyError: another call is using the cache.
         """
         exclusively(self.turns, "reset()", self.turns.start_over)
 
-    # --- turns in a loop of one's own ---
+    # --- turns in a custom loop ---
 
     def begin(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TurnReport:
-        """Begin a turn: match the prompt, hold the longest known prefix of it.
+        """Begin a turn: match the prompt and load its longest known prefix.
 
-        For loops that call the model themselves; ``generate`` does it by itself. Feed the model the tokens from column
-        ``get_seq_length()`` on, then call ``commit``.
+        For custom loops that call the model; ``generate`` begins its turns by itself. Feed the model the tokens from
+        column ``get_seq_length()`` on, then call ``commit``.
 
         Args:
             model: the model that will be called.
@@ -307,7 +307,7 @@ class TieredCache(DynamicCache):
                 if self.turns.turn is not None and self.turns.turn.prefix is not None:
                     self.turns.turn.prefix.wait()
             except BlockError:
-                self.turns.start_over()  # the block is not found again: begin with what is left
+                self.turns.start_over()  # later lookups skip the failed block: begin with the other blocks
                 continue
             if self.turns.turn is not None and self.turns.turn.prompt is not None:
                 remember_positions(model, self.turns.turn.prompt)
@@ -320,16 +320,16 @@ class TieredCache(DynamicCache):
 
         Args:
             sequences: ``[rows, columns]``, the prompt as it was given to ``begin`` and all tokens after it.
-            name: what to call what is kept of the first row from now on, see ``name``.
-            pin: never evict it.
-            ttl: seconds after its last use at which it is forgotten.
+            name: name for the kept tokens of the first row, see ``name``.
+            pin: never evict the named prefix.
+            ttl: seconds after its last use at which the named prefix is forgotten.
 
         Raises:
             BusyError: another call is using the cache.
             ClosedError: the cache was closed.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
             PromptError: no turn has begun, or ``sequences`` do not begin with its prompt, or there is nothing to name.
-            StoreError: the name cannot be kept; the turn has ended all the same.
+            StoreError: the name cannot be kept; the turn has ended nevertheless.
         """
         self.turns.check_open()
         return exclusively(self.turns, "commit()", partial(self._commit_loop, sequences, name, pin, ttl))
@@ -352,19 +352,19 @@ class TieredCache(DynamicCache):
         return report
 
     def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
-        """Give a name to what the last turn kept, in the store; what bore it before loses it, pin and ttl pass on.
+        """Name the prefix that the last turn kept. An earlier prefix loses the name; its pin and ttl carry over.
 
         Args:
             name: 1 to 200 printable characters.
             row: which row of the batch.
-            pin: never evict it.
-            ttl: seconds after its last use at which it is forgotten, pinned or not.
+            pin: never evict the named prefix.
+            ttl: seconds after its last use at which the named prefix is forgotten, pinned or not.
 
         Raises:
             ClosedError: the cache was closed.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
             PromptError: the last turn kept nothing, or has no such row.
-            StoreError: the store does not have it, e.g. for want of room, or the disk fails.
+            StoreError: the store does not have the prefix, e.g. for lack of room, or the disk fails.
         """
         self.turns.check_open()
         root, tokens = self.turns.kept_row(row)
@@ -378,14 +378,14 @@ class TieredCache(DynamicCache):
         return self.turns.store
 
     def flush(self) -> None:
-        """Wait until everything committed so far is on disk."""
+        """Wait until all committed blocks are on disk."""
         self.turns.check_open()
         self.store.flush()
 
     def close(self) -> None:
-        """Let go of the buffers; write what is queued. Closes a store that was opened here, unless others use it.
+        """Release the buffers and write queued blocks. Closes a store that was opened here, unless other caches use it.
 
-        Inside ``generate()``, that call ends with a ``ClosedError`` if it goes on.
+        A ``generate()`` call that is still running ends with a ``ClosedError`` at its next update.
         """
         if self.turns.closed:
             return
@@ -407,12 +407,12 @@ class TieredCache(DynamicCache):
         self.close()
 
     def fork(self) -> TieredCache:
-        """Return a second cache that holds the same, over the same store, and goes on by itself.
+        """Return an independent second cache with the same content, over the same store.
 
-        The two share the memory of what they hold: a layer is copied when one of them first writes what the other
-        reads. Of two that append, the first goes on in place. A turn that has begun is begun in both. With a
-        ``device_budget``, which each has for itself, hot buffers are copied at once. Caches that share memory must
-        compute on the same stream.
+        The two share memory: a layer is copied when one cache first writes columns that the other reads. If both
+        append, the first one continues in place. A turn that has begun continues in both. With a ``device_budget``,
+        which each cache has for itself, hot buffers are copied at once. Caches that share memory must compute on the
+        same stream.
 
         Raises:
             ClosedError: the cache was closed.
@@ -420,7 +420,7 @@ class TieredCache(DynamicCache):
         return copy.deepcopy(self)
 
     def __copy__(self) -> TieredCache:
-        """Do as ``fork`` does: two caches with the same layers would each overwrite what the other knows."""
+        """Do as ``fork`` does: two caches with the same layers would overwrite each other's tokens."""
         return copy.deepcopy(self)
 
     def __reduce__(self) -> Any:
@@ -455,8 +455,8 @@ class TieredCache(DynamicCache):
 
 
 def _cache_in_ram() -> TieredCache:
-    """Return a cache over a store of its own."""
+    """Return a cache over its own store in RAM."""
     return TieredCache(PrefixStore())
 
 
-install()  # Python takes `generate` from the model before it makes a cache among the arguments of the call
+install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call

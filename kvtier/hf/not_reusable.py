@@ -1,4 +1,4 @@
-"""Why K and V must not be reused: the one outcome that every check of a call, a prompt or a model returns."""
+"""NotReusable: the result of every check of a call, a prompt or a model that forbids reuse."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from kvtier.units import parse_bytes
 
 
 class OffloadConfig:
-    """The arguments of a cache that say what may be hot and where cold pages go.
+    """The offload arguments of a cache: budgets, spill folder and copy engine.
 
     Raises:
-        ConfigurationError: a budget is no byte count, or ``spill_dir`` no path.
+        ConfigurationError: a budget is not a byte count, or ``spill_dir`` is not a path.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class OffloadConfig:
         self._engine = engine
 
     def open(self, store: PrefixStore, total_layers: Callable[[], int]) -> OffloadManager | None:
-        """Return the streams of a cache over ``store``; None when nothing is ever cold."""
+        """Return the offload manager of a cache over ``store``; None without a ``device_budget``."""
         if self._device_budget is None:
             return None
         return OffloadManager(

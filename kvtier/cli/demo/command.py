@@ -1,8 +1,8 @@
 """``kvtier demo``: a conversation about a long document, in three turns and two processes.
 
 Turn 1 is cold, turn 2 continues it from memory, turn 3 continues it in a new process that has only the store's
-files. Every turn is repeated with plain transformers: on a fresh cache, for the time it takes, and on one that is
-fed the same forward calls, for the tokens that must come out.
+files. Every turn is repeated with plain transformers: on a fresh cache, for its time, and on a cache that is fed
+the same forward calls, for the expected tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ANY_QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class _TurnResult:
-    """One turn on a TieredCache, as the new process reports it to the one that started it."""
+    """One turn on a TieredCache, as the new process reports it to its parent."""
 
     sequence: tuple[int, ...]
     prompt_tokens: int
@@ -144,7 +144,7 @@ def _converse(
         second = turns.run(prompt)
         check("2  from memory", prompt, second)
     finally:
-        turns.close()  # from here on, the files are all that is left
+        turns.close()  # from here on, only the files are left
 
     prompt = chat.next_prompt(second.sequence, questions[2])
     _ask(console, "3  a new process, from disk", questions[2])
@@ -179,7 +179,7 @@ class _LocalTurns:
         )
 
     def close(self) -> None:
-        """Write everything out and let go of the store."""
+        """Write all blocks and close the store."""
         self._cache.flush()
         self._cache.close()
         self._store.close()
@@ -240,7 +240,7 @@ def _table(rows: list[_Row]) -> Table:
             str(result.computed_tokens),
             f"{row.cold_seconds:.2f}",
             f"{result.first_token_seconds:.2f}",
-            # Nothing reused, nothing to gain: the two times beside it show the overhead, and the noise.
+            # Without reuse there is no gain: the two times beside it show the overhead, and the noise.
             f"{row.cold_seconds / result.first_token_seconds:.1f}×" if result.cached_tokens else "–",
             "equal" if row.equal else "[bold red]differ[/]",
         )

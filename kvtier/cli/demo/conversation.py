@@ -1,4 +1,4 @@
-"""A greedy chat at the level of tokens, timed, with and without a cache of kvtier."""
+"""A greedy chat at the level of tokens, timed, with and without a kvtier cache."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class _Clock(TextStreamer):
 class ChatModel:
     """A model and its tokenizer, always decoding greedily.
 
-    Conversations are lists of tokens, not of text: the tokens that a model generated need not be those that its
-    tokenizer makes of their text, and a prompt that differs in one token shares nothing after it.
+    Conversations are lists of tokens, not of text: the tokens that a model generated may differ from the tokenization
+    of their text, and a prompt that differs in one token shares nothing after it.
     """
 
     def __init__(self, folder: str) -> None:
-        transformers_logging.disable_progress_bar()  # it would run into the answers
+        transformers_logging.disable_progress_bar()  # it would mix with the answers
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        # The first calls of a process pay for thread pools and kernel selection; no timing here should.
+        # The first calls of a process include thread pool setup and kernel selection; no timing here should.
         self.answer(tuple(self.tokenizer("Hello there.").input_ids), DynamicCache(config=self.model.config), 4)
-        gc.collect()  # after what loading left behind, the collector would come in the middle of a timed turn
+        gc.collect()  # else the garbage of loading would be collected in the middle of a timed turn
 
     def first_prompt(self, text: str) -> tuple[int, ...]:
         """Return the prompt of a conversation that starts with ``text``."""
@@ -92,7 +92,7 @@ class ChatModel:
     def answer(
         self, prompt: tuple[int, ...], cache: Any, max_new_tokens: int, show: Callable[[str], None] = lambda _: None
     ) -> Answer:
-        """Generate on ``cache``. The clock runs from the call of ``generate()``: all that a cache does is inside."""
+        """Generate on ``cache``. The clock runs from the call of ``generate()``, so all work of the cache counts."""
         input_ids = torch.tensor([prompt], device=self.model.device)
         clock = _Clock(self.tokenizer, show)
         started_at = time.perf_counter()
@@ -111,7 +111,7 @@ class ChatModel:
 class PlainReference:
     """One transformers ``DynamicCache`` kept through a conversation and fed the same forward calls as another cache.
 
-    The same calls matter: computing a prompt in other pieces selects other kernels, whose last bits differ.
+    The same calls matter: computing a prompt in other chunks selects other kernels, whose last bits differ.
     """
 
     def __init__(self, chat: ChatModel) -> None:
@@ -121,7 +121,7 @@ class PlainReference:
     def answer(self, prompt: tuple[int, ...], cached_tokens: int, max_new_tokens: int) -> Answer:
         """Answer ``prompt`` with exactly its first ``cached_tokens`` tokens taken from the cache."""
         if self._cache.get_seq_length() < cached_tokens:
-            # The other cache knew more, from a store that was there before: compute it here as it was computed there.
+            # The other cache loaded more from an existing store: compute it here as it was computed there.
             self._chat.answer(prompt, self._cache, 1)
         surplus = self._cache.get_seq_length() - cached_tokens
         if surplus > 0:

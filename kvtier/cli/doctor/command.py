@@ -1,7 +1,7 @@
-"""``kvtier doctor``: what this machine has, how fast it is, and whether streaming works here.
+"""``kvtier doctor``: hardware and transfer speeds of this machine, and a test of offloading.
 
-Everything is tried rather than looked up: memory is pinned, bytes are copied and files written, and a tiny random model
-answers under several budgets, bit for bit as with a DynamicCache. Nothing is left behind, an interrupt included.
+Every finding comes from a trial: memory is pinned, bytes are copied and files written, and a tiny random model answers
+under several budgets, bit for bit as with a DynamicCache. All files are removed, even after an interrupt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def doctor(
         Path | None, typer.Option("--json", help="Write all findings here as JSON; - is standard output.")
     ] = None,
 ) -> None:
-    """Say what this machine has, and whether streaming works here. Exit code 1 when something does not."""
+    """Report the hardware of this machine, and test offloading. Exit code 1 if there is a problem."""
     on_stdout = json_path == Path("-")
     console = Console(stderr=on_stdout)
     findings: list[Finding] = []
@@ -61,9 +61,9 @@ def examine(folder: Path, seconds: float, engine: MakeEngine) -> Generator[Findi
     """Yield every finding, one by one.
 
     Args:
-        folder: where cold pages would go.
+        folder: folder for cold pages.
         seconds: how long to look for races.
-        engine: ``device`` → what moves bytes there.
+        engine: ``device`` → its copy engine.
     """
     found = devices.accelerators()
     yield from _tried("versions", devices.versions)
@@ -89,7 +89,7 @@ def examine(folder: Path, seconds: float, engine: MakeEngine) -> Generator[Findi
 
 
 def _tried(subject: str, check: Check) -> Iterator[Finding]:
-    """Yield what ``check`` finds; a check that fails is a finding too."""
+    """Yield the findings of ``check``; a check that fails is a finding too."""
     try:
         found = check()
         yield from (found,) if isinstance(found, Finding) else found

@@ -16,7 +16,7 @@ from kvtier.platform.memory import free_host_memory_bytes, host_memory_bytes
 from kvtier.transfer import CopyEngine, InlineEngine, engine_for
 
 _PACKAGES = ("kvtier", "torch", "transformers", "accelerate", "safetensors")
-_PIECE_BYTES = 64 * 2**20  # what streaming pins at once
+_PIECE_BYTES = 64 * 2**20  # offloading pins this much at once
 _PINNED_PIECES = 4
 _COPIES = 8
 _ROUNDS = 3
@@ -24,7 +24,7 @@ _GIB = 2**30
 
 
 def versions() -> Finding:
-    """Name what is installed."""
+    """Name the installed versions."""
     facts = {name: version(name) for name in _PACKAGES}
     facts |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     return Finding("ok", "versions", ", ".join(f"{name} {text}" for name, text in facts.items()), facts)
@@ -48,7 +48,7 @@ def accelerators() -> list[torch.device]:
 
 
 def no_accelerator() -> Finding:
-    """Say what it means that there is none."""
+    """Say how models compute without an accelerator."""
     text = "none that PyTorch can use: models compute on the CPU, and cold layers go from RAM to files"
     return Finding("ok", "accelerator", text, {})
 
@@ -70,7 +70,7 @@ def accelerator(device: torch.device) -> Finding:
 
 
 def side_streams(device: torch.device, make: Callable[[torch.device], CopyEngine] = engine_for) -> Finding:
-    """Send bytes up and down again beside the computation, ordered by fences alone."""
+    """Copy bytes to ``device`` and back beside the computation, ordered by fences alone."""
     engine = make(device)
     try:
         if isinstance(engine, InlineEngine):
@@ -95,7 +95,7 @@ def side_streams(device: torch.device, make: Callable[[torch.device], CopyEngine
 
 
 def pinned_memory(pin: Callable[[int], torch.Tensor] | None = None) -> Finding:
-    """Pin a few pieces of host memory, as large as streaming pins at once, and let go of them."""
+    """Pin a few pieces of host memory, as large as offloading pins at once, and release them."""
     pin = pin or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
     pieces: list[torch.Tensor] = []
     error = None
@@ -139,12 +139,12 @@ def memory_copies() -> Finding:
 
 
 def _best_rate(engine: CopyEngine, dst: torch.Tensor, src: torch.Tensor) -> float:
-    """Return bytes a second of the fastest of a few rounds: what disturbs makes copies slower, never faster."""
+    """Return bytes a second of the fastest of a few rounds: disturbances make copies slower, never faster."""
     return max(_rates(engine, dst, src))
 
 
 def _rates(engine: CopyEngine, dst: torch.Tensor, src: torch.Tensor) -> Iterator[float]:
-    engine.settle(engine.copy(dst, src, after=[engine.mark()]))  # the first copy pays for what is set up once
+    engine.settle(engine.copy(dst, src, after=[engine.mark()]))  # the first copy includes one-time setup
     for _ in range(_ROUNDS):
         started = time.perf_counter()
         fence = engine.mark()

@@ -17,12 +17,12 @@ _SUBJECT_WIDTH = 12
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         level: ``ok``; ``note``, worth knowing but nothing is wrong; ``problem``, something does not work.
-        subject: what was looked at, in a word or two.
-        text: what was found, and what to do where that is not obvious.
+        subject: subject of the check, in a word or two.
+        text: the result, and advice where it is not obvious.
         facts: the same as numbers and names, ready for JSON; units are in their names.
     """
 
@@ -40,7 +40,7 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Whether anything does not work."""
+    """Whether any finding is a problem."""
     return any(finding.level == "problem" for finding in findings)
 
 

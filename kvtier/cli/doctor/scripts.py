@@ -1,7 +1,7 @@
 """Short conversations of a tiny random model, played on a TieredCache and on a DynamicCache.
 
-A script says what happens in each turn. Both runs make the same forward calls, so that tokens and logits must have the
-same bits: a turn on the DynamicCache begins with as many known tokens as the TieredCache reported for it.
+A script lists the turns. Both runs make the same forward calls, so that tokens and logits must have the same bits: a
+turn on the DynamicCache begins with as many known tokens as the TieredCache reported for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MARKS = 16  # ids below it are never generated: each later turn begins with one
 def tiny_model(device: torch.device, dtype: torch.dtype) -> Any:
     """Return a random Llama; every call returns the same weights.
 
-    Its weights are far from zero, so that what is attended to decides which token comes next. Two query heads share
-    each K/V head, so that attention copies what it reads: kernels then do not depend on how K and V lie in memory.
+    Its weights are far from zero, so that the attended tokens decide the next token. Two query heads share each K/V
+    head, so that attention copies its inputs: kernels then do not depend on the memory layout of K and V.
     """
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
@@ -58,7 +58,7 @@ class ScriptedTurn:
 
     Attributes:
         cut: tokens taken off the end of the conversation.
-        crop: tokens that ``crop`` removes from the cache before the turn, whatever the prompt says.
+        crop: tokens that ``crop`` removes from the cache before the turn, independent of the prompt.
         prompt: ids that are added, for each row.
         chunk: ``prefill_chunk_size``; None computes the prompt at once.
         new_tokens: tokens to generate.
@@ -75,7 +75,7 @@ Script = Sequence[ScriptedTurn]
 
 
 def random_script(chance: random.Random, longest: int, rows: int = 1) -> Script:
-    """Return two to four turns, whose conversation has no more than ``longest`` tokens (at least 64) at any time."""
+    """Return two to four turns of a conversation that never exceeds ``longest`` tokens (at least 64)."""
     turns: list[ScriptedTurn] = []
     length = 0
     for number in range(chance.randint(2, 4)):
@@ -89,7 +89,7 @@ def random_script(chance: random.Random, longest: int, rows: int = 1) -> Script:
             ScriptedTurn(
                 cut=cut,
                 crop=chance.choice((0, 0, chance.randint(0, length))),
-                # A later turn begins with an id that nothing else has: what is known of its prompt ends there.
+                # A later turn begins with an id of its own: the known prefix of its prompt ends there.
                 prompt=tuple(_ids(chance, count, (number,) if number else ()) for _ in range(rows)),
                 chunk=chance.choice((None, chance.randint(5, 40))),
                 new_tokens=new_tokens,
@@ -100,7 +100,7 @@ def random_script(chance: random.Random, longest: int, rows: int = 1) -> Script:
 
 
 def steady_script() -> Script:
-    """Return three turns that have everything: a prompt at once and in chunks, an edit, and a crop."""
+    """Return three turns with a prompt at once and in chunks, an edit, and a crop."""
     chance = random.Random(0)
     return (
         ScriptedTurn(cut=0, crop=0, prompt=(_ids(chance, 60, ()),), chunk=None, new_tokens=8),
@@ -114,7 +114,7 @@ def _ids(chance: random.Random, count: int, mark: tuple[int, ...]) -> tuple[int,
 
 
 def longest_sequence(script: Script) -> int:
-    """Return the tokens of the longest row that ``script`` ever has."""
+    """Return the number of tokens of the longest row in ``script``."""
     longest = length = 0
     for turn in script:
         length += len(turn.prompt[0]) + turn.new_tokens - turn.cut
@@ -132,7 +132,7 @@ class Answer:
 
 
 def run_tiered(model: Any, script: Script, cache: TieredCache) -> list[Answer]:
-    """Run ``script`` on ``cache``, which knows nothing yet."""
+    """Run ``script`` on ``cache``, which must be empty."""
     answers: list[Answer] = []
     for turn in script:
         if turn.crop:
@@ -168,7 +168,7 @@ def _prompt(model: Any, answers: Sequence[Answer], turn: ScriptedTurn) -> torch.
 
 
 def _generate(model: Any, ids: torch.Tensor, cache: Any, turn: ScriptedTurn) -> tuple[torch.Tensor, torch.Tensor]:
-    # Where chunks do not continue, plain transformers would be no measure for later turns.
+    # Where chunks do not continue a cache, plain transformers would be no reference for later turns.
     chunked = {"prefill_chunk_size": turn.chunk} if turn.chunk is not None and CHUNKS_CONTINUE else {}
     done = model.generate(
         ids,
@@ -185,7 +185,7 @@ def _generate(model: Any, ids: torch.Tensor, cache: Any, turn: ScriptedTurn) -> 
 
 
 def first_difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> str | None:
-    """Return where ``ours`` leaves ``theirs``, in words; None when every bit is the same."""
+    """Return the first difference of ``ours`` from ``theirs``, in words; None when every bit is the same."""
     for number, (mine, reference) in enumerate(zip(ours, theirs, strict=True), 1):
         if not torch.equal(mine.sequences, reference.sequences):
             column = int((mine.sequences != reference.sequences).any(0).nonzero()[0])

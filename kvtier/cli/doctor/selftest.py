@@ -37,19 +37,19 @@ _log = logging.getLogger("kvtier.cli")
 _RACE_TOKENS = 240
 _PAGE_TOKENS = 8
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SMALL_HOST_BYTES = 2**18  # beside an accelerator, some pages go on to files
+_SMALL_HOST_BYTES = 2**18  # so little that, beside an accelerator, some pages go to files
 _LOAD_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One script on one cache: what was asked of it, and what came out.
+    """One script on one cache: its setting and its result.
 
     Attributes:
-        setting: the budget and the rest, in words.
-        report: of the last turn; empty when there was none.
-        difference: where the answers leave those of a DynamicCache, or with which error they end; None for neither.
-        repeatable: whether a DynamicCache gives the same bits a second time; only asked when there is a difference.
+        setting: script, dtype, budgets and page size, in words.
+        report: report of the last turn; empty when there was none.
+        difference: first difference from a DynamicCache, or the error of the run; None for neither.
+        repeatable: whether a DynamicCache gives the same bits a second time; only checked after a difference.
     """
 
     setting: str
@@ -66,8 +66,8 @@ class SelfTest:
 
     Args:
         device: where the model computes.
-        spill_dir: where page files go.
-        engine: ``device`` → what moves bytes there.
+        spill_dir: folder for page files.
+        engine: ``device`` → its copy engine.
     """
 
     device: torch.device
@@ -76,7 +76,7 @@ class SelfTest:
     _models: dict[torch.dtype, Any] = field(default_factory=dict)
 
     def run(self, seconds: float) -> Iterator[Finding]:
-        """Yield what exactness and ``seconds`` of race stress find. The stress runs at least one script."""
+        """Yield the findings of the exactness test and of ``seconds`` of race stress (at least one script)."""
         yield self._finding("exactness", list(self.exactness()))
         yield self._finding("races", list(self.races(seconds)))
 
@@ -127,14 +127,14 @@ class SelfTest:
             ):
                 ours = run_tiered(model, script, cache)
                 report = cache.last_turn
-        except Exception as error:  # whatever it is, it is what was looked for
+        except Exception as error:  # any error is a result of the trial
             _log.debug("%s", setting, exc_info=True)
             text = f"it ends with {type(error).__name__}: {error}"
             return Trial(setting, report or TurnReport(), budget, len(script), text)
         known = [answer.known for answer in ours]
         theirs = run_plain(model, script, known)
         difference = first_difference(ours, theirs)
-        # A device that does not repeat itself cannot be judged by its bits.
+        # A device that does not repeat its own bits cannot be judged by them.
         repeatable = difference is None or first_difference(run_plain(model, script, known), theirs) is None
         return Trial(setting, report or TurnReport(), budget, len(script), difference, repeatable)
 
@@ -177,9 +177,9 @@ class SelfTest:
 
 @contextmanager
 def busy(engine: CopyEngine, device: torch.device) -> Iterator[None]:
-    """Keep ``device`` and its links busy from another thread: what waits for nothing then comes at a bad moment.
+    """Keep ``device`` and its links busy from another thread, so that copies without a wait come at a bad moment.
 
-    Its products are on the current stream of its thread, which on most devices is the one that models compute on.
+    The matrix products run on the current stream of that thread, on most devices the stream that models compute on.
     """
     stop = False
     thread = Readers(threads=1)

@@ -1,4 +1,4 @@
-"""The spill folder: whether cold pages can lie there, on what filesystem, and how fast."""
+"""Checks of the spill folder: write access, file system and speed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kvtier.cli.doctor.findings import Finding, gigabytes
 
 _FILE_BYTES = 256 * 2**20
 _PIECE_BYTES = 16 * 2**20
-_LONGEST_SECONDS = 4.0  # of writing: a slow disk is told by less
+_LONGEST_SECONDS = 4.0  # limit of writing: a slow disk shows in less data
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _TOO_LITTLE_BYTES = 2**30
 _UNKNOWN = "unknown"
 
 
 class Partition(Protocol):
-    """A mounted file system, as psutil tells it."""
+    """A mounted file system, as psutil reports it."""
 
     mountpoint: str
     fstype: str
 
 
 def check_spill_folder(folder: Path) -> Iterator[Finding]:
-    """Yield findings about ``folder`` and the disk under it. What was made is deleted, whatever happens."""
+    """Yield findings about ``folder`` and its disk. All files made here are deleted, even after an error."""
     try:
         with made_inside(folder) as scratch:
             yield _space(folder)
@@ -44,9 +44,9 @@ def check_spill_folder(folder: Path) -> Iterator[Finding]:
 
 @contextmanager
 def made_inside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder in ``folder``, and delete it afterwards with all that is in it.
+    """Yield a new folder in ``folder``, and delete it with its content afterwards.
 
-    ``folder`` and those above it are made where they are missing, and deleted afterwards if they are empty.
+    ``folder`` and its parents are made if they are missing, and then deleted afterwards if they are empty.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -55,12 +55,12 @@ def made_inside(folder: Path) -> Iterator[Path]:
             yield Path(scratch)
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # never made, or someone else is using it by now
+            with contextlib.suppress(OSError):  # never made, or in use by another program
                 path.rmdir()
 
 
 def file_system(folder: Path, partitions: Sequence[Partition] | None = None) -> str:
-    """Return the kind of file system that ``folder`` lies on, e.g. ``ext4``; else ``unknown``."""
+    """Return the kind of file system of ``folder``, e.g. ``ext4``, or ``unknown``."""
     path = folder.resolve()
     mounted: Sequence[Any] = psutil.disk_partitions(all=True) if partitions is None else partitions
     above = [part for part in mounted if path.is_relative_to(part.mountpoint)]
@@ -89,7 +89,7 @@ def _space(folder: Path) -> Finding:
 
 
 def _speed(path: Path, folder: Path) -> Finding:
-    """Write a file and read it, from the page cache and, where that can be emptied, from the disk."""
+    """Write a file and read it from the page cache and, where the cache can be emptied, from the disk."""
     room = shutil.disk_usage(folder).free // 4
     if room < _PIECE_BYTES:
         text = f"{folder} has no room for the {gigabytes(4 * _PIECE_BYTES)} that measuring it takes"
@@ -118,7 +118,7 @@ def _speed(path: Path, folder: Path) -> Finding:
 
 
 def _write(path: Path, piece: bytes, nbytes: int) -> tuple[int, float]:
-    """Write about ``nbytes`` as whole pieces; return how many there are and the seconds until they were on the disk."""
+    """Write about ``nbytes`` in whole pieces; return the bytes written and the seconds until they were on the disk."""
     written, started = 0, time.perf_counter()
     with path.open("wb", buffering=0) as file:
         while not written or (written + len(piece) <= nbytes and time.perf_counter() - started < _LONGEST_SECONDS):
@@ -131,7 +131,7 @@ def _write(path: Path, piece: bytes, nbytes: int) -> tuple[int, float]:
 
 
 def _read(path: Path, piece: bytes) -> tuple[float, bool]:
-    """Read the whole file; return the seconds that took, and whether it has the bytes that were written."""
+    """Read the whole file; return the seconds of the reads, and whether it has the bytes that were written."""
     buffer = bytearray(len(piece))
     seconds, same = 0.0, True
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""``kvtier store``: what a store holds, and what is to become of it."""
+"""``kvtier store``: commands that list, name, pin, remove, verify and transfer stored prefixes."""
 
 from __future__ import annotations
 

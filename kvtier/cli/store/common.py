@@ -1,7 +1,7 @@
-"""What all commands share: opening a store, telling failures, asking before something is destroyed.
+"""Parts of all store commands: opening a store, reporting failures, asking before a deletion.
 
-Exit codes: 0 fine; 1 problems were found, or it failed; 2 it was called wrongly (also: no store, nothing called so);
-130 interrupted. A failure is one line on standard error.
+Exit codes: 0 fine; 1 problems were found, or the command failed; 2 it was called wrongly (also: no store, no such
+name); 130 interrupted. A failure is one line on standard error.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def confirm(question: str, yes: bool) -> None:
     """Ask on standard error; end the command unless the answer is yes.
 
     Args:
-        question: what is about to happen, as a question.
-        yes: whether it was answered on the command line.
+        question: the question, which names the action.
+        yes: whether ``--yes`` was passed.
     """
     if yes:
         return
     if not someone_is_there():
         fail(WRONG_USAGE, "nobody can be asked, since standard input is no terminal; nothing was done: pass --yes")
-    # Not typer.confirm: it writes to standard output, which belongs to what the command prints.
+    # Not typer.confirm: it writes to standard output, which belongs to the output of the command.
     typer.echo(f"{question} [y/N] ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         fail(FAILED, "nothing was done")
@@ -50,7 +50,7 @@ def confirm(question: str, yes: bool) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error, if that is a terminal; gives what to call with bytes done and bytes in all."""
+    """Show a bar on standard error, if that is a terminal; yields a function of bytes done and bytes in all."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -60,12 +60,12 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def spinner(what: str) -> Iterator[None]:
-    """Show on standard error, if that is a terminal, that something is being done."""
+    """Show a spinner on standard error, if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
         return
-    with console.status(Text(plain(what))):  # a file may be called like markup
+    with console.status(Text(plain(what))):  # a file name may look like markup
         yield
 
 
@@ -73,7 +73,7 @@ FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
 DEFAULT_FOLDER = Path("~/.cache/kvtier")
-# Budgets are those of the programs that fill a store. No command may evict because its own happens to be smaller.
+# Budgets belong to the programs that fill a store. No command may evict because of a smaller budget of its own.
 _NO_BUDGET = 2**62
 
 Folder = Annotated[
@@ -104,11 +104,11 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
-    """Open the store in ``folder`` until the command ends; failures within are told as ``told`` does.
+    """Open the store in ``folder`` until the command ends; failures within are reported as by ``told``.
 
     Args:
-        folder: where it is.
-        create: make a store where there is none. Otherwise that is an error, and nothing is written.
+        folder: folder of the store.
+        create: make a missing store. Otherwise a missing store is an error, and nothing is written.
     """
     folder = folder.expanduser()
     with told():
@@ -132,7 +132,7 @@ def _require_store(folder: Path) -> None:
 
 
 def named(store: PrefixStore, name: str) -> NamedPrefix:
-    """Return what is called ``name``; end the command when nothing is."""
+    """Return the prefix called ``name``; end the command when there is none."""
     try:
         return store.named(name)
     except UnknownNameError:

@@ -1,4 +1,4 @@
-"""The commands that say what things are called and what stays: ``name``, ``rename``, ``pin`` and ``unpin``."""
+"""The commands that change names and pins: ``name``, ``rename``, ``pin`` and ``unpin``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Give a name to a chain that has none, or one more to one that has."""
+    """Name a chain. A chain may have several names."""
     with told():
         seconds = None if ttl is None else parse_span(ttl, "--ttl")
     with opened(store) as open_store:
@@ -43,7 +43,7 @@ def rename(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Give something another name."""
+    """Rename a prefix."""
     with opened(store) as open_store:
         named(open_store, old)
         open_store.rename(old, new)
@@ -56,7 +56,7 @@ def pin(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Never evict what has these names."""
+    """Never evict the prefixes with these names."""
     _change(names, store, PrefixStore.pin, _pinned, as_json)
 
 
@@ -71,7 +71,7 @@ def unpin(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Treat what has these names like everything else again."""
+    """Let the prefixes with these names be evicted again."""
     _change(names, store, PrefixStore.unpin, lambda prefix: f"{prefix.name} is no longer pinned.", as_json)
 
 
@@ -82,7 +82,7 @@ def _change(
     words: Callable[[NamedPrefix], str],
     as_json: bool,
 ) -> None:
-    """Do ``change`` to all of ``names``, or to none when one is unknown; tell each in ``words``."""
+    """Apply ``change`` to all ``names``, or to none when one is unknown; print ``words`` of each prefix."""
     with opened(store) as open_store:
         for each in names:
             named(open_store, each)

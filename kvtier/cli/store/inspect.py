@@ -1,4 +1,4 @@
-"""The commands that only read: ``ls``, ``show``, ``du`` and ``stats``. None of them makes a store."""
+"""The read-only commands: ``ls``, ``show``, ``du`` and ``stats``. None of them makes a store."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ls(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what has a name, and how much there is without one."""
+    """List the named prefixes, and the size of all others."""
     with opened(store) as open_store:
         names = open_store.names()
         chains = [chain for chain in open_store.chains() if not chain.names]
@@ -131,7 +131,7 @@ def show(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Show all that is known of one name: what it takes, its model, its first token ids."""
+    """Show one named prefix: its size, its model, its first token ids."""
     with opened(store) as open_store:
         prefix = named(open_store, name)
         first = [int(token) for token in open_store.tokens_of(name)[:tokens]]
@@ -162,7 +162,7 @@ def show(
 
 
 def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
-    """Say what takes the space: by model, and by name, the largest first."""
+    """Show the used space by model, and by name, the largest first."""
     with opened(store) as open_store:
         used = open_store.usage()
         names = sorted(open_store.names(), key=lambda each: (-each.own_bytes, -each.nbytes, each.name))
@@ -212,7 +212,7 @@ def stats(
     ] = Format.TABLE,
     as_json: AsJson = False,
 ) -> None:
-    """Say how much there is. How often it was of use is counted by the programs that use it, each for itself."""
+    """Show how much is stored. Cache hits are counted by each program that uses the store, for itself."""
     with opened(store) as open_store:
         found = open_store.stats()
         chains = open_store.chains()

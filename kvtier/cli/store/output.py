@@ -1,4 +1,4 @@
-"""Tables and lines for people. What does not fit into the terminal is left out and named, never wrapped into a mess."""
+"""Tables and lines for people. Columns that do not fit into the terminal are left out and named, not wrapped."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def moment(unix_seconds: float) -> str:
 
 
 def parse_span(text: str, option: str) -> float:
-    """Return the seconds that ``text`` says: ``30d``, ``12h``, ``1.5 h``.
+    """Return the seconds in ``text``, e.g. ``30d``, ``12h``, ``1.5 h``.
 
     Raises:
-        ConfigurationError: it is no duration, or none above 0; the message names ``option``.
+        ConfigurationError: ``text`` is not a duration above 0; the message names ``option``.
     """
     match = _SPAN.fullmatch(text)
     seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
@@ -63,17 +63,17 @@ def parse_span(text: str, option: str) -> float:
 
 
 def parse_size(text: str, option: str) -> int:
-    """Return the bytes that ``text`` says, e.g. ``10GiB``; 0 is allowed.
+    """Return the bytes in ``text``, e.g. ``10GiB``; 0 is allowed.
 
     Raises:
-        ConfigurationError: it is no byte count; the message names ``option``.
+        ConfigurationError: ``text`` is not a byte count; the message names ``option``.
     """
     return 0 if text.strip() == "0" else parse_bytes(text, option)
 
 
 _GAP = 2
 _NARROWEST = 16  # a long name is folded down to this width before columns are left out
-_WIDTH_OF_A_FILE = 200  # where no terminal says how wide it is
+_WIDTH_OF_A_FILE = 200  # without a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ class Column:
 
     Attributes:
         title: its heading.
-        justify: where its cells stand.
-        dispensable: 0 if it must be there; the larger, the sooner it is left out.
-        folds: whether its cells may go on in the next line.
+        justify: alignment of its cells.
+        dispensable: 0 if it must be shown; the larger, the sooner it is left out.
+        folds: whether its cells may wrap to the next line.
     """
 
     title: str
@@ -94,12 +94,12 @@ class Column:
 
 
 def plain(text: object) -> str:
-    """Return ``text`` in one line that cannot steer a terminal: it may come from a file that anyone wrote."""
+    """Return ``text`` in one line without control characters: it may come from an untrusted file."""
     return "".join(each if each.isprintable() else "\ufffd" for each in str(text))
 
 
 def make_console() -> Console:
-    """Return what prints to standard output, as wide as the terminal, or wide where there is none."""
+    """Return the console of standard output, as wide as the terminal, or wide without a terminal."""
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(highlight=False, width=_WIDTH_OF_A_FILE if wide else None)
 
@@ -136,7 +136,7 @@ def print_line(console: Console, text: str, style: str = "") -> None:
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
-    """Print what is known of one thing: a line each."""
+    """Print facts, one line each."""
     known = list(facts)
     width = max(len(title) for title, _ in known)
     for title, text in known:

@@ -23,7 +23,7 @@ def print_json(record: Mapping[str, Any]) -> None:
 
 
 def of_name(named: NamedPrefix) -> Record:
-    """Return what is known of a named prefix."""
+    """Return the record of a named prefix."""
     return {
         "name": named.name,
         "root": named.root,
@@ -40,7 +40,7 @@ def of_name(named: NamedPrefix) -> Record:
 
 
 def of_chain(chain: Chain) -> Record:
-    """Return what is known of a chain."""
+    """Return the record of a chain."""
     return {
         "key": chain.key,
         "root": chain.root,
@@ -53,7 +53,7 @@ def of_chain(chain: Chain) -> Record:
 
 
 def of_root(usage: RootUsage, file: RootFile) -> Record:
-    """Return what a root takes, and what it stands for in a few words."""
+    """Return the size of a root, and its model in a few words."""
     return {
         "root": usage.root,
         "title": file.title,
@@ -64,12 +64,12 @@ def of_root(usage: RootUsage, file: RootFile) -> Record:
 
 
 def of_removal(removed: Forgotten) -> Record:
-    """Return what was removed."""
+    """Return the record of a removal."""
     return {"removed_blocks": removed.blocks, "removed_bytes": removed.nbytes}
 
 
 def of_verification(report: VerifyReport) -> Record:
-    """Return what was found wrong."""
+    """Return the record of a verification."""
     return {
         "ok": report.ok,
         "blocks": report.blocks,

@@ -39,7 +39,7 @@ def rm(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Forget for good, except for what other sequences use too."""
+    """Forget prefixes for good, except for blocks that other sequences use too."""
     wanted = list(dict.fromkeys(names or ()))
     if bool(wanted) == (key is not None):
         fail(WRONG_USAGE, "rm takes names, or the key of one chain with --key")
@@ -93,7 +93,7 @@ def prune(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Make room. What has expired goes in any case; what is pinned, or being read, stays."""
+    """Make room. Expired prefixes are always removed. Pinned prefixes, and blocks being read, stay."""
     with told():
         to_bytes = None if to is None else parse_size(to, "--to")
         seconds = None if unused_for is None else parse_span(unused_for, "--unused-for")

@@ -1,4 +1,4 @@
-"""What a root stands for, read from its file in the store."""
+"""Files of roots in a store: the model and the settings behind a root."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RootFile:
 
     Attributes:
         root: the root.
-        manifest: what it stands for; None when the file cannot be used.
-        problem: why not; None when it can.
+        manifest: the content of the file; None when the file cannot be used.
+        problem: why the file cannot be used; None when it can.
     """
 
     root: str
@@ -26,7 +26,7 @@ class RootFile:
 
     @classmethod
     def read(cls, folder: Path, root: str) -> RootFile:
-        """Read the file of ``root``. A file that is missing or damaged is told, not raised: K and V do not need it."""
+        """Read the file of ``root``. A missing or damaged file raises nothing, since K and V do not need it."""
         path = folder / "roots" / f"{root}.json"
         try:
             manifest = read_record(path, MANIFEST_BYTES)
@@ -59,7 +59,7 @@ class RootFile:
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What a person wants to know of it: a heading and a text each."""
+        """Facts for people: a heading and a text each."""
         if self.manifest is None:
             return [("root", self.root), ("stands for", self.problem or "")]
         found = [
@@ -77,7 +77,7 @@ class RootFile:
 
 
 def _listed(value: object) -> str:
-    """Return adapters in one line; an imported file may say anything of them."""
+    """Return adapters in one line; an imported file may have any value here."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value or "none")

@@ -32,7 +32,7 @@ def export(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Write what has a name to one file. It holds the tokens of the conversation: whoever has it can read them."""
+    """Write a named prefix to one file. Every reader of the file can read the tokens of the conversation."""
     if file.exists() and not overwrite:
         fail(WRONG_USAGE, f"{file} exists already; pass --overwrite to replace it, or name another file")
     with opened(store) as open_store:
@@ -53,19 +53,20 @@ def import_(
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Take in what ``export`` has written. Where there is no store, one is made.
+    """Import a file that ``export`` has written. A missing store is made.
 
-    Import from those whom you trust: no check can tell whether a file holds what the model would compute.
+    Import only from sources that you trust: no check can tell whether a file holds the K and V that the model would
+    compute.
     """
     if not file.exists():
         fail(WRONG_USAGE, f"there is no file {file}")
-    with told(), Archive(file) as archive:  # looked at before a store is made for it
+    with told(), Archive(file) as archive:  # checked before a store is made for it
         if name is None and archive.name is None:
             fail(WRONG_USAGE, f"{file} does not say what it is called; pass --name")
     with opened(store, create=True) as open_store, progress_bar("Checking") as progress:
         try:
             done = open_store.import_(file, name=name, progress=progress)
-        except ConfigurationError as error:  # it speaks of arguments of Python
+        except ConfigurationError as error:  # its message names Python arguments
             fail(WRONG_USAGE, f"{str(error).rstrip('.')} with --name")
         folder = open_store.path
     if as_json:

@@ -1,4 +1,4 @@
-"""``verify``: whether every byte of a store is what was written."""
+"""``verify``: a check of every byte of a store."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Model classes that bring a ``generate`` of their own, which the hook around transformers' does not see.
+"""Hooks for model classes with their own ``generate``, which the hook around transformers' ``generate`` does not see.
 
-Most of them call transformers' one in the end, and that turn is as any. Others run the loop themselves: they would take
-whatever a cache holds for the beginning of their prompt. So a cache goes into each of them empty (what it knows comes
-from the store, if there is a turn), and leaves it empty if there was none.
+Most of these methods end in transformers' ``generate``, which runs a normal turn. Others run the decoding loop
+themselves and would take all tokens in a cache for the start of their prompt. A cache is therefore empty when such a
+method begins (a turn loads its prefix from the store), and empty when it ends without a turn.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any]] = {}
 _listens = False
 _OWN_HOOK: Any = vars(GenerationMixin).get("__init_subclass__")
-"""What transformers does when a class below ``GenerationMixin`` is made; None where that is nothing."""
+"""``__init_subclass__`` of ``GenerationMixin`` in transformers; None when it defines none."""
 
 
 def install() -> None:
-    """Wrap ``generate`` of all classes that have their own: those that are loaded, and those that come later."""
+    """Wrap ``generate`` of all classes that define their own: existing classes, and later ones when they are made."""
     global _listens
     with _lock:
         for owner in set(_below(GenerationMixin)):
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give all classes their ``generate`` back, and listen for no new ones."""
+    """Restore ``generate`` of all classes, and stop wrapping new classes."""
     global _listens
     with _lock:
         for owner, original in _originals.items():
@@ -83,7 +83,7 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         for name in managed_among(kwargs):
             is_ours = name in CACHE_ARGUMENTS and name not in parameters
             if is_ours and CACHE_ARGUMENT is not None and CACHE_ARGUMENT not in kwargs:
-                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)  # upstream's own name, which it does not warn of
+                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)  # upstream's current name, without a deprecation warning
         reason = f"{type(self).__name__} has a generate of its own, which does not tell its tokens"
         for turns in managers:
             turns.begin_without_reuse(reason)
@@ -91,7 +91,7 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         finally:
             for turns in managers:
-                if turns.turn is not None:  # it did not come to transformers' own
+                if turns.turn is not None:  # transformers' generate was not called
                     turns.pass_over(reason)
 
     return generate

@@ -32,7 +32,7 @@ _TAKEN_BEFORE = (
 
 @dataclass(slots=True)
 class _Hook:
-    """Wrappers around ``generate`` and the method by which it looks at its cache, and whether they do anything."""
+    """Wrappers around ``generate`` and its cache preparation. Inactive wrappers pass every call through."""
 
     originals: dict[str, Callable[..., Any]]
     wrappers: dict[str, Callable[..., Any]]
@@ -44,7 +44,7 @@ _hook: _Hook | None = None
 
 
 def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Done with the import of kvtier, and by the first cache after ``uninstall``.
+    """Wrap ``GenerationMixin.generate``. Called on import of kvtier, and by the first cache after ``uninstall``.
 
     Calls without a ``TieredCache`` pass through untouched.
     """
@@ -56,7 +56,7 @@ def install() -> None:
             note_wrapped(True)
             return
         if _hook is not None:
-            _hook.active = False  # if someone still calls it, the new one is above it
+            _hook.active = False  # if it is still called, the new hook lies above it
         originals = {"generate": GenerationMixin.generate}
         if hasattr(GenerationMixin, PREPARE_CACHE):
             originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
@@ -68,19 +68,19 @@ def install() -> None:
 
 
 def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``generate`` for calls that may have a cache of ours among their arguments."""
+    """Return the wrapper of ``generate``, which runs calls with a ``TieredCache`` as turns."""
 
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-        if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: let it say so
+        if not hook.active or len(given) != len(args) + len(kwargs):  # arguments given twice: the original raises
             return original(self, *args, **kwargs)
         caches = managed_among(given)
         if not caches:
             return original(self, *args, **kwargs)
         name, past = _the_one_of(caches, given)
         turns = turns_of(past)
-        if turns is None or is_serving(turns):  # some ways of decoding call generate again inside a turn
+        if turns is None or is_serving(turns):  # some decoding modes call generate again inside a turn
             if name in CACHE_ARGUMENTS:
                 given[cache_argument(self) or name] = given.pop(name)
             return original(self, **given)
@@ -105,7 +105,7 @@ def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any
     """Return the name and the value of the cache of a call.
 
     Raises:
-        ConfigurationError: there are several.
+        ConfigurationError: the call has several caches.
     """
     others = [name for name in CACHE_ARGUMENTS if name not in caches and given.get(name) is not None]
     if len(caches) + len(others) > 1:
@@ -116,9 +116,9 @@ def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any
 
 
 def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method by which ``generate`` looks at its cache, for calls that the wrapper did not see.
+    """Return the wrapper of the cache preparation in ``generate``, for calls that the wrapper of ``generate`` missed.
 
-    A ``generate`` that was taken from a model before it was wrapped comes here all the same: its cache begins empty.
+    A ``generate`` that was taken from a model before it was wrapped still comes here: its cache begins empty.
     """
 
     @functools.wraps(original)
@@ -135,10 +135,10 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def uninstall() -> None:
-    """Give ``GenerationMixin.generate`` back as it was. The next ``TieredCache`` wraps it again.
+    """Restore the original ``GenerationMixin.generate``. The next ``TieredCache`` wraps it again.
 
-    Until then, caches that are there take turns only through ``begin`` and ``commit``.
-    Where another wrapper lies on top, that one stays, and this one passes every call through.
+    Until then, existing caches take turns only through ``begin`` and ``commit``. If another wrapper lies on top, both
+    wrappers stay, and kvtier's passes every call through.
     """
     global _hook
     with _lock:
@@ -148,7 +148,7 @@ def uninstall() -> None:
         note_wrapped(False)
         restore_classes()
         class_hooks.uninstall()
-        forget_models()  # with the hooks that count the steps of optimizers
+        forget_models()  # also removes the hooks that count optimizer steps
         covered = False
         for name, wrapper in _hook.wrappers.items():
             if getattr(GenerationMixin, name) is wrapper:
@@ -160,7 +160,7 @@ def uninstall() -> None:
 
 
 def _is_below(function: Any, wrapper: Callable[..., Any]) -> bool:
-    """Return whether ``function`` is ``wrapper`` or says that it wraps it."""
+    """Return whether ``function`` is ``wrapper``, or wraps it according to ``__wrapped__``."""
     while function is not None and function is not wrapper:
         function = getattr(function, "__wrapped__", None)
     return function is wrapper

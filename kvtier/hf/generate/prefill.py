@@ -25,14 +25,14 @@ def prefill_chunk(
     begin: int,
     end: int,
 ) -> None:
-    """Give the model the columns ``[begin, end)`` of ``input_ids [batch, columns]``, which go on from ``cache``.
+    """Feed the model the columns ``[begin, end)`` of ``input_ids [batch, columns]``, which continue ``cache``.
 
     No row may be padded.
     """
     parameters = inspect.signature(model.forward).parameters
     ids = input_ids[:, begin:end].to(model.device)
     arguments: dict[str, Any] = {str(passed_argument(model)): cache, "use_cache": True}
-    if "position_ids" in parameters:  # not every model counts from where the cache ends
+    if "position_ids" in parameters:  # not every model counts from the end of the cache
         arguments["position_ids"] = torch.arange(begin, end, device=ids.device)[None].expand_as(ids)
     if "attention_mask" in parameters and attention_mask is not None and not all(cache.is_linear):
         arguments["attention_mask"] = attention_mask[:, :end].to(ids.device)
@@ -45,16 +45,16 @@ def prefill_chunk(
 
 
 class PrefillDone(StoppingCriteria):
-    """Stops nothing. Calls ``passed`` when the whole prompt and nothing else has gone through the model.
+    """Stops nothing. Calls ``passed`` once, when the model has processed the whole prompt and no further token.
 
-    ``generate`` asks after each forward pass, the first time after that with the end of the prompt.
+    ``generate`` calls stopping criteria after each forward pass, first after the pass with the end of the prompt.
     """
 
     def __init__(self, passed: Callable[[], None]) -> None:
         self._passed: Callable[[], None] | None = passed
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Return no for each row."""
+        """Return False for each row."""
         passed, self._passed = self._passed, None
         if passed is not None:
             passed()
@@ -67,14 +67,14 @@ def _is_ours(value: Any) -> bool:
 
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any] | None] = {}
-"""Classes whose ``prepare_inputs_for_generation`` was wrapped → their own; None when they inherited it."""
+"""Classes with a wrapped ``prepare_inputs_for_generation`` → their own method; None when it was inherited."""
 
 
 def patch_prepare_inputs(model: PreTrainedModel) -> None:
-    """See to it that a model of linear attention alone is fed only the tokens that its cache does not have.
+    """Make ``generate`` feed a model of only linear attention no tokens that its cache already has.
 
-    ``generate`` does so where any layer has full attention, and feeds the others the whole prompt again. Wraps
-    ``prepare_inputs_for_generation`` of the model's class, once, for caches of kvtier and external states alone.
+    ``generate`` does so by itself when any layer has full attention, and feeds other models the whole prompt again.
+    Wraps ``prepare_inputs_for_generation`` of the model's class, once, only for kvtier caches and external states.
     """
     owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
     if owner is GenerationMixin:
@@ -107,7 +107,7 @@ def patch_prepare_inputs(model: PreTrainedModel) -> None:
 
 
 def restore_classes() -> None:
-    """Give all classes their methods back."""
+    """Restore the original methods of all classes."""
     with _lock:
         for owner, original in _originals.items():
             if original is not None:

@@ -1,4 +1,4 @@
-"""Arguments of a call → ``GenerateRequest``. Nothing else sees keyword arguments: here they are read, once."""
+"""Arguments of a call → ``GenerateRequest``. Keyword arguments are read here, once, and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.not_reusable import NotReusable
 
 Resident = Callable[[], ResidentRows | None]
-"""Returns the tokens that a cache holds; None when it holds none that are known."""
+"""Returns the known tokens that a cache holds; None when there are none."""
 
 
 def read_loop_request(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, resident: ResidentRows | None
 ) -> GenerateRequest:
-    """Return what ``begin`` says: a loop that feeds ``input_ids`` by itself.
+    """Return the request of ``begin``, for a custom loop that feeds ``input_ids`` itself.
 
     Args:
         model: the model that will be called.
         input_ids: ``[batch, columns]``.
         attention_mask: ``[batch, columns]``.
-        resident: what the cache holds.
+        resident: the tokens that the cache holds.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -61,25 +61,24 @@ def read_loop_request(
 def parse_request(
     model: PreTrainedModel, name: str, past: Any, given: Mapping[str, Any], resident: Resident
 ) -> GenerateRequest:
-    """Return what a call of ``generate`` asks of a turn.
+    """Return the request of a ``generate`` call.
 
     Args:
         model: the model that will be called.
-        name: the argument that the cache was given as.
-        past: what was given there.
+        name: name of the argument with the cache.
+        past: value of that argument.
         given: all arguments, by name.
-        resident: returns what the cache holds.
+        resident: returns the tokens that the cache holds.
 
     Raises:
-        PromptError: the mask tells of more columns than the prompt has, or media are missing that the cache does not
-            hold.
+        PromptError: the mask has more columns than the prompt, or media are missing that the cache does not hold.
     """
     if name not in CACHE_ARGUMENTS:
         return _bypass(model, past, given, f"kvtier does not know a cache that is given as {name}=")
     arguments = {key: value for key, value in given.items() if key != name}
     is_bare = not isinstance(past, EncoderDecoderCache)
     if is_bare and getattr(model.config, "is_encoder_decoder", False):
-        # Passed on as it is, it would take what the encoder says for tokens of the decoder.
+        # Passed on as it is, the cache would take encoder output for decoder tokens.
         past, is_bare = EncoderDecoderCache(past, DynamicCache()), False
     bypass = (why_untrusted() or why_no_cache(model)) if is_bare else None
     bypass = bypass or _why_without_cache(model, arguments)
@@ -92,10 +91,10 @@ def parse_request(
 
 
 def _bypass(model: PreTrainedModel, past: Any, arguments: Mapping[str, Any], reason: str) -> GenerateRequest:
-    """Return the request of a call that begins with nothing, and so must feed all media of its placeholders.
+    """Return the request of a call that begins with an empty cache, and so must pass the media of all placeholders.
 
     Raises:
-        PromptError: it does not.
+        PromptError: media are missing.
     """
     missing = _missing(model, arguments, _ids_of(arguments), arguments.get("attention_mask"))
     if missing:
@@ -152,7 +151,7 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
 
 
 def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mask: torch.Tensor | None) -> Missing:
-    """Return where placeholders stand whose media were not passed; nothing where they may be in other arguments."""
+    """Return the positions of placeholders without passed media; none if other arguments may contain the media."""
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         return {}
     if arguments.get("inputs_embeds") is not None or unknown_arguments(arguments):
@@ -177,7 +176,7 @@ def _why_off(
 
 
 def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
-    """Return the mask, which may be inferred from padding ids as ``generate`` does."""
+    """Return the attention mask; if none was passed, infer it from padding ids as ``generate`` does."""
     mask: torch.Tensor | None = arguments.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return mask
@@ -195,9 +194,9 @@ def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -
 
 
 def _why_without_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> str | None:
-    """Return why a call must run without its cache: the call itself says so; None when it does not.
+    """Return why a call must run without its cache: the call asks for that; None when it does not.
 
-    A model whose own default is to use none, such as MPT, uses one that it is given.
+    A model that uses no cache by default, such as MPT, uses a passed cache.
     """
     asked = arguments.get("use_cache")
     if asked is None and getattr(model.generation_config, "use_cache", None) is not False:
@@ -206,7 +205,7 @@ def _why_without_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> 
 
 
 def _use_cache(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Let a call use its cache: with one that it does not use, transformers feeds all tokens at every step."""
+    """Make a call use its cache: with an unused cache, transformers feeds all tokens at every step."""
     if _setting_of(model, arguments, "use_cache") is False:
         arguments["use_cache"] = True
 

@@ -1,4 +1,4 @@
-"""One ``generate()`` call as a turn of a cache: gives it its tokens, and commits what came of it."""
+"""One ``generate()`` call as a turn of a cache: begin, prefill, generate, commit."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, req
 
     Args:
         original: transformers' own ``generate``.
-        model: what it is called on.
-        turns: of the cache that was passed.
-        request: what the call asks for.
+        model: the model of the call.
+        turns: turn manager of the cache that was passed.
+        request: the request of the call.
 
     Raises:
         PromptError: media are missing that the cache does not hold.
@@ -54,8 +54,8 @@ def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, req
         try:
             output = _load_and_run(original, model, turns, request, len(report.rows), streamer)
         except (RestoreError, StreamError) as error:
-            # Under the first forward pass nothing was generated yet, and a block that failed is gone from the store.
-            # Cold pages that are lost may fail for a reason that stays, such as a full disk.
+            # In the first forward pass nothing is generated yet, and the store has removed the failed block: restart.
+            # Lost cold pages may have a lasting cause, such as a full disk: restart once.
             if isinstance(error, StreamError) and (stream_failed or not turns.can_start_again()):
                 turns.abort()
                 raise
@@ -74,7 +74,7 @@ def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, req
 def _load_and_run(
     original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest, rows: int, streamer: Any
 ) -> Any:
-    """Feed the model what is not known; each layer waits for its own part of what is."""
+    """Feed the model the unknown tokens; each layer waits for its own part of the known prefix."""
     passed = carry(model, request.past, rows)
     if passed is not None and all(passed.is_linear):
         patch_prepare_inputs(model)
@@ -90,7 +90,7 @@ def _load_and_run(
 
 
 def _arguments(model: PreTrainedModel, turns: TurnManager, passed: Any, request: GenerateRequest) -> dict[str, Any]:
-    """Return what the original is called with, now that the turn has begun."""
+    """Return the arguments of the original ``generate``, now that the turn has begun."""
     arguments = dict(request.arguments)
     if passed is not None:
         arguments[str(cache_argument(model))] = passed
@@ -105,15 +105,15 @@ def _arguments(model: PreTrainedModel, turns: TurnManager, passed: Any, request:
 
 
 def _sequences(output: Any) -> Any:
-    """Return the sequences in what ``generate`` returned; all of it where there are none."""
+    """Return the sequences in the ``output`` of ``generate``; the output itself if it has none."""
     found = output.get("sequences") if isinstance(output, Mapping) else getattr(output, "sequences", None)
     if found is None and not isinstance(output, torch.Tensor):
-        return (output,)  # never None, which would say that nothing was answered
+        return (output,)  # never None, which would mean that there is no answer
     return output if found is None else found
 
 
 def _run_aside(original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest) -> Any:
-    """Run a call that neither reuses nor is kept, whose cache is not passed on, or begins empty."""
+    """Run a call that neither reuses nor is kept; its cache is not passed on, or begins empty."""
     turns.begin(model, request)
     try:
         return original(model, **request.arguments)
@@ -124,7 +124,7 @@ def _run_aside(original: Generate, model: PreTrainedModel, turns: TurnManager, r
 def _run_encoder_decoder(
     original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest
 ) -> Any:
-    """Run a turn without reuse; what the encoder said in an earlier turn is dropped too."""
+    """Run a turn without reuse; the encoder's K and V of an earlier turn are dropped too."""
     turns.begin(model, request)
     request.past.cross_attention_cache = DynamicCache()
     request.past.is_updated.clear()
@@ -139,18 +139,18 @@ def _run_encoder_decoder(
 
 
 class _WithoutPrompt(BaseStreamer):
-    """A streamer that has seen the prompt already: the turn starts again."""
+    """A streamer for a restarted turn, without the prompt that was already streamed."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer
         self._seen_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Pass on everything but the first value."""
+        """Pass on every value except the first."""
         if self._seen_prompt:
             self._streamer.put(value)
         self._seen_prompt = True
 
     def end(self) -> None:
-        """Pass on."""
+        """Pass on the end."""
         self._streamer.end()

@@ -1,4 +1,4 @@
-"""Attention layers: full, sliding and indexed; what attention sees, and how a prefix comes in."""
+"""Attention layers (full, sliding and indexed): their visible columns, and the loading of a prefix."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class AttentionLayer(DynamicLayer):
     """Full attention. The buffer holds every token; appending writes in place.
 
     K and V are detached: the buffer is for inference. Tensors returned by ``update`` are views of the buffer and
-    stay valid until the next call that changes the layer. A ``DynamicLayer`` by type only: nothing of it is used.
+    stay valid until the next call that changes the layer. A ``DynamicLayer`` by type only: no code of it is used.
 
     Attributes:
-        memory: where K and V are; None before the first token, and while all of a prefix is still to come.
-        length: columns held, those of an expected prefix included.
-        changes: how often tokens were appended or rows moved, in any way.
+        memory: memory of K and V; None before the first token, and while a whole prefix is still expected.
+        length: columns held, including an expected prefix.
+        changes: number of appends, row moves and resets.
     """
 
     is_sliding = False
@@ -43,7 +43,7 @@ class AttentionLayer(DynamicLayer):
         self.reset()
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Drop all content."""
         if self.memory is not None:
             self.memory.close()
         self.memory = None
@@ -58,8 +58,8 @@ class AttentionLayer(DynamicLayer):
         """All buffers that belong to this layer, in the order in which the store keeps them."""
         return (self,)
 
-    # The public K and V of a transformers layer are what is held, without spare capacity. Some models read them before
-    # their first update of a pass: a prefix that is still to come is waited for.
+    # The public K and V of a transformers layer are the columns held, without spare capacity. Some models read them
+    # before the first update of a pass: reading then waits for the expected prefix.
     @property
     def keys(self) -> torch.Tensor | None:
         """``[batch, k_heads, length, k_dim]``, or None before the first token.
@@ -87,17 +87,17 @@ class AttentionLayer(DynamicLayer):
 
     @property
     def rows(self) -> int:
-        """Sequences in the buffer."""
+        """Number of sequences in the buffer."""
         return 0 if self.memory is None else self.memory.rows
 
     @property
     def is_used(self) -> bool:
-        """Whether anything is in the buffer, or will be: not every model fills every buffer that ``is_optional``."""
+        """Whether the buffer has content or expects a prefix. Models may leave ``is_optional`` buffers empty."""
         return self.memory is not None or self._prefix is not None
 
     @property
     def complete(self) -> bool:
-        """Whether the first ``length`` columns are really there, not still to come from a prefix."""
+        """Whether the first ``length`` columns are in the buffer, not expected from a prefix."""
         return self._prefix is None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -106,7 +106,7 @@ class AttentionLayer(DynamicLayer):
         self.memory = self.make(key_states, value_states)
 
     def expect(self, prefix: PrefixLoad, layer: int) -> None:
-        """Hold ``prefix`` from now on; the next ``update`` waits for it. It has nothing for buffers that stay empty."""
+        """Expect ``prefix``; the next ``update`` waits for it. It has no pages for buffers that stay empty."""
         self.length = prefix.columns
         if self.memory is not None or prefix.brings(layer):
             self._prefix = (prefix, layer)
@@ -135,7 +135,7 @@ class AttentionLayer(DynamicLayer):
         return states
 
     def _prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Have a buffer for the first K and V of a turn, with the expected prefix in it.
+        """Prepare the buffer for the first K and V of a turn, with the expected prefix in it.
 
         Raises:
             RestoreError: a page of the expected prefix could not be read, or does not fit.
@@ -149,7 +149,7 @@ class AttentionLayer(DynamicLayer):
             if self._empty_prefix is not None:
                 raise self._empty_prefix.reject("a layer that had nothing when the prefix was kept has something now")
             self.lazy_initialization(key_states, value_states)
-        elif self._came_early:  # to the model's device; this layer may be on another one
+        elif self._came_early:  # to the model's device; this layer may be on another
             self._came_early = False
             if self.memory.device != key_states.device:
                 k, v = (part.to(key_states.device) for part in self.memory.contents(self.length))
@@ -163,7 +163,7 @@ class AttentionLayer(DynamicLayer):
         return 0
 
     def bring_prefix(self) -> None:
-        """Hold the expected prefix now, before any token comes after it.
+        """Load the expected prefix now, before any new token.
 
         Raises:
             RestoreError: a page could not be read, or does not fit.
@@ -174,8 +174,8 @@ class AttentionLayer(DynamicLayer):
             self._came_early = True
 
     def copy_to(self, twin: AttentionLayer, offload: OffloadManager) -> None:
-        """Let ``twin`` hold the same on other streams."""
-        if self._prefix is not None:  # the twin has no turn in which it could come
+        """Copy the content to ``twin``, whose cache has the manager ``offload``."""
+        if self._prefix is not None:  # the twin has no turn that could load it
             prefix, layer = self._prefix
             assert isinstance(prefix, OffloadedPrefixLoad)
             self.memory = prefix.complete(layer, self.memory, self.make)
@@ -186,7 +186,7 @@ class AttentionLayer(DynamicLayer):
             twin.dtype, twin.device = self.dtype, self.device
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys the next ``query_length`` tokens see, and the column of the first."""
+        """Return the number of keys that the next ``query_length`` tokens see, and the column of the first key."""
         first = self._first_visible(self.length)
         return self.length - first + query_length, first
 
@@ -239,17 +239,17 @@ class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
         return first_visible(begin, self.sliding_window)
 
     def get_max_length(self) -> int:
-        """Return the columns that attention sees at most."""
+        """Return the largest number of columns that attention sees."""
         return self.sliding_window
 
     def activate_past_recording(self) -> None:
-        """Do nothing: the buffer keeps what ``crop`` needs."""
+        """Do nothing: the buffer keeps all columns, as ``crop`` needs."""
 
 
 class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
     """Full attention to the keys that an indexer chooses. The indexer's own keys are in a second buffer.
 
-    Some models have the first such layer keep the positions of all tokens, too, for their indexers: in a third one.
+    In some models the first such layer also keeps the positions of all tokens for the indexers, in a third buffer.
     """
 
     def __init__(
@@ -259,20 +259,20 @@ class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
         make_positions: MakeMemory = new_layer_buffer,
         **kwargs: Any,
     ) -> None:
-        # Layers may share what one of them has chosen.
+        # Optional: layers may share the choice of one indexer.
         self.indexer = AttentionLayer(make_indexer, is_optional=True)
         self.positions = AttentionLayer(make_positions, is_optional=True)
         AttentionLayer.__init__(self, make)
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Drop all content."""
         AttentionLayer.reset(self)
         self.indexer.reset()
         self.positions.reset()
 
     @property
     def parts(self) -> tuple[AttentionLayer, ...]:
-        """The buffer of K and V, that of the indexer's keys, and that of positions."""
+        """The buffers of K and V, of the indexer's keys, and of positions."""
         return (self, self.indexer, self.positions)
 
     @property
@@ -288,7 +288,7 @@ class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
 
     @property
     def indexer_position_ids(self) -> torch.Tensor | None:
-        """``[dimensions, batch, length]``, as the model has set it; None where it has not."""
+        """``[dimensions, batch, length]``, as set by the model; None if it has set none."""
         held = self.positions.keys
         return None if held is None else held[:, 0].permute(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Layers of a cache from the config of a model: which kind of layer stands where."""
+"""Layers of a cache, of the kinds that the config of a model asks for."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from kvtier.kv.base import LayerMemory
 
 
 class MakeLayerMemory(Protocol):
-    """Makes places for K and V that know which layer they are of."""
+    """Makes memories for K and V of a given layer."""
 
     def __call__(
         self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
     ) -> LayerMemory:
-        """Return an empty place; ``may_be_cold``: views of it are not read after the next layer's update."""
+        """Return an empty memory; ``may_be_cold``: views of it are not read after the next layer's update."""
 
 
-# transformers' kinds of layers → ours. Layers of states alone stay transformers' own.
+# transformers' kinds of layers → kvtier's. Layers with only states stay transformers' own.
 _KINDS: dict[type, type[AttentionLayer]] = {
     DynamicLayer: AttentionLayer,
     DynamicSlidingWindowLayer: SlidingWindowLayer,
@@ -43,7 +43,7 @@ _KINDS: dict[type, type[AttentionLayer]] = {
     LinearAttentionAndFullAttentionLayer: HybridLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingLayer,
 }
-# Those that come with a model's own code, by the name under which it registers them.
+# Kinds of layers in a model's own code, by their registered name.
 _NAMED_KINDS: dict[str | None, type[AttentionLayer]] = {"minimax_m3_sparse": IndexedLayer}
 
 
@@ -56,13 +56,13 @@ def _inkling_loops(config: Any) -> tuple[int, int, int]:
     return config.loop_layer_index_start, config.loop_layer_index_end, config.loop_num_passes
 
 
-# Models that pass through some of their layers several times, and append copies of those to a cache that has as many
-# layers as the model: the first layer, the one after the last, and the number of passes.
+# Models that run some of their layers several times, and append copies of them to a cache with as many layers as the
+# model: the first layer, the layer after the last, and the number of passes.
 _LOOPS: dict[str, Callable[[Any], tuple[int, int, int]]] = {"dory": _dory_loops, "inkling2_loop_text": _inkling_loops}
 
 
 def upstream_layers(config: PreTrainedConfig) -> list[Any]:
-    """Return the empty layers, as transformers has them, that a cache of a model ends up with."""
+    """Return empty transformers layers for a cache of a model, including layers that the model appends."""
     carried = external_states(config)
     if carried is not None:
         return [carried]
@@ -78,15 +78,15 @@ def upstream_layers(config: PreTrainedConfig) -> list[Any]:
 def build_layers(
     config: PreTrainedConfig, make: MakeLayerMemory | None = None, upstream: list[Any] | None = None
 ) -> tuple[list[Any], str | None]:
-    """Return the layers of a model, and why its K and V cannot be reused if they cannot.
+    """Return the layers of a model, and why its K and V cannot be reused; None when they can.
 
-    ``DynamicCache`` reads the config, so that a model has the layers here that it has there. Layers that keep nothing
-    and those that are states as a whole stay transformers' own; so do all layers where one is of an unknown kind.
+    ``DynamicCache`` reads the config, so that both caches have the same layers. Layers that keep nothing and layers
+    with only states stay transformers' own; so do all layers if one is of an unknown kind.
 
     Args:
-        config: of the model.
-        make: makes places for K and V; by default, buffers.
-        upstream: its ``upstream_layers``, of which some are used; by default, new ones.
+        config: config of the model.
+        make: makes memories for K and V; by default, buffers.
+        upstream: its ``upstream_layers``, some of which are used; by default, new ones.
     """
     upstream = upstream_layers(config) if upstream is None else upstream
     kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
@@ -123,7 +123,7 @@ def _why_not_reused(text: Any) -> str | None:
 
 
 def describe_layers(upstream: Iterable[Any]) -> list[tuple[type, dict[str, Any]]]:
-    """Return the kind and the numbers of each empty layer: equal for configs that lay out the same."""
+    """Return the class and the plain values of each empty layer: equal for configs with equal layers."""
     return [
         (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if _is_plain(v)})
         for layer in upstream
@@ -135,9 +135,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values of a config that can lay out layers, as they are now, to compare with those of another time.
+    """Return the current values of a config that can affect its layers, for comparison with later values.
 
-    Takes about a twentieth of the time that laying out takes. Nested configs are named by identity.
+    Takes about a twentieth of the time of making the layers. The text config is compared by identity, other nested
+    configs are not compared.
     """
     text = config.get_text_config(decoder=True)
     values: dict[str, Any] = {"config": id(config), "text_config": id(text)}
@@ -151,7 +152,7 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def build_layer(index: int, make: MakeLayerMemory | None = None) -> AttentionLayer:
-    """Return a layer of full attention, whose buffer is number ``index`` of its cache."""
+    """Return a layer of full attention, with buffer number ``index`` of its cache."""
     return AttentionLayer(_memory(make, index))
 
 
@@ -173,6 +174,6 @@ def _memory(
 
 
 def _last_of_each_kind(layers: Iterable[Any]) -> set[int]:
-    """Return the layers whose K and V later ones read again, where any do: the last sliding one, the last full one."""
+    """Return the layers whose K and V later layers may read again: the last sliding layer and the last full one."""
     last = {layer.is_sliding: index for index, layer in enumerate(layers) if hasattr(layer, "is_sliding")}
     return set(last.values())

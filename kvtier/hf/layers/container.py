@@ -1,4 +1,4 @@
-"""The layers of one cache: which there are, their rows, and the memory that they live in. Knows no turn."""
+"""The layers of one cache: creation, row selection, offload budget. Independent of turns."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from kvtier.offload.manager import OffloadManager
 _log = logging.getLogger("kvtier.hf")
 
 OpenOffload = Callable[[Callable[[], int]], OffloadManager | None]
-"""``how many layers there are`` → what moves the pages of a cache's cold layers; None when no layer is ever cold."""
+"""``number of layers`` → the offload manager of a cache's cold layers; None when no layer is ever cold."""
 
 
 class LayerContainer:
     """The layers of one cache.
 
     Args:
-        open_offload: opens what its cold layers live on.
+        open_offload: opens the offload manager of the cold layers.
 
     Attributes:
-        layers: as transformers has them: attention, states, both, or placeholders of what keeps nothing.
-        config: of the model that they are laid out for; None before the first turn, and while they are being laid out.
-        offload: what moves the pages of cold layers; None without a budget.
-        no_reuse: why what these layers hold cannot be reused; None when it can.
-        fed_columns: columns that were fed, where no layer can tell.
+        layers: the layers as in transformers: attention, states, both, or placeholders that keep nothing.
+        config: config of the model that the layers are made for; None before the first turn and during ``lay_out``.
+        offload: moves the pages of cold layers; None without a budget.
+        no_reuse: why the content of these layers cannot be reused; None when it can.
+        fed_columns: columns that were fed, used when no layer counts them.
     """
 
     def __init__(self, open_offload: OpenOffload) -> None:
@@ -61,7 +61,7 @@ class LayerContainer:
         self._laid_out: list[tuple[type, dict[str, Any]]] = []
         self._warned_of: PreTrainedConfig | None = None
         self._calls: Counter[tuple[str, int, int]] = Counter()
-        """``(what, layer, which of its states)`` → how often a model changed states of a layer in the current turn."""
+        """``(method, layer, index of the state)`` → number of calls in the current turn."""
 
     # --- layout -----------------------------------------------------------------------------------------------------
 
@@ -70,8 +70,8 @@ class LayerContainer:
         return self.offload.layer if self.offload is not None else None
 
     def lay_out(self, config: PreTrainedConfig | None) -> None:
-        """Let go of what is held, and have empty layers for a model."""
-        self.config = None  # until the layers are whole: an interrupt may come at any time
+        """Drop all layers and make empty ones for a model."""
+        self.config = None  # until the layers are complete: an interrupt may come at any time
         self.let_go()
         self.no_reuse = None
         if config is not None:
@@ -85,7 +85,7 @@ class LayerContainer:
             _log.warning("device_budget has no effect on this model: %s", why)
 
     def fits(self, config: PreTrainedConfig) -> bool:
-        """Whether the layers are those that ``config`` lays out now: it may have been edited since."""
+        """Whether the layers match ``config`` as it is now: it may have been edited since."""
         if config is not self.config or self.has_grown:
             return False
         values = config_values(config)
@@ -101,7 +101,7 @@ class LayerContainer:
         return self.config is not None and len(self.layers) != len(self._laid_out)
 
     def let_go(self) -> None:
-        """Hold nothing."""
+        """Drop all layers and release their buffers."""
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
                 layer.reset()
@@ -109,7 +109,7 @@ class LayerContainer:
         self.fed_columns = 0
 
     def layer(self, index: int) -> Any:
-        """Return a layer. Where no config is known, layers of full attention are made as they are asked for."""
+        """Return a layer. Missing layers, as without a config, are made on demand with full attention."""
         layers = self.layers
         while len(layers) <= index:
             layers.append(build_layer(len(self.attention), self._make))
@@ -124,28 +124,28 @@ class LayerContainer:
 
     @property
     def filled(self) -> list[AttentionLayer]:
-        """Of these, the ones that the model fills in every pass, or has filled."""
+        """Attention layers that the model fills in every pass, or has filled already."""
         return [layer for layer in self.attention if layer.is_used or not layer.is_optional]
 
     @property
     def states(self) -> dict[int, Any]:
-        """Layers that keep what is only valid after one token, by their indices."""
+        """Layers with states, by their indices."""
         return {index: layer for index, layer in enumerate(self.layers) if has_states(layer)}
 
     @property
     def row_count(self) -> int:
-        """Sequences held."""
+        """Number of sequences held."""
         rows = (layer.rows for layer in self.attention)
         return max((*rows, *map(rows_of, self.states.values())), default=0)
 
     @property
     def counts_columns(self) -> bool:
-        """Whether any layer can tell how many columns it holds; there may be no layer yet."""
+        """Whether any layer counts its columns; True when there is no layer yet."""
         return not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
 
     @property
     def columns(self) -> int:
-        """Columns of the first layer that can tell; where none can, those that were fed."""
+        """Columns of the first layer that counts them; if none does, the columns that were fed."""
         if not self.counts_columns:
             return self.fed_columns
         return next((int(layer.get_seq_length()) for layer in self.layers if isinstance(layer, CacheLayerMixin)), 0)
@@ -156,7 +156,7 @@ class LayerContainer:
         return min((layer.length for layer in self.filled), default=self.columns)
 
     def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
-        """Let row ``i`` of every layer be its former row ``rows[i]``; ``move`` does it for one layer with K and V."""
+        """Replace row ``i`` of every layer by former row ``rows[i]``; ``move`` does so in one layer with K and V."""
         for layer in self.layers:
             if has_states(layer) and not isinstance(layer, (HybridLayer, HybridSlidingLayer)):
                 move_rows(layer, lambda states: states[rows.to(states.device)])
@@ -165,8 +165,8 @@ class LayerContainer:
 
     # --- layers with states -----------------------------------------------------------------------------------------
 
-    # They do not say how many tokens they have seen: one forward pass asks the first of them for its state once, and
-    # gives it all new tokens, unless there is only one.
+    # These layers do not count tokens. A forward pass asks the first of them for its state once, and gives it all new
+    # tokens, unless there is only one.
 
     def asked_for_conv_state(self, index: int, state: int) -> None:
         """Note that a model asks for a convolution state."""
@@ -185,16 +185,16 @@ class LayerContainer:
         self._calls["update_recurrent_state", index, state] += 1
 
     def begin_counting(self, columns: int) -> None:
-        """Note that a turn begins that goes on after ``columns`` columns."""
+        """Note that a turn begins after ``columns`` columns."""
         self._calls.clear()
         self.fed_columns = columns
 
     def in_step(self, passes: int, *, ended: bool) -> bool:
-        """Whether all layers with states saw the same forward passes of the turn, ``passes`` where buffers count them.
+        """Whether all layers with states saw the same forward passes of the turn: ``passes``, or 0 if not counted.
 
-        Layers of one kind are called, and written, equally often in a pass. One that ended early leaves a difference.
-        Where the last pass has ``ended``, a layer that has nothing is one that the model does not use: before 5.23,
-        Nemotron-H has layers of states in the places of its MLPs.
+        A pass calls and writes layers of one kind equally often. An interrupted pass leaves a difference. If the last
+        pass has ``ended``, the model does not use a layer without calls and states: before 5.23, Nemotron-H has layers
+        of states in the places of its MLPs.
         """
         seen: dict[tuple[type, int], set[tuple[Any, ...]]] = {}
         lengths = set()
@@ -208,7 +208,7 @@ class LayerContainer:
             if ended and not calls and not written:
                 continue
             seen.setdefault((type(layer), layer.number_of_states), set()).add((*calls, *written))
-            asked = self._calls["get_conv_state", index, 0]  # once a pass; some then write the state in place
+            asked = self._calls["get_conv_state", index, 0]  # once a pass; some models then write the state in place
             if asked and passes and asked != passes:
                 return False
         return len(lengths) <= 1 and all(len(each) == 1 for each in seen.values())
@@ -219,10 +219,10 @@ class LayerContainer:
         return next(linear, None)
 
     def check_has_states(self, layer_idx: int | None) -> None:
-        """Make sure that a layer, or any, keeps states.
+        """Check that a layer keeps states; for None, that any layer does.
 
         Raises:
-            ConfigurationError: it does not.
+            ConfigurationError: no such layer keeps states.
         """
         if layer_idx is None:
             if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
@@ -231,7 +231,7 @@ class LayerContainer:
             raise self.no_layer(layer_idx, "states")
 
     def no_layer(self, layer_idx: int | None, what: str) -> ConfigurationError:
-        """Return what to raise where a layer was asked for ``what`` it does not have."""
+        """Return the error for a layer that was asked for ``what`` and does not have it."""
         which = "any layer" if layer_idx is None else f"layer {layer_idx}"
         if self.config is None:
             return ConfigurationError(
@@ -248,15 +248,15 @@ class LayerContainer:
     # --- a second cache ---------------------------------------------------------------------------------------------
 
     def copy_to(self, twin: LayerContainer, memo: dict[int, Any]) -> None:
-        """Let ``twin`` hold the same. Buffers are shared until one of the two writes what the other reads.
+        """Copy the content to ``twin``. Buffers are shared until one of the two writes columns that the other reads.
 
-        Under a budget hot buffers are copied, pages below are shared; the budget is the twin's own.
+        Under a budget hot buffers are copied and pages in lower tiers are shared. The twin has a budget of its own.
         """
         twin.fed_columns, twin._calls = self.fed_columns, self._calls.copy()
         if twin.offload is None or self.offload is None:
             for layer in self.attention:
                 if isinstance(layer.memory, KVBuffer):
-                    # A layer that waits for a prefix may yet move what is behind it.
+                    # A layer that waits for a prefix may still move the columns behind it.
                     live = layer.length if layer.complete else layer.memory.capacity
                     memo[id(layer.memory)] = layer.memory.share(live)
             for layer in self.states.values():
@@ -274,9 +274,9 @@ class LayerContainer:
 
 
 def host_pages(memories: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
-    """Copy the tokens ``[start, stop)`` of a row, whose first token stands in column ``pad``, to the host.
+    """Copy the tokens ``[start, stop)`` of a row, whose first token is in column ``pad``, to the host.
 
-    Of a buffer that no forward pass has filled there is nothing.
+    The page of a buffer that no forward pass has filled is empty.
     """
     nothing = torch.empty(0, stop - start, 0, device="cpu")
     return tuple(

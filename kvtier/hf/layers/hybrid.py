@@ -18,27 +18,27 @@ from kvtier.hf.layers.states import move_rows
 
 
 class _Hybrid(AttentionLayer):
-    """A buffer, and a state as transformers keeps it. Each half is called by name: both have all of these methods."""
+    """A buffer, and a state as in transformers. Both base classes are called by name: both define all methods here."""
 
     is_compileable = False
-    is_croppable: Any = LinearAttentionCacheLayerMixin.is_croppable  # a property; the buffer itself always is
+    is_croppable: Any = LinearAttentionCacheLayerMixin.is_croppable  # a property; the buffer is always croppable
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Drop all content."""
         LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
         AttentionLayer.reset(self)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a buffer for ``(K, V)``, or a state for what is given by name."""
+        """Make an empty buffer for positional ``(K, V)``, or a state for keyword arguments."""
         kind = AttentionLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
-        """Let the state keep what ``crop`` needs; the buffer does anyway."""
+        """Record past states for ``crop``; the buffer always keeps its past."""
         LinearAttentionLayer.activate_past_recording(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` columns; of a state that can only be done where it records its past."""
+        """Remove the last ``-tokens_to_remove`` columns. The state must have recorded its past."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         AttentionLayer.crop(self, tokens_to_remove)
 

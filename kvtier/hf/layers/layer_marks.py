@@ -10,13 +10,13 @@ from kvtier.hf.layers.states import has_states, same_marks, state_marks
 
 
 class LayerMarks:
-    """What layers hold now, in a form that costs nothing while they are used.
+    """The current content of layers, in a form that costs nothing while they are used.
 
-    Every change counts, by whatever way it came: through the cache, through a layer, or in place in a tensor of states.
-    Only a crop of buffers does not: their length shows it. Replaced tensors of states live as long as their marks.
+    Every change counts: through the cache, through a layer, or in place in a state tensor. Only a crop of buffers does
+    not count, because their length shows it. Replaced state tensors live as long as their marks.
 
     Args:
-        layers: of a cache.
+        layers: layers of a cache.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""OffloadedPrefixLoad: the same under a budget, loaded into hot buffers and cold pages."""
+"""OffloadedPrefixLoad: the known prefix of a turn under a budget, loaded into hot buffers and cold pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvtier.store.lookup import Span
 
 
 class BorrowedBlock:
-    """A block of the store whose pages cold layers read for as long as they have them. Closed when none has any."""
+    """A block of the store whose pages cold layers read in place. Closed when no layer borrows any of them."""
 
     def __init__(self, reader: BlockReader) -> None:
         self.reader = reader
@@ -30,10 +30,10 @@ class BorrowedBlock:
         weakref.finalize(self, reader.close)
 
     def land(self, layer: int, first: int, last: int, view: PageView) -> None:
-        """Put the tokens ``[first, last)`` of ``layer`` into ``view``; its checksum is looked at the first time.
+        """Copy the tokens ``[first, last)`` of ``layer`` into ``view``; its checksum is verified the first time.
 
         Raises:
-            StreamError: it cannot be read, or is not what was written.
+            StreamError: the page cannot be read, or is damaged.
         """
         try:
             self.reader.land(layer, first, last, view, check=layer not in self._checked)
@@ -45,16 +45,16 @@ class BorrowedBlock:
 class OffloadedPrefixLoad(PrefixLoad):
     """The first columns of a turn, for layers under a budget.
 
-    Nothing is read before its layer is updated, so that no more than one layer is on its way; cold layers of one
-    sequence borrow whole pages of the store instead of copying them.
+    Pages are read in the update of their layer, so that at most one layer is loading. Cold layers of a single sequence
+    borrow whole pages of the store instead of copying them.
 
     Args:
-        offload: where the layers are.
-        device: where all layers will be; None when they are on several devices, or it is not known.
-        columns: columns known.
-        plans: where each row comes from.
-        restore: what comes from the store.
-        held_rows: rows of what is held now.
+        offload: manager of the layers.
+        device: device of all layers; None when they are on several devices, or it is not known.
+        columns: number of known columns.
+        plans: source of each row.
+        job: the load from the store; None for none.
+        held_rows: number of rows that are held now.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class OffloadedPrefixLoad(PrefixLoad):
         self._borrowed_blocks: dict[str, BorrowedBlock] = {}
 
     def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
-        """Choose which layers are to be cold with ``columns`` columns.
+        """Choose which layers will be cold with ``columns`` columns.
 
         Raises:
-            RestoreError: the blocks of the store are not of this model.
+            RestoreError: the blocks of the store do not fit the layers.
         """
         self.check_fit(memories)
         if self.job is None:
@@ -109,15 +109,15 @@ class OffloadedPrefixLoad(PrefixLoad):
         return memory
 
     def _held_ends(self) -> list[int]:
-        """Return, for each row, the column after the last one that is held already."""
+        """Return, for each row, the column after the last held token."""
         return [max(p.pad, min(p.pad + p.device_tokens, self.columns)) for p in self.plans]
 
     def _fill_layer(
         self, layer: int, memory: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
     ) -> None:
-        """Fill the columns from ``begin`` on; whole pages of the store are borrowed where they can be."""
+        """Fill the columns from ``begin`` on; whole pages of the store are borrowed where possible."""
         kept = [
-            # What is beyond the shortest row would be cut off.
+            # The crop below would drop tokens beyond the shortest row.
             old.page(row, begin, end) if old is memory and end > begin else None
             for row, end in enumerate(self._held_ends())
         ]
@@ -139,7 +139,7 @@ class OffloadedPrefixLoad(PrefixLoad):
             self._fill_columns(layer, memory, old, kept, filled, self.columns, repeats)
 
     def _whole_pages(self, memory: OffloadedLayer) -> list[Span]:
-        """Return the spans that ``memory`` can have as pages, as they are."""
+        """Return the spans that ``memory`` can borrow as whole pages."""
         if self.job is None or len(self.plans) > 1 or self.plans[0].pad or not memory.is_cold:
             return []
         page, tiers = self._offload.page_tokens, ("disk",) if memory.kernels_read_host else ("disk", "host")
@@ -152,7 +152,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         ]
 
     def _has_room(self, span: Span, memory: OffloadedLayer) -> bool:
-        """Whether a page may stay where it is: in RAM it counts, since the store may forget it before we do."""
+        """Whether a page may be borrowed. A page in RAM needs host room, since the store may evict it first."""
         assert self.job is not None
         on_disk = self.job.tier(span.block.key) == "disk"
         return on_disk or memory.has_host_room(span.tokens * memory.spec.token_bytes)
@@ -180,7 +180,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         end: int,
         repeats: int,
     ) -> None:
-        """Write the columns ``[begin, end)``: padding, what is held, what the store has."""
+        """Write the columns ``[begin, end)``: padding, held tokens, stored tokens."""
         ends = self._held_ends()
         with memory.filling(begin, end) as (target, base):
             for row in range(memory.rows):
@@ -203,7 +203,7 @@ class OffloadedPrefixLoad(PrefixLoad):
                     target.clear(row, last - base, end - base)
 
     def _land(self, layer: int, target: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
-        """Let what the store has of the columns ``[begin, end)`` land in ``target``, whose column 0 is ``base``."""
+        """Load the stored tokens of columns ``[begin, end)`` into ``target``, whose column 0 is column ``base``."""
         assert self.job is not None
         pads = [plan.pad for plan in self.plans]
         direct = target.device.type == "cpu"
@@ -222,7 +222,7 @@ class OffloadedPrefixLoad(PrefixLoad):
                 target.copy(copy_row, first - base, end - base, host, source_row, first - base)
 
     def complete(self, layer: int, old: LayerMemory | None, make: MakeMemory) -> LayerMemory:
-        """Return ``layer`` with the prefix in it before any token comes after it.
+        """Return the memory of ``layer`` with the prefix in it, before any new token.
 
         Raises:
             RestoreError: a page could not be read.
@@ -238,10 +238,10 @@ class OffloadedPrefixLoad(PrefixLoad):
         return self.take(layer, old, k, v, make)
 
     def wait(self) -> None:
-        """Read every page once, to see that it can be read.
+        """Read every page once, to check that it can be read.
 
         Raises:
-            RestoreError: one could not be read.
+            RestoreError: a page could not be read.
         """
         if self.job is not None:
             self.job.check()

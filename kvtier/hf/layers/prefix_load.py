@@ -20,15 +20,15 @@ from kvtier.kv.spec import LayerSpec
 from kvtier.store.load import LoadJob
 
 MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
-"""``(K, V)`` → an empty place for K and V like these, ``[batch, heads, tokens, dim]`` each."""
+"""``(K, V)`` → an empty memory for K and V like these, ``[batch, heads, tokens, dim]`` each."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Where the first tokens of one row come from: ``device_tokens`` of a held row, then the store.
+    """The source of the first tokens of one row: ``device_tokens`` of a held row, then the store.
 
-    ``pad`` is the column of the row's first token, ``end`` the one after its last, ``source_pad`` that of the first
-    token of the held row ``source_row``.
+    ``pad`` is the column of the row's first token, ``end`` the column after its last. ``source_pad`` is the column of
+    the first token of the held row ``source_row``.
     """
 
     pad: int
@@ -41,9 +41,9 @@ class RowPlan:
 class PrefixLoad:
     """The first ``columns`` columns of a turn, as far as they are known.
 
-    Rows share one limit: transformers cuts a batch at one column for all rows. Where the buffers already hold what
-    they are to hold, nothing is copied. Pages of the store land in host buffers layer by layer; on a CPU these are
-    the buffers themselves, so that a page is copied once, from its tier to its place.
+    Rows share one limit: transformers cuts a batch at one column for all rows. Tokens that are in place already are
+    not copied. Pages of the store land in host buffers layer by layer. On a CPU these are the layers' own buffers, so
+    that a page is copied once, from its tier to its place.
     """
 
     def __init__(self, columns: int, plans: Sequence[RowPlan], job: LoadJob | None, held_rows: int) -> None:
@@ -53,7 +53,7 @@ class PrefixLoad:
         self.repeats = 1
         self.device = torch.device("cpu")
         self.seconds = 0.0
-        self.overlap_bytes_per_second = 1e9  # of pages that are not waited for before the first layer computes
+        self.overlap_bytes_per_second = 1e9  # slower pages are not waited for before the first layer computes
         self.plans = tuple(plans)
         self.job = job
         self.in_place = held_rows == len(plans) and all(
@@ -64,14 +64,14 @@ class PrefixLoad:
         self._begun = False
 
     def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
-        """Give the pages of each layer a place and let them come.
+        """Assign a place to the pages of each layer and start loading them.
 
         Args:
-            memories: what the layers hold now.
-            columns: what the buffers will need in this turn, as far as one can tell.
+            memories: current memory of each layer.
+            columns: columns that the buffers are expected to need in this turn.
 
         Raises:
-            RestoreError: the blocks of the store are not of this model.
+            RestoreError: the blocks of the store do not fit the layers.
         """
         self.check_fit(memories)
         job = self.job
@@ -86,10 +86,10 @@ class PrefixLoad:
         job.start(self._place)
 
     def check_fit(self, memories: Sequence[LayerMemory | None]) -> None:
-        """Make sure that the store has as many layers as there are.
+        """Check that the blocks of the store have as many layers as the cache.
 
         Raises:
-            RestoreError: it has others.
+            RestoreError: they have another number of layers.
         """
         job = self.job
         if job is not None and len(memories) != len(job.spec.layers):
@@ -97,15 +97,15 @@ class PrefixLoad:
         self._left = {i for i, memory in enumerate(memories) if memory is not None or self.brings(i)}
 
     def brings(self, layer: int) -> bool:
-        """Whether the store has K or V of buffer ``layer``. Of a buffer that no forward pass fills it has none."""
+        """Whether the store has K or V of buffer ``layer``. It has none of a buffer that no forward pass fills."""
         return self.job is not None and self.job.spec.layers[layer].token_bytes > 0
 
     def nothing(self, layer: int, like: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of no tokens for buffer ``layer``, in as many rows as the turn has.
+        """Return K and V of no tokens for buffer ``layer``, with all rows of the turn.
 
         Args:
-            layer: which buffer.
-            like: K and V of no tokens that it holds; None when all comes from the store.
+            layer: index of the buffer.
+            like: K and V of no tokens from the held buffer; None when all pages come from the store.
         """
         rows = self.rows * self.repeats
         if like is not None:
@@ -133,7 +133,7 @@ class PrefixLoad:
         return states
 
     def reject(self, reason: str) -> RestoreError:
-        """Discard what comes from the store: it does not fit. Returns what to raise."""
+        """Reject the blocks of the store, which do not fit. Returns the error to raise."""
         return self.job.reject(reason) if self.job is not None else RestoreError(reason)
 
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
@@ -145,11 +145,11 @@ class PrefixLoad:
         """Return the buffer of ``layer`` with the prefix in it, for as many rows as ``k_bhtd`` has.
 
         Args:
-            layer: which layer.
-            old: what it held before the turn.
-            k_bhtd: the K that will be appended first; beams and return sequences of a row follow each other.
-            v_bhtd: the V.
-            make: returns an empty place for K and V like these.
+            layer: index of the buffer.
+            old: its memory before the turn.
+            k_bhtd: the first K to be appended; beams and return sequences of a row follow each other.
+            v_bhtd: the first V to be appended.
+            make: returns an empty memory for K and V like these.
 
         Raises:
             RestoreError: a page could not be read, or does not fit.
@@ -204,26 +204,26 @@ class PrefixLoad:
         return landed
 
     def misfit(self, stored: LayerSpec, wanted: LayerSpec) -> RestoreError:
-        """Return what to raise where a layer of the store is none of this model's."""
+        """Return the error for a stored layer that does not fit the model."""
         return self.reject(f"stored pages of {stored} do not fit the model's {wanted}")
 
     def wait(self) -> None:
         """Wait for all pages.
 
         Raises:
-            RestoreError: one could not be read.
+            RestoreError: a page could not be read.
         """
         if self.job is not None:
             for layer in range(len(self._landed)):
                 self.job.wait(layer)
 
     def close(self) -> None:
-        """Stop what is on its way. May be called more than once."""
+        """Stop loading. May be called more than once."""
         if self.job is not None:
             self.job.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixLoad:
-        """Share what has landed, when all of it has."""
+        """Wait for all pages, then share the buffers in which they landed."""
         self.wait()
         twin = copy.copy(self)
         twin.job = None

@@ -1,4 +1,4 @@
-"""StateCheckpoints: states of the layers at the columns of a turn where it pays to keep them."""
+"""StateCheckpoints: states of the layers at selected columns of a turn."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _log = logging.getLogger("kvtier.hf")
 
 
 class StateCheckpoints:
-    """What the layers with states of one cache had at some columns of the current turn, and where they are now.
+    """States of the layers of one cache at some columns of the current turn, and the column of the live states.
 
-    States are of all rows at one column. Every change of the layers between turns must be announced by ``lose``.
+    A checkpoint has the states of all rows at one column. ``lose`` must be called for every change of the layers
+    between turns.
 
     Attributes:
         live: the column after which the layers' states are valid between turns; None when it is not known.
@@ -32,18 +33,18 @@ class StateCheckpoints:
         return bool(self._taken)
 
     def copy(self) -> StateCheckpoints:
-        """Return the same for a second cache that holds the same; states that were taken are never written to."""
+        """Return a copy for a copy of the cache. Kept states are shared: they are never written to."""
         twin = StateCheckpoints()
         twin.live, twin._taken = self.live, dict(self._taken)
         return twin
 
     def lose(self) -> None:
-        """Know nothing: the layers hold something else now."""
+        """Drop all checkpoints and the live column: the layers have changed."""
         self.live = None
         self._taken = {}
 
     def go_on(self, layers: Mapping[int, Any], repeats: int) -> None:
-        """Begin a turn that goes on from where the layers are, each row ``repeats`` times."""
+        """Begin a turn from the current states of the layers, with each row ``repeats`` times."""
         self.lose()
         if repeats > 1:
             for layer in layers.values():
@@ -52,16 +53,16 @@ class StateCheckpoints:
     def put(
         self, layers: Mapping[int, Any], rows: Sequence[torch.Tensor], device: torch.device, repeats: int = 1
     ) -> None:
-        """Begin a turn that goes on from states that were kept, one for each row; each is put ``repeats`` times.
+        """Begin a turn from kept states, one for each row; each row is put ``repeats`` times.
 
         Raises:
-            UnreadableError: they are not of such layers.
+            UnreadableError: the states do not fit the layers.
         """
         self.lose()
         put_states(layers, rows, device, repeats)
 
     def take(self, layers: Mapping[int, Any], column: int, rows: int) -> None:
-        """Keep what the layers have now, after ``column`` columns, for each of ``rows`` prompt rows."""
+        """Keep the current states of the layers, after ``column`` columns, for each of ``rows`` prompt rows."""
         held = max(map(rows_of, layers.values()), default=0)
         if held and held % rows == 0:
             taken = self._read(layers, range(0, held, held // rows))
@@ -69,13 +70,13 @@ class StateCheckpoints:
                 self._taken[column] = taken
 
     def take_last(self, layers: Mapping[int, Any], row: int) -> torch.Tensor | None:
-        """Return what the layers have now of cache row ``row``; None when it cannot be told."""
+        """Return the current states of cache row ``row``; None when they cannot be read."""
         taken = self._read(layers, (row,))
         return taken[0] if taken is not None else None
 
     def _read(self, layers: Mapping[int, Any], rows: Sequence[int]) -> list[torch.Tensor] | None:
         if any(getattr(layer, "record_past", False) for layer in layers.values()):
-            return None  # what was to be taken back may still be in them
+            return None  # tokens due to be cropped may still be in the states
         try:
             return [read_states(layers, row) for row in rows]
         except UnreadableError as error:
@@ -83,5 +84,5 @@ class StateCheckpoints:
             return None
 
     def of(self, row: int) -> dict[int, torch.Tensor]:
-        """Return what was kept of prompt row ``row``, by column."""
+        """Return the kept states of prompt row ``row``, by column."""
         return {column: taken[row] for column, taken in self._taken.items()}

@@ -1,8 +1,8 @@
-"""Recurrent and convolution states, read from layers row by row and put back.
+"""Recurrent and convolution states, read from layers row by row and restored.
 
-Recurrent and convolution states, and the pools of layers that compress K and V, say nothing about shorter prefixes.
-They are kept whole, for the few positions at which they were read out. As bytes they are a safetensors file: one tensor
-for each that a layer has, named by layer and attribute, and in its metadata the numbers that belong to them.
+Recurrent and convolution states, and the pools of layers that compress K and V, cannot be cut to shorter prefixes.
+They are kept whole, for the few positions at which they were read. As bytes they are a safetensors file: one tensor for
+each tensor of a layer, named by layer and attribute, and the layer's numbers in the metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kvtier.kv.allocation import writable_results
 
-# What layers of linear attention and convolutions keep; a layer that also has a buffer keeps that apart.
+# State attributes of linear attention and convolution layers. A buffer in the same layer is kept separately.
 _LINEAR = (
     "conv_states",
     "recurrent_states",
@@ -29,7 +29,7 @@ _LINEAR = (
     "conv_kernel_size",
     "dtype",
 )
-# Names of layers whose every attribute is a state: transformers' own, and what stands for layers that carry theirs.
+# Names of layers whose attributes are all states: transformers' own, and the stand-in for external states.
 _WHOLE = frozenset({"heavily_compressed_attention", "compressed_sparse_attention", "carried"})
 _PLAIN = (bool, int, float, str, type(None))
 _NUMBERS = "numbers"
@@ -38,12 +38,12 @@ Path = tuple[str, ...]
 
 
 def has_states(layer: Any) -> bool:
-    """Whether a layer keeps what is only valid after one token."""
+    """Whether a layer keeps states, which are valid after one token only."""
     return isinstance(layer, LinearAttentionCacheLayerMixin) or getattr(layer, "_layer_type", None) in _WHOLE
 
 
 class UnreadableError(Exception):
-    """States that cannot be told apart by row, or do not fit the layers they are put into."""
+    """States cannot be separated by row, or do not fit the layers they are put into."""
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
@@ -62,20 +62,20 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def _tensors(layer: Any) -> Iterator[tuple[Path, torch.Tensor]]:
     for path, value in _leaves(_attributes(layer), ()):
-        if isinstance(value, torch.Tensor) and value.ndim:  # what has no dimension is a constant of the layer
+        if isinstance(value, torch.Tensor) and value.ndim:  # a tensor without dimensions is a constant of the layer
             yield path, value
 
 
 def rows_of(layer: Any) -> int:
-    """Return how many sequences the states of a layer are of; 0 before the first token."""
+    """Return the number of sequences in the states of a layer; 0 before the first token."""
     return max((len(tensor) for _, tensor in _tensors(layer)), default=0)
 
 
 def read_states(layers: Mapping[int, Any], row: int) -> torch.Tensor:
-    """Return the states of ``row`` in all ``layers``, by their indices, as bytes: U8 ``[bytes]`` on the host.
+    """Return the states of ``row`` in all ``layers`` (index → layer) as bytes: U8 ``[bytes]`` on the host.
 
     Raises:
-        UnreadableError: a layer keeps something that has no rows, or other ones than the rest.
+        UnreadableError: a layer has tensors with different numbers of rows, or an attribute that cannot be kept.
     """
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -99,16 +99,16 @@ def read_states(layers: Mapping[int, Any], row: int) -> torch.Tensor:
 
 
 def put_states(layers: Mapping[int, Any], rows: Sequence[torch.Tensor], device: torch.device, repeats: int = 1) -> None:
-    """Let ``layers``, which are as new, go on from ``rows``: what ``read_states`` returned for each of them.
+    """Put the states ``rows``, as returned by ``read_states``, into new ``layers``.
 
     Args:
-        layers: by their indices.
-        rows: U8 ``[bytes]`` each.
+        layers: layers by index.
+        rows: states of each row, U8 ``[bytes]``.
         device: where the layers compute.
-        repeats: how often each row is to be there; copies lie next to each other.
+        repeats: copies of each row, next to each other.
 
     Raises:
-        UnreadableError: they are not the states of such layers, or not of one position.
+        UnreadableError: the states do not fit the layers, or belong to different positions.
     """
     parsed = [_parse(states) for states in rows]
     numbers = parsed[0][1]
@@ -157,7 +157,7 @@ def _number(value: Any) -> Any:
 
 
 def _set(layer: Any, path: Sequence[str], value: Any) -> None:
-    """Set what ``path`` leads to, from an attribute through dicts: only what is there already."""
+    """Set the value at ``path``, an attribute and then keys of nested dicts. The path must exist already."""
     holder = vars(layer)
     holder.setdefault("dtype", None)  # some layers get it with their first token
     for depth, part in enumerate(path):
@@ -173,20 +173,20 @@ def _set(layer: Any, path: Sequence[str], value: Any) -> None:
 
 
 def _forget(layer: Any) -> None:
-    """Let go of all tensors of states."""
+    """Drop all state tensors."""
     for path, _ in list(_tensors(layer)):
         _set(layer, path, None)
 
 
 def move_rows(layer: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace every tensor of states, ``[rows, …]``, by what ``move`` makes of it."""
+    """Replace every state tensor, ``[rows, …]``, by the result of ``move``."""
     with writable_results():
         for path, tensor in list(_tensors(layer)):
             _set(layer, path, move(tensor))
 
 
 def copy_states(layer: Any, twin: Any) -> None:
-    """Let ``twin``, a layer of the same kind, have the same states."""
+    """Copy the states to ``twin``, a layer of the same kind."""
     with writable_results():
         for name, value in _attributes(layer).items():
             setattr(twin, name, _copied(value))
@@ -195,14 +195,14 @@ def copy_states(layer: Any, twin: Any) -> None:
 
 
 def clone_states(layer: Any, memo: dict[int, Any]) -> None:
-    """Let a deep copy of ``layer`` that uses ``memo`` take clones of its states, which may belong to a graph."""
+    """Put clones of the states into the ``memo`` of a deep copy of ``layer``: they may belong to an autograd graph."""
     with writable_results():
         for _, tensor in _tensors(layer):
             memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 def _copied(value: Any) -> Any:
-    """Return a copy; tensors are detached, for what belongs to a graph cannot be copied deeply."""
+    """Return a copy. Tensors are detached: tensors of an autograd graph cannot be copied deeply."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -211,14 +211,14 @@ def _copied(value: Any) -> Any:
 
 
 def state_marks(layer: Any) -> list[tuple[torch.Tensor, int]]:
-    """Return the tensors of states that a layer has, and how often each was written in place.
+    """Return the state tensors of a layer, each with its number of writes in place.
 
-    Equal marks, by ``same_marks``, mean that no model has changed them. Tensors made in inference mode do not count
-    writes; kvtier makes none that are written, and layers that make their own replace them.
+    Equal marks, by ``same_marks``, mean that no model has changed the states. Tensors made in inference mode do not
+    count writes: kvtier makes none that are written to, and layers replace the tensors that they make themselves.
     """
     return [(tensor, -1 if tensor.is_inference() else tensor._version) for _, tensor in _tensors(layer)]
 
 
 def same_marks(one: Sequence[tuple[torch.Tensor, int]], other: Sequence[tuple[torch.Tensor, int]]) -> bool:
-    """Whether two of ``state_marks`` are of the same tensors, unchanged in between."""
+    """Whether two results of ``state_marks`` have the same tensors, unchanged in between."""
     return len(one) == len(other) and all(a is b and m == n for (a, m), (b, n) in zip(one, other, strict=True))

@@ -1,1 +1,1 @@
-"""One turn: what it reuses, what happens to its rows, and what it keeps."""
+"""One turn: the prefix it reuses, its row moves, and the tokens it keeps."""

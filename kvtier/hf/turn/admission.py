@@ -1,4 +1,4 @@
-"""Admission: whether a turn may reuse and be kept, from its request, its model and the layers of its cache."""
+"""Admission: decides from request, model and layers whether a turn may reuse and be kept."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvtier.hf.not_reusable import NotReusable
 
 
 def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContainer) -> Prompt | NotReusable:
-    """Return the prompt of a turn that may reuse and be kept, or why it must do neither.
+    """Return the prompt of a turn that may reuse and be kept, otherwise the reason against both.
 
     Args:
-        model: that the turn runs on.
-        request: what the call asks for.
-        layers: of the cache, laid out for the model.
+        model: the model of the turn.
+        request: the request of the call.
+        layers: layers of the cache, laid out for the model.
     """
     prompt, states = request.prompt, bool(layers.states)
     reason = why_untrusted() or request.off
@@ -29,7 +29,7 @@ def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContain
         reason = reason or "the model has no config"
     else:
         reason = reason or layers.no_reuse or why_off(model)
-    if prompt is not None and not reason and states and prompt.is_padded:  # then K and V depend on it as well
+    if prompt is not None and not reason and states and prompt.is_padded:  # K and V then depend on the padding too
         reason = "padding would go into the states of this model"
     if prompt is not None and not reason:
         reason = why_not_so(model, prompt.columns, prompt.is_padded, request.longest_answer)
@@ -41,7 +41,7 @@ def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContain
 
 
 def why_cold(prompt: Prompt, request: GenerateRequest, layers: LayerContainer) -> str | None:
-    """Return why a turn must not start from a known prefix, though what it feeds may be kept; None when it may."""
+    """Return why a turn must not start from a known prefix, though its tokens may be kept; None when it may."""
     if request.cold is None and _hides_rows(prompt, layers):
         return "right padding fills the whole sliding window, so that a row's last tokens are not visible"
     return request.cold
@@ -54,7 +54,7 @@ def is_spread(model: PreTrainedModel) -> bool:
 
 
 def _hides_rows(prompt: Prompt, layers: LayerContainer) -> bool:
-    """Whether the last column of a row sees none of its tokens: what comes then depends on how it was fed."""
+    """Whether right padding may hide all tokens of a row from the last column: the answer then depends on chunking."""
     trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
     if trailing <= 0:
         return False

@@ -1,4 +1,4 @@
-"""Candidates for a turn: which part of its prompt the buffers and the store know. Opens nothing."""
+"""Candidates for a turn: the parts of its prompt that the buffers and the store hold. Opens no block."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvtier.store.lookup import PrefixMatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentPrefix:
-    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` stands in column ``pads[r] + j``.
+    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` is in column ``pads[r] + j``.
 
-    ``marks`` and ``positions`` are those of each row's prompt; a prompt that continues it may leave out its media.
+    ``marks`` and ``positions`` belong to each row's prompt; a prompt that continues it may leave out its media.
     """
 
     rows: tuple[TokenIds, ...]
@@ -28,7 +28,7 @@ class ResidentPrefix:
     positions: tuple[Positions, ...] = ()
 
     def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
-        """Return the row that shares the longest run with ``tokens``, and the run; ``preferred`` wins a draw."""
+        """Return the row with the most leading tokens of ``tokens``, and their number; ``preferred`` wins a tie."""
         runs = [common_run(row, tokens) for row in self.rows]
         best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
         return best, runs[best]
@@ -41,13 +41,13 @@ class ResidentPrefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowCandidates:
-    """What is known of one row of a prompt.
+    """The known prefixes of one row of a prompt.
 
     Attributes:
-        source_row: the row of the buffers that shares most with it.
-        device_tokens: how many tokens they share.
-        match: the longest prefix that the store has.
-        checkpoints: number of tokens → block whose states are valid after so many, the most tokens first.
+        source_row: the buffer row that shares the longest prefix with it.
+        device_tokens: length of that shared prefix in tokens.
+        match: the longest prefix in the store.
+        checkpoints: number of tokens → block whose states are valid after these tokens, the most tokens first.
     """
 
     source_row: int
@@ -58,14 +58,14 @@ class RowCandidates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """What is known of a prompt.
+    """The known prefixes of a prompt.
 
     Attributes:
         resident: the tokens that the buffers hold.
-        rows: by row of the prompt.
-        known: tokens of each row whose K and V are known, if it were alone.
+        rows: candidates of each row of the prompt.
+        known: tokens of each row whose K and V are known, as if the row were alone.
         limit: the column up to which every row is known.
-        columns: the same, where every row may be cut.
+        columns: the last column up to ``limit`` at which every row may be cut.
     """
 
     resident: ResidentPrefix | None
@@ -75,7 +75,7 @@ class Candidates:
     columns: int
 
     def divergence(self, row: int, tokens: TokenIds) -> Divergence | None:
-        """Return where ``tokens``, a row of the prompt, leave what is known of it."""
+        """Return where ``tokens``, a row of the prompt, differ from its known prefix; None if they do not."""
         found = self.rows[row]
         if self.resident is None or found.device_tokens <= found.match.length:
             return found.match.divergence
@@ -88,16 +88,16 @@ class Candidates:
 def find_candidates(
     prompt: Prompt, root: str, resident: ResidentPrefix | None, store: PrefixStore, *, states: bool
 ) -> Candidates:
-    """Return what is known of ``prompt``.
+    """Return the known prefixes of ``prompt``.
 
     Args:
-        prompt: its rows.
-        root: of the model that will be called.
-        resident: what the buffers hold.
-        store: where prefixes are kept.
-        states: whether the model can only go on from where its states are known.
+        prompt: the prompt of the turn.
+        root: root of the model that will be called.
+        resident: the tokens that the buffers hold.
+        store: store of the prefixes.
+        states: whether the model can continue only from columns with known states.
     """
-    # Where padding follows a row, it is fed that, and may be known as a whole.
+    # A row followed by padding may be known as a whole: the padding is still fed.
     usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
     runs = [resident.best(tokens, row) if resident else (0, 0) for row, tokens in enumerate(prompt.rows)]
     matches = [store.match(root, tokens, n) for tokens, n in zip(prompt.rows, usable, strict=True)]
@@ -119,7 +119,7 @@ def find_candidates(
 def _checkpoints(
     prompt: Prompt, root: str, store: PrefixStore, columns: int
 ) -> Sequence[tuple[tuple[int, BlockId], ...]]:
-    """Return the checkpoints of each row, none of which is padded. Of a single row, only the last is of use."""
+    """Return the checkpoints of each row; no row is padded. A single row needs only its longest checkpoint."""
     found = [
         (each for each in store.checkpoints(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows
     ]

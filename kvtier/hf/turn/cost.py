@@ -1,6 +1,6 @@
-"""Costs by which a turn is planned: what it takes to compute tokens, and to load them.
+"""Costs for planning a turn: computing tokens, and loading them.
 
-They are constants, in the units that their names say. Eviction has two more, in ``store/eviction/adaptive.py``: the
+The costs are constants, with units in their names. Eviction has two more in ``store/eviction/adaptive.py``, because the
 store knows no model.
 """
 
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a plan weighs against each other.
+    """The costs that a plan compares.
 
     Attributes:
-        single_pass_tokens: a forward pass of one token takes about as long as so many tokens of a long prefill.
-        checkpoint_worth_tokens: what a checkpoint must spare the next prompt that leaves this one at the same place: it
+        single_pass_tokens: cost of a forward pass of one token, in tokens of a long prefill.
+        checkpoint_worth_tokens: tokens that a checkpoint must save the next prompt that branches at the same place: it
             costs one more forward pass.
-        checkpoint_spacing_tokens: how far apart checkpoints of a long prompt are: an edit then costs half of it on
+        checkpoint_spacing_tokens: distance between checkpoints of a long prompt: an edit recomputes half of it on
             average (``benchmarks/checkpoints.py``).
-        overlap_bytes_per_second: pages that come faster than this are waited for before the first layer computes.
-            Where the threads that compute leave no core to those that read, each slows the other down by more than the
-            overlap gains; pages of a slow drive do not come so fast.
+        overlap_bytes_per_second: pages that load faster than this are waited for before the first layer computes. When
+            compute threads leave no core to reading threads, each slows the other down by more than the overlap
+            gains. Slow drives do not reach this rate.
     """
 
     single_pass_tokens: int = 4

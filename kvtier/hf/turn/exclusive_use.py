@@ -26,7 +26,7 @@ class _Use:
 
     Attributes:
         what: the method, as messages name it.
-        thread: that it runs on; None where it runs in the process that this one was forked from.
+        thread: id of its thread; None when it runs in the parent process of a fork.
     """
 
     what: str
@@ -35,14 +35,14 @@ class _Use:
 
 _uses: WeakKeyDictionary[Any, _Use] = WeakKeyDictionary()
 _freed = threading.Condition()
-"""Guards ``_uses``, and is notified when a cache becomes free. Its lock is reentrant: a signal handler may come in."""
+"""Guards ``_uses``; notified when a cache becomes free. Its lock is reentrant, for signal handlers."""
 
 
 def checked_wait_seconds(wait_seconds: object) -> float:
     """Return ``wait_seconds``.
 
     Raises:
-        ConfigurationError: it is no number of seconds from 0 to ``threading.TIMEOUT_MAX``.
+        ConfigurationError: it is not a number of seconds from 0 to ``threading.TIMEOUT_MAX``.
     """
     is_number = isinstance(wait_seconds, (int, float)) and not isinstance(wait_seconds, bool)
     if not is_number or not 0 <= wait_seconds <= threading.TIMEOUT_MAX:  # type: ignore[operator]
@@ -54,15 +54,15 @@ def checked_wait_seconds(wait_seconds: object) -> float:
 
 
 def exclusively(cache: Any, what: str, call: Callable[[], Result]) -> Result:
-    """Return what ``call`` returns, which is the only one to use ``cache`` meanwhile.
+    """Run ``call`` with exclusive use of ``cache``, and return its result.
 
-    A call on another thread is waited for, up to ``cache.wait_seconds``. One on this thread never is: it would not end
-    before this one. Nor is a call that runs in the process that this one was forked from.
+    A call on another thread is waited for, up to ``cache.wait_seconds``. There is no wait for an outer call on this
+    thread, which cannot end before this one, nor for a call in the parent process of a fork.
 
     Args:
-        cache: that ``call`` reads and changes.
-        what: the method that asks, as messages name it; ``GENERATE`` makes ``is_serving`` true.
-        call: that is run.
+        cache: the cache that ``call`` reads and changes.
+        what: the calling method, as messages name it; ``GENERATE`` makes ``is_serving`` true.
+        call: the function to run.
 
     Raises:
         BusyError: another call is using ``cache``.
@@ -74,7 +74,7 @@ def exclusively(cache: Any, what: str, call: Callable[[], Result]) -> Result:
             return call()
         finally:
             _leave(cache, mine)
-    finally:  # an interrupt may have come in place of the first
+    finally:  # an interrupt may have prevented the first
         _leave(cache, mine)
 
 
@@ -101,10 +101,10 @@ def _occupy(cache: Any, mine: _Use) -> None:
 
 
 def _leave(cache: Any, mine: _Use) -> None:
-    """Let the next call come, if ``mine`` is using ``cache``. May be called more than once."""
+    """Free ``cache`` for the next call, if ``mine`` is using it. May be called more than once."""
     if _uses.get(cache) is mine:
         with _freed:
-            _freed.notify_all()  # first: an interrupt between the two must not leave others asleep beside a free cache
+            _freed.notify_all()  # first: an interrupt between the two must not leave waiters asleep on a free cache
             del _uses[cache]
 
 
@@ -115,9 +115,9 @@ def is_serving(cache: Any) -> bool:
 
 
 def _forget_threads() -> None:
-    """In the child of a fork, note which calls it has no thread for: a later thread may get the number of theirs."""
+    """Clear the thread ids of the parent's calls in the child of a fork: a later thread may get the same id."""
     global _freed
-    _freed = threading.Condition()  # a thread that the child does not have may hold the old one
+    _freed = threading.Condition()  # a thread of the parent may hold the old lock
     for use in _uses.values():
         if use.thread != threading.get_ident():
             use.thread = None
@@ -130,8 +130,8 @@ if hasattr(os, "register_at_fork"):
 def running_generate() -> FrameType | None:
     """Return the innermost ``generate()`` of a model that is running on this thread, wrapped by kvtier or not.
 
-    It is found by its name and its first argument on the stack: no upstream hook is needed, so no renamed method can
-    hide it.
+    The stack is searched by function name and first argument. No upstream hook is needed, so no renamed method can
+    hide the call.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -154,10 +154,10 @@ def note_wrapped(wrapped: bool) -> None:
 
 
 def check_wrapped() -> None:
-    """Make sure that ``generate`` is wrapped: unwrapped, it takes whatever a cache holds for the prompt's beginning.
+    """Check that ``generate`` is wrapped: unwrapped, it takes all tokens in a cache for the start of its prompt.
 
     Raises:
-        UninstalledError: it is not.
+        UninstalledError: ``generate`` is not wrapped.
     """
     if not _is_wrapped:
         raise UninstalledError(

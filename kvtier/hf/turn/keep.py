@@ -1,4 +1,4 @@
-"""What a turn leaves: its rows to the store, with the states of its model where these are known."""
+"""The commit of a turn's rows to the store, with the known states of its model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def keep(
     """Commit the tokens whose K and V every buffer holds, and return them; None where the layers must be emptied.
 
     Args:
-        named: the tokens that stand in the rows of the layers.
-        turn: that ends.
-        layers: of the cache.
-        checkpoints: of the cache.
-        store: that keeps them.
+        named: the tokens in the rows of the layers.
+        turn: the turn that ends.
+        layers: layers of the cache.
+        checkpoints: state checkpoints of the cache.
+        store: store of the prefixes.
         whole: whether no forward pass was interrupted.
     """
     filled = layers.filled
@@ -52,7 +52,7 @@ def keep(
         _log.warning("this turn is not kept: %s", error)
         return None
     except (ClosedError, MemoryError, torch.OutOfMemoryError) as error:
-        # The answer is there: it must not be lost because it cannot be kept.
+        # The answer exists: failing to store the turn must not lose it.
         _log.warning("this turn is not kept in the store: %s", error)
     return replace(resident, live=checkpoints.live)
 
@@ -83,9 +83,9 @@ def _states_of_rows(
     length: int,
     whole: bool,
 ) -> list[dict[int, torch.Tensor]]:
-    """Return, of each row, the states that are known, by the number of tokens after which they are valid.
+    """Return the known states of each row, by the number of tokens after which they are valid.
 
-    No row is padded: such turns were not begun.
+    No row is padded: models with states do not admit padded prompts.
     """
     by_row = []
     live = whole

@@ -1,4 +1,4 @@
-"""TurnManager: begins turns with what is known, and keeps what is new."""
+"""TurnManager: begins, tracks and commits the turns of one cache."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ _UNANNOUNCED = (
 
 
 class TurnManager:
-    """The turns of one cache: what each begins with, what happens to the layers meanwhile, and what is kept of it.
+    """The turns of one cache: their start, changes of the layers meanwhile, and their commit.
 
-    Guarantees: what a turn begins with belongs to its prompt, or nothing does; whatever ends a turn, the layers then
-    hold tokens that are known, or nothing.
+    Guarantees: a turn begins with a prefix of its own prompt, or with nothing. However a turn ends, the layers then
+    hold known tokens, or nothing.
 
     Args:
-        layers: of the cache.
-        store: where prefixes are kept.
-        wait_seconds: how long a call waits for one that is using the cache on another thread.
+        layers: layers of the cache.
+        store: store of the prefixes.
+        wait_seconds: how long a call waits for a call on another thread that is using the cache.
 
     Attributes:
-        layers: of the cache.
-        store: where prefixes are kept.
+        layers: layers of the cache.
+        store: store of the prefixes.
         wait_seconds: see above.
-        costs: what plans weigh against each other.
+        costs: costs that plans compare.
         last_turn: the report of the last turn that has begun; None before the first.
         closed: whether the cache was closed.
 
     Raises:
-        ConfigurationError: ``wait_seconds`` is no number of seconds.
+        ConfigurationError: ``wait_seconds`` is not a valid number of seconds.
     """
 
     def __init__(self, layers: LayerContainer, store: PrefixStore, wait_seconds: float = 0.0) -> None:
@@ -80,24 +80,24 @@ class TurnManager:
         self._root: str | None = None
         self._marks: LayerMarks | None = None
         self._is_strict = False
-        self._unseen_generate: FrameType | None = None  # the call itself: a number could be given to a later one
+        self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
         self._longest_answer = 0
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
     def lay_out(self, config: PreTrainedConfig | None) -> None:
-        """Hold nothing, and have empty layers for a model."""
-        self.layers.lay_out(config if why_untrusted() is None else None)  # there, layers might not even be made
+        """Drop all content and make empty layers for a model."""
+        self.layers.lay_out(config if why_untrusted() is None else None)  # else making layers might fail
         self._resident = None
         self._checkpoints.lose()
 
     def appending(self, index: int, layer: Any, columns: int) -> None:
-        """Note that a layer is about to be given ``columns`` more.
+        """Note that ``columns`` columns are about to be appended to a layer.
 
         Raises:
-            BusyError: something else than the running ``generate()`` has changed the layer.
+            BusyError: something other than the running ``generate()`` has changed the layer.
             ClosedError: the cache was closed.
-            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
+            UnannouncedError: no turn has begun, kvtier did not see the running ``generate()``, the cache holds tokens.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         turn = self._turn
@@ -107,21 +107,21 @@ class TurnManager:
             turn.appending(index, layer.get_seq_length(), columns)
 
     def changing_states(self) -> None:
-        """Note that a model is about to change states: models without attention come here alone.
+        """Note that a model is about to change states: models without attention are noticed only here.
 
         Raises:
             ClosedError: the cache was closed.
-            UnannouncedError: no turn has begun, and a ``generate()`` is running that kvtier did not see.
+            UnannouncedError: no turn has begun, kvtier did not see the running ``generate()``, the cache holds tokens.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
         if self._turn is None:
             self._feed_unannounced()
 
     def _feed_unannounced(self) -> None:
-        """Prepare for tokens that no turn has announced: in a loop of one's own they are fine, in ``generate()`` not.
+        """Prepare for tokens outside a turn: a custom loop may feed them, ``generate()`` only into an empty cache.
 
-        A ``generate()`` that kvtier did not see takes what the cache holds for the beginning of its prompt. One that
-        finds the cache empty is right, as long as it is the same call.
+        A ``generate()`` that kvtier did not see takes the tokens in the cache for the start of its prompt. A call that
+        began with an empty cache may go on, as long as it is the same call.
         """
         self.check_open()
         check_wrapped()
@@ -130,28 +130,28 @@ class TurnManager:
         if running is not None and running is not self._unseen_generate and holds_tokens:
             raise UnannouncedError(_UNANNOUNCED)
         self._unseen_generate = running
-        self._resident = None  # tokens without a name
+        self._resident = None  # the ids of the new tokens are not known
 
     def start_over(self) -> None:
-        """Hold nothing, and forget the turn."""
+        """Drop all content and the turn."""
         self._unseen_generate = None
         self._end_turn()
         self.lay_out(self.layers.config)
 
     def cropping(self) -> None:
-        """Note that tokens are about to be taken back from every layer."""
+        """Note that every layer is about to be cropped."""
         self._checkpoints.live = None
 
     def cropped(self) -> None:
-        """Note that tokens were taken back from every layer."""
+        """Note that every layer was cropped."""
         if self._turn is not None:
             ends = {index: self.layers.layers[index].get_seq_length() for index in self._turn.ends}
             self._turn.cropped(self.layers.columns, ends)
 
     def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
-        """Let row ``i`` of every layer be its former row ``rows[i]``; ``move`` does it for one layer with K and V."""
+        """Replace row ``i`` of every layer by former row ``rows[i]``; ``move`` does so in one layer with K and V."""
         before, turn = self.layers.row_count, self._turn
-        # Until every layer has moved, an interrupt leaves rows that differ between layers: nothing of it can be kept.
+        # Until every layer has moved, an interrupt leaves different rows in different layers: nothing can be kept then.
         self._turn, self._resident = (Turn.off("rows were being moved") if turn else None), None
         self.layers.move_rows(rows, move)
         self._turn = turn
@@ -161,15 +161,15 @@ class TurnManager:
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def begin(self, model: PreTrainedModel, request: GenerateRequest) -> TurnReport:
-        """Begin a turn of ``model``, whose pages may still be on their way.
+        """Begin a turn of ``model``; its pages may still be loading afterwards.
 
         Raises:
             ClosedError: the cache was closed.
-            PromptError: media of the prompt were not passed, and the turn does not begin with them.
+            PromptError: media of the prompt were not passed, and the reused prefix does not contain them.
         """
         self.check_open()
         self._longest_answer = request.longest_answer
-        # These take tokens back, or may do anything. Of calls whose arguments were not read, nothing is known.
+        # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
         config = getattr(model, "config", None)
@@ -200,11 +200,11 @@ class TurnManager:
             try:
                 return self._start(request, turn, model)
             except BlockError:
-                continue  # blocks that do not fit the model: they are withheld
+                continue  # the blocks do not fit the model and are withheld: plan without them
 
     def _cold_turn(self, prompt: Prompt, identity: Identity, request: GenerateRequest, reason: str) -> Turn:
         if self.layers.states:
-            return Turn.off(reason)  # drafts that were taken back would still be in the states
+            return Turn.off(reason)  # rejected draft tokens would still be in the states
         trace = TokenTrace(prompt) if request.watched and prompt.plain else None
         return Turn(prompt, identity, None, reason, prompt_only=True, trace=trace, custom=request.custom)
 
@@ -219,9 +219,9 @@ class TurnManager:
         return self._resident_now()
 
     def _resident_now(self) -> ResidentPrefix | None:
-        """Return what all buffers hold, cut to their length: a crop between turns shortens it.
+        """Return the tokens that all buffers hold, cut to the length of the buffers: a crop between turns shortens it.
 
-        None where anything else has changed a layer since, by whatever way.
+        None when any other change of a layer has happened since.
         """
         if (
             self._resident is None
@@ -241,8 +241,8 @@ class TurnManager:
         """Start the ``turn`` of a ``request``.
 
         Raises:
-            BlockError: blocks do not fit the model; they are not found again.
-            PromptError: media of the call's prompt were not passed, and the turn does not begin with them.
+            BlockError: blocks do not fit the model; later lookups skip them.
+            PromptError: media of the call's prompt were not passed, and the reused prefix does not contain them.
         """
         needed = request.prompt.needed if request.prompt is not None else 0
         if needed > (turn.prefix.columns if turn.prefix is not None else 0):
@@ -252,7 +252,7 @@ class TurnManager:
             if request.inputs is not None:
                 raise media_error(request.missing, reason)
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
-        self._resident = self._unseen_generate = None  # first of all: from here on, pages may land in the buffers
+        self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
@@ -273,7 +273,7 @@ class TurnManager:
         self._start(GenerateRequest(reason), Turn.off(reason))
 
     def pass_over(self, reason: str) -> None:
-        """Hold nothing, and report a turn that could neither reuse nor be kept."""
+        """Drop all content, and report a turn that could neither reuse nor be kept."""
         self.start_over()
         self.last_turn = Turn.off(reason).report()
 
@@ -284,20 +284,20 @@ class TurnManager:
 
     @property
     def has_states(self) -> bool:
-        """Whether any layer keeps what is only valid after one token."""
+        """Whether any layer keeps states, which are valid after one token only."""
         return bool(self.layers.states)
 
     @property
     def trace(self) -> TokenTrace | None:
-        """The trace of this turn; None where generated tokens are known without one."""
+        """The trace of this turn; None when generated tokens are known without it."""
         return self._turn.trace if self._turn is not None else None
 
     def prefill_chunks(self) -> Sequence[tuple[int, int]]:
-        """Return columns ``(begin, end)`` of the prompt that are to be fed one after the other before the rest."""
+        """Return the columns ``(begin, end)`` of each chunk to be fed, in order, before the rest of the prompt."""
         return self._turn.prefill.chunks if self._turn is not None else ()
 
     def prefilled(self, column: int) -> None:
-        """Note that forward passes have ended that gave the model the first ``column`` columns, and no more."""
+        """Note that completed forward passes have fed the model exactly the first ``column`` columns."""
         turn = self._turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
@@ -307,14 +307,14 @@ class TurnManager:
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
 
     def can_start_again(self) -> bool:
-        """Whether the turn began with a known prefix and no forward pass has ended yet: all tokens are known."""
+        """Whether the turn can restart: it began with a known prefix, and no forward pass has ended yet."""
         return any(not layer.complete for layer in self.layers.attention)
 
     def kept_row(self, row: int) -> tuple[str, TokenIds]:
         """Return the root and the tokens of a row that the last turn kept.
 
         Raises:
-            PromptError: it kept nothing, or has no such row.
+            PromptError: the last turn kept nothing, or has no such row.
         """
         if self._resident is None or self._root is None or not 0 <= row < len(self._resident.rows):
             reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
@@ -324,26 +324,26 @@ class TurnManager:
     def commit(self, sequences: Any, eos_ids: Iterable[int] = (), *, whole: bool = True) -> TurnReport:
         """End the turn: keep prompt and generated tokens.
 
-        Whatever goes wrong, the answer is there: nothing is raised, and nothing is kept then.
+        An error is logged and not raised, because the answer exists already. The turn is not kept then.
 
         Args:
-            sequences: what ``generate`` returned; None keeps the prompt alone.
+            sequences: the return value of ``generate``; None keeps only the prompt.
             eos_ids: ids that end a sequence.
             whole: whether no forward pass was interrupted.
         """
         turn, self._turn = self._turn, None
-        if turn is None:  # the cache was closed inside generate(), whose answer is right all the same
+        if turn is None:  # the cache was closed inside generate(); the answer is still right
             self.last_turn = Turn.off("the cache was closed before the turn ended").report()
             return self.last_turn
         generated: list[TokenIds] = []
         try:
             if sequences is not None and not turn.reads(sequences):
                 turn.reason = "generate() returned no ids [rows, columns] that go on from the prompt: they are not kept"
-                turn.custom, sequences = True, None  # what was fed may have been seen; nothing else can tell
+                turn.custom, sequences = True, None  # only a trace can still show the tokens fed
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
             named = turn.named(generated, self.layers.row_count, self.layers.common_columns, list(eos_ids))
-            ended = whole and is_serving(self)  # in a loop of one's own, the last pass may have been interrupted
+            ended = whole and is_serving(self)  # in a custom loop, the last pass may have been interrupted
             if (
                 self.layers.states
                 and (whole or not is_serving(self))
@@ -360,7 +360,7 @@ class TurnManager:
                 else:
                     self._marks = LayerMarks(self.layers.layers)
         except Exception as error:
-            # The answer is there: it must not be lost because it cannot be kept.
+            # The answer exists: failing to keep the turn must not lose it.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
             self.lay_out(self.layers.config)
         finally:
@@ -371,12 +371,12 @@ class TurnManager:
         return self.last_turn
 
     def abort(self) -> None:
-        """End a turn that was interrupted: keep the part of its prompt that every layer has."""
+        """End an interrupted turn: keep the part of its prompt that every layer has."""
         turn = self._turn
         if turn is None:
             return
         attention = self.layers.attention
-        # In a first pass that was interrupted, a buffer that is still to be filled looks like one that never is.
+        # In an interrupted first pass, a buffer not yet filled looks like an unused buffer.
         begun = all(layer.complete and layer.length and layer.memory is not None for layer in attention)
         if turn.prompt is not None and begun and (attention or self._checkpoints.taken):
             turn.prompt_only = True
@@ -390,10 +390,10 @@ class TurnManager:
             turn.prefix.close()
 
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
-        """Let ``twin``, the manager of a second cache, hold the same, and go on with the same turn."""
+        """Copy the content and the running turn to ``twin``, the manager of a second cache."""
         turn, offload = self._turn, twin.layers.offload
         if turn is not None and turn.prefix is not None and self.layers.offload is None:
-            turn.prefix.wait()  # what is on its way lands in buffers that are about to be shared
+            turn.prefix.wait()  # loading pages land in buffers that are about to be shared
         if offload is not None and turn is not None and turn.prompt is not None:
             offload.begin_turn(turn.prompt.columns, self._longest_answer)
         self.layers.copy_to(twin.layers, memo)
@@ -404,28 +404,28 @@ class TurnManager:
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
 
     def close(self) -> None:
-        """Forget the turn, and let go of the buffers."""
+        """Drop the turn and release the buffers."""
         self._end_turn()
         self.layers.let_go()
         self._resident, self.closed = None, True
 
     def check_open(self) -> None:
-        """Make sure that the cache is open.
+        """Check that the cache is open.
 
         Raises:
-            ClosedError: it was closed.
+            ClosedError: the cache was closed.
         """
         if self.closed:
             raise ClosedError("this TieredCache was closed; make a new one")
 
 
 def turns_of(value: Any) -> TurnManager | None:
-    """Return what manages the turns of a cache, or of the decoder's cache inside of it; None for anything else."""
+    """Return the ``TurnManager`` of a cache, or of the decoder's cache inside it; None for any other value."""
     cache = decoder_cache(value)
     turns = getattr(cache, "turns", None) if isinstance(cache, DynamicCache) else None
     return turns if isinstance(turns, TurnManager) else None
 
 
 def managed_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments, whatever their names, that are caches with a ``TurnManager``, bare or wrapped."""
+    """Return the arguments, under any name, that are caches with a ``TurnManager``, bare or wrapped."""
     return {name: value for name, value in arguments.items() if turns_of(value) is not None}

@@ -1,4 +1,4 @@
-"""The plan of a turn, a pure function of what is known: how much is reused, from where, and how the rest is fed."""
+"""The plan of a turn, a pure function of its candidates: how much is reused, from where, and how the rest is fed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kvtier.store.lookup import Span
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """How a model can go on from a prefix, and how its prompt can be fed.
+    """How a model can continue from a prefix, and how its prompt can be fed.
 
     Attributes:
-        states: whether it can only go on from where its states are known.
-        token_by_token: whether it can only go on by one token at a time.
-        may_feed: whether anything can be fed before ``generate`` feeds the rest.
+        states: whether the model can continue only from columns with known states.
+        token_by_token: whether the model can continue by only one token at a time.
+        may_feed: whether chunks can be fed before ``generate`` feeds the rest.
     """
 
     states: bool = False
@@ -35,8 +35,8 @@ class Prefill:
     """How the prompt of a turn is fed.
 
     Attributes:
-        chunks: columns ``(begin, end)`` that are fed one after the other before ``generate`` feeds the rest.
-        checkpoint_columns: where states are kept, besides the ends of prompt and turn.
+        chunks: columns ``(begin, end)`` of each chunk fed, in order, before ``generate`` feeds the rest.
+        checkpoint_columns: columns at which states are kept, besides the ends of prompt and turn.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
@@ -44,7 +44,7 @@ class Prefill:
 
 
 NO_PREFILL = Prefill()
-"""``generate`` feeds the whole prompt, and states are kept at the ends of prompt and turn alone."""
+"""``generate`` feeds the whole prompt, and states are kept only at the ends of prompt and turn."""
 
 
 def plan_prefill(prompt: Prompt, begin: int, cut: int, abilities: Abilities, costs: Costs) -> Prefill:
@@ -54,21 +54,21 @@ def plan_prefill(prompt: Prompt, begin: int, cut: int, abilities: Abilities, cos
     (Marconi, MLSys 2025, keeps the states of hybrid models at such branches.)
 
     Args:
-        prompt: its rows.
-        begin: columns that are reused.
-        cut: columns whose K and V are known.
-        abilities: of the model.
-        costs: what is weighed against each other.
+        prompt: the prompt of the turn.
+        begin: number of reused columns.
+        cut: number of columns whose K and V are known.
+        abilities: abilities of the model.
+        costs: costs to compare.
     """
     if not abilities.may_feed or prompt.is_padded:
         return NO_PREFILL
-    end = prompt.columns - 1  # generate must be left one token
+    end = prompt.columns - 1  # generate must feed at least one token
     worth, spacing = costs.checkpoint_worth_tokens, costs.checkpoint_spacing_tokens
     if abilities.token_by_token:
         chunks: tuple[tuple[int, int], ...] = ()
         if begin:
             chunks = tuple((column, column + 1) for column in range(begin, end))
-        elif cut == end >= worth:  # one token is left to go on by
+        elif cut == end >= worth:  # one token is left to continue with
             chunks = ((0, end),)
         return Prefill(chunks, frozenset({cut}))
     columns = {column for column in range(0, end, spacing) if begin < column <= end - spacing // 2}
@@ -79,19 +79,19 @@ def plan_prefill(prompt: Prompt, begin: int, cut: int, abilities: Abilities, cos
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnPlan:
-    """What a turn reuses, and how it goes on.
+    """The reused prefix of a turn, and the prefill of the rest.
 
     Attributes:
-        columns: that are reused; 0 for none.
-        rows: where the first tokens of each row come from.
-        spans: of each row, what is loaded from the store.
-        checkpoints: of each row, the block whose states are loaded; empty where the layers are there already.
-        divergences: where each row leaves what is known.
-        known: tokens of each row whose K and V are known, if it were alone.
+        columns: number of reused columns; 0 for none.
+        rows: source of the first tokens of each row.
+        spans: spans that each row loads from the store.
+        checkpoints: block of each row whose states are loaded; empty when the layers already have the states.
+        divergences: where each row differs from the known prefix.
+        known: tokens of each row whose K and V are known, as if the row were alone.
         limit: the column up to which every row is known.
-        known_columns: columns whose K and V are known; of a model with states, more than can be reused.
-        prefill: in which chunks the rest is fed, and where states are kept.
-        reason: why not more is reused.
+        known_columns: columns whose K and V are known; with states, fewer may be reusable.
+        prefill: chunks and checkpoint columns of the rest.
+        reason: why no more tokens are reused.
     """
 
     columns: int
@@ -111,14 +111,14 @@ class TurnPlan:
         return bool(self.checkpoints) or any(self.spans)
 
     def device_tokens(self) -> int:
-        """Return the tokens that the buffers hold already."""
+        """Return the number of reused tokens that the buffers hold already."""
         return sum(min(row.device_tokens, max(0, self.columns - row.pad)) for row in self.rows)
 
 
 def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
-    """Return the plan that reuses as much of ``prompt`` as can be, the buffers first.
+    """Return the plan that reuses the most of ``prompt``, from the buffers first.
 
-    Never all of it: the model must still be fed one token.
+    It never reuses the whole prompt: the model must be fed at least one token.
     """
     rows = _row_plans(prompt, candidates)
     columns, checkpoints = candidates.columns, tuple[BlockId, ...]()
@@ -168,9 +168,9 @@ def _row_plans(prompt: Prompt, candidates: Candidates) -> tuple[RowPlan, ...]:
 
 
 def _at_states(prompt: Prompt, candidates: Candidates, rows: Sequence[RowPlan]) -> tuple[int, tuple[BlockId, ...]]:
-    """Return the last column that is known after which the states of all rows are known, and the blocks that have them.
+    """Return the last known column with known states of all rows, and the blocks with these states.
 
-    No block when the layers are there already. 0 when no such column is known.
+    There are no blocks when the layers already have the states. The column is 0 when there is none.
     """
     by_row = [dict(found.checkpoints) for found in candidates.rows]
     best = max(set.intersection(*map(set, by_row)), default=0)

@@ -1,4 +1,4 @@
-"""The start of a turn: its plan, what is opened for it, and the layers that wait for their parts of a prefix."""
+"""The start of a turn: its plan, the opened blocks, and the layers that wait for their parts of the prefix."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def planned_turn(
     store: PrefixStore,
     costs: Costs,
 ) -> Turn:
-    """Return the turn that reuses as much as is known and can be opened now.
+    """Return the turn that reuses the longest known prefix that can be opened now.
 
     Args:
-        model: that it runs on.
-        prompt: its rows.
-        identity: of the model.
-        request: what the call asks for.
-        resident: what the layers hold.
-        layers: of the cache.
-        store: where prefixes are kept.
-        costs: what is weighed against each other.
+        model: the model of the turn.
+        prompt: the prompt of the turn.
+        identity: identity of the model.
+        request: the request of the call.
+        resident: the tokens that the layers hold.
+        layers: layers of the cache.
+        store: store of the prefixes.
+        costs: costs that the plan compares.
     """
     profile, states = profile_of(model), bool(layers.states)
     abilities = Abilities(states, profile.token_by_token, request.feeds and request.repeats == 1 and prompt.plain)
@@ -56,7 +56,7 @@ def planned_turn(
         try:
             job = store.restore(planned.spans, planned.checkpoints) if planned.needs_store else None
         except BlockError:
-            continue  # what failed is not found again
+            continue  # later lookups skip the failed blocks
         break
     prefix = None
     if planned.columns:
@@ -84,18 +84,18 @@ def start_load(
     model: PreTrainedModel | None,
     repeats: int,
 ) -> None:
-    """Let the pages of a prefix come, and each layer wait for its own in its next update.
+    """Start loading a prefix; each layer waits for its own pages in its next update.
 
     Args:
-        turn: that begins.
-        prefix: what it reuses.
-        layers: of the cache.
-        checkpoints: of the cache.
-        model: that the turn runs on.
+        turn: the turn that begins.
+        prefix: the prefix that the turn reuses.
+        layers: layers of the cache.
+        checkpoints: state checkpoints of the cache.
+        model: the model of the turn.
         repeats: how many rows of the cache continue each row of the prompt.
 
     Raises:
-        BlockError: blocks do not fit the layers; they are not found again.
+        BlockError: blocks do not fit the layers; later lookups skip them.
     """
     attention = layers.attention
     assert turn.prompt is not None

@@ -14,21 +14,21 @@ from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.store.chain import TokenIds
 
-# What a forward pass is given that changes no K and V, besides what is looked at.
+# Arguments of a forward pass that change no K and V, besides the checked ones.
 _HARMLESS = frozenset({*CACHE_ARGUMENTS, "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict"})
-# What ``generate`` hands to a function that may hand all of it on.
+# Arguments of ``generate`` that a custom generate function may pass on to the model.
 _OF_GENERATE = frozenset({"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"})
 
 
 class TokenTrace:
-    """The tokens of each row of a cache, as forward passes of one model were seen to bring them.
+    """The tokens of each row of a cache, recorded from the forward passes of one model.
 
-    Guarantees: what ``rows`` returns was fed at the positions, and saw the tokens, that it would have in a prompt.
-    Every change of the cache is announced by ``appended``, ``cut`` or ``move``; other changes are found by counting.
+    Guarantees: tokens that ``rows`` returns were fed at the same positions, and saw the same tokens, as in a prompt.
+    Every change of the cache is reported to ``appended``, ``cut`` or ``move``; other changes are detected by counting.
 
     Args:
-        prompt: of the turn.
-        columns: of it that the cache holds already.
+        prompt: prompt of the turn.
+        columns: columns of the prompt that the cache holds already.
     """
 
     def __init__(self, prompt: Prompt, columns: int = 0) -> None:
@@ -43,7 +43,7 @@ class TokenTrace:
         self._early = torch.tensor([prompt.ends_early(row) for row in range(len(prompt.rows))], device="cpu")
         self._ids = torch.from_numpy(ids[:, :columns].copy())
         self._passing: tuple[int, torch.Tensor] | None = None
-        self._checks: list[torch.Tensor] = []  # looked at in the end: asking a device for each would hold it up
+        self._checks: list[torch.Tensor] = []  # evaluated at the end: reading each from the device would stall it
         self.trouble: str | None = None
 
     def passing(self, arguments: Mapping[str, Any], begin: int, takes_positions: bool) -> None:
@@ -106,19 +106,19 @@ class TokenTrace:
         self._checks.append(((positions == expected) | ~matters).all())
 
     def passed(self) -> None:
-        """Note that the call has come to its end."""
+        """Note that the call has ended."""
         if self._passing is not None:
             _, ids = self._passing
             self._ids = torch.cat([self._ids.to(ids.device), ids], 1)
         self._passing = None
 
     def appended(self, begin: int, columns: int) -> None:
-        """Note that a layer which has ``begin`` columns is given ``columns`` more."""
+        """Note that ``columns`` columns are appended to a layer that has ``begin``."""
         if self._passing is None or self._passing[0] != begin or self._passing[1].shape[1] != columns:
             self._doubt("K and V came from elsewhere")
 
     def cut(self, columns: int) -> None:
-        """Note that the cache holds no more than its first ``columns`` columns."""
+        """Note that the cache now holds at most its first ``columns`` columns."""
         self._ids = self._ids[:, :columns]
 
     def move(self, rows: Sequence[int]) -> None:
@@ -138,7 +138,7 @@ class TokenTrace:
 
         Args:
             row_of: the prompt row that each row of the cache continues.
-            columns: how many the cache holds.
+            columns: columns that the cache holds.
         """
         if self.trouble is None and self._checks and not all(bool(check) for check in self._checks):
             self._doubt("masks or positions are not those of a prompt")
@@ -157,12 +157,12 @@ class TokenTrace:
 
 @contextmanager
 def watching(model: torch.nn.Module, cache: Any, current: Callable[[], TokenTrace | None]) -> Iterator[None]:
-    """Tell the ``current`` trace of every forward pass of ``model`` that is given ``cache``."""
+    """Report every forward pass of ``model`` with ``cache`` to the ``current`` trace."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     takes_positions = "position_ids" in names
 
-    # PyTorch registers a hook before it notes that the hook wants arguments by name: a pass on another thread may call
-    # it in between, without them.
+    # PyTorch registers a hook before it notes that the hook takes keyword arguments: a pass on another thread may call
+    # the hook without them in between.
     def given(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
         arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         return arguments if any(arguments.get(name) is cache for name in CACHE_ARGUMENTS) else None

@@ -1,4 +1,4 @@
-"""Turn: what a turn starts from, what happens to its rows, and its report."""
+"""Turn: the known prefix, the row moves and the report of one turn."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ class Turn:
     """A turn that has begun and is not committed.
 
     Attributes:
-        prompt: its rows; None when it must neither reuse nor be kept.
-        identity: of the model it runs on.
-        prefix: what of the prompt is known; None when nothing is.
-        reason: why not more was reused.
-        prompt_only: whether generated tokens can no longer be told by row.
-        row_of: the prompt row that each cache row continues; None until rows are known to have moved.
-        cropped_to: columns that were left when tokens were taken back; if others come after that, they are not those of
-            the sequences.
-        intact: columns that no later token has overwritten, and that were fed to every layer by whole forward passes.
-        is_strict: whether only the running ``generate()`` may change the cache, which appends and nothing else.
-        ends: columns that each layer held after its last update of the turn, and the forward pass that made it.
-        passes: forward passes of the turn, the one that is running included.
-        trace: what was seen to be fed, in ways of decoding in which returned sequences do not tell.
-        custom: whether nothing else can tell: the prompt may not have been fed.
-        match_seconds: time it took to find the prefix.
-        divergences: where each row left what was known.
-        cached_by_tier: tokens of the prefix by where they come from.
-        known: tokens of each row whose K and V are known, if it were alone.
-        limit: columns up to which every row is known.
-        prefill: in which chunks its prompt is fed, and where states are kept, besides the ends of prompt and turn.
-        keeps_answer_states: whether states after generated tokens are those that a prompt would give.
+        prompt: the prompt of the turn; None when the turn must neither reuse nor be kept.
+        identity: identity of the model.
+        prefix: the known prefix of the prompt; None for none.
+        reason: why no more tokens were reused.
+        prompt_only: whether generated tokens can no longer be assigned to rows.
+        row_of: the prompt row that each cache row continues; None until rows have moved.
+        cropped_to: fewest columns left by a crop; tokens appended after a crop are not those of the returned sequences.
+        intact: leading columns that no later token has overwritten, fed to every layer by complete forward passes.
+        is_strict: whether only the running ``generate()`` may change the cache, and only by appending.
+        ends: columns that each layer held after its last update in the turn, and the number of that forward pass.
+        passes: forward passes of the turn, including the running one.
+        trace: the tokens fed, recorded for decoding modes whose returned sequences do not show them.
+        custom: whether only a trace can show the tokens fed: even the prompt may not have been fed.
+        match_seconds: time spent finding the prefix.
+        divergences: where each row differs from the known prefix.
+        cached_by_tier: tokens of the prefix by source tier.
+        known: tokens of each row whose K and V are known, as if the row were alone.
+        limit: the column up to which every row is known.
+        prefill: chunks of the prompt, and checkpoint columns besides the ends of prompt and turn.
+        keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
 
     prompt: Prompt | None
@@ -85,11 +84,11 @@ class Turn:
         """Return the turn that a plan describes.
 
         Args:
-            prompt: its rows.
-            identity: of the model.
-            prefix: what is reused; None for nothing.
-            plan: what was decided.
-            job: what is loaded from the store; None for nothing.
+            prompt: the prompt of the turn.
+            identity: identity of the model.
+            prefix: the reused prefix; None for none.
+            plan: the plan of the turn.
+            job: the load from the store; None for none.
         """
         by_tier: dict[str, int] = {}
         if prefix is not None:
@@ -111,10 +110,10 @@ class Turn:
         )
 
     def twin(self, memo: dict[int, Any] | None) -> Turn:
-        """Return the same turn for a cache that holds the same.
+        """Return the same turn for a copy of the cache.
 
         Args:
-            memo: of the deep copy of layers that wait for the prefix; None when none does.
+            memo: memo of the deep copy of layers that wait for the prefix; None when no layer waits.
         """
         prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
         row_of = list(self.row_of) if self.row_of is not None else None
@@ -122,7 +121,7 @@ class Turn:
         return replace(self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False)
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
-        """Note that cache row ``i`` is the former row ``rows[i]``; generated tokens can no longer be told by row."""
+        """Note that cache row ``i`` is the former row ``rows[i]``: generated tokens have no known row from now on."""
         if self.prompt is None:
             return
         if rows.dtype == torch.bool:
@@ -134,10 +133,10 @@ class Turn:
             self.trace.move(rows.tolist())
 
     def appending(self, layer: int, begin: int, columns: int) -> None:
-        """Note that ``layer``, which holds ``begin`` columns, is given ``columns`` more.
+        """Note that ``columns`` columns are appended to ``layer``, which holds ``begin``.
 
         Raises:
-            BusyError: something else than the running ``generate()`` has changed the layer.
+            BusyError: something other than the running ``generate()`` has changed the layer.
         """
         ends = self.ends
         resident = ends.get(layer)
@@ -146,7 +145,7 @@ class Turn:
             self._changed(layer, begin, expected)
         if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
             self.passes += 1
-        elif last_pass != self.passes - 1:  # a pass that ended early did not come here; later ones saw what it left
+        elif last_pass != self.passes - 1:  # an interrupted pass skipped this layer; later passes saw its leftovers
             self.intact = min(self.intact, begin)
         ends[layer] = begin + columns, self.passes
         if self.cropped_to is not None:
@@ -171,9 +170,9 @@ class Turn:
         self.intact = min(self.intact, begin, expected)
 
     def cropped(self, columns: int, ends: Mapping[int, int]) -> None:
-        """Note that tokens were taken back: ``columns`` are left, ``ends`` of them in each layer."""
+        """Note a crop: ``columns`` columns are left, ``ends[layer]`` of them in each layer."""
         self.cropped_to = columns if self.cropped_to is None else min(columns, self.cropped_to)
-        if not self.is_strict:  # else the next update finds that the layers are not as generate() left them
+        if not self.is_strict:  # else the next update must detect the crop
             self.ends = {layer: (ends[layer], last_pass) for layer, (_, last_pass) in self.ends.items()}
         if self.trace is not None:
             self.trace.cut(columns)
@@ -191,12 +190,12 @@ class Turn:
     def named(
         self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
     ) -> ResidentPrefix | None:
-        """Return the tokens that stand in the ``held_rows`` rows of the buffers; None when they are not known.
+        """Return the tokens in the ``held_rows`` rows of the buffers; None when they are not known.
 
         Args:
             generated: the new tokens of each returned sequence.
             held_rows: rows of the buffers.
-            columns: of them.
+            columns: columns of the buffers.
             ends: ids that end a sequence.
         """
         if self.prompt is None or not held_rows:
@@ -218,7 +217,7 @@ class Turn:
         return self._resident(rows, row_of)
 
     def _resident(self, rows: tuple[TokenIds, ...], row_of: Sequence[int]) -> ResidentPrefix:
-        """Return the ``rows`` of the buffers, which continue the prompt rows ``row_of``."""
+        """Return ``rows``, which continue the prompt rows ``row_of``, as a prefix cut to the intact columns."""
         prompt = self.prompt
         assert prompt is not None
         marks = tuple(prompt.marks[p] for p in row_of) if prompt.marks else ()
@@ -226,7 +225,7 @@ class Turn:
         return ResidentPrefix(rows, tuple(prompt.pads[p] for p in row_of), None, marks, positions).cut(self.intact)
 
     def reads(self, sequences: Any) -> bool:
-        """Whether ``sequences``, which ``generate`` returned, are ids ``[rows, columns]`` of prompt and answer."""
+        """Whether the returned ``sequences`` are ids ``[rows, columns]`` of prompt and answer."""
         if self.prompt is None:
             return True
         if not isinstance(sequences, torch.Tensor) or sequences.ndim != 2:
@@ -237,7 +236,7 @@ class Turn:
 
     @property
     def _returned(self) -> int:
-        """How many columns of the prompt ``generate`` returns before the new tokens."""
+        """Columns of the prompt that ``generate`` returns before the new tokens."""
         assert self.prompt is not None
         return self.prompt.columns if self.prompt.returned is None else self.prompt.returned
 
@@ -250,7 +249,7 @@ class Turn:
         return [_until(ids, ends) for ids in new]
 
     def _cut_short(self) -> str | None:
-        """Return what it cost that rows are cut at one column; None when it cost nothing."""
+        """Return, in words, the tokens lost by cutting all rows at one column; None when none were lost."""
         if self.prompt is None or not self.known:
             return None
         ends = [pad + n for pad, n in zip(self.prompt.pads, self.known, strict=True)]
@@ -264,7 +263,7 @@ class Turn:
         )
 
     def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
-        """Return what was reused and why not more; ``generated`` are the new tokens of each returned sequence."""
+        """Return the report of the turn; ``generated`` are the new tokens of each returned sequence."""
         if self.prompt is None:
             return TurnReport(miss_reason=self.reason)
         rows = []
@@ -291,6 +290,6 @@ class Turn:
 
 
 def _until(ids: TokenIds, ends: Sequence[int]) -> TokenIds:
-    """Cut ``ids`` after the first of ``ends``: what follows is filling."""
+    """Cut ``ids`` after the first of ``ends``: the rest is padding."""
     found = np.flatnonzero(np.isin(ids, ends))
     return ids[: int(found[0]) + 1] if len(found) else ids
