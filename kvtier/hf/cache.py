@@ -36,8 +36,8 @@ class TieredCache(DynamicCache):
     """A ``past_key_values`` that never computes a known prefix twice.
 
     Guarantees: reused K and V were computed by the same model for the same tokens, compared id by id; their bytes are
-    the computed bytes, unless the store has a codec that loses bits; a store that fails costs a recompute. One object serves one ``generate`` at a time.
-    Inference only: K and V that require grad are detached.
+    the computed bytes, unless the store has a codec that loses bits; a store that fails costs a recompute. One object
+    serves one ``generate`` at a time. Inference only: K and V that require grad are detached.
 
     Args:
         store: a folder (one store for all caches of the process that name it), a ``PrefixStore``, or None for the

@@ -23,15 +23,15 @@ Read = Callable[[int, int], tuple[Page, ...]]
 
 
 States = Mapping[int, torch.Tensor]
-"""How many tokens of a sequence → the states that are valid after them, U8 ``[bytes]``; the store owns them."""
+"""Number of tokens of a sequence → states valid after them, U8 ``[bytes]``; the store owns them."""
 
 
 class BlockWriter:
-    """What puts blocks into the tiers of one store.
+    """Puts blocks into the tiers of one store.
 
     Args:
-        tiers: of the store.
-        behind: does what can be done behind the caller.
+        tiers: the tiers of the store.
+        behind: runs tasks behind the caller.
         on_second_use: write a block to the durable tier when a second turn uses it, not when the first one does.
     """
 
@@ -55,10 +55,10 @@ class BlockWriter:
         *,
         imported: bool = False,
     ) -> int:
-        """Keep the K and V of ``tokens``, as ``PrefixStore.commit`` says; return how many were new, checkpoints apart.
+        """Store the K and V of ``tokens`` as ``PrefixStore.commit`` does; return how many are new, without checkpoints.
 
-        What is ``imported`` comes from a file: its ``manifest`` is a stranger's word, and only taken where nothing is
-        known; and all of it is written to disk, whether it is used again or not.
+        ``imported`` tokens come from an archive. Their ``manifest`` is untrusted, and used only where the root has none
+        yet. All imported blocks are written to disk, even without a second use.
         """
         if manifest is not None and root not in self._manifests:
             writes_behind = self._tiers.writes_behind
@@ -75,12 +75,12 @@ class BlockWriter:
             if states is not None:
                 keys += self._keep_snapshots(block, start, read, states)
                 if len(block.tokens) < block_size:
-                    break  # nothing could begin with it
+                    break  # no turn could continue from it
             there = self.stands_for(block, block_size)
             if there is not None:
                 known.append(there)
             else:
-                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: it comes before this one
+                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: parents are written before children
                 known = []
                 kept = self._keep(
                     Block(block, read(start, stop), start),
@@ -89,7 +89,7 @@ class BlockWriter:
                     imported=imported,
                 )
                 if not kept:
-                    break  # its children could never be reached
+                    break  # its children could never be found
                 new += len(block.tokens)
             keys.append(block.key)
         self._write_what_disk_lacks(known, keep_tails=states is not None)
@@ -97,18 +97,18 @@ class BlockWriter:
         return new
 
     def write_down(self, keys: Sequence[str]) -> None:
-        """Write what disk lacks of a chain, behind the caller: it was given a name, and is to outlive this process."""
+        """Write the blocks that disk lacks of a chain to be named, behind the caller: it must outlive this process."""
         self._behind.hurry()
         self._write_what_disk_lacks(keys, keep_tails=True)
 
     def _write_what_disk_lacks(self, keys: Sequence[str], *, keep_tails: bool) -> None:
-        """Write known blocks of a chain once more that are in RAM alone: the drive was full, or they were evicted.
+        """Write blocks of a chain again that are in RAM alone: the drive was full, or it evicted them.
 
-        Without them, nothing that follows could be kept on disk. It is done behind the caller.
+        Without them, no later block of the chain could be kept on disk. The writes run behind the caller.
         """
         if not self._tiers.writes_behind:
             return
-        # The others are on disk, or will be.
+        # The other blocks are on disk, or will be.
         in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
         if not in_ram:
             return
@@ -117,14 +117,14 @@ class BlockWriter:
             for key in self._tiers.absent_below(in_ram):
                 block = self._host.block(key)
                 if block is None or not self._put_below(block, keep_tails):
-                    break  # what follows would be an orphan
+                    break  # later blocks would be orphans
 
         self._behind.submit(write)
 
     def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
-        """Keep the checkpoints of prefixes that end in ``block``, which begins with token ``start``; return their keys.
+        """Store the checkpoints of prefixes that end in ``block``, whose first token is ``start``; return their keys.
 
-        Beside the states they hold K and V of their own: no block that goes on beyond them answers for those.
+        Besides the states, each holds its own K and V: a longer block does not stand in for a checkpoint.
         """
         keys = []
         for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
@@ -138,18 +138,18 @@ class BlockWriter:
         return keys
 
     def manifest(self, root: str) -> Mapping[str, Any]:
-        """Return what ``root`` stands for; empty when it is not known."""
+        """Return the description of ``root``; empty when it is not known."""
         if root in self._manifests:
             return self._manifests[root]
         return self._tiers.description(root)
 
     def hit(self, keys: Sequence[str]) -> None:
-        """Note that blocks were restored; told to the tiers with the next commit."""
+        """Count restored blocks; the next commit passes the counts to the tiers."""
         with self._counting:
             self._hits.update(keys)
 
     def _touch(self, keys: Sequence[str]) -> None:
-        """Note that the blocks of a chain were used now; on disk behind the caller, who need not wait for a lock."""
+        """Note that the blocks of a chain were used now; on disk behind the caller, which waits for no lock."""
         with self._counting:
             hits, self._hits = self._hits, Counter()
         self._host.touch(keys, hits)
@@ -163,7 +163,10 @@ class BlockWriter:
         self._tiers.tell_names(lambda names: names.touched(keys))
 
     def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
-        """Return the keys that answer for a chain, block by block; the last is that of a checkpoint if there is one."""
+        """Return the key of a stored block that covers each of ``blocks``, a chain; None where there is none.
+
+        The last key is that of a checkpoint, if one is stored.
+        """
         keys = [self.stands_for(block, block_size) for block in blocks]
         for end in blocks[-1:]:
             checkpoint = BlockId.of(end.root, end.parent, end.tokens, checkpoint=True)
@@ -172,7 +175,7 @@ class BlockWriter:
         return keys
 
     def stands_for(self, block: BlockId, block_size: int) -> str | None:
-        """Return the key of the block that answers for ``block``: its own, or that of one that begins with it.
+        """Return the key of a stored block that covers ``block``: itself, or a longer one with the same first tokens.
 
         None when no tier has either.
         """
@@ -185,7 +188,7 @@ class BlockWriter:
         return None
 
     def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
-        """Put ``block`` into RAM, and see to it that it is written. Returns whether it is kept somewhere."""
+        """Put ``block`` into RAM and queue its write. Returns whether a tier keeps it."""
         if not self._tiers.writes_behind or (self._on_second_use and not imported):
             return self._put_into_ram(block, keep_tails)
         key = block.id.key
@@ -199,8 +202,8 @@ class BlockWriter:
         try:
             if not self._host.put(block, writing=True):
                 if not self._host.is_writing:
-                    return self._put_below(block, keep_tails)  # no room in RAM: there is nothing to write behind from
-                self._behind.note_stall()  # RAM stays full of what is not written yet
+                    return self._put_below(block, keep_tails)  # no room in RAM: write it now
+                self._behind.note_stall()  # RAM stays full of unwritten blocks
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
             queued = (
@@ -211,8 +214,8 @@ class BlockWriter:
             if not queued:
                 self._host.written(key)  # it stays in RAM, and is written when a turn uses it again
         except BaseException:
-            # An interrupt: whether the block is put, and queued, is unknown. Leased, it might never be evicted; known,
-            # it might never be written.
+            # After an interrupt it is unknown whether the block was put and queued. A leased block might never be
+            # evicted, a stored one never be written.
             self._host.discard(key)
             raise
         return True
@@ -230,17 +233,17 @@ class BlockWriter:
         return kept
 
     def _drop_shorter(self, tier: OrderedTier, block: BlockId) -> float | None:
-        """Forget tails that ``block`` begins with: it answers for them, now that the tier has it.
+        """Forget tails with the same first tokens as ``block``, which covers them now that the tier has it.
 
         Returns:
-            Since when they have waited to be written; None if none of them did.
+            When the first of them began to wait to be written; None if none waited.
         """
         waited = []
         for tail in tier.tails(block.parent, block.tokens):
-            if tier is self._tiers.last:  # names of chains that end in the tail mean this block from now on
+            if tier is self._tiers.last:  # chains that end in the tail now end in this block
                 self._tiers.tell_names(partial(_replace, tail.key, block.key))
-            # A tail that waits is the end of no name: ``write_down`` has it written.
-            tier.discard_unread([tail.key])  # first: a tail that is not written must not stay in RAM for ever
+            # No named chain ends in a waiting tail: ``write_down`` writes waiting tails.
+            tier.discard_unread([tail.key])  # first: an unwritten tail must not stay in RAM for ever
             since = self._behind.take_back(tail.key)
             if since is not None:
                 waited.append(since)

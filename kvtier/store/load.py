@@ -17,20 +17,20 @@ from kvtier.store.lookup import Span
 from kvtier.transfer import Readers
 
 Place = Callable[[int, int], tuple[PageView, int]]
-"""``(layer, row)`` → where K and V of that layer and row are to lie, and the token of the row that index 0 is for."""
+"""``(layer, row)`` → the view that takes K and V of that layer and row, and the row's token at its index 0."""
 
 
 def summary(errors: Mapping[str, BlockError]) -> str:
-    """Say what is wrong with the first of some blocks (key → what is wrong with it), and how many others there are."""
+    """Return the first of ``errors`` (key → error) as text, with the number of other errors."""
     first, *others = errors.values()
     return f"{first} (and {len(others)} more)" if others else str(first)
 
 
 class LoadJob:
-    """The pages of ``rows``, one task a layer, in layer order.
+    """Loads the pages of ``rows``, one task per layer, in layer order.
 
-    Each page is read once, however many rows use it. Blocks that fail are reported together through ``unusable``, by
-    ``wait`` or at the latest by ``close``; their bytes are never taken for K and V, since ``wait`` raises.
+    Each page is read once, however many rows use it. Failed blocks are reported together through ``unusable``, by
+    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``wait`` raises.
     """
 
     def __init__(
@@ -81,31 +81,31 @@ class LoadJob:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V that all rows take."""
+        """Bytes of K and V of all rows."""
         return self.spec.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
 
     def tier(self, key: str) -> str:
-        """Return where a block comes from: ``host`` or ``disk``."""
+        """Return the name of the tier that a block is read from, e.g. ``host`` or ``disk``."""
         return self._readers[key].tier
 
     def start(self, place: Place) -> None:
-        """Let the pages of all layers come.
+        """Start to copy the pages of all layers.
 
         Args:
-            place: says where they are to lie.
+            place: returns the view for a layer and row.
         """
         self._place = place
         layers = range(len(self.spec.layers))
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
     def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
-        """Put the pages of ``layer`` where they are to lie, now, in the caller.
+        """Copy the pages of ``layer`` now, in the calling thread.
 
         Args:
             layer: which layer.
-            place: says where they are to lie.
-            begin: spans whose first token is before this token of their sequence are left out.
-            end: so are spans whose first token is not before this one.
+            place: returns the view for a layer and row.
+            begin: skip spans that start before this token of their sequence.
+            end: skip spans that start at this token or later.
 
         Raises:
             RestoreError: a page could not be read.
@@ -114,7 +114,7 @@ class LoadJob:
             raise self._lost()
 
     def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
-        """Let the pages of ``layer`` land, but for those that cannot; return whether all have."""
+        """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
         rows = {row for uses in self._uses.values() for row, _ in uses}
         views = {row: place(layer, row) for row in rows}
         complete = True
@@ -140,10 +140,10 @@ class LoadJob:
         return complete
 
     def check(self) -> None:
-        """Read all pages once, to see that they can be read.
+        """Read all pages once, to check that they can be read.
 
         Raises:
-            RestoreError: one could not.
+            RestoreError: a page could not be read.
         """
         for key, reader in self._readers.items():
             try:
@@ -155,7 +155,7 @@ class LoadJob:
             raise self._lost()
 
     def spans(self, row: int) -> list[Span]:
-        """Return what comes of ``row``, in order."""
+        """Return the spans of ``row``, in order."""
         return [span for uses in self._uses.values() for r, span in uses if r == row]
 
     def reader(self, key: str) -> BlockReader:
@@ -163,7 +163,7 @@ class LoadJob:
         return self._readers[key]
 
     def lend(self, key: str) -> BlockReader:
-        """Return the open block ``key``. From now on it is the borrower's to close."""
+        """Return the open block ``key``. From now on the caller must close it."""
         self._lent.add(key)
         self._readers[key].detach()
         return self._readers[key]
@@ -172,8 +172,8 @@ class LoadJob:
         """Wait until the pages of ``layer`` have landed.
 
         Raises:
-            RestoreError: one could not be read. The other layers were then waited for too, and every block that failed
-                was discarded: all that is lost is found out at once, not one block an attempt.
+            RestoreError: a page could not be read. All other layers have then finished too, and every failed block was
+                reported: one attempt finds all lost blocks.
         """
         self._go_on_after_fork()
         if not self._layers[layer].result():
@@ -181,7 +181,7 @@ class LoadJob:
             raise self._lost()
 
     def _go_on_after_fork(self) -> None:
-        """Read here, in a child that was forked, what the threads of its parent had not yet read."""
+        """Read, in a forked child, the layers that the threads of its parent had not finished."""
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
@@ -191,14 +191,14 @@ class LoadJob:
                 self._layers[layer].set_result(self._land(layer, self._place))
 
     def _lost(self) -> RestoreError:
-        """Report the blocks that failed; return what to raise."""
+        """Report the failed blocks; return the error to raise."""
         failed = self._report()
         error = RestoreError(summary(failed))
         error.__cause__ = next(iter(failed.values()))
         return error
 
     def _report(self) -> Mapping[str, BlockError]:
-        """Report the blocks that failed, each once: what is stored under its key later may be good. Return them all."""
+        """Report each failed block once: a later block under its key may be good. Return all failed blocks."""
         failed = {key: self._failed[key] for key in self._readers if key in self._failed}
         news = {key: error for key, error in failed.items() if key not in self._reported}
         self._reported.update(news)
@@ -211,22 +211,22 @@ class LoadJob:
         wait(self._layers, timeout=seconds)
 
     def reject(self, reason: str) -> RestoreError:
-        """Withhold all blocks: they do not fit the layers as they are now. Returns what to raise."""
+        """Withhold all blocks, which do not fit the layers as they are now. Returns the error to raise."""
         self._note_unusable(dict.fromkeys(self._readers, UnavailableError(reason)))
         return RestoreError(reason)
 
     def close(self) -> None:
-        """Stop, and close the files. Nothing is written to a landing afterwards. May be called more than once."""
+        """Stop loading and close the files. No page is written afterwards. May be called more than once."""
         if self._closed:
             return
         self._closed = True
-        if self._pid != os.getpid():  # a child that was forked has none of the threads
+        if self._pid != os.getpid():  # a forked child has none of the threads
             self._layers = [layer for layer in self._layers if layer.done()]
         for layer in self._layers:
             layer.cancel()
         for layer in self._layers:
             if not layer.cancelled():
-                layer.exception()  # a task that runs still uses files and landings
+                layer.exception()  # a running task still uses files and views
         for key, reader in self._readers.items():
             if key not in self._lent:
                 reader.close()

@@ -14,16 +14,16 @@ class Lookup(Protocol):
     """Where blocks are looked up: one tier, or several."""
 
     def present(self, keys: Sequence[str]) -> set[str]:
-        """Return those of ``keys`` that can be opened."""
+        """Return the subset of ``keys`` whose blocks can be opened."""
 
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
 
     def nearest(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
-        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+        """Return blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
 
     def tails(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixMatch:
-    """The longest known prefix of a sequence, as spans in order and without gaps."""
+    """The longest stored prefix of a sequence, as spans in order and without gaps."""
 
     spans: tuple[Span, ...]
     divergence: Divergence | None
@@ -59,7 +59,7 @@ class PrefixMatch:
         return self.spans[-1].stop if self.spans else 0
 
     def between(self, begin: int, end: int) -> tuple[Span, ...]:
-        """Return what the match says about the tokens ``[begin, end)``: spans, cut at both ends."""
+        """Return the spans of the tokens ``[begin, end)``, cut at both ends."""
         cut = []
         for span in self.spans:
             start, stop = max(span.start, begin), min(span.stop, end)
@@ -71,8 +71,8 @@ class PrefixMatch:
 def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
 
-    Full blocks are found by their keys, all in one question; after the last of them, the block that shares the longest
-    run of ids counts as far as it agrees. Ids are compared everywhere: a key alone is no hit.
+    Full blocks are found by their keys, all in one query. After the last of them, the block with the longest common
+    prefix counts up to the first difference. Ids are always compared: a key alone is no hit.
     """
     whole = chain_keys(root, tokens[: len(tokens) // block_size * block_size], block_size)[: -(-limit // block_size)]
     present = tiers.present([block.key for block in whole])
@@ -99,15 +99,15 @@ def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_
 def checkpoints_of(
     tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int
 ) -> Iterator[tuple[int, BlockId]]:
-    """Yield the checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens that are known, the longest first.
+    """Yield the stored checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
 
-    Each comes with the tokens it stands for: its states are valid after them. Blocks before it need not be here.
+    Each comes with the number of tokens after which its states are valid. Blocks before it need not be stored.
     """
     whole = chain_keys(root, tokens[: limit // block_size * block_size], block_size)
     parents = [root, *(block.key for block in whole)]
     for index in reversed(range(len(parents))):
         parent, start = parents[index], index * block_size
-        after = tokens[start : min(start + block_size, limit + 1)]  # the longest has one token less
+        after = tokens[start : min(start + block_size, limit + 1)]  # tails are shorter
         found = {
             len(block.tokens): block
             for block in tiers.tails(parent, after)
@@ -115,7 +115,7 @@ def checkpoints_of(
         }
         for length in sorted(found, reverse=True):
             yield start + length, found[length]
-        if index:  # one as long as a block
+        if index:  # a checkpoint as long as a block
             last = whole[index - 1]
             block = BlockId.of(root, last.parent, last.tokens, checkpoint=True)
             if block.key in tiers:
@@ -125,10 +125,10 @@ def checkpoints_of(
 def _next(
     tiers: Lookup, root: str, parent: str, expected: TokenIds, whole: Sequence[BlockId], present: set[str]
 ) -> BlockId | None:
-    """Return the block after ``parent`` that shares the longest run with ``expected``.
+    """Return the block after ``parent`` with the longest common prefix with ``expected``; None if there is none.
 
     A block of exactly these ids, the first of ``whole``, is found by its key, which no other ids have; opening it
-    compares them.
+    compares the ids.
     """
     if whole and whole[0].key in present:
         return whole[0]

@@ -1,14 +1,14 @@
-"""PrefixStore: stored prefixes of conversations, found again to the token.
+"""PrefixStore: stores prefixes of conversations and finds the longest match, to the token.
 
-A turn *matches* its tokens against the chains of its root (``lookup.py``), opens the blocks that match, and lets
-threads copy their pages to their places, layer by layer (``load.py``). At its end it *commits* its tokens: blocks that
-are not known yet are copied out of the buffers into RAM, and written to the durable tier behind the caller
-(``commit.py``). A block that was read from disk is not copied to RAM: the page cache of the system has it already.
+A turn *matches* its tokens against the chains of its root (``lookup.py``) and opens the matching blocks. Threads copy
+their pages to their places, layer by layer (``load.py``). At its end the turn *commits* its tokens: new blocks are
+copied out of the buffers into RAM, and written to the durable tier behind the caller (``commit.py``). A block read from
+disk is not copied to RAM: the page cache of the system has it already.
 
 A damaged block is discarded, with one warning, and is a miss from then on. A block that cannot be read now is a miss
-for a while, and nothing of it is forgotten.
+for a while, and stays stored.
 
-Names, pins, removal and verification are the work of ``manage/admin.py``.
+``manage/admin.py`` handles names, pins, removal and verification.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
-_UNAVAILABLE = "unavailable"  # a subject of warnings, beside keys of blocks
-_EXPIRE_SECONDS = 60.0  # how often what has expired is deleted; it is not found before that either
+_UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks
+_EXPIRE_SECONDS = 60.0  # how often expired blocks are deleted; lookups skip them at once
 
 
 P = ParamSpec("P")
@@ -68,10 +68,10 @@ R = TypeVar("R")
 
 
 def _codec(compression: str | Codec) -> Codec:
-    """Return the codec that ``compression`` asks for.
+    """Return the codec that ``compression`` names or is.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the name is unknown, or the object is no codec or has the name of a built-in one.
     """
     if hasattr(compression, "encode") and not isinstance(compression, (str, bytes)):
         codec = check_codec(compression)
@@ -86,7 +86,7 @@ def _codec(compression: str | Codec) -> Codec:
 
 
 def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Concatenate[PrefixStore, P], R]:
-    """Return the method of a store that does what this one of its admin does."""
+    """Return a store method that calls ``method`` on the store's admin."""
 
     @functools.wraps(method)
     def call(self: PrefixStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -96,14 +96,14 @@ def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Conca
 
 
 class PrefixStore:
-    """Prefixes of conversations, kept in RAM and, given a path, on disk.
+    """Stores prefixes of conversations in RAM and, given a path, on disk.
 
-    Guarantees: token ids are compared on every hit; RAM and disk stay within their budgets; a disk that fails costs
-    a warning and a recompute, never an exception from ``match``, ``restore`` or ``commit``; what is being read is not
-    evicted. Thread-safe. Several processes may use one folder at once.
+    Guarantees: token ids are compared on every hit. RAM and disk stay within their budgets. A failing disk costs a
+        warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
+        block being read is not evicted. Thread-safe. Several processes may use one folder at once.
 
     Attributes:
-        lossy_codec: the name of the codec of files, if it loses bits; it is then part of every root.
+        lossy_codec: name of the codec of files if it is lossy, else None; a lossy codec is part of every root.
 
     Args:
         path: folder of the disk tier, created if missing; None keeps everything in RAM, for this process only.
@@ -111,23 +111,23 @@ class PrefixStore:
         disk_budget: bytes of files, by default 50 GiB; ignored without ``path``.
         block_size: tokens of a full block.
         compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
-            restores fastest where files come from the page cache or a fast drive. A codec of one's own is passed as an
-            object (``kvtier.store.format.codecs.base``), to every process that is to read its files.
+            restores fastest where files come from the page cache or a fast drive. Pass a custom codec as an object
+            (``kvtier.store.format.codecs.base``), in every process that reads its files.
         namespace: stores with different namespaces never share a prefix.
-        free_space_floor: bytes of the drive that are left free, by default 1 GiB.
-        durability: ``"full"``: what ``flush`` has confirmed outlives a power cut; ``"lazy"``: the system writes it out
-            when it likes, and a power cut may cost blocks, which are then recomputed.
-        ttl: seconds after its last use at which a block expires, unless it is pinned; None for never.
-        policy: which blocks go first when there is no room.
-        tail_delay: seconds for which a conversation rests before its last block, which the next turn replaces by a
-            longer one, is written to disk; while turn follows turn, at most six times as long. ``flush`` and ``close``
+        free_space_floor: bytes to leave free on the drive, by default 1 GiB.
+        durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
+            back when it chooses, and a power cut may lose blocks, which are then recomputed.
+        ttl: seconds from the last use of a block until it expires, unless it is pinned; None for never.
+        policy: decides which blocks are evicted first when there is no room.
+        tail_delay: seconds that a conversation is idle before its tail block, which the next turn replaces by a longer
+            one, is written to disk; while turns follow each other, at most six times as long. ``flush`` and ``close``
             write it at once. With 0, each turn writes it.
-        write_on: ``"first-use"``: what a turn computes is written to disk; ``"second-use"``: it is kept in RAM alone
-            until another turn uses it, so that prompts that never come back are not written.
-        lower_tiers: tiers of one's own below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a
-            copy of each full block, and are asked for blocks that RAM and disk lack. The store closes them.
-        filesystem: what touches the folder; for tests and unusual drives.
-        connect: what connects to the catalog; for tests.
+        write_on: ``"first-use"``: new blocks are written to disk; ``"second-use"``: they stay in RAM alone until
+            another turn uses them, so that prompts used once are not written.
+        lower_tiers: custom tiers below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a copy of
+            each full block, and are asked for blocks that RAM and disk lack. The store closes them.
+        filesystem: performs all file operations; for tests and unusual drives.
+        connect: opens connections to the catalog; for tests.
         clock: Unix time; for tests.
 
     Raises:
@@ -207,7 +207,7 @@ class PrefixStore:
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on; in a child with threads of its own and nothing queued, since its parent does what it has queued."""
+        """Release the lock; a child gets its own threads and an empty queue, since the parent runs its own tasks."""
         if in_child:
             self._reading = Readers()
             self._behind.begin_anew()
@@ -240,7 +240,7 @@ class PrefixStore:
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def match(self, root: str, tokens: TokenIds, limit: int | None = None) -> PrefixMatch:
-        """Return the longest known prefix of ``tokens``, to the token, of at most ``limit`` tokens.
+        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens.
 
         Raises:
             ClosedError: the store was closed.
@@ -257,9 +257,10 @@ class PrefixStore:
         return match
 
     def checkpoints(self, root: str, tokens: TokenIds, limit: int) -> Iterator[tuple[int, BlockId]]:
-        """Yield the checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens, not of all; the longest first.
+        """Yield the stored checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
 
-        Each comes with the tokens after which its states are valid.
+        Each comes with the number of tokens after which its states are valid. With ``limit`` at ``len(tokens)``, a
+        checkpoint of all tokens is found only if a full block ends there.
 
         Raises:
             ClosedError: the store was closed.
@@ -268,13 +269,14 @@ class PrefixStore:
         return checkpoints_of(self._tiers, root, tokens, limit, self.block_size)
 
     def restore(self, rows: Sequence[Sequence[Span]], checkpoints: Sequence[BlockId] = ()) -> LoadJob:
-        """Open the blocks of ``rows`` and ``checkpoints``; ``LoadJob.start`` lets their pages come.
+        """Open the blocks of ``rows`` and ``checkpoints``; ``LoadJob.start`` then copies their pages.
 
-        There must be at least one block among them. Of ``checkpoints``, one for each row, only the states are read.
+        At least one block is required. ``checkpoints`` has one block for each row; only its states are read.
 
         Raises:
-            BlockError: blocks cannot be used. Every one of them was found out and discarded, or withheld where it only
-                cannot be read now, so a new ``match`` finds what is left, and one ``commit`` puts back what was lost.
+            BlockError: blocks cannot be used. All of them were found in this one call: damaged blocks are discarded,
+                and blocks that cannot be read now are withheld. A new ``match`` finds the remaining blocks, and one
+                ``commit`` stores the lost blocks again.
             ClosedError: the store was closed.
         """
         self._check_open()
@@ -313,9 +315,9 @@ class PrefixStore:
         )
 
     def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
-        """Discard damaged blocks, given by key with what is wrong with them; withhold those that cannot be read now.
+        """Discard damaged blocks and withhold blocks that cannot be read now; ``errors`` maps their keys to errors.
 
-        Warn of damaged blocks not warned of before, and once of blocks that cannot be read.
+        Warn once for each damaged block, and once in all for blocks that cannot be read.
         """
         if not errors:
             return
@@ -355,19 +357,19 @@ class PrefixStore:
         manifest: Mapping[str, Any] | None = None,
         states: States | None = None,
     ) -> int:
-        """Keep the K and V of ``tokens``; only blocks that are not known yet are read.
+        """Store the K and V of ``tokens``; only new blocks are read.
 
         Args:
-            root: what else decides K and V.
+            root: stands for everything else that decides K and V.
             tokens: the ids of one sequence, padding removed.
             read: returns host copies of the pages of all layers for tokens ``[start, stop)``; the store owns them.
-            manifest: what ``root`` stands for, written beside the blocks.
-            states: of a model with states: those to keep, by the number of tokens after which they are valid. What
-                comes after the last full block and has no states is not kept: no turn could go on from there. None for
-                models without.
+            manifest: description of ``root``, written beside the blocks.
+            states: for a model with states: the states to store, by the number of tokens after which they are valid.
+                Tokens after the last full block that have no states are not stored: no turn could continue from there.
+                None for models without states.
 
         Returns:
-            The number of tokens that were new.
+            The number of newly stored tokens.
 
         Raises:
             ClosedError: the store was closed.
@@ -388,12 +390,12 @@ class PrefixStore:
         self._tiers.database.finish_overwriting()
 
     def flush(self) -> None:
-        """Wait until everything committed so far is on disk, but for what waits for its second use."""
+        """Wait until all committed blocks are on disk, except blocks that wait for their second use."""
         self._behind.flush()
         self._tiers.flush_below()
 
     def stats(self) -> StoreStats:
-        """Return what the store holds, and what it has done since it was opened.
+        """Return the contents of the store in numbers, and its counts since it was opened.
 
         Raises:
             ClosedError: the store was closed.
@@ -427,7 +429,7 @@ class PrefixStore:
     # --- resources --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Write what is queued and let go of threads and files. May be called more than once."""
+        """Write all queued blocks, then release threads and files. May be called more than once."""
         if self._closed:
             return
         self._closed = True
@@ -446,7 +448,7 @@ class PrefixStore:
 
 
 _open_stores: weakref.WeakSet[PrefixStore] = weakref.WeakSet()
-_drained_at_the_end = 0  # the process that has called Finalize
+_drained_at_the_end = 0  # id of the process that has called Finalize
 
 
 @atexit.register
@@ -456,7 +458,7 @@ def _drain_open_stores() -> None:
 
 
 def _drain_at_the_end() -> None:
-    """See to it that stores are drained when this process ends: some children of multiprocessing skip ``atexit``."""
+    """Register the draining of stores at process exit: some children of multiprocessing skip ``atexit``."""
     global _drained_at_the_end
     if _drained_at_the_end != os.getpid():
         Finalize(None, _drain_open_stores, exitpriority=0)

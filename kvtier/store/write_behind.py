@@ -1,8 +1,8 @@
-"""Writing behind the caller: what goes to disk at once, and what waits until its conversation rests.
+"""WriteBehind: writes blocks behind the caller; tail blocks wait until their conversation is idle.
 
-The last block of a conversation is not full, and the next turn replaces it by a longer one. Written each time, a chat
-of many short turns would write several times what it keeps. So such a *tail* waits, and is not written at all if
-another one takes its place meanwhile.
+The tail block of a conversation is partial, and the next turn replaces it by a longer one. If every turn wrote it, a
+chat of many short turns would write several times the bytes that it keeps. So a *tail* waits, and is never written if
+another tail replaces it meanwhile.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable
 from kvtier.transfer import Writer
 
 LONGEST_RESTS = 6
-"""A tail waits this many times as long as a conversation must rest, at most, while one takes the place of another."""
+"""Longest wait of a tail, in multiples of ``rest_seconds``, while each turn replaces it."""
 Task = Callable[[], None]
 
 
 class WriteBehind:
-    """The queue of one store. Thread-safe.
+    """The write queue of one store. Thread-safe.
 
     Args:
-        rest_seconds: how long a conversation rests before its tail is written; with 0 it is written at once.
-        stalled: called when there is no room in the queue, and what was to be queued is not.
-        clock: seconds that never go back.
+        rest_seconds: how long a conversation is idle before its tail is written; with 0 it is written at once.
+        stalled: called when the queue is full and a task is not queued.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class WriteBehind:
         self._rest_seconds = rest_seconds
         self._stalled = stalled
         self._clock = clock
-        self._since: dict[str, float] = {}  # of tails that wait: when the first of those that they replaced came
+        self._since: dict[str, float] = {}  # waiting tails: when the first tail that each replaced came
         self._writer = Writer(clock=clock)
 
     def begin_anew(self) -> None:
-        """Forget, in a child that was forked, what its parent does."""
+        """Start with an empty queue in a forked child; the parent does its own work."""
         self._since, self._writer = {}, Writer(clock=self._clock)
 
     def submit(self, task: Task) -> bool:
@@ -47,16 +47,16 @@ class WriteBehind:
         return queued
 
     def note_stall(self) -> None:
-        """Tell that something is not written, since the drive does not keep up."""
+        """Report that a block is not written because the drive does not keep up."""
         self._stalled()
 
     def submit_at_rest(self, key: str, task: Task, since: float | None) -> bool:
-        """Queue ``task``, which writes the tail ``key``, for when its conversation rests.
+        """Queue ``task``, which writes the tail ``key``, to run when its conversation is idle.
 
         Args:
-            key: of the tail.
-            task: what is to be done.
-            since: what ``take_back`` returned of the tail that this one replaces; None if none waited.
+            key: the tail's key.
+            task: writes the tail.
+            since: result of ``take_back`` for the tail that this one replaces; None if none waited.
 
         Returns:
             Whether it is queued.
@@ -76,7 +76,10 @@ class WriteBehind:
         return True
 
     def take_back(self, key: str) -> float | None:
-        """Do not write tail ``key``; return since when it, or one that it replaced, has waited. None: it does not."""
+        """Cancel the write of tail ``key``; return when it, or the first tail that it replaced, began to wait.
+
+        None when it does not wait.
+        """
         return self._since.pop(key, None) if self._writer.drop(key) else None
 
     def waits(self, key: str) -> bool:
@@ -85,17 +88,17 @@ class WriteBehind:
 
     @property
     def queued(self) -> int:
-        """How many tasks wait to be done, or are being done."""
+        """Number of tasks that wait or run."""
         return self._writer.queued
 
     def hurry(self) -> None:
-        """Write soon what waits."""
+        """Run waiting tasks soon."""
         self._writer.hurry()
 
     def flush(self) -> None:
-        """Do everything queued so far, tails included, and wait for it."""
+        """Run all queued tasks, tails included, and wait for them."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Do everything that is queued, and end the thread."""
+        """Run all queued tasks, and end the thread."""
         self._writer.close()

@@ -1,1 +1,1 @@
-"""Model → root: everything besides tokens that must be equal for K and V to be equal."""
+"""Model → root: a hash of everything besides tokens that decides K and V."""

@@ -1,4 +1,4 @@
-"""Names that the code of a model can read: an attribute that no code names decides nothing."""
+"""Attribute names that the code of a model can read. An attribute that no code names cannot affect K and V."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from kvtier.hf.identity.code import READS_ANYTHING, Origin, behind, facts_of, origin_of_class, origin_of_function
 
-# Where released code of models lies, which computes with modules. Other released code is handed tensors and configs:
-# of the bases of a model's classes and of functions that models call, what they name counts, not what they call.
+# Modules of released code that computes with nn.Modules. Other released code receives tensors and configs: for base
+# classes of a model and functions that a model calls, the names in them count, but their calls are not followed.
 COMPUTING = (
     "transformers.activations",
     "transformers.integrations.",
@@ -25,20 +25,20 @@ COMPUTING = (
     "transformers.models.",
     "peft.tuners.",
 )
-# How containers are looked through that show what they have: those that transformers fills on demand would load it all.
+# Iterators of containers that hold their values. Iterating a container that transformers fills on demand loads it all.
 _SHOWING = tuple(kind.__iter__ for kind in (dict, collections.OrderedDict, list, tuple, set, frozenset))
-# Every module has them; what they name is judged elsewhere, hook by hook.
+# Bases of every module. The hooks that they call are judged elsewhere, one by one.
 _BASES = frozenset({object, torch.nn.Module})
 
 
 class Reads(NamedTuple):
-    """What a piece of code, with all that it calls by name, may read.
+    """Names that a piece of code, and all code that it calls by name, may read.
 
     Attributes:
-        names: of attributes and globals, and all strings.
-        fragments: pieces from which names of attributes are put together.
-        anything: whether code of one's own may read attributes by names that cannot be known.
-        unknown: whether it calls what was registered somewhere, or code of one's own.
+        names: names of attributes and globals, and all strings.
+        fragments: string pieces from which attribute names are built.
+        anything: whether user code may read attributes by names that cannot be known.
+        unknown: whether it calls user code, or functions from a registry.
     """
 
     names: frozenset[str]
@@ -52,7 +52,7 @@ class Reads(NamedTuple):
 
 
 def join(several: Iterable[Reads]) -> Reads:
-    """Return what any of several pieces of code may read."""
+    """Return the union of several ``Reads``."""
     reads = list(several)
     return Reads(
         frozenset().union(*(one.names for one in reads)),
@@ -66,7 +66,7 @@ _released: weakref.WeakKeyDictionary[type, Reads] = weakref.WeakKeyDictionary()
 
 
 def reads_of_class(kind: type) -> Reads:
-    """Return what the methods of a class and of its bases may read."""
+    """Return the names that the methods of a class and of its bases may read."""
     found = _released.get(kind)
     if found is None:
         reader = _Reader()
@@ -98,7 +98,7 @@ class _Reader:
             waiting.extend(self._inside(value))
 
     def _inside(self, value: Any) -> Iterator[Any]:
-        """Note what one value names; yield the code that it may run."""
+        """Record the names in ``value``; yield the code that it may run."""
         if isinstance(value, type):
             yield from self._inside_class(value)
         elif isinstance(value, types.FunctionType):

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Packages whose version, not their code, stands for what their functions do.
+# Packages whose version stands for their code.
 RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels", "numpy", "kvtier"})
 _STDLIB_FOLDER = str(Path(os.__file__).parent)
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
-# Operations that look a name up → by how many bits its index is shifted: one holds a flag too since Python 3.11.
+# Opcode of a name lookup → bits by which its index is shifted: since Python 3.11, one opcode also holds a flag.
 _GLOBAL_READS = {
     dis.opmap[name]: bits
     for name, bits in {
@@ -30,12 +30,12 @@ _GLOBAL_READS = {
 
 
 class Origin(enum.Enum):
-    """Who wrote a piece of code.
+    """Origin of a piece of code.
 
     RELEASED: a package of ``RELEASED`` or Python itself; its version stands for its code.
-    INSTALLED: another package in site-packages, or code that a released package generates; its text is read, not what
-        it calls.
-    OWN: everything else; its text is read, and everything that it reads.
+    INSTALLED: another package in site-packages, or code that a released package generates; its code is read, but not
+        the code that it calls.
+    OWN: everything else ("user code"); its code is read, and everything that it reads.
     """
 
     RELEASED = "released"
@@ -44,7 +44,7 @@ class Origin(enum.Enum):
 
 
 def top_package(module: object) -> str:
-    """Return ``torch`` of ``torch.nn.functional``; an empty string of what is no module's name."""
+    """Return the top-level package of a module name (``torch`` of ``torch.nn.functional``); empty if not a string."""
     return module.partition(".")[0] if isinstance(module, str) else ""
 
 
@@ -58,7 +58,7 @@ def _origin_of_file(filename: str, package: str) -> Origin:
         home = getattr(sys.modules.get(package), "__file__", None)
         if home is not None and filename.startswith(str(Path(home).parent) + os.sep):
             return Origin.RELEASED
-        if filename.startswith("<"):  # what dataclasses and the like generate
+        if filename.startswith("<"):  # generated, as by dataclasses
             return Origin.INSTALLED
     if package != "__main__" and _INSTALLED_FOLDERS.intersection(Path(filename).parts):
         return Origin.INSTALLED
@@ -66,7 +66,7 @@ def _origin_of_file(filename: str, package: str) -> Origin:
 
 
 def origin_of_function(function: types.FunctionType) -> Origin:
-    """Return who wrote a Python function: its file must lie where the package of its globals does."""
+    """Return the origin of a Python function: its file must lie in the package of its globals."""
     return _origin_of_file(function.__code__.co_filename, package_of_function(function))
 
 
@@ -76,9 +76,9 @@ def package_of_function(function: types.FunctionType) -> str:
 
 
 def origin_of_class(kind: type) -> Origin:
-    """Return who wrote a class: a released class is found under its name in its module.
+    """Return the origin of a class: a released class is found under its name in its module.
 
-    Single methods may be patched all the same: see ``origin_of_function``.
+    Single methods may still be patched: see ``origin_of_function``.
     """
     module = sys.modules.get(kind.__module__)
     found: Any = module
@@ -92,7 +92,7 @@ def origin_of_class(kind: type) -> Origin:
 
 
 def origin_of_module(module: types.ModuleType | None) -> Origin:
-    """Return who wrote a module."""
+    """Return the origin of a module."""
     name = str(getattr(module, "__name__", ""))
     file = getattr(module, "__file__", None)
     if file is None:  # built into Python, or C code without a file of its own
@@ -127,7 +127,7 @@ def is_compiled(function: Any) -> bool:
 
 
 def package_of(function: Any) -> str:
-    """Return the released package that wrote a callable, or the class of an object that is called; else nothing."""
+    """Return the released package of a callable, or of a callable object's class; else an empty string."""
     function = behind(function)
     if isinstance(function, types.FunctionType):
         return package_of_function(function) if origin_of_function(function) is Origin.RELEASED else ""
@@ -136,7 +136,7 @@ def package_of(function: Any) -> str:
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield a code object and all that are defined inside it."""
+    """Yield a code object and all code objects defined inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -144,10 +144,10 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 class CodeFacts:
-    """What can be read off a code object and those inside it, each when it is asked for first."""
+    """Facts about a code object and the code objects inside it, each computed on first use."""
 
     def __init__(self, code: types.CodeType) -> None:
-        self.code = code  # keeps its id from being given to another
+        self.code = code  # keeps its id from being reused
 
     @functools.cached_property
     def digest(self) -> str:
@@ -166,14 +166,14 @@ class CodeFacts:
 
     @functools.cached_property
     def fragments(self) -> frozenset[str]:
-        """Pieces from which it may put together the names of attributes."""
+        """String pieces from which it may build attribute names."""
         dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names) and _joins(one))
         return frozenset(piece for one in dynamic for piece in _fragments(one))
 
 
-# Ways to reach an attribute whose name is no constant.
+# Ways to reach an attribute whose name is not a constant.
 _DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "attrgetter", "__getattribute__"})
-# With one of these, code of one's own may read any attribute.
+# User code that names one of these may read any attribute.
 READS_ANYTHING = frozenset(
     {"__dict__", "__getattribute__", "__getstate__", "__reduce_ex__", "attrgetter", "deepcopy", "eval", "exec"}
     | {"getattr", "getmembers", "pickle", "vars"}
@@ -188,7 +188,7 @@ _MOST_FACTS = 50_000
 
 
 def facts_of(code: types.CodeType) -> CodeFacts:
-    """Return what can be read off a code object. Remembered by the object, since code never changes."""
+    """Return the facts about a code object. Cached by object, since code never changes."""
     found = _facts.get(id(code))
     if found is None:
         if len(_facts) >= _MOST_FACTS:
@@ -198,12 +198,12 @@ def facts_of(code: types.CodeType) -> CodeFacts:
 
 
 def _joins(code: types.CodeType) -> bool:
-    """Whether a code object has an instruction by which strings are put together: reading all of them costs more."""
+    """Whether a code object has an instruction that joins strings: cheaper than decoding all instructions."""
     return not _JOINING.isdisjoint(code.co_code[::2])
 
 
 def _fragments(code: types.CodeType) -> Iterator[str]:
-    """Yield the constants from which a code object puts strings together."""
+    """Yield the constants from which a code object builds strings."""
     instructions = _instructions(code)
     for index, (operation, argument) in enumerate(instructions):
         if operation == _BUILD_STRING:
@@ -225,7 +225,7 @@ def _globals_read(code: types.CodeType) -> Iterator[str]:
 
 
 def _instructions(code: types.CodeType) -> list[tuple[int, int]]:
-    """Return operations and their arguments. ``dis`` returns more of them, which costs ten times as much."""
+    """Return operations and their arguments. ``dis`` returns more, at ten times the cost."""
     found, extended = [], 0
     for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
         argument |= extended

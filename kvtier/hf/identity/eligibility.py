@@ -16,10 +16,10 @@ from kvtier.hf.identity.module_walk import ModelWalk, ModuleInfo
 from kvtier.hf.identity.stable_repr import NOT_FORWARD
 from kvtier.hf.not_reusable import NotReusable
 
-# Hooks and patches of these move weights and record outputs; torch's own ones compute weights from parameters.
+# Hooks and patches of these packages move weights and record outputs; torch's own compute weights from parameters.
 _TRUSTED = frozenset({"transformers", "accelerate", "kvtier"})
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
-# The decoder's prompt is a few tokens, and the encoder runs in every call: there is little to gain either.
+# Reuse would gain little: the decoder's prompt is a few tokens, and the encoder runs in every call.
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
 
@@ -34,7 +34,7 @@ def _reasons(model: torch.nn.Module, walk: ModelWalk) -> Iterable[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         yield ENCODER_DECODER
     processes = max(walk.processes, getattr(model, "_tp_size", None) or 1)
-    if processes > 1:  # one that reuses other tokens than the rest would feed other shapes, and all would wait forever
+    if processes > 1:  # processes that reuse different tokens feed different shapes, and all wait forever
         yield f"the weights are spread over {processes} processes, which would have to agree on what they reuse"
     for name in walk.unreadable:
         yield f"the values of {name} cannot be read"
@@ -63,7 +63,7 @@ def _called(part: ModuleInfo) -> str:
 
 
 def _minds_training(kind: type) -> bool:
-    """Whether code of a module's class may compute something else in training mode; of other code, it is assumed."""
+    """Whether a module class may compute differently in training mode; assumed of code that is not released."""
     if origin_of_class(kind) is not Origin.RELEASED:
         return True
     reads = reads_of_class(kind)
@@ -71,7 +71,7 @@ def _minds_training(kind: type) -> bool:
 
 
 def _trusted(function: Any) -> bool:
-    """Whether a hook or a method and all the code that was handed to it come from packages that are known."""
+    """Whether a hook or method, and all code bound into it, comes from trusted packages."""
     return all(package_of(part) in _TRUSTED or _computes_weights(part) for part in _handed(function, set()))
 
 
@@ -83,11 +83,11 @@ def _computes_weights(part: Any) -> bool:
 
 
 def _handed(function: Any, seen: set[int]) -> Iterable[Any]:
-    """Yield a callable, and those that it holds: bound objects, arguments, variables of the functions around it."""
+    """Yield a callable and the callables that it holds: bound objects, arguments, closure variables."""
     if id(function) in seen:
         return
     seen.add(id(function))
-    if isinstance(function, torch.nn.Module):  # looked at by itself
+    if isinstance(function, torch.nn.Module):  # examined by itself
         return
     inside: list[Any] = []
     if isinstance(function, types.MethodType):
@@ -112,7 +112,7 @@ def _hook_name(hook: Any) -> str:
 
 def _hooks(part: ModuleInfo, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
     for registered in hooks:
-        for hook in list(registered.values()):  # another thread's turn may add its own
+        for hook in list(registered.values()):  # another thread's turn may add hooks
             if not _trusted(hook):
                 yield f"the hook {_hook_name(hook)} on {_called(part)} may change K and V"
 
@@ -139,7 +139,7 @@ def _methods_set_on(hook: Any) -> list[Any]:
 def _patches(walk: ModelWalk) -> Iterable[str]:
     """Find methods that were replaced on single modules."""
     for part, key, value in walk.callables:
-        method = "forward" if key == "_old_forward" else key  # where accelerate keeps what it wraps
+        method = "forward" if key == "_old_forward" else key  # accelerate's name for the wrapped method
         own = getattr(type(part.module), method, None)
         if not callable(own) or method in NOT_FORWARD:
             continue
@@ -148,13 +148,13 @@ def _patches(walk: ModelWalk) -> Iterable[str]:
 
 
 def _columns_of_all_tokens(part: ModuleInfo) -> Iterable[str]:
-    """Find bitsandbytes' layers that compute the columns in which any token that is fed is large in another way."""
+    """Find bitsandbytes layers that compute a column differently if any fed token is large in it."""
     if getattr(getattr(part.module, "state", None), "threshold", 0):
         yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
 
 
 def _calls_compiled(part: ModuleInfo, method: str) -> bool:
-    """Whether a method is that of the module that ``torch.compile`` made of a child, which is looked at by itself."""
+    """Whether ``method`` is that of a ``torch.compile`` wrapper, whose wrapped module is examined by itself."""
     made_by = type(part.module).__module__
     return method == "forward" and made_by.startswith("torch._dynamo.") and "_orig_mod" in part.attributes["_modules"]
 
@@ -166,7 +166,7 @@ def _lengths(rope_type: Any) -> Iterable[str]:
 
 
 def _config_reasons(config: Any) -> Iterable[str]:
-    """Find the same in configs, of this version's form and of older ones that remote code still uses."""
+    """Find reasons in a config, in the current form and in older forms that remote code still uses."""
     if not isinstance(config, PreTrainedConfig):
         return
     for parameters in (getattr(config, "rope_parameters", None), vars(config).get("rope_scaling")):

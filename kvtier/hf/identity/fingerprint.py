@@ -1,4 +1,4 @@
-"""Fingerprint: model → root, everything besides tokens that must be equal for K and V to be equal."""
+"""Fingerprint: model → root, a hash of everything besides tokens that decides K and V."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A root and, in words, what it stands for."""
+    """A root, and a manifest that describes it."""
 
     root: str
     manifest: Mapping[str, Any]
@@ -44,22 +44,22 @@ def identify(
 
     Called every turn, so that a training step, an adapter switch or an edited config gives another root. The root
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
-    tensors (``weights/digest.py`` says which edits between two turns of a process can be missed); active adapters of
-    every kind, their scaling, merged and disabled ones; how attention and experts are computed; autocast and PyTorch's
-    settings of precision (``numerics.py``); the minor version of transformers; namespace and block size. It is equal
+    tensors (``weights/digest.py`` says which edits between two turns of a process can be missed); active, merged and
+    disabled adapters of every kind, and their scaling; attention and expert implementations; autocast and PyTorch's
+    precision settings (``numerics.py``); the minor version of transformers; namespace and block size. It is equal
     in every process and on every device.
 
-    ``tokens`` are no part of it: their rows of embeddings are checked for edits that PyTorch does not count.
+    ``tokens`` are not part of the root: their embedding rows are checked for edits that PyTorch does not count.
 
-    Of code of one's own, it covers what it does and all that it reads; of released packages, versions and patches
-    (``patches.py``). Attributes that no code of the model names are not covered (``attribute_reads.py``). What cannot
-    be described, and any exception of the model's code, is a reason not to reuse.
+    For user code, the root covers the code and all that it reads; for released packages, versions and patches
+    (``patches.py``). Attributes that no code of the model names are not covered (``attribute_reads.py``). A value
+    without a description, and any exception from the model's code, is a reason not to reuse.
     """
     try:
         return _identify(model, namespace, block_size, tokens, lossy_codec)
     except Undescribable as reason:
         return NotReusable(f"what the model computes with is not known: {reason}")
-    except Exception as error:  # of code of all kinds that a model may hold: it must not end a generate()
+    except Exception as error:  # from any code that the model holds: it must not end a generate()
         _log.debug("identifying %s failed", type(model).__name__, exc_info=True)
         return NotReusable(f"the model cannot be identified: {_said(error)}")
 
@@ -103,7 +103,7 @@ def _identify(
 
 
 def _readable(value: Any) -> Any:
-    """Return a config's values as JSON has them, for people who read a manifest: the root goes by the digest."""
+    """Return a config's values as JSON types, for readers of the manifest: the root uses the digest instead."""
     if isinstance(value, Mapping):
         return {str(key): _readable(inside) for key, inside in value.items()}
     if isinstance(value, (list, tuple)):

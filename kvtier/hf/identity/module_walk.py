@@ -19,9 +19,9 @@ from kvtier.hf.identity.stable_repr import PLAIN, Describer, Found, class_name
 
 # Attributes that every module has, and bookkeeping that no forward pass reads.
 _SKIPPED = frozenset(vars(torch.nn.Module())) | {
-    "_hf_hook",  # accelerate's: soundness judges it
+    "_hf_hook",  # accelerate's, which eligibility judges
     "_is_hf_initialized",
-    "_output_capturing_hooks_installed",  # transformers' hooks, which soundness judges
+    "_output_capturing_hooks_installed",  # transformers' hooks, which eligibility judges
     "all_tied_weights_keys",
     "dynamo_ctx",  # how torch.compile made the module
     "generation_config",
@@ -30,7 +30,7 @@ _SKIPPED = frozenset(vars(torch.nn.Module())) | {
     "hf_quantizer",  # how weights were loaded
     "loss_type",
     "name_or_path",
-    "peft_config",  # what it decides is in the tuner layers
+    "peft_config",  # its effect is in the tuner layers
     "rope_deltas",  # of the last prompt: a turn counts its positions itself, or forgets them
     "warnings_issued",
 }
@@ -48,31 +48,31 @@ class ModuleInfo(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """What was said of a module in the last turn, and the values that it was said of: equal ones may be others."""
+    """Description of a module in the last turn, and the values that it describes, to compare by identity."""
 
     name: str
     number: int
-    """Of the class, among those of the model."""
+    """Number of the class among the model's classes."""
     kind: type
     keys: tuple[str, ...]
     values: tuple[Any, ...]
     words: str
     rest: tuple[str, ...]
-    """Attributes that have to be read every time."""
+    """Attributes to read in every turn."""
     plain: Callable[[dict[str, Any]], tuple[Any, ...]]
-    """Returns the attributes of which ``values`` are."""
+    """Returns the current attribute values to compare with ``values``."""
     is_special: bool
-    """Whether soundness has to look at the module in any case."""
+    """Whether eligibility must examine the module in any case."""
     inherited: tuple[str, ...]
-    """Attributes that are as the class has them, and are not said for that."""
+    """Attributes that hold the class's value, and are left out of the description."""
 
 
 class _Last(NamedTuple):
-    """The last walk over a model: how its configs were called, which names its code reads, and its lines."""
+    """The last walk over a model: the names of its configs, and its lines."""
 
     configs: dict[int, str]
     kept: list[PreTrainedConfig]
-    """Keeps the ids of configs from being given to others."""
+    """Keeps the ids of configs from being reused."""
     lines: list[_Line]
 
 
@@ -82,22 +82,22 @@ _last: weakref.WeakKeyDictionary[torch.nn.Module, _Last] = weakref.WeakKeyDictio
 class ModelWalk:
     """A model's modules, tensors and attributes as they are at this moment.
 
-    Plain attributes that no code of the model names decide nothing and are left out, with all that is in them. So is
-    what a model keeps of how it was loaded.
+    Plain attributes that no code of the model names cannot affect K and V. They are left out, with their content. So
+    are attributes about how the model was loaded.
 
     Attributes:
         parts: every module once, the model first. Modules that are hidden in lists and dicts are found too.
-        examined: those that are in training mode, have hooks, or say that they depend on the length of a sequence.
-        tensors: parameters, buffers and tensors in attributes by name; of tensor subclasses that say how they are
-            built, the tensors inside; of offloaded parameters, the tensor in memory.
-        unreadable: what holds values that cannot be read.
-        processes: how many hold a part of one tensor each, at most; 1 where all tensors are whole.
-        attention: how each config computes attention and experts, by its name.
-        callables: what was set on single modules and can be called: module, attribute, value.
+        examined: modules that are in training mode, have hooks, or may depend on the length of a sequence.
+        tensors: parameters, buffers and tensors in attributes, by name. A tensor subclass that can be flattened is
+            replaced by its inner tensors, an offloaded parameter by the tensor in memory.
+        unreadable: names of tensors, modules and objects whose values cannot be read.
+        processes: the most processes that one tensor is spread over; 1 if all tensors are whole.
+        attention: attention and expert implementation of each config, by the config's name.
+        callables: callables set on single modules: module, attribute, value.
         text: class, code and attributes of every module, line by line, without tensors' values.
 
     Raises:
-        Undescribable: an attribute that code reads has no words.
+        Undescribable: an attribute that code reads has no stable description.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -130,7 +130,7 @@ class ModelWalk:
         _last[model] = _Last(self._configs, self._kept, self._lines)
 
     def _note_configs(self, config: Any, name: str) -> None:
-        """Name the model's config and the configs inside it: the manifest says what is in them."""
+        """Name the model's config and the configs inside it: the manifest holds their values."""
         if not isinstance(config, PreTrainedConfig) or id(config) in self._configs:
             return
         self._configs[id(config)] = name
@@ -204,24 +204,24 @@ class ModelWalk:
             if key in _SKIPPED:
                 continue
             if kind.__module__.startswith("torch._dynamo.") and key != "forward":
-                continue  # how torch.compile made the module around one that is looked at by itself
+                continue  # how torch.compile wrapped a module that is examined by itself
             is_plain = type(value) in PLAIN or id(value) in self._configs
             if is_plain and _value_of_class(kind, key) is value:
-                plain.append(key)  # an adapter that was disabled and is enabled again says what its class says
+                plain.append(key)  # a disabled and re-enabled adapter holds its class's value, as before
                 inherited.append(key)
             elif is_plain and self._is_read(kind, key):
                 plain.append(key)
                 words.append(f"{key}={self._configs.get(id(value)) or repr(value)}")
             else:
                 rest.append(key)
-        get = itemgetter(*plain, "_modules", "_modules")  # two names more: so it always returns a tuple
+        get = itemgetter(*plain, "_modules", "_modules")  # two extra names, so that it always returns a tuple
         values = tuple(attributes[key] for key in plain)
         special = not _SPECIAL.isdisjoint(attributes) or kind.__module__.startswith("bitsandbytes.")
         keys = tuple(attributes)
         return _Line(name, number, kind, keys, values, " ".join(words), tuple(rest), get, special, tuple(inherited))
 
     def _is_read(self, kind: type, key: str) -> bool:
-        """Whether code of a module's own class, or of others that are known by now, may read an attribute."""
+        """Whether the code of a module's own class, or of other classes known by now, may read an attribute."""
         if origin_of_class(kind) is not Origin.RELEASED or reads_of_class(kind).may_read(key):
             return True
         if self._reads is None:
@@ -229,7 +229,7 @@ class ModelWalk:
         return self._reads.may_read(key) or self.describer.met.may_read(key)
 
     def _read(self, part: ModuleInfo, key: str, dot: str, offloaded: _Offloaded | None) -> None:
-        """Note what was set on a module besides tensors, children and plain values that are read."""
+        """Describe an attribute that is no tensor, child or plain value; postpone it while no known code reads it."""
         value = part.attributes[key]
         is_method = callable(value) and (key == "_old_forward" or hasattr(type(part.module), key))
         if not is_method and not self._is_read(type(part.module), key):
@@ -251,7 +251,7 @@ class ModelWalk:
             self.unreadable.append(path)
 
     def _look_again(self) -> bool:
-        """Describe the code of all classes, and read what this code reads; return whether there was anything."""
+        """Describe the code of new classes, then the attributes that it reads; return whether anything was added."""
         start = len(self._found)
         for part in self.examined:
             self._describe_hooks(part)
@@ -270,14 +270,14 @@ class ModelWalk:
         return bool(self._waiting) or len(self.text) > before
 
     def _describe_hooks(self, part: ModuleInfo) -> None:
-        """Describe the hooks of PyTorch's own that compute weights; the others are judged by soundness."""
+        """Describe PyTorch's own hooks, which compute weights; eligibility judges the other hooks."""
         for hooks in (part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]):
-            for hook in list(hooks.values()):  # another thread's turn may add its own
+            for hook in list(hooks.values()):  # another thread's turn may add hooks
                 if package_of(hook) == "torch":
                     self.text.append(f"{part.name}: {self.describer.describe(hook, part.name)}")
 
     def _implementations(self, config: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
-        """Yield how each config of a model computes attention and experts; note the functions that do."""
+        """Yield the attention and expert implementation of each config; describe the attention functions."""
         if not isinstance(config, PreTrainedConfig):
             return
         attention = getattr(config, "_attn_implementation", None)
@@ -325,12 +325,12 @@ _NOTHING = object()
 
 
 def _value_of_class(kind: type, key: str) -> Any:
-    """Return what an object of a class has under a name that was not set on itself."""
+    """Return the class attribute that an instance sees where it has no attribute ``key`` of its own."""
     return next((vars(base)[key] for base in kind.__mro__ if key in vars(base)), _NOTHING)
 
 
 class _Offloaded(NamedTuple):
-    """Where accelerate keeps parameters that are on the meta device between forward passes."""
+    """Accelerate's storage for parameters that are on the meta device between forward passes."""
 
     weights: Any
     prefix: str
@@ -340,7 +340,7 @@ class _Offloaded(NamedTuple):
         weights, key = self.weights, name.removeprefix(self.prefix)
         while hasattr(weights, "prefix") and hasattr(weights, "dataset"):
             weights, key = weights.dataset, weights.prefix + key
-        weights = getattr(weights, "state_dict", weights)  # its rest is files, which no turn can compare
+        weights = getattr(weights, "state_dict", weights)  # the rest is in files, which a turn cannot compare
         tensor = weights.get(key) if isinstance(weights, Mapping) else None
         return tensor if isinstance(tensor, torch.Tensor) else None
 

@@ -1,4 +1,4 @@
-"""Settings of PyTorch that decide bits of K and V."""
+"""PyTorch settings that affect the bits of K and V."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-# Read as attributes of torch.backends; what this version of PyTorch does not have is left out. How fast cuDNN is
-# measured to be (``benchmark``) chooses among algorithms, too.
+# Attributes of torch.backends; attributes that this version of PyTorch lacks are left out. ``benchmark`` counts too:
+# cuDNN then chooses algorithms by measured speed.
 _FLAGS = (
     "fp32_precision",
     "cuda.matmul.fp32_precision",
@@ -77,17 +77,17 @@ def _readers() -> tuple[tuple[str, Callable[[], Any]], ...]:
 
 
 def settings() -> dict[str, str]:
-    """Return every setting of PyTorch in words, autocast included."""
+    """Return each of these settings as text, autocast included."""
     found = {name: _read(reader) for name, reader in _readers()}
     for name, value in found.items():
         if name.endswith("fp32_precision") and value == "none":
-            found[name] = "ieee"  # what is never set; older settings that are set back leave this behind
+            found[name] = "ieee"  # "none" was never set; resetting an older setting leaves "ieee" behind
     found["autocast"] = str(sorted(autocast().items()))
     return {name: value for name, value in found.items() if value}
 
 
 def autocast() -> dict[str, str]:
-    """Return the dtype of autocast on each kind of device where it is on."""
+    """Return the autocast dtype of each device type on which autocast is on."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
     return {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)}
@@ -105,5 +105,5 @@ def _read(read: Callable[[], Any]) -> str:
     except AttributeError:
         return ""
     except RuntimeError:
-        # Older settings refuse to be read where newer ones contradict them; the newer ones are read all the same.
+        # Older settings cannot be read where newer settings contradict them; the newer settings are still read.
         return "contradicted"

@@ -23,13 +23,13 @@ _SCALARS = PLAIN | {torch.dtype, torch.device}
 
 
 class _Seen:
-    """What a class or a module held when it was looked at last.
+    """Contents of a class or module at the last look.
 
     Attributes:
-        state: its values, and of each function what can be edited in place.
-        words: of what does not change while ``state`` stays the same.
-        again: what has to be described every time.
-        calls: modules of models whose functions it has imported.
+        state: its values; for each function, also the parts that can be edited in place.
+        words: description of the entries that stay fixed while ``state`` is the same.
+        again: entries to describe in every turn.
+        calls: names of model modules whose functions it holds.
     """
 
     __slots__ = ("again", "calls", "state", "words")
@@ -47,10 +47,10 @@ _called_modules: dict[str, _Seen] = {}
 
 
 def describe_patches(classes: Iterable[type], modules: Iterable[str], describer: Describer) -> list[str]:
-    """Return in words what released classes hold that is not theirs, and what their modules do.
+    """Return descriptions of the patched entries of released classes, and of the functions in their modules.
 
-    Classes of one's own are described elsewhere, whole. ``modules`` hold functions that are called, besides what the
-    classes' modules import.
+    Classes of user code are described elsewhere, whole. ``modules`` are further modules that hold called functions,
+    besides the imports of the classes' modules.
     """
     found: list[str] = []
     homes: dict[str, Any] = {}
@@ -105,23 +105,23 @@ def _words(
 
 
 _Entry = tuple[str, Any, str | None]
-"""What was changed or may change: its name, its value, and words if these stay while it is the same object."""
+"""A changed or changeable entry: name, value, and a description if that is fixed for the same object."""
 
 
 def _class_entries(kind: type) -> Iterator[_Entry]:
-    """Yield what a released class holds besides the methods that it came with."""
+    """Yield the entries of a released class, except the methods that it was released with."""
     for key, value, words in _class_content_in_words(kind):
         if words is None or not (kind is torch.nn.Module or key in _BEFORE_FORWARD):
             yield key, value, words
 
 
 # PyTorch and transformers wrap some of these themselves, when they first need to.
-_REMEMBERED = "_cached_value"  # what transformers found out about a class, when it was first asked
+_REMEMBERED = "_cached_value"  # suffix of the values that transformers caches on a class
 _BEFORE_FORWARD = frozenset({"__init__", "__new__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__"})
 
 
 def _below_ours(value: Any) -> Any:
-    """Return what kvtier has wrapped, or ``value``: its wrappers come and go without a change of the model."""
+    """Return the function inside kvtier's wrappers, or ``value``: wrapping does not change the model."""
     while isinstance(value, types.FunctionType) and str(value.__globals__.get("__name__")).startswith("kvtier.hf."):
         if not hasattr(value, "__wrapped__"):
             break
@@ -138,7 +138,7 @@ def _class_content_in_words(kind: type) -> Iterator[_Entry]:
         elif isinstance(value, (types.FunctionType, staticmethod, classmethod, property)):
             below = _below_ours(value)
             if below is not value and any(below is _below_ours(vars(base).get(key)) for base in kind.__mro__[1:]):
-                continue  # a method that the class inherits, which kvtier has wrapped on the class
+                continue  # an inherited method that kvtier wrapped on the class
             words = _released_words(below)
             if words is None or words != f"{class_name(kind)}.{key}":
                 yield key, below, words
@@ -149,14 +149,14 @@ def _class_content_in_words(kind: type) -> Iterator[_Entry]:
 
 
 def _module_entries(module: Any) -> Iterator[_Entry]:
-    """Yield what a module of models has imported, its constants, and functions that are not its own."""
+    """Yield the code, constants and containers of a model module; of other modules, only foreign entries."""
     if not str(module.__name__).startswith(("transformers.models.", "peft.tuners.")):
         yield from _foreign_entries(module)
         return
     for key, value, words in _named_code(module):
         yield key, value, words
     for key, value in list(vars(module).items()):
-        if key.startswith("__"):  # Python's, and what torch.compile leaves
+        if key.startswith("__"):  # set by Python or torch.compile
             continue
         if type(value) in _SCALARS:
             yield key, value, repr(value)
@@ -165,7 +165,7 @@ def _module_entries(module: Any) -> Iterator[_Entry]:
 
 
 def _foreign_entries(module: Any) -> Iterator[_Entry]:
-    """Yield functions and classes of a module that no package has released, and functions under another's name."""
+    """Yield a module's functions and classes of user code, and its public functions under another name."""
     for key, value, words in _named_code(module):
         is_class = isinstance(value, type)
         if words is None or (not is_class and value.__name__ != key and not key.startswith("_")):
@@ -196,7 +196,7 @@ _WRITTEN_IN_C = (
 
 
 def _released_words(value: Any, seen: frozenset[int] = frozenset()) -> str | None:
-    """Return the names of released code, of what it wraps, too; None where other code is among it."""
+    """Return the names of released code and of the code that it wraps; None if any of it is user code."""
     if id(value) in seen:
         return ""
     seen |= {id(value)}

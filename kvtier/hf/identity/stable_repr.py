@@ -1,4 +1,4 @@
-"""Values in words that are equal in every process in which they compute the same."""
+"""Stable descriptions of values: equal in every process in which the values compute the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kvtier.hf.identity.code import (
     top_package,
 )
 
-# Values whose repr says all there is.
+# Types whose repr is complete.
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _REPRS = PLAIN | {types.EllipsisType, types.NotImplementedType, torch.dtype, torch.layout, torch.memory_format}
 _NUMBERS = (int, float, complex, str, bytes, bytearray)
@@ -56,44 +56,44 @@ NOT_FORWARD = frozenset(
 _BUILT_IN_OPERATORS = frozenset({"aten", "prims", "prim", "higher_order", "mkldnn", "quantized", "inductor", "_c10d"})
 
 _LONGEST = 200
-# A model that holds more is not worth a look at all of it in every turn.
+# Describing more values in every turn would cost too much.
 _MOST_VALUES = 50_000
 
 Found = list[tuple[str, Any]]
-"""Tensors, modules and script objects met inside a value, with the path to each."""
+"""Path and value of each tensor, module and script object met inside a value."""
 _OF_DICTS = (dict.__iter__, OrderedDict.__iter__)
 
 
-class Undescribable(Exception):  # noqa: N818  (no error of the caller's)
-    """A value that has no words: it may compute something else in another process, or later."""
+class Undescribable(Exception):  # noqa: N818  (not the caller's error)
+    """A value has no stable description: it may compute something else in another process, or later."""
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(f"{path or 'a value'} cannot be described ({what})")
 
 
 def describe(value: Any, path: str, found: Found) -> str:
-    """Return ``value`` in words; never an address, never an order that differs between processes.
+    """Return a description of ``value`` without addresses, and without an order that differs between processes.
 
     Raises:
-        Undescribable: nothing says what the value is: a lock, an open file, a running generator.
+        Undescribable: the value has no stable description: a lock, an open file, a running generator.
     """
     return Describer(found).describe(value, path)
 
 
 def describe_code(function: Any) -> str:
-    """Return where a callable comes from; for code of one's own also what it does and what it reads.
+    """Return a description of a callable: its origin; for user code also its code and the values that it reads.
 
     Raises:
-        Undescribable: it reads a value that has no words.
+        Undescribable: it reads a value without a stable description.
     """
     return Describer([]).describe(function, "")
 
 
 class Met:
-    """The names in functions that were described. Code of one's own may put names together, and hand modules on.
+    """Names in the described functions. User code may build names at run time, and pass modules to other code.
 
     Attributes:
-        modules: where the functions were defined.
+        modules: names of the modules that define the functions.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Met:
         self._anything = False
 
     def add(self, function: types.FunctionType, is_own: bool) -> None:
-        """Note what a function names; of what is handed to others by code of one's own, nothing is known."""
+        """Record the names in a function. With ``is_own``, installed code and dynamic access may read any name."""
         names = facts_of(function.__code__).names
         self._names |= names
         self.modules.add(str(function.__globals__.get("__name__")))
@@ -116,15 +116,15 @@ class Met:
 
 
 class Describer:
-    """Words for values of one moment. What is met again is not described again.
+    """Descriptions of values at one moment. A value met again is not described again.
 
     Tensors, modules and script objects are only named: they are appended to ``found``, for the caller to read.
-    Dicts are sorted, except those that code of one's own reads: it may go through them in their order.
+    Dicts are sorted, except dicts that user code reads: it may iterate over them in their order.
 
     Attributes:
         found: see above.
-        classes: every class that was met, of released ones only the name is in the words.
-        met: what the functions that were met may read.
+        classes: every class met; a released class is described by its name alone.
+        met: names that the functions met may read.
     """
 
     def __init__(self, found: Found) -> None:
@@ -132,12 +132,12 @@ class Describer:
         self.classes: set[type] = set()
         self.met = Met()
         self._done: dict[tuple[int, bool], str] = {}
-        self._kept: list[Any] = []  # keeps ids from being given to others
+        self._kept: list[Any] = []  # keeps ids from being reused
         self._open: dict[int, int] = {}
         self._in_own_code = 0
 
     def describe(self, value: Any, path: str) -> str:
-        """Return ``value``, which is found at ``path``, in words."""
+        """Return a description of ``value``, which is found at ``path``."""
         kind = type(value)
         if kind in _REPRS:
             return repr(value)
@@ -149,14 +149,14 @@ class Describer:
         known_as = (id(value), bool(self._in_own_code))
         if (done := self._done.get(known_as)) is not None:
             return done
-        if id(value) in self._open:  # counted from the outermost value: it says which one is meant
+        if id(value) in self._open:  # a cycle: its depth, counted from the outermost value, names the value
             return f"<{self._open[id(value)]}>"
         self._open[id(value)] = len(self._open)
         try:
             words = self._whole(value, kind, path)
         finally:
             del self._open[id(value)]
-        if len(words) > _LONGEST:  # what is met many times must not be repeated in words
+        if len(words) > _LONGEST:  # a long description must not be repeated each time the value is met
             words = f"#{hashlib.sha256(words.encode()).hexdigest()}"
         self._done[known_as] = words
         self._kept.append(value)
@@ -173,7 +173,7 @@ class Describer:
             return f"{self.describe(kind, path)}.{value.name}={self.describe(value.value, path)}"
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
-        shows_what_is_there = getattr(kind, "__iter__", None) in _OF_DICTS  # other mappings may load what they show
+        shows_what_is_there = getattr(kind, "__iter__", None) in _OF_DICTS  # other mappings may load values on iteration
         if isinstance(value, types.MappingProxyType) or shows_what_is_there:
             return self._subclass(value, path, self._mapping(value, path), (dict, types.MappingProxyType))
         if isinstance(value, (set, frozenset)):
@@ -206,7 +206,7 @@ class Describer:
         return "{" + ",".join(items if keeps_order else sorted(items)) + "}"
 
     def _subclass(self, value: Any, path: str, words: str, plain: tuple[type, ...]) -> str:
-        """Return ``words`` of what a builtin type holds, and what a subclass adds."""
+        """Return ``words``, the content of a builtin type, and the additions of a subclass."""
         kind = type(value)
         if kind in plain:
             return words if kind is not frozenset else f"frozen{words}"
@@ -219,7 +219,7 @@ class Describer:
         if type(value) is not np.ndarray and isinstance(value, np.ndarray) and type(value) is not np.memmap:
             raise Undescribable(path, type(value).__qualname__)
         words = f"{np.dtype(value.dtype).descr} {value.shape}"
-        if value.dtype.char in "gGV" or value.dtype.hasobject:  # with bytes between that mean nothing, or addresses
+        if value.dtype.char in "gGV" or value.dtype.hasobject:  # its bytes include padding or addresses
             return f"{words} {self._numbers(value, path)}"
         return f"{words} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
 
@@ -248,7 +248,7 @@ class Describer:
         if isinstance(value, functools.partial):
             parts = (value.func, value.args, value.keywords)
             return self._subclass(value, path, f"partial {self.describe(parts, path)}", (functools.partial,))
-        if type(value).__name__ == "instancemethod":  # of a class that pybind11 made, which is named beside it
+        if type(value).__name__ == "instancemethod":  # of a pybind11 class, which is named beside it
             return f"instancemethod {value.__name__}"
         if isinstance(value, _BUILTINS):
             owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
@@ -318,7 +318,7 @@ class Describer:
                 yield f"{name}={self.describe(value, f'{path}.{name}')}"
 
     def _module_as_read(self, module: types.ModuleType, names: frozenset[str], path: str) -> str:
-        """Describe what code that has these names can read in a module, and in the modules inside it."""
+        """Describe the values that code with these ``names`` can read in a module and in the modules inside it."""
         if id(module) in self._open:
             return f"<{self._open[id(module)]}>"
         self._open[id(module)] = len(self._open)
@@ -363,7 +363,7 @@ class Describer:
         return f"{name} {digest.hexdigest()}"
 
     def _object(self, value: Any, kind: type, path: str) -> str:
-        """Describe an object by its class and its attributes; what others wrote, by how pickle would make it anew."""
+        """Describe an object by its class and its attributes; objects of other code, by how pickle rebuilds them."""
         words, method = self.describe(kind, path), _reduction(kind)
         if method == "attributes" and any(not _is_heap(base) for base in kind.__mro__[:-1]):
             raise Undescribable(path, kind.__qualname__)
@@ -398,15 +398,15 @@ class Describer:
 
 
 def _is_heap(kind: type) -> bool:
-    return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE: the others are written in C
+    return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE: other types are written in C
 
 
 def _reduction(kind: type) -> str:
-    """Return how an object of a class says what it holds.
+    """Return how to read the content of an object of a class.
 
-    ``default``: it would be copied by its attributes, if it holds nothing besides, which Python checks. ``pickle``: by
-    what C code or a released package says. ``attributes``: what its own code says might leave something out.
-    ``table``: as somebody registered it for pickle.
+    ``default``: by its attributes, if it holds nothing else, which Python checks. ``pickle``: by the pickle methods of
+    C code or a released package. ``attributes``: by its attributes, since its own pickle methods might leave something
+    out. ``table``: by the function registered for pickle.
     """
     if kind in copyreg.dispatch_table:
         return "table"
@@ -420,7 +420,7 @@ def _reduction(kind: type) -> str:
 
 
 def _is_released(value: Any) -> bool:
-    """Whether a value is code of a released package as it came."""
+    """Whether a value is unpatched code of a released package."""
     if isinstance(value, type):
         return origin_of_class(value) is Origin.RELEASED
     if isinstance(value, types.FunctionType):
@@ -438,7 +438,7 @@ def class_name(kind: type) -> str:
 
 
 def class_content(kind: type) -> Iterable[tuple[str, Any]]:
-    """Yield what a class defines, in a fixed order, without what no computation reads."""
+    """Yield the entries of a class in a fixed order, except entries that no computation reads."""
     inside = dict(vars(kind))
     for key in sorted(inside):
         value = inside[key]
@@ -454,7 +454,7 @@ def installed_version(package: str) -> str:
     return str(getattr(sys.modules.get(package), "__version__", ""))
 
 
-# What a config says about files, tokens and defaults, not about the computation.
+# Config values about files, tokens and defaults, not about the computation.
 _VOLATILE = frozenset(
     {
         "_name_or_path",
@@ -469,5 +469,5 @@ _VOLATILE = frozenset(
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what ``config`` says about the computation."""
+    """Return the values of ``config`` that affect the computation."""
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}

@@ -1,4 +1,4 @@
-"""Backoff: a full drive, a locked catalog or an unreadable block is tried again after a while."""
+"""Backoff: delays retries after a full drive, a locked catalog or an unreadable block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_SECONDS = 1.0
 _LONGEST_SECONDS = 60.0
-_MOST_WITHHELD = 10_000  # pauses that are remembered before those that are over are forgotten
+_MOST_WITHHELD = 10_000  # number of pauses above which finished pauses are dropped
 
 
 def is_full(error: BaseException) -> bool:
@@ -25,7 +25,7 @@ def is_locked(error: BaseException) -> bool:
 
 
 class Backoff:
-    """Whether to write. Each failure doubles the wait, from a second to a minute; a success ends it.
+    """Pauses attempts after failures. Each failure doubles the pause, from a second to a minute; a success ends it.
 
     Args:
         clock: Unix time.
@@ -39,11 +39,11 @@ class Backoff:
         self.told = False
 
     def begin(self, reason: str, *, told: bool) -> None:
-        """Wait, for longer than the last time.
+        """Begin a pause, longer than the last one.
 
         Args:
-            reason: in words.
-            told: whether the drive tells that it is full, and so will tell when it no longer is.
+            reason: text for reports.
+            told: whether free space shows the problem (quotas and inode limits do not), and so will show its end.
         """
         self.told = told
         self._seconds = min(_LONGEST_SECONDS, max(_FIRST_SECONDS, 2 * self._seconds))
@@ -51,17 +51,17 @@ class Backoff:
         self.reason = reason
 
     def holds(self) -> bool:
-        """Whether to wait still. When the time is over, one attempt may show whether the reason is."""
+        """Whether the pause still lasts. After it, an attempt may show whether the reason is gone."""
         return self.reason is not None and self._until - self._seconds <= self._clock() < self._until
 
     def end(self) -> bool:
-        """Go on. Returns whether there was a pause."""
+        """End the pause. Returns whether there was one."""
         paused, self.reason, self._seconds = self.reason is not None, None, 0.0
         return paused
 
 
 class Withheld:
-    """Blocks that are not to be found for a while, since they could not be read. Nothing of them is forgotten.
+    """Unreadable blocks that lookups skip for a while. They stay stored.
 
     Args:
         clock: Unix time.

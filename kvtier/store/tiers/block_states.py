@@ -1,10 +1,10 @@
 """States of a block in a tier, and the moves between them, as one table.
 
-``TABLE`` is the only place that says how a block may change its state, and the catalog moves a row only if its state is
-one of ``sources(move)``. The drawing in the documentation is made from it, too.
+``TABLE`` alone defines the legal state changes. The catalog moves a row only if its state is one of ``sources(move)``.
+The diagram in the documentation is generated from the table too.
 
-A store and a load have two phases. A store is *prepared* (bytes are reserved, nothing can be found) and then completed
-or aborted; a load is prepared by taking a *lease* and completed by ending it. What is leased is not evicted.
+Stores and loads have two phases. A store is *prepared* (bytes are reserved, lookups do not find the block) and then
+completed or aborted. A load is prepared by taking a *lease* and completed by ending it. A leased block is not evicted.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from types import MappingProxyType
 
 @unique
 class State(IntEnum):
-    """What a block is to a tier. The numbers are those of the catalog."""
+    """State of a block in a tier. The catalog stores these numbers."""
 
     ABSENT = 0
-    """Not here. No row, no file, no bytes."""
+    """Not stored: no row, no file, no bytes."""
     WRITING = 1
     """Its bytes are reserved and are being written by one process; lookups do not find it."""
     READY = 2
     """Whole: can be found, read and evicted."""
     LEASED = 3
-    """Ready, and being read: cannot be evicted. In the catalog it is a ready row; its lease is a lock on its file."""
+    """Ready, and being read: cannot be evicted. In the catalog it is a ready row; its lease is a lock in a file."""
     LEAVING = 4
-    """Cannot be found any more; its bytes count until they are gone."""
+    """Lookups no longer find it; its bytes count until they are freed."""
 
 
 @unique
 class Move(IntEnum):
-    """What can happen to a block."""
+    """A state change of a block."""
 
     PREPARE_STORE = 1
     COMPLETE_STORE = 2
     ABORT_STORE = 3
-    """The write failed, or its process died: what there is of it is taken back."""
+    """The write failed, or its process died: its leftovers are removed."""
     ADOPT = 4
-    """A whole file is found that has no row, or whose writer died before it could complete it."""
+    """A complete file has no row, or its writer died before completing the store."""
     PREPARE_LOAD = 5
     COMPLETE_LOAD = 6
-    """The last reader is done."""
+    """The last reader has finished."""
     EVICT = 7
-    """It must make room."""
+    """It makes room for other blocks."""
     DISCARD = 8
-    """It is damaged, expired, replaced by a longer one, or to be forgotten. Those who read it may finish."""
+    """It is damaged, expired, replaced by a longer block, or forgotten on request. Readers may finish."""
     COMPLETE_DELETE = 9
 
 
@@ -69,14 +69,14 @@ TABLE = MappingProxyType(
 
 
 class IllegalMoveError(Exception):
-    """A block was to do what no block in its state can do: a bug in kvtier."""
+    """A move that the state of the block does not allow: a bug in kvtier."""
 
 
 def after(state: State, move: Move) -> State:
     """Return the state of a block after ``move``.
 
     Raises:
-        IllegalMoveError: a block in this state cannot do that.
+        IllegalMoveError: the state does not allow the move.
     """
     try:
         return TABLE[state, move]
@@ -85,5 +85,5 @@ def after(state: State, move: Move) -> State:
 
 
 def sources(move: Move) -> tuple[State, ...]:
-    """Return the states in which a block can do ``move``."""
+    """Return the states that allow ``move``."""
     return tuple(state for state, m in TABLE if m is move)

@@ -1,4 +1,4 @@
-"""Leases: which blocks of a tier this process is reading."""
+"""Leases: mark the blocks of a tier that this process is reading."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvtier.store.tiers.block_states import State
 
 
 class Leases:
-    """Who reads which block of a tier, in this process.
+    """Leases of this process on the blocks of one tier.
 
-    Guarantees: a lease that is dropped without being ended is ended when it is collected, so nothing stays pinned by
-    accident. Thread-safe.
+    Guarantees: a lease that was not ended ends when it is garbage-collected, so no block stays leased by accident.
+        Thread-safe.
 
     Args:
-        ended: called with the key of a block after its last lease, in any thread and at any moment: it takes no lock.
+        ended: called with the key of a block after its last lease, in any thread and at any moment; must take no lock.
     """
 
     def __init__(self, ended: Callable[[str], None] = lambda key: None) -> None:
@@ -32,7 +32,7 @@ class Leases:
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on."""
+        """Release the lock."""
         self._lock.release()
 
     def prepare_load(self, key: str) -> BlockLease:
@@ -55,7 +55,7 @@ class Leases:
                     self._ended(key)
 
     def state(self, key: str) -> State:
-        """Return what a ready block is: ``READY`` or ``LEASED``."""
+        """Return the state of a ready block: ``READY`` or ``LEASED``."""
         return State.LEASED if key in self._readers else State.READY
 
     def __contains__(self, key: str) -> bool:
@@ -66,7 +66,7 @@ class Leases:
 
 
 class BlockLease:
-    """One reader's hold on a block; a context manager. Ending it twice is ending it once."""
+    """One reader's lease on a block; a context manager. May be ended more than once."""
 
     def __init__(self, leases: Leases, key: str) -> None:
         self.key = key
@@ -74,7 +74,7 @@ class BlockLease:
         self._end.atexit = False
 
     def end(self) -> None:
-        """Let the block be evicted again, unless others read it."""
+        """End the lease. The block can be evicted again, unless others read it."""
         self._end()
 
     def __enter__(self) -> BlockLease:

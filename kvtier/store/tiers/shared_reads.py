@@ -1,8 +1,8 @@
-"""ReadCoalescer: a block that several loads want at the same time is read once.
+"""ReadCoalescer: reads a block once when several loads need it at the same time.
 
-A restore that reads a block alone reads it straight to where it is to lie. Once a second one has opened the same block,
-each page that both still need is read into memory once, and copied from there to both. What is held for those who come
-later is bounded; beyond that they read for themselves.
+A restore that reads a block alone reads it directly into its destination. Once a second restore has opened the same
+block, each page that both still need is read into memory once, and copied from there to both. The memory held for later
+readers is bounded; beyond that, each reader reads for itself.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class FileReader(BlockReader, Protocol):
     """A block that is read from a file."""
 
     def hold(self) -> None:
-        """Stay readable, although the file is about to be deleted.
+        """Keep the block readable after its file is deleted.
 
         Raises:
-            BlockError: it is gone, or cannot be opened now.
+            BlockError: the file is gone, or cannot be opened now.
         """
 
 
@@ -50,11 +50,11 @@ class _Load:
 
 
 class ReadCoalescer:
-    """The blocks of one tier that are open now. Thread-safe.
+    """The open blocks of one tier. Thread-safe.
 
     Args:
         leases: where each reader takes a lease on its block.
-        held_bytes: how many bytes of pages may wait for a second reader.
+        held_bytes: upper limit for the bytes of pages held for later readers.
     """
 
     def __init__(self, leases: Leases, held_bytes: int = HELD_BYTES) -> None:
@@ -69,7 +69,7 @@ class ReadCoalescer:
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on. A child reads for itself: a read that its parent had begun would never end there."""
+        """Release the lock. A child reads for itself: a read begun by its parent would never end there."""
         if in_child:
             for load in self._loads.values():
                 load.pages.clear()
@@ -79,10 +79,10 @@ class ReadCoalescer:
         self._lock.release()
 
     def open(self, block: BlockId, open_block: Callable[[], FileReader]) -> SharedReader:
-        """Return a reader of ``block``, which ``open_block`` opens if it is not open.
+        """Return a reader of ``block``; ``open_block`` opens it if it is not open.
 
         Raises:
-            BlockError: what ``open_block`` raises.
+            BlockError: raised by ``open_block``.
         """
         lease = self._leases.prepare_load(block.key)
         try:
@@ -90,7 +90,7 @@ class ReadCoalescer:
                 load = self._loads.get(block.key)
                 if load is not None:
                     return SharedReader(self, load, lease)
-            opened = open_block()  # outside: many files are opened at a time
+            opened = open_block()  # without the lock, so that many files open at a time
             with self._lock:
                 load = self._loads.setdefault(block.key, _Load(opened))
                 reader = SharedReader(self, load, lease)
@@ -102,14 +102,14 @@ class ReadCoalescer:
             raise
 
     def forget(self, key: str) -> None:
-        """Open block ``key`` anew from now on: its file is to be deleted.
+        """Drop the open block ``key``, whose file is about to be deleted. Later calls open it anew.
 
-        Those who read it may finish.
+        Current readers may finish.
         """
         with self._lock:
             load = self._loads.pop(key, None)
             if load is not None:
-                with contextlib.suppress(BlockError):  # it is gone already: they find out
+                with contextlib.suppress(BlockError):  # already gone: its readers get an error
                     load.reader.hold()
 
     def enter(self, load: _Load, reader: SharedReader) -> None:
@@ -119,7 +119,7 @@ class ReadCoalescer:
             load.waiting.add(reader)
 
     def leave(self, load: _Load, reader: SharedReader) -> None:
-        """Hold nothing for ``reader`` any more."""
+        """Stop holding pages for ``reader``."""
         with self._lock:
             if reader in load.waiting:
                 load.waiting.discard(reader)
@@ -128,7 +128,7 @@ class ReadCoalescer:
                         self._taken(load, layer)
 
     def close(self, load: _Load, reader: SharedReader) -> None:
-        """Count one reader less; the last one closes the block."""
+        """Remove a reader; the last one closes the block."""
         with self._lock:
             self.leave(load, reader)
             load.users -= 1
@@ -139,7 +139,7 @@ class ReadCoalescer:
             load.reader.close()
 
     def page(self, load: _Load, reader: SharedReader, layer: int) -> Page:
-        """Return a page for ``reader``; the first to ask reads it."""
+        """Return a page for ``reader``; the first caller reads it."""
         with self._lock:
             future = load.pages.get(layer)
             others = sum(layer not in other.taken for other in load.waiting if other is not reader)
@@ -203,14 +203,14 @@ class SharedReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether landing a page is copying it."""
+        """Whether pages need no decoding."""
         return self._load.reader.is_plain
 
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``, read only.
 
         Raises:
-            BlockError: the bytes cannot be read or are not those that were written.
+            BlockError: the bytes cannot be read, or differ from the written ones.
         """
         return self._loads.page(self._load, self, layer)
 
@@ -234,7 +234,7 @@ class SharedReader:
         return self._load.reader.states()
 
     def detach(self) -> None:
-        """Stay open, but hold no pages for this reader: it reads when and as often as it needs to."""
+        """Stay open, but hold no pages for this reader: it reads each page itself, as often as needed."""
         self._loads.leave(self._load, self)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""All tensors of a model → one digest, kept up to date at the price of a few samples a turn."""
+"""All tensors of a model → one digest, kept up to date with a few samples per turn."""

@@ -1,19 +1,18 @@
-"""All tensors of a model → one digest in which every byte counts, kept up to date at the price of a few samples.
+"""All tensors of a model → one digest in which every byte counts, kept up to date with a few samples per turn.
 
 The first turn reads every tensor: SHA-256 over a weighted sum of the 64-bit words of each 2 KiB. An edit of any
-element changes its block's sum, and so does what changes places within a block. (It is no cryptographic hash:
-someone who wants two models to look alike can make them so.)
+element changes its block's sum, and so does a swap of elements within a block. (It is not a cryptographic hash:
+collisions can be constructed.)
 
 Later turns read a tensor whole again when
 
-- it is another tensor, lies elsewhere or has another version: PyTorch counts what is written in place;
+- it is another tensor, lies elsewhere or has another version: PyTorch counts in-place writes;
 - it holds a gradient, or an optimizer has made a step since, whose writes PyTorch may not count;
-- it was made in inference mode, where PyTorch counts nothing;
-- one of its samples differs (``samples.py``), or, in the weights of an ``Embedding``, any byte of a row that the
-  prompt looks up.
+- it was made in inference mode, where PyTorch counts no writes;
+- one of its samples differs (``samples.py``), or any byte of an ``Embedding`` row that the prompt looks up.
 
-What remains is in ``docs/limits.md``: a write to a few elements that PyTorch does not count, through ``.data``, NumPy
-or a kernel of one's own. ``torch.autograd.graph.increment_version`` makes it count.
+Not detected (``docs/limits.md``): a write to a few elements that PyTorch does not count, through ``.data``, NumPy or a
+custom kernel. ``torch.autograd.graph.increment_version`` makes it count.
 """
 
 from __future__ import annotations
@@ -54,21 +53,21 @@ class _UnreadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What a tensor was when it was read last.
+    """The last reading of a tensor.
 
     It holds no weak reference to the tensor: ``torch.utils.swap_tensors`` refuses tensors that have one. While it
-    holds a weak one to the storage, no other storage gets this one's address, which is part of the place.
+    holds a weak reference to the storage, no other storage gets this address, which is part of the place.
     """
 
     storage: StorageWeakRef
     digest: bytes
     table: Values | None
-    """Of the weight of an embedding: what its rows are compared with."""
+    """For an embedding weight, the values that its rows are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """The readings of all tensors of a model, in their order, as they stood after its last turn."""
+    """The readings of all tensors of a model, in their order, after its last turn."""
 
     names: list[str]
     places: list[_Place]
@@ -83,7 +82,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Present:
-    """Where the tensors of a model are now. While it lives, it keeps their storages from being freed."""
+    """Current places of a model's tensors. Keeps their storages from being freed."""
 
     names: list[str]
     tensors: list[torch.Tensor]
@@ -92,18 +91,18 @@ class _Present:
     doubtful: set[int]
     """Indices of tensors that PyTorch may write without counting: made in inference mode, or with a gradient."""
     steps: int
-    """Of optimizers, before anything was read: a step meanwhile shows in the next turn."""
+    """Optimizer steps before the reading: a step during the reading shows in the next turn."""
 
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Model] = weakref.WeakKeyDictionary()
 _reading: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
-"""Held while a model is looked at."""
+"""One lock per model, held while its tensors are read."""
 _lock = threading.Lock()
 _steps = OptimizerSteps()
 
 
 def _let_go() -> None:
-    """Let go, in a child that was forked, of what a thread of its parent may have held."""
+    """Replace, in a forked child, the locks that a thread of the parent may have held."""
     global _lock
     _lock = threading.Lock()
     for model in list(_reading):
@@ -117,17 +116,17 @@ if hasattr(os, "register_at_fork"):
 def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLike = ()) -> str | Unread:
     """Return SHA-256, as hex, over names, shapes, dtypes and values of ``tensors``, which belong to ``model``.
 
-    Equal on every device and in every process. What is remembered of a model holds no tensor and goes with it.
+    Equal on every device and in every process. The cached readings hold no tensor and are freed with the model.
 
     Args:
-        model: of its embeddings, the rows of ``tokens`` are compared with the last reading.
+        model: the rows of ``tokens`` in its embeddings are compared with the last reading.
         tensors: all tensors of the model, by name.
-        tokens: ids of the prompt. They are no part of the digest.
+        tokens: ids of the prompt. They are not part of the digest.
     """
     with _lock:
         _steps.watch()
         alone = _reading.setdefault(model, threading.Lock())
-    with alone, torch.no_grad():  # a large model is read for long: turns of others go on meanwhile
+    with alone, torch.no_grad():  # reading a large model takes long: other models' turns go on
         with _lock:
             known = _models.get(model)
         try:
@@ -142,7 +141,7 @@ def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLik
 
 
 def forget_models() -> None:
-    """Forget all readings, and count no steps of optimizers until the next reading."""
+    """Forget all readings, and count no optimizer steps until the next reading."""
     with _lock:
         _models.clear()
         _steps.unwatch()
@@ -179,7 +178,7 @@ def _look(tensors: _Named, steps: int) -> _Present:
 
 
 def _unchanged(known: _Model, present: _Present, tokens: npt.ArrayLike) -> bool:
-    """Whether every tensor is what it was in the last turn, as far as can be seen without reading it whole."""
+    """Whether every tensor is unchanged since the last turn, as far as can be seen without reading it whole."""
     if known.steps != present.steps or present.doubtful:
         return False
     if known.places != present.places or known.names != present.names:
@@ -190,7 +189,7 @@ def _unchanged(known: _Model, present: _Present, tokens: npt.ArrayLike) -> bool:
 
 
 def _read(model: torch.nn.Module, known: _Model | None, present: _Present, tokens: npt.ArrayLike) -> _Model:
-    """Read whole what is new or may have changed. Samples are read before: a write meanwhile will differ from them."""
+    """Read whole all new or possibly changed tensors. Samples are read first, so that they show a write meanwhile."""
     for name, tensor in zip(present.names, present.tensors, strict=True):
         why = why_unreadable(tensor)
         if why is not None:
@@ -242,9 +241,9 @@ def _rows_differ(read: _Read, tensor: torch.Tensor, tokens: npt.ArrayLike) -> bo
 
 
 def _unread(name: str, tensor: torch.Tensor, error: Exception) -> _UnreadError:
-    """Return the reason why a tensor cannot be read; the first line of an error where only PyTorch knows it."""
+    """Return an error with the reason why a tensor cannot be read; the first line of ``error`` if there is no other."""
     try:
         why = why_unreadable(tensor)
-    except Exception:  # the error at hand says more
+    except Exception:  # ``error`` says more
         why = None
     return _UnreadError(Unread(name, why or str(error).partition("\n")[0]))

@@ -1,8 +1,8 @@
-"""Optimizer steps of this process: fused ones write weights and count no version.
+"""Optimizer steps of this process: fused optimizers write weights without counting a version.
 
-PyTorch calls a hook before and after the step of every ``torch.optim.Optimizer``, whatever class it is of. The count
-says nothing of which tensors a step wrote: optimizers with flat buffers or master weights write others than those
-that they were given. It costs the same for every model, and holds neither an optimizer nor a tensor.
+PyTorch calls a hook before and after the step of every ``torch.optim.Optimizer``, subclasses included. The count does
+not say which tensors a step wrote: optimizers with flat buffers or master weights write other tensors than they were
+given. It costs the same for every model, and holds neither an optimizer nor a tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 class OptimizerSteps:
     """A count that grows before and after every step of any optimizer, from ``watch`` on.
 
-    A reading of weights is out of date when the count is another one than *before* the reading. A step that fails
+    A reading of weights is out of date when the count differs from the count *before* the reading. A step that fails
     half way has written some weights: it was counted at its beginning.
     """
 
@@ -42,7 +42,7 @@ class OptimizerSteps:
                 )
 
     def unwatch(self) -> None:
-        """Take the hooks away. Called again, it does nothing."""
+        """Remove the hooks. Called again, it does nothing."""
         with self._lock:
             for handle in self._handles:
                 handle.remove()

@@ -1,6 +1,6 @@
 """Samples of every tensor, compared each turn to notice writes that PyTorch does not count.
 
-Of each tensor, ``SAMPLES`` words of 8 bytes are read at irregular distances, or all bytes where there are no more.
+``SAMPLES`` words of 8 bytes of each tensor are read at irregular distances; all bytes of a tensor that has no more.
 Contiguous tensors in main memory are read by one gather over their addresses; calling PyTorch or NumPy once per
 tensor takes five times as long.
 """
@@ -17,7 +17,7 @@ import torch
 from kvtier.hf.identity.weights.tensor_values import WORD_BYTES, byte_view, memory
 
 SAMPLES = 64
-# Samples gathered at once: so few that PyTorch does not wake other threads for them, which can take milliseconds.
+# Samples gathered at once: few enough that PyTorch does not wake other threads, which can take milliseconds.
 _GATHERED = 256
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -30,7 +30,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class UnsampledError(Exception):
-    """A tensor, at ``index``, that does not offer its elements."""
+    """The tensor at ``index`` does not offer its elements."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ class UnsampledError(Exception):
 
 
 class Samples:
-    """The words of all tensors, as one reading found them."""
+    """The sampled words of all tensors in one reading."""
 
     def __init__(self, words: npt.NDArray[np.int64], rows: dict[int, int], others: dict[int, bytes]) -> None:
         self._words = words
@@ -46,22 +46,22 @@ class Samples:
         self._others = others
 
     def equal(self, other: Samples) -> bool:
-        """Whether two readings of one ``Sampler`` found the same."""
+        """Whether two readings of one ``Sampler`` found the same words."""
         return bool(np.array_equal(self._words, other._words)) and self._others == other._others
 
     def of(self, index: int) -> bytes:
-        """Return what was read of the tensor at ``index``."""
+        """Return the bytes sampled from the tensor at ``index``."""
         row = self._rows.get(index)
         return self._others[index] if row is None else self._words[row].tobytes()
 
 
 class Sampler:
-    """Where to read in each of some tensors. It holds addresses, and no tensor.
+    """Sample positions in a list of tensors. Holds addresses, but no tensor.
 
     The same place, shape, strides and dtype of a tensor give the same words in every ``Sampler``.
 
     Args:
-        tensors: readable ones. Later readings are for the same tensors, in the same places, alone.
+        tensors: readable tensors. Later readings must be of the same tensors, in the same places.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -83,7 +83,7 @@ class Sampler:
         self._words = int(self._positions.max(initial=-1)) + 1
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Samples:
-        """Read the words. The caller holds the storages of ``tensors`` meanwhile.
+        """Read the words. The caller must hold the storages of ``tensors`` meanwhile.
 
         Raises:
             UnsampledError: a subclass of tensors does not offer its elements.
@@ -100,7 +100,7 @@ class Sampler:
 
 
 def _whole_words(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Return address and number of the aligned words of a tensor in main memory; None if they do not stand for it."""
+    """Return address and number of the aligned words of a tensor in main memory; None if they do not represent it."""
     if type(tensor) not in _PLAIN or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
     if tensor.is_conj() or tensor.is_neg():
@@ -115,9 +115,8 @@ def _whole_words(tensor: torch.Tensor) -> tuple[int, int] | None:
 def _word_positions(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return one position in each of ``SAMPLES`` equal parts of ``counts`` words each: ``[counts, samples]``.
 
-    Neighbours are at distances that fit no row length: element ``i`` and the next one lie in other columns whatever
-    the width, so an edited column is met as often as an edited row. Where there are fewer words than samples, every
-    word is met.
+    The distances between neighbours fit no row length: consecutive samples lie in different columns for any width, so
+    an edited column is met as often as an edited row. With fewer words than samples, every word is met.
     """
     parts = counts[:, None] * np.arange(SAMPLES + 1) // SAMPLES
     fractions = np.array([i * _MULTIPLIER % 2**64 / 2**64 for i in range(SAMPLES)])
@@ -158,5 +157,5 @@ def _gather(samples: Sequence[torch.Tensor]) -> list[bytes]:
 
 @functools.lru_cache(maxsize=512)
 def _element_positions(count: int, device: torch.device) -> torch.Tensor:
-    """Return positions as ``_word_positions`` does, of the elements of one large tensor."""
+    """Return ``_word_positions`` for the elements of one large tensor."""
     return torch.from_numpy(_word_positions(np.array([count], dtype=np.int64))[0]).to(device)

@@ -1,7 +1,7 @@
 """Bytes of a tensor as 64-bit sums of blocks of 2 KiB, and SHA-256 over these.
 
-Only tensors are read whose bytes lie in ordinary memory in a known form. ``why_unreadable`` gives the reason for all
-others, before an operation of PyTorch can fail on them or crash the process.
+Only tensors whose bytes lie in ordinary memory in a known form are read. ``why_unreadable`` gives the reason for all
+other tensors, before a PyTorch operation can fail on them or crash the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCKS_AT_ONCE = 256
 
 
 class Values(NamedTuple):
-    """What is remembered of a tensor's bytes: nothing for a small tensor, 8 bytes per 2 KiB for a large one."""
+    """Digest and summary of a tensor's bytes: all bytes of a small tensor, 8 bytes per 2 KiB of a large one."""
 
     digest: bytes
     sums: Sums
@@ -39,7 +39,7 @@ class Values(NamedTuple):
 
 
 def why_unreadable(tensor: torch.Tensor) -> str | None:
-    """Return why the bytes of ``tensor`` do not say what its values are, or cannot be read; None if they can."""
+    """Return why the bytes of ``tensor`` cannot be read, or do not determine its values; else None."""
     if tensor.is_nested:
         return "it is a nested tensor"
     if tensor.layout != torch.strided:
@@ -81,9 +81,9 @@ def read_values(tensor: torch.Tensor) -> Values:
 
 
 def memory(address: int, size_bytes: int) -> npt.NDArray[np.uint8]:
-    """Return main memory from ``address`` on as it is: uint8 ``[size_bytes]``, read only, kept alive by the caller.
+    """Return a read-only view of main memory from ``address`` on: uint8 ``[size_bytes]``. The caller keeps it alive.
 
-    ``Tensor.numpy`` would forbid to resize the storage ever after.
+    ``Tensor.numpy`` would forbid any later resizing of the storage.
     """
     view: npt.NDArray[np.uint8] = np.asarray(_Memory(address, size_bytes))
     return view
@@ -105,12 +105,12 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rows_differ(table: torch.Tensor, values: Values, rows: npt.ArrayLike) -> bool:
-    """Whether a byte in the blocks that hold ``rows`` of a contiguous ``table`` is another one than in ``values``.
+    """Whether any byte of the blocks that hold ``rows`` of a contiguous ``table`` differs from ``values``.
 
     Args:
         table: ``[rows, …]``.
-        values: what ``read_values`` returned for the table.
-        rows: those that do not exist are left out.
+        values: the result of ``read_values`` for the table.
+        rows: row indices; indices out of range are left out.
     """
     row_bytes = table[:1].numel() * table.element_size()
     chosen = np.asarray(rows, dtype=np.int64)
@@ -158,7 +158,7 @@ def _host_sums(data: npt.NDArray[np.uint8]) -> Sums:
 
 
 def _device_sums(data: torch.Tensor) -> Sums:
-    """Return the same of bytes on an accelerator, or on any device."""
+    """Return the same sums for bytes on an accelerator, or on any device."""
     blocks = data.view(torch.int64).view(-1, BLOCK_WORDS)
     factors = torch.from_numpy(_FACTORS).to(blocks.device)
     begins = range(0, len(blocks), _DEVICE_BLOCKS_AT_ONCE)
