@@ -10,8 +10,8 @@ import pytest
 from kvtier import PrefixStore, TieredCache
 from kvtier.errors import BlockError, ConfigurationError, RestoreError, UnavailableError
 from kvtier.store.tiers.base import Presence, PutResult
-from kvtier.store.tiers.lower import LowerTier
-from tests.support.dict_tier import DictReader, DictTier, never
+from kvtier.store.tiers.lower import LONGEST_ANSWER_SECONDS, LowerTier
+from tests.support.dict_tier import DictReader, DictTier, Never
 from tests.support.stores import ROOT, block, chain, commit, count, restored_length
 
 SETTINGS = {"block_size": 4, "tail_delay": 0}
@@ -139,8 +139,9 @@ def test_whatever_it_raises_costs_a_recompute_and_one_warning(new_store, tier, m
 
 def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone():
     now = [0.0]
-    tier = DictTier(never)
-    lower = LowerTier(tier, lambda: now[0], longest_answer_seconds=0.0)
+    tier = DictTier(Never)
+    lower = LowerTier(tier, lambda: now[0])
+    del Never.waited_seconds[:]
     keys = [each.id.key for each in chain(count(8), 4)]
     assert lower.presence(keys) == [Presence.UNAVAILABLE] * 2
     assert lower.presence(keys) == [Presence.UNAVAILABLE] * 2
@@ -149,6 +150,8 @@ def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone()
     assert all(isinstance(each, UnavailableError) for each in lower.open_all([each.id for each in chain(count(8), 4)]))
     assert len(tier.requests) == 2
     assert lower.counts == {"errors.dict": 3}
+    assert len(Never.waited_seconds) == 3
+    assert all(seconds <= LONGEST_ANSWER_SECONDS for seconds in Never.waited_seconds)
     now[0] = 60.0
     tier.answer = DictTier().answer
     assert lower.presence(keys) == [Presence.ABSENT] * 2

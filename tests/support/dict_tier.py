@@ -113,6 +113,14 @@ class DictTier:
         self.closed += 1
 
 
-def never(value):
-    """Return a future that nothing ends."""
-    return Future()
+class Never(Future):
+    """A future that nothing ends. ``waited_seconds`` has how long it was waited for, each time."""
+
+    waited_seconds = []  # noqa: RUF012  of all
+
+    def __init__(self, value):
+        super().__init__()
+
+    def result(self, timeout=None):
+        self.waited_seconds.append(timeout)
+        return super().result(0)
