@@ -80,7 +80,7 @@ class BlockWriter:
             if there is not None:
                 known.append(there)
             else:
-                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: parents are written before children
+                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: these are its ancestors
                 known = []
                 kept = self._keep(
                     Block(block, read(start, stop), start),
@@ -233,7 +233,7 @@ class BlockWriter:
         return kept
 
     def _drop_shorter(self, tier: OrderedTier, block: BlockId) -> float | None:
-        """Forget tails with the same first tokens as ``block``, which covers them now that the tier has it.
+        """Forget tails that are a prefix of ``block``, which covers them now that the tier has it.
 
         Returns:
             When the first of them began to wait to be written; None if none waited.

@@ -68,7 +68,7 @@ R = TypeVar("R")
 
 
 def _codec(compression: str | Codec) -> Codec:
-    """Return the codec that ``compression`` names or is.
+    """Return the codec for ``compression``, a name or a codec.
 
     Raises:
         ConfigurationError: the name is unknown, or the object is no codec or has the name of a built-in one.
@@ -99,8 +99,8 @@ class PrefixStore:
     """Stores prefixes of conversations in RAM and, given a path, on disk.
 
     Guarantees: token ids are compared on every hit. RAM and disk stay within their budgets. A failing disk costs a
-        warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
-        block being read is not evicted. Thread-safe. Several processes may use one folder at once.
+    warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
+    block being read is not evicted. Thread-safe. Several processes may use one folder at once.
 
     Attributes:
         lossy_codec: name of the codec of files if it is lossy, else None; a lossy codec is part of every root.

@@ -1,1 +1,1 @@
-"""What differs between versions of transformers and between its models, as data."""
+"""Differences between versions of transformers and between its models, as data."""

@@ -1,4 +1,4 @@
-"""Canary: a short conversation with a tiny model, once a process, on an untested transformers."""
+"""Canary: a short conversation with a tiny model, once per process, on an untested transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("kvtier.hf")
 
 _VOCABULARY = 64
 _PROMPT_TOKENS, _QUESTION_TOKENS, _NEW_TOKENS = 24, 4, 2
-_TOLERANCE = 1e-3  # far above what rounding makes of these logits, far below what one other token does
+_TOLERANCE = 1e-3  # far above rounding errors of these logits, far below the effect of one other token
 
 _lock = threading.RLock()
 _tried = False
@@ -28,18 +28,18 @@ def try_upstream(make_cache: Callable[[], Any]) -> None:
     """Hold a conversation with a tiny model, unless that was done or the whole test suite passed on this version.
 
     Args:
-        make_cache: makes a new cache over a store of its own, both of which are given up afterwards.
+        make_cache: returns a new cache over its own store; the trial closes it.
     """
     global _tried, _reason
     with _lock:
         if _tried:
             return
-        _tried = True  # first of all: the trial makes caches itself
+        _tried = True  # set first: the trial makes caches itself
         if names.INSTALLED <= names.NEWEST_TESTED:
             return
         try:
             found = _trial(make_cache)
-        except Exception as error:  # an upstream that differs may raise anything; what it was is in the reason
+        except Exception as error:  # a different upstream may raise anything; the reason names the error
             _log.debug("the trial of this transformers failed", exc_info=True)
             found = f"{type(error).__name__}: {error}"
         if found is not None:
@@ -52,12 +52,12 @@ def try_upstream(make_cache: Callable[[], Any]) -> None:
 
 
 def why_untrusted() -> str | None:
-    """Return why this transformers must not be given a cache of ours; None when it may."""
+    """Return why this transformers must not use a kvtier cache; None when it may."""
     return _reason
 
 
 def _trial(make_cache: Callable[[], Any]) -> str | None:
-    """Return what went wrong; None when all answers were those of a cache of transformers' own."""
+    """Return the failed step; None when all answers equal those with transformers' own cache."""
     with _left_alone():
         model = _tiny_model()
         ids = torch.randint(1, _VOCABULARY, (1, _PROMPT_TOKENS))
@@ -77,7 +77,7 @@ def _trial(make_cache: Callable[[], Any]) -> str | None:
 
 
 def _answer(model: Any, ids: torch.Tensor, **cache: Any) -> Any:
-    """Return what ``model`` generates, with its logits."""
+    """Return the output that ``model`` generates, with its logits."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -91,7 +91,7 @@ def _answer(model: Any, ids: torch.Tensor, **cache: Any) -> Any:
 
 
 def _equal(found: Any, expected: Any) -> bool:
-    """Whether two answers have the same tokens, of logits that differ by rounding alone."""
+    """Whether two answers have the same tokens, and logits that differ only by rounding."""
     pairs = zip(found.logits, expected.logits, strict=True)
     return torch.equal(found.sequences, expected.sequences) and all(
         torch.allclose(ours, theirs, atol=_TOLERANCE) for ours, theirs in pairs
@@ -107,7 +107,7 @@ def _tiny_model() -> Any:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
-        initializer_range=0.5,  # small weights would say nearly the same after any prompt
+        initializer_range=0.5,  # small weights would give nearly the same logits after any prompt
         eos_token_id=None,
         pad_token_id=0,
     )

@@ -1,7 +1,7 @@
-"""Models that carry their states past any cache: what they are given instead of one.
+"""Replacements for the cache of models that carry their recurrent states outside of any cache.
 
-RWKV passes a list on, xLSTM an object of its own, MiniMax a class of cache of its own, in which the states of linear
-layers have a place. What stands in for these here lies in the layers of a ``TieredCache``, and is kept as they are.
+RWKV passes on a list, xLSTM its own object, MiniMax its own cache class, which also holds the states of linear layers.
+The tensors of the replacements lie in the layers of a ``TieredCache``, and are kept like these.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kvtier.kv.allocation import as_writable
 
 
 class ExternalStates:
-    """Stands for all layers of a model that carries its states by itself; holds the tensors that it carries.
+    """One layer that stands for all layers of a model that carries its own states; holds the tensors of these states.
 
     Args:
-        names: of the tensors.
+        names: names of the tensors.
     """
 
     _layer_type = "carried"
@@ -38,7 +38,7 @@ class ExternalStates:
         self.tensors = dict.fromkeys(self.tensors)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: states do not tell what they were before.
+        """Refuse: earlier states cannot be derived from later states.
 
         Raises:
             RuntimeError: tokens are to be removed.
@@ -47,33 +47,33 @@ class ExternalStates:
             raise RuntimeError("states cannot be taken back; pass the shorter prompt to generate() instead of cropping")
 
     def hold(self, new: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors, in the order of their names: those that were restored, or else ``new`` ones."""
+        """Return the restored tensors in the order of their names; if any is missing, take and return ``new``."""
         if any(tensor is None for tensor in self.tensors.values()):
             self.tensors = dict(zip(self.tensors, map(as_writable, new), strict=True))
         return [tensor for tensor in self.tensors.values() if tensor is not None]
 
 
 class ExternalState(ABC):
-    """What a model is given instead of a cache."""
+    """The replacement for a cache that is passed to a model."""
 
     is_compileable = False  # ``generate`` asks, of a cache of any class
 
     @property
     @abstractmethod
     def is_linear(self) -> list[bool]:
-        """Return which layers have linear attention alone; where all have, ``generate`` leaves the prompt whole."""
+        """Return which layers have linear attention alone; if all have, ``generate`` does not cut the prompt."""
 
     @abstractmethod
     def get_seq_length(self) -> int:
-        """Return the columns that it knows."""
+        """Return the number of columns it holds."""
 
     @abstractmethod
     def feeding(self, columns: int) -> None:
-        """Note that so many more columns are about to be fed."""
+        """Note that ``columns`` more columns are about to be fed."""
 
 
 class _Counted(ExternalState):
-    """Counts what is fed for a cache whose layers cannot tell."""
+    """Counts fed columns for a cache whose layers cannot count them."""
 
     _cache: Any
     is_linear = [True]  # noqa: RUF012 - read only
@@ -90,7 +90,7 @@ class _RwkvState(_Counted, list[torch.Tensor]):
 
 
 def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
-    """Begin as the model does: what it saw last, and sums whose largest exponent is as small as can be."""
+    """Begin as the model does: zeros, with the largest exponent of the sums at -1e30."""
     embedding = model.get_input_embeddings().weight
     shape = rows, model.config.hidden_size, model.config.num_hidden_layers
     new = [
@@ -116,13 +116,13 @@ def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState
 
 
 class _MiniMaxFront(ExternalState):
-    """What the model asks of its own class of cache, answered by the one behind it."""
+    """The interface of the model's own cache class, forwarded to the ``TieredCache`` behind it."""
 
     _cache: Any
 
     @property
     def stands_for(self) -> Any:
-        """The cache behind it: ``generate`` returns this one in its output, and may be given it back."""
+        """The cache behind this object, which ``generate`` returns in its output and may get passed again."""
         return self._cache
 
     @property
@@ -158,13 +158,13 @@ class _MiniMaxFront(ExternalState):
 
 def _minimax_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
     kind: Any = _own(model, "MiniMaxCache", _MiniMaxFront)
-    made: ExternalState = kind.__new__(kind)  # its parent's layers are those of the cache
+    made: ExternalState = kind.__new__(kind)  # without __init__: its layers are those of the cache
     made._cache = cache  # type: ignore[attr-defined]
     return made
 
 
 def _own(model: PreTrainedModel, name: str, front: type) -> type:
-    """Return the class ``name`` from the model's own code, with ``front`` before it."""
+    """Return a subclass of ``front`` and of the class ``name`` from the model's own code."""
     return _joined(getattr(sys.modules[type(model).__module__], name), front)
 
 
@@ -178,13 +178,13 @@ _CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], ExternalState]] = {
     "rwkv": _rwkv_state,
     "xlstm": _xlstm_cache,
 }
-"""Kind of model → what makes that which it takes instead of a cache."""
+"""Model type → function that makes its replacement for a cache."""
 
 
 def why_not_carried(model: Any, rows: int, repeats: int) -> str | None:
-    """Return why what ``model`` carries cannot be kept in a turn of so many ``rows``, each continued ``repeats`` times.
+    """Return why the carried states cannot be kept in a turn of ``rows`` rows, each continued ``repeats`` times.
 
-    None when it can, or when it carries nothing past a cache.
+    None when they can, or when ``model`` carries no states outside of a cache.
     """
     if profile_of(model).carried_argument is None:
         return None
@@ -196,7 +196,7 @@ def why_not_carried(model: Any, rows: int, repeats: int) -> str | None:
 
 
 def settle(model: Any) -> None:
-    """Let RWKV scale its weights now, which it does in its first pass: what is known of it is known by its weights."""
+    """Make RWKV scale its weights now instead of in its first pass: the model is identified by its weights."""
     if model.config.model_type == "rwkv":
         for part in model.modules():
             if hasattr(part, "layers_are_rescaled"):
@@ -204,9 +204,9 @@ def settle(model: Any) -> None:
 
 
 def carry(model: PreTrainedModel, cache: Any, rows: int) -> Any:
-    """Return what ``model`` is given for ``cache``, which is the cache itself where the model carries nothing past it.
+    """Return the object to pass to ``model`` for ``cache``: the cache itself, or its replacement.
 
-    None without ``rows``, in a turn that is not kept: what a model carries then, it makes.
+    None if a replacement is needed and ``rows`` is 0, in a turn that is not kept: the model then makes its own states.
     """
     make = _CARRIERS.get(model.config.model_type)
     if make is None:
@@ -215,7 +215,7 @@ def carry(model: PreTrainedModel, cache: Any, rows: int) -> Any:
 
 
 def external_states(config: PreTrainedConfig) -> ExternalStates | None:
-    """Return what stands for all layers of a model; None when it has layers of its own."""
+    """Return the layer that stands for all layers of a model; None when the model has layers in the cache."""
     if config.model_type == "rwkv":
         return ExternalStates(map(str, range(5)))
     if config.model_type == "xlstm":

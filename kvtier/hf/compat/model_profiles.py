@@ -1,4 +1,4 @@
-"""ModelProfile: how models differ from what transformers promises of all, as one table.
+"""ModelProfile: a table of the models that differ from transformers' general behaviour.
 
 Most entries were found by comparing one forward pass over a whole prompt with passes that continue a ``DynamicCache``.
 """
@@ -16,20 +16,20 @@ from kvtier.hf.compat.names import INSTALLED, STATES_ARE_COUNTED, Version, forwa
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
-    """What is particular about the models of one ``model_type``.
+    """Particularities of the models of one ``model_type``.
 
     Attributes:
         off: why nothing is reused.
         off_before: the first version of transformers in which ``off`` no longer holds; None while it holds in all.
-        within: the name of the config's value up to which many tokens, in all, continue a cache rightly.
-        not_padded: padded rows continue a cache to other K and V than they have at once.
+        within: the name of the config value that limits the total of tokens up to which a cache continues correctly.
+        not_padded: padded rows get other K and V when they continue a cache than in one pass.
         by_distance: attention depends on distances alone, so that padding shifts nothing.
         token_by_token: a pass over several tokens begins with an empty recurrent state, whatever the cache holds.
         decodes_otherwise: one token at a time, the model computes other states than over many tokens at once.
-        sees_ahead: tokens attend to later ones, beyond a run of placeholders.
-        media_by_row: the main tensor of pictures is ``[rows, pictures of a row, …]``.
-        carried_argument: the name under which the model takes states that it carries past any cache; ``"cache"`` stands
-            for the one that a cache has.
+        sees_ahead: tokens attend to later tokens, beyond a run of placeholders.
+        media_by_row: the main tensor of images is ``[rows, images of a row, …]``.
+        carried_argument: the argument that takes states carried outside of any cache; ``"cache"`` means the cache
+            argument.
         notes_on_cache: attributes that the model sets on a cache object, about the prompt of one call.
     """
 
@@ -103,22 +103,22 @@ _PLAIN = ModelProfile()
 
 
 def profile_of(model: Any) -> ModelProfile:
-    """Return what is particular about ``model``, or a config that has a ``model_type``.
+    """Return the profile of ``model``, or of a config that has a ``model_type``.
 
-    The text part of a model, ``…_text``, is taken for as particular as the whole.
+    The text part of a model, ``…_text``, has the profile of the whole model unless it has its own.
     """
     model_type = str(getattr(getattr(model, "config", model), "model_type", ""))
     return PROFILES.get(model_type) or PROFILES.get(model_type.removesuffix("_text"), _PLAIN)
 
 
 def forget_notes(model: Any, cache: Any) -> None:
-    """Delete what ``model`` has noted on a cache object in an earlier call: it is about another prompt."""
+    """Delete the attributes that ``model`` set on a cache object in an earlier call: they are about another prompt."""
     for name in profile_of(model).notes_on_cache:
         vars(cache).pop(name, None)
 
 
 def cache_argument(model: Any) -> str | None:
-    """Return the name under which ``generate`` hands ``model`` its cache, or what it carries instead of one."""
+    """Return the name under which ``generate`` passes ``model`` its cache, or the replacement for it."""
     carried = profile_of(model).carried_argument
     return carried if carried not in (None, "cache") else generate_argument(model)
 
@@ -143,7 +143,7 @@ def why_no_cache(model: Any) -> str | None:
 
 
 def why_off(model: Any) -> str | None:
-    """Return why nothing of this kind of model may be reused; None when it may."""
+    """Return why nothing may be reused with this type of model; None when reuse is allowed."""
     profile = profile_of(model)
     states_alone = forward_argument(model) == "cache_params"
     if states_alone and profile.carried_argument is None and not STATES_ARE_COUNTED:
@@ -152,13 +152,13 @@ def why_off(model: Any) -> str | None:
 
 
 def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -> str | None:
-    """Return why nothing of a prompt of such a shape may be reused; None when it may.
+    """Return why nothing may be reused for a prompt of this shape; None when reuse is allowed.
 
     Args:
         model: the model.
-        columns: of the prompt.
-        is_padded: whether any row of it is.
-        longest_answer: new tokens at most; 0 where it is not known.
+        columns: columns of the prompt.
+        is_padded: whether any of its rows is padded.
+        longest_answer: the most new tokens; 0 if not known.
     """
     profile = profile_of(model)
     if is_padded and profile.not_padded:
@@ -177,6 +177,6 @@ def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -
 
 
 def _counts_columns(model: Any) -> bool:
-    """Whether a model that is not given positions counts columns, padding among them."""
+    """Whether the model takes no positions, and counts columns, padding included."""
     told = "position_ids" in inspect.signature(type(model).forward).parameters
     return not told and not profile_of(model).by_distance

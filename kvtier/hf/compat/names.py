@@ -12,7 +12,7 @@ Version = tuple[int, int]
 
 OLDEST_TESTED: Version = (5, 17)
 NEWEST_TESTED: Version = (5, 24)
-"""Versions of transformers that the whole test suite passes on. A newer one is tried out first (``compat.canary``)."""
+"""Versions of transformers that pass the whole test suite. A newer version is tried out first (``compat.canary``)."""
 
 
 def version_of(text: str) -> Version:
@@ -27,7 +27,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 """Names of a cache argument: since 5.24 ``cache`` in every model, before that ``cache_params`` in Mamba models."""
 
 CARRIED_ARGUMENTS = ("state",)
-"""Names under which models take states that they carry past any cache (RWKV)."""
+"""Names under which models take states that they carry outside of any cache (RWKV)."""
 
 
 def _cache_argument() -> str | None:
@@ -36,7 +36,7 @@ def _cache_argument() -> str | None:
 
 
 CACHE_ARGUMENT = _cache_argument()
-"""The name that the installed version has for it in attention models; None if kvtier does not know that name."""
+"""Name of the cache argument of attention models in the installed version; None if kvtier does not know it."""
 
 
 def passed(cache: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def passed(cache: Any) -> dict[str, Any]:
 def forward_argument(model: Any) -> str | None:
     """Return the name under which ``model.forward`` takes a cache; None when it takes none."""
     parameters = inspect.signature(model.forward).parameters
-    # Before 5.24, what XLM calls ``cache`` is a dict of its own.
+    # Before 5.24, XLM's ``cache`` argument is its own dict.
     new = CACHE_ARGUMENTS[0]
     return next(
         (name for name in CACHE_ARGUMENTS if name in parameters and (name != new or name == CACHE_ARGUMENT)), None
@@ -57,20 +57,20 @@ def forward_argument(model: Any) -> str | None:
 def generate_argument(model: Any) -> str | None:
     """Return the name under which transformers' ``generate`` takes a cache for ``model``; None when it takes none.
 
-    From 5.24 on that is one name for all models. Before, it is the name that the model's forward pass has.
+    From 5.24 on, all models have one name. Before, it is the name in the model's forward pass.
     """
     name = forward_argument(model)
     return CACHE_ARGUMENT if name is not None and CACHE_ARGUMENTS[0] == CACHE_ARGUMENT else name
 
 
 def decoder_cache(value: Any) -> Any:
-    """Return the cache of the decoder's own K and V: ``value`` itself, or the one inside or behind it."""
+    """Return the cache of the decoder's own K and V: ``value`` itself, or the cache inside or behind it."""
     if isinstance(value, EncoderDecoderCache):
         return value.self_attention_cache
     return value.stands_for if isinstance(getattr(type(value), "stands_for", None), property) else value
 
 
-# What generate() takes by position, in order.
+# Positional arguments of generate(), in order.
 POSITIONAL = (
     "inputs",
     "generation_config",
@@ -86,16 +86,16 @@ POSITIONAL = (
 )
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
-"""The method by which ``generate`` looks at the cache it was given; looked up on the model in every call."""
+"""The method by which ``generate`` inspects the passed cache; looked up on the model in every call."""
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
-"""Stands for layers that keep nothing, since 5.23; older versions leave such layers out."""
+"""Placeholder class for layers that keep nothing, since 5.23; older versions leave such layers out."""
 
 CHUNKS_CONTINUE = INSTALLED >= (5, 21)
 """Whether ``prefill_chunk_size`` continues a cache. Before, the prompt was computed again on top of it."""
 
 MEDIA_CONTINUE = INSTALLED >= (5, 23)
-"""Whether a prompt with pictures or sounds continues a cache. Before, types, positions or features were miscounted."""
+"""Whether a prompt with images or sounds continues a cache. Before, types, positions or features were miscounted."""
 
 STATES_ARE_COUNTED = hasattr(Cache, "get_conv_state")
 """Whether a cache of states alone learns how many tokens it has seen: since 5.21 layers ask it for their states."""

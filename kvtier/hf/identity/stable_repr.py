@@ -173,7 +173,7 @@ class Describer:
             return f"{self.describe(kind, path)}.{value.name}={self.describe(value.value, path)}"
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
-        shows_what_is_there = getattr(kind, "__iter__", None) in _OF_DICTS  # other mappings may load values on iteration
+        shows_what_is_there = getattr(kind, "__iter__", None) in _OF_DICTS  # other mappings may load on iteration
         if isinstance(value, types.MappingProxyType) or shows_what_is_there:
             return self._subclass(value, path, self._mapping(value, path), (dict, types.MappingProxyType))
         if isinstance(value, (set, frozenset)):

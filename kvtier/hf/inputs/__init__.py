@@ -1,1 +1,1 @@
-"""Arguments of a call as token rows: ids, padding, images, sounds, embeddings, positions."""
+"""Arguments of a call → token rows: ids, padding, images, sounds, embeddings, positions."""

@@ -1,4 +1,4 @@
-"""Arguments of a generate() call: which of them forbid reuse, or a start from a known prefix."""
+"""Arguments of a generate() call that forbid reuse, or a start from a stored prefix."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exi
 
 
 def why_cold(arguments: Mapping[str, Any], setting: Any) -> str | None:
-    """Return why one cannot generate in this way from a known prefix; None when one can.
+    """Return why this call cannot start from a stored prefix; None when it can.
 
     Args:
-        arguments: of the call, by name.
+        arguments: arguments of the call, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
     if any(setting(name) for name in _ASSISTED):
         return "assisted decoding starts cold"
     if setting("prefill_chunk_size") and not CHUNKS_CONTINUE:
         return "prefill in chunks starts cold in this version of transformers"
-    if is_custom(arguments, setting):  # contrastive search, for one, wants the hidden states of every token
+    if is_custom(arguments, setting):  # contrastive search, for example, needs the hidden states of every token
         return "a custom generate may want what the model says of the whole prompt"
     return None
 
 
 DROPPED = frozenset({"labels", "next_sequence_length"})
-"""Arguments that ``generate`` takes, and passes to no forward pass."""
+"""Arguments that ``generate`` accepts, but passes to no forward pass."""
 
 
-# These, what generate() keeps for itself, and what it passes to models without changing K and V.
+# The above, arguments that generate() keeps for itself, and model arguments that do not change K and V.
 _HARMLESS = (
     frozenset(POSITIONAL)
     | DROPPED
@@ -59,10 +59,10 @@ _SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.star
 
 
 def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> NotReusable | None:
-    """Return why the arguments of a ``generate`` call forbid reuse, besides what ``read_inputs`` finds in them.
+    """Return why the arguments of a ``generate`` call forbid reuse, besides the reasons that ``read_inputs`` finds.
 
     Args:
-        arguments: all of them, by name.
+        arguments: all arguments of the call, by name.
         setting: ``setting(name)`` resolves a generation setting as ``generate`` will.
     """
     others = unknown_arguments(arguments)
@@ -74,17 +74,17 @@ def why_unsound_call(arguments: Mapping[str, Any], setting: Any) -> NotReusable 
 
 
 def unknown_arguments(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the names of ``arguments`` of a ``generate`` call that may decide K and V in a way not known."""
+    """Return the names of ``arguments`` of a ``generate`` call that may affect K and V in an unknown way."""
     told = _HARMLESS | _SETTINGS | CHAINED | _own_arguments(arguments.get("custom_generate"))
     return sorted(name for name, value in arguments.items() if value is not None and name not in told)
 
 
 def _own_arguments(function: Any) -> frozenset[str]:
-    """Return what ``generate`` hands to a custom function instead of the model."""
+    """Return the arguments that ``generate`` passes to a custom function instead of the model."""
     return frozenset(inspect.signature(function).parameters) if callable(function) else frozenset()
 
 
 def is_custom(arguments: Mapping[str, Any], setting: Any) -> bool:
-    """Whether other code than transformers' own decides what is fed: a function, or one from the hub."""
+    """Whether code other than transformers' own decides which tokens are fed: a function, or code from the hub."""
     moved = ("custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
     return any(setting(name) for name in moved) or (setting("num_beam_groups") or 1) > 1

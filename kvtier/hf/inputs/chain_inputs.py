@@ -1,4 +1,4 @@
-"""Inputs besides ids, as ids of the chain, and what of them is left to feed after a known prefix."""
+"""Inputs besides ids as ids of the chain, and the arguments left to feed after a stored prefix."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from kvtier.hf.not_reusable import NotReusable
 
 _MEDIA = frozenset(name for names in KINDS.values() for name in names)
 CHAINED = _MEDIA | {*TYPES, "inputs_embeds", "position_ids"}
-"""Arguments of ``generate`` that can be told in chains."""
+"""Arguments of ``generate`` that a chain can represent."""
 
 _ENDS_EARLY = "padding on the right beside inputs other than ids cannot be told apart"
-# What marks a model that puts features in the place of placeholders, and changes nothing else.
+# Methods of a model that replaces placeholders by features, and changes nothing else.
 _MERGERS = ("get_placeholder_mask", "inputs_merger")
 
 Missing = Mapping[str, Columns]
-"""Kind of media → ``[rows, columns]``, where placeholders stand whose media were not passed."""
+"""Kind of media → ``[rows, columns]``: placeholders whose media were not passed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """What a call feeds: its prompt, and ``arguments`` that it must be called with besides its own.
+    """Inputs of a call: its prompt, its media, and ``arguments`` to pass besides the caller's.
 
-    ``both_ways``: some tokens may attend to later ones of their run, so that their K and V depend on where it is cut.
+    ``both_ways``: some tokens may attend to later tokens of their run, so that their K and V depend on where it is cut.
     """
 
     prompt: Prompt
@@ -55,7 +55,7 @@ class Inputs:
     both_ways: bool = False
 
     def after(self, arguments: Mapping[str, Any], columns: int) -> dict[str, Any]:
-        """Return the ``arguments`` of the call for a model that knows the first ``columns`` columns."""
+        """Return the ``arguments`` of the call when the cache holds the first ``columns`` columns."""
         changed = {**arguments, **self.arguments}
         if self.media is None or not columns:
             return changed
@@ -72,16 +72,16 @@ def read_inputs(
     missing: Missing | None = None,
     resident: ResidentRows | None = None,
 ) -> Inputs | NotReusable:
-    """Return what a call of ``generate`` feeds, or why it cannot be told apart from other calls.
+    """Return the inputs of a ``generate`` call, or why they cannot be told apart from other inputs.
 
     Args:
         model: the model that will be called.
-        arguments: of the call; those in ``CHAINED`` are read.
+        arguments: arguments of the call; the names in ``CHAINED`` are read.
         input_ids: ``[batch, columns]``; None or without columns where there are embeddings.
         attention_mask: ``[batch, columns]``.
         copies: beams or samples of each row.
         missing: placeholders whose media were not passed.
-        resident: what the cache holds: media that were not passed must have entered there.
+        resident: rows in the cache, which must hold the media that were not passed.
 
     Raises:
         PromptError: the mask has another shape than the prompt.
@@ -144,7 +144,7 @@ def read_inputs(
 def why_not_begin(model: PreTrainedModel) -> str | None:
     """Return why a loop that calls ``model`` itself cannot reuse; None when it may.
 
-    Positions that the model remembers from another prompt are forgotten.
+    Deletes the positions that the model remembers from another prompt.
     """
     if profile_of(model).carried_argument is not None:
         return "begin() cannot give this model the states that it carries past a cache"
@@ -179,7 +179,7 @@ def _ids(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) ->
 def _vectors(
     embeds: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
 ) -> Prompt | NotReusable:
-    """Read a prompt of ``embeds [batch, columns, width]``; ids beside it are returned, never fed."""
+    """Read a prompt of ``embeds [batch, columns, width]``; ``generate`` returns ids beside it, and never feeds them."""
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
         return NotReusable("inputs_embeds are not [batch, columns, width]")
     batch, columns = embeds.shape[:2]
@@ -194,7 +194,7 @@ def _vectors(
 
 
 def _table(prompt: Prompt) -> npt.NDArray[np.int64]:
-    """Return the ids ``[rows, columns]``, 0 where padding is."""
+    """Return the ids ``[rows, columns]``, 0 for padding."""
     ids = np.zeros((len(prompt.rows), prompt.columns), np.int64)
     for row, (own, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
         ids[row, pad : pad + len(own)] = own
@@ -207,7 +207,7 @@ def _table(prompt: Prompt) -> npt.NDArray[np.int64]:
 def _known(
     model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentRows | None
 ) -> Sequence[KnownRow | None] | str:
-    """Return what the cache holds of each row in which media enter that were not passed; why not, as text."""
+    """Return the cached part of each row with media that were not passed; or, as text, why it cannot be taken."""
     also = sorted(given.keys() & (_MEDIA | {"position_ids"}))
     if also:
         return f"{', '.join(also)} were passed, so that nothing can be taken from the cache for the others"
@@ -229,11 +229,11 @@ def _chained(
     positions: Positions | None,
     known: Sequence[KnownRow | None],
 ) -> Prompt:
-    """Return ``prompt`` with rows that tell all of it.
+    """Return ``prompt`` with rows that represent all of its inputs.
 
-    Neighbours at which something enters, or whose type is not 0, are one run, marked as a whole: they may attend to
-    each other. A position that is not the one after its neighbour's is marked where it stands. Where the cache knows
-    a row, the marks are those that it knows.
+    Neighbouring columns with media, or with a type other than 0, form one run that is marked as a whole: its tokens
+    may attend to each other. A position that does not follow its neighbour's is marked in its column. For a known row,
+    the marks are those of the cache.
     """
     rows, marks_of, wholes, needed = [], [], list(media.wholes) if media is not None else [], 0
     for row, (own, pad, of) in enumerate(zip(prompt.rows, prompt.pads, known, strict=True)):
@@ -262,7 +262,7 @@ def _chained(
             ]
         rows.append(marked(own, marks))
         marks_of.append(tuple(marks))
-        told = len(of.marks) if of is not None else 0  # their digests are those that the cache holds, by all their bits
+        told = len(of.marks) if of is not None else 0  # these digests are the cache's own, equal in all bits
         wholes += [(pad + mark.start, pad + (mark.stop if n < told else mark.end)) for n, mark in enumerate(marks)]
         needed = max(needed, pad + of.needed if of is not None else 0)
     last = types.get("token_type_ids")
@@ -280,11 +280,11 @@ def _chained(
         else (),
         needed=needed,
         ids=prompt.rows if needed else (),
-        answer_follows=last is None or not last[:, -1].any(),  # its last column is repeated for what is generated
+        answer_follows=last is None or not last[:, -1].any(),  # its last column is repeated for generated tokens
     )
 
 
 def _runs(solid: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return where runs of true begin and end."""
+    """Return the begin and end of each run of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], solid, [False]]).astype(np.int8)))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -12,16 +12,16 @@ import torch
 from kvtier.store.chain import TokenIds
 
 _ABOVE = 1 << 62
-"""No id of a vocabulary is as large. Below it, 62 bits of a hash; int64 stays positive."""
+"""Larger than any vocabulary's ids. The lower 62 bits hold a hash; int64 stays positive."""
 WHOLE = 5
-"""Neighbouring ids that tell one digest of 256 bits from all others."""
+"""Number of consecutive ids that identify one digest of 256 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentId:
-    """Something that enters a sequence at the ids ``[start, stop)``; ``digest`` is SHA-256 of all that it is.
+    """An input that enters a sequence at the ids ``[start, stop)``; ``digest`` is SHA-256 of its whole content.
 
-    ``is_position``: it is the position of a token, and nothing else.
+    ``is_position``: the input is the position of a token, and nothing else.
     """
 
     start: int
@@ -31,15 +31,15 @@ class ContentId:
 
     @property
     def end(self) -> int:
-        """Where the digest has been told: a prefix that ends between ``start`` and here knows too little of it."""
+        """Index at which the ids identify the digest: a prefix that ends between ``start`` and here does not."""
         return max(self.stop, self.start + WHOLE)
 
 
 def marked(ids: TokenIds, marks: Iterable[ContentId], first: int = 0) -> TokenIds:
-    """Return ``ids``, which stand in a sequence from index ``first`` on, with those under ``marks`` replaced.
+    """Return ``ids``, which begin at index ``first`` of a sequence, with the ids under ``marks`` replaced.
 
-    An id under marks becomes a hash of itself, of the digests, and of its place in each mark: equal neighbours of
-    ``WHOLE`` ids have equal digests, as surely as SHA-256 has no collisions.
+    An id under marks becomes a hash of itself, of the digests, and of its place in each mark: ``WHOLE`` equal ids in a
+    row have equal digests, as surely as SHA-256 has no collisions.
     """
     hashes: dict[int, hashlib._Hash] = {}
     for mark in marks:
@@ -55,7 +55,8 @@ def marked(ids: TokenIds, marks: Iterable[ContentId], first: int = 0) -> TokenId
 def vector_ids(vectors: torch.Tensor) -> TokenIds:
     """Return an id for each of ``vectors [columns, width]``: 62 bits of a hash of it and of all before it.
 
-    One id says little; that two sequences share it and the ``WHOLE - 1`` ids after it says that they are equal so far.
+    A single equal id proves little. If two sequences share it and the ``WHOLE - 1`` ids after it, they are equal up to
+    it.
     """
     running = hashlib.sha256(f"{vectors.dtype} {vectors.shape[1]}".encode())
     out = np.empty(len(vectors), np.int64)
@@ -66,7 +67,7 @@ def vector_ids(vectors: torch.Tensor) -> TokenIds:
 
 
 def digest_of(*parts: bytes) -> bytes:
-    """Return SHA-256 of ``parts``, however they would run together."""
+    """Return SHA-256 of ``parts``, with the length of each, so that different splits differ."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)

@@ -1,6 +1,6 @@
-"""Prompts that continue what a cache holds and leave out media that it has.
+"""Prompts that continue the rows in a cache, without passing again the media that the cache holds.
 
-Transformers continues a cache in this way: it wants the whole conversation as ids, and no media that the cache holds.
+This is how transformers continues a cache: it takes the whole conversation as ids, without the cached media.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
 from kvtier.hf.inputs.prompt import Positions
 from kvtier.store.chain import TokenIds, common_run
 
-# Arguments that carry media, besides those of KINDS: a model that takes one of them takes media.
+# Arguments that carry media, KINDS included: a model that takes one of them takes media.
 _CARRIES_MEDIA = frozenset(name for names in KINDS.values() for name in names) | {
     "image_patches",
     "input_values",
@@ -34,11 +34,11 @@ class ResidentRows(Protocol):
 
     @property
     def rows(self) -> tuple[TokenIds, ...]:
-        """The ids of each row, those under marks replaced."""
+        """The ids of each row, with the ids under marks replaced."""
 
     @property
     def marks(self) -> tuple[tuple[ContentId, ...], ...]:
-        """The marks of each row; empty when there are none in any row."""
+        """The marks of each row; empty when no row has marks."""
 
     @property
     def positions(self) -> tuple[Positions, ...]:
@@ -47,9 +47,9 @@ class ResidentRows(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnownRow:
-    """What a cache holds of a prompt's row: its first ``run`` ids, and the ``marks`` in them.
+    """The part of a prompt's row that a cache holds: its first ``run`` ids, and the ``marks`` in them.
 
-    ``positions`` are those of all tokens of the row, ``[axes, tokens]``; None where their order gives them.
+    ``positions`` are those of all tokens of the row, ``[axes, tokens]``; None if the order of tokens gives them.
     """
 
     run: int
@@ -58,33 +58,33 @@ class KnownRow:
 
     @property
     def needed(self) -> int:
-        """How many tokens must come from the cache: all but words and their positions enters among them."""
+        """Number of first tokens that must come from the cache: all inputs but text and positions enter there."""
         return max((mark.stop for mark in self.marks if not mark.is_position), default=0)
 
 
 def takes_media(model: torch.nn.Module) -> bool:
-    """Whether the model's forward pass takes pictures, films or sounds."""
+    """Whether the model's forward pass takes images, videos or sounds."""
     return not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
 
 
 def missing_media(
     model: PreTrainedModel, arguments: Mapping[str, Any], ids: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return the kinds of media of which placeholders stand in a prompt, while no tensors of that kind were passed.
+    """Return the kinds of media that have placeholders in a prompt, but no tensors in ``arguments``.
 
     Args:
         model: the model that will be called.
-        arguments: of the call.
+        arguments: arguments of the call.
         ids: ``[rows, columns]``.
-        real: ``[rows, columns]``, where no padding is.
+        real: ``[rows, columns]``, false for padding.
 
     Returns:
-        kind → ``[rows, columns]``, where its placeholders stand.
+        kind → ``[rows, columns]``, true for its placeholders.
     """
     config = getattr(model, "config", None)
     if not takes_media(model) or getattr(config, "is_encoder_decoder", False):
         return {}
-    # What belongs to a tensor, such as its grid, may be passed without it.
+    # Tensors that belong to the main one, such as its grid, may be passed without it.
     passed = {kind for kind, names in KINDS.items() if arguments.get(names[0]) is not None}
     answered = {placeholder_id(config, kind) for kind in passed} | {None}
     tokens = {kind: placeholder_id(config, kind) for kind in KINDS}
@@ -95,16 +95,16 @@ def missing_media(
 def known_rows(
     rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentRows | None, *, counts: bool
 ) -> tuple[KnownRow | None, ...] | str:
-    """Return what a cache holds of each row in which placeholders stand; None for other rows.
+    """Return the cached part of each row with placeholders; None for other rows.
 
     Args:
         rows: the ids of each row, without padding.
-        places: of each row, ``[tokens]``: where placeholders stand whose media were not passed.
-        resident: what the cache holds.
-        counts: whether the model counts positions in a way of its own.
+        places: for each row, ``[tokens]``: placeholders whose media were not passed.
+        resident: the rows in the cache.
+        counts: whether the model counts positions in its own way.
 
     Returns:
-        Why the cache does not hold what enters at all placeholders, as text, when it does not.
+        The reason as text, if the cache does not hold the media of all placeholders.
     """
     if resident is None or not resident.rows:
         return "the cache holds nothing"
@@ -118,7 +118,7 @@ def known_rows(
 
 
 def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRows, counts: bool) -> KnownRow | None:
-    """Return what the held row with the longest run in common knows of ``ids``; None when none knows all media."""
+    """Return the longest part of ``ids`` that a cached row holds; None if no row holds all of its media."""
     best: KnownRow | None = None
     for at, row in enumerate(resident.rows):
         marks = resident.marks[at] if resident.marks else ()
@@ -127,7 +127,7 @@ def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRo
         if where[run:].any() or any(mark.stop > run for mark in used) or (best is not None and run <= best.run):
             continue
         if counts != bool(resident.positions):
-            continue  # positions were passed for a model that counts none, or are not known of one that does
+            continue  # positions were passed for a model that counts none, or are missing for a model that counts them
         positions = _positions(resident.positions[at], run, len(ids), where) if counts else None
         if counts and positions is None:
             continue
@@ -138,8 +138,8 @@ def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRo
 def _positions(known: Positions, run: int, length: int, where: npt.NDArray[np.bool_]) -> Positions | None:
     """Return the positions of a row of ``length`` tokens whose first ``run`` are as in ``known [axes, tokens]``.
 
-    ``known`` has no positions of generated tokens: each is one after that of the token before. None when the positions
-    that follow a picture cannot be derived: none of its prompt's tokens followed it.
+    ``known`` has no positions of generated tokens: each is one after that of the token before. None if ``known`` ends
+    with a media placeholder, since the positions after it cannot be derived.
     """
     size = known.shape[1]
     if run < size and where[run - 1]:
@@ -155,7 +155,7 @@ def _positions(known: Positions, run: int, length: int, where: npt.NDArray[np.bo
 
 
 def media_error(missing: Collection[str], reason: str) -> PromptError:
-    """Return what to raise where placeholders of these kinds came without media that can be taken from a cache."""
+    """Return the error for placeholders of these kinds whose media were neither passed nor found in the cache."""
     kinds = " and ".join(missing)
     tensors = " and ".join(KINDS[kind][0] for kind in missing)
     return PromptError(

@@ -1,4 +1,4 @@
-"""Images, videos and sounds of a call: whose they are, and at which columns they enter."""
+"""Images, videos and sounds of a call: their rows, and the columns at which they enter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.inputs.content_ids import digest_of, digest_tensors
 
-# kind: the tensor that is encoded, then what belongs to it.
+# kind: the tensor that is encoded, then the tensors that belong to it.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "image": (
         "pixel_values",
@@ -42,7 +42,7 @@ _Parts = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture, film or sound: ``digest`` is all that it is, its placeholders stand in ``[first, stop)``."""
+    """One image, video or sound: ``digest`` covers all of it, its placeholders are in the columns ``[first, stop)``."""
 
     row: int
     first: int
@@ -54,8 +54,8 @@ class Item:
 class _Kind:
     """All inputs of one kind.
 
-    ``items`` are in the order of the tensors; there are none when they cannot be told apart. ``parts`` are the
-    tensors, split into those of each item along ``dims``.
+    ``items`` are in the order of the tensors, and empty when they cannot be told apart. ``parts`` are the tensors,
+    split along ``dims`` into one part per item.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -73,12 +73,12 @@ class _Kind:
 class Media:
     """All inputs of a call that enter at placeholders.
 
-    Where one cannot tell which placeholders are whose, all of them count as one input, which enters at the first
-    placeholder of each row and ends with the last.
+    If placeholders cannot be assigned to inputs, all of them count as one input, which spans all columns from the
+    first placeholder to the last.
 
     Attributes:
-        places: ``[rows, columns]``, where something enters, behind padding too.
-        wholes: ``(first, end)``: columns inside which one input lies in any row.
+        places: ``[rows, columns]``: placeholders, also under padding.
+        wholes: ``(first, end)``: columns that one input spans in any row.
     """
 
     def __init__(self, kinds: Sequence[_Kind], places: Columns) -> None:
@@ -95,22 +95,22 @@ class Media:
 
     @property
     def names(self) -> set[str]:
-        """The arguments that carry them."""
+        """The names of the arguments that carry these inputs."""
         return {name for kind in self._kinds for name in kind.tensors}
 
     def digest(self, row: int, first: int, stop: int) -> bytes:
-        """Return SHA-256 of whatever enters in ``row`` at the columns ``[first, stop)``."""
+        """Return SHA-256 of the inputs that enter ``row`` at the columns ``[first, stop)``."""
         if self._all is not None:
             return self._all
         items = [i for kind in self._kinds for i in kind.items if i.row == row and i.first < stop and first < i.stop]
         return digest_of(*(item.digest for item in items))
 
     def join(self) -> None:
-        """See to it that a prefix ends before all or after all of them: they can then be fed together or not at all."""
+        """Make all inputs one whole: a prefix ends before or after all of them, so that they are fed together."""
         self.wholes = [(self._first, self._end)]
 
     def after(self, columns: int) -> dict[str, torch.Tensor]:
-        """Return the arguments for a model that knows the first ``columns`` columns: what enters after them."""
+        """Return the tensors of the inputs that enter after the first ``columns`` columns."""
         left: dict[str, torch.Tensor] = {}
         for kind in self._kinds:
             if kind.items:
@@ -120,7 +120,7 @@ class Media:
         return left
 
     def expands(self, model: torch.nn.Module) -> bool:
-        """Whether ``generate`` gives each beam and sample of a row the inputs of that row, in their order."""
+        """Whether ``generate`` passes each beam and sample of a row the inputs of that row, in order."""
         ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         rows = list(range(len(self.places)))
         for name, kind in ((self._name(kind), kind) for kind in self._kinds):
@@ -137,7 +137,7 @@ class Media:
 
 
 def placeholder_id(config: Any, kind: str) -> int | None:
-    """Return the id that stands where an input of this kind enters."""
+    """Return the placeholder id of this kind of input; None if the config has none."""
     for name in (f"{kind}_token_id", f"{kind}_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -146,17 +146,17 @@ def placeholder_id(config: Any, kind: str) -> int | None:
 
 
 def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.int64]) -> Media | str | None:
-    """Return what enters at placeholders of ``ids [rows, columns]``; None when nothing does.
+    """Return the media that enter at placeholders of ``ids [rows, columns]``; None when there are none.
 
-    Models count placeholders without a look at the mask: those that it hides are filled like all others.
+    Models ignore the mask when they count placeholders: masked placeholders are filled like all others.
 
     Args:
-        arguments: of the call.
-        config: of the model.
-        ids: the prompt, with all ids that the mask hides.
+        arguments: arguments of the call.
+        config: config of the model.
+        ids: the prompt, including masked ids.
 
     Returns:
-        Why it cannot be told where something enters, as text, when it cannot.
+        The reason as text, if it is not known where an input enters.
     """
     kinds, places = [], np.zeros(ids.shape, np.bool_)
     for kind, names in KINDS.items():
@@ -175,11 +175,11 @@ def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.in
 
 
 def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Columns) -> _Kind:
-    """Tell the inputs of one kind apart, if that can be done without doubt."""
+    """Split the tensors of one kind into items; without items if the split is not certain."""
     where = np.argwhere(own)
     split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own) or _alike(kind, tensors, len(where))
     whole = _Kind(tensors, (), {}, {})
-    if split is None or getattr(config, f"{kind}_pruning_rate", None):  # what is pruned depends on what is seen
+    if split is None or getattr(config, f"{kind}_pruning_rate", None):  # pruning depends on the content
         return whole
     parts, dims, counts = split
     if sum(counts) != len(where) or not all(counts):
@@ -195,11 +195,11 @@ def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Colu
 
 
 _Split = tuple[dict[str, _Parts], dict[str, int], list[int]]
-"""Tensors in parts, along which dimensions, and how many placeholders each part has."""
+"""Parts of each tensor, the dimension of the split, and the number of placeholders of each part."""
 
 
 def _by_grid(kind: str, tensors: Mapping[str, torch.Tensor], config: Any) -> _Split | None:
-    """Split patches that lie one after another, as many as a grid says."""
+    """Split consecutive patches by the sizes in a grid."""
     grid = tensors.get(f"{kind}_grid_thw")
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
     if grid is None or grid.ndim != 2 or not isinstance(merge, int):
@@ -217,7 +217,7 @@ def _by_grid(kind: str, tensors: Mapping[str, torch.Tensor], config: Any) -> _Sp
 
 
 def _by_row(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Columns) -> _Split | None:
-    """Split the pictures of a single row, which lie in the second dimension."""
+    """Split the images of a single row, which lie along the second dimension."""
     if not profile_of(config).media_by_row or len(own) != 1:
         return None
     if not all(tensor.ndim > 1 and len(tensor) == 1 for tensor in tensors.values()):
@@ -231,7 +231,7 @@ def _alike(kind: str, tensors: Mapping[str, torch.Tensor], places: int) -> _Spli
 
 
 def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split | None:
-    """Give each part as many placeholders: they have one shape, and all that is said of their sizes is equal."""
+    """Give each part the same number of placeholders: all parts have one shape, and equal size tensors."""
     main = KINDS[kind][0]
     counts = {len(part) for part in parts.values()}
     if main not in parts or len(counts) != 1 or f"{kind}_grid_thw" in parts:
@@ -240,7 +240,7 @@ def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split
     if not n or places % n or not all(_same(part) for name, part in parts.items() if name != main):
         return None
     if dim == 1 and not all(bool(one.any()) for one in parts[main]):
-        return None  # models of this kind take pictures that are all zero for padding
+        return None  # these models treat all-zero images as padding
     return parts, dict.fromkeys(parts, dim), [places // n] * n
 
 

@@ -31,12 +31,12 @@ def per_column(positions: Any, prompt: Prompt) -> Positions | None:
 
 
 def counts_on_earlier_calls(model: torch.nn.Module) -> bool:
-    """Whether the model remembers between calls how far positions are ahead of columns."""
+    """Whether the model remembers between calls the offset of positions from columns."""
     return any(hasattr(part, "rope_deltas") for part in merging_parts(model))
 
 
 def own_positions(model: torch.nn.Module) -> Any:
-    """Return the model's own way to count positions; None when it counts as all do."""
+    """Return the model's own function to count positions; None if it has transformers' default."""
     own = getattr(type(model), "_prepare_position_ids_for_generation", None)
     return None if own is getattr(GenerationMixin, "_prepare_position_ids_for_generation", None) else own
 
@@ -49,8 +49,8 @@ def positions_of(
 ) -> tuple[torch.Tensor | None, bool]:
     """Return the positions of the whole prompt if they are not just columns, and whether they were counted here.
 
-    On a cache that holds something, ``generate`` would add what the model remembers of its last prompt, which may be
-    another one: the model is asked as for an empty cache.
+    With a filled cache, ``generate`` would add the offset that the model remembers from its last prompt, possibly a
+    different one. So the model counts as for an empty cache.
     """
     if "position_ids" in given:
         return given["position_ids"], False
@@ -69,7 +69,7 @@ def positions_of(
 
 
 def positions_going_on(prompt: Prompt, known: Sequence[KnownRow | None]) -> torch.Tensor | None:
-    """Return positions ``[axes, rows, columns]`` that go on from those of ``known``; None where order gives them."""
+    """Return positions ``[axes, rows, columns]`` that continue those of ``known``; None if token order gives them."""
     axes = next((len(row.positions) for row in known if row is not None and row.positions is not None), 0)
     if not axes:
         return None
@@ -81,21 +81,21 @@ def positions_going_on(prompt: Prompt, known: Sequence[KnownRow | None]) -> torc
 
 
 def position_jumps(at: Positions) -> npt.NDArray[np.bool_]:
-    """Return which of ``at [axes, columns]`` do not follow the one before; the first ought to be 0."""
+    """Return which of ``at [axes, columns]`` do not follow the position before; the first follows if it is 0."""
     before = np.concatenate([np.full((len(at), 1), -1, np.int64), at[:, :-1]], 1)
     jumps: npt.NDArray[np.bool_] = (at != before + 1).any(axis=0)
     return jumps
 
 
 def remember_positions(model: torch.nn.Module, prompt: Prompt) -> None:
-    """Let a loop go on from ``prompt``: a model that derives positions from an earlier call takes this one for it."""
+    """Set the position offset of ``prompt``, for a model that derives positions from an earlier call."""
     if prompt.needed and prompt.positions:
         ahead = [int(at[-1, -1]) + 1 - at.shape[1] for at in prompt.positions]
         _set_ahead(model, torch.tensor(ahead, device=getattr(model, "device", None))[:, None])
 
 
 def forget_positions(model: torch.nn.Module) -> None:
-    """Let the model derive no positions from an earlier call."""
+    """Delete the position offset that the model remembers from an earlier call."""
     _set_ahead(model, None)
 
 

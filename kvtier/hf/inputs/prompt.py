@@ -20,42 +20,42 @@ Positions = npt.NDArray[np.int64]
 class Prompt:
     """A batch of sequences as the model sees them: ``columns`` wide, row ``r`` begins after ``pads[r]`` columns.
 
-    What a row leaves free before and after its tokens is padding.
+    The columns before and after the tokens of a row are padding.
     """
 
     rows: tuple[TokenIds, ...]
     pads: tuple[int, ...]
     columns: int
     returned: int | None = None
-    """Columns of it that ``generate`` returns before the new tokens, where these are not all."""
+    """Prompt columns that ``generate`` returns before the new tokens; None if it returns all of them."""
     wholes: tuple[tuple[int, int], ...] = ()
-    """``(first, end)``: columns inside which no known prefix may end."""
+    """``(first, end)``: columns inside which no reused prefix may end."""
     unproven: int = 0
-    """Last columns of a match that prove those before them, and are not proven themselves."""
+    """Number of last columns of a match that prove the columns before them, but are not proven themselves."""
     answer_follows: bool = True
-    """Whether generated ids say all that decides their K and V, besides what comes before them."""
+    """Whether generated ids, with the columns before them, decide their K and V completely."""
     marks: tuple[tuple[ContentId, ...], ...] = ()
-    """The marks of each row, of which the last may reach beyond its end; empty when there are none in any row."""
+    """The marks of each row; the last mark may reach beyond the row's end. Empty when no row has marks."""
     plain: bool = True
-    """Whether ids are all there is to feed."""
+    """Whether ids are the only input."""
     positions: tuple[Positions, ...] = ()
     """``[axes, tokens]`` of each row; empty when the order of tokens gives their positions."""
     needed: int = 0
-    """Columns that must be known: media enter there that were not passed, so that they cannot be computed."""
+    """Columns that must come from the cache: they contain media that were not passed, and cannot be computed."""
     ids: tuple[TokenIds, ...] = ()
-    """The ids of each row as they were given; empty when ``rows`` are these."""
+    """The ids of each row as passed; empty when equal to ``rows``."""
 
     def continued(self, row: int, ids: TokenIds) -> TokenIds:
-        """Return what ``row`` and generated ``ids`` after it are in a chain."""
+        """Return the chain ids of ``row`` followed by generated ``ids``."""
         known = self.rows[row]
         return np.concatenate([known, marked(ids, self.marks[row], len(known)) if self.marks else ids])
 
     def admits(self, columns: int) -> bool:
-        """Whether a known prefix may end after ``columns`` columns."""
+        """Whether a reused prefix may end after ``columns`` columns."""
         return not any(first < columns < end for first, end in self.wholes)
 
     def cut(self, columns: int) -> int:
-        """Return how many of the first ``columns`` columns, which match what is known, may be taken from there."""
+        """Return how many of the first ``columns`` columns, which match a stored prefix, may be reused."""
         limit = max(0, columns - self.unproven)
         while inside := [first for first, end in self.wholes if first < limit < end]:
             limit = min(inside)
@@ -63,11 +63,11 @@ class Prompt:
 
     @property
     def is_padded(self) -> bool:
-        """Whether any row leaves columns free."""
+        """Whether any row has padding."""
         return any(len(tokens) < self.columns for tokens in self.rows)
 
     def ends_early(self, row: int) -> bool:
-        """Whether padding follows the tokens of ``row``: what is generated does not stand next to them."""
+        """Whether padding follows the tokens of ``row``: generated tokens are then not adjacent to them."""
         return self.pads[row] + len(self.rows[row]) < self.columns
 
     def begins(self, sequences: torch.Tensor) -> bool:
@@ -83,7 +83,7 @@ class Prompt:
 
 
 def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt | NotReusable:
-    """Split ``input_ids [batch, columns]`` into rows without padding, which may be on either side.
+    """Split ``input_ids [batch, columns]`` into rows without padding, which may be on both sides.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -103,7 +103,7 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
         )
     shown = attention_mask.detach() != 0
     if not bool((shown == (attention_mask == 1)).all()):
-        return NotReusable("the attention mask has values besides 0 and 1")  # models count positions by adding them up
+        return NotReusable("the attention mask has values besides 0 and 1")  # models sum the mask to count positions
     mask = shown.to("cpu").numpy()  # NumPy has not every dtype that a mask may have
     counts = mask.sum(axis=1)
     pads = np.where(counts > 0, mask.argmax(axis=1), columns) if columns else counts

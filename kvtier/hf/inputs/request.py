@@ -1,4 +1,4 @@
-"""GenerateRequest: what one call asks of a turn, read once from its arguments."""
+"""GenerateRequest: the request of one call to a turn, read once from its arguments."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class GenerateRequest:
 
     Attributes:
         off: why the turn must neither reuse nor be kept.
-        cold: why it must not start from a known prefix, though what is fed may be kept.
+        cold: why the turn must not start from a stored prefix, though its tokens may be kept.
         bypass: why the call runs without a turn that feeds the cache; implies ``off``.
-        past: what was passed as the cache: a ``TieredCache``, or an ``EncoderDecoderCache`` of one.
-        arguments: of the call besides the cache, by name, as transformers is to be given them.
-        ids: ``[batch, columns]``, as they were given.
+        past: the cache argument: a ``TieredCache``, or an ``EncoderDecoderCache`` of one.
+        arguments: arguments of the call besides the cache, by name, as passed to transformers.
+        ids: ``[batch, columns]``, as passed.
         mask: ``[batch, columns]``.
-        inputs: what is fed, besides ids too; None where ``off``, and in loops of one's own.
-        prompt: what is fed, as rows of ids.
+        inputs: all inputs, ids included; None where ``off``, and in custom loops.
+        prompt: the inputs as rows of ids.
         eos_ids: ids that end a sequence.
-        longest_answer: new tokens at most; 0 where it is not known.
+        longest_answer: the most new tokens; 0 if not known.
         repeats: how many rows of the cache continue each row of the prompt.
         feeds: whether the prompt can be fed in pieces.
-        watched: whether to note what is fed: returned sequences do not tell which row holds what.
-        custom: whether other code than transformers' own decides what is fed.
-        missing: kinds of media of which placeholders came, but no tensors.
+        watched: whether to record fed tokens, because returned sequences do not tell which row holds which tokens.
+        custom: whether code other than transformers' own decides which tokens are fed.
+        missing: kinds of media with placeholders, but without tensors.
     """
 
     off: str | None = None

@@ -25,7 +25,7 @@ def read_types(
 ) -> dict[str, torch.Tensor] | NotReusable:
     """Return the types of all columns, ``[rows, columns]`` each.
 
-    Types of a shorter prompt go on with 0, as transformers makes those of generated tokens: words came since.
+    Types of a shorter prompt are extended with 0, as transformers does for generated tokens: the new tokens are text.
     """
     found = {}
     tokens = [token for kind in KINDS if (token := placeholder_id(model.config, kind)) is not None]
@@ -47,9 +47,9 @@ def read_types(
 def may_attend_both_ways(
     model: PreTrainedModel, prompt: Prompt, types: Mapping[str, Any], known: Sequence[KnownRow | None]
 ) -> bool:
-    """Whether tokens of one type follow each other that may attend both ways, behind what is ``known`` of media.
+    """Whether two neighbours after the ``known`` runs have a type, so that they may attend to each other both ways.
 
-    A model that counts positions in its own way takes types for that.
+    A model that counts positions in its own way uses types other than ``token_type_ids`` for positions only.
     """
     for name, values in types.items():
         if name != "token_type_ids" and own_positions(model) is not None:

@@ -1,8 +1,8 @@
-"""TierStack: the tiers of one store, the fastest first. It alone knows which there are, and in which order.
+"""TierStack: the tiers of one store, the fastest first. No other module knows their number or order.
 
 A store has two tiers of its own, RAM and files. Both are ordered: they find a prefix to the token, and names, pins and
-sums are about them. Below may be tiers of others, which only know blocks by their keys: they keep a copy of each full
-block, and are asked for what the store's own tiers do not have.
+sums refer to them. Custom tiers may lie below. They know blocks only by key: they keep a copy of each full block, and
+are asked for blocks that the store's own tiers lack.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
-    """What the RAM tier keeps to.
+    """Settings of the RAM tier.
 
     Attributes:
-        budget_bytes: what all tensors take at most.
-        before_waiting: called before a put waits for room: has what waits to be written written.
+        budget_bytes: upper limit for the bytes of all tensors.
+        before_waiting: called before a put waits for room; runs waiting writes soon.
     """
 
     budget_bytes: int
@@ -46,21 +46,21 @@ class HostSettings:
 
 
 class TierStack:
-    """RAM and, where a folder is given, files.
+    """RAM, files where a folder is given, and custom tiers below.
 
-    Reads ask the fastest tier first. Writes go to RAM at once; ``put_below`` writes to the durable tier, behind the
-    caller. Names hold on to what the last tier has. Nothing is raised in a turn when the durable tier fails: it warns
-    once, and what it had is a miss.
+    Reads ask the fastest tier first. Writes go to RAM at once; ``put_below`` writes to the tiers below, behind the
+    caller. Names refer to the blocks of ``last``. A failing durable tier raises nothing in a turn: it warns once, and
+    its blocks are misses.
 
     Args:
-        folder: of the files; None keeps everything in RAM.
-        host: what the RAM tier keeps to.
-        disk: what the file tier keeps to.
-        policy: which block is evicted first.
-        connect: what connects to the catalog.
+        folder: holds the files; None keeps everything in RAM.
+        host: settings of the RAM tier.
+        disk: settings of the file tier.
+        policy: decides which block is evicted first.
+        connect: opens connections to the catalog.
         clock: Unix time.
-        lower: tiers below, the nearest first.
-        block_size: tokens of the blocks that these keep.
+        lower: custom tiers below, the nearest first.
+        block_size: tokens of the blocks that ``lower`` tiers keep.
 
     Attributes:
         host: the RAM tier.
@@ -84,7 +84,7 @@ class TierStack:
     ) -> None:
         self._block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
-        self._pinned: frozenset[str] = frozenset()  # of a store without folder: files are pinned by their rows
+        self._pinned: frozenset[str] = frozenset()  # used without a folder: files are pinned by their rows
         self._folder: OpenedFolder | None = None
         if folder is None:
             self.database = Database(None)
@@ -114,22 +114,22 @@ class TierStack:
 
     @property
     def last(self) -> OrderedTier:
-        """The tier that names hold on to."""
+        """The last of the store's own tiers, to whose blocks names refer."""
         return self.tiers[-1]
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:
-        """Whether any tier has a block that can be opened."""
+        """Whether one of the store's own tiers has a block that can be opened."""
         return any(key in tier for tier in self.tiers)
 
     def nearest(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
-        """Yield blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+        """Yield blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
         for tier in self.tiers:
             yield from tier.nearest(parent, tokens)
 
     def tails(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
-        """Yield the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Yield the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         for tier in self.tiers:
             yield from tier.tails(parent, tokens)
 
@@ -138,7 +138,7 @@ class TierStack:
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
 
     def find_below(self, entry: Entry) -> BlockId | None:
-        """Return the identity of a block that a lower tier has told of: it is opened for its ids."""
+        """Return the identity of a block that a lower tier has listed; it is opened to read its ids."""
         block = BlockId(entry.key, entry.parent, entry.root, np.empty(0, dtype=np.int64))
         for tier in self._lower:
             (outcome,) = tier.open_all([block])
@@ -148,7 +148,7 @@ class TierStack:
         return None
 
     def present(self, keys: Sequence[str]) -> set[str]:
-        """Return those of ``keys`` that can be opened in some tier. Each tier is asked once, for all at once."""
+        """Return the subset of ``keys`` that some tier can open. Each tier is asked once, for all keys at once."""
         found: set[str] = set()
         for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
             left = [key for key in keys if key not in found]
@@ -171,7 +171,7 @@ class TierStack:
         """Open blocks for reading, each in the fastest tier that has it.
 
         Returns:
-            By key: its reader, what is wrong with it, or None when no tier has it.
+            By key: a reader, an error, or None when no tier has the block.
         """
         found: dict[str, BlockReader | BlockError | None] = {}
         try:
@@ -199,24 +199,24 @@ class TierStack:
                 return reader
         return None
 
-    # --- what is known of blocks ------------------------------------------------------------------------------------
+    # --- entries ----------------------------------------------------------------------------------------------------
 
     def entries_of(self, key: str, linked: Mapping[str, Entry] | None = None) -> list[Entry | None]:
-        """Return what each tier knows of a block, the last tier first.
+        """Return the entry of a block in each of the store's own tiers, the last tier first.
 
         Args:
-            key: of the block.
-            linked: what ``linked`` has returned, to be asked in the place of the last tier.
+            key: the key of the block.
+            linked: the result of ``linked``, used instead of asking the last tier.
         """
         found: list[Entry | None] = [tier.entry(key) for tier in reversed(self.tiers[:-1])]
         return [self.last.entry(key) if linked is None else linked.get(key), *found]
 
     def linked(self) -> Mapping[str, Entry]:
-        """Return what the last tier knows of all blocks that names are about, asked for at once."""
+        """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
         return {entry.key: entry for entry in self.last.linked_entries()}
 
     def entries(self) -> Iterable[Entry]:
-        """Return what is known of every block; what the store's own tiers know counts, files first."""
+        """Return one entry for every block: that of files first, then RAM, then the lower tiers."""
         found: dict[str, Entry] = {}
         last_counts: tuple[OrderedTier | LowerTier, ...] = (*self._lower, *self.tiers)
         for tier in last_counts:
@@ -224,23 +224,26 @@ class TierStack:
         return found.values()
 
     def kept_entry(self, key: str) -> Entry | None:
-        """Return what is known of a block, also of one that no turn finds any more since it could not be removed."""
+        """Return the entry of a block, even if its removal failed and lookups no longer find it."""
         found = (tier.kept_entry(key) for tier in reversed(self.tiers))
         return next((entry for entry in found if entry is not None), None)
 
     def description(self, root: str) -> Mapping[str, Any]:
-        """Return what ``root`` stands for; empty when the durable tier does not tell."""
+        """Return the description of ``root``; empty when the durable tier has none."""
         return self._disk.description(root) if self._disk is not None else {}
 
     def describe_root(self, root: str, manifest: Mapping[str, Any], *, anew: bool) -> None:
-        """Note what ``root`` stands for in the durable tier; without ``anew`` what is noted there stays."""
+        """Store the description of ``root`` in the durable tier; without ``anew`` an existing one stays."""
         if self._disk is not None:
             self._disk.describe_root(root, manifest, anew=anew)
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
     def put_below(self, block: Block) -> bool:
-        """Write a block to the tiers below RAM, a full one to all of them; return whether files, or names, have it."""
+        """Write a block to disk, and to the lower tiers if it is full and has no states.
+
+        Returns whether the last of the store's own tiers has it.
+        """
         kept = bool(self._disk.put(block)) if self._disk is not None else block.id.key in self.host
         if len(block.id.tokens) == self._block_size and block.states is None:
             for tier in self._lower:
@@ -248,7 +251,7 @@ class TierStack:
         return kept
 
     def absent_below(self, keys: Sequence[str]) -> list[str]:
-        """Return those of ``keys`` that the durable tier neither has nor is writing; none when it fails."""
+        """Return the subset of ``keys`` that the durable tier neither has nor is writing; none when it fails."""
         return self._disk.absent(keys) if self._disk is not None else []
 
     def touch_below(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
@@ -259,7 +262,7 @@ class TierStack:
             tier.touch(keys, hits)
 
     def flush_below(self) -> None:
-        """Wait until what was put into the lower tiers outlives this process, and overwrite what was removed."""
+        """Wait until the blocks of the lower tiers outlive this process, and overwrite removed rows."""
         self.database.finish_overwriting()
         for tier in self._lower:
             tier.flush()
@@ -277,7 +280,7 @@ class TierStack:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def withhold(self, keys: Iterable[str]) -> None:
-        """Find blocks that could not be read again only after a while. Nothing of them is forgotten."""
+        """Hide unreadable blocks from lookups for a while. They stay stored."""
         keys = list(keys)
         for tier in self._all:
             tier.withhold(keys)
@@ -296,12 +299,12 @@ class TierStack:
             tier.discard_all(keys)
 
     def discard_unread(self, keys: Sequence[str]) -> None:
-        """Forget blocks, but for those whose bytes would stay since they are being read."""
+        """Forget blocks, except blocks being read whose bytes would stay."""
         for tier in self.tiers:
             tier.discard_unread(keys)
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Remove blocks for their owner.
+        """Remove blocks for the owner of the store.
 
         Raises:
             OSError: the folder fails.
@@ -313,12 +316,12 @@ class TierStack:
             self._disk.remove(keys)
 
     def expire(self) -> None:
-        """Forget in every tier what nobody has used for as long as blocks are kept."""
+        """Forget the expired blocks of the store's own tiers."""
         for tier in self.tiers:
             tier.expire()
 
     def shrink(self, to_bytes: int) -> None:
-        """Evict in every tier until its blocks take no more than ``to_bytes``, or nothing more can go.
+        """Evict in every tier until its blocks take no more than ``to_bytes``, or no more can be evicted.
 
         Raises:
             sqlite3.Error: the catalog fails.
@@ -327,19 +330,19 @@ class TierStack:
             tier.shrink(to_bytes)
 
     def refresh_pins(self) -> None:
-        """Let RAM know which blocks are pinned, where nothing else does."""
+        """Pass the pinned blocks to the RAM tier; with a disk tier, its rows hold the pins."""
         if self._disk is None:
             self._pinned = frozenset(self.names.pinned_blocks())
 
     # --- care -------------------------------------------------------------------------------------------------------
 
     def stats(self, tally: Mapping[str, int]) -> tuple[TierStats, ...]:
-        """Return the numbers of each tier; ``tally`` has ``hits.<tier>``."""
+        """Return the statistics of each tier; ``tally`` has ``hits.<tier>``."""
         return tuple(tier.stats(tally.get(f"hits.{tier.name}", 0)) for tier in self._all)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was written below RAM, and what failed there."""
+        """Counts of writes and failures below RAM."""
         found = Counter(self._disk.counts if self._disk is not None else ())
         for tier in self._lower:
             found.update(tier.counts)
@@ -347,11 +350,11 @@ class TierStack:
 
     @property
     def paused(self) -> str | None:
-        """Why nothing is written to the durable tier at the moment; None when writing goes on."""
+        """Why writes to the durable tier are paused; None when they are not."""
         return self._disk.paused if self._disk is not None else None
 
     def warn_of_stall(self) -> None:
-        """Count and warn, once, that the durable tier does not keep up."""
+        """Count that the durable tier does not keep up, and warn once."""
         if self._disk is not None:
             self._disk.count("errors.write")
             self._disk.warn(
@@ -359,7 +362,7 @@ class TierStack:
             )
 
     def verify(self, *, repair: bool, progress: Progress | None) -> VerifyReport:
-        """Read every file, and compare files, catalog and accounting; with ``repair`` put right what can be."""
+        """Read every file, and compare files, catalog and accounting; with ``repair`` fix problems where possible."""
         opened = self._folder
         if opened is None:
             return VerifyReport(len(self.host), self.host.nbytes, 0.0, ())
@@ -367,7 +370,7 @@ class TierStack:
         return verify(folder, self.database, catalog, opened.audit, repair=repair, progress=progress)
 
     def close(self) -> None:
-        """End leases, and let go of files."""
+        """End leases, and release files."""
         for tier in self._lower:
             tier.close()
         if self._folder is not None:
@@ -378,7 +381,7 @@ class TierStack:
 
 
 def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
-    """Return what answers for a tier that waits for nobody."""
+    """Return the presence query of a local tier, which answers at once."""
     return lambda keys: tier.presence(keys).result()
 
 
@@ -388,7 +391,7 @@ def _may_be_below(outcome: BlockReader | BlockError | None) -> bool:
 
 
 def _as_asked(outcome: BlockReader | BlockError | None, block: BlockId) -> BlockReader | BlockError | None:
-    """Return ``outcome`` if it is ``block``: ids are compared, whatever a key says."""
+    """Return ``outcome`` if it holds ``block``, otherwise an error: ids are compared, whatever the key."""
     if outcome is None or isinstance(outcome, BlockError):
         return outcome
     if outcome.id.root != block.root or not np.array_equal(outcome.id.tokens, block.tokens):

@@ -1,7 +1,7 @@
-"""Audit: differences between the files and the catalog of a store, and how to mend them.
+"""Audit: finds differences between the files and the catalog of a store, and mends them.
 
-Used in three places: whole, when a store is first opened after a boot of the machine (a power cut can lose what was not
-yet on the drive); in part, at every open, for what writers that died have left; and by ``verify``.
+Used in three places: whole, when a store is first opened after a boot of the machine (a power cut can lose data not yet
+on the drive); in part, at every open, for leftovers of dead writers; and by ``verify``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kvtier.store.tiers.disk.owners import Owner, pid_of
 
 @dataclass(frozen=True, slots=True)
 class Discrepancy:
-    """Something that is not as it should be.
+    """One problem of a folder, and its repair.
 
     Attributes:
         kind: as ``verify.Problem.kind``.
-        subject: the file, or what else it is about.
-        text: what is wrong.
-        mend: puts it right; may raise ``OSError``, ``sqlite3.Error`` or ``BlockError``.
+        subject: the affected file, or another subject.
+        text: description of the problem.
+        mend: repairs it; may raise ``OSError``, ``sqlite3.Error`` or ``BlockError``.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Discrepancy:
 
 
 class Audit:
-    """Compares the files of a folder with the rows of its catalog. What living owners are at work on is left alone."""
+    """Compares the files of a folder with the rows of its catalog. Unfinished work of living owners is left alone."""
 
     def __init__(self, folder: StoreFolder, catalog: Catalog, names: Names, owner: Owner) -> None:
         self._folder = folder
@@ -50,7 +50,7 @@ class Audit:
         self._owner = owner
 
     def unfinished(self) -> Iterator[Discrepancy]:
-        """Yield what owners that are gone have begun and not finished."""
+        """Yield unfinished writes and deletions of dead owners."""
         for place, owner in self._catalog.moving(State.WRITING):
             if not self._owner.lives(owner):
                 path = self._path(place)
@@ -71,7 +71,7 @@ class Audit:
                 )
 
     def _settle(self, place: Place, owner: str) -> None:
-        """Keep what a dead writer has written if it is whole; take it back otherwise."""
+        """Keep the file of a dead writer if it is whole; otherwise delete it and abort the store."""
         path = self._path(place)
         try:
             self._catalog.adopt([self.look_at(path)])
@@ -86,18 +86,18 @@ class Audit:
         self._catalog.complete_delete([place.key])
 
     def bury(self) -> None:
-        """Forget owners that are gone, once they have left nothing."""
+        """Remove the files of dead owners that have left no unfinished work."""
         left = {owner for state in (State.WRITING, State.LEAVING) for _, owner in self._catalog.moving(state)}
         for owner in self._owner.others():
             if owner not in left and not self._owner.lives(owner):
                 self._owner.bury(owner)
 
     def leftovers(self) -> Iterator[Discrepancy]:
-        """Yield the temporary files of writers that are gone."""
+        """Yield the temporary files of dead writers."""
         yield from self._leftovers(self._folder.leftovers())
 
     def loose_ends(self) -> Iterator[Discrepancy]:
-        """Yield those that were not to be blocks: what was to be one is found by its row (``unfinished``)."""
+        """Yield temporary files outside ``blocks/``: interrupted block writes have rows (``unfinished``)."""
         yield from self._leftovers(self._folder.leftovers(blocks=False))
 
     def _leftovers(self, found: Iterator[Path]) -> Iterator[Discrepancy]:
@@ -110,11 +110,11 @@ class Audit:
             )
 
     def files(self) -> Iterator[Discrepancy]:
-        """Yield block files without a row, rows without a file, and files of another size than their rows say."""
-        files = {path.stem: path for path in self._folder.block_files()}  # before the rows: who writes one has its row
+        """Yield block files without a row, rows without a file, and files whose size differs from their row."""
+        files = {path.stem: path for path in self._folder.block_files()}  # before rows: a writer makes its row first
         rows = self._catalog.files()
         for key in files.keys() - rows.keys():
-            if files[key].exists():  # or it was deleted this moment
+            if files[key].exists():  # otherwise it was deleted just now
                 path = files[key]
                 yield Discrepancy(
                     "orphan",
@@ -146,7 +146,7 @@ class Audit:
                 )
 
     def adopt(self, path: Path) -> None:
-        """Take in a block file that has no row; delete one that is no whole block."""
+        """Add a row for a block file that has none; delete a file that is no whole block."""
         try:
             self._catalog.adopt([self.look_at(path)])
         except UnavailableError:
@@ -161,7 +161,7 @@ class Audit:
             self._delete(place)
 
     def look_at(self, path: Path, *, whole: bool = False) -> tuple[BlockId, int, float]:
-        """Return the identity of a block file, what it takes, and when it was written (Unix time).
+        """Return the identity of a block file, its bytes on the drive, and when it was written (Unix time).
 
         Args:
             path: the file.
@@ -169,7 +169,7 @@ class Audit:
 
         Raises:
             UnavailableError: it cannot be read now.
-            BlockError: it is no whole block, or not the one that its place says.
+            BlockError: it is no whole block, or not the block of its path.
         """
         try:
             file = self._folder.block_file(path)
@@ -187,15 +187,15 @@ class Audit:
         return file.id, nbytes, written_at
 
     def total(self) -> Iterator[Discrepancy]:
-        """Yield a sum that is not the sum of what it sums."""
+        """Yield the total of bytes if it differs from the sum of all rows."""
         counted = sum(self._catalog.files().values())
-        if counted != self._catalog.total_bytes:  # asked in two steps: others may be at work
+        if counted != self._catalog.total_bytes:  # read in two steps: others may change rows between
             yield Discrepancy(
                 "accounting", str(self._folder.catalog), "its sum of bytes is wrong", self._catalog.recount
             )
 
     def names(self) -> Iterator[Discrepancy]:
-        """Make the rows of names agree with their files; yield the files that cannot be read."""
+        """Make the rows of names agree with their files; yield unreadable files."""
         for path, what in self._names.sync():
             yield Discrepancy(
                 "name",
@@ -205,7 +205,7 @@ class Audit:
             )
 
     def permissions(self) -> Iterator[Discrepancy]:
-        """Yield what users other than the owner could read or change."""
+        """Yield files and folders that other users can read or change."""
         for path in [*self._folder.parts, *self._folder.names(), *self._folder.block_files()]:
             try:
                 mode = stat.S_IMODE(path.lstat().st_mode)

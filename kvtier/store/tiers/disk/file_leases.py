@@ -1,12 +1,12 @@
-"""FileLeases: which blocks any process is reading, as byte locks on one file of the store.
+"""FileLeases: leases on blocks between processes, as byte locks on one file of the store.
 
-Each block has a byte of its own in that file, of which only the locks exist. A reader of a block shares the lock of
-its byte; an eviction claims it alone. The locks are those of an open file, not of a process (Linux,
-fcntl(2), "Open file description locks"): they end when the process does, however it ends, and take one descriptor for
-however many blocks.
+Each block has a byte of its own in that file; only the locks exist, not the bytes. A reader shares the lock of its
+block's byte; an eviction takes it exclusively. The locks belong to an open file, not to a process (Linux, fcntl(2),
+"Open file description locks"): they end when the process ends, however it ends, and any number of blocks takes one
+descriptor.
 
-Where the system has no such locks, blocks that another process reads can be evicted. It then finds them missing, and
-computes their tokens: a block file is read to the end from the same file, or not at all.
+Where the system has no such locks, blocks that another process reads can be evicted. That process then finds them
+missing, and recomputes their tokens: a block is read to the end from the same file, or not at all.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _PLACE_DIGITS = 15  # of a key in hex: 60 bits, which a file offset can hold
 
 
 class FileLeases:
-    """The leases of one store on its blocks, and its claims. Thread-safe.
+    """Leases and claims of one store on its blocks. Thread-safe.
 
-    Two blocks in 2**60 share a byte: then one that is not read may stay a while longer.
+    Two blocks in 2**60 share a byte: an unread block may then stay a while longer.
 
     Args:
-        path: the file, made if missing. Where it cannot be, nothing is told between processes.
+        path: the file, made if missing. If that fails, processes do not see each other's leases.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class FileLeases:
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on; a child takes leases of its own on what it has a copy of."""
+        """Release the lock; a child takes leases of its own for its copies of readers."""
         try:
             if in_child and not self._closed:
                 self._claimed.clear()
@@ -66,8 +66,8 @@ class FileLeases:
             self._lock.release()
 
     def _begin_anew(self) -> None:
-        """Open the file, and take on it what is shared already."""
-        with contextlib.suppress(OSError):  # the folder is gone, or something else bears the name
+        """Open the file, and lock the bytes of all current leases."""
+        with contextlib.suppress(OSError):  # the folder is gone, or the path is no such file
             fd = os.open(self._path, _FLAGS, 0o600)
             self._let_go()
             self._fd, self._file = fd, _identity(os.fstat(fd))
@@ -80,7 +80,7 @@ class FileLeases:
         self._fd, self._file = -1, None
 
     def _set(self, kind: str, place: int) -> bool:
-        """Change the lock of a byte; return whether no other lock was in the way."""
+        """Change the lock of a byte; return False if another lock is in the way."""
         if fcntl is None or not hasattr(fcntl, "F_OFD_SETLK") or self._fd < 0:
             return True
         lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, 1, 0)
@@ -93,7 +93,7 @@ class FileLeases:
         return True
 
     def _look_for_another_file(self) -> None:
-        """Go over to the file that others lock by now, if somebody has tidied up."""
+        """Switch to the file now at the path, if the open one was deleted or replaced."""
         try:
             found = _identity(self._path.lstat())
         except OSError:
@@ -102,7 +102,7 @@ class FileLeases:
             self._begin_anew()
 
     def share(self, key: str) -> bool:
-        """Take a lease on block ``key``; return whether it is not claimed. Each lease is released."""
+        """Take a lease on block ``key``; return False if it is claimed. Each lease must be released."""
         place = _place(key)
         with self._lock:
             if place in self._claimed:
@@ -126,7 +126,8 @@ class FileLeases:
                     self._let_go()
 
     def claim(self, key: str) -> bool:
-        """Claim block ``key``, so that no read of it begins; return whether none is running. ``unclaim`` ends it."""
+        """Claim block ``key``, so that no read of it begins; return False if it is read or claimed. ``unclaim`` ends
+        it."""
         place = _place(key)
         with self._lock:
             if place in self._shared or place in self._claimed:
@@ -138,14 +139,14 @@ class FileLeases:
             return True
 
     def unclaim(self, key: str) -> None:
-        """Let block ``key`` be read again."""
+        """End the claim on block ``key``, so that it can be read again."""
         place = _place(key)
         with self._lock:
             self._claimed.discard(place)
             self._set("F_UNLCK", place)
 
     def close(self) -> None:
-        """Let go of the file, once nothing is read any more. May be called more than once."""
+        """Close the file, once no block is being read. May be called more than once."""
         with self._lock:
             self._closed = True
             if not self._shared:

@@ -1,12 +1,12 @@
-"""StoreFolder: where each file of a store lies, and how it is written.
+"""StoreFolder: the paths of a store's files, and how they are written.
 
 kvtier.json                                format version
-catalog.sqlite                             what there is; can be made anew from the rest
+catalog.sqlite                             rows of blocks and names; can be rebuilt from the rest
 blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
-roots/<root>.json                          what a root stands for
-names/<sha256 of the name>.json            what a prefix was called
-owners/<process>-<random>.lock             who is at work
-leases.lock                                which blocks are being read
+roots/<root>.json                          the description of a root
+names/<sha256 of the name>.json            a name and its chain
+owners/<process>-<random>.lock             a living store object
+leases.lock                                leases on blocks
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.disk")
 _BLOCK_SUFFIX = ".safetensors"
-_BLOCKS_TO_TRY = 16  # before a folder with a damaged marker is taken for somebody else's
+_BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
 _PARTS = ("blocks", "roots", "names", "owners")
 
@@ -41,9 +41,9 @@ class StoreFolder:
 
     Args:
         path: the folder; it may be a link itself.
-        filesystem: what touches it.
-        durable: whether what is written outlives a power cut.
-        codecs: those that block files may have, by name.
+        filesystem: performs all file operations.
+        durable: whether written files survive a power cut.
+        codecs: the codecs that block files may have, by name.
 
     Raises:
         StoreError: the folder cannot be used.
@@ -57,7 +57,7 @@ class StoreFolder:
         self._codecs = codecs
         self.filesystem = filesystem
         self._durable = durable
-        self._safe: set[Path] = set()  # folders that are made, and no links
+        self._safe: set[Path] = set()  # folders that exist, and are no links
         try:
             filesystem.make_folder(path, durable=durable)
             for name in (
@@ -128,7 +128,7 @@ class StoreFolder:
 
     @property
     def damage_mark(self) -> Path:
-        """A file that is there when the database proved to be damaged: it is made anew at the next open."""
+        """A file that marks the database as damaged: it is rebuilt at the next open."""
         return self.path / "catalog.damaged"
 
     @property
@@ -138,7 +138,7 @@ class StoreFolder:
 
     @property
     def owners(self) -> Path:
-        """The folder of the locks."""
+        """The folder of the owners' lock files."""
         return self.path / "owners"
 
     def block(self, key: str, root: str) -> Path:
@@ -146,11 +146,11 @@ class StoreFolder:
         return self.path / "blocks" / root / key[:2] / f"{key}{_BLOCK_SUFFIX}"
 
     def root(self, root: str) -> Path:
-        """Return the file that tells what a root stands for."""
+        """Return the file that describes a root."""
         return self.path / "roots" / f"{root}.json"
 
     def name(self, name: str) -> Path:
-        """Return the file that tells which chain bears ``name``."""
+        """Return the file of ``name``, which holds its chain."""
         return self.path / "names" / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
 
     def names(self) -> list[Path]:
@@ -164,7 +164,7 @@ class StoreFolder:
                 yield path
 
     def leftovers(self, *, blocks: bool = True) -> Iterator[Path]:
-        """Yield what writers that are gone have left; without ``blocks``, what was not to be a block."""
+        """Yield the temporary files of dead writers; without ``blocks``, only those outside ``blocks/``."""
         places = [(self.path, 0), (self.path / "roots", 0), (self.path / "names", 0)]
         for folder, depth in places + [(self.path / "blocks", 2)] * blocks:
             for path in _files(folder, depth):
@@ -172,20 +172,20 @@ class StoreFolder:
                     yield path
 
     def leftovers_beside(self, path: Path, pid: int) -> Iterator[Path]:
-        """Yield what process ``pid``, which is gone, has left of writing ``path``."""
+        """Yield the temporary files that the dead process ``pid`` has left of writing ``path``."""
         for other in _files(path.parent, 0):
             if other.name.startswith(f".{path.name}-{pid}-") and is_temporary(other):
                 yield other
 
     def write(self, path: Path, pieces: Sequence[memoryview]) -> None:
-        """Put ``pieces`` at ``path``: whole, or not at all.
+        """Write ``pieces`` to ``path``: whole, or not at all.
 
         Raises:
             OSError: it cannot be written, or a link is in the way.
         """
         try:
             self._write(path, pieces)
-        except FileNotFoundError:  # the folder is gone since it was made
+        except FileNotFoundError:  # the folder was deleted after it was made
             self._safe.clear()
             self._write(path, pieces)
 
@@ -216,7 +216,7 @@ class StoreFolder:
         return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path), self._codecs)
 
     def _open(self, path: Path) -> int:
-        """Open a file for reading, if no link is on the way; return its descriptor.
+        """Open a file for reading, if its path has no link; return its descriptor.
 
         Raises:
             OSError: it cannot be opened.
@@ -227,9 +227,9 @@ class StoreFolder:
         return self.filesystem.open_read(path)
 
     def unusable(self, path: Path, error: OSError | MemoryError) -> BlockError:
-        """Return what a call of the system that failed tells of the block file ``path``.
+        """Return the error that a failed system call means for the block file ``path``.
 
-        A file that is missing is missing indeed only if the folder can be reached now.
+        A file counts as missing only if the folder can be reached now.
         """
         if isinstance(error, FileNotFoundError) and self._is_there():
             return BlockError(f"{path} is missing")
@@ -242,15 +242,15 @@ class StoreFolder:
             return False
 
     def allocated_bytes(self, nbytes: int) -> int:
-        """Return what a file of ``nbytes`` takes on the drive."""
+        """Return how many bytes a file of ``nbytes`` takes on the drive."""
         return self.filesystem.allocated_bytes(self.path, nbytes)
 
     def used_bytes(self, path: Path) -> int:
-        """Return what a file takes on the drive."""
+        """Return how many bytes a file takes on the drive."""
         return self.filesystem.used_bytes(path)
 
     def free_bytes(self) -> int:
-        """Return how much may still be written to the drive."""
+        """Return how many bytes may still be written to the drive."""
         return self.filesystem.free_bytes(self.path)
 
 

@@ -1,7 +1,7 @@
-"""Names of prefixes: what a person called a conversation, and which chain that is.
+"""Names of prefixes: each refers to the chain of a conversation.
 
-A name is a small file (its truth) and rows of the catalog (to find it fast, and to know what is pinned). A named chain
-is kept as its keys: blocks may come and go, the name stays until it is removed or expires.
+A name is a small file (the source of truth) and rows of the catalog (for fast lookups and for pins). It holds the keys
+of its chain: blocks may come and go, the name stays until it is removed or expires.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
 
 
 class Names:
-    """The names of one store. Thread-safe; processes that share a folder see each other's.
+    """The names of one store. Thread-safe; processes that share a folder see each other's names.
 
     Methods raise ``OSError`` and ``sqlite3.Error``; the store translates.
     """
@@ -36,7 +36,7 @@ class Names:
         self._clock = clock
 
     def assign(self, name: Name, used_at: float | None = None) -> None:
-        """Give a chain a name; what bore it before loses it."""
+        """Give a chain a name; another chain that has the name loses it."""
         if self._folder is not None:
             self._folder.write_json(self._folder.name(name.name), asdict(name))
         self._set_rows(name, self._clock() if used_at is None else used_at)
@@ -49,7 +49,7 @@ class Names:
         keys = [bytes.fromhex(key) for key in name.keys]
         links = [(key, int(name.pinned)) for key in keys]
         old = connection.execute("SELECT key, pinned FROM links WHERE name = ? ORDER BY place", (name.name,)).fetchall()
-        # A conversation that goes on is named anew each turn: what begins its chain stays.
+        # A conversation is named again after each turn: rows of the unchanged start of its chain stay.
         kept = next((i for i, (a, b) in enumerate(zip(old, links, strict=False)) if a != b), min(len(old), len(links)))
         self._remove_rows(connection, name.name, kept)
         connection.execute(
@@ -72,23 +72,23 @@ class Names:
         )
 
     def find(self, name: str) -> Name | None:
-        """Return what is written down of ``name``; None when nothing bears it."""
+        """Return the record of ``name``; None when it does not exist."""
         found = self._rows("WHERE n.name = ?", (name,))
         return found[0][0] if found else None
 
     def get(self, name: str) -> Name:
-        """Return what is written down of ``name``.
+        """Return the record of ``name``.
 
         Raises:
-            UnknownNameError: nothing bears it.
+            UnknownNameError: it does not exist.
         """
         return self.details(name)[0]
 
     def details(self, name: str) -> tuple[Name, float, float | None]:
-        """Return the same, with the Unix times of its last use and of its end.
+        """Return the record of ``name``, with the Unix times of its last use and of its expiry (None for never).
 
         Raises:
-            UnknownNameError: nothing bears it.
+            UnknownNameError: it does not exist.
         """
         found = self._rows("WHERE n.name = ?", (name,))
         if not found:
@@ -96,7 +96,7 @@ class Names:
         return found[0]
 
     def all(self) -> list[tuple[Name, float, float | None]]:
-        """Return every name, with the Unix times of its last use and of its end."""
+        """Return every name, with the Unix times of its last use and of its expiry (None for never)."""
         return self._rows("", ())
 
     def _rows(self, which: str, values: tuple[object, ...]) -> list[tuple[Name, float, float | None]]:
@@ -120,20 +120,20 @@ class Names:
         return int(count)
 
     def set_pinned(self, name: str, pinned: bool) -> None:
-        """Pin what bears ``name``, or let it go.
+        """Pin or unpin the chain of ``name``.
 
         Raises:
-            UnknownNameError: nothing bears it.
+            UnknownNameError: it does not exist.
         """
         written, used_at, _ = self.details(name)
         self.assign(replace(written, pinned=pinned), used_at)
 
     def rename(self, old: str, new: str) -> None:
-        """Give what bears ``old`` the name ``new`` instead.
+        """Rename ``old`` to ``new``.
 
         Raises:
-            UnknownNameError: nothing bears ``old``.
-            ConfigurationError: something bears ``new`` already.
+            UnknownNameError: ``old`` does not exist.
+            ConfigurationError: ``new`` exists already.
         """
         written, used_at, _ = self.details(old)
         if self.find(new) is not None:
@@ -142,7 +142,7 @@ class Names:
         self.remove(old)
 
     def remove(self, name: str) -> None:
-        """Take a name away; its blocks become ordinary. Unknown names are ignored."""
+        """Remove a name; its blocks become ordinary. Unknown names are ignored."""
         if self._folder is not None:
             self._folder.filesystem.delete(self._folder.name(name))
         with self._database.transaction() as connection:
@@ -154,7 +154,7 @@ class Names:
         connection.execute("DELETE FROM links WHERE name = ? AND place >= ?", (name, kept_links))
 
     def of_blocks(self, keys: Iterable[str]) -> set[str]:
-        """Return the names whose chains have one of the blocks ``keys``."""
+        """Return the names whose chains contain one of the blocks ``keys``."""
         found: set[str] = set()
         with self._database.reading() as connection:
             for key in keys:
@@ -180,20 +180,20 @@ class Names:
             )
 
     def replaced(self, old: str, new: str) -> None:
-        """Note that block ``new`` now answers for block ``old``, which it begins with."""
+        """Replace block ``old`` by the longer block ``new``, which covers it, in the chains of all names."""
         for name in self.of_blocks([old]):
             for written, used_at, _ in self._rows("WHERE n.name = ?", (name,)):
                 keys = tuple(new if key == old else key for key in written.keys)
                 self.assign(replace(written, keys=keys), used_at)
 
     def due(self) -> list[str]:
-        """Return the names whose time is over."""
+        """Return the expired names."""
         with self._database.reading() as connection:
             rows = connection.execute("SELECT name FROM names WHERE expires_at <= ?", (self._clock(),)).fetchall()
         return [name for (name,) in rows]
 
     def sync(self) -> list[tuple[Path, str]]:
-        """Make the rows agree with the files; return the files that cannot be read, with what is wrong."""
+        """Make the rows agree with the files; return unreadable files, each with its error."""
         if self._folder is None:
             return []
         damaged = []
@@ -216,10 +216,10 @@ class Names:
         return damaged
 
     def _sync_rows(self, path: Path, name: str) -> None:
-        """Make the rows of ``name`` tell what its file tells, if there is one.
+        """Make the rows of ``name`` agree with its file, or remove them if there is none.
 
         A change of a name changes the file first and the rows after. So the file is read while no other process can
-        change rows: what another process has just done to it is then never undone here.
+        change rows: this never undoes a recent change of another process.
         """
         with self._database.transaction() as connection:
             try:
@@ -227,7 +227,7 @@ class Names:
             except FileNotFoundError:
                 self._remove_rows(connection, name)
             except (OSError, ValueError, RecursionError):
-                return  # damaged since it was read: the next one to look tells
+                return  # damaged since it was read: the next sync reports it
             else:
                 self._insert_rows(connection, written, used_at)
 
@@ -237,7 +237,7 @@ def _read(path: Path) -> Name:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no file of a name.
+        ValueError: it is no valid file of a name.
     """
     values = read_record(path, _MAX_FILE_BYTES)
     try:

@@ -1,4 +1,4 @@
-"""Opening the folder of a store: its owner, its catalog as it should be, and the tier of its files."""
+"""Opens the folder of a store: its owner, its catalog after recovery, and the tier of its files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OpenedFolder:
         database: the rows behind files and names.
         names: names of chains.
         audit: compares files and rows.
-        owner: marks what this process has begun.
+        owner: marks writes and deletions that this process has begun.
     """
 
     tier: DiskTier
@@ -39,7 +39,7 @@ class OpenedFolder:
 def open_folder(
     folder: StoreFolder, settings: DiskSettings, policy: EvictionPolicy, connect: Connect, clock: Callable[[], float]
 ) -> OpenedFolder:
-    """Open ``folder``, however it was left; let go of what has expired, and of what is beyond the budget.
+    """Open ``folder`` in any state; delete expired blocks, and evict blocks beyond the budget.
 
     Raises:
         StoreError: it cannot be opened.

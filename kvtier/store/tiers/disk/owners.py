@@ -1,7 +1,7 @@
-"""Owners: which store objects of which processes use a folder, and which of them are alive.
+"""Owners: the store objects that use a folder, in all processes, and whether each of them is alive.
 
-Each holds a lock on a small file of its own for as long as it lives. The system lets go of the lock when the process
-ends, however it ends; unlike a process id, the lock means the same in every container that sees the folder.
+Each owner holds a lock on a small file of its own while it lives. The system releases the lock when the process ends,
+however it ends. Unlike a process id, the lock means the same in every container that sees the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvtier.platform.fork_safety import Rank, take_part
 fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # Windows: there the process id must do
+except ImportError:  # Windows: the process id is used instead
     fcntl = None
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -25,9 +25,9 @@ _NAME = re.compile(r"(\d{1,10})-[0-9a-f]{16}")
 
 
 class Owner:
-    """One living store object. Its ``name`` marks what it has begun and not finished.
+    """One living store object. Its ``name`` marks its unfinished writes and deletions.
 
-    A child that was forked has a name of its own.
+    A forked child has a name of its own.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,26 +49,26 @@ class Owner:
                 if path.stat().st_ino == os.fstat(self._fd).st_ino:
                     return
             except FileNotFoundError:
-                pass  # another store has seen it without its lock, and buried it
+                pass  # another store saw the file before it was locked, and removed it
             os.close(self._fd)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.lock"
 
     def before_fork(self) -> None:
-        """Nothing is ever half done here."""
+        """Do nothing: no change of an owner has two steps."""
 
     def after_fork(self, in_child: bool) -> None:
-        """Take another name in a child: what its parent has begun is not the child's."""
+        """Take another name in a child: the unfinished work of its parent is not the child's."""
         if in_child and not self._closed:
             os.close(self._fd)  # the lock stays with the parent
             try:
                 self._begin()
-            except OSError:  # the folder is gone, or full: what this process begins cannot be told from a dead one's
+            except OSError:  # the folder is gone, or full: other stores take this process for dead
                 self._fd, self._closed = -1, True
 
     def lives(self, name: str) -> bool:
-        """Whether the owner ``name`` is still at work. What is no name of an owner is dead."""
+        """Whether the owner ``name`` is alive. Any other string counts as a dead owner."""
         if name == self.name:
             return not self._closed
         match = _NAME.fullmatch(name)
@@ -78,9 +78,9 @@ class Owner:
             return _runs(int(match[1])) and self._path(name).exists()
         try:
             fd = os.open(self._path(name), os.O_RDWR | _NOFOLLOW)
-        except PermissionError:  # of another user, root perhaps: its lock cannot be asked
+        except PermissionError:  # the file of another user, perhaps root: its lock cannot be tested
             return _runs(int(match[1]))
-        except OSError:  # it is gone, or something else bears its name
+        except OSError:  # it is gone, or is no lock file
             return False
         try:
             return _is_locked(fd)
@@ -92,12 +92,12 @@ class Owner:
         return [path.stem for path in self._folder.glob("*.lock") if path.stem != self.name]
 
     def bury(self, name: str) -> None:
-        """Forget a dead owner, once nothing that it began is left."""
+        """Remove the file of a dead owner that has left no unfinished work."""
         with contextlib.suppress(OSError):  # another store has done it, or will
             self._path(name).unlink()
 
     def close(self) -> None:
-        """Stop. Nothing that was begun may be left. May be called more than once."""
+        """Remove the file and release the lock. No unfinished work may be left. May be called more than once."""
         if self._closed:
             return
         self._closed = True
@@ -106,13 +106,13 @@ class Owner:
 
 
 def pid_of(name: str) -> int:
-    """Return the process that an owner lived in; 0 when ``name`` is no name of an owner."""
+    """Return the process id of an owner; 0 when ``name`` is no name of an owner."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else 0
 
 
 def _is_locked(fd: int) -> bool:
-    """Whether another one has the lock of an open file. If not, it is shared until the file is closed."""
+    """Whether another process or owner has the lock of an open file. If not, ``fd`` shares it until it is closed."""
     if fcntl is None:
         return False
     try:
@@ -125,7 +125,7 @@ def _is_locked(fd: int) -> bool:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process runs, where no lock can tell."""
+    """Whether a process runs. Used where locks cannot be tested."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

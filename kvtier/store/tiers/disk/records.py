@@ -11,17 +11,17 @@ from typing import Any
 from kvtier.platform.filesystem import READ_FLAGS
 
 MARKER_BYTES = 4096
-MANIFEST_BYTES = 16 * 2**20  # of what a root stands for
+MANIFEST_BYTES = 16 * 2**20  # of the description of a root
 
 
 def read_record(path: Path, at_most_bytes: int) -> Any:
-    """Return what the JSON file ``path`` says.
+    """Return the parsed JSON file ``path``.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read, or is a link.
-        ValueError: it is no JSON, no ordinary file (a pipe would never end), or larger than ``at_most_bytes``.
-        RecursionError: its brackets never end.
+        ValueError: it is not JSON, not a regular file (a pipe would never end), or larger than ``at_most_bytes``.
+        RecursionError: it is nested too deeply.
     """
     fd = os.open(path, READ_FLAGS)
     with os.fdopen(fd, "rb") as file:

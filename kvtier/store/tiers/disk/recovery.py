@@ -1,7 +1,7 @@
-"""Recovery: a folder, however it was left, as a catalog that agrees with it.
+"""Recovery: opens a folder in any state, with a catalog that agrees with its files.
 
-At every open, what dead owners had begun is finished or taken back. At the first open after a boot of the machine, all
-files are compared with all rows. A catalog that is missing or damaged is made anew from the files.
+At every open, unfinished work of dead owners is completed or undone. At the first open after a boot of the machine, all
+files are compared with all rows. A missing or damaged catalog is rebuilt from the files.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from kvtier.store.tiers.disk.owners import Owner
 _log = logging.getLogger("kvtier.store.disk")
 _FILES_AT_ONCE = 500
 _KEY = re.compile("[0-9a-f]{64}")
-_LONG_SECONDS = 2.0  # what takes longer shows how far it is
-# What SQLite says when the file is what it should be, but cannot be used now.
+_LONG_SECONDS = 2.0  # a longer rebuild shows its progress
+# Messages of SQLite about a sound file that cannot be used now.
 _NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The catalog of a folder, agreeing with its files."""
+    """The catalog of a folder, which agrees with its files."""
 
     database: Database
     catalog: Catalog
@@ -55,7 +55,7 @@ class Opened:
 def open_catalog(
     folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
 ) -> Opened:
-    """Open the catalog of ``folder``; make it anew when it is missing or damaged.
+    """Open the catalog of ``folder``; rebuild it when it is missing or damaged.
 
     Raises:
         StoreError: it cannot be opened, or another process uses it on a drive where processes cannot share it.
@@ -91,7 +91,7 @@ def open_catalog(
 
 
 def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
-    """Whether ``error`` tells of a damaged file, rather than of one that cannot be used now."""
+    """Whether ``error`` means a damaged file, rather than a file that cannot be used now."""
     if not isinstance(error, sqlite3.OperationalError):
         return True
     is_usable = os.access(path, os.W_OK) and not any(word in str(error) for word in _NOT_DAMAGED)
@@ -107,10 +107,10 @@ def _opened(
     alone: bool,
 ) -> Opened:
     with contextlib.suppress(FileExistsError):
-        # It holds token ids; SQLite would let others read. Only if it is new: to close a file ends all locks that this
-        # process has on it, those of another store too.
+        # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
+        # process on it, those of another store too.
         fd = os.open(folder.catalog, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        os.fchmod(fd, 0o600)  # whatever the umask has taken
+        os.fchmod(fd, 0o600)  # despite the umask
         os.close(fd)
     database = Database(folder.catalog, exclusive=alone, make_connection=connect)
     try:
@@ -143,7 +143,7 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
         parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
     for discrepancies in parts:
         for discrepancy in discrepancies:
-            if discrepancy.kind == "name":  # what it named is there all the same; a person may still read the file
+            if discrepancy.kind == "name":  # its blocks are still stored; a person may still read the file
                 _log.warning("%s %s", discrepancy.subject, discrepancy.text)
                 continue
             try:
@@ -153,7 +153,7 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
             except sqlite3.OperationalError as error:
                 if not is_full(error) and not is_locked(error):
                     raise
-                # What is there can be read all the same. The rest counts, and waits for an open that can write.
+                # Stored blocks can still be read. The rest counts, and waits for an open that can write.
                 _log.warning("%s cannot be put right yet: %s", discrepancy.subject, error)
     audit.bury()
 
@@ -161,9 +161,9 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
 def _whole_files(
     folder: StoreFolder, catalog: Catalog, audit: Audit, unavailable: list[str]
 ) -> Iterator[tuple[BlockId, int, float]]:
-    """Yield what there is in block files that have no row; damaged ones are removed.
+    """Yield identity, bytes and Unix time of last use of block files without a row; damaged files are removed.
 
-    What cannot be read now goes to ``unavailable``.
+    Errors of files that cannot be read now go to ``unavailable``.
     """
     damaged = 0
     for path in _unknown(sorted(folder.block_files(unavailable)), catalog):
@@ -180,9 +180,9 @@ def _whole_files(
 
 
 def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
-    """Yield those of ``paths`` whose names are no keys that ``catalog`` has, neighbours together: so are their rows.
+    """Yield the ``paths`` whose keys ``catalog`` lacks, in order, since neighbours have neighbouring rows.
 
-    Where it begins is random: processes that make a catalog anew at once do not all read the same files.
+    The start is random, so that processes that rebuild a catalog together do not all read the same files.
     """
     begin = random.randrange(len(paths)) if paths else 0
     for some in batches(paths[begin:] + paths[:begin], _FILES_AT_ONCE):
@@ -191,7 +191,7 @@ def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
 
 
 def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
-    """Pass ``blocks`` on; show how many there were once it takes long."""
+    """Yield ``blocks``; show their number once it takes long."""
     yield from tqdm(
         blocks,
         desc="kvtier: making the catalog anew",

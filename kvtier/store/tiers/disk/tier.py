@@ -38,17 +38,17 @@ _log = logging.getLogger("kvtier.store.disk")
 T = TypeVar("T")
 _ELSEWHERE_SECONDS = 2.0  # how long to wait for another owner to write a block
 _RETRY_SECONDS = 0.01
-_BATCH = 64  # blocks that leave at once: each is claimed meanwhile
+_BATCH = 64  # blocks evicted at once: each is claimed meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class DiskSettings:
-    """What a disk tier keeps to.
+    """Settings of a disk tier.
 
     Attributes:
-        budget_bytes: what all block files take at most, in whole allocation units of the drive.
-        codec: how tensors are stored.
-        floor_bytes: what stays free on the drive.
+        budget_bytes: upper limit for all block files, in whole allocation units of the drive.
+        codec: encodes tensors.
+        floor_bytes: bytes to leave free on the drive.
         ttl_seconds: how long a block is kept after its last use; None for ever.
     """
 
@@ -59,21 +59,21 @@ class DiskSettings:
 
 
 class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
-    """A block does not fit: it is larger than the budget, or what fills the drive must stay."""
+    """A block does not fit: it is larger than the budget, or eviction cannot make room on the drive."""
 
 
 class DiskTier:
-    """Blocks as files of ``folder``, as ``settings`` say.
+    """Blocks as files of ``folder``, within the limits of ``settings``.
 
-    A write is: prepare in the catalog, write the file, complete in the catalog. Whatever fails on the way is warned
-    about once, undone, and the block stays out; nothing is raised in a turn. A block that is being
-    read, by any process, is not evicted. Counts of what happened are in ``counts``.
+    A write is: prepare in the catalog, write the file, complete in the catalog. A write that fails is warned about once
+    and undone, and the block is not stored; nothing is raised in a turn. A block that any process is reading is not
+    evicted. ``counts`` has counts of events.
 
     Args:
         folder: the files.
         catalog: the rows.
-        owner: marks what this tier has begun.
-        settings: what it keeps to.
+        owner: marks writes and deletions that this tier has begun.
+        settings: limits and codec.
         clock: Unix time.
     """
 
@@ -93,39 +93,39 @@ class DiskTier:
         self._loads = ReadCoalescer(self.leases)
         self._backoff = Backoff(clock)
         self._warned: set[str] = set()
-        self._excess_bytes = 0  # what a file takes beyond its allocation units, on this drive
+        self._excess_bytes = 0  # bytes of a file beyond its allocation units, on this drive
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         self._withheld = Withheld(clock)
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
-        self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be taken back
+        self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be aborted
         self._putting = threading.RLock()
         self._sleep: Callable[[float], None] = time.sleep
         self._counting = threading.Lock()
         take_part(self, Rank.DISK)
 
     def before_fork(self) -> None:
-        """Let writing go on: the child has nothing to do with it."""
+        """Do nothing: writes go on, and do not concern the child."""
 
     def after_fork(self, in_child: bool) -> None:
-        """Forget, in a child, what a thread of its parent may be in the middle of."""
+        """Drop, in a child, the locks and unfinished stores of its parent's threads."""
         if in_child:
             self._putting, self._counting, self._unsettled = threading.RLock(), threading.Lock(), {}
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def warn(self, subject: str, message: str) -> None:
-        """Warn, the first time."""
+        """Warn once for each ``subject``."""
         if subject not in self._warned:
             self._warned.add(subject)
             _log.warning("%s", message)
 
     def count(self, what: str, n: int = 1) -> None:
-        """Count something that happened."""
+        """Count ``n`` events."""
         with self._counting:
             self.counts[what] += n
 
     def ask(self, question: Callable[[], T], otherwise: T) -> T:
-        """Answer from the catalog; when it fails, warn once and answer ``otherwise``."""
+        """Return the answer of the catalog; when it fails, warn once and return ``otherwise``."""
         try:
             return question()
         except sqlite3.Error as error:
@@ -135,7 +135,7 @@ class DiskTier:
             return otherwise
 
     def _mark_damage(self, error: sqlite3.Error) -> None:
-        """Have a catalog that is damaged made anew at the next open."""
+        """If ``error`` shows a damaged catalog, mark it to be rebuilt at the next open."""
         if isinstance(error, sqlite3.DatabaseError) and any(
             word in str(error) for word in ("malformed", "not a database", "decode")
         ):
@@ -144,13 +144,13 @@ class DiskTier:
 
     @property
     def paused(self) -> str | None:
-        """Why nothing is written at the moment; None when writing goes on."""
+        """Why writes are paused; None when they are not."""
         return self._backoff.reason
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
     def description(self, root: str) -> Mapping[str, Any]:
-        """Return what ``root`` stands for; empty when it is not noted, or cannot be read."""
+        """Return the description of ``root``; empty when there is none, or it cannot be read."""
         try:
             found = read_record(self.folder.root(root), MANIFEST_BYTES)
         except (OSError, ValueError, RecursionError):
@@ -158,10 +158,10 @@ class DiskTier:
         return found if isinstance(found, dict) else {}
 
     def describe_root(self, root: str, manifest: Mapping[str, Any], *, anew: bool = True) -> None:
-        """Note in ``roots/`` what ``root`` stands for; a failure is warned about once.
+        """Write the description of ``root`` to ``roots/``; a failure is warned about once.
 
-        What is noted there already is compared; what differs is damaged, since a root is made from what it stands for.
-        Without ``anew`` it stays as it is.
+        An existing description that differs is damaged, since a root is derived from its description; it is written
+        anew. Without ``anew`` it stays, if it can be read.
         """
         path = self.folder.root(root)
         wanted = json.loads(json.dumps(dict(manifest), default=str))
@@ -183,7 +183,7 @@ class DiskTier:
         self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
 
     def put(self, block: Block) -> PutResult:
-        """Write ``block`` unless it is there."""
+        """Write ``block`` unless it is stored."""
         if self._backoff.holds() and not (self._backoff.told and self._has_room()):
             return PutResult.UNAVAILABLE
         try:
@@ -206,14 +206,14 @@ class DiskTier:
         return PutResult.KEPT if kept else PutResult.UNAVAILABLE
 
     def _has_room(self) -> bool:
-        """Whether the drive has room, as far as it tells: of quotas, and of how many files it can take, it does not."""
+        """Whether the drive has free space; quotas and inode limits do not show there."""
         try:
             return self.folder.free_bytes() > self.settings.floor_bytes
         except OSError:
             return False
 
     def _put(self, block: BlockId, pieces: Sequence[memoryview], size: int) -> bool:
-        with self._putting:  # one at a time: what this owner is writing is then what this call is
+        with self._putting:  # one at a time: this owner then writes only the block of this call
             try:
                 self._finish()
                 prepared = self._prepare_store(block, size)
@@ -228,25 +228,25 @@ class DiskTier:
                 raise
 
     def _count_what_it_takes(self, block: BlockId, reserved: int) -> None:
-        """Count the file of ``block`` for what the drive says it takes, and make room if that is more than expected.
+        """Count the file of ``block`` with its size on the drive, and make room if that is more than ``reserved``.
 
         Raises:
-            NoRoom: there is none.
+            NoRoom: eviction cannot make enough.
         """
         excess = self.folder.used_bytes(self.folder.block(block.key, block.root)) - reserved
         if excess <= 0:
             return
-        self._excess_bytes += excess  # the next one will take as much more
+        self._excess_bytes += excess  # the next file will take as much more
         self.catalog.set_bytes(block.key, reserved + excess)
         budget = self.settings.budget_bytes
         if not self._make_room(self.catalog.total_bytes - budget, block.parent):
             raise NoRoom(f"disk_budget={budget} has no room for a block that takes {reserved + excess} bytes there")
 
     def _prepare_store(self, block: BlockId, size: int) -> Prepared:
-        """Reserve ``size`` bytes, once others have made room for them.
+        """Reserve ``size`` bytes; evict other blocks to make room.
 
         Raises:
-            NoRoom: they cannot.
+            NoRoom: eviction cannot make enough.
         """
         budget, floor = self.settings.budget_bytes, self.settings.floor_bytes
         if size > budget:
@@ -255,7 +255,7 @@ class DiskTier:
         while True:
             prepared = self.catalog.prepare_store(block, size, budget, self._owner.name)
             if prepared is Prepared.ELSEWHERE and time.monotonic() < give_up_at:
-                # Not to be taken for kept before it is: its writer may fail.
+                # It does not count as kept before it is written: its writer may fail.
                 self._wait_for_writer(block.key)
                 continue
             if prepared is not Prepared.NO_ROOM:
@@ -278,7 +278,7 @@ class DiskTier:
             self.folder.write(path, pieces)
 
     def _wait_for_writer(self, key: str) -> None:
-        """Let another owner go on with what it is writing; take it back if that one is gone."""
+        """Wait a moment for the owner that is writing the block; abort its store if that owner is dead."""
         writer = self.catalog.writer(key)
         if writer is not None and not self._owner.lives(writer):
             self.catalog.abort_store(key, writer)
@@ -286,11 +286,11 @@ class DiskTier:
             self._sleep(_RETRY_SECONDS)
 
     def _abort_store(self, block: BlockId) -> None:
-        """Take back what ``_put`` has begun; what cannot be now is tried again before the next one."""
+        """Abort a store that ``_put`` has begun; if that fails now, it is tried again before the next store."""
         self._unsettled[block.key] = block
         try:
             if self.catalog.writer(block.key) == self._owner.name:
-                # Files first: once the row is gone, another owner may write them, and halves would stay.
+                # Files first: once the row is gone, another owner may write them, and partial files would stay.
                 path = self.folder.block(block.key, block.root)
                 for file in (path, *self.folder.leftovers_beside(path, pid_of(self._owner.name))):
                     with contextlib.suppress(OSError):
@@ -302,7 +302,7 @@ class DiskTier:
             self._mark_damage(error)
 
     def _finish(self) -> None:
-        """Try once more what could not be taken back or deleted."""
+        """Try again to abort stores and delete files where that failed."""
         for block in list(self._unsettled.values()):
             self._abort_store(block)
         self._delete_again()
@@ -310,7 +310,7 @@ class DiskTier:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def _make_room(self, nbytes: int, keep: str) -> bool:
-        """Evict at least ``nbytes``; return whether so much could go, and is gone."""
+        """Evict at least ``nbytes``; return whether their files are deleted."""
         while nbytes > 0:
             with self._claims() as is_leased:
                 gone = self.catalog.evict(nbytes, self._owner.name, keep, is_leased, at_most=_BATCH)
@@ -322,7 +322,7 @@ class DiskTier:
 
     @contextmanager
     def _claims(self) -> Iterator[Callable[[Place], bool]]:
-        """Give what tells whether a block is being read; one that is not cannot be, until this ends."""
+        """Yield a test whether a block is being read; it claims unread blocks, so no read begins before this ends."""
         claims: list[str] = []
 
         def is_leased(place: Place) -> bool:
@@ -338,11 +338,11 @@ class DiskTier:
                 self._between.unclaim(key)
 
     def _is_read(self, key: str) -> bool:
-        """Whether block ``key`` is being read. If not, no read can begin before it is unclaimed."""
+        """Whether block ``key`` is being read. If not, it is claimed: no read can begin before it is unclaimed."""
         return key in self.leases or not self._between.claim(key)
 
     def _delete(self, places: Iterable[Place]) -> int:
-        """Delete the files of blocks that are leaving; return how many bytes that gave back."""
+        """Delete the files of leaving blocks; return how many bytes that freed."""
         gone: list[str] = []
         freed = 0
         for place in places:
@@ -350,7 +350,7 @@ class DiskTier:
             try:
                 self.folder.filesystem.delete(path)
             except OSError as error:
-                # It stays a leaving block, and counts: the budget is about real bytes.
+                # It stays a leaving block, and counts: the budget limits real bytes.
                 self._stuck.add(place.key)
                 self.count("errors.delete")
                 self.warn("delete", f"cannot delete {path} ({error}); it is tried again later")
@@ -362,7 +362,7 @@ class DiskTier:
         return freed
 
     def _delete_again(self) -> None:
-        """Try once more to delete what could not be deleted."""
+        """Try again to delete files that could not be deleted."""
         if self._stuck:
             mine = [place for place, _ in self.catalog.moving(State.LEAVING) if place.key in self._stuck]
             self._stuck.intersection_update(place.key for place in mine)
@@ -373,9 +373,9 @@ class DiskTier:
         self.discard_all([key])
 
     def discard_unread(self, keys: Iterable[str]) -> list[Place]:
-        """Forget blocks and delete their files, but for those that are being read; return those that went.
+        """Forget blocks and delete their files, except blocks being read; return the forgotten ones.
 
-        A file that is deleted while it is read takes its bytes until then, uncounted.
+        A file deleted during a read takes its bytes until the read ends, uncounted.
         """
         gone: list[Place] = []
         for key in keys:
@@ -387,7 +387,7 @@ class DiskTier:
         return gone
 
     def discard_all(self, keys: Sequence[str]) -> list[Place]:
-        """Forget blocks and delete their files, also those that are being read; return those that were there."""
+        """Forget blocks and delete their files, even if they are being read; return the forgotten ones."""
         try:
             return self.remove(keys)
         except (OSError, sqlite3.Error) as error:
@@ -396,15 +396,15 @@ class DiskTier:
             return []
 
     def remove(self, keys: Sequence[str]) -> list[Place]:
-        """Do the same for the owner of the store, who is told if it cannot be done.
+        """Do the same for the owner of the store, and raise if it fails.
 
         Raises:
             OSError: the folder fails.
-            sqlite3.Error: the catalog fails, or is locked. The blocks are not found any more by this process.
+            sqlite3.Error: the catalog fails, or is locked. This process no longer finds the blocks.
         """
         for key in keys:
             self._loads.forget(key)
-        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found for ever
+        self._lost.update(keys)  # even if the catalog cannot be written: a damaged block must not be found again
         gone = self.catalog.discard(keys, self._owner.name)
         self._lost.difference_update(keys)
         self._delete(gone)
@@ -425,19 +425,19 @@ class DiskTier:
 
     @property
     def _since(self) -> float:
-        """Unix time before which a block must not have been used last to be found."""
+        """Earliest last use (Unix time) of a block that is not expired."""
         ttl = self.settings.ttl_seconds
         return self._clock() - ttl if ttl is not None else float("-inf")
 
     def trim(self) -> None:
-        """Evict what is beyond the budget: it may have been larger when the blocks were written."""
+        """Evict blocks beyond the budget, which may have been larger when they were written."""
         nothing: list[Place] = []
         gone = self.ask(lambda: self.shrink(self.settings.budget_bytes), nothing)
         if gone:
             _log.info("%d blocks left %s: its budget is smaller than it was", len(gone), self.folder.path)
 
     def shrink(self, to_bytes: int) -> list[Place]:
-        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went.
+        """Evict until all blocks take at most ``to_bytes``, or no more can be evicted; return evicted blocks.
 
         Raises:
             sqlite3.Error: the catalog fails.
@@ -455,36 +455,36 @@ class DiskTier:
     # --- finding ----------------------------------------------------------------------------------------------------
 
     def withhold(self, keys: Iterable[str]) -> None:
-        """Let blocks that could not be read be found again only after a while, a longer one each time."""
+        """Hide unreadable blocks from lookups for a while, longer each time."""
         self._withheld.add(keys)
 
     def _is_found(self, key: str) -> bool:
-        """Whether a block that has a row can be found."""
+        """Whether a block, if it has a row, can be found."""
         return key not in self._lost and key not in self._withheld
 
     def __contains__(self, key: str) -> bool:
         return self._is_found(key) and self.ask(lambda: self.catalog.contains(key, self._since), False)
 
     def presence(self, keys: Sequence[str]) -> Future[Sequence[Presence]]:
-        """Say of each of ``keys`` whether the block can be opened; where the catalog fails, that cannot be told."""
+        """Say of each of ``keys`` whether the block can be opened; ``UNAVAILABLE`` when the catalog fails."""
         ready = self.ask(lambda: self.catalog.ready(keys, self._since), None)
         if ready is None:
             return answered([Presence.UNAVAILABLE] * len(keys))
         return answered([Presence.PRESENT if key in ready and self._is_found(key) else Presence.ABSENT for key in keys])
 
     def absent(self, keys: Sequence[str]) -> list[str]:
-        """Return those of ``keys`` that are neither here nor being written; none when the catalog fails."""
+        """Return the subset of ``keys`` neither stored nor being written; none when the catalog fails."""
         nothing: list[str] = []
         return self.ask(lambda: self.catalog.absent(keys), nothing)
 
     def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+        """Return blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
         nothing: list[BlockId] = []
         found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since), nothing)
         return [block for block in found if self._is_found(block.key)]
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         nothing: list[BlockId] = []
         return [
             block
@@ -493,29 +493,29 @@ class DiskTier:
         ]
 
     def entry(self, key: str) -> Entry | None:
-        """Return what is known of a block that lives here."""
+        """Return the entry of a stored block."""
         return self.ask(lambda: self.catalog.entry(key), None) if key not in self._lost else None
 
     def kept_entry(self, key: str) -> Entry | None:
-        """Return what is known of a block, also of one that no turn finds any more since it could not be removed."""
+        """Return the entry of a block, even if its removal failed and lookups no longer find it."""
         return self.ask(lambda: self.catalog.entry(key), None)
 
     def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block that lives here."""
+        """Return the identity of a stored block."""
         return self.ask(lambda: self.catalog.find(key), None)
 
     def entries(self) -> list[Entry]:
-        """Return what is known of every block."""
+        """Return the entries of all blocks."""
         nothing: list[Entry] = []
         return self.ask(self.catalog.entries, nothing)
 
     def linked_entries(self) -> list[Entry]:
-        """Return what is known of every block that a name is about."""
+        """Return the entries of the blocks of all named chains."""
         nothing: list[Entry] = []
         return self.ask(self.catalog.linked_entries, nothing)
 
     def open(self, block: BlockId) -> SharedReader | None:
-        """Open a block for reading, with a lease on it; None when it is not (or no longer) here.
+        """Open a block for reading, with a lease on it; None when it is not (or no longer) stored.
 
         Raises:
             UnavailableError: its file cannot be opened now.
@@ -552,10 +552,10 @@ class DiskTier:
         return file
 
     def flush(self) -> None:
-        """Do nothing: what was put is in its place, as durable as the folder makes it."""
+        """Do nothing: every stored block is in its place, as durable as the folder makes it."""
 
     def close(self) -> None:
-        """End the leases of blocks that are no longer read. May be called more than once."""
+        """Close the lease file, once no block is being read. May be called more than once."""
         self._between.close()
 
     # --- counting ---------------------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ class DiskTier:
         self.ask(lambda: self.catalog.touch(keys, hits), None)
 
     def stats(self, hits: int) -> TierStats:
-        """Return its numbers; ``hits`` blocks were restored from here."""
+        """Return the statistics of this tier; ``hits`` is the number of blocks restored from it."""
         blocks, pinned_blocks = self.ask(self.catalog.counts, (0, 0))
         return TierStats(
             self.name,

@@ -25,16 +25,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as it should be.
+    """One problem of a store.
 
     Attributes:
         kind: ``damaged`` (a block's bytes), ``unreadable`` (they cannot be read now, and stay), ``missing`` (a row
-            without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a writer that
-            died), ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it
-            damaged; it is made anew at the next open).
-        subject: the file, or what else it is about.
-        text: what is wrong.
-        repaired: whether it was put right.
+            without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a dead writer),
+            ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it damaged;
+            with ``repair`` it is rebuilt at the next open).
+        subject: the affected file, or another subject.
+        text: description of the problem.
+        repaired: whether it was repaired.
     """
 
     kind: str
@@ -45,13 +45,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What ``PrefixStore.verify`` found.
+    """Result of ``PrefixStore.verify``.
 
     Attributes:
         blocks: block files that were read.
         nbytes: their bytes.
         seconds: how long it took.
-        problems: what is wrong, or was.
+        problems: all problems, repaired ones included.
     """
 
     blocks: int
@@ -61,7 +61,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong (any more)."""
+        """Whether no unrepaired problem is left."""
         return all(problem.repaired for problem in self.problems)
 
 
@@ -74,9 +74,9 @@ def verify(
     repair: bool,
     progress: Progress | None,
 ) -> VerifyReport:
-    """Look at everything in ``folder``; with ``repair`` put right what can be.
+    """Check everything in ``folder``; with ``repair`` fix problems where possible.
 
-    Blocks that others evict meanwhile are no problem.
+    Blocks that other processes evict meanwhile are no problem.
     """
     started = time.perf_counter()
     problems: list[Problem] = []
@@ -111,14 +111,14 @@ def _mended(discrepancy: Discrepancy) -> bool:
         _log.warning("%s cannot be put right: %s", discrepancy.subject, error)
         return False
     except BlockError:
-        return True  # it was no block at all, and is gone
+        return True  # it was no block at all, and is deleted
     return True
 
 
 def _read_all(
     folder: StoreFolder, catalog: Catalog, audit: Audit, progress: Progress | None
 ) -> Iterator[tuple[int, Discrepancy | None]]:
-    """Read every block file; yield its size, and what is wrong with it."""
+    """Read every block file; yield its size and problem, if it has one."""
     files = [(path, _size(path)) for path in folder.block_files()]
     total, done = sum(size for _, size in files), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
@@ -131,7 +131,7 @@ def _read_all(
                     progress(done, total)
                 if error is None:
                     yield size, None
-                elif catalog.entry(path.stem) is not None:  # or it was evicted, or is being written
+                elif catalog.entry(path.stem) is not None:  # otherwise it was evicted, or is being written
                     yield size, _problem(audit, path, error)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -151,7 +151,7 @@ def _problem(audit: Audit, path: Path, error: BlockError) -> Discrepancy:
 
 
 def _damage(audit: Audit, path: Path) -> BlockError | None:
-    """Read a block file whole; return what is wrong with it."""
+    """Read a block file whole; return its error, if it has one."""
     try:
         audit.look_at(path, whole=True)
     except BlockError as error:

@@ -9,17 +9,17 @@ from collections.abc import Callable, Collection
 from kvtier.store.eviction.base import Standing
 
 Leaf = tuple[float, int, str]
-"""Priority, the number of the put, key. Of equal priorities, the block goes first that was put first."""
+"""Priority, number of the put, key. Of equal priorities, the earliest put is evicted first."""
 
 MOST_STALE = 64
-"""Stale entries that a queue keeps beside as many as it has leaves."""
+"""A queue keeps this many stale entries more than it has leaves, at most."""
 
 
 class Queue:
-    """Leaves of one kind, the lowest first. Every call takes O(log n) steps, amortised.
+    """Leaves of one queue, the lowest first. Every call takes O(log n) steps, amortised.
 
-    An entry that is taken out stays in the heap as a stale one until it comes first. The heap is made anew before stale
-    entries outnumber leaves by more than ``MOST_STALE``.
+    A removed entry stays in the heap as stale until it comes first. The heap is rebuilt before stale entries outnumber
+    leaves by more than ``MOST_STALE``.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class Queue:
         self._leaves: dict[str, Leaf] = {}
 
     def add(self, leaf: Leaf) -> None:
-        """Add a leaf, in the place of one with the same key."""
+        """Add a leaf; it replaces a leaf with the same key."""
         self._leaves[leaf[2]] = leaf
         heapq.heappush(self._heap, leaf)
         self._bound()
 
     def drop(self, key: str) -> None:
-        """Take a leaf out; unknown keys are ignored."""
+        """Remove a leaf; unknown keys are ignored."""
         if self._leaves.pop(key, None) is not None:
             self._bound()
 
@@ -56,13 +56,13 @@ class Queue:
 class Leaves:
     """All leaves of a tier, in the queues of an eviction policy.
 
-    A leaf that comes first and must stay is put aside, so that the next search does not meet it again. It returns to
-    its queue when its last lease ends, or when the pinned blocks are others. Not thread-safe, but for ``ended``.
+    A search sets aside a first leaf that must stay, so that the next search does not meet it again. The leaf returns to
+    its queue when its last lease ends, or when the pinned blocks change. Not thread-safe, except for ``ended``.
 
     Args:
         is_leased: whether a block is leased.
-        ended: keys of blocks whose last lease has ended. Any thread may add one, once the block is leased no more.
-        pinned: returns the keys of blocks that must stay; another object whenever they are others.
+        ended: keys of blocks whose last lease has ended. Any thread may add one, once the block is no longer leased.
+        pinned: returns the keys of blocks that must stay; a new object whenever the keys change.
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Leaves:
 
     def put(self, key: str, standing: Standing, number: int) -> None:
         """Add a leaf, or give it another standing."""
-        self._return_ended()  # here, where all leaves come by, so that ``ended`` stays bounded
+        self._return_ended()  # all leaves pass here, so ``ended`` stays bounded
         self.drop(key)
         self._queues[standing.queue].add((standing.priority, number, key))
 
     def drop(self, key: str) -> None:
-        """Take out a block that has gone, or is a leaf no more; unknown keys are ignored."""
+        """Remove a block that is gone, or no longer a leaf; unknown keys are ignored."""
         for queue in self._queues.values():
             queue.drop(key)
         for aside in (self._leased_aside, self._pinned_aside):
             aside.pop(key, None)
 
     def least_valued(self, lead: Callable[[int], float], keep: str) -> str | None:
-        """Return the key of the leaf that is to go first; None when there is none.
+        """Return the key of the leaf to evict first; None when there is none.
 
         Args:
-            lead: returns how much more the leaves of a queue are worth.
+            lead: returns the number to add to the priorities of a queue.
             keep: the key of a block that must stay.
         """
         self._return_ended()

@@ -1,6 +1,6 @@
-"""Ranking in RAM: the numbers that an eviction policy works with, and ghosts of evicted blocks.
+"""Ranking in RAM: the numbers of an eviction policy, and ghosts of evicted blocks.
 
-``tiers/disk/catalog/ranking.py`` is the same for files.
+``tiers/disk/catalog/ranking.py`` does the same for files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class RamValuation:
     """Ranks the blocks of one RAM tier. Every call takes constant time. Not thread-safe.
 
     Attributes:
-        state: what the policy remembers of all blocks together.
-        ghosts: the usage of blocks that were evicted lately, by key, the oldest first.
+        state: the state of the policy for all blocks together.
+        ghosts: the usage of recently evicted blocks, by key, the oldest first.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -26,7 +26,7 @@ class RamValuation:
         self.ghosts: OrderedDict[str, Usage] = OrderedDict()
 
     def lead(self, queue: int) -> float:
-        """Return how much more the blocks of ``queue`` are worth now."""
+        """Return the number to add to the priorities of ``queue`` now."""
         return self._policy.lead(queue_among(self._policy, queue), self.state)
 
     def entered(self, block: Block, nbytes: int) -> tuple[Usage, Standing]:
@@ -51,7 +51,7 @@ class RamValuation:
         return replace(usage, note=standing.note), standing
 
     def evicted(self, key: str, usage: Usage, most_ghosts: int) -> None:
-        """Learn from an eviction, and remember the block as one of ``most_ghosts`` ghosts."""
+        """Learn from an eviction, and keep the block as one of at most ``most_ghosts`` ghosts."""
         self.state = self._policy.evicted(usage, self.state)
         self.ghosts[key] = usage
         while len(self.ghosts) > most_ghosts:

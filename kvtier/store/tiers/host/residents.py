@@ -16,14 +16,14 @@ from kvtier.store.tiers.host.siblings import Siblings
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A block that is here, and what the policy knows of it.
+    """A block in RAM, with its data for the policy.
 
     Attributes:
         block: the block.
         usage: its uses.
         standing: where the policy ranks it.
         used_at: Unix time of its last use.
-        number: of the put that brought it; later ones are larger.
+        number: sequence number of its put; later puts have larger ones.
         hits: how often it was restored.
     """
 
@@ -38,13 +38,13 @@ class Resident:
 class Residents(Mapping[str, Resident]):
     """Blocks by key, in the order of their last use.
 
-    An interrupt may end a call at any point: a block is then here, or not, and the next call derives the rest anew.
-    All other calls take O(log n) steps in the number of blocks, amortised. Not thread-safe, but for looking a key up.
+    An interrupt may end a call at any point: a block is then stored, or not, and the next call derives the rest anew.
+    All other calls take O(log n) steps in the number of blocks, amortised. Not thread-safe, except for key lookups.
 
     Args:
         is_leased: whether a block is leased.
         ended: keys of blocks whose last lease has ended.
-        pinned: returns the keys of blocks that must stay; another object whenever they are others.
+        pinned: returns the keys of blocks that must stay; a new object whenever the keys change.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Residents(Mapping[str, Resident]):
 
     @property
     def nbytes(self) -> int:
-        """What all blocks take."""
+        """Bytes of all blocks."""
         self._derive()
         return self._nbytes
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
     def add(self, block: Block, nbytes: int, usage: Usage, standing: Standing, used_at: float) -> None:
-        """Add a block that is not here."""
+        """Add a block that is not stored."""
         self._derive()
         key, parent = block.id.key, block.id.parent
         self._is_derived = False
@@ -91,7 +91,7 @@ class Residents(Mapping[str, Resident]):
         self._is_derived = True
 
     def remove(self, key: str) -> None:
-        """Remove a block that is here."""
+        """Remove a stored block."""
         self._derive()
         self._is_derived = False
         block = self._blocks.pop(key).block
@@ -104,7 +104,7 @@ class Residents(Mapping[str, Resident]):
         self._is_derived = True
 
     def use(self, key: str, usage: Usage, standing: Standing, used_at: float) -> None:
-        """Note that a block that is here was used."""
+        """Note that a stored block was used."""
         self._derive()
         resident = self._blocks[key]
         self._is_derived = False
@@ -119,7 +119,7 @@ class Residents(Mapping[str, Resident]):
             self._leaves.put(key, resident.standing, resident.number)
 
     def _note_order(self, used_at: float) -> None:
-        """Note whether the blocks are still in order when one that was used at ``used_at`` becomes the last."""
+        """Note whether the blocks stay in order when a block used at ``used_at`` becomes the last."""
         if self._blocks and used_at < self._blocks[next(reversed(self._blocks))].used_at:
             self._in_order = False  # the clock was set back
 
@@ -142,30 +142,33 @@ class Residents(Mapping[str, Resident]):
         return self._siblings.count(key)
 
     def nearest(self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool]) -> BlockId | None:
-        """Return a block after ``parent`` that shares the longest run with ``tokens``, of those that ``is_found``."""
+        """Return a block after ``parent`` with the longest common prefix with ``tokens``; None when there is none.
+
+        Only blocks whose key passes ``is_found`` count.
+        """
         self._derive()
         return self._siblings.nearest(parent, tokens, is_found)
 
     def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         self._derive()
         return list(self._siblings.tails(parent, tokens))
 
     def least_valued(self, lead: Callable[[int], float], keep: str) -> str | None:
-        """Return the leaf that is to go first: not ``keep``, not leased, not pinned; None when there is none.
+        """Return the leaf to evict first: not ``keep``, not leased, not pinned; None when there is none.
 
-        Leaves of a queue are worth ``lead(queue)`` more.
+        ``lead(queue)`` is added to the priorities of a queue.
         """
         self._derive()
-        self._is_derived = False  # the search puts leaves aside
+        self._is_derived = False  # the search sets leaves aside
         found = self._leaves.least_valued(lead, keep)
         self._is_derived = True
         return found
 
     def used_before(self, since: float) -> Iterator[str]:
-        """Yield the keys of blocks that were last used before ``since`` (Unix time). Nothing may change meanwhile.
+        """Yield the keys of blocks that were last used before ``since`` (Unix time). Blocks may not change meanwhile.
 
-        Where the clock was set back, or an interrupt came, the blocks are sorted first.
+        If the clock was set back, or an interrupt came, the blocks are sorted first.
         """
         self._derive()
         if not self._in_order:

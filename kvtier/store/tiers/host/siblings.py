@@ -13,9 +13,9 @@ from kvtier.store.chain import BlockId, TokenIds, common_run
 class Siblings:
     """The blocks after each parent, sorted by the bytes of their ids.
 
-    In that order, the run that two sequences share can only shrink with the distance between them. Finding a place
-    reads the ids of O(log n) of n siblings. Adding and removing a block also moves the rest of a list of pointers,
-    8 bytes each, which one copy of memory does. Not thread-safe.
+    In that order, the common prefix of two sequences can only shrink with the distance between them. Finding a place
+    reads the ids of O(log n) of n siblings. Adding and removing a block also moves the rest of a list of pointers, 8
+    bytes each, in one memory copy. Not thread-safe.
     """
 
     def __init__(self, blocks: Iterable[BlockId] = ()) -> None:
@@ -34,7 +34,7 @@ class Siblings:
         """Remove a block that is here."""
         siblings = self._after[block.parent]
         index = bisect_left(siblings, _bytes_of(block), key=_bytes_of)
-        while siblings[index].key != block.key:  # a checkpoint has the ids of the block beside it
+        while siblings[index].key != block.key:  # a checkpoint and a block may have the same ids
             index += 1
         del siblings[index]
         if not siblings:
@@ -45,9 +45,9 @@ class Siblings:
         return len(self._after.get(parent, ()))
 
     def nearest(self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool]) -> BlockId | None:
-        """Return a block after ``parent`` that shares the longest run with ``tokens``; None when there is none.
+        """Return a block after ``parent`` with the longest common prefix with ``tokens``; None when there is none.
 
-        Only blocks with a key that ``is_found`` count. The others beside ``tokens`` are passed one by one.
+        Only blocks whose key passes ``is_found`` count. Others beside ``tokens`` are skipped one by one.
         """
         siblings = self._after.get(parent, [])
         index = bisect_right(siblings, _as_bytes(tokens), key=_bytes_of)
@@ -57,11 +57,11 @@ class Siblings:
         return max(found, key=lambda block: common_run(block.tokens, tokens), default=None)
 
     def tails(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
-        """Yield the blocks after ``parent`` that ``tokens`` begin with, and go beyond, the longest first."""
+        """Yield the blocks after ``parent`` whose ids are a proper prefix of ``tokens``, the longest first."""
         siblings = self._after.get(parent, [])
         shared = len(tokens) - 1
         while shared >= 0:
-            # A tail that is left has at most ``shared`` ids: its bytes are at most those of as many of ``tokens``.
+            # A remaining tail has at most ``shared`` ids, so its bytes do not sort after those of ``tokens[:shared]``.
             index = bisect_right(siblings, _as_bytes(tokens[:shared]), key=_bytes_of) - 1
             if index < 0:
                 return
@@ -69,7 +69,7 @@ class Siblings:
             shared = common_run(siblings[index].tokens, tokens)
             if shared == length:
                 first = bisect_left(siblings, _as_bytes(tokens[:length]), key=_bytes_of)
-                yield from siblings[first : index + 1]  # a block, and a checkpoint beside it
+                yield from siblings[first : index + 1]  # a block, and a checkpoint of the same ids
                 shared -= 1
 
 

@@ -23,7 +23,7 @@ from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
 
 LONGEST_WAIT_SECONDS = 2.0
-"""How long a put waits in all for other blocks to be written: on a drive that hangs, they never are."""
+"""How long a put waits in total for writes of other blocks, which never end on a drive that hangs."""
 
 
 class HostReader:
@@ -39,7 +39,7 @@ class HostReader:
         self._lease = lease
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``; no bytes move."""
+        """Return the page of ``layer``, without a copy."""
         return self._block.pages[layer]
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
@@ -47,11 +47,11 @@ class HostReader:
         view.take(self._block.pages[layer], first, last)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint; no bytes move."""
+        """Return the states of a checkpoint, without a copy."""
         return self._block.states
 
     def detach(self) -> None:
-        """Nothing is held for it."""
+        """Do nothing: no memory is held for this reader."""
 
     def close(self) -> None:
         """End the lease."""
@@ -62,19 +62,19 @@ class HostTier:
     """Blocks in RAM. ``nbytes`` never exceeds ``budget_bytes``.
 
     A block that is being read, or written to disk, is not evicted. Thread-safe. An interrupt may end a call at any
-    point: a block is then here, or not, and the next call counts and sorts all of them anew.
+    point: a block is then stored, or not, and the next call counts and sorts all blocks anew.
 
-    All other calls take O(log n) steps for each block that they name, evict or expire, amortised, but for ``entries``.
-    Passed over one by one are siblings that have expired or are withheld, and pinned blocks by ``unused_since``.
+    All other calls except ``entries`` take O(log n) steps for each block that they name, evict or expire, amortised.
+    Expired and withheld siblings are skipped one by one; so are pinned blocks in ``unused_since``.
 
     Args:
-        budget_bytes: what all tensors take at most.
-        policy: which leaf goes first.
+        budget_bytes: upper limit for the bytes of all tensors.
+        policy: decides which leaf is evicted first.
         clock: Unix time.
-        pinned: returns the keys of blocks that must stay; another object whenever they are others.
+        pinned: returns the keys of blocks that must stay; a new object whenever the keys change.
         ttl_seconds: how long a block is kept after its last use; None for ever.
-        before_waiting: called before a put waits for room: has what waits to be written written.
-        longest_wait_seconds: how long a put waits in all for other blocks to be written.
+        before_waiting: called before a put waits for room; runs waiting writes soon.
+        longest_wait_seconds: how long a put waits in total for writes of other blocks.
     """
 
     name = "host"
@@ -102,7 +102,7 @@ class HostTier:
         self._withheld = Withheld(clock)
         self._blocks = Residents(self.leases.__contains__, ended, pinned)
         self._writing: dict[str, BlockLease] = {}
-        # Entered rather than the condition: only a lock itself is taken and released without a step between.
+        # Code enters the lock, not the condition: only a lock is taken and released in one step, without interrupts.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         take_part(self, Rank.HOST)
@@ -112,7 +112,7 @@ class HostTier:
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on. A child forgets the blocks that its parent is writing: it cannot know when, or whether, they are."""
+        """Release the lock. A child forgets blocks that its parent is writing: it cannot know whether that succeeds."""
         if in_child:
             for key in list(self._writing):
                 self.discard(key)
@@ -121,15 +121,15 @@ class HostTier:
     # --- storing ----------------------------------------------------------------------------------------------------
 
     def put(self, block: Block, *, writing: bool = False) -> PutResult:
-        """Keep ``block``; evict others for it.
+        """Store ``block``; evict others to make room.
 
         Args:
-            block: what to keep.
-            writing: take a lease on it until ``written`` is called, also where it is here already. Waits for room while
-                others are being written, for ``longest_wait_seconds`` at most.
+            block: the block to store.
+            writing: take a lease on it until ``written`` is called, even if it is stored already. Waits for room while
+                other blocks are being written, for ``longest_wait_seconds`` at most.
 
         Returns:
-            ``NO_ROOM`` where there is none, however much were evicted, or none in time. There is no lease then.
+            ``NO_ROOM`` if eviction cannot make room, or not in time. There is no lease then. Otherwise ``KEPT``.
         """
         with self._lock:
             try:
@@ -154,7 +154,7 @@ class HostTier:
         return True
 
     def _make_room(self, block: Block, size: int, may_wait: bool) -> bool:
-        """Evict until ``block`` fits, never its parent; return whether it does."""
+        """Evict blocks, but never its parent, until ``block`` fits; return whether it does."""
         if size > self.budget_bytes:
             return False
         wait_until: float | None = None
@@ -193,7 +193,7 @@ class HostTier:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def discard(self, key: str) -> None:
-        """Forget a block; unknown keys are ignored. Who reads it may finish."""
+        """Forget a block; unknown keys are ignored. Readers may finish."""
         with self._lock:
             if key not in self._blocks:
                 return
@@ -213,11 +213,11 @@ class HostTier:
         self.discard_all(keys)
 
     def withhold(self, keys: Iterable[str]) -> None:
-        """Find blocks again only after a while: what a turn has for them does not fit."""
+        """Hide blocks from lookups for a while: they do not fit the layers of a turn."""
         self._withheld.add(keys)
 
     def shrink(self, to_bytes: int) -> list[Entry]:
-        """Evict until all blocks take no more than ``to_bytes``, or nothing more can go; return what went."""
+        """Evict until all blocks take at most ``to_bytes``, or no more can be evicted; return their entries."""
         gone = []
         with self._lock:
             while self._blocks.nbytes > to_bytes and (victim := self._least_valued("")) is not None:
@@ -245,7 +245,7 @@ class HostTier:
         return resident is not None and self._is_fresh(key, resident)
 
     def presence(self, keys: Sequence[str]) -> Future[Sequence[Presence]]:
-        """Say of each of ``keys`` whether the block is here."""
+        """Say of each of ``keys`` whether the block can be opened."""
         return answered([Presence.PRESENT if key in self else Presence.ABSENT for key in keys])
 
     def _is_fresh(self, key: str, resident: Resident) -> bool:
@@ -260,33 +260,33 @@ class HostTier:
 
     @property
     def is_writing(self) -> bool:
-        """Whether blocks are leased until they are written."""
+        """Whether any block is leased until it is written."""
         return bool(self._writing)
 
     @property
     def nbytes(self) -> int:
-        """What the tensors of all blocks take."""
+        """Bytes of the tensors of all blocks."""
         with self._lock:
             return self._blocks.nbytes
 
     def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return the block after ``parent`` that shares the longest run with ``tokens``."""
+        """Return the block after ``parent`` with the longest common prefix with ``tokens``."""
         with self._lock:
             found = self._blocks.nearest(parent, tokens, self.__contains__)
         return [found] if found is not None else []
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         with self._lock:
             return [block for block in self._blocks.tails(parent, tokens) if block.key in self]
 
     def entry(self, key: str) -> Entry | None:
-        """Return what is known of a block that lives here."""
+        """Return the entry of a block that can be opened."""
         with self._lock:
             return self._entry(key) if key in self else None
 
     def entries(self) -> list[Entry]:
-        """Return what is known of every block."""
+        """Return the entries of all blocks that can be opened."""
         with self._lock:
             return [self._entry(key) for key, resident in self._blocks.items() if self._is_fresh(key, resident)]
 
@@ -308,15 +308,15 @@ class HostTier:
         )
 
     def linked_entries(self) -> list[Entry]:
-        """Return what is known of every block, those that names are about among them."""
+        """Return the entries of all blocks that can be opened, those of named chains among them."""
         return self.entries()
 
     def kept_entry(self, key: str) -> Entry | None:
-        """Return what is known of a block that lives here."""
+        """Return the entry of a block that can be opened."""
         return self.entry(key)
 
     def stats(self, hits: int) -> TierStats:
-        """Return its numbers; ``hits`` blocks were restored from here."""
+        """Return the statistics of this tier; ``hits`` is the number of blocks restored from it."""
         pinned = self._pinned()
         return TierStats(
             self.name,
@@ -331,17 +331,17 @@ class HostTier:
         )
 
     def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block that lives here."""
+        """Return the identity of a block that can be opened."""
         resident = self._blocks.get(key)
         return resident.block.id if resident is not None and key in self else None
 
     def block(self, key: str) -> Block | None:
-        """Return a block that lives here."""
+        """Return a stored block, even if it is expired or withheld."""
         resident = self._blocks.get(key)
         return resident.block if resident is not None else None
 
     def open(self, block: BlockId) -> HostReader | None:
-        """Open a block for reading, with a lease on it; None when it is not here."""
+        """Open a block for reading, with a lease on it; None when it cannot be opened."""
         with self._lock:
             resident = self._blocks.get(block.key)
             if resident is None or block.key not in self:
@@ -370,4 +370,4 @@ class HostTier:
         """Do nothing: no block outlives the process."""
 
     def close(self) -> None:
-        """Do nothing: there is nothing but memory."""
+        """Do nothing: the tier holds only memory."""

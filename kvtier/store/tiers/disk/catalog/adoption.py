@@ -1,4 +1,4 @@
-"""Adoption: rows for whole files that the catalog does not know; for all files when it is rebuilt."""
+"""Adoption: adds rows for whole files that the catalog lacks, and for all files when it is rebuilt."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kvtier.store.tiers.disk.catalog.schema import SCHEMA_VERSION, UNPLACED
 Found = tuple[BlockId, int, float]
 """Identity, bytes, and Unix time of the last use of a whole file."""
 _ROWS_AT_ONCE = 1000  # in one transaction: its log is about 10 MB, and others wait no longer for it than for a write
-_CACHE_KIB = 64 * 1024  # rows come in no order: without, each is read from the file again
+_CACHE_KIB = 64 * 1024  # rows come in no order: without a cache, each is read from the file again
 
 
 class Rebuilt(Enum):
-    """What came of making a catalog anew."""
+    """Outcome of rebuilding a catalog."""
 
     NOT = auto()
-    """It knew all files, or another process had taken in the last of them."""
+    """It knew all files, or another process had adopted the last of them."""
     ANEW = auto()
     """It was empty."""
     RESUMED = auto()
-    """Another process had begun with it: of what that one took in, something may be gone."""
+    """Another process had begun to rebuild it: some of the files that it adopted may be gone."""
 
 
 class Adoption:
-    """What takes files in. Idempotent: a block that is known stays as it is."""
+    """Adopts files. Idempotent: a block that is known stays as it is."""
 
     def __init__(self, database: Database, valuation: Valuation) -> None:
         self._database = database
         self._valuation = valuation
 
     def adopt(self, found: Iterable[Found]) -> int:
-        """Take in whole files that have no row; return how many were new."""
+        """Add rows for whole files that have none; return how many were new."""
         new = 0
         for some in batches(found, _ROWS_AT_ONCE):
             with self._database.transaction(long=True) as connection:
@@ -68,10 +68,10 @@ class Adoption:
         return new
 
     def rebuild(self, found: Callable[[], Iterable[Found]]) -> Rebuilt:
-        """Fill tables that were just made with the blocks ``found``.
+        """Fill new tables with the blocks ``found``.
 
-        It is done in short transactions, so that the log stays small and other processes can help: each takes in what
-        it finds, and the first that has seen all files ends it for all. Until then nothing is evicted.
+        Its transactions are short, so that the log stays small and other processes can help: each adopts the files that
+        it finds, and the first that has seen all files ends the rebuild for all. Until then no block is evicted.
         """
         with self._database.reading() as connection:
             if is_filled(connection):
@@ -80,14 +80,14 @@ class Adoption:
         for some in batches(found(), _ROWS_AT_ONCE):
             with self._database.transaction(long=True) as connection:
                 if is_filled(connection):
-                    return Rebuilt.NOT  # what was found may have been evicted meanwhile
+                    return Rebuilt.NOT  # found files may have been evicted meanwhile
                 connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 self._adopt(connection, some, UNPLACED)
         while self._place_some():
             pass
         with self._database.transaction() as connection:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("PRAGMA cache_size = -2000")  # SQLite's own
+            connection.execute("PRAGMA cache_size = -2000")  # SQLite's default
         self._database.truncate_log()
         return Rebuilt.RESUMED if is_begun else Rebuilt.ANEW
 

@@ -1,7 +1,7 @@
 """Catalog: rows of the blocks of the disk tier, and every change of their state.
 
-A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Only
-ready rows are ever found. States and moves are those of ``lifecycle``; a move that a row cannot make changes nothing.
+A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Lookups
+find only ready rows. States and moves are those of ``block_states``; a move that a row cannot make changes nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kvtier.store.tiers.disk.catalog.ranking import Place, Valuation
 from kvtier.store.tiers.disk.catalog.rows import batches, bytes_up_to, depth_after, insert, is_filled, move
 from kvtier.store.tiers.disk.catalog.schema import RECOUNT
 
-_KEYS_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more; and a transaction should be short
-_PASSED_MOST = 64  # siblings that cannot be used now, between a sequence and its neighbour
+_KEYS_AT_ONCE = 500  # SQLite takes at least 999 values in a statement, and a transaction should be short
+_PASSED_MOST = 64  # limit of unusable siblings between a sequence and its neighbour
 _FOREVER = float("-inf")
 _IDENTITY = "key, parent, root, ids"
 _BEFORE = "ids <= ? ORDER BY ids DESC"
@@ -32,24 +32,24 @@ _FOUND = f"state = {State.READY:d} AND (used_at >= :since OR pins > 0)"
 
 
 class Prepared(Enum):
-    """What came of preparing a store."""
+    """Outcome of preparing a store."""
 
     RESERVED = auto()
     """The caller writes the file, then completes or aborts the store."""
     PRESENT = auto()
-    """It is there."""
+    """The block is stored already."""
     ELSEWHERE = auto()
     """Another owner is writing it."""
     LEAVING = auto()
-    """What was there is being deleted."""
+    """Its old file is being deleted."""
     ORPHAN = auto()
-    """Its parent is not there: it could never be found."""
+    """Its parent is not stored: lookups could never find it."""
     NO_ROOM = auto()
     """The budget has no room for it now."""
 
 
 class _NotEnoughError(Exception):
-    """Less can be evicted than is needed: what was begun is rolled back."""
+    """Less can be evicted than is needed: the transaction is rolled back."""
 
 
 class Catalog:
@@ -72,11 +72,11 @@ class Catalog:
         return found is not None
 
     def ready(self, keys: Sequence[str], since: float = _FOREVER) -> set[str]:
-        """Return those of ``keys`` that ``contains`` is true of."""
+        """Return the subset of ``keys`` for which ``contains`` is true."""
         return self._having(keys, f"state = {State.READY:d} AND (used_at >= ? OR pins > 0)", since)
 
     def absent(self, keys: Sequence[str]) -> list[str]:
-        """Return those of ``keys`` that are neither ready nor being written."""
+        """Return the subset of ``keys`` neither ready nor being written."""
         present = self._having(keys, f"state IN ({State.READY:d}, {State.WRITING:d})")
         return [key for key in keys if key not in present]
 
@@ -92,7 +92,7 @@ class Catalog:
         return found
 
     def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
-        """Return the identity of such a block."""
+        """Return the identity of a block for which ``contains`` is true; None otherwise."""
         with self._database.reading() as connection:
             row = connection.execute(
                 f"SELECT {_IDENTITY} FROM blocks WHERE key = :key AND {_FOUND}",
@@ -101,10 +101,10 @@ class Catalog:
             return _block_id(row) if row else None
 
     def nearest(self, parent: str, tokens: TokenIds, since: float = _FOREVER) -> list[BlockId]:
-        """Return, of the blocks after ``parent``, the two beside ``tokens`` in the order of their ids.
+        """Return the two blocks after ``parent`` that are beside ``tokens`` in the order of ids.
 
-        One of them shares the longest run with ``tokens`` that any does: in that order, what two sequences share can
-        only shrink with the distance between them. Blocks that cannot be used now are passed, but no more than some.
+        One of them has the longest common prefix with ``tokens`` of all: in that order, the common prefix of two
+        sequences can only shrink with the distance between them. Unusable blocks are skipped, up to a limit.
         """
         ids = encode_ids(tokens)
         with self._database.reading() as connection:
@@ -112,9 +112,9 @@ class Catalog:
         return [block for block in found if block is not None]
 
     def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         found: list[BlockId] = []
-        longest = len(tokens) - 1  # all that is left to find is no longer than this
+        longest = len(tokens) - 1  # no remaining block is longer
         with self._database.reading() as connection:
             while longest > 0:
                 ids = encode_ids(tokens[:longest])
@@ -128,13 +128,13 @@ class Catalog:
                         "LIMIT ?",
                         (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
                     )
-                    found += map(_block_id, rows)  # a checkpoint beside a block
+                    found += map(_block_id, rows)  # a block, and a checkpoint of the same ids
                     shared -= 1
                 longest = min(shared, longest - 1)
         return found
 
     def entry(self, key: str) -> Entry | None:
-        """Return what is known of a ready block."""
+        """Return the entry of a ready block."""
         with self._database.reading() as connection:
             row = connection.execute(
                 f"SELECT {_ENTRY} FROM blocks WHERE key = ? AND state = {State.READY:d}", (bytes.fromhex(key),)
@@ -142,13 +142,13 @@ class Catalog:
         return _entry(row) if row else None
 
     def entries(self) -> list[Entry]:
-        """Return what is known of every ready block."""
+        """Return the entries of all ready blocks."""
         with self._database.reading(long=True) as connection:
             rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
         return [_entry(row) for row in rows]
 
     def linked_entries(self) -> list[Entry]:
-        """Return what is known of every ready block that a name is about."""
+        """Return the entries of the ready blocks of all named chains."""
         with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d} AND key IN (SELECT key FROM links)"
@@ -158,7 +158,7 @@ class Catalog:
     # --- storing ----------------------------------------------------------------------------------------------------
 
     def prepare_store(self, block: BlockId, nbytes: int, budget_bytes: int, owner: str) -> Prepared:
-        """Reserve ``nbytes`` for ``block`` when all blocks then fit ``budget_bytes``; ``owner`` writes its file."""
+        """Reserve ``nbytes`` for ``block`` if all blocks then fit ``budget_bytes``; ``owner`` writes its file."""
         with self._database.transaction() as connection:
             row = connection.execute("SELECT state FROM blocks WHERE key = ?", (bytes.fromhex(block.key),)).fetchone()
             if row is not None:
@@ -181,7 +181,7 @@ class Catalog:
             return move(connection, key, Move.COMPLETE_STORE, owner)
 
     def abort_store(self, key: str, owner: str) -> bool:
-        """Take a prepared block back. Returns whether ``owner`` had prepared it."""
+        """Remove the row of a prepared block. Returns whether ``owner`` had prepared it."""
         with self._database.transaction() as connection:
             return move(connection, key, Move.ABORT_STORE, owner)
 
@@ -194,11 +194,12 @@ class Catalog:
             return str(row[0]) if row else None
 
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        """Take in whole files that have no row: identity, bytes, Unix time of last use. Returns how many were new."""
+        """Add rows for whole files that have none: identity, bytes, Unix time of last use. Returns how many were
+        new."""
         return self._adoption.adopt(found)
 
     def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
-        """Fill tables that were just made with the blocks ``found``, as ``Adoption.rebuild`` does."""
+        """Fill new tables with the blocks ``found``, as ``Adoption.rebuild`` does."""
         return self._adoption.rebuild(found)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
@@ -213,22 +214,22 @@ class Catalog:
         at_most: int,
         all_or_nothing: bool = True,
     ) -> list[Place]:
-        """Let ``nbytes`` leave, leaves first, those that the policy values least.
+        """Mark blocks of ``nbytes`` as leaving: leaves of the lowest value first.
 
         Args:
-            nbytes: how much should go.
-            owner: who deletes the files.
-            keep: a block that must stay (the parent of what needs the room).
+            nbytes: how many bytes to evict.
+            owner: the owner that deletes the files.
+            keep: a block that must stay (the parent of the block that needs the room).
             leased: whether a block is being read.
-            at_most: how many blocks may go at once; a caller that needs more asks again.
-            all_or_nothing: change nothing when less can go.
+            at_most: upper limit of blocks for one call; a caller that needs more calls again.
+            all_or_nothing: change nothing when fewer bytes can be evicted.
 
         Returns:
-            What leaves.
+            The evicted blocks.
         """
         try:
             with self._database.transaction() as connection:
-                if not is_filled(connection):  # what follows a block may not be known yet
+                if not is_filled(connection):  # the children of a block may not be known yet
                     return []
                 return self._evict(connection, nbytes, owner, keep, leased, at_most, all_or_nothing)
         except _NotEnoughError:
@@ -264,7 +265,7 @@ class Catalog:
             gone.append(place)
             freed += place.nbytes
         if all_or_nothing and freed < nbytes:
-            # What follows a block keeps it: those before a block that stays, stay too.
+            # A block stays while it has children: all ancestors of a block that stays, stay too.
             left = self._evictable_bytes(connection) - bytes_up_to(connection, [*staying, *([keep] if keep else [])])
             if left < nbytes - freed:
                 raise _NotEnoughError
@@ -273,12 +274,12 @@ class Catalog:
 
     @staticmethod
     def _evictable_bytes(connection: Statements) -> int:
-        """Return what all blocks take that are ready and not pinned. Names pin whole chains."""
+        """Return the bytes of all blocks that are ready and not pinned. Names pin whole chains."""
         (nbytes,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
         return int(nbytes)
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
-        """Let ready blocks leave whose files ``owner`` deletes; return those that did."""
+        """Mark ready blocks as leaving, for ``owner`` to delete their files; return the marked blocks."""
         gone = []
         for some in batches(keys, _KEYS_AT_ONCE):
             with self._database.transaction() as connection:
@@ -292,7 +293,7 @@ class Catalog:
         return gone
 
     def complete_delete(self, keys: Iterable[str]) -> None:
-        """Forget blocks whose files are gone."""
+        """Delete the rows of blocks whose files are gone."""
         for some in batches(keys, _KEYS_AT_ONCE):
             with self._database.transaction() as connection:
                 for key in some:
@@ -336,12 +337,12 @@ class Catalog:
             return {row[0].hex(): row[1] for row in connection.execute("SELECT key, bytes FROM blocks")}
 
     def set_bytes(self, key: str, nbytes: int) -> None:
-        """Correct what a block is counted for."""
+        """Correct the bytes of a block."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE blocks SET bytes = ? WHERE key = ?", (nbytes, bytes.fromhex(key)))
 
     def recount(self) -> tuple[int, int]:
-        """Count all bytes anew; return what the total was and is."""
+        """Count all bytes anew; return the old and the new total."""
         with self._database.transaction(long=True) as connection:
             (before,) = connection.execute("SELECT bytes FROM total").fetchone()
             connection.execute(RECOUNT)
@@ -356,13 +357,13 @@ class Catalog:
         return int(total)
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of ready blocks, and of those that are pinned."""
+        """Return the number of ready blocks, and of pinned ready blocks."""
         with self._database.reading() as connection:
             ready, pinned = connection.execute("SELECT ready, pinned FROM total").fetchone()
         return int(ready), int(pinned)
 
     def begin_boot(self, boot: str) -> bool:
-        """Note which boot of the machine this is; return whether it is the one of before."""
+        """Store the id of this boot of the machine; return whether it is known and the same as before."""
         with self._database.reading() as connection:
             (before,) = connection.execute("SELECT boot FROM total").fetchone()
         if before != boot:
@@ -380,7 +381,7 @@ _ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at
 
 
 def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since: float) -> BlockId | None:
-    """Return the first block after ``parent`` on one side of ``ids`` that can be used."""
+    """Return the first usable block after ``parent`` on one side of ``ids``."""
     rows = connection.execute(
         f"SELECT {_IDENTITY}, state, used_at >= ? OR pins > 0 FROM blocks INDEXED BY siblings "
         f"WHERE parent = ? AND {side} LIMIT ?",

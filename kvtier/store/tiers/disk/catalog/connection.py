@@ -18,10 +18,10 @@ LOCKED_SECONDS = 2.0
 """How long one statement waits for a lock that another process holds."""
 
 TURN_SECONDS = 2.0
-"""How long one statement of a turn may run: it looks at a few rows, however many there are."""
+"""How long one statement of a turn may run. It reads few rows, whatever the size of the tables."""
 LONG_SECONDS = 120.0
-"""How long one statement may run that looks at all rows."""
-_STEPS = 1000  # of SQLite's machine, between looks at the clock; a statement of fewer is never cut off
+"""How long one statement that reads all rows may run."""
+_STEPS = 1000  # of SQLite's machine, between checks of the clock; a shorter statement is never cut off
 _ROWS_AT_ONCE = 500
 _MOST_BYTES = 64 * 2**20  # of one value or row: ids of seven million tokens
 
@@ -35,7 +35,7 @@ def connect(uri: str, timeout_seconds: float) -> sqlite3.Connection:
 
 
 class Statements:
-    """A connection whose statements are cut off when they run for too long: a hostile file can make any endless.
+    """A connection that cuts off statements that run too long: a hostile file can make any statement endless.
 
     Each may run for ``TURN_SECONDS``, until its last row is fetched.
     """
@@ -50,7 +50,7 @@ class Statements:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Let each statement run for ``seconds`` meanwhile."""
+        """Let each statement within the context run for ``seconds``."""
         before, self._limit_seconds = self._limit_seconds, seconds
         try:
             yield
@@ -84,7 +84,7 @@ class Statements:
 
 @contextmanager
 def _too_long_is_damage() -> Iterator[None]:
-    """Take a statement that was cut off for one on a damaged file.
+    """Report a statement that was cut off as damage of the file.
 
     Raises:
         sqlite3.DatabaseError: a statement was cut off.
@@ -98,17 +98,17 @@ def _too_long_is_damage() -> Iterator[None]:
 
 
 class Access:
-    """A connection and its lock: one thread at a time has it. The connection is made when a thread first needs it.
+    """A connection and its lock: one thread at a time uses it. It is opened when a thread first needs it.
 
-    After one wait for another process that was in vain, statements do not wait until one use succeeds: many queued
-    uses would add their waits up.
+    After one wait for another process has timed out, statements do not wait until one use succeeds: otherwise the waits
+    of many queued uses would add up.
 
     Args:
         path: the file; None for a database in RAM.
         open_connection: connects in a SQLite mode (``rw``, ``rwc``) and sets the connection up.
 
     Attributes:
-        lock: is held by the thread that uses the connection.
+        lock: held by the thread that uses the connection.
     """
 
     def __init__(self, path: Path | None, open_connection: Callable[[str], Statements]) -> None:
@@ -124,7 +124,7 @@ class Access:
 
     @property
     def patience_seconds(self) -> float:
-        """How long the last connection that was made waits for other processes, as long as it is patient."""
+        """How long the last opened connection waits for other processes, while waits are on."""
         return self._patience_milliseconds / 1000
 
     def is_used_by_this_thread(self) -> bool:
@@ -133,12 +133,12 @@ class Access:
 
     @contextmanager
     def held(self, limit_seconds: float) -> Iterator[Statements]:
-        """Hold the connection; it is made anew after a fork, and when the file is another one than it was.
+        """Hold the connection; it is reopened after a fork, and when the file was deleted or replaced.
 
         Each statement may run for ``limit_seconds``.
 
         Raises:
-            sqlite3.Error: it cannot be made, or the access was closed.
+            sqlite3.Error: it cannot be opened, or the access was closed.
         """
         with self.lock, _too_long_is_damage():
             before, self._user = self._user, threading.get_ident()
@@ -157,21 +157,21 @@ class Access:
 
     def _connection(self) -> Statements:
         if self._open is not None and self._file() != self._opened and not self._open.in_transaction:
-            self.disconnect()  # deleted under us, or made anew by another process
-        return self._open or self.connect("rw")  # a file that is gone by now is not made anew, and empty
+            self.disconnect()  # deleted, or rebuilt by another process
+        return self._open or self.connect("rw")  # does not replace a deleted file by an empty one
 
     def connect(self, mode: str) -> Statements:
         """Connect in a SQLite mode.
 
         Raises:
-            sqlite3.Error: that is impossible, or the access was closed.
+            sqlite3.Error: it cannot connect, or the access was closed.
         """
         if self._closed:
             raise sqlite3.ProgrammingError("the catalog was closed")
         self._opened = self._file()
         with _too_long_is_damage():
             self._open = self._open_connection(mode)
-        if self._opened is None:  # it was made this moment
+        if self._opened is None:  # it was created just now
             self._opened = self._file()
         (self._patience_milliseconds,) = self._open.execute("PRAGMA busy_timeout").fetchone()
         if self._is_impatient:
@@ -179,7 +179,7 @@ class Access:
         return self._open
 
     def _file(self) -> tuple[int, int] | None:
-        """Return what tells the file from another one in its place; None when there is none."""
+        """Return device and inode of the file; None when there is no file."""
         if self._path is None:
             return None
         try:
@@ -199,7 +199,7 @@ class Access:
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
-        """Wait for no other process meanwhile. For the thread that holds the connection."""
+        """Wait for no other process within the context. For the thread that holds the connection."""
         self._set_timeout(0)
         try:
             yield
@@ -207,7 +207,7 @@ class Access:
             self._set_timeout(0 if self._is_impatient else self._patience_milliseconds)
 
     def disconnect(self) -> None:
-        """Close the connection. The next use makes another one."""
+        """Close the connection. The next use opens another one."""
         connection, self._open = self._open, None
         if connection is not None:
             connection.close()

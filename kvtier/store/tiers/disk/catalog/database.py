@@ -1,7 +1,7 @@
-"""Database: the SQLite file of a store, with one connection that writes and one that reads.
+"""Database: the SQLite file of a store, with one connection for writes and one for reads.
 
-In WAL mode a reader never waits for a writer. So the thread that generates, which reads, waits for no thread that
-writes, even while that one waits for another process.
+In WAL mode a reader never waits for a writer. So the generating thread, which only reads, never waits for a writing
+thread, even while that thread waits for another process.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from kvtier.store.tiers.disk.catalog.connection import (
 )
 from kvtier.store.tiers.disk.catalog.schema import SCHEMA, SCHEMA_VERSION, is_made, sound_row, statements
 
-_PAGE_BYTES = 8192  # the row of a block of 256 tokens lies in one page, with room
+_PAGE_BYTES = 8192  # the row of a block of 256 tokens fits in one page, with room
 _RETRY_SECONDS = 0.01
 
 
 class Database:
     """The tables of a store. Thread-safe; several processes may share the file (WAL).
 
-    Changes wait at most ``LOCKED_SECONDS`` for other processes, and not at all after one wait that was in vain, until
-    a change succeeds. Queries wait neither for changes of this process nor for those of others. A statement that runs
-    for longer than ``TURN_SECONDS``, or ``LONG_SECONDS`` where it looks at all rows, is cut off: the file is damaged.
+    Changes wait at most ``LOCKED_SECONDS`` for other processes. After one wait has timed out they do not wait at all,
+    until a change succeeds. Queries wait for no changes, of this process or of others. A statement that runs longer
+    than ``TURN_SECONDS``, or ``LONG_SECONDS`` if it reads all rows, is cut off, and the file counts as damaged.
 
     Args:
         path: the file; None for tables in RAM.
-        exclusive: keep the file locked: for drives where processes cannot share it. A second one is refused.
-        make_connection: for tests: what connects.
+        exclusive: keep the file locked, for drives where processes cannot share it. A second process is refused.
+        make_connection: opens connections; for tests.
 
     Raises:
         sqlite3.Error: as all methods do; the disk tier translates.
@@ -50,7 +50,7 @@ class Database:
         self._path = path.absolute() if path is not None else None
         self._exclusive = exclusive
         self._make_connection = make_connection
-        self._is_file_kept = self._is_log_kept = False  # with copies of deleted rows in it
+        self._is_file_kept = self._is_log_kept = False  # whether copies of deleted rows may be in it
         self._writer = self._reader = Access(self._path, self._connect)
         if path is not None and not exclusive:
             self._reader = Access(self._path, partial(self._connect, only_reads=True))
@@ -72,11 +72,11 @@ class Database:
         made.row_factory = sound_row
         connection = Statements(made)
         try:
-            connection.execute("PRAGMA trusted_schema=OFF")  # until it is compared, the schema may be a stranger's
+            connection.execute("PRAGMA trusted_schema=OFF")  # the schema is not trusted before it is compared
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("PRAGMA secure_delete=ON")  # what is forgotten is overwritten, too
+            connection.execute("PRAGMA secure_delete=ON")  # deleted rows are overwritten
             if only_reads:
                 connection.execute("PRAGMA query_only=ON")
             if self._exclusive:
@@ -90,10 +90,10 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections, once no thread uses them."""
-        self._writer.lock.acquire()  # first, as in ``truncate_log``: who has the reader's lock waits for no other
+        self._writer.lock.acquire()  # first, as in ``truncate_log``: a holder of the reader's lock waits for no other lock
         self._reader.lock.acquire()
         try:
-            if self._path is not None:  # tables in RAM are copied like everything in RAM
+            if self._path is not None:  # a fork copies tables in RAM
                 self._reader.disconnect()
                 self._writer.disconnect()
         except BaseException:
@@ -112,7 +112,7 @@ class Database:
             try:
                 with self._writer.held(TURN_SECONDS) as connection:
                     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-                    if mode != "wal":  # to set it anew would wait for who writes
+                    if mode != "wal":  # setting it again would wait for writers
                         connection.execute("PRAGMA journal_mode=WAL")
             except sqlite3.OperationalError as error:
                 if not is_locked(error) or time.monotonic() > give_up_at:
@@ -122,13 +122,13 @@ class Database:
                 return
 
     def _make_tables(self) -> None:
-        """Make the tables unless they are there."""
+        """Create the tables unless they exist."""
         with self._writer.held(TURN_SECONDS) as connection:
             if is_made(connection):
                 return
         with self.transaction() as connection:
             if is_made(connection):
-                return  # this moment, by another process
+                return  # created just now by another process
             for statement in statements(SCHEMA):
                 connection.execute(statement)
             if self._path is None:  # there are no files to fill them from
@@ -136,10 +136,10 @@ class Database:
 
     @contextmanager
     def reading(self, *, long: bool = False) -> Iterator[Statements]:
-        """Hold a connection for queries: within ``transaction`` the same, so that a change sees what it changed.
+        """Hold a connection for queries: within ``transaction`` the same, so that a change sees its own rows.
 
         Args:
-            long: they look at all rows.
+            long: the queries read all rows.
         """
         access = self._writer if self._writer.is_used_by_this_thread() else self._reader
         with _rows_as_written(), access.held(LONG_SECONDS if long else TURN_SECONDS) as connection:
@@ -150,36 +150,36 @@ class Database:
         """Hold the connection for changes that happen together or not at all.
 
         Args:
-            long: they look at all rows.
+            long: the changes read all rows.
         """
         with _rows_as_written(), self._writer.held(LONG_SECONDS if long else TURN_SECONDS) as connection:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-                if self._is_log_kept and not self._is_file_kept:  # to write the file anew is too much for a turn
+                if self._is_log_kept and not self._is_file_kept:  # writing the file anew takes too long for a turn
                     self.finish_overwriting()
             except BaseException:
-                if connection.in_transaction:  # left open, it would keep every process from writing
+                if connection.in_transaction:  # left open, it would block all writers
                     connection.execute("ROLLBACK")
                 raise
 
     def truncate_log(self) -> bool:
-        """Move what the write-ahead log holds into the file; return whether nothing of it is left in the log.
+        """Move the write-ahead log into the file; return whether the log is empty.
 
-        It is, while another process reads. The next change tries again.
+        It is not while another process reads. The next change tries again.
         """
-        with self._writer.held(LONG_SECONDS) as connection, self._reader.lock:  # a query of our own would keep the log
+        with self._writer.held(LONG_SECONDS) as connection, self._reader.lock:  # an own query would keep the log
             (is_kept, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self._is_log_kept = bool(is_kept)
             return not is_kept
 
     def overwrite_deleted(self) -> bool:
-        """Leave nothing of deleted rows in the file and its log; return whether it is done.
+        """Remove all copies of deleted rows from the file and its log; return whether that is done.
 
-        SQLite overwrites a deleted row where it lies. When it moved the row between pages before, a copy may lie in the
-        unused part of a page. So the file is written anew, by way of memory: a temporary file would hold ids outside of
-        the folder. What other processes keep from being done now, ``finish_overwriting`` and ``close`` try again.
+        SQLite overwrites a deleted row in place. If it moved the row between pages before, a copy may lie in the unused
+        part of a page. So the file is written anew, through memory: a temporary file would hold ids outside of the
+        folder. If other processes prevent this now, ``finish_overwriting`` and ``close`` try again.
         """
         self.overwrite_later()
         try:
@@ -194,11 +194,11 @@ class Database:
         return self.truncate_log()
 
     def overwrite_later(self) -> None:
-        """Have ``finish_overwriting`` overwrite what was deleted."""
+        """Leave the overwriting of deleted rows to ``finish_overwriting``."""
         self._is_file_kept = self._is_log_kept = self._path is not None
 
     def finish_overwriting(self) -> None:
-        """Do what is left to do of ``overwrite_deleted``, as far as it can be done without waiting. Raises nothing."""
+        """Finish ``overwrite_deleted``, as far as possible without waiting. Raises no ``sqlite3.Error``."""
         with suppress(sqlite3.Error):
             if self._is_file_kept:
                 with self._writer.lock, self._writer.not_waiting():
@@ -208,7 +208,7 @@ class Database:
                     self.truncate_log()
 
     def problems(self) -> list[str]:
-        """Return what SQLite finds wrong with the file; an empty list when all is well."""
+        """Return the problems that SQLite finds in the file; an empty list when there are none."""
         with self.reading(long=True) as connection:
             found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
@@ -223,10 +223,10 @@ class Database:
 
 @contextmanager
 def _rows_as_written() -> Iterator[None]:
-    """Take values that no row was ever written with for damage of the file, which SQLite does not always notice.
+    """Report impossible values in rows as damage of the file, which SQLite does not always notice.
 
     Raises:
-        sqlite3.DatabaseError: something could not be done with the values of a row.
+        sqlite3.DatabaseError: code failed on the values of a row.
     """
     try:
         yield
@@ -235,7 +235,7 @@ def _rows_as_written() -> Iterator[None]:
 
 
 def boot_id() -> str:
-    """Return what names this boot of the machine; empty where the system does not tell."""
+    """Return the id of this boot of the machine; empty where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

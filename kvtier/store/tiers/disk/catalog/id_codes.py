@@ -1,9 +1,9 @@
 """Token ids as bytes that sort and share prefixes as the ids do.
 
 An id below ``0xFF0000`` takes 3 bytes, the most significant first; any other takes ``0xFF`` and its 8 bytes. No code of
-an id begins with that of another one. So sequences are in the same order in both forms (negative ids count as unsigned,
-after all others), one begins with another in both or in neither, and of two sequences the one with the longer run of
-bytes in common with a third has no shorter run of ids in common with it.
+an id is a prefix of another. So sequences have the same order in both forms (negative ids count as unsigned, after all
+others), and a sequence is a prefix of another in both forms or in neither. A longer common prefix in bytes never means
+a shorter common prefix in ids.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def encode_ids(tokens: TokenIds) -> bytes:
 
 
 def decode_ids(code: bytes) -> TokenIds:
-    """Return the ids of which ``code`` is the code.
+    """Return the ids that ``code`` encodes.
 
     Raises:
-        ValueError: it is the code of none.
+        ValueError: it is not a valid code.
     """
     if len(code) % _SHORT_BYTES:
         raise ValueError(f"{len(code)} bytes are no code of ids")
@@ -50,7 +50,7 @@ def decode_ids(code: bytes) -> TokenIds:
     long_starts: list[int] = []
     ends_at = 0
     for start in np.flatnonzero(triples[:, 0] == 0xFF).tolist():
-        if start >= ends_at:  # else it is inside of a long one
+        if start >= ends_at:  # otherwise it is inside a long code
             ends_at = start + _LONG_BYTES // _SHORT_BYTES
             long_starts.append(start)
             is_start[start + 1 : ends_at] = False
@@ -65,6 +65,6 @@ def decode_ids(code: bytes) -> TokenIds:
 
 
 def _longs(triples: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Return the ids whose codes of 9 bytes begin at ``starts``."""
+    """Return the ids whose 9-byte codes begin at ``starts``."""
     codes = triples[starts[:, None] + np.arange(3)].reshape(-1, _LONG_BYTES)
     return np.ascontiguousarray(codes[:, 1:]).view(">u8").ravel().astype(np.uint64)

@@ -1,7 +1,7 @@
 """Ranking in the catalog: the numbers of an eviction policy, kept in the rows of blocks.
 
-The policy is pure; here is what it is fed from and where its numbers go: columns of ``blocks``, the rows of ``ghosts``
-(what was evicted lately), and the one text that is its state for all processes.
+The policy is pure. This module reads its inputs and stores its numbers: in columns of ``blocks``, rows of ``ghosts``
+(recently evicted blocks), and one text, which is its state for all processes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.connection import LONG_SECONDS, Statements
 
 _MIN_GHOSTS = 1024
-_GHOSTS_AT_ONCE = 16  # after many blocks were forgotten at once, ghosts follow bit by bit
+_GHOSTS_AT_ONCE = 16  # after many blocks were forgotten at once, ghosts follow in steps
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What names the file of a block, and what it takes."""
+    """Key and root of a block, which give its file, and its bytes."""
 
     key: str
     root: str
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Valued:
-    """A block, and what the policy knows of it."""
+    """A block, with its data for the policy."""
 
     place: Place
     parent: str
@@ -57,24 +57,25 @@ class Valuation:
         self._policy = policy
 
     def session(self, connection: Statements) -> Session:
-        """Return what values blocks within the transaction that ``connection`` has open."""
+        """Return a session that ranks blocks within the open transaction of ``connection``."""
         return Session(self._policy, connection)
 
 
 class Session:
-    """Values blocks within one transaction. ``end`` writes down what the policy has learnt."""
+    """Ranks blocks within one transaction. ``end`` stores the state of the policy."""
 
     def __init__(self, policy: EvictionPolicy, connection: Statements) -> None:
         self._policy = policy
         self._connection = connection
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
         self._state = self._read_state()
-        # Of each queue, the priority and key of the last leaf that the index gave, and leaves that it has not, a heap.
+        # For each queue: priority and key of the last leaf from the index, and a heap of later leaves before it.
         self._passed: defaultdict[int, tuple[float, bytes]] = defaultdict(lambda: (-math.inf, b""))
         self._exposed: defaultdict[int, list[_Leaf]] = defaultdict(list)
 
     def _read_state(self) -> PolicyState:
-        """Return what the policy has learnt; where that cannot be read, a fresh state that no block is younger than."""
+        """Return the stored state of the policy; if it cannot be read, a fresh state later than every use of a
+        block."""
         state = state_from_text(self._policy, self._text)
         if state is None:
             with self._connection.limited(LONG_SECONDS):
@@ -83,7 +84,7 @@ class Session:
         return state
 
     def end(self) -> None:
-        """Write down the state, if it is another one."""
+        """Store the state, if it has changed."""
         text = state_to_text(self._policy, self._state)
         if text != self._text:
             self._connection.execute("UPDATE total SET policy = ?", (text,))
@@ -128,9 +129,9 @@ class Session:
             )
 
     def least(self) -> Valued | None:
-        """Return the leaf of the lowest value of those that this session has not returned: the first of some queue.
+        """Return the leaf of the lowest value that this session has not returned yet: the first of some queue.
 
-        A block becomes a leaf when ``evicted`` is told of the last that follows it.
+        A block becomes a leaf when ``evicted`` is called for its last child.
         """
         heads = [(row[0] + self._lead(queue), queue, row) for queue in self._queues() if (row := self._head(queue))]
         if not heads:
@@ -149,7 +150,7 @@ class Session:
         return self._policy.lead(queue_among(self._policy, queue), self._state)
 
     def _queues(self) -> list[int]:
-        """Return the queues that have leaves: another policy may have ranked some of them."""
+        """Return the queues that have leaves, also queues of another policy."""
         found: list[int] = []
         while len(found) < MOST_QUEUES:
             row = self._connection.execute(
@@ -162,7 +163,7 @@ class Session:
         return sorted({*found, *(queue for queue, leaves in self._exposed.items() if leaves)})
 
     def _head(self, queue: int) -> _Leaf | None:
-        """Return the first leaf of a queue that was not returned yet: one that came late, or the next in the index."""
+        """Return the first leaf of a queue that was not returned yet: a late leaf, or the next in the index."""
         heads: list[_Leaf] = self._exposed[queue][:1]
         heads += self._connection.execute(
             f"SELECT {_LEAF} FROM blocks INDEXED BY leaves WHERE {_IS_LEAF} AND queue = ? "
@@ -172,7 +173,11 @@ class Session:
         return min(heads, default=None)
 
     def evicted(self, valued: Valued) -> None:
-        """Learn from an eviction, and remember the block as a ghost; of those, no more than there are blocks."""
+        """Learn from an eviction, and keep the block as a ghost.
+
+        Ghosts beyond the number of blocks (or ``_MIN_GHOSTS``, if that is larger) are deleted in steps, the oldest
+        first.
+        """
         self._state = self._policy.evicted(valued.usage, self._state)
         self._connection.execute(
             "INSERT INTO ghosts VALUES (?, ?, ?, ?) ON CONFLICT (key) "
@@ -189,7 +194,7 @@ class Session:
         self._expose(bytes.fromhex(valued.parent))
 
     def _expose(self, key: bytes) -> None:
-        """See to it that a block is found that has become a leaf in a part of its queue that was passed already."""
+        """Note a block that has become a leaf in the part of its queue that was read already."""
         row = self._connection.execute(f"SELECT {_LEAF} FROM blocks WHERE {_IS_LEAF} AND key = ?", (key,)).fetchone()
         if row is not None:
             queue = row[-1]

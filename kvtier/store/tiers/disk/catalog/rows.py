@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def is_filled(connection: Statements) -> bool:
-    """Whether the tables know all files: they do not while they are being made anew."""
+    """Whether the tables know all files; they do not during a rebuild."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     return bool(version == SCHEMA_VERSION)
 
 
 def depth_after(connection: Statements, block: BlockId) -> int | None:
-    """Return how many tokens precede ``block``, or ``UNPLACED``; None when its parent is not there, or leaving."""
+    """Return how many tokens precede ``block``, or ``UNPLACED``; None when its parent has no row, or is leaving."""
     if block.parent == block.root:
         return 0
     row = connection.execute(
@@ -45,7 +45,7 @@ def insert(
     owner: str,
     used_at: float,
 ) -> None:
-    """Put in a row. ``used_at`` is the Unix time of the last use."""
+    """Insert a row. ``used_at`` is the Unix time of the last use."""
     key = bytes.fromhex(block.key)
     usage, standing = session.entered(block, max(depth, 0), nbytes)
     connection.execute(
@@ -74,8 +74,8 @@ def insert(
 
 
 def move(connection: Statements, key: str, what: Move, owner: str | None = None) -> bool:
-    """Change the state of a block, if its state allows; with ``owner``, only what that one has begun."""
-    # A lease is no state of a row: what is leased is ready here.
+    """Change the state of a block, if its state allows and it belongs to ``owner``; return whether it changed."""
+    # A lease is no state of a row: a leased block is ready here.
     states = [state for state in sources(what) if state not in (State.ABSENT, State.LEASED)]
     (target,) = {after(state, what) for state in states}
     change = "DELETE FROM blocks" if target is State.ABSENT else f"UPDATE blocks SET state = {target:d}"
@@ -88,7 +88,7 @@ def move(connection: Statements, key: str, what: Move, owner: str | None = None)
 
 
 def bytes_up_to(connection: Statements, keys: Iterable[str]) -> int:
-    """Return what blocks and all before them take that are ready and not pinned, each counted once."""
+    """Return the bytes of blocks and their ancestors that are ready and not pinned, each counted once."""
     total = 0
     seen: set[bytes] = set()
     for key in map(bytes.fromhex, keys):
@@ -121,9 +121,9 @@ UPDATE blocks SET depth = walk.depth FROM walk WHERE walk.key = blocks.key AND b
 
 
 def place_some(connection: Statements, at_most: int) -> bool:
-    """Set the depths of some blocks that have none yet, and of those before them; return whether there were any.
+    """Set the depths of some blocks that have none yet, and of their ancestors; return whether there were any.
 
-    A block whose parent is not there has depth 0.
+    A block whose parent has no row gets depth 0.
     """
     unplaced = connection.execute("SELECT key FROM blocks WHERE depth < 0 LIMIT ?", (at_most,)).fetchall()
     for (key,) in unplaced:

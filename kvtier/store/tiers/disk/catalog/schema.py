@@ -1,9 +1,9 @@
-"""Tables of the catalog, and checks of what a row may hold.
+"""Tables of the catalog, and checks of the values of rows.
 
-``blocks`` has a row for each block: its state is one of ``lifecycle.State``, its ids are in the code of ``id_codes``,
-in whose order siblings that share most are neighbours. ``names`` and ``links`` tell what people called and pinned,
-``ghosts`` what was evicted lately, and ``total`` is one row of sums, which triggers keep, so that no question of a turn
-counts rows. All of it can be made anew from the files.
+``blocks`` has a row for each block: its state is one of ``block_states.State``, its ids are encoded by ``id_codes``, in
+whose order siblings with the longest common prefix are neighbours. ``names`` and ``links`` hold named and pinned
+chains, ``ghosts`` recently evicted blocks. ``total`` is one row of sums, which triggers keep, so that no query of a
+turn counts rows. All tables can be rebuilt from the files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from kvtier.store.tiers.disk.catalog.connection import Statements
 
 SCHEMA_VERSION = 6
 UNPLACED = -1
-"""The depth of a block whose parents are not all there yet, while the tables are being filled."""
-_HERE = f"({State.WRITING:d}, {State.READY:d})"  # blocks that hold their parent
+"""The depth of a block whose ancestors do not all have rows yet, during a rebuild."""
+_HERE = f"({State.WRITING:d}, {State.READY:d})"  # states of blocks whose parent must stay
 _READY = f"state = {State.READY:d}"
 
 
 def _sums(row: str) -> dict[str, str]:
-    """Return what the block ``row`` of a trigger adds to the columns of ``total``."""
+    """Return, for each column of ``total``, the SQL for the share of the block ``row`` of a trigger."""
     is_ready, is_pinned = f"({row}.{_READY})", f"({row}.{_READY} AND {row}.pins > 0)"
     return {
         "bytes": f"{row}.bytes",
@@ -115,7 +115,7 @@ END;
 """
 
 _WHOLE_NUMBERS = ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue")
-# What a row may hold, by the names of columns: bits that flipped in the file can make anything of a value.
+# Valid values, by the names of columns: flipped bits in the file can turn a value into anything.
 _SOUND: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("key", "parent", "root", "last"), lambda value: isinstance(value, bytes) and len(value) == 32),
     "link": lambda value: value is None or (isinstance(value, bytes) and len(value) == 32),
@@ -131,10 +131,10 @@ _SOUND: dict[str, Callable[[object], bool]] = {
 
 
 def sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
-    """Return ``row``.
+    """Return ``row`` if its values are valid.
 
     Raises:
-        sqlite3.DatabaseError: it holds what its columns cannot.
+        sqlite3.DatabaseError: a value is not valid in its column.
     """
     for (column, *_), value in zip(cursor.description, row, strict=True):
         if column in _SOUND and not _SOUND[column](value):
@@ -143,7 +143,7 @@ def sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, 
 
 
 def statements(script: str) -> Iterator[str]:
-    """Split ``script`` into statements: ``executescript`` would commit what is open."""
+    """Split ``script`` into statements: ``executescript`` would commit an open transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -157,13 +157,13 @@ class OtherVersionError(sqlite3.DatabaseError):
 
 
 def is_made(connection: Statements) -> bool:
-    """Whether the tables are there, those of ``SCHEMA`` and nothing else. In version 0 they are still to be filled.
+    """Whether the tables of ``SCHEMA`` exist, and nothing else. In version 0 they are not filled yet.
 
-    Triggers and views of a stranger would run with every statement.
+    Triggers and views of a hostile file would run with every statement.
 
     Raises:
-        OtherVersionError: they are those of another version.
-        sqlite3.DatabaseError: they are others.
+        OtherVersionError: they belong to another version.
+        sqlite3.DatabaseError: other tables exist.
     """
     ours = _ours()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
