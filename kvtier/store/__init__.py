@@ -1,4 +1,4 @@
-"""Prefixes that outlive a call: blocks of K and V in RAM and on disk."""
+"""Storage of prefixes between calls: blocks of K and V in RAM and on disk."""
 
 from kvtier.store.store import PrefixStore
 

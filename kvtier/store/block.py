@@ -1,4 +1,4 @@
-"""Blocks: the pages of all layers for some tokens of one sequence, and how one is read."""
+"""Blocks: the pages of all layers for some tokens of one sequence, and readers of blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kvtier.store.chain import BlockId
 class Block:
     """The pages of all layers for the tokens of ``id``. Immutable: its tensors are never written to.
 
-    A checkpoint also has ``states``: what is only valid after its last token, as bytes that their maker can read,
-    U8 ``[bytes]``.
+    A checkpoint also has ``states``, which are valid only after its last token: bytes in the format of their maker, U8
+    ``[bytes]``.
     """
 
     id: BlockId
@@ -34,16 +34,16 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a tier knows of a block that can be found.
+    """The data of a tier on a block that can be found.
 
     Attributes:
         key: its key.
         parent: the key of the block before it, or its root.
-        root: what else decides its K and V.
+        root: identifies everything else that decides its K and V.
         tokens: its token ids.
         depth_tokens: tokens before it in its chain.
-        nbytes: what it takes.
-        children: blocks of the tier that follow it.
+        nbytes: the bytes that it takes.
+        children: blocks of the tier whose parent it is.
         uses: turns that used it.
         hits: how often it was restored.
         used_at: Unix time of its last use.
@@ -72,22 +72,22 @@ class BlockReader(Protocol):
 
     @property
     def is_plain(self) -> bool:
-        """Whether landing a page is copying it, with nothing to decode."""
+        """Whether pages need no decoding: landing a page is a plain copy."""
 
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``.
 
         Raises:
-            BlockError: the bytes cannot be read or are not those that were written.
+            BlockError: the bytes cannot be read, or differ from the written ones.
         """
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``, which has their size.
 
-        Without ``check`` the bytes are taken for those that were checked before.
+        Without ``check`` the bytes are trusted: they were checked before.
 
         Raises:
-            BlockError: as ``page``; what the landing then holds is undefined.
+            BlockError: as ``page``; ``view`` then holds undefined values.
         """
 
     def states(self) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ class BlockReader(Protocol):
         """
 
     def detach(self) -> None:
-        """Stay open for long: hold nothing in memory on behalf of this reader."""
+        """Stay open for long: hold no memory for this reader."""
 
     def close(self) -> None:
-        """Release what reading needs, the lease too. Pages that were returned stay valid."""
+        """Release all resources, the lease too. Returned pages stay valid."""

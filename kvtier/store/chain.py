@@ -14,8 +14,8 @@ TokenIds = npt.NDArray[np.int64]
 def block_key(parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> str:
     """Return SHA-256 of the parent's key and the ids (little-endian int64), as hex.
 
-    A ``checkpoint`` is another block than the one without states for the same ids: one more word, -1, which is no id,
-    ends what is hashed.
+    A ``checkpoint`` has another key than the block without states for the same ids: one more word, -1, which is no id,
+    is hashed at the end.
     """
     digest = hashlib.sha256(bytes.fromhex(parent))
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
@@ -33,7 +33,7 @@ def common_run(a: TokenIds, b: TokenIds) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockId:
-    """Which tokens a block stands for: its own ids, after everything its parent stands for."""
+    """Identity of a block: its token ids, after all tokens up to its parent."""
 
     key: str
     parent: str
@@ -42,7 +42,7 @@ class BlockId:
 
     @classmethod
     def of(cls, root: str, parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> BlockId:
-        """Name the block of ``tokens`` after ``parent``."""
+        """Return the identity of the block of ``tokens`` after ``parent``."""
         return cls(block_key(parent, tokens, checkpoint=checkpoint), parent, root, tokens)
 
     @property
@@ -52,7 +52,7 @@ class BlockId:
 
 
 def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:
-    """Return the blocks that ``tokens`` make after ``root``, each with ids of its own."""
+    """Return the chain of blocks of ``tokens`` after ``root``, each with its own copy of its ids."""
     blocks: list[BlockId] = []
     parent = root
     for start in range(0, len(tokens), block_size):

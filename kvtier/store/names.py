@@ -1,4 +1,4 @@
-"""Names of prefixes: what a person called a conversation, as values."""
+"""Names of prefixes, as values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class NamedPrefix:
     """A prefix or conversation that has a name.
 
     Attributes:
-        name: what it is called.
-        root: what else decides its K and V.
+        name: its name.
+        root: identifies everything else that decides its K and V.
         tokens: how many tokens it has.
         kept_tokens: of those, how many the store still has; all of them while it is pinned.
         nbytes: bytes on disk (in RAM for a store without folder) of its blocks, shared ones included.
-        own_bytes: of those, what no other sequence uses: ``forget`` would free them.
+        own_bytes: of those, bytes that no other sequence uses: ``forget`` would free them.
         tokens_by_tier: ``kept_tokens`` by the fastest tier that has them: ``host``, ``disk``.
         created_at: Unix time at which it was named.
         used_at: Unix time of its last use.
@@ -48,15 +48,15 @@ class NamedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What is written down of a name.
+    """The record of a name.
 
     Attributes:
-        name: what the chain is called.
+        name: the name of the chain.
         root: the root of the chain.
-        keys: its blocks, the first one first.
+        keys: the keys of its blocks, in order.
         tokens: how many tokens it has; its last block may have more.
         pinned: whether its blocks are never evicted.
-        ttl_seconds: after how long without use it is forgotten; None for never.
+        ttl_seconds: time without use after which it is forgotten; None for never.
         created_at: Unix time at which it was named.
     """
 
@@ -70,7 +70,7 @@ class Name:
 
 
 def checked_name(name: object) -> str:
-    """Return ``name`` if it may be one.
+    """Return ``name`` if it is valid.
 
     Raises:
         ConfigurationError: it is no string of 1 to 200 printable characters that neither begins nor ends with a space.

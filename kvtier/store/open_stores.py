@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kvtier.platform.paths import folder_path
 from kvtier.store.store import PrefixStore
 
-_IN_RAM = ""  # the name of the store of those who name no folder; it stays for as long as the process
+_IN_RAM = ""  # the name of the store without a folder; it lives as long as the process
 
 
 @dataclass(slots=True)
@@ -21,12 +21,12 @@ class _Shared:
 
 _stores: dict[str, _Shared] = {}
 _lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child must not find it taken by a thread that it does not have
+if hasattr(os, "register_at_fork"):  # a child must not find it taken by a thread of its parent
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class StoreHandle:
-    """One user's hold on a shared store. The last one that is closed closes the store.
+    """One user's handle of a shared store. Closing the last handle closes the store, unless it is in RAM.
 
     Raises:
         ConfigurationError: ``folder`` is empty.
@@ -43,11 +43,11 @@ class StoreHandle:
         self.store = shared.store
 
     def twin(self) -> StoreHandle:
-        """Return another hold on the same store."""
+        """Return another handle of the same store."""
         return StoreHandle(self._name or None)
 
     def close(self) -> None:
-        """Let go. May be called more than once."""
+        """Release the store. May be called more than once."""
         with _lock:
             shared = _stores.get(self._name)
             if shared is None or shared.store is not self.store or self not in shared.leases:

@@ -9,7 +9,7 @@ from typing import Literal
 from kvtier.store.manage.stats import StoreStats
 from kvtier.store.tiers.base import TierStats
 
-# Shown as 0 before they happen: a series that begins at 1 has no increase that could be seen.
+# Shown as 0 before they happen: a series that begins at 1 shows no increase.
 _MISS_REASONS = ("unknown", "diverged", "shorter", "damaged", "unavailable", "gone")
 _ERROR_REASONS = ("write", "read", "catalog", "delete")
 _Labels = Mapping[str, str]
@@ -17,7 +17,7 @@ _Labels = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Metric:
-    """One family of series. ``of_process``: whether it is known of this process only, or its own setting."""
+    """One family of series. ``of_process``: whether it is about this process only, settings included."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -30,17 +30,17 @@ def exposition(stats: StoreStats, *, labels: _Labels | None = None, of_process: 
     """Return ``stats`` as text, to be served as ``text/plain; version=0.0.4``. Sizes are bytes; counts only grow.
 
     Args:
-        stats: what ``PrefixStore.stats`` returned.
+        stats: the result of ``PrefixStore.stats``.
         labels: labels for every series, e.g. ``{"service": "chat"}``.
-        of_process: False leaves out what concerns only the process that ``stats`` comes from (its budgets, leases,
-            queue, and what it has counted), and keeps what the folder holds.
+        of_process: False leaves out the series of the process that ``stats`` comes from (budgets, leases, queue,
+            counts), and keeps those of the folder.
 
     Raises:
-        ValueError: a label has a name that Prometheus does not accept, or one that is used already.
+        ValueError: Prometheus does not accept the name of a label, or it is used already.
     """
     fixed = dict(labels or {})
     for name in fixed:
-        # Their rule: ASCII letters, digits and underscores, no digit first; two underscores first are theirs.
+        # Rule of Prometheus: ASCII letters, digits and underscores, no digit first; two underscores first are reserved.
         ascii_identifier = name.isascii() and name.isidentifier()
         if not ascii_identifier or name.startswith("__") or name in ("tier", "reason"):
             raise ValueError(f"labels: {name!r:.80} cannot be the name of a label here; pass another, e.g. 'service'")

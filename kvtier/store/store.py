@@ -360,7 +360,7 @@ class PrefixStore:
         """Store the K and V of ``tokens``; only new blocks are read.
 
         Args:
-            root: stands for everything else that decides K and V.
+            root: identifies everything else that decides K and V.
             tokens: the ids of one sequence, padding removed.
             read: returns host copies of the pages of all layers for tokens ``[start, stop)``; the store owns them.
             manifest: description of ``root``, written beside the blocks.

@@ -117,3 +117,16 @@ def test_files_in_a_codec_that_is_not_known_here_stay(tmp_path, caplog):
     with PrefixStore(tmp_path, compression=Int8(), **settings) as store:
         store.verify(repair=True)
         assert store.match("00" * 32, tokens).length == 8
+
+
+def test_files_of_a_later_version_stay(tmp_path):
+    tokens = count(4)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        store.commit("00" * 32, tokens, lambda start, stop: block(tokens).pages)
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes().replace(b"kvtier/1", b"kvtier/9"))
+    with PrefixStore(tmp_path, block_size=4) as store:
+        with pytest.raises(BlockError, match="format 'kvtier/9'"):
+            store.restore([store.match("00" * 32, tokens).spans])
+        store.verify(repair=True)
+    assert path.exists()

@@ -279,6 +279,29 @@ def test_blocks_that_came_back_have_the_lead_of_the_moment(kind, turns, first):
     assert tier.evict_one() == {"again": again, "once": once}[first].id.key
 
 
+class Picky(LeastRecentlyUsed):
+    """Has one queue, and is never asked about another."""
+
+    name = "picky/1"
+
+    def lead(self, queue, state):
+        assert queue == 0
+        return 0.0
+
+
+def test_blocks_that_another_policy_ranked_can_leave(tmp_path):
+    """They wait in queues that the present policy does not have."""
+    settings = {"block_size": 4, "host_budget": 1, "free_space_floor": 0}
+    with PrefixStore(tmp_path, **settings) as store:
+        for first in (0, 20):
+            for _ in range(3):
+                commit(store, count(4, first=first))
+                store.flush()
+    with PrefixStore(tmp_path, policy=Picky(), **settings) as store:
+        assert store.prune(to_bytes=0).blocks == 2
+        assert store.stats().tiers[-1].blocks == 0
+
+
 @tiers
 def test_a_ghost_goes_on_counting(kind):
     tier = kind(Lead(9.0))

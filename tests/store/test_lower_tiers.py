@@ -47,6 +47,9 @@ def test_full_blocks_are_found_by_a_store_that_has_nothing_else(new_store, tier)
     del tier.requests[:]
 
     second = new_store()
+    assert second.match(ROOT, tokens, limit=5).length == 5
+    assert tier.requests == [("presence", 2)]
+    del tier.requests[:]
     match = second.match(ROOT, tokens)
     assert match.length == 16
     second.restore([match.spans]).close()
@@ -245,3 +248,20 @@ def test_a_lost_folder_costs_nothing_that_is_below(tmp_path, tier):
     shutil.rmtree(tmp_path / "kv")
     with PrefixStore(tmp_path / "kv", **SETTINGS, lower_tiers=[tier]) as store:
         assert restored_length(store, count(16)) == 16
+
+
+def test_an_interrupt_while_blocks_are_opened_leaves_no_lease(tmp_path, tier, monkeypatch):
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(16))
+        store.flush()
+        spans = store.match(ROOT, count(16)).spans
+
+        def interrupt(blocks):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tier, "open_all", interrupt)
+        store._tiers.host.discard_all([spans[-1].block.key])
+        store._tiers.last.discard(spans[-1].block.key)
+        with pytest.raises(KeyboardInterrupt):
+            store.restore([spans])
+        assert [each.leased_blocks for each in store.stats().tiers] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Which block is evicted first: pure decisions, no I/O."""
+"""Eviction policies: which block is evicted first. Pure decisions, no I/O."""
 
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, PolicyState, Standing, Usage

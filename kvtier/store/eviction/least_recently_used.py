@@ -1,4 +1,4 @@
-"""LeastRecentlyUsed: the block goes first that was not used for longest."""
+"""LeastRecentlyUsed: evicts the block that was not used for longest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LeastRecentlyUsed:
         return Standing(0, float(state.clock))
 
     def lead(self, queue: int, state: PolicyState) -> float:
-        """Return none."""
+        """Return 0: there is one queue only."""
         return 0.0
 
     def evicted(self, usage: Usage, state: PolicyState) -> PolicyState:

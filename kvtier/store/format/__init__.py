@@ -1,1 +1,1 @@
-"""Bytes of blocks: safetensors files, codecs, and archives. Reads what anybody may have written."""
+"""Bytes of blocks: safetensors files, codecs, and archives. Files from any writer can be read safely."""

@@ -1,8 +1,8 @@
-"""Archives: one prefix as one safetensors file, to take to another store or to read with other tools.
+"""Archives: one prefix as one safetensors file, for another store or other tools.
 
-``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; of a
-model with states also ``states`` (U8), those after the last token. The metadata tell ``format``, ``root``, ``manifest``
-(as JSON, what the root stands for), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
+``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; for
+a model with states also ``states`` (U8), valid after the last token. The metadata hold ``format``, ``root``,
+``manifest`` (description of the root, as JSON), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _FORMAT = "kvtier-prefix/1"
 _FORMATS = re.compile(r"kvtier-prefix/([0-9]{1,9})")
 _METADATA = ("format", "root", "manifest", "block_size", "crc32")
 _BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
-_MAX_MANIFEST_BYTES = 128 * 2**10  # that of a model with adapters has some 10 KiB
+_MAX_MANIFEST_BYTES = 128 * 2**10  # a model with adapters needs some 10 KiB
 _MAX_MANIFEST_DEPTH = 32
-_CHECKED_BYTES = 4 * 2**20  # read at once to be checked
+_CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -69,21 +69,21 @@ def write_archive(
     Takes memory for one layer of the prefix.
 
     Args:
-        file: where to; in a folder that is there.
+        file: the path, in an existing folder.
         blocks: the chain, open for reading, the first block first.
-        tokens: length of the prefix; of the last block, fewer tokens may count than it has.
+        tokens: length of the prefix; it may end within the last block.
         root: the root of the chain.
-        manifest: what the root stands for; values that JSON does not know are written as strings.
+        manifest: description of the root; values that JSON does not know are written as strings.
         block_size: tokens of a full block in the store it comes from.
-        name: what the prefix is called.
+        name: the name of the prefix, if it has one.
         overwrite: whether ``file`` may exist already.
 
     Returns:
         Bytes of the file.
 
     Raises:
-        ArchiveError: it cannot be written, would not be read again, or exists already.
-        BlockError: a block cannot be read; so its file is not written.
+        ArchiveError: the file cannot be written, could not be read again, or exists already.
+        BlockError: a block cannot be read; the file is not written.
     """
     target = Path(file)
     metadata = {"format": _FORMAT, "root": root, "manifest": json.dumps(dict(manifest), default=str)}
@@ -120,7 +120,7 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
     """Return the layers and the token ids of a chain.
 
     Raises:
-        ArchiveError: it has not so many tokens, or its blocks are not of one model.
+        ArchiveError: it does not have ``tokens`` tokens, or its blocks are not of one model.
     """
     ids = np.concatenate([np.empty(0, dtype=np.int64), *(block.id.tokens for block in blocks)])
     known = len(ids) - (len(blocks[-1].id.tokens) if blocks else 0)
@@ -155,7 +155,7 @@ def _write(
     if states is not None:
         tensors.append((STATES, "U8", [states.nbytes], states.nbytes))
         payloads = chain(payloads, [memoryview(states.numpy())])
-    # The checksums come first in the file and are known last: leave room for the longest there are.
+    # The checksums come first in the file and are known last: leave room for the longest possible ones.
     checksums = {name: 2**32 - 1 for name, *_ in tensors}
     room = len(encode_header(tensors, {**metadata, "crc32": json.dumps(checksums)}))
     out.seek(room)
@@ -169,12 +169,12 @@ def _write(
 
 
 def _payloads(blocks: Sequence[BlockReader], spec: KVSpec, ids: TokenIds) -> Iterator[memoryview]:
-    """Yield the bytes of each tensor in turn. They are good until the next one is asked for."""
+    """Yield the bytes of each tensor in turn. They are valid until the next tensor is requested."""
     yield memoryview(np.ascontiguousarray(ids, dtype="<i8").view(np.uint8))
     places: dict[LayerSpec, PageView] = {}
     for layer, g in enumerate(spec.layers):
         if g not in places:
-            places.clear()  # one layer at a time; memory that was written once is faster
+            places.clear()  # one layer at a time; memory written before is faster
             item_bytes = g.dtype.itemsize
             k = np.empty((g.k_heads, len(ids), g.k_dim * item_bytes), dtype=np.uint8)
             v = np.empty((g.v_heads, len(ids), g.v_dim * item_bytes), dtype=np.uint8)
@@ -189,10 +189,10 @@ def _payloads(blocks: Sequence[BlockReader], spec: KVSpec, ids: TokenIds) -> Ite
 
 
 def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Let ``temporary`` be ``target`` from now on.
+    """Give the file ``temporary`` the name ``target``.
 
     Raises:
-        FileExistsError: there is a ``target``, made in the meantime, that may not be overwritten.
+        FileExistsError: ``target`` was made in the meantime, and may not be overwritten.
     """
     if overwrite:
         temporary.replace(target)
@@ -215,15 +215,15 @@ def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
 class Archive:
     """An archive open for reading, from any writer.
 
-    Opening checks all that it says of itself, and the token ids; K and V are only checked by ``check``. What no check
-    can tell is whether they are those that the model computes for these tokens: that is to be taken on trust.
+    Opening checks the whole header and the token ids; only ``check`` checks K and V. No check can tell whether they are
+    those that the model computes for these tokens: the writer must be trusted.
 
     Attributes:
         root: the root of the prefix.
-        manifest: what the root stands for, as the writer of the file says.
+        manifest: description of the root, by the writer of the file.
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
-        name: what it was called; None where it had no name, or none that a prefix can have.
+        name: its name; None if it has none, or an invalid one.
         spec: its layers.
         nbytes: size of the file.
 
@@ -273,7 +273,7 @@ class Archive:
         check_ids(self.tokens)
 
     def pages(self, start: int, stop: int) -> tuple[Page, ...]:
-        """Return K and V of all layers for the tokens ``[start, stop)``, in memory that is the caller's.
+        """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
 
         Raises:
             ArchiveError: they cannot be read.
@@ -323,7 +323,7 @@ class Archive:
         """Read every byte once, in little memory.
 
         Args:
-            progress: called with how many bytes were read, and how many there are.
+            progress: called with the bytes read so far, and the total.
 
         Raises:
             ArchiveError: a checksum differs, or a byte cannot be read.
@@ -356,11 +356,11 @@ class Archive:
 
 
 def _read_manifest(text: str) -> dict[str, Any]:
-    """Return what a root stands for.
+    """Return the description of a root.
 
     Raises:
         ValueError: it is no JSON object, too long, or too deep.
-        RecursionError: its brackets never end.
+        RecursionError: it is nested too deeply to be parsed.
     """
     if len(text) > _MAX_MANIFEST_BYTES:
         raise ValueError(f"its manifest is longer than {_MAX_MANIFEST_BYTES} characters")
@@ -380,6 +380,6 @@ def _check_depth(value: object, levels: int) -> None:
 
 
 def _read_name(name: str | None) -> str | None:
-    with contextlib.suppress(ConfigurationError):  # the prefix is as good without it
+    with contextlib.suppress(ConfigurationError):  # the prefix is usable without it
         return checked_name(name)
     return None

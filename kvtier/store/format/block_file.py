@@ -58,8 +58,8 @@ def encode_block(block: Block, codec: Codec = BUILT_IN[Raw.name]) -> list[memory
     """Return the bytes of a block file in pieces, header first.
 
     Raises:
-        BlockError: files have no name for the dtype of a page, or would not be read again: there are too many layers or
-            tokens, or ids that are negative.
+        BlockError: files have no name for the dtype of a page, or could not be read again: there are too many layers or
+            tokens, or negative ids.
     """
     try:
         check_ids(block.id.tokens)
@@ -99,11 +99,11 @@ def encode_block(block: Block, codec: Codec = BUILT_IN[Raw.name]) -> list[memory
 
 @functools.lru_cache(maxsize=64)
 def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[KVSpec, _Shapes]:
-    """Return the layers that the metadata tell, and the shapes of K and V, which their dtypes follow.
+    """Return the layers in the metadata, and the shapes and dtypes of their K and V.
 
     Raises:
-        ValueError: they contradict themselves.
-        RecursionError: their brackets never end.
+        ValueError: they contradict each other.
+        RecursionError: they are nested too deeply.
     """
     shapes, dtypes = json_object(shapes_text), json_object(dtypes_text)
     names = tensor_names(layers)[1:]
@@ -116,7 +116,7 @@ def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> 
     return spec, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
 
 
-# Where tensors stand in the order of a header's names.
+# Indices of tensors in the order of a header.
 _TOKENS = 0
 
 
@@ -128,12 +128,12 @@ def _v(layer: int) -> int:
     return 2 + 2 * layer
 
 
-# What lies where a file should be: a link, a folder, a pipe without a writer.
+# Errors of paths that are no regular file: a link, a folder, a pipe without a writer.
 _NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
 
 def what_failed(path: str | os.PathLike[str], error: OSError | MemoryError) -> BlockError:
-    """Return what a failed call of the system tells of a block file: only what is no file is damage."""
+    """Return the error that a failed system call means for a block file: damage only if the path is no file."""
     if isinstance(error, OSError) and error.errno in _NO_FILE:
         return BlockError(f"{path}: {error}")
     return UnavailableError(f"{path}: {error or type(error).__name__}")
@@ -142,22 +142,22 @@ def what_failed(path: str | os.PathLike[str], error: OSError | MemoryError) -> B
 class BlockFile:
     """A block file open for reading. Its header and ids are checked at once, each page when it is read.
 
-    Whoever wrote the file: opening takes memory for a header of ``MAX_HEADER_BYTES`` and the ids, a page takes at most
-    the bytes of its payload and of the tensor that they decode to, neither larger than K or V of any model.
+    Memory is bounded for files of any writer: opening takes a header of ``MAX_HEADER_BYTES`` and the ids, a page takes
+    at most the bytes of its payload and of the decoded tensor, neither larger than K or V of any model.
 
     Attributes:
-        id: its tokens, and where they stand in their chain.
+        id: its tokens, and their place in the chain.
         spec: its layers.
         is_plain: whether pages are stored as they are.
 
     Args:
-        path: where it lies.
+        path: the path of the file.
         open_file: opens it for reading; by default, ``path`` as it is.
-        unusable: says what a failed call of the system tells of it.
-        codecs: those that can be read, by name.
+        unusable: returns the error that a failed system call means for it.
+        codecs: the codecs that can be read, by name.
 
     Raises:
-        UnavailableError: the file cannot be read now, or is of a version or a codec that is not known here.
+        UnavailableError: the file cannot be read now, or has an unknown version or codec.
         BlockError: it is not a whole block of this format.
     """
 
@@ -189,8 +189,8 @@ class BlockFile:
             raise
 
     def _read_header(self, fd: int) -> None:
-        # What is kept of a header are numbers in flat lists. The objects of a parsed one, kept for each file of a long
-        # prompt, are so many that they set off a full garbage collection, which takes longer than all reading.
+        # A header is kept as numbers in flat lists. The parsed objects of all files of a long prompt would be so many
+        # that they set off a full garbage collection, which takes longer than all reading.
         opened = open_header(fd, _METADATA)
         metadata, layout = opened.metadata, opened.layout
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
@@ -258,21 +258,21 @@ class BlockFile:
             raise UnavailableError(f"{self.path}: no memory to decode layer {layer}") from error
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where it can be.
+        """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where possible.
 
-        Without ``check``, a checksum is only looked at where the page must be read as a whole.
+        Without ``check``, checksums are compared only where the page must be read as a whole.
 
         Raises:
-            BlockError: as ``page``; what the landing then holds is undefined.
+            BlockError: as ``page``; ``view`` then holds undefined values.
         """
         whole = (first, last) == (0, len(self.id.tokens))
         if not (whole and self.is_plain and self._read_straight(layer, view, check)):
             view.take(self.page(layer), first, last)
 
     def _read_straight(self, layer: int, view: PageView, check: bool) -> bool:
-        """Read K and V of ``layer`` right into ``view``; whether that was possible.
+        """Read K and V of ``layer`` directly into ``view``; return whether that was possible.
 
-        A page is contiguous in the file and scattered by heads in a window: one read of many pieces does both.
+        A page is contiguous in the file and scattered by heads in a buffer: one read of many pieces handles both.
         """
         heads = [*view.k_htb, *view.v_htb]
         begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
@@ -313,10 +313,10 @@ class BlockFile:
             self._payload(index)
 
     def detach(self) -> None:
-        """Nothing is held in memory for it."""
+        """Do nothing: no memory is held for this reader."""
 
     def hold(self) -> None:
-        """Stay readable, although the file is about to be deleted.
+        """Keep the block readable after its file is deleted.
 
         Raises:
             UnavailableError: it cannot be opened now.
@@ -328,7 +328,7 @@ class BlockFile:
             raise self._unusable(error) from error
 
     def when_closed(self, call: Callable[[], object]) -> None:
-        """Have ``call`` called once, when the file is closed, or collected without that."""
+        """Call ``call`` once, when the file is closed, or garbage-collected without that."""
         self._when_closed = end = weakref.finalize(self, call)
         end.atexit = False
 

@@ -1,7 +1,7 @@
-"""Header of a safetensors file, read from bytes that anybody may have written.
+"""Header of a safetensors file, read from bytes of any writer.
 
-All that is hostile in a header ends here: what it claims is compared with itself and with hard limits before anything
-is allocated or read by it. Work and memory are bounded by ``MAX_HEADER_BYTES``.
+Hostile headers are refused here: their values are compared with each other and with hard limits before anything is
+allocated or read by them. Work and memory are bounded by ``MAX_HEADER_BYTES``.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _LONG_NUMBER = re.compile(r"[0-9]{19}")
 _SIZE = re.compile(r"\[([0-9]{1,18})\]")
 STATES = "states"
 _HASH = re.compile(r"[0-9a-f]{64}")
-# What parsing JSON runs into: a ValueError says where, a RecursionError means brackets without end.
+# Errors of parsing JSON: a ValueError says where, a RecursionError means that brackets are nested too deeply.
 NOT_JSON = (ValueError, RecursionError)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of ``pairs``: a hook for JSON, whose readers differ in which of two values counts.
+    """Return ``pairs`` as a dict: a hook for JSON, whose readers differ in which of two equal keys counts.
 
     Raises:
-        ValueError: a key is there twice.
+        ValueError: a key occurs twice.
     """
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -68,9 +68,9 @@ def json_object(text: str) -> dict[str, Any]:
 
     Raises:
         ValueError: it is something else.
-        RecursionError: its brackets never end.
+        RecursionError: it is nested too deeply.
     """
-    if _LONG_NUMBER.search(text):  # parsing a very long one takes long by itself
+    if _LONG_NUMBER.search(text):  # parsing a very long one is slow
         raise ValueError("a number has too many digits")
     found = _integers.decode(text)
     if not isinstance(found, dict):
@@ -111,8 +111,8 @@ def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
     """Return the metadata of a header (without its 8 bytes of length), and where its tensors lie.
 
     Raises:
-        ValueError: it is no header of safetensors, begins with something else than metadata, or contradicts itself.
-        RecursionError: its brackets never end.
+        ValueError: it is no header of safetensors, does not begin with metadata, or contradicts itself.
+        RecursionError: it is nested too deeply.
     """
     if header.count(b"{") + header.count(b"[") > _MAX_BRACKETS:
         raise ValueError("its header has more brackets than that of any model")
@@ -131,7 +131,7 @@ def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file whose header was read: a whole file of tokens, K and V of each layer in turn, and maybe states.
+    """A file with a checked header: it has tokens, K and V of each layer in turn, and maybe states.
 
     ``data_start`` is where its tensors begin, ``nbytes`` its size, ``tokens`` how many ids it has.
     """
@@ -154,12 +154,12 @@ class Opened:
 
 
 def open_header(fd: int, required: Sequence[str]) -> Opened:
-    """Read the header of an open file, whose metadata must hold what is ``required``.
+    """Read the header of an open file, whose metadata must hold the ``required`` keys.
 
     Raises:
         OSError: the drive fails.
-        ValueError: it is no ordinary file, or no whole file of such tensors.
-        RecursionError: the brackets of its header never end.
+        ValueError: it is no regular file, or no whole file of such tensors.
+        RecursionError: its header is nested too deeply.
     """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -190,7 +190,7 @@ def open_header(fd: int, required: Sequence[str]) -> Opened:
     return Opened(metadata, layout, data_start, status.st_size, shape[0])
 
 
-# The blocks of a sequence differ in their metadata; the rest of a raw one's header is the same for all of them.
+# Cached: the headers of a sequence's raw blocks differ only in their metadata.
 @functools.lru_cache(maxsize=16)
 def _read_tensors(text: str) -> Layout:
     packed = _read_packed(text)
@@ -207,7 +207,7 @@ def _read_tensors(text: str) -> Layout:
             dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
             known = len(entry) == 3 and dtype in _ITEM_BYTES
             known = known and type(shape) is type(place) is list and len(shape) <= _MAX_DIMENSIONS and len(place) == 2
-        except (KeyError, TypeError):  # a part is missing, or no part is what it should be
+        except (KeyError, TypeError):  # a part is missing, or has the wrong type
             known = False
         if not known:
             raise ValueError(f"tensor {name!r:.40} has not just a type, shape and place that this version knows")
@@ -231,10 +231,10 @@ def _read_tensors(text: str) -> Layout:
 
 
 def _read_packed(text: str) -> Layout | None:
-    """Return the layout of compressed tensors whose header is, to the byte, as this library writes it.
+    """Return the layout of compressed tensors if this library wrote their header, to the byte; None otherwise.
 
-    Unlike raw ones, no two blocks have the same. But all of it follows from the sizes: to write it again and compare is
-    several times faster than to parse it.
+    Unlike headers of raw blocks, no two are the same. But the sizes determine all of it: writing it again and comparing
+    is several times faster than parsing it.
     """
     sizes = list(map(int, _SIZE.findall(text)))
     if not 1 < len(sizes) <= 1 + 2 * MAX_LAYERS or len(sizes) % 2 == 0:
@@ -254,20 +254,21 @@ def _read_packed(text: str) -> Layout | None:
 
 def _are_sizes(values: Iterable[object]) -> bool:
     numbers: Any = list(values)
-    return set(map(type, numbers)) <= {int} and min(numbers, default=0) >= 0  # True is of a type of its own
+    return set(map(type, numbers)) <= {int} and min(numbers, default=0) >= 0  # excludes bool
 
 
 @functools.lru_cache(maxsize=16)
 def tensor_names(layers: int, *, checkpoint: bool = False) -> tuple[str, ...]:
-    """Return the names of the tensors of a file of so many layers, in order."""
+    """Return the names of the tensors of a file with ``layers`` layers, in order."""
     return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * checkpoint)
 
 
 def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> KVSpec:
-    """Return the layers whose K and V have these types and shapes ``[heads, tokens, dim]``: K and V of each in turn.
+    """Return the layers with these dtypes and shapes ``[heads, tokens, dim]``, given for K and V of each in turn.
 
     Raises:
-        ValueError: K and V do not belong together, are not of ``tokens``, or larger than those of any model.
+        ValueError: K and V do not belong together, do not have ``tokens`` tokens, or are larger than those of any
+            model.
     """
     layers = []
     for i in range(0, len(shapes), 2):
@@ -295,7 +296,7 @@ def read_checksums(text: str, names: Sequence[str]) -> list[int]:
 
     Raises:
         ValueError: there is not exactly one number of 32 bits for each.
-        RecursionError: its brackets never end.
+        RecursionError: it is nested too deeply.
     """
     found = json_object(text)
     values: list[int] = [found.get(name, -1) for name in names]
@@ -305,7 +306,7 @@ def read_checksums(text: str, names: Sequence[str]) -> list[int]:
 
 
 def check_ids(tokens: TokenIds) -> None:
-    """See to it that ``tokens`` can be those of a file.
+    """Check that ``tokens`` can be stored in a file.
 
     Raises:
         ValueError: there are none, or too many, or one is negative.

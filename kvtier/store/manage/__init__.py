@@ -1,1 +1,1 @@
-"""What the owner of a store does between turns: names, removal, statistics."""
+"""Management of a store between turns: names, removal, statistics."""

@@ -1,6 +1,6 @@
-"""Management: what the owner of a store does with it, between turns.
+"""StoreAdmin: management of a store by its owner, between turns.
 
-Names, pins, ends, forgetting, pruning, verification. Unlike in a turn, a disk that fails is told.
+Names, pins, expiry, forgetting, pruning, archives, verification. Unlike in a turn, a failing disk raises an error.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _log = logging.getLogger("kvtier.store")
 
 
 class StoreAdmin:
-    """Names, pins, ends, forgetting, pruning, archives and verification of one store. Thread-safe.
+    """Names, pins, expiry, forgetting, pruning, archives and verification of one store. Thread-safe.
 
-    Every method raises ``ClosedError`` when the store was closed, and ``StoreError`` when the disk fails.
+    Every method but ``forget_what_is_due`` raises ``ClosedError`` when the store was closed, and ``StoreError`` when
+    the disk fails.
 
     Args:
         path: the folder of the store; None for one in RAM.
         block_size: tokens of a full block.
-        tiers: of the store.
+        tiers: the tiers of the store.
         writer: puts blocks into the tiers.
         flush: waits until everything committed so far is on disk.
         check_open: raises ``ClosedError`` when the store was closed.
@@ -68,7 +69,7 @@ class StoreAdmin:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Do what the owner asked for: unlike in a turn, a failing disk is told."""
+        """Run a request of the owner: unlike in a turn, a failing disk raises ``StoreError``."""
         self._check_open()
         try:
             yield
@@ -80,18 +81,18 @@ class StoreAdmin:
     def name(
         self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
     ) -> NamedPrefix:
-        """Give a name to a chain that was committed; what bore it before loses it, pin and ttl pass on.
+        """Give a name to a committed chain; another chain that has it loses it, and passes on pin and ttl.
 
         Args:
             name: 1 to 200 printable characters.
             root: the root it was committed under.
             tokens: its ids, as they were committed.
-            pin: never evict it, nor let its blocks expire. What is pinned already stays so without.
-            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves a ``ttl`` that it has.
+            pin: never evict its blocks, nor let them expire. False leaves a pin that the name has.
+            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves an existing one.
 
         Raises:
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
-            StoreError: the store does not have all of it, or the disk fails.
+            StoreError: the store lacks a part of the chain, or the disk fails.
         """
         checked_name(name)
         for _ in range(_TRIES):
@@ -105,7 +106,7 @@ class StoreAdmin:
                 raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
             named = self._set_name(name, root, keys, len(tokens), pin, ttl)
             if named.kept_tokens == len(tokens):
-                break  # else a turn of another thread has replaced its end by a longer one meanwhile
+                break  # else a turn of another thread has replaced its tail block meanwhile
         return named
 
     def _set_name(
@@ -115,43 +116,43 @@ class StoreAdmin:
         ttl_seconds = checked_ttl(ttl)
         with self._asked():
             before = self._names.find(name)
-            if before is not None:  # a conversation that goes on is named anew each turn
+            if before is not None:  # a conversation is named again after each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
             self._writer.write_down(keys)
-            self._flush()  # a name holds on to what is on disk
+            self._flush()  # a name refers to blocks on disk
             self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
         return self.named(name)
 
     def names(self) -> tuple[NamedPrefix, ...]:
-        """Return everything that has a name."""
+        """Return all named prefixes."""
         self.forget_what_is_due()
         with self._asked():
             return self._inventory.described_all(self._names.all())
 
     def named(self, name: str) -> NamedPrefix:
-        """Return what is called ``name``.
+        """Return the prefix ``name``.
 
         Raises:
-            UnknownNameError: nothing is.
+            UnknownNameError: the name does not exist.
         """
         self.forget_what_is_due()
         with self._asked():
             return self._inventory.described(*self._names.details(name))
 
     def pin(self, name: str) -> None:
-        """Never evict what is called ``name``, nor let its blocks expire.
+        """Never evict the blocks of ``name``, nor let them expire.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: the name does not exist.
         """
         self._set_pinned(name, True)
 
     def unpin(self, name: str) -> None:
-        """Treat what is called ``name`` like everything else again.
+        """Treat the blocks of ``name`` like all other blocks again.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: the name does not exist.
         """
         self._set_pinned(name, False)
 
@@ -160,30 +161,30 @@ class StoreAdmin:
             self._names.set_pinned(name, pinned)
 
     def rename(self, old: str, new: str) -> None:
-        """Call ``new`` what is called ``old``.
+        """Rename ``old`` to ``new``.
 
         Raises:
-            UnknownNameError: nothing is called ``old``.
-            ConfigurationError: ``new`` cannot be a name, or is one already.
+            UnknownNameError: ``old`` does not exist.
+            ConfigurationError: ``new`` cannot be a name, or exists already.
         """
         with self._asked():
             self._names.rename(old, checked_name(new))
 
     def unname(self, name: str) -> None:
-        """Take a name away; what bore it is kept like everything else.
+        """Remove a name; its blocks are kept like all other blocks.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: the name does not exist.
         """
         with self._asked():
             self._names.get(name)
             self._names.remove(name)
 
     def tokens_of(self, name: str) -> TokenIds:
-        """Return the ids of what is called ``name``, as far as the store has it.
+        """Return the token ids of ``name``, as far as the store has them.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: the name does not exist.
         """
         with self._asked():
             written = self._names.get(name)
@@ -201,12 +202,12 @@ class StoreAdmin:
         return blocks
 
     def chains(self) -> tuple[Chain, ...]:
-        """Return every chain that no other goes beyond, named or not, the last used first."""
+        """Return every chain that is not part of a longer one, named or not, the last used first."""
         with self._asked():
             return self._inventory.chains()
 
     def usage(self) -> StoreUsage:
-        """Return what all blocks take, by root."""
+        """Return the bytes of all blocks, by root."""
         with self._asked():
             return measure(self._tiers.entries(), (name for name, *_ in self._names.all()))
 
@@ -214,7 +215,7 @@ class StoreAdmin:
         """Give a name to the chain whose last block's key begins with ``key_prefix``.
 
         Raises:
-            UnknownNameError: no key begins so, or several do.
+            UnknownNameError: no key begins with it, or several do.
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
         """
         with self._asked():
@@ -226,16 +227,16 @@ class StoreAdmin:
     ) -> Forgotten:
         """Remove a conversation for good, from RAM and disk.
 
-        By name: the name, and the blocks that no other sequence uses. By token ids: every block that begins with
-        them or goes beyond them, and those that lead only there, whatever is named or pinned. Files are deleted and
-        the rows overwritten; drives may keep what was on them, and other processes what they have in RAM.
+        By name: removes the name, and the blocks that no other sequence uses. By token ids: removes all sequences that
+        begin with them, named and pinned ones too, except blocks that other sequences use. Files are deleted and the
+        rows overwritten. Drives may keep old data, and other processes keep their blocks in RAM.
 
         Args:
             what: a name, or token ids, or a text.
-            encode: makes ids of ``what``, which is then a text, e.g. ``tokenizer.encode``.
+            encode: turns ``what``, which is then a text, into ids, e.g. ``tokenizer.encode``.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: the name does not exist.
             ConfigurationError: ``what`` is neither a name nor ids.
         """
         if isinstance(what, str) and encode is not None:
@@ -261,7 +262,7 @@ class StoreAdmin:
         """Remove the chain whose last block's key begins with ``key_prefix``, as ``forget`` does by name.
 
         Raises:
-            UnknownNameError: no key begins so, or several do.
+            UnknownNameError: no key begins with it, or several do.
         """
         self._flush()
         with self._asked():
@@ -275,7 +276,7 @@ class StoreAdmin:
         return self._remove(keys, in_a_turn=in_a_turn)
 
     def _remove(self, keys: Sequence[str], *, in_a_turn: bool = False) -> Forgotten:
-        """Remove blocks, and overwrite their rows: in a turn later, since it takes long.
+        """Remove blocks, and overwrite their rows; in a turn, overwriting is left for later, since it takes long.
 
         Raises:
             OSError: the folder fails.
@@ -296,20 +297,20 @@ class StoreAdmin:
         return Forgotten(sums["blocks"], sums["bytes"])
 
     def forget_what_is_due(self) -> None:
-        """Forget names whose time is over. In a turn, so a failing disk is no error."""
+        """Forget expired names. Runs in a turn, so a failing disk raises no error."""
         try:
             due = self._names.due()
         except sqlite3.Error:
-            return  # the tier that asks next warns of it
+            return  # the next query warns of it
         for name in due:
-            # Another process does it, or the next turn.
+            # Another process forgets it, or the next turn.
             with contextlib.suppress(KeyError, OSError, sqlite3.Error):
                 self._forget_name(name, in_a_turn=True)
 
     # --- archives ---------------------------------------------------------------------------------------------------
 
     def export(self, name: str, file: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-        """Write what is called ``name`` to one safetensors file, for another store or other tools.
+        """Write the prefix ``name`` to one safetensors file, for another store or other tools.
 
         Returns:
             Bytes of the file, which only the user can read.
@@ -317,8 +318,8 @@ class StoreAdmin:
         Raises:
             ArchiveError: the file exists already, or cannot be written.
             BlockError: a block is damaged.
-            UnknownNameError: nothing is called so.
-            StoreError: the store does not have all of it any more, or the disk fails.
+            UnknownNameError: the name does not exist.
+            StoreError: the store no longer has all of it, or the disk fails.
         """
         self._flush()
         with self._asked(), ExitStack() as open_blocks:
@@ -349,18 +350,18 @@ class StoreAdmin:
     def import_(
         self, file: str | os.PathLike[str], *, name: str | None = None, progress: Progress | None = None
     ) -> NamedPrefix:
-        """Take in a file that ``export`` wrote. It is read as a stranger's: checked whole before anything is kept.
+        """Import a file that ``export`` wrote. The file is not trusted: it is checked whole before anything is stored.
 
-        No check can tell whether K and V are what the model would compute: import from those whom you trust to say.
+        No check can tell whether K and V are those that the model would compute: import only from trusted sources.
 
         Args:
             file: the file.
-            name: what to call it here; by default what it was called there.
-            progress: called now and then with the bytes that were checked, and all there are.
+            name: its name here; by default its name in the file.
+            progress: called now and then with the bytes checked so far, and the total.
 
         Raises:
-            ArchiveError: the file is damaged, or no such file.
-            ConfigurationError: ``name`` is needed, cannot be used, or is the name of something else.
+            ArchiveError: the file is damaged, missing, or no archive.
+            ConfigurationError: ``name`` is needed, cannot be used, or is the name of another chain.
             StoreError: there is no room for all of it, or the disk fails.
         """
         self._check_open()
@@ -391,9 +392,9 @@ class StoreAdmin:
     # --- care -------------------------------------------------------------------------------------------------------
 
     def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
-        """Remove what has expired and what was not used for ``unused_for`` seconds; then evict down to ``to_bytes``.
+        """Remove expired blocks, and blocks unused for ``unused_for`` seconds; then evict down to ``to_bytes``.
 
-        What is pinned, or being read, stays. RAM is pruned, too; what is returned is of the disk where there is one.
+        Pinned blocks and blocks being read stay. RAM is pruned, too; the result is that of the disk where there is one.
 
         Raises:
             ConfigurationError: an argument cannot be used.
@@ -417,8 +418,8 @@ class StoreAdmin:
         """Read every file, and compare files, catalog and accounting.
 
         Args:
-            repair: put right what can be: damaged blocks are removed, unknown ones taken in.
-            progress: called now and then with the bytes that were read, and all there are.
+            repair: fix problems where possible: damaged blocks are removed, unknown ones adopted.
+            progress: called now and then with the bytes read so far, and the total.
         """
         self._flush()
         with self._asked():

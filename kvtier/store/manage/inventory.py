@@ -1,4 +1,4 @@
-"""Inventory: chains as their owner sees them, with the bytes of each and those that only it uses."""
+"""Inventory: the chains of a store, with the bytes of each and the bytes that only it uses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kvtier.store.tiers.stack import TierStack
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A sequence that the store has, from its first block to one that no other follows.
+    """A stored sequence, from its first block to a block without children.
 
     Attributes:
         key: the key of its last block.
-        root: what else decides its K and V.
+        root: identifies everything else that decides its K and V.
         tokens: its tokens.
-        nbytes: what its blocks take, those included that other chains use too.
+        nbytes: bytes of its blocks, shared ones included.
         used_at: Unix time of its last use.
         hits: how often its last block was restored.
-        names: the names whose chains have its last block.
+        names: the names whose chains contain its last block.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What was removed."""
+    """Numbers of removed blocks and bytes."""
 
     blocks: int
     nbytes: int
@@ -47,14 +47,14 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class _Linked:
-    """What all names are about: the rows of their blocks, and the names of each block."""
+    """The blocks of all named chains: their entries, and the names of each block."""
 
     entries: Mapping[str, Entry]
     names: Mapping[str, set[str]]
 
 
 class Inventory:
-    """What a store has, over all its tiers. Reads only; the disk tier's view counts where there is one."""
+    """Contents of a store, over all its tiers. Reads only; the view of the disk tier counts where there is one."""
 
     def __init__(self, tiers: TierStack) -> None:
         self._tiers = tiers
@@ -67,7 +67,7 @@ class Inventory:
     # --- chains -----------------------------------------------------------------------------------------------------
 
     def described_all(self, names: Sequence[tuple[Name, float, float | None]]) -> tuple[NamedPrefix, ...]:
-        """Return what is known of all names there are; the rows of their blocks are asked for at once."""
+        """Return the details of all names; the entries of their blocks are read at once."""
         by_key: dict[str, set[str]] = {}
         for name, *_ in names:
             for key in name.keys:
@@ -76,7 +76,7 @@ class Inventory:
         return tuple(self._described(*each, linked) for each in names)
 
     def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
-        """Return what is known of a name."""
+        """Return the details of a name."""
         return self._described(name, used_at, expires_at, None)
 
     def _described(self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None) -> NamedPrefix:
@@ -86,7 +86,7 @@ class Inventory:
         for key in name.keys:
             entry = self._entries_of(key, linked)[0]
             if entry is None:
-                break  # what is in RAM alone may go at any moment: no name holds on to it
+                break  # blocks in RAM alone may be evicted at any moment: names do not count them
             counted = min(entry.tokens, name.tokens - tokens)
             by_tier["host" if key in self._tiers.host else self._tiers.last.name] += counted
             tokens += counted
@@ -108,7 +108,7 @@ class Inventory:
         )
 
     def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
-        """Return which of the blocks ``keys``, in order of a chain, nothing uses but this chain and ``names``."""
+        """Return the blocks of the chain ``keys`` that only this chain and ``names`` use, with their checkpoints."""
         return self._own(keys, names, None)
 
     def _own(self, keys: Sequence[str], names: set[str], linked: _Linked | None) -> list[str]:
@@ -133,11 +133,11 @@ class Inventory:
         return own
 
     def _entries_of(self, key: str, linked: _Linked | None) -> list[Entry | None]:
-        """Return what each tier knows of a block; first the one that names hold on to."""
+        """Return the entry of a block in each tier; first in the tier to whose blocks names refer."""
         return self._tiers.entries_of(key, linked.entries if linked is not None else None)
 
     def _has_others(self, entries: Sequence[Entry | None], after: str | None, linked: _Linked | None) -> bool:
-        """Whether a block, of which the tiers know ``entries``, is followed in one of them by others than ``after``."""
+        """Whether a block with ``entries`` in the tiers has children other than ``after`` in one of them."""
         if after is None:
             return False
         followers = self._entries_of(after, linked)
@@ -152,7 +152,7 @@ class Inventory:
         return set[str]().union(*(linked.names.get(key, ()) for key in keys))
 
     def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
-        """Return the checkpoints after ``parent`` that ``after``, the next block of a chain, begins with."""
+        """Return the checkpoints after ``parent`` whose ids begin the block ``after``, the next one of a chain."""
         block = self.find(after) if after is not None else None
         if block is None:
             return []
@@ -164,7 +164,7 @@ class Inventory:
         return sorted(found - {block.key})
 
     def chains(self) -> tuple[Chain, ...]:
-        """Return every chain that no other goes beyond, the last used first."""
+        """Return every chain that is not part of a longer one, the last used first."""
         entries = {entry.key: entry for entry in self._tiers.entries()}
         followed = {entry.parent for entry in entries.values()}
         sums: dict[str, tuple[int, int]] = {}
@@ -187,10 +187,10 @@ class Inventory:
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
 
     def keys_to(self, key_prefix: str) -> tuple[str, list[str], int]:
-        """Return root, keys and tokens of the chain whose last block's key begins with ``key_prefix``.
+        """Return root, keys and number of tokens of the chain whose last block's key begins with ``key_prefix``.
 
         Raises:
-            UnknownNameError: no key begins so, or several do.
+            UnknownNameError: no key begins with it, or several do.
         """
         entries = {entry.key: entry for entry in self._tiers.entries()}
         found = [key for key in entries if key.startswith(key_prefix)] if key_prefix else []
@@ -203,12 +203,12 @@ class Inventory:
         keys.reverse()
         return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
 
-    # --- what contains given ids ------------------------------------------------------------------------------------
+    # --- blocks with given ids --------------------------------------------------------------------------------------
 
     def holding(self, tokens: TokenIds) -> list[str]:
-        """Return the keys of all blocks that begin with ``tokens`` or go beyond, and of those that only lead there.
+        """Return the keys of all blocks of chains that begin with ``tokens``, except blocks that other chains use.
 
-        What ``tokens`` begin with counts as leading there, too.
+        Chains that are a prefix of ``tokens`` count, too. The deepest blocks come first.
         """
         entries = {entry.key: entry for entry in self._tiers.entries()}
         following: dict[str, list[str]] = {}
@@ -230,7 +230,7 @@ class Inventory:
         following: dict[str, list[str]],
         gone: set[str],
     ) -> list[str]:
-        """Add to ``gone`` what holds all of ``tokens``; return what leads there, parents first."""
+        """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first."""
         leading: list[str] = []
         places: list[tuple[str, int]] = [(root, 0)]
         seen: set[str] = set()
@@ -262,16 +262,16 @@ class Inventory:
         return found
 
     def nbytes(self, keys: Iterable[str]) -> Counter[str]:
-        """Return what blocks take, and how many of them there are, as ``bytes`` and ``blocks``.
+        """Return the bytes and the number of blocks, as ``bytes`` and ``blocks``.
 
-        Those count too that no turn finds any more, since they could not be removed before.
+        Blocks count even if their removal failed before and lookups no longer find them.
         """
         found = [entry for entry in map(self._tiers.kept_entry, keys) if entry is not None]
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
 
 
 def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:
-    """Return ``key`` and the blocks before it, up to ``known`` ones, each once: parents may form a cycle."""
+    """Return ``key`` and its ancestors, up to ``known`` ones, each once: parents may form a cycle."""
     way: dict[str, None] = {}
     while key in entries and key not in known and key not in way:
         way[key] = None

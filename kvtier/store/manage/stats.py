@@ -25,14 +25,14 @@ class StoreStats:
         lookups: prompts (or rows of one) that were matched.
         lookup_tokens: their tokens.
         hit_tokens: of those, tokens that were found.
-        misses: lookups that found less than all, by reason: ``unknown`` (nothing begins so), ``diverged`` (other ids
-            from some token on), ``shorter`` (what is known ends before), ``damaged``, ``gone``;
-            and blocks that could not be read: ``unavailable``.
-        committed_tokens: tokens that were new.
+        misses: lookups that found less than all, by reason: ``unknown`` (no stored prefix matches the start),
+            ``diverged`` (other ids from some token on), ``shorter`` (the stored prefix ends before); and blocks that
+            were ``damaged``, ``gone`` or ``unavailable`` (they could not be read).
+        committed_tokens: newly stored tokens.
         written_bytes: bytes of block files that were written.
         queued_writes: blocks waiting to be written to disk, or for their conversation to rest.
         errors: failures that cost a recompute, by what failed: ``write``, ``read``, ``catalog``, ``delete``.
-        paused: why nothing is written to disk at the moment; None when writing goes on.
+        paused: why disk writes are paused; None when they are not.
         names: how many names there are.
     """
 
@@ -56,7 +56,7 @@ def store_stats(path: str | None, tiers: TierStack, tally: Mapping[str, int], qu
     Args:
         path: its folder.
         tiers: its tiers.
-        tally: what the store itself has counted: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
+        tally: the counts of the store itself: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
         queued_writes: blocks waiting to be written.
     """
     tier_stats = tiers.stats(tally)

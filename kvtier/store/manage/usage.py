@@ -12,13 +12,13 @@ from kvtier.store.names import Name
 
 @dataclass(frozen=True, slots=True)
 class RootUsage:
-    """What one root takes: a model, with all else that decides K and V.
+    """The bytes of one root: a model, with everything else that decides K and V.
 
     Attributes:
         root: the root.
         blocks: its blocks.
-        nbytes: what they take.
-        named_bytes: of those, what at least one name uses.
+        nbytes: their bytes.
+        named_bytes: of those, bytes of blocks that at least one name uses.
     """
 
     root: str
@@ -29,10 +29,10 @@ class RootUsage:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """What all blocks take.
+    """The bytes of all blocks.
 
     Attributes:
-        roots: the largest first.
+        roots: usage by root, the largest first.
     """
 
     roots: tuple[RootUsage, ...]

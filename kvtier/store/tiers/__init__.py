@@ -1,1 +1,1 @@
-"""Places where blocks are kept, the fastest first."""
+"""Tiers: places for blocks, the fastest first."""

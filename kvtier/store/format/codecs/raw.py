@@ -1,4 +1,4 @@
-"""Raw: bytes as they are. Blocks in this codec are read straight to their place."""
+"""Raw: bytes as they are. Blocks in this codec are read directly into their destination."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Raw:
         return as_bytes(tensor.contiguous())
 
     def decode(self, payload: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the tensor on the payload's memory.
+        """Return the tensor, which shares the payload's memory.
 
         Raises:
             BlockError: the payload has another size.

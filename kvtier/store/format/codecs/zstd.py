@@ -17,12 +17,12 @@ from kvtier.errors import BlockError
 from kvtier.store.format.codecs.base import Bytes, as_bytes
 
 _LEVEL = 1
-_MIN_WINDOW = 8 * 2**20  # that any decompressor grants, and no frame of a smaller tensor needs more
+_MIN_WINDOW = 8 * 2**20  # accepted by every decompressor; frames of smaller tensors need no more
 _WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
 
 
 class ExponentZstd:
-    """About two thirds of the size for 16-bit floats; other types are compressed whole."""
+    """About two thirds of the size for 16-bit floats. Types other than 16- and 32-bit floats are compressed whole."""
 
     name = "zstd"
     is_lossless = True
@@ -78,10 +78,10 @@ def _decompressed(frame: memoryview, size: int) -> bytes:
     """Return the ``size`` bytes that ``frame`` holds.
 
     Raises:
-        BlockError: it is no frame, or not one of as many bytes.
+        BlockError: it is no frame, or holds another number of bytes.
     """
     try:
-        # The decompressor allocates what the frame claims, whatever it is told: 2 ** 40 bytes if that is what it says.
+        # The decompressor allocates the size that the frame claims, whatever the limit: even 2 ** 40 bytes.
         claimed = zstandard.get_frame_parameters(frame)
         if claimed.content_size != size:
             raise BlockError(f"compressed payload claims {claimed.content_size} bytes where the tensor has {size}")

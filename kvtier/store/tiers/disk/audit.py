@@ -71,7 +71,7 @@ class Audit:
                 )
 
     def _settle(self, place: Place, owner: str) -> None:
-        """Keep the file of a dead writer if it is whole; otherwise delete it and abort the store."""
+        """Keep the file of a dead writer if it is whole; otherwise delete it and abort the write."""
         path = self._path(place)
         try:
             self._catalog.adopt([self.look_at(path)])

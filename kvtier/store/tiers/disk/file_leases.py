@@ -126,8 +126,7 @@ class FileLeases:
                     self._let_go()
 
     def claim(self, key: str) -> bool:
-        """Claim block ``key``, so that no read of it begins; return False if it is read or claimed. ``unclaim`` ends
-        it."""
+        """Claim block ``key``: no read of it begins until ``unclaim``. Returns False if it is being read or claimed."""
         place = _place(key)
         with self._lock:
             if place in self._shared or place in self._claimed:

@@ -97,7 +97,7 @@ class DiskTier:
         self._lost: set[str] = set()  # blocks that a failing catalog could not forget
         self._withheld = Withheld(clock)
         self._stuck: set[str] = set()  # blocks whose files could not be deleted
-        self._unsettled: dict[str, BlockId] = {}  # blocks whose stores could not be aborted
+        self._unsettled: dict[str, BlockId] = {}  # blocks whose writes could not be undone
         self._putting = threading.RLock()
         self._sleep: Callable[[float], None] = time.sleep
         self._counting = threading.Lock()
@@ -107,7 +107,7 @@ class DiskTier:
         """Do nothing: writes go on, and do not concern the child."""
 
     def after_fork(self, in_child: bool) -> None:
-        """Drop, in a child, the locks and unfinished stores of its parent's threads."""
+        """Drop, in a child, the locks and unfinished writes of its parent's threads."""
         if in_child:
             self._putting, self._counting, self._unsettled = threading.RLock(), threading.Lock(), {}
 
@@ -278,7 +278,7 @@ class DiskTier:
             self.folder.write(path, pieces)
 
     def _wait_for_writer(self, key: str) -> None:
-        """Wait a moment for the owner that is writing the block; abort its store if that owner is dead."""
+        """Wait a moment for the owner that is writing the block; abort its write if that owner is dead."""
         writer = self.catalog.writer(key)
         if writer is not None and not self._owner.lives(writer):
             self.catalog.abort_store(key, writer)
@@ -286,7 +286,7 @@ class DiskTier:
             self._sleep(_RETRY_SECONDS)
 
     def _abort_store(self, block: BlockId) -> None:
-        """Abort a store that ``_put`` has begun; if that fails now, it is tried again before the next store."""
+        """Undo a write that ``_put`` has begun; if that fails now, it is tried again before the next write."""
         self._unsettled[block.key] = block
         try:
             if self.catalog.writer(block.key) == self._owner.name:
@@ -302,7 +302,7 @@ class DiskTier:
             self._mark_damage(error)
 
     def _finish(self) -> None:
-        """Try again to abort stores and delete files where that failed."""
+        """Try again to undo writes and delete files where that failed."""
         for block in list(self._unsettled.values()):
             self._abort_store(block)
         self._delete_again()

@@ -26,12 +26,12 @@ class Siblings:
             siblings.sort(key=_bytes_of)
 
     def add(self, block: BlockId) -> None:
-        """Add a block that is not here."""
+        """Add a new block."""
         siblings = self._after.setdefault(block.parent, [])
         siblings.insert(bisect_right(siblings, _bytes_of(block), key=_bytes_of), block)
 
     def remove(self, block: BlockId) -> None:
-        """Remove a block that is here."""
+        """Remove a block, which must be present."""
         siblings = self._after[block.parent]
         index = bisect_left(siblings, _bytes_of(block), key=_bytes_of)
         while siblings[index].key != block.key:  # a checkpoint and a block may have the same ids

@@ -1,7 +1,8 @@
 """Catalog: rows of the blocks of the disk tier, and every change of their state.
 
-A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone. Lookups
-find only ready rows. States and moves are those of ``block_states``; a move that a row cannot make changes nothing.
+A row is prepared before its file appears, so that the byte budget counts it, and it stays until its file is gone.
+Lookups find only ready rows. States and moves are those of ``block_states``; a move that a row cannot make changes
+nothing.
 """
 
 from __future__ import annotations
@@ -194,8 +195,7 @@ class Catalog:
             return str(row[0]) if row else None
 
     def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        """Add rows for whole files that have none: identity, bytes, Unix time of last use. Returns how many were
-        new."""
+        """Add rows for whole files without any: identity, bytes, Unix time of last use. Returns how many were new."""
         return self._adoption.adopt(found)
 
     def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
@@ -214,7 +214,7 @@ class Catalog:
         at_most: int,
         all_or_nothing: bool = True,
     ) -> list[Place]:
-        """Mark blocks of ``nbytes`` as leaving: leaves of the lowest value first.
+        """Mark blocks of ``nbytes`` in total as leaving: leaves first, in the order of their value to the policy.
 
         Args:
             nbytes: how many bytes to evict.

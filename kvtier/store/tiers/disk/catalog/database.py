@@ -90,7 +90,7 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections, once no thread uses them."""
-        self._writer.lock.acquire()  # first, as in ``truncate_log``: a holder of the reader's lock waits for no other lock
+        self._writer.lock.acquire()  # first, as in ``truncate_log``: holders of the reader's lock wait for no lock
         self._reader.lock.acquire()
         try:
             if self._path is not None:  # a fork copies tables in RAM

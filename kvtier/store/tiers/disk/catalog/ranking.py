@@ -74,8 +74,7 @@ class Session:
         self._exposed: defaultdict[int, list[_Leaf]] = defaultdict(list)
 
     def _read_state(self) -> PolicyState:
-        """Return the stored state of the policy; if it cannot be read, a fresh state later than every use of a
-        block."""
+        """Return the stored state of the policy; if unreadable, a fresh one, later than every use of a block."""
         state = state_from_text(self._policy, self._text)
         if state is None:
             with self._connection.limited(LONG_SECONDS):
@@ -160,7 +159,7 @@ class Session:
             if row is None:
                 break
             found.append(row[0])
-        return sorted({*found, *(queue for queue, leaves in self._exposed.items() if leaves)})
+        return found
 
     def _head(self, queue: int) -> _Leaf | None:
         """Return the first leaf of a queue that was not returned yet: a late leaf, or the next in the index."""

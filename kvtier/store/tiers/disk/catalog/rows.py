@@ -74,7 +74,7 @@ def insert(
 
 
 def move(connection: Statements, key: str, what: Move, owner: str | None = None) -> bool:
-    """Change the state of a block, if its state allows and it belongs to ``owner``; return whether it changed."""
+    """Change the state of a block, if its state and ``owner`` (None: any) allow; return whether it changed."""
     # A lease is no state of a row: a leased block is ready here.
     states = [state for state in sources(what) if state not in (State.ABSENT, State.LEASED)]
     (target,) = {after(state, what) for state in states}
