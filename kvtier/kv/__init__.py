@@ -1,1 +1,1 @@
-"""K and V in memory: shapes, pages, and the buffers that a model appends to. Knows no model, file or policy."""
+"""K and V in memory: shapes, pages, and buffers that a model appends to. Independent of models, files and policies."""

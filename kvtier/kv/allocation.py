@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def writable_results() -> Iterator[None]:
-    """Make the tensors that are created inside writable outside of inference mode too; nothing records gradients."""
+    """Make tensors created inside writable outside of inference mode too; no gradients are recorded."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -29,7 +29,7 @@ def new_buffer(
     """Return an uninitialized tensor of ``shape`` that stays writable.
 
     Raises:
-        RuntimeError: the memory cannot be had, or not be pinned.
+        RuntimeError: the memory cannot be allocated or pinned.
     """
     with writable_results():
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)

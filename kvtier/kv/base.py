@@ -16,10 +16,10 @@ def first_visible(begin: int, sliding_window: int) -> int:
 
 
 class LayerMemory(Protocol):
-    """K and V of one layer for all rows, wherever they are.
+    """K and V of one layer for all rows, in any tier.
 
     Attributes:
-        spec: of K and V.
+        spec: shapes and dtypes of K and V.
     """
 
     spec: LayerSpec
@@ -30,7 +30,7 @@ class LayerMemory(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where attention reads."""
+        """The device on which attention reads."""
 
     def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
         """Whether K and V like these can be appended as they are."""
@@ -50,4 +50,4 @@ class LayerMemory(Protocol):
         """Return K and V of the first ``columns`` columns."""
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Release all K and V."""

@@ -19,8 +19,8 @@ _SELECTED_TOGETHER = 512
 class KVBuffer:
     """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
 
-    Owns both buffers, or shares them with its twins until one of them writes what another reads: the writer then takes
-    a copy. Memory beyond what was written is only reserved: on the CPU it costs address space.
+    Owns both buffers, or shares them with its twins. A twin that writes columns that another twin reads takes a copy
+    first. Memory beyond the written columns is only reserved: on the CPU it costs address space.
     """
 
     _tenants: CopyOnWrite | None = None  # None: these buffers are not shared
@@ -59,12 +59,12 @@ class KVBuffer:
 
     @property
     def capacity(self) -> int:
-        """Columns there is room for, in both buffers."""
+        """Columns that both buffers have room for."""
         return self._room
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """The device of the buffers."""
         return self.k.device
 
     def takes(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> bool:
@@ -74,9 +74,9 @@ class KVBuffer:
         )
 
     def share(self, live: int) -> KVBuffer:
-        """Return a twin that holds the same ``live`` columns and as yet no memory of its own.
+        """Return a twin that holds the same ``live`` columns and no memory of its own yet.
 
-        Either may be written and grow as if it were alone. Of two that append, the first goes on in place.
+        Both may be written and grow independently. If both append, the first to append stays in place.
         """
         twin = KVBuffer.__new__(KVBuffer)
         twin.spec, twin.k, twin.v, twin._room = self.spec, self.k, self.v, self._room
@@ -87,29 +87,29 @@ class KVBuffer:
         return twin
 
     def reserve(self, columns: int, live: int) -> None:
-        """Have room for ``columns``; the first ``live`` keep their values."""
+        """Make room for ``columns``; the first ``live`` keep their values."""
         if columns > self._room:
             self.grow(self.capacity_for(columns), live)
 
     def grow(self, capacity: int, live: int) -> None:
-        """Have room for ``capacity`` columns; the first ``live`` keep their values."""
+        """Make room for ``capacity`` columns; the first ``live`` keep their values."""
         grown = KVBuffer(self.rows, self.spec, capacity, self.device)
         grown.k[:, :, :live] = self.k[:, :, :live]
         grown.v[:, :, :live] = self.v[:, :, :live]
         self._move_to(grown.k, grown.v)
 
     def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Have these buffers, which are not shared."""
-        # An interrupt may come at any time, between the two buffers too: the smaller one says what room there is.
+        """Replace the buffers by ``k`` and ``v``, which are not shared."""
+        # An interrupt may come between the two assignments too: the smaller buffer decides the capacity.
         self._room = min(self._room, k.shape[2])
         self.k, self.v = k, v
         self._room = k.shape[2]
-        if self._tenants is not None:  # only now
+        if self._tenants is not None:  # only after the buffers were replaced
             self._tenants.leave(self)
             self._tenants = None
 
     def _make_writable(self, begin: int, end: int, live: int | None = None) -> None:
-        """See that the columns ``[begin, end)`` can be written; the first ``live`` keep their values, or all."""
+        """Make ``[begin, end)`` writable, by a copy if shared; the first ``live`` columns or all keep their values."""
         tenants = self._tenants
         if tenants is not None and not tenants.may_write(self, begin, end):
             self.grow(self.capacity, min(self.capacity, tenants.columns) if live is None else live)
@@ -117,14 +117,14 @@ class KVBuffer:
     def append(
         self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, first: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put K and V into the columns from ``begin`` on, and have room for them; return those from ``first`` on."""
+        """Put K and V into the columns from ``begin`` on, growing if needed; return the columns from ``first`` on."""
         columns = k_bhtd.shape[2]
         end = begin + columns
         if end > self._room:
             self.reserve(end, live=begin)
         if self._tenants is not None:
             self._make_writable(begin, end, live=begin)
-        k, v = self.k, self.v  # `narrow` is half as dear as a slice, and this is done for each layer and token
+        k, v = self.k, self.v  # `narrow` costs half as much as a slice, and this runs for each layer and token
         k.narrow(2, begin, columns).copy_(k_bhtd)
         v.narrow(2, begin, columns).copy_(v_bhtd)
         return k.narrow(2, first, end - first), v.narrow(2, first, end - first)
@@ -149,7 +149,7 @@ class KVBuffer:
             self.v[row, :, begin:end] = source.v[source_row, :, columns]
 
     def clear(self, row: int, begin: int, end: int) -> None:
-        """Zero columns that stand for padding: masked out, but they must be finite."""
+        """Zero padding columns: they are masked out, but must be finite."""
         self._make_writable(begin, end)
         self.k[row, :, begin:end] = 0
         self.v[row, :, begin:end] = 0
@@ -162,11 +162,11 @@ class KVBuffer:
         self.v[row, :, begin:end] = page.v_htd.to(self.device)
 
     def is_host(self, spec: LayerSpec) -> bool:
-        """Whether pages of ``spec`` can land here."""
+        """Whether pages of ``spec`` can be read directly into this buffer."""
         return self.device.type == "cpu" and self.spec == spec
 
     def view(self, row: int, begin: int) -> PageView:
-        """Return the columns of ``row`` from ``begin`` on, for pages to land in. The buffer must be on the host."""
+        """Return a view of ``row`` from column ``begin`` on, to read pages into. The buffer must be on the host."""
         self._make_writable(begin, self.capacity)
         return PageView.on(self.k[row, :, begin:], self.v[row, :, begin:])
 
@@ -189,7 +189,7 @@ class KVBuffer:
         self._move_to(k, v)
 
     def close(self) -> None:
-        """Leave the buffers to those who share them."""
+        """Leave shared buffers to the other twins."""
         if self._tenants is not None:
             self._tenants.leave(self)
 

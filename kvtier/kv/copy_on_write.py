@@ -7,10 +7,10 @@ import weakref
 
 
 class CopyOnWrite:
-    """Owners of the same buffers: all read the first columns, one may append behind them.
+    """Owners (tenants) of the same buffers: all read the first columns, one may append after them.
 
-    Guarantees: ``may_write`` says yes only where no other tenant reads. May be asked from several threads. It orders
-    no work of accelerators: what shares buffers must be used on one stream.
+    Guarantees: ``may_write`` is true only for columns that no other tenant reads. Thread-safe. It orders no work of
+    accelerators: caches that share buffers must be used on one stream.
     """
 
     def __init__(self) -> None:
@@ -25,16 +25,16 @@ class CopyOnWrite:
         with self._lock:
             self._tenants.add(tenant)
             self._tenants.add(other)
-            # What the one with the tail has appended is its own: a cache that joins must not take the tail over it.
+            # Columns that the tail's owner has appended are its own: a joining cache must not overwrite them.
             self._kept = max(self._kept, live, self._written)
 
     def leave(self, tenant: object) -> None:
-        """``tenant`` reads nothing here any more."""
+        """Remove ``tenant``: it no longer reads these buffers."""
         with self._lock:
             self._tenants.discard(tenant)
 
     def may_write(self, tenant: object, begin: int, end: int) -> bool:
-        """Whether ``tenant`` may write the columns ``[begin, end)``. If so, what is behind them is its own too."""
+        """Whether ``tenant`` may write the columns ``[begin, end)``. If so, it also owns the columns after them."""
         with self._lock:
             if tenant not in self._tenants:
                 return False
@@ -50,5 +50,5 @@ class CopyOnWrite:
 
     @property
     def columns(self) -> int:
-        """The columns that any tenant may have written."""
+        """Number of columns that tenants may have written."""
         return max(self._kept, self._written)

@@ -26,10 +26,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageView:
-    """Where K and V of one layer and one sequence are to be put: ``[heads, tokens, bytes]`` each, on the host.
+    """Destination for K and V of one layer and one sequence: ``[heads, tokens, bytes]`` each, on the host.
 
-    ``bytes`` are those of one token in one head. The tokens of a head lie next to each other; heads may lie apart, so
-    that a landing can be a part of a buffer.
+    ``bytes`` are those of one token in one head. The tokens of a head are contiguous; heads may lie apart, so that a
+    view can be a part of a buffer.
     """
 
     k_htb: Bytes
@@ -37,7 +37,7 @@ class PageView:
 
     @classmethod
     def on(cls, k_htd: torch.Tensor, v_htd: torch.Tensor) -> PageView:
-        """Return a landing on host tensors ``[heads, tokens, dim]``."""
+        """Return a view of host tensors ``[heads, tokens, dim]``."""
         return cls(k_htd.view(torch.uint8).numpy(), v_htd.view(torch.uint8).numpy())
 
     def cut(self, first: int, last: int) -> PageView:

@@ -24,9 +24,9 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 def encode_header(
     tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str], at_least: int = 0
 ) -> bytes:
-    """Return the beginning of a file of ``tensors`` without gaps: name, dtype name, shape and bytes of each.
+    """Return the header of a file of ``tensors`` without gaps: name, dtype name, shape and bytes of each.
 
-    It is padded to ``at_least`` bytes, so that one whose numbers are not known yet can leave room for them.
+    It is padded to ``at_least`` bytes, so that a header can leave room for numbers that are not known yet.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

@@ -1,4 +1,4 @@
-"""Shapes of K and V: what one token costs in each layer, and where the bytes of a layer lie in a block."""
+"""Shapes of K and V, and the bytes of one token in each layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class LayerSpec:
     """K and V of one layer for one token: ``[k_heads, k_dim]`` and ``[v_heads, v_dim]``.
 
     Attributes:
-        dtype: of K, and of V unless ``v_dtype`` is set.
-        v_dtype: of V where it differs; such layers are held, but neither stored nor offloaded.
+        dtype: dtype of K, and of V unless ``v_dtype`` is set.
+        v_dtype: dtype of V if it differs; such layers are held, but neither stored nor offloaded.
     """
 
     k_heads: int
@@ -45,7 +45,7 @@ class LayerSpec:
 
     @classmethod
     def of(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerSpec:
-        """Return the geometry of ``[batch, heads, tokens, dim]`` K and V."""
+        """Return the spec of ``[batch, heads, tokens, dim]`` K and V."""
         k_shape, v_shape, dtype = k_bhtd.shape, v_bhtd.shape, k_bhtd.dtype
         v_dtype = v_bhtd.dtype
         return cls(k_shape[1], k_shape[3], v_shape[1], v_shape[3], dtype, None if v_dtype is dtype else v_dtype)

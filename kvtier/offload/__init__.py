@@ -1,1 +1,1 @@
-"""Layers of a running call that exceed the budget of their device, and the pages that are prefetched for them."""
+"""Offloading of layers that exceed their device's budget during a call, and prefetching of their pages."""

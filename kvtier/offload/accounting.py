@@ -14,17 +14,17 @@ PREFETCH_DEPTH = 2
 def cold_order(layers: int) -> tuple[int, ...]:
     """Return the order in which ``layers`` layers turn cold: any first few of them are spread evenly.
 
-    The base-2 van der Corput sequence (J. G. van der Corput, 1935), of which every beginning is spread evenly: copies
-    of cold layers hide behind the hot ones between them.
+    The base-2 van der Corput sequence (J. G. van der Corput, 1935), whose beginnings are all spread evenly: copies for
+    cold layers overlap with the hot layers between them.
     """
     bits = max(1, (layers - 1).bit_length())
     reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
-    # The last layer goes first: the beginning of the next step then hides behind what follows attention.
+    # The last layer turns cold first: copies for the next step then overlap with the work after its attention.
     return tuple(layers - 1 - i for i in reversed_bits if i < layers)
 
 
 def round_up(columns: int, page_tokens: int) -> int:
-    """Return ``columns`` as whole pages."""
+    """Return ``columns`` rounded up to whole pages."""
     return -(-columns // page_tokens) * page_tokens
 
 
@@ -33,14 +33,14 @@ def smallest_budget_bytes(
 ) -> int:
     """Return the bytes for ``columns`` tokens when every layer that may be cold is cold.
 
-    That is one slot per layer in flight, each as large as the largest cold layer, and the unfinished page of each.
+    That is one slot per layer in flight, each as large as the largest cold layer, and the tail page of each layer.
 
     Args:
-        cold_token_bytes: K and V of one token in each layer that may turn cold.
+        cold_token_bytes: bytes of K and V of one token in each layer that may turn cold.
         rows: sequences in the batch.
-        columns: tokens of the longest.
+        columns: tokens of the longest sequence.
         page_tokens: tokens of a page.
-        hot_bytes: what layers hold that must stay hot.
+        hot_bytes: bytes of the layers that must stay hot.
     """
     slots = min(PREFETCH_DEPTH, len(cold_token_bytes))
     slot = max(cold_token_bytes, default=0) * rows * round_up(columns, page_tokens)
@@ -53,9 +53,9 @@ class TransferStats:
 
     Attributes:
         bytes_down: K and V written to lower tiers.
-        bytes_up: K and V that were fetched, or began to be, from lower tiers.
-        waits: how often attention had to have pages that were fetched.
-        wait_seconds: time that the host was held up by that.
+        bytes_up: K and V fetched from lower tiers, unfinished fetches included.
+        waits: how often attention needed fetched pages.
+        wait_seconds: time for which these waits blocked the host.
     """
 
     bytes_down: int = 0
@@ -64,11 +64,11 @@ class TransferStats:
     wait_seconds: float = 0.0
 
     def copy(self) -> TransferStats:
-        """Return the counts of now."""
+        """Return a copy of the current counts."""
         return replace(self)
 
     def since(self, before: TransferStats) -> TransferStats:
-        """Return what came after ``before``."""
+        """Return the counts since ``before``."""
         return TransferStats(
             self.bytes_down - before.bytes_down,
             self.bytes_up - before.bytes_up,
@@ -78,7 +78,7 @@ class TransferStats:
 
 
 class MemoryBudget:
-    """Who holds how many bytes of a budget. ``used`` never exceeds the limit if ``fits`` is asked first.
+    """Bytes of a budget that each owner holds. ``used_bytes`` never exceeds the limit if callers ask ``fits`` first.
 
     Thread-safe.
 
@@ -115,5 +115,5 @@ class MemoryBudget:
         return self._held.get(owner, 0)
 
     def begin_peak(self) -> None:
-        """Let ``peak_bytes`` be that of the time from now on."""
+        """Restart ``peak_bytes`` from the bytes used now."""
         self.peak_bytes = self._used

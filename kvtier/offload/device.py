@@ -24,10 +24,10 @@ from kvtier.transfer import CopyEngine
 
 
 class BudgetedLayer(ColdLayer, Protocol):
-    """What the memory of a device asks of a layer.
+    """The interface of a layer to the memory of a device.
 
     Attributes:
-        spec: of its K and V.
+        spec: spec of its K and V.
         may_be_cold: whether it may turn cold.
         wants: columns that its last update needed room for.
     """
@@ -46,27 +46,27 @@ class BudgetedLayer(ColdLayer, Protocol):
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the device that are the layer's own."""
+        """Device bytes that the layer owns."""
 
     def turn_cold(self) -> None:
-        """Move the full pages to lower tiers, and give the buffer up."""
+        """Move the full pages to lower tiers, and drop the buffer."""
 
 
 class DeviceMemory:
-    """One compute device. Buffers, unfinished pages and slots stay inside its budget at all times.
+    """One compute device. Buffers, tail pages and slots stay inside its budget at all times.
 
-    Layers turn cold when a budget would break, in an order that keeps them spread evenly, and stay cold.
+    Layers turn cold when the budget would be exceeded, in an order that spreads them evenly, and stay cold.
 
     Attributes:
-        expected_columns: those of the prompt of this turn.
-        final_columns: and of its longest answer; for what an error says.
+        expected_columns: columns of this turn's prompt.
+        final_columns: columns of the prompt and its longest answer, for error messages.
 
     Args:
-        device: where attention reads.
+        device: the device on which attention reads.
         engine: moves bytes to and from it.
         ledger: counts its bytes.
-        limit: returns the budget of now in bytes; None for no limit. Asked before memory is taken.
-        placement: where cold pages go.
+        limit: returns the current budget in bytes; None for no limit. Called before memory is taken.
+        placement: places cold pages.
         transfers: counts pages and waits.
         page_tokens: tokens of a page.
         total_layers: returns how many layers the model has.
@@ -111,7 +111,7 @@ class DeviceMemory:
         return len(self._layers) - self.cold_layers
 
     def join(self, layer: BudgetedLayer) -> None:
-        """Take a new layer in.
+        """Add a new layer.
 
         Raises:
             BudgetError: there is no room even for one page of it.
@@ -123,24 +123,24 @@ class DeviceMemory:
         self.count(layer)
 
     def leave(self, layer: BudgetedLayer) -> None:
-        """Let a layer go."""
+        """Remove a layer."""
         self.ledger.set(id(layer), 0)
         if self._layers.get(layer.index) is layer:
             del self._layers[layer.index]
             self._sorted.remove(layer.index)
-        if not self._layers:  # what was prefetched, and what had to be cold, is of no meaning to those that come
+        if not self._layers:  # prefetched pages and choices of cold layers mean nothing to later layers
             self.ring.close()
             self._cold.clear()
 
     def count(self, layer: BudgetedLayer, more: int = 0) -> None:
-        """Note what ``layer`` holds now, and ``more`` bytes that it is about to."""
+        """Note the bytes that ``layer`` holds now, and ``more`` bytes that it is about to take."""
         self.ledger.set(id(layer), layer.device_bytes + more)
 
     def step(self, layer: BudgetedLayer) -> None:
-        """Begin the update of ``layer``: what attention of the layers before it read has been enqueued.
+        """Begin the update of ``layer``: attention of the layers before it has been enqueued.
 
-        Not so of a layer that must stay hot: an indexer's keys may come after the K and V of its own layer, which
-        attention has not read by then.
+        This does not hold for a layer that must stay hot: an indexer's keys may come after the K and V of its own
+        layer, before attention reads them.
         """
         if not layer.may_be_cold:
             return
@@ -149,12 +149,12 @@ class DeviceMemory:
             self.ring.prefetch(layer.index)
 
     def foresee(self, token_bytes: Mapping[int, int], rows: int, columns: int) -> None:
-        """Choose the layers that are to be cold before any of them is filled.
+        """Choose the cold layers before any layer is filled.
 
         Args:
-            token_bytes: K and V of one token, by layer.
+            token_bytes: bytes of K and V of one token, by layer.
             rows: sequences.
-            columns: tokens of the longest.
+            columns: tokens of the longest sequence.
         """
         limit = self._refresh()
         if limit is None:
@@ -171,10 +171,10 @@ class DeviceMemory:
                 return
 
     def keep_hot(self, layer: BudgetedLayer, nbytes: int) -> bool:
-        """Make room for ``nbytes`` more of ``layer``; False when it is its turn to be cold.
+        """Make room for ``nbytes`` more of ``layer``; return False if the layer has to turn cold instead.
 
         Raises:
-            BudgetError: it must stay hot, and there is no room.
+            BudgetError: the layer must stay hot, and there is no room.
         """
         if not layer.may_be_cold:
             self.make_room(nbytes, keep=layer)
@@ -185,10 +185,10 @@ class DeviceMemory:
         return layer.index not in self._cold
 
     def make_room(self, nbytes: int, keep: BudgetedLayer | None = None) -> None:
-        """Let layers turn cold until ``nbytes`` more fit.
+        """Turn layers cold until ``nbytes`` more fit.
 
         Raises:
-            BudgetError: they would not, if all layers were cold; then none turns.
+            BudgetError: they would not fit with all layers cold; then no layer turns cold.
         """
         limit = self._refresh()
         if limit is None or self.ledger.fits(nbytes):
@@ -201,7 +201,7 @@ class DeviceMemory:
             self._turn_one_cold(but=keep)
 
     def _turn_one_cold(self, but: BudgetedLayer | None) -> None:
-        """Choose the next layer to be cold; let it go down if it is here and is not ``but``, which sees to itself."""
+        """Choose the next cold layer; turn it cold if it exists and is not ``but``, which turns cold by itself."""
         for index in (*cold_order(self._total_layers()), *self._sorted):
             layer = self._layers.get(index)
             if index not in self._cold and (layer is None or layer.may_be_cold):
@@ -225,7 +225,7 @@ class DeviceMemory:
         columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))
         movable = [layer.spec.token_bytes for layer in layers.values() if layer.may_be_cold]
         fixed = [layer for layer in layers.values() if not layer.may_be_cold]
-        # Layers that have not been seen yet are taken for such as were.
+        # Layers that have not been seen yet count as the largest seen so far.
         movable += [max(movable, default=0)] * (self._total_layers() - len(layers))
         hot = sum(layer.token_bytes * 2 * round_up(columns + 1, self.page_tokens) for layer in fixed)
         smallest = smallest_budget_bytes(movable, rows, columns, self.page_tokens, hot)
@@ -236,6 +236,6 @@ class DeviceMemory:
         )
 
     def close(self) -> None:
-        """Let go of the ring and the engine."""
+        """Close the ring and the engine."""
         self.ring.close()
         self.engine.close()

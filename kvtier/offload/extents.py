@@ -1,4 +1,4 @@
-"""Extents: full pages of one layer that lie side by side in a lower tier."""
+"""Extents: full pages of one layer that are contiguous in a lower tier."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Extent(Protocol):
     Attributes:
         tokens: a whole number of pages.
         tier: ``host`` or ``disk``.
-        spec: of its layer.
+        spec: spec of its layer.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Extent(Protocol):
     spec: LayerSpec
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
-        """Bring ``part`` of this run to the columns of ``into`` from ``begin`` on, when ``after`` has passed.
+        """Copy ``part`` of this extent to the columns of ``into`` from ``begin`` on, when ``after`` has passed.
 
         Returns:
             The fences of all copies; there is at least one.
@@ -43,13 +43,13 @@ class Extent(Protocol):
         """Copy the tokens ``[first, last)`` of a row to host memory; block until that is done.
 
         Raises:
-            StreamError: they are lost.
+            StreamError: the tokens are lost.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The tokens ``[first, last)`` of a run; row ``i`` of the layer is row ``rows[i]`` of the run."""
+    """The tokens ``[first, last)`` of an extent; row ``i`` of the layer is row ``rows[i]`` of the extent."""
 
     extent: Extent
     first: int
@@ -58,7 +58,7 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has."""
+        """Number of tokens."""
         return self.last - self.first
 
     @property
@@ -67,22 +67,22 @@ class Part:
         return len(self.rows) * self.tokens * self.extent.spec.token_bytes
 
     def lift(self, into: KVBuffer, begin: int, after: Sequence[Fence]) -> list[Fence]:
-        """Bring it to the columns of ``into`` from ``begin`` on."""
+        """Copy it to the columns of ``into`` from ``begin`` on."""
         return self.extent.lift(into, begin, self, after)
 
 
 class PageSource(Protocol):
-    """Something that has pages of its own, such as a block of a store, of which a cold layer borrows them."""
+    """Owner of pages that a cold layer borrows, such as a block of a store."""
 
     def land(self, layer: int, first: int, last: int, view: PageView) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
 
 
 class HostExtent:
-    """Pages in host memory: pinned where that helps. ``fill`` comes first, once.
+    """Pages in host memory: pinned where that helps. ``fill`` must be called first, once.
 
-    Its memory is given back to the slabs when nothing refers to it; copies that still read it are waited for by
-    whoever writes there next.
+    Its memory returns to the slabs when nothing refers to it; the next write there comes after the copies that still
+    read it.
     """
 
     tier = "host"
@@ -107,7 +107,7 @@ class HostExtent:
         return list(self._users)
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
-        """Copy up, head by head: what is contiguous on both sides is one large copy."""
+        """Copy to the device, head by head: memory that is contiguous on both sides is one large copy."""
         k, v = self._pages.k[:, :, part.first : part.last], self._pages.v[:, :, part.first : part.last]
         end = begin + part.tokens
         pairs = [pair for i, row in enumerate(part.rows) for pair in _heads(into, i, begin, end, k[row], v[row])]
@@ -130,7 +130,7 @@ def _heads(into: KVBuffer, row: int, begin: int, end: int, k_htd: torch.Tensor, 
 
 
 class FileExtent:
-    """Pages in a file. ``fill`` comes first, once.
+    """Pages in a file. ``fill`` must be called first, once.
 
     On a device that reads host memory, files are read into buffers; else through staging memory.
     """
@@ -168,7 +168,7 @@ class FileExtent:
         return freed
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
-        """Read by a thread, and copy up where that is not the same."""
+        """Read on a thread, and copy to the device unless its memory is host memory."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self._file.read, after, self._written)
 
     def read(self, row: int, first: int, last: int, view: PageView) -> None:
@@ -179,7 +179,7 @@ class FileExtent:
 
 
 class BorrowedExtent:
-    """One page of someone else, for a layer of one sequence, which holds it as long as it has it. Nothing is copied."""
+    """One page of another owner, for a layer of one sequence. Keeps the source alive; nothing is copied."""
 
     def __init__(
         self,
@@ -198,11 +198,11 @@ class BorrowedExtent:
         self.tokens, self.spec, self.tier = tokens, g, tier
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
-        """Read by a thread, and copy up where that is not the same."""
+        """Read on a thread, and copy to the device unless its memory is host memory."""
         return _lift_by_host(self._engine, self._staging, into, begin, part, self.read, after, ())
 
     def read(self, row: int, first: int, last: int, view: PageView) -> None:
-        """Let the source put it there."""
+        """Let the source copy the tokens to ``view``."""
         self._source.land(self._layer, first, last, view)
 
 
@@ -220,7 +220,7 @@ def _lift_by_host(
     after: Sequence[Fence],
     written: Sequence[Fence],
 ) -> list[Fence]:
-    """Let a thread read ``part``: into the buffer itself where kernels read host memory, else through ``staging``."""
+    """Read ``part`` on a thread: into the buffer itself where kernels read host memory, else through ``staging``."""
     if staging is None:
         end = begin + part.tokens
         task = partial(_read_rows, read, part.rows, part.first, part.last, into, begin)

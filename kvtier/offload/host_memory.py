@@ -14,13 +14,13 @@ from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
 from kvtier.transfer import Fence
 
-_PIECES = 3  # one is read into, one is copied from, one is between
+_PIECES = 3  # one is read into, one is copied from, one is in between
 _PIECE_BYTES = 4 * 2**20
 _SHARE = 6  # of a small budget, a sixth for each piece leaves half for pages
 
 
 class StagingBuffer:
-    """A few pieces of host memory in turn. Each is used again after the copies that used it before."""
+    """A few pieces of host memory, used in turn. A piece is reused after the copies that used it before."""
 
     def __init__(self, host_pool: HostPool, limit_bytes: int | None, devices: int = 1) -> None:
         self._host_pool = host_pool
@@ -34,7 +34,7 @@ class StagingBuffer:
 
     @property
     def reserve_bytes(self) -> int:
-        """Bytes that it, and as many of the same on other devices, may still have to take."""
+        """Bytes that this buffer, and the buffers of the other devices, may still have to take."""
         missing = sum(piece is None for piece in self._pieces)
         return (missing + _PIECES * (self._devices - 1)) * self._piece_bytes
 
@@ -44,7 +44,7 @@ class StagingBuffer:
         return ((begin, min(begin + step, last)) for begin in range(first, last, step))
 
     def next(self, rows: int, tokens: int, spec: LayerSpec) -> tuple[KVBuffer, Sequence[Fence]]:
-        """Return a buffer on host memory, and what its first user must come after. ``used`` must follow.
+        """Return a buffer in host memory, and the fences that its first user must come after. ``used`` must follow.
 
         Raises:
             BudgetError: ``host_budget`` has no room for it.
@@ -55,7 +55,7 @@ class StagingBuffer:
         if piece is None or piece.nbytes < nbytes:
             taken = self._host_pool.take(
                 max(nbytes, self._piece_bytes)
-            )  # a smaller one that it replaces is not given back
+            )  # a smaller piece that it replaces is not given back
             if taken is None:
                 raise BudgetError(
                     f"host_budget has no room for {_PIECES} pieces of {max(nbytes, self._piece_bytes)} bytes, through "
@@ -66,7 +66,7 @@ class StagingBuffer:
         return KVBuffer.on_bytes(piece, rows, spec, tokens), after
 
     def used(self, fences: Sequence[Fence]) -> None:
-        """Note who uses the buffer that ``next`` returned last; also when an interrupt came in between."""
+        """Note the uses of the last buffer from ``next``; must be called after an interrupt too."""
         self._users[self._turn] = fences
         self._turn = (self._turn + 1) % _PIECES
 
@@ -77,7 +77,7 @@ _ALIGNMENT = 256
 
 
 def aligned_down(nbytes: int) -> int:
-    """Return the most of ``nbytes`` that a slab hands out without waste."""
+    """Return ``nbytes`` rounded down to the alignment of a slab, so that none are wasted."""
     return nbytes // _ALIGNMENT * _ALIGNMENT
 
 
@@ -86,13 +86,13 @@ class _Slab:
     memory: torch.Tensor
     begin: int = 0
     live: int = 0
-    before: tuple[Fence, ...] = ()  # what used the memory in its last life
-    users: list[Fence] = field(default_factory=list)  # what uses that which was given back in this one
+    before: tuple[Fence, ...] = ()  # uses of the memory before it was last reused
+    users: list[Fence] = field(default_factory=list)  # uses of the slices given back since
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """``memory``: bytes of a slab. The first write to them comes after ``after``."""
+    """``memory``: bytes of a slab. The first write to them must come after ``after``."""
 
     memory: torch.Tensor
     after: tuple[Fence, ...]
@@ -102,12 +102,12 @@ class Slice:
 class HostPool:
     """Host memory within a budget.
 
-    A slab is used again from its beginning when all of its slices were given back; the next user of them comes after
-    the copies that used them. Memory is counted by slabs, not by slices.
+    A slab is reused from its beginning when all of its slices were given back; the next use comes after the copies
+    that used them. Memory is counted by slabs, not by slices.
 
     Args:
-        make: returns that many bytes of host memory, pinned where that helps.
-        ledger: counts them, and limits them.
+        make: returns the given number of bytes of host memory, pinned where that helps.
+        ledger: counts and limits the bytes.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class HostPool:
         return next((slab for slab in self._host_pool if slab.begin + size <= slab.memory.nbytes), None)
 
     def _fresh(self, size: int, leave: int) -> _Slab | None:
-        """Return a new slab: as large as all before it, so that few are made and little is taken for little."""
+        """Return a new slab, as large as all before it: few slabs for large needs, little memory for small needs."""
         held = sum(slab.memory.nbytes for slab in self._host_pool)
         for nbytes in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
-            if not self._ledger.fits(nbytes + leave):  # empty ones are too small, or they would have been used
+            if not self._ledger.fits(nbytes + leave):  # empty slabs are too small, or they would have been used
                 self._host_pool = [slab for slab in self._host_pool if slab.begin]
                 self._count()
             if self._ledger.fits(nbytes + leave):

@@ -22,14 +22,14 @@ from kvtier.offload.prefetch import PrefetchSlot, Wanted
 class OffloadedLayer:
     """K and V of one layer for all rows.
 
-    What attention gets are views: of the buffer of a hot layer, and of a slot of the ring for a cold one. The latter
-    are valid until the next layer of the same device is updated.
+    Attention gets views: of a hot layer's buffer, or of a ring slot for a cold layer. Views of a slot are valid until
+    the next layer of the same device is updated.
 
     Attributes:
-        index: which layer of the model.
+        index: index of the layer in the model.
         length: columns held.
         wants: columns that the last update needed room for.
-        may_be_cold: whether views of it end with the next layer's update; where others read them, it stays hot.
+        may_be_cold: whether its views may end with the next layer's update; if other layers read them, it stays hot.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class OffloadedLayer:
         self._rows = rows
         self._sliding_window = sliding_window
         self._buffer: KVBuffer | None = None
-        # What a hot layer has beside its buffer is of no meaning: giving up the buffer is what turns it cold.
+        # Valid only while ``_buffer`` is None: dropping the buffer turns the layer cold.
         self._cold: ColdPages | None = None
         self._chunk = 1  # columns of the last update
         device_memory.join(self)
 
-    # --- what is held -----------------------------------------------------------------------------------------------
+    # --- contents ---------------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -65,17 +65,17 @@ class OffloadedLayer:
 
     @property
     def is_cold(self) -> bool:
-        """Whether its full pages are below."""
+        """Whether its full pages are in lower tiers."""
         return self._buffer is None and self._cold is not None
 
     @property
     def device(self) -> torch.device:
-        """Where attention reads."""
+        """The device on which attention reads."""
         return self._device_memory.device
 
     @property
     def kernels_read_host(self) -> bool:
-        """Whether the device's memory is that of the host."""
+        """Whether the device's memory is host memory."""
         return self._device_memory.engine.device_is_host
 
     @property
@@ -85,12 +85,12 @@ class OffloadedLayer:
 
     @property
     def paged(self) -> int:
-        """Columns that are below."""
+        """Columns in lower tiers."""
         return self._cold.paged if self._buffer is None and self._cold is not None else 0
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the device that are the layer's own; room for the unfinished page included, which it may need."""
+        """Device bytes that the layer owns, including room for a tail page, which it may need."""
         buffer = self._buffer
         return self._page_bytes + (buffer.k.nbytes + buffer.v.nbytes if buffer is not None else 0)
 
@@ -133,11 +133,11 @@ class OffloadedLayer:
         return buffer.k[:, :, first - base : end - base], buffer.v[:, :, first - base : end - base]
 
     def reserve(self, end: int) -> None:
-        """Have room for ``end`` columns, as long as the layer can stay hot."""
+        """Make room for ``end`` columns, or turn cold if the budget has no room."""
         self.wants = end
         if self.is_cold or (self._buffer is not None and self._buffer.capacity >= end):
             return
-        # A buffer grows by an eighth: under a budget, room that is not used yet is another layer's.
+        # A buffer grows by an eighth only: under a budget, unused room is lost to other layers.
         page = self._device_memory.page_tokens
         capacity = round_up(max(end + page, end + end // 8), page)
         if not self._device_memory.keep_hot(self, capacity * self.token_bytes):
@@ -151,7 +151,7 @@ class OffloadedLayer:
         self._device_memory.count(self)
 
     def _open(self, begin: int, end: int, first: int) -> tuple[PrefetchSlot, KVBuffer, int]:
-        """Return a slot as a buffer whose column 0 is column ``base``, with all columns from there to ``begin``."""
+        """Return a slot, its buffer with the columns ``[base, begin)`` from index 0 on, and ``base``."""
         page = self._device_memory.page_tokens
         base = min(first // page * page, self.paged)
         slot = self._device_memory.ring.take(self._wanted(base, end))
@@ -161,7 +161,7 @@ class OffloadedLayer:
         return slot, buffer, base
 
     def _close(self, slot: PrefetchSlot, buffer: KVBuffer, base: int, begin: int, end: int) -> None:
-        """Keep the columns ``[begin, end)`` that were written: full pages go down, once; the rest stays."""
+        """Keep the written columns ``[begin, end)``: full pages move to lower tiers, once; the rest stays."""
         assert self._cold is not None
         paged, page = self.paged, self._device_memory.page_tokens
         full = end // page * page
@@ -180,7 +180,7 @@ class OffloadedLayer:
         return Wanted(self.index, base, pages, columns, self._rows, self.spec)
 
     def wanted_next(self) -> Wanted:
-        """Return what the next update will want: another piece of the prompt, or one token."""
+        """Return the slot content for the next update: another piece of the prompt, or one token."""
         page = self._device_memory.page_tokens
         base = min(self._first_visible(self.length) // page * page, self.paged)
         rest = self._device_memory.expected_columns - self.length
@@ -189,10 +189,10 @@ class OffloadedLayer:
     # --- turning cold, and everything that is not appending ---------------------------------------------------------
 
     def turn_cold(self) -> None:
-        """Let the full pages go down, keep the rest, and give the buffer up. Blocks until they are down.
+        """Move full pages to lower tiers, keep the rest, and drop the buffer. Blocks until the pages are moved.
 
         Raises:
-            StreamError: they cannot be written; the layer stays hot.
+            StreamError: the pages cannot be written; the layer stays hot.
         """
         buffer, engine, page = self._buffer, self._device_memory.engine, self._device_memory.page_tokens
         cold = ColdPages(self._rows, self.spec, page, self.device)
@@ -202,7 +202,7 @@ class OffloadedLayer:
                 parts, fences = self._device_memory.placement.lower(
                     buffer.k[:, :, :full], buffer.v[:, :, :full], [engine.mark()]
                 )
-                for fence in fences:  # the memory is wanted now
+                for fence in fences:  # the memory is needed now
                     engine.settle(fence)
                 cold.add(parts)
             cold.keep_tail(buffer, 0, full, self.length)
@@ -212,9 +212,9 @@ class OffloadedLayer:
 
     @contextmanager
     def filling(self, begin: int, end: int) -> Iterator[tuple[KVBuffer, int]]:
-        """Have the columns ``[begin, end)`` written: yields a buffer whose column 0 is column ``base``, and ``base``.
+        """Let the caller write the columns ``[begin, end)``: yields a buffer from column ``base`` on, and ``base``.
 
-        Columns before ``begin`` stay. No attention is to see the buffer.
+        Columns before ``begin`` stay. Attention must not read the buffer.
 
         Raises:
             BudgetError: the budget is too small for so many columns.
@@ -231,14 +231,14 @@ class OffloadedLayer:
             self._close(slot, buffer, base, begin, end)
 
     def borrow(self, parts: Sequence[Part]) -> None:
-        """Take full pages of someone else after those that are held, which must be whole pages of a cold layer."""
+        """Append full pages of another owner. The layer must be cold, and hold whole pages only."""
         assert self._cold is not None
         assert self.length == self.paged
         self._cold.add(parts)
         self.length = self.paged
 
     def borrowed_extent(self, source: PageSource, layer: int, tokens: int, tier: str) -> BorrowedExtent:
-        """Return pages of ``source`` as a run that ``borrow`` takes."""
+        """Return pages of ``source`` as an extent for ``borrow``."""
         device_memory = self._device_memory
         return BorrowedExtent(
             device_memory.engine, device_memory.placement.staging, source, layer, tokens, self.spec, tier
@@ -249,7 +249,7 @@ class OffloadedLayer:
         return self._device_memory.placement.has_host_room(nbytes)
 
     def crop(self, columns: int) -> None:
-        """Hold the first ``columns`` columns, if there were more.
+        """Drop the columns after the first ``columns`` columns.
 
         Raises:
             StreamError: a page that is cut is lost.
@@ -281,7 +281,7 @@ class OffloadedLayer:
         self._device_memory.count(self)
 
     def page(self, row: int, begin: int, end: int) -> Page:
-        """Return a host copy of the columns ``[begin, end)`` of ``row``; pages below are not brought up.
+        """Return a host copy of the columns ``[begin, end)`` of ``row``; pages in lower tiers stay there.
 
         Raises:
             StreamError: a page is lost.
@@ -325,6 +325,6 @@ class OffloadedLayer:
         return twin
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Release all K and V."""
         self._buffer, self._cold, self.length = None, None, 0
         self._device_memory.leave(self)

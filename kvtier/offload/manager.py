@@ -24,14 +24,14 @@ AUTO = "auto"
 
 
 class OffloadManager:
-    """Cold and hot layers of one cache, on as many devices as its layers arrive on.
+    """Cold and hot layers of one cache, on all devices of its layers.
 
-    Owns engines, host memory and page files; ``close`` lets go of them.
+    Owns engines, host memory and page files; ``close`` releases them.
 
     Args:
-        device_budget: bytes on each device, ``"auto"`` for what is free there less a reserve, None for no limit.
+        device_budget: bytes on each device, ``"auto"`` for its free bytes less a reserve, None for no limit.
         host_budget_bytes: bytes of host memory for cold pages, of all devices together; None for no limit.
-        spill_folder: where page files go.
+        spill_folder: parent folder of page files.
         page_tokens: tokens of a page.
         total_layers: returns how many layers the model has.
         make_engine: returns the engine of a device.
@@ -59,7 +59,7 @@ class OffloadManager:
         self._device_memories: dict[torch.device, DeviceMemory] = {}
 
     def device_memory(self, device: torch.device) -> DeviceMemory:
-        """Return the memory of ``device``, made when it is first asked for."""
+        """Return the memory of ``device``, made on first use."""
         device_memory = self._device_memories.get(device)
         if device_memory is None:
             engine = self._make_engine(device)
@@ -103,11 +103,11 @@ class OffloadManager:
         )
 
     def keep_files_of(self, other: OffloadManager) -> None:
-        """Let the files of ``other`` live as long as these streams, which share pages with it."""
+        """Keep the files of ``other`` until this manager is closed, since the two share pages."""
         self._kept.extend(folder.share() for folder in other._kept)
 
     def begin_turn(self, columns: int, new_columns: int = 0) -> None:
-        """Count from here on; a prompt of ``columns`` columns comes, and at most ``new_columns`` after it."""
+        """Restart the counts, for a prompt of ``columns`` columns and at most ``new_columns`` after it."""
         self._columns, self._final_columns = columns, columns + new_columns
         for device_memory in self._device_memories.values():
             device_memory.expected_columns, device_memory.final_columns = columns, columns + new_columns
@@ -116,7 +116,7 @@ class OffloadManager:
             ledger.begin_peak()
 
     def account(self, report: TurnReport) -> TurnReport:
-        """Return ``report`` with what streaming did in the turn."""
+        """Return ``report`` with the offload counts of the turn."""
         counts = self.transfers.since(self._before)
         device_memories = self._device_memories.values()
         return replace(
@@ -133,11 +133,11 @@ class OffloadManager:
 
     @property
     def device_memories(self) -> Sequence[DeviceMemory]:
-        """The memory of each device that the cache lives on."""
+        """The memory of each device that the cache uses."""
         return tuple(self._device_memories.values())
 
     def close(self) -> None:
-        """Let go of threads, streams, host memory and page files. May be called more than once."""
+        """Release threads, streams, host memory and page files. May be called more than once."""
         for device_memory in self._device_memories.values():
             device_memory.close()
         self._device_memories.clear()
@@ -146,16 +146,16 @@ class OffloadManager:
 
 
 def _devices_like(device: torch.device) -> int:
-    """Return how many devices of this kind may come to share the host budget."""
+    """Return how many devices of this type may share the host budget."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 1
 
 
 def default_spill_folder(store_folder: Path | None) -> Path:
-    """Return where page files go by default: beside the blocks of the store, else in the user's cache folder.
+    """Return the default folder of page files: beside the blocks of the store, else in the user's cache folder.
 
     Raises:
-        ConfigurationError: the user has none.
+        ConfigurationError: the user has no cache folder.
     """
     if store_folder is not None:
         return store_folder / "spill"

@@ -103,7 +103,7 @@ class PageFile:
 
 
 def _transfer_all(transfer: _Transfer, fd: int, pieces: Sequence[memoryview], offset: int) -> None:
-    """Read or write all of ``pieces``, however little one system call does."""
+    """Read or write all of ``pieces``, in as many system calls as needed."""
     left = [piece.cast("B") for piece in pieces]
     while left:
         count = transfer(fd, left, offset)

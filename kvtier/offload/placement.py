@@ -1,4 +1,4 @@
-"""Where the pages of cold layers lie: host memory while its budget lasts, then files."""
+"""Placement of the pages of cold layers: host memory while its budget lasts, then files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from kvtier.transfer import CopyEngine, Fence
 class ColdPages:
     """K and V of one layer for all rows.
 
-    Pages are never changed, only forgotten, so that copies of it share them.
+    Pages are never changed, only dropped, so that copies of this object share them.
 
     Attributes:
-        parts: where the full pages are, in order and without gaps.
+        parts: the full pages, in order and without gaps.
         tail: a buffer of one page, for the columns from ``paged`` on.
     """
 
@@ -35,7 +35,7 @@ class ColdPages:
 
     @property
     def paged(self) -> int:
-        """Columns that are below."""
+        """Columns in lower tiers."""
         return sum(part.tokens for part in self.parts)
 
     @property
@@ -44,7 +44,7 @@ class ColdPages:
         return self.tail.capacity
 
     def between(self, begin: int, end: int) -> Iterator[Part]:
-        """Return the parts of the columns ``[begin, end)`` that are below."""
+        """Return the parts of the columns ``[begin, end)`` that are in lower tiers."""
         at = 0
         for part in self.parts:
             first, last = max(begin - at, 0), min(end - at, part.tokens)
@@ -54,7 +54,7 @@ class ColdPages:
             at += part.tokens
 
     def add(self, parts: Sequence[Part]) -> None:
-        """Have more full pages after those that are there."""
+        """Append full pages."""
         self.parts = (*self.parts, *parts)
 
     def put_tail(self, into: KVBuffer, base: int, end: int) -> None:
@@ -64,14 +64,14 @@ class ColdPages:
             into.write(paged - base, self.tail.k[:, :, : end - paged], self.tail.v[:, :, : end - paged])
 
     def keep_tail(self, source: KVBuffer, base: int, begin: int, end: int) -> None:
-        """Copy the columns ``[begin, end)``, none of them below, from ``source``, whose column 0 is column ``base``."""
+        """Copy the unpaged columns of ``[begin, end)`` from ``source``, whose column 0 is column ``base``."""
         paged = self.paged
         begin = max(begin, paged)
         columns = slice(begin - base, end - base)
         self.tail.write(begin - paged, source.k[:, :, columns], source.v[:, :, columns])
 
     def crop(self, columns: int) -> None:
-        """Forget the pages after the first ``columns`` columns; one that is cut becomes the unfinished one again.
+        """Drop the pages after the first ``columns`` columns; a page that is cut becomes the tail page again.
 
         Raises:
             StreamError: the page that is cut is lost.
@@ -93,7 +93,7 @@ class ColdPages:
         )
 
     def page(self, row: int, begin: int, end: int) -> Page:
-        """Return a host copy of the columns ``[begin, end)`` of ``row``; nothing is brought up for it.
+        """Return a host copy of the columns ``[begin, end)`` of ``row``; pages in lower tiers stay there.
 
         Raises:
             StreamError: a page is lost.
@@ -120,15 +120,15 @@ class ColdPages:
 class PagePlacement:
     """The tiers below one compute device.
 
-    Where kernels read host memory, host memory is the device's own tier, and there are only files below.
+    Where kernels read host memory, host memory is the device tier, and only files are below it.
 
     Args:
         engine: moves the bytes.
         host: the budget of host memory, which all devices share.
-        folder: for files.
+        folder: folder of page files.
         transfers: counts the bytes.
         page_tokens: tokens of a page.
-        devices: how many devices may share ``host``: the staging memory of each is left free.
+        devices: how many devices may share ``host``: room for the staging memory of each is left free.
     """
 
     def __init__(
@@ -153,14 +153,14 @@ class PagePlacement:
     def lower(
         self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]
     ) -> tuple[list[Part], list[Fence]]:
-        """Let full pages go down, once ``after`` has passed.
+        """Move full pages to lower tiers, once ``after`` has passed.
 
         Returns:
-            Where they are, and the fences after which ``k_bhtd`` and ``v_bhtd`` may be overwritten.
+            The parts that hold them, and the fences after which ``k_bhtd`` and ``v_bhtd`` may be overwritten.
 
         Raises:
             StreamError: there is no place for files.
-            BudgetError: host memory does not even hold what files need to reach the device.
+            BudgetError: host memory has no room even for the staging memory of files.
         """
         rows, tokens = k_bhtd.shape[0], k_bhtd.shape[2]
         spec = LayerSpec.of(k_bhtd, v_bhtd)
@@ -185,7 +185,7 @@ class PagePlacement:
         return parts, fences
 
     def has_host_room(self, nbytes: int) -> bool:
-        """Whether host memory has room for ``nbytes`` more, and for what files need."""
+        """Whether host memory has room for ``nbytes`` more, and for the staging memory of files."""
         return self.staging is not None and self._host.fits(nbytes + self.staging.reserve_bytes)
 
     def _host_run(self, rows: int, tokens: int, spec: LayerSpec) -> HostExtent | None:

@@ -1,8 +1,8 @@
-"""PrefetchRing: a few slots that take the pages of the next cold layers while other layers compute.
+"""PrefetchRing: a few slots that receive the pages of the next cold layers while other layers compute.
 
-A slot goes round: *idle* → *arriving* (pages are on their way) → *in use* (attention was given it) → idle. It is in use
-until the next layer of the device is updated, since by then its attention has been enqueued; a mark taken at that
-moment is what the next pages in it come after.
+A slot cycles: *idle* → *arriving* (pages are being copied) → *in use* (passed to attention) → idle. It is in use until
+the next layer of the device is updated, since by then its attention has been enqueued. The next pages in the slot come
+after a mark taken at that moment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvtier.transfer import CopyEngine, Fence
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a slot must hold for a layer: pages from column ``base`` on, and room for ``columns`` columns."""
+    """Required content of a slot for a layer: pages from column ``base`` on, and room for ``columns`` columns."""
 
     layer: int
     base: int
@@ -37,7 +37,7 @@ class Wanted:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a slot for it."""
+        """Bytes of such a slot."""
         return self.rows * self.columns * self.spec.token_bytes
 
     @property
@@ -47,16 +47,16 @@ class Wanted:
 
 
 class ColdLayer(Protocol):
-    """What the ring asks of a layer."""
+    """The interface of a layer to the ring."""
 
     index: int
 
     @property
     def is_cold(self) -> bool:
-        """Whether its pages are below."""
+        """Whether its pages are in lower tiers."""
 
     def wanted_next(self) -> Wanted:
-        """Return what the next update will want, as far as one can tell."""
+        """Return the slot content that the next update is expected to need."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +66,8 @@ class PrefetchSlot:
     memory: torch.Tensor | None = None
     holds: Wanted | None = None
     in_use: bool = False
-    arriving: list[Fence] = field(default_factory=list)  # what fills it
-    leaving: list[Fence] = field(default_factory=list)  # copies of it to below
+    arriving: list[Fence] = field(default_factory=list)  # copies into it
+    leaving: list[Fence] = field(default_factory=list)  # copies from it to lower tiers
     seen: list[Fence] = field(default_factory=list)  # marks after the kernels that used it
 
     def buffer(self, rows: int, spec: LayerSpec) -> KVBuffer:
@@ -76,7 +76,7 @@ class PrefetchSlot:
         return KVBuffer.on_bytes(self.memory, rows, spec, self.memory.nbytes // (rows * spec.token_bytes))
 
     def has(self, wanted: Wanted) -> bool:
-        """Whether the pages that ``wanted`` names are here or on their way, with room for its columns."""
+        """Whether the pages of ``wanted`` are here or arriving, with room for its columns."""
         held = self.holds
         return (
             held is not None
@@ -94,7 +94,7 @@ class PrefetchRing:
         engine: moves the bytes.
         ledger: counts the slots.
         transfers: counts pages and waits.
-        make_room: frees that many bytes of the budget for a slot, or raises.
+        make_room: frees the given bytes of the budget for a slot, or raises.
         layers: the layers of the device, in order; called at each step, since some may have turned cold.
     """
 
@@ -116,7 +116,7 @@ class PrefetchRing:
         self.slots = [PrefetchSlot() for _ in range(PREFETCH_DEPTH)]
 
     def release(self) -> None:
-        """Take back the slots that attention was given: all of it is enqueued. For the beginning of each update."""
+        """Take back the slots in use: their attention is enqueued. Called at the beginning of each update."""
         used = [slot for slot in self.slots if slot.in_use]
         if not used:
             return
@@ -152,7 +152,7 @@ class PrefetchRing:
         return slot
 
     def prefetch(self, position: int) -> None:
-        """Let the pages of the next cold layers after layer ``position`` come, into slots that are free.
+        """Fetch the pages of the next cold layers after layer ``position`` into free slots.
 
         After the last layer comes the first, for the next step.
         """
@@ -171,17 +171,17 @@ class PrefetchRing:
                 try:
                     self._fill(free.pop(), wanted)
                 except BudgetError:
-                    return  # the layer that takes it raises
+                    return  # ``take`` for that layer raises
 
     def _idle(self, wanted: Wanted) -> PrefetchSlot:
-        """Return a slot that attention does not use, if there is one that nothing was prefetched into but for it."""
+        """Return a slot that is not in use, preferably without prefetched pages of another layer."""
         idle = [slot for slot in self.slots if not slot.in_use]
         return min(idle, key=lambda slot: slot.holds is not None and slot.holds.layer != wanted.layer)
 
     def _fill(self, slot: PrefetchSlot, wanted: Wanted) -> None:
-        self._settle(slot.arriving)  # of a prefetch that is no longer wanted
+        self._settle(slot.arriving)  # of a prefetch that is no longer needed
         before, slot.arriving = slot.seen + slot.leaving, []
-        slot.holds = None  # an interrupt from here on leaves a slot that holds nothing
+        slot.holds = None  # an interrupt from here on leaves an empty slot
         if slot.memory is None or slot.memory.nbytes < wanted.nbytes:
             self._give_up(slot)
             self._make_room(wanted.nbytes)
@@ -195,17 +195,17 @@ class PrefetchRing:
                 fences += part.lift(buffer, begin, before)
                 begin += part.tokens
         except BaseException:
-            # Copies that are not noted may be on their way: let them have the memory.
+            # Unrecorded copies may be running: leave the memory to them.
             slot.memory, slot.leaving, slot.seen = None, [], []
             self._ledger.set(id(slot), 0)
             raise
         self._transfers.bytes_up += wanted.page_bytes
-        # Without pages, kernels are the first to write there; among themselves they are ordered.
+        # Without pages, kernels write there first; kernels are ordered among themselves.
         slot.arriving, slot.leaving, slot.seen = fences or slot.leaving, [], []
         slot.holds = wanted
 
     def _give_up(self, slot: PrefetchSlot) -> None:
-        """Let the memory of a slot go, so that nothing keeps it: the budget counts it as free from now on."""
+        """Free the memory of a slot after its last use; the budget counts it as free from then on."""
         users = slot.seen + slot.leaving + slot.arriving
         slot.holds, slot.in_use = None, False
         slot.memory, slot.arriving, slot.leaving, slot.seen = None, [], [], []
@@ -213,12 +213,12 @@ class PrefetchRing:
         self._ledger.set(id(slot), 0)
 
     def _settle(self, fences: Sequence[Fence]) -> None:
-        """Wait for copies to end, however they end: what they were for is not wanted any more."""
+        """Wait for copies to end, and ignore their errors: their results are no longer needed."""
         for fence in fences:
             with contextlib.suppress(KvtierError):
                 self._engine.settle(fence)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Free all slots."""
         for slot in self.slots:
             self._give_up(slot)

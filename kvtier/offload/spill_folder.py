@@ -18,7 +18,7 @@ from kvtier.errors import StreamError
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows: a folder that a killed process left is not told from a living one's, and stays
+except ImportError:  # Windows: folders of killed processes cannot be told from live ones, and stay
     fcntl = None
 
 _log = logging.getLogger("kvtier.offload")
@@ -46,9 +46,9 @@ class SpillFolder:
         self._pid = os.getpid()
 
     def new_file(self) -> str:
-        """Return a path that no file has."""
+        """Return the path of a file that does not exist yet; make the folder if needed."""
         try:
-            if self._path is None or not (self._path / _LOCK).exists():  # somebody may have tidied up
+            if self._path is None or not (self._path / _LOCK).exists():  # it may have been deleted
                 self._make()
         except OSError as error:
             raise StreamError(
@@ -57,14 +57,14 @@ class SpillFolder:
         return f"{self._path}/{uuid.uuid4().hex}.safetensors"
 
     def share(self) -> SpillFolder:
-        """Return the folder for another user, who closes it too."""
+        """Return this folder for another user, which must close it too."""
         self._users += 1
         return self
 
     def forget(self, path: str) -> None:
         """Delete a file that is no longer read."""
         if os.getpid() != self._pid:
-            return  # a forked child lets go of copies; the files are its parent's
+            return  # a forked child drops copies; the files belong to its parent
         with contextlib.suppress(OSError):
             Path(path).unlink()
 
@@ -92,24 +92,24 @@ class SpillFolder:
                 self._remove = weakref.finalize(self, _remove, path, lock, os.getpid())
                 self._path = path
                 return
-            os.close(lock)  # another process has seen it without its lock, and sweeps it
+            os.close(lock)  # another process has found it unlocked, and sweeps it
         raise OSError(errno.EAGAIN, "other processes delete each folder that is made", str(self.parent))
 
     def close(self) -> None:
-        """Delete the folder and what is in it, when the last of its users closes it."""
+        """Delete the folder and its content when the last user closes it."""
         self._users -= 1
         if self._users == 0 and self._remove is not None:
             self._remove()
 
 
 def _remove(path: Path, lock: int, pid: int) -> None:
-    if os.getpid() == pid:  # a fork has not made it
+    if os.getpid() == pid:  # a forked child did not make it
         shutil.rmtree(path, ignore_errors=True)
     os.close(lock)
 
 
 def _is_held(path: Path, lock: int) -> bool:
-    """Take the lock of a folder; return whether it was free, and the folder is still there."""
+    """Lock a folder; return whether its lock was free, and the folder still exists."""
     if fcntl is None:
         return True
     try:
@@ -125,26 +125,26 @@ def _is_held(path: Path, lock: int) -> bool:
 
 
 def _sweep(parent: Path) -> None:
-    """Delete the folders whose owners are gone. Only what bears the name of such a folder is looked at."""
+    """Delete the folders whose owners are gone. Only folders with such a name are examined."""
     if fcntl is None:
         return
     try:
         folders = [path for path in parent.iterdir() if _NAME.fullmatch(path.name)]
-    except OSError:  # there is none yet
+    except OSError:  # ``parent`` does not exist yet
         return
     for path in folders:
         try:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             with contextlib.suppress(OSError):
-                path.rmdir()  # pages come after the lock: without one it is empty, or none of ours
+                path.rmdir()  # pages come after the lock: without a lock it is empty, or not ours
             continue
         except OSError:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # its owner lives
+            continue  # its owner is alive
         else:
             _log.info("deleting %s, left by a process that was killed", path)
             shutil.rmtree(path, ignore_errors=True)

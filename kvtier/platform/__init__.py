@@ -1,1 +1,1 @@
-"""What kvtier asks of the operating system: memory limits, folders, files, descriptors, forks."""
+"""Services of the operating system: memory limits, folders, files, descriptors, forks."""

@@ -1,8 +1,8 @@
-"""A pool of open files: many files are read again and again, few of them are open at a time.
+"""A pool of open files: many files are read repeatedly, few of them are open at a time.
 
 The system limits how many files a process may have open (256 on macOS, 1,024 on most of Linux), while a long prompt has
-thousands of blocks. So a ``ReadFile`` does not stay open: its descriptor is kept for as long as there is room, and is
-opened anew when it is needed again.
+thousands of blocks. So a ``ReadFile`` does not stay open: its descriptor is kept while there is room, and reopened when
+it is needed again.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ class _Open:
 
 
 class Descriptors:
-    """The descriptors of files that are being read or were lately. Thread-safe.
+    """The descriptors of files that are in use or were recently used. Thread-safe.
 
     Args:
-        most: how many unused ones stay open; by default a quarter of what the process may have open, 8 to 256.
+        most: open descriptors above which unused ones are closed; by default a quarter of the process's limit, 8 to
+            256.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._most = most
-        self._open: OrderedDict[ReadFile, _Open] = OrderedDict()  # the one that was not used for longest first
+        self._open: OrderedDict[ReadFile, _Open] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         take_part(self, Rank.DESCRIPTORS)
 
     def before_fork(self) -> None:
-        """Wait until no thread changes anything."""
+        """Wait until no thread changes the pool."""
         self._lock.acquire()
 
     def after_fork(self, in_child: bool) -> None:
-        """Go on. A child opens what it reads by itself: it does not know who of its parent's threads uses what."""
+        """Go on. A child closes its copies and opens files itself: it cannot know which were in use by threads."""
         if in_child:
             for opened in self._open.values():
                 os.close(opened.fd)
@@ -62,10 +63,10 @@ class Descriptors:
         self._lock.release()
 
     def borrow(self, file: ReadFile, open_file: Callable[[], int]) -> int:
-        """Return a descriptor of ``file``, opened if there is none; ``give_back`` follows.
+        """Return a descriptor of ``file``, opened if there is none; ``give_back`` must follow.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         with self._lock:
             opened = self._open.get(file)
@@ -84,10 +85,10 @@ class Descriptors:
         return opened.fd
 
     def open(self, open_file: Callable[[], int]) -> int:
-        """Return what ``open_file`` returns; if too many files are open, unused ones are closed for it.
+        """Return the result of ``open_file``; if too many files are open, close unused ones and try again.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         try:
             return open_file()
@@ -97,7 +98,7 @@ class Descriptors:
         return open_file()
 
     def give_back(self, file: ReadFile) -> None:
-        """Let the descriptor of ``file`` be closed when there is no room for it."""
+        """End a use of the descriptor of ``file``; unused descriptors are closed if there is no room."""
         limit = self._limit()
         with self._lock:
             self._open[file].users -= 1
@@ -134,15 +135,15 @@ class Descriptors:
 
 
 OF_THIS_PROCESS = Descriptors()
-"""Descriptors are what a process has few of, whichever store reads."""
+"""One pool for all stores, since the limit of descriptors is per process."""
 
 
 class ReadFile:
-    """A file that is read in pieces, by any thread. What is read later is read from the same file as at first.
+    """A file that is read in pieces, by any thread. Later reads are of the same file as the first, or fail.
 
     Args:
         open_file: opens it for reading, and raises ``OSError``.
-        descriptors: where its descriptor is kept.
+        descriptors: the pool that keeps its descriptor.
     """
 
     def __init__(self, open_file: Callable[[], int], descriptors: Descriptors = OF_THIS_PROCESS) -> None:
@@ -153,11 +154,11 @@ class ReadFile:
 
     @contextmanager
     def reading(self) -> Iterator[int]:
-        """Give a descriptor of the file.
+        """Yield a descriptor of the file.
 
         Raises:
             OSError: it cannot be opened.
-            GoneError: the file is gone since it was read first, or another one is in its place.
+            GoneError: the file was deleted or replaced since it was first read.
         """
         fd = self._descriptors.borrow(self, self._open_same)
         try:
@@ -188,12 +189,12 @@ class ReadFile:
 
         Raises:
             OSError: it cannot be opened.
-            GoneError: the file is gone since it was read first, or another one is in its place.
+            GoneError: the file was deleted or replaced since it was first read.
         """
         if not self._is_held:
             self._descriptors.borrow(self, self._open_same)
             self._is_held = True
 
     def close(self) -> None:
-        """Let go of the file. May be called more than once, while no read is running."""
+        """Close the file. May be called more than once, while no read is running."""
         self._descriptors.close(self)

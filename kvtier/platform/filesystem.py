@@ -1,7 +1,7 @@
 """Files and folders of a store: written whole or not at all, private to the user, never through a link.
 
-What can fail on a real drive fails in one of six system calls; ``SystemCalls`` holds them, so that a test can make any
-single one fail, be cut short, or be the last thing that a process does. ``mounts.py`` tells what a drive is.
+Errors of a real drive come from one of six system calls. ``SystemCalls`` holds them, so that a test can make any
+single call fail, be cut short, or be the last call of a process. ``mounts.py`` tells the type of a drive.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
 _STAT_BLOCK_BYTES = 512  # the unit of ``st_blocks``, whatever the drive
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
-# Temporary files of this process. A restarted container often has the process id of the one that died: what bears our
-# own id and is not in here is a dead writer's.
+# Temporary files of this process. A restarted container often has the process id of its predecessor: a temporary file
+# with our own id that is not in here was left by a dead process.
 _being_written: set[str] = set()
 
 
 class Filesystem(Protocol):
-    """What the store asks of a drive. Thread-safe. Methods raise ``OSError`` as the system does."""
+    """The drive operations of a store. Thread-safe. Methods raise ``OSError`` as the system does."""
 
     def make_folder(self, path: Path, *, durable: bool = False) -> None:
-        """Make a folder that only the user can enter (0700 whatever the umask), and what is missing above it.
+        """Make a folder that only the user can enter (0700 whatever the umask), and its missing parents.
 
-        A folder that is there already is left as it is. With ``durable`` a new folder outlives a power cut.
+        An existing folder is left as it is. With ``durable`` a new folder survives a power cut.
 
         Raises:
-            NotADirectoryError: ``path`` is something else.
+            NotADirectoryError: ``path`` exists and is not a folder.
         """
 
     def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
-        """Put a file at ``path`` that holds all bytes of ``pieces``, in place of what was there.
+        """Write a file with all bytes of ``pieces`` at ``path``, in place of any file there.
 
         A reader sees the old file or the new one, never a part, also after this process was killed; with
         ``durable`` also after a power cut. Only the user can read it (0600 whatever the umask).
 
         Raises:
-            OSError: no temporary file stays behind unless it cannot be deleted either. ``path`` holds what it held
-                before, or (if only the folder could not be made durable) the whole new file.
+            OSError: no temporary file stays behind unless it cannot be deleted either. ``path`` holds its old content,
+                or (if only the folder could not be made durable) the whole new file.
         """
 
     def delete(self, path: Path) -> bool:
-        """Delete a file. Returns whether there was one."""
+        """Delete a file; return whether it existed."""
 
     def open_read(self, path: Path) -> int:
         """Return a file descriptor for reading; the caller closes it.
@@ -64,13 +64,13 @@ class Filesystem(Protocol):
         """
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
-        """Return what a file of ``nbytes`` below ``folder`` takes on its drive, in whole allocation units."""
+        """Return the bytes that a file of ``nbytes`` below ``folder`` takes, in whole allocation units of its drive."""
 
     def used_bytes(self, path: Path) -> int:
-        """Return what the file at ``path`` takes on its drive: what the drive says, but no less than its bytes do.
+        """Return the bytes that the file at ``path`` takes on its drive: as reported, at least ``allocated_bytes``.
 
-        A drive says more than ``allocated_bytes`` where it hands out larger pieces than it tells; it says less while
-        it has not written a file out, or where it compresses.
+        A drive reports more than ``allocated_bytes`` if it allocates larger pieces than it states; it reports less
+        while a file is not written out yet, or if it compresses.
         """
 
     def free_bytes(self, folder: Path) -> int:
@@ -80,9 +80,9 @@ class Filesystem(Protocol):
         """Return the type of the filesystem of ``folder``, e.g. ``ext4``; None where the system does not tell."""
 
     def refuse_links(self, folder: Path, path: Path) -> None:
-        """See to it that nothing between ``folder`` (which may be a link itself) and ``path`` leads elsewhere.
+        """Check that no part of ``path`` below ``folder`` is a link; ``folder`` itself may be one.
 
-        What is missing is no link.
+        A missing part is no link.
 
         Raises:
             OSError: ``ELOOP``: a part of ``path`` below ``folder`` is a symbolic link.
@@ -91,14 +91,14 @@ class Filesystem(Protocol):
 
 
 class SystemCalls:
-    """The calls of the system that change or open something. Each does what the one of its name in ``os`` does."""
+    """The system calls that change or open files and folders. Each acts as its namesake in ``os``."""
 
     def open(self, path: Path, flags: int, mode: int = 0) -> int:
-        """Open ``path``; as Python does it, the descriptor is not inherited by other programs."""
+        """Open ``path``; as always in Python, other programs do not inherit the descriptor."""
         return os.open(path, flags, mode)
 
     def write(self, fd: int, piece: memoryview) -> int:
-        """Write what goes at once of ``piece``; return how many bytes those were."""
+        """Write as much of ``piece`` as one call takes; return the number of bytes."""
         return os.write(fd, piece)
 
     def fsync(self, fd: int) -> None:
@@ -106,7 +106,7 @@ class SystemCalls:
         os.fsync(fd)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, in place of whatever bears it."""
+        """Rename a file, in place of any file of the new name."""
         old.replace(new)
 
     def unlink(self, path: Path) -> None:
@@ -119,31 +119,31 @@ class SystemCalls:
 
 
 class LocalFilesystem:
-    """The drives of this machine, as ``Filesystem`` promises."""
+    """The ``Filesystem`` of this machine's drives."""
 
     def __init__(self, calls: SystemCalls | None = None) -> None:
         self._calls = calls or SystemCalls()
         self._allocation_units: dict[str, int] = {}
 
     def make_folder(self, path: Path, *, durable: bool = False) -> None:
-        """Make a folder and what is missing above it, 0700."""
+        """Make a folder and its missing parents, 0700."""
         if path.is_dir():
             return
         if path.parent != path:
             self.make_folder(path.parent, durable=durable)
         try:
             self._calls.mkdir(path, _FOLDER_MODE)
-        except FileExistsError:  # made by someone else this moment, or no folder
+        except FileExistsError:  # made by another process meanwhile, or not a folder
             if not path.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "is in the way, and no folder", str(path)) from None
             return
-        if stat.S_IMODE(path.stat().st_mode) & _FOLDER_MODE != _FOLDER_MODE:  # taken by the umask
+        if stat.S_IMODE(path.stat().st_mode) & _FOLDER_MODE != _FOLDER_MODE:  # masked by the umask
             path.chmod(_FOLDER_MODE)
         if durable:
             self._sync_folder(path.parent)
 
     def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
-        """Write a temporary file beside ``path``, then give it that name."""
+        """Write a temporary file beside ``path``, then rename it."""
         temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
         place = os.path.realpath(temporary)
         _being_written.add(place)
@@ -151,7 +151,7 @@ class LocalFilesystem:
             self._write_new(temporary, pieces, durable)
             self._calls.rename(temporary, path)
         except BaseException:
-            # What failed is what the caller should hear of. A file that cannot be deleted now is a leftover.
+            # The caller should get the first error. A file that cannot be deleted now is a leftover.
             with contextlib.suppress(OSError):
                 self._calls.unlink(temporary)
             raise
@@ -164,7 +164,7 @@ class LocalFilesystem:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         fd = OF_THIS_PROCESS.open(lambda: self._calls.open(path, flags, _FILE_MODE))
         try:
-            if stat.S_IMODE(os.fstat(fd).st_mode) & _FILE_MODE != _FILE_MODE:  # taken by the umask
+            if stat.S_IMODE(os.fstat(fd).st_mode) & _FILE_MODE != _FILE_MODE:  # masked by the umask
                 os.fchmod(fd, _FILE_MODE)
             for piece in pieces:
                 rest = piece.cast("B")
@@ -176,10 +176,10 @@ class LocalFilesystem:
             if durable:
                 self._calls.fsync(fd)
         except BaseException:
-            with contextlib.suppress(OSError):  # the first failure is the one to tell
+            with contextlib.suppress(OSError):  # the first error is raised
                 os.close(fd)
             raise
-        os.close(fd)  # on a drive of another machine it is here that a full one may show
+        os.close(fd)  # a full network drive may report the error here
 
     def _sync_folder(self, folder: Path) -> None:
         fd = self._calls.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -189,7 +189,7 @@ class LocalFilesystem:
             os.close(fd)
 
     def delete(self, path: Path) -> bool:
-        """Delete a file; one that is missing is fine."""
+        """Delete a file; return False if it is missing."""
         try:
             self._calls.unlink(path)
         except FileNotFoundError:
@@ -202,7 +202,7 @@ class LocalFilesystem:
         return self._calls.open(path, READ_FLAGS)
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
-        """Round ``nbytes`` up to whole allocation units of the drive, which is asked once a folder."""
+        """Round ``nbytes`` up to whole allocation units of the drive, which is asked once per folder."""
         unit = self._allocation_units.get(str(folder))
         if unit is None:
             drive = os.statvfs(folder)
@@ -216,7 +216,7 @@ class LocalFilesystem:
         return max(told, self.allocated_bytes(path.parent, found.st_size))
 
     def free_bytes(self, folder: Path) -> int:
-        """Ask the drive, leaving out what it keeps for the administrator."""
+        """Ask the drive, leaving out its reserve for the administrator."""
         drive = os.statvfs(folder)
         return drive.f_bavail * (drive.f_frsize or drive.f_bsize)
 
@@ -225,7 +225,7 @@ class LocalFilesystem:
         return mounted_kind(folder)
 
     def refuse_links(self, folder: Path, path: Path) -> None:
-        """Look at every part of ``path`` below ``folder``."""
+        """Check every part of ``path`` below ``folder``."""
         parts = path.relative_to(folder).parts
         if ".." in parts:
             raise ValueError(f"{str(path)!r} does not lie below {str(folder)!r}")
@@ -244,7 +244,7 @@ LOCAL = LocalFilesystem()
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether ``path`` bears the name of a temporary file of ``write_whole``."""
+    """Whether ``path`` has the name of a temporary file of ``write_whole``."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -260,12 +260,12 @@ def is_leftover(path: Path) -> bool:
 
 def is_alive(pid: int) -> bool:
     """Whether a process ``pid`` runs on this machine."""
-    if not 0 < pid < 2**31:  # what ``kill`` would take for a group of processes, or not at all
+    if not 0 < pid < 2**31:  # ``kill`` would take it for a process group, or refuse it
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return True

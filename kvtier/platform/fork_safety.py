@@ -1,8 +1,8 @@
 """Fork safety: locks, threads and files that must be at rest while the process forks.
 
-What another thread holds, or has half done, would stay so in the child for ever. And SQLite, which remembers the locks
-of its process, would take the parent's for the child's: it forbids to carry a connection, even an idle one, across a
-fork. So each owner of such a thing comes to rest before a fork, and goes on after it, in both processes.
+A lock or a half-done change of another thread would stay so in the child forever. SQLite remembers the locks of its
+process, and would take the parent's for the child's: it forbids carrying a connection, even an idle one, across a
+fork. So each owner of such a resource comes to rest before a fork, and goes on after it, in both processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Rank(IntEnum):
-    """The order in which locks are taken: who holds one may wait for those after it, and for none before it."""
+    """The order in which locks are taken: the holder of a lock may wait for later locks, never for earlier ones."""
 
     STORE = 0
     HOST = 1
@@ -33,21 +33,21 @@ class Forkable(Protocol):
     """Something that must be at rest when the process forks."""
 
     def before_fork(self) -> None:
-        """Come to rest; let no other thread begin before ``after_fork``, which is not called if this one raises."""
+        """Come to rest; block other threads until ``after_fork``, which is not called if this method raises."""
 
     def after_fork(self, in_child: bool) -> None:
         """Go on."""
 
 
 _members: weakref.WeakKeyDictionary[Forkable, tuple[Rank, int]] = weakref.WeakKeyDictionary()
-"""Each with its place: its rank, and when it came, since those of one rank never wait for each other."""
+"""Member → its rank, and its number in order of joining: members of one rank never wait for each other."""
 _numbers = itertools.count()
 _resting: list[Forkable] = []
 _lock = threading.Lock()
 
 
 def take_part(member: Forkable, rank: Rank) -> None:
-    """Have ``member``, whose lock has this ``rank``, told of every fork, for as long as it lives."""
+    """Notify ``member``, whose lock has this ``rank``, of every fork while it lives."""
     with _lock:
         _members[member] = (rank, next(_numbers))
 

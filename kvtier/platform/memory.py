@@ -34,13 +34,13 @@ def free_host_memory_bytes() -> int:
 
 
 def container_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
-    """Return the limits of memory of the control groups that this process is in, and what each uses of it, in bytes.
+    """Return the memory limit and the memory used, in bytes, of each control group of this process.
 
-    Both versions of Linux's control groups are asked, and all groups from this process's up; groups without a limit
-    are left out. What the page cache could give back at once does not count as used.
+    Covers both versions of Linux's control groups, and all groups from this process's up; groups without a limit are
+    left out. Page cache that can be freed at once does not count as used.
 
     Args:
-        root: where ``proc`` and ``sys`` lie.
+        root: the folder of ``proc`` and ``sys``.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -64,7 +64,7 @@ def container_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
 
 
 def _upward(base: Path, path: str) -> Iterator[Path]:
-    """Yield the folders of a control group and of those it is in. Inside a container, its own may be ``base``."""
+    """Yield the folders of a control group and of its parents. Inside a container, its own may be ``base``."""
     parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
     for count in range(len(parts), -1, -1):
         yield base.joinpath(*parts[:count])
@@ -73,7 +73,7 @@ def _upward(base: Path, path: str) -> Iterator[Path]:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # there is none, or it says "max"
+    except (OSError, ValueError):  # the file is missing, or says "max"
         return None
 
 
@@ -86,17 +86,17 @@ def _entry(path: Path, name: str) -> int:
 
 
 def default_host_budget_bytes() -> int:
-    """Return the default budget of a store's RAM: a quarter of what there is, at most 4 GiB."""
+    """Return the default budget of a store's RAM: a quarter of host memory, at most 4 GiB."""
     return min(host_memory_bytes() // 4, 4 * _GIB)
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Return the bytes that may still be taken on ``device``, less a reserve of a tenth of it, at least 512 MiB.
+    """Return the free bytes of ``device``, less a reserve of a tenth of its memory, at least 512 MiB.
 
-    Where kernels read host memory, that is RAM that other programs do not use.
+    For a CPU, that is free RAM.
 
     Raises:
-        ConfigurationError: the device does not tell.
+        ConfigurationError: the device does not report its free memory.
     """
     if device.type == "cpu":
         free, total = free_host_memory_bytes(), host_memory_bytes()
@@ -110,5 +110,5 @@ def free_device_bytes(device: torch.device) -> int:
                 f'{device.type} devices do not tell how much memory is free: pass device_budget as bytes, not "auto".'
             )
         free, total = module.mem_get_info(device)
-        free += module.memory_reserved(device) - module.memory_allocated(device)  # PyTorch's own, not handed out
+        free += module.memory_reserved(device) - module.memory_allocated(device)  # reserved by PyTorch, but unused
     return max(0, int(free) - max(int(total) // 10, 512 * 2**20))

@@ -1,7 +1,7 @@
 """The filesystem that a path lies on: its type, and whether other machines can have the same files open.
 
-SQLite's write-ahead log needs memory that all users of a database share, and locks that hold among them. Filesystems
-that reach over a network have neither for certain.
+SQLite's write-ahead log needs memory that all users of a database share, and locks that hold among them. Network
+filesystems guarantee neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NETWORK = frozenset(
         "quobyte", "smb2", "smb3", "smbfs", "sshfs", "virtiofs", "vboxsf", "wekafs",
     }
 )  # fmt: skip
-# Those that programs provide are named by the program, e.g. ``fuse.sshfs``.
+# Filesystems provided by programs are named after the program, e.g. ``fuse.sshfs``.
 _NETWORK_PROGRAMS = frozenset(
     {
         "blobfuse", "blobfuse2", "curlftpfs", "dropbox", "gcsfuse", "geesefs", "goofys", "moosefs", "mount-s3",
@@ -54,7 +54,7 @@ def is_shared_over_network(kind: str | None) -> bool:
 def mounted_kind(folder: Path) -> str | None:
     """Return the type of the filesystem that ``folder`` lies on; None where the system has no table of mounts."""
     try:
-        # Names of mount points are bytes: what is no UTF-8 must neither fail nor be equal to something else.
+        # Names of mount points are bytes: a name that is not UTF-8 must neither fail nor equal another name.
         table = _MOUNT_TABLE.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return None
@@ -64,19 +64,19 @@ def mounted_kind(folder: Path) -> str | None:
 def kind_in(table: str, path: PurePosixPath) -> str | None:
     """Return the type of the filesystem that ``path``, absolute and without links, lies on by a ``mountinfo`` table.
 
-    Goes the way that the system goes: from the root down, into whatever is mounted on the way, and on top of it. So a
-    mount that another one hides does not count. None when the table does not tell.
+    Resolves the path as the system does: from the root down, into each mount on the way, and into mounts on top of it.
+    So a hidden mount does not count. None when the table does not tell.
     """
     mounts = list(_mounts(table))
     numbers = {mount.number for mount in mounts}
-    # Those of the root have a parent outside the table, or themselves.
+    # Mounts of the root have a parent outside the table, or themselves.
     onto = [mount for mount in mounts if mount.parent not in numbers or mount.parent == mount.number]
     found: Mount | None = None
     while True:
         on_the_way = [mount for mount in onto if mount.place == path or mount.place in path.parents]
         if not on_the_way:
             return found.kind if found else None
-        # The last of several at one place lies on top.
+        # The last of several mounts at one place lies on top.
         top = found = min(reversed(on_the_way), key=lambda mount: len(mount.place.parts))
         onto = [mount for mount in mounts if mount.parent == top.number and mount.number != top.number]
 

@@ -1,4 +1,4 @@
-"""Folders that users name, as absolute paths, and default folders."""
+"""User-specified folders as absolute paths, and default folders."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kvtier.errors import ConfigurationError
 
 
 def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
-    """Return ``value`` as the absolute path of a folder, so that it stays the same when the process goes elsewhere.
+    """Return ``value`` as the absolute path of a folder, independent of later changes of the current folder.
 
     Raises:
-        ConfigurationError: it is no path; or empty, which would be the current folder; or it begins with the home of a
-            user who has none; the message names ``argument``.
+        ConfigurationError: it is not a path; it is empty, which would be the current folder; or it begins with the
+            home of a user without one. The message names ``argument``.
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ConfigurationError(f"{argument}={value!r} is not the path of a folder.")
@@ -26,7 +26,7 @@ def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
 
 
 def user_cache_folder(argument: str) -> Path:
-    """Return the folder in which programs of the user keep what they can make again.
+    """Return the user's cache folder.
 
     Raises:
         ConfigurationError: the user has none; the message says to pass ``argument``.

@@ -1,4 +1,4 @@
-"""EngineChecks: what every copy engine must do, as a class to subclass in a test."""
+"""EngineChecks: the contract of copy engines, as a class to subclass in a test."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class EngineChecks:
         assert torch.equal(there + 1, self._ramp(_LENGTH) + 1)
 
     def test_a_copy_after_a_mark_sees_what_kernels_wrote(self, engine: CopyEngine) -> None:
-        """And one after a mark overwrites only what kernels have read."""
+        """And a copy after a mark overwrites memory only after kernels have read it."""
         source = self._ramp(_LENGTH)
         for step in range(8):
             source = source * 2 + step
@@ -125,7 +125,7 @@ class EngineChecks:
         assert ran == []
 
     def test_a_failure_leaves_other_operations_alone(self, engine: CopyEngine) -> None:
-        """Those before it, and those that have nothing to do with it."""
+        """Earlier operations and unrelated operations."""
         ran: list[int] = []
         first = engine.call(_appending(ran, 1))
         broken = engine.call(_raising(OSError("broken")), after=(first,))
@@ -154,13 +154,13 @@ class EngineChecks:
             assert torch.equal(host, torch.arange(float(_LENGTH)))
 
     def test_host_memory_has_the_size_asked_for(self, engine: CopyEngine) -> None:
-        """None at all included."""
+        """Zero bytes included."""
         for nbytes in (0, 1, 4096):
             memory = engine.host_empty(nbytes)
             assert (memory.shape, memory.dtype, memory.device.type) == ((nbytes,), torch.uint8, "cpu")
 
     def test_closing_twice_is_closing_once(self, engine: CopyEngine) -> None:
-        """What was settled before is there."""
+        """Results that were settled before stay."""
         ran: list[int] = []
         engine.settle(engine.call(_appending(ran, 1)))
         engine.close()

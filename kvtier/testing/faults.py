@@ -1,9 +1,9 @@
 """Faults of drives: any one call or statement of a store can fail, be cut short, or end its process.
 
-``Faults`` counts what a store asks of the drive (``open``, ``write``, ``fsync``, ``rename``, ``unlink``, ``mkdir``)
-and, as ``statement``, of SQLite, in one order, and lets the planned ones go wrong. ``FaultyFilesystem`` and
-``Faults.connect`` are what a store is given in place of the real ones. First run without a fault and look at
-``Faults.met``: it tells how many points there are, and what each is.
+``Faults`` counts a store's system calls (``open``, ``write``, ``fsync``, ``rename``, ``unlink``, ``mkdir``) and SQLite
+statements (``statement``), in one order, and makes the planned calls go wrong. Give a store ``FaultyFilesystem`` and
+``Faults.connect`` in place of the real ones. First run without a fault and look at ``Faults.met``: it lists all points
+for a fault.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvtier.platform.filesystem import LocalFilesystem, SystemCalls
 T = TypeVar("T")
 CALLS = ("open", "write", "fsync", "rename", "unlink", "mkdir", "statement")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS)
-# What SQLite says where the system says …
+# System error → the SQLite error that stands for it.
 _SQLITE_ERRORS = {
     errno.ENOSPC: ("SQLITE_FULL", 13, "database or disk is full"),
     errno.EDQUOT: ("SQLITE_FULL", 13, "database or disk is full"),
@@ -36,26 +36,26 @@ _SQLITE_ERRORS = {
 
 
 class Deed(Enum):
-    """How a call goes wrong."""
+    """Ways for a call to go wrong."""
 
     FAIL = "fail"
-    """It raises: ``OSError``, or for a statement the ``sqlite3.OperationalError`` that stands for the same."""
+    """The call raises ``OSError``; a statement raises the equivalent ``sqlite3.OperationalError``."""
     KILL = "kill"
     """The process is killed, as by SIGKILL: no handler, no ``finally``, no ``atexit`` runs."""
     SHORT = "short"
-    """Of a ``write``, only half is written, at least one byte. Other calls are done as always."""
+    """A ``write`` writes only half of its bytes, at least one. Other calls are not affected."""
     LOSE = "lose"
-    """A ``rename`` is done, but of a file that was never synced only the name outlives the power cut: it is empty."""
+    """A ``rename`` is done, but a file that was never synced is then empty, as after a power cut."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A thing that goes wrong.
+    """A planned fault.
 
     Attributes:
-        deed: how.
-        at: at which of the calls that fit, counted from 1.
-        times: how many of them from there on; None for all.
+        deed: how the call goes wrong.
+        at: the first of the matching calls to go wrong, counted from 1.
+        times: how many matching calls from there on; None for all.
         call: one of ``CALLS``; empty for any.
         subject: a pattern (as in ``fnmatch``) for the path, or for the text of a statement.
         error: for ``Deed.FAIL``, a code of ``errno``.
@@ -77,15 +77,15 @@ class Fault:
             raise ValueError(f"at={self.at} must be 1 or more")
 
     def fits(self, call: str, subject: str) -> bool:
-        """Whether it concerns this call."""
+        """Whether the fault matches this call."""
         return self.call in ("", call) and fnmatchcase(subject, self.subject)
 
 
 class Faults:
-    """What goes wrong, and what was asked so far. Thread-safe; ``plan`` may be called at any time.
+    """Planned faults, and the calls so far. Thread-safe; ``plan`` may be called at any time.
 
     Attributes:
-        met: ``(call, subject)`` of every call since the last ``plan``, those that went wrong included.
+        met: ``(call, subject)`` of every call since the last ``plan``, including calls that went wrong.
     """
 
     def __init__(self, *faults: Fault) -> None:
@@ -93,13 +93,13 @@ class Faults:
         self.plan(*faults)
 
     def plan(self, *faults: Fault) -> None:
-        """Let these go wrong from now on, and count anew. Without any, all is well again."""
+        """Plan these faults from now on, and restart the counts. Without arguments, no call goes wrong."""
         with self._lock:
             self._counts = dict.fromkeys(faults, 0)
             self.met: list[tuple[str, str]] = []
 
     def meet(self, call: str, subject: str, do: Callable[[Deed | None], T]) -> T:
-        """Do a call, or what is planned instead. ``do`` is told the deed where it must see to it itself."""
+        """Do a call with its planned faults. ``do`` gets a deed that it must carry out itself, or None."""
         due = self._due(call, subject)
         for fault in due:
             if not fault.after:
@@ -124,7 +124,7 @@ class Faults:
             return due
 
     def connect(self, uri: str, timeout_seconds: float) -> sqlite3.Connection:
-        """Connect to a database whose statements are met here."""
+        """Connect to a database whose statements pass through ``meet``."""
         return sqlite3.connect(
             uri,
             uri=True,
@@ -135,7 +135,7 @@ class Faults:
         )
 
     def connection_class(self) -> type[sqlite3.Connection]:
-        """Return the class of connections whose statements are met here."""
+        """Return the class of connections whose statements pass through ``meet``."""
         faults = self
 
         class FaultyConnection(sqlite3.Connection):
@@ -172,12 +172,12 @@ def _fail(code: int, call: str, subject: str) -> NoReturn:
 
 
 class FaultyCalls(SystemCalls):
-    """The system's calls, met by ``faults`` before they are done by ``inner``."""
+    """System calls that pass through ``faults`` to ``inner``."""
 
     def __init__(self, faults: Faults, inner: SystemCalls | None = None) -> None:
         self._faults = faults
         self._inner = inner or SystemCalls()
-        self._paths: dict[int, Path] = {}  # of descriptors that were opened here; numbers are used again
+        self._paths: dict[int, Path] = {}  # of descriptors that were opened here; numbers are reused
         self._unsynced: set[Path] = set()
         self._lock = threading.Lock()
 
@@ -191,7 +191,7 @@ class FaultyCalls(SystemCalls):
         return fd
 
     def write(self, fd: int, piece: memoryview) -> int:
-        """Write what goes at once of ``piece``."""
+        """Write as much of ``piece`` as one call takes."""
 
         def do(deed: Deed | None) -> int:
             some = piece[: max(1, piece.nbytes // 2)] if deed is Deed.SHORT else piece
@@ -207,7 +207,7 @@ class FaultyCalls(SystemCalls):
             self._unsynced.discard(path)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name."""
+        """Rename a file."""
 
         def do(deed: Deed | None) -> None:
             self._inner.rename(old, new)
@@ -231,7 +231,7 @@ class FaultyCalls(SystemCalls):
         self._faults.meet("mkdir", str(path), lambda _: self._inner.mkdir(path, mode))
 
     def cut_power(self, keep_bytes: int = 0) -> list[Path]:
-        """Cut every file that was not synced down to ``keep_bytes``; return which. What a drive may do, not must."""
+        """Cut every unsynced file down to ``keep_bytes``, as a drive may do; return the paths of these files."""
         with self._lock:
             lost, self._unsynced = sorted(path for path in self._unsynced if path.exists()), set()
         for path in lost:
@@ -240,7 +240,7 @@ class FaultyCalls(SystemCalls):
 
 
 class FaultyFilesystem(LocalFilesystem):
-    """A local drive of which ``faults`` decides what goes wrong.
+    """A local drive whose calls go wrong as planned in ``faults``.
 
     ``FaultyFilesystem(Faults(Fault(Deed.FAIL, call="unlink", subject="*.safetensors", times=None)))`` never deletes a
     block, for instance.

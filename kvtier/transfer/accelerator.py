@@ -21,10 +21,10 @@ _Event = torch.Event | None  # None: passed already
 class StreamEngine(CopyEngine):
     """One stream up, one stream down, ordered against the *current* stream of the thread that marks or waits.
 
-    A fence is the future of an event: the event exists as soon as the copy has been enqueued on its stream, which for a
-    copy that comes after a host task is when that task is done. Nothing here blocks the host but ``settle``, and
-    ``wait`` as long as a host task before the copy has not ended. Memory of the device that a side stream uses is
-    recorded with that stream, so that freeing it early does not give it away.
+    A fence is the future of an event: the event exists once the copy is enqueued on its stream. A copy after a host
+    task is enqueued when that task is done. Only ``settle`` blocks the host, and ``wait`` until the host tasks before
+    the copy have ended. Device memory that a side stream uses is recorded with that stream, so that it is not reused
+    too early when freed.
     """
 
     device_is_host = False
@@ -38,9 +38,9 @@ class StreamEngine(CopyEngine):
         self._pinned = True
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
-        """Copy on a side stream, all of ``pairs`` in one direction; one event stands for all.
+        """Copy ``pairs``, all in one direction, on a side stream; one event stands for all.
 
-        Enqueued now, or, after host tasks that still run, by a thread when they are done.
+        The copy is enqueued now, or by a thread once the host tasks before it are done.
         """
         stream = self._up if pairs[0][0].device == self._device else self._down
 
@@ -91,19 +91,19 @@ class StreamEngine(CopyEngine):
         return marked
 
     def wait(self, fence: Fence) -> None:
-        """Let the current stream wait for the event of ``fence``."""
+        """Make the current stream wait for the event of ``fence``."""
         event = fence.result()
         if event is not None:
             self._current().wait_event(event)
 
     def settle(self, fence: Fence) -> None:
-        """Block the caller."""
+        """Block the caller until the event of ``fence`` has passed."""
         event = fence.result()
         if event is not None:
             event.synchronize()
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        """Return pinned memory; pageable, with one warning, where no more can be pinned."""
+        """Return pinned memory; pageable memory, with one warning, if no more can be pinned."""
         if self._pinned:
             try:
                 return new_buffer(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -113,7 +113,7 @@ class StreamEngine(CopyEngine):
         return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Let threads and copies end."""
+        """Join the threads, and wait until the copies have ended."""
         self._threads.close()
         for stream in (self._up, self._down):
             stream.synchronize()
@@ -123,11 +123,11 @@ class StreamEngine(CopyEngine):
 
 
 def engine_for(device: torch.device) -> CopyEngine:
-    """Return the engine that fits ``device``: threads for a CPU, streams where there are some, else inline."""
+    """Return an engine for ``device``: threads for a CPU, streams if the device has them, else inline."""
     if device.type == "cpu":
         return ThreadEngine()
     try:
         return StreamEngine(device)
-    except (RuntimeError, NotImplementedError) as error:  # MPS, for one, has no side streams
+    except (RuntimeError, NotImplementedError) as error:  # MPS, for example, has no side streams
         _log.info("%s has no usable side streams (%s): copies run inline", device, error)
         return InlineEngine()

@@ -1,4 +1,4 @@
-"""CopyEngine: how a device moves bytes beside the computation."""
+"""CopyEngine: copies of a device that run beside the computation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from kvtier.kv.allocation import new_buffer
 
 Fence = Any
-"""A point that something can be ordered after. Opaque: only the engine that made it can wait for it."""
+"""A point in time to order operations after. Opaque: only the engine that made it can wait for it."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""Where to, and what."""
+"""Target and source."""
 
 Task = Callable[[], None]
 
 
 class CopyEngine(Protocol):
-    """Copies and host tasks, ordered by fences and by nothing else.
+    """Copies and host tasks, ordered by fences only.
 
-    What an engine promises: an operation reads its sources and writes its targets at some time after all fences of
-    ``after`` have passed, and its own fence passes when it is done. Two operations without a fence between them may
-    run at once or in any order, and so may an operation and the kernels of the compute stream. An operation that fails,
-    or that comes after one that failed, raises its error wherever its fence is waited for.
+    An operation reads its sources and writes its targets at some time after all fences of ``after`` have passed. Its
+    own fence passes when it is done. Two operations without a fence between them may run at once or in any order. So
+    may an operation and the kernels of the compute stream. An operation that fails, or comes after a failed operation,
+    raises the error wherever its fence is waited for.
 
     Attributes:
-        device_is_host: whether kernels read host memory, so that files can be read into windows without a copy.
+        device_is_host: whether kernels read host memory, so that files can be read into buffers without a copy.
     """
 
     device_is_host: bool
@@ -54,7 +54,7 @@ class CopyEngine(Protocol):
             task: work on host memory and files.
             reads: the host tensors that it reads.
             writes: the host tensors that it writes.
-            after: what must have passed before.
+            after: fences that must have passed before.
         """
 
     def mark(self) -> Fence:
@@ -70,7 +70,7 @@ class CopyEngine(Protocol):
         """Return ``nbytes`` of host memory that this device copies from and to at full speed."""
 
     def close(self) -> None:
-        """Finish what was begun and let go of threads and streams. May be called more than once."""
+        """Finish running operations and release threads and streams. May be called more than once."""
 
 
 class _Passed:
@@ -85,7 +85,7 @@ class _Passed:
 
 
 class InlineEngine(CopyEngine):
-    """Everything happens at once, in the caller: for devices without side streams. Nothing can be out of order."""
+    """Runs operations at once, in the caller: for devices without side streams. Nothing can be out of order."""
 
     def __init__(self, *, device_is_host: bool = False) -> None:
         self.device_is_host = device_is_host
@@ -117,11 +117,11 @@ class InlineEngine(CopyEngine):
         return _Passed()
 
     def wait(self, fence: Fence) -> None:
-        """Raise what went wrong."""
+        """Raise the error of ``fence``, if there is one."""
         fence.check()
 
     def settle(self, fence: Fence) -> None:
-        """Raise what went wrong."""
+        """Raise the error of ``fence``, if there is one."""
         fence.check()
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
@@ -129,11 +129,11 @@ class InlineEngine(CopyEngine):
         return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to release."""
 
 
 def copy_pairs(pairs: Sequence[Pair]) -> None:
-    """Copy the second of each pair to the first, whatever mode they were made in."""
+    """Copy the second of each pair to the first, also for tensors made in inference mode."""
     with torch.inference_mode():
         for dst, src in pairs:
             dst.copy_(src)

@@ -14,10 +14,10 @@ from kvtier.transfer.threads import Readers
 
 
 class ThreadEngine(CopyEngine):
-    """Operations run on a few threads, in the order in which they were enqueued as far as threads are free.
+    """Runs operations on a few threads, which take them in the order in which they were enqueued.
 
     A kernel has run when the call that launched it returns: ``mark`` has always passed. An operation waits on its
-    thread for what it comes after; that was enqueued before, so some operation can always go on.
+    thread for the operations before it. These were enqueued earlier, so some operation can always go on.
     """
 
     device_is_host = True
@@ -62,9 +62,9 @@ class ThreadEngine(CopyEngine):
         fence.result()
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        """Return memory."""
+        """Return pageable memory."""
         return new_buffer(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Let what runs end, drop the rest, join the threads."""
+        """Let running operations end, drop the rest, join the threads."""
         self._threads.close()

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class _Task:
-    """A task that runs once, on the first thread that comes to it, and its result."""
+    """A task that runs once, on the first thread that claims it, and its result."""
 
     def __init__(self, task: Callable[[], Any]) -> None:
         self.future: Future[Any] = Future()
@@ -20,7 +20,7 @@ class _Task:
         self._claim = threading.Lock()
 
     def run(self) -> None:
-        """Run it, unless it has run, or is no longer wanted."""
+        """Run the task, unless it has run or was cancelled."""
         if not self._claim.acquire(blocking=False) or not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -31,16 +31,16 @@ class _Task:
                 raise
 
     def dropped(self, queued: Future[None]) -> None:
-        """Note that a pool was closed before it came to the task, if so."""
+        """Cancel the task if the pool was closed before running it."""
         if queued.cancelled() and self._claim.acquire(blocking=False):
             self.future.cancel()
             self.future.set_running_or_notify_cancel()
 
 
 class Readers:
-    """A few threads that read pages in the order in which they are asked for. Started on first use.
+    """A few threads that read pages in the order of the requests. Started on first use.
 
-    Where no thread can be started, the caller reads.
+    If no thread can be started, the caller reads.
     """
 
     def __init__(self, threads: int = 2) -> None:

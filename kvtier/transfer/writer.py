@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 _log = logging.getLogger("kvtier.transfer")
 LONGEST_WAIT_SECONDS = 2.0
-"""How long a caller waits for room in the queue, at most."""
+"""The longest time that a caller waits for room in the queue."""
 Task = Callable[[], None]
 
 
 class Writer:
-    """One thread that runs tasks in order, and others when their time has come. At most ``depth`` tasks are queued.
+    """One thread that runs queued tasks in order, and postponed tasks when due. At most ``depth`` tasks are queued.
 
-    Where no thread can be started, the caller runs them. A task handles its errors inside itself; one that
-    raises all the same is logged, and the next one runs.
+    If no thread can be started, the caller runs them. A task should handle its own errors; if it raises, the error is
+    logged and the next task runs.
 
     Args:
         depth: how many tasks may be queued before callers wait for room.
@@ -37,9 +37,9 @@ class Writer:
         self._wait_seconds = wait_seconds
         self._clock = clock
         self._tasks: deque[Task] = deque()
-        self._later: dict[str, tuple[float, Task]] = {}  # when, and what
+        self._later: dict[str, tuple[float, Task]] = {}  # due time and task
         self._is_running = False
-        self._is_stalled = False  # somebody has waited for room in vain since the last task ended
+        self._is_stalled = False  # a caller has waited for room without success since the last task ended
         self._is_closing = False
         self._thread: threading.Thread | None = None
         # Entered rather than the condition: only a lock itself is taken and released without a step between.
@@ -48,7 +48,7 @@ class Writer:
         self._pid = os.getpid()
 
     def submit(self, task: Task) -> bool:
-        """Queue ``task``; wait while the queue is full, but not for long. Returns whether it is queued, or done."""
+        """Queue ``task``, waiting up to ``wait_seconds`` for room; return whether it is queued, or done."""
         with self._lock:
             if self._has_thread():
                 if not self._wait_for_room():
@@ -60,7 +60,7 @@ class Writer:
         return True
 
     def _wait_for_room(self) -> bool:
-        """Wait until the queue is no longer full; whether it is not. Only the first of several callers waits."""
+        """Wait until the queue has room; return whether it has. Only the first of several callers waits."""
         give_up_at = time.monotonic() + self._wait_seconds
         while len(self._tasks) >= self._depth:
             left = give_up_at - time.monotonic()
@@ -71,19 +71,19 @@ class Writer:
         return True
 
     def postpone(self, key: str, seconds: float, task: Task) -> None:
-        """Run ``task`` in ``seconds``, unless ``drop`` takes it back, or sooner if ``hurry`` or ``flush`` is called."""
+        """Run ``task`` in ``seconds``, or sooner if ``hurry`` or ``flush`` is called; ``drop`` cancels it."""
         with self._lock:
             self._later[key] = (self._clock() + seconds, task)
             if self._has_thread():
                 self._changed.notify_all()
 
     def drop(self, key: str) -> bool:
-        """Take back what was postponed under ``key``; whether there was anything that had not begun."""
+        """Cancel the task postponed under ``key``; return whether there was a task that had not begun."""
         with self._lock:
             return self._later.pop(key, None) is not None
 
     def hurry(self) -> None:
-        """Run soon what was postponed."""
+        """Queue all postponed tasks now."""
         with self._lock:
             has_thread = self._has_thread() if self._later else True
             tasks = [task for _, task in self._later.values()]
@@ -96,7 +96,7 @@ class Writer:
             self._do(task)
 
     def _has_thread(self) -> bool:
-        """Start the thread unless it runs; whether it does."""
+        """Start the thread unless it runs; return whether it runs."""
         if self._pid != os.getpid():  # the parent's queue and thread are not ours after a fork
             self._tasks, self._later, self._thread, self._pid = deque(), {}, None, os.getpid()
             self._is_running = self._is_stalled = False
@@ -105,7 +105,7 @@ class Writer:
             self._thread = threading.Thread(target=self._run, name="kvtier-write", daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError:  # no thread can be started: nothing is queued, and the caller does it
+            except RuntimeError:  # no thread can be started: nothing is queued, the caller runs tasks
                 self._thread = None
         return self._thread is not None
 
@@ -119,7 +119,7 @@ class Writer:
                     self._changed.notify_all()
 
     def _next(self) -> Task | None:
-        """Wait for what is to be run; None when the writer is closed and nothing is left."""
+        """Return the next task, when it is due; None when the writer is closed and no task is left."""
         with self._lock:
             while True:
                 if self._tasks:
@@ -146,7 +146,7 @@ class Writer:
 
     @property
     def queued(self) -> int:
-        """How many tasks wait to be run, or run, those that were postponed included."""
+        """Number of tasks that are waiting or running, postponed tasks included."""
         if self._pid != os.getpid():
             return 0
         with self._lock:
@@ -162,7 +162,7 @@ class Writer:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Run what is queued or postponed, then end the thread."""
+        """Run all queued and postponed tasks, then end the thread."""
         if self._pid != os.getpid():
             return
         self.hurry()

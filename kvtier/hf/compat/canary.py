@@ -28,7 +28,7 @@ def try_upstream(make_cache: Callable[[], Any]) -> None:
     """Hold a conversation with a tiny model, unless that was done or the whole test suite passed on this version.
 
     Args:
-        make_cache: returns a new cache over its own store; the trial closes it.
+        make_cache: returns a new cache over its own store; both are discarded after the trial.
     """
     global _tried, _reason
     with _lock:

@@ -43,7 +43,7 @@ class Prompt:
     needed: int = 0
     """Columns that must come from the cache: they contain media that were not passed, and cannot be computed."""
     ids: tuple[TokenIds, ...] = ()
-    """The ids of each row as passed; empty when equal to ``rows``."""
+    """The ids of each row as passed; empty unless columns are ``needed``."""
 
     def continued(self, row: int, ids: TokenIds) -> TokenIds:
         """Return the chain ids of ``row`` followed by generated ``ids``."""

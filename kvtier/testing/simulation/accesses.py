@@ -13,17 +13,17 @@ from kvtier.testing.simulation.regions import Region
 
 
 def weak(storage: torch.UntypedStorage) -> Any:
-    """Return a reference that lets the memory go, but not the number that tells this storage from others."""
+    """Return a reference that does not keep the memory alive, but keeps the storage's number from being reused."""
     reference: Any = StorageWeakRef
     return reference(storage)
 
 
 class Past(NamedTuple):
-    """What is known to have ended at some point.
+    """The operations and kernels that are known to have ended at some point.
 
     Attributes:
-        operations: bit *n* is set when operation *n* is among it.
-        kernels: how many kernels are, counted from the first one.
+        operations: bit *n* is set when operation *n* has ended.
+        kernels: how many kernels have ended, counted from the first one.
     """
 
     operations: int = 0
@@ -43,7 +43,7 @@ class Past(NamedTuple):
 
 
 class KernelLog:
-    """When kernels last read and wrote each region."""
+    """Times at which kernels last read and wrote each region."""
 
     def __init__(self) -> None:
         self._memory: dict[int, _Kernels] = {}
@@ -62,7 +62,7 @@ class KernelLog:
         times[region] = (time, kernel)
 
     def later(self, region: Region, time: int, *, writes: bool) -> tuple[str, str] | None:
-        """Return a kernel after ``time`` that conflicts with an access to ``region``: its name, and what it did."""
+        """Return name and access (``wrote``, ``read``) of a kernel after ``time`` that conflicts with ``region``."""
         low, high = region.bounds()
         for touched in self._memory.values():
             if touched.low < high and low < touched.high:
@@ -102,7 +102,7 @@ class Access:
 
 
 class OperationLog:
-    """The accesses of operations, as far as something that comes may still race with them."""
+    """The accesses of operations, as far as later accesses may still race with them."""
 
     def __init__(self) -> None:
         self._memory: dict[int, _Operations] = {}
@@ -111,7 +111,7 @@ class OperationLog:
     def add(self, storage: torch.UntypedStorage, access: Access, before: Past) -> None:
         """Note an access of an operation with the past ``before``.
 
-        It replaces those that it comes after where whatever would race with them races with it as well.
+        It replaces earlier accesses that it comes after, where every access that races with them races with it too.
         """
         touched = self._memory.get(storage._cdata)
         if touched is None:
@@ -136,7 +136,7 @@ class OperationLog:
         return None
 
     def forget(self, past: Past) -> None:
-        """Drop what everything that is to come comes after."""
+        """Drop the accesses that all later accesses come after."""
         for touched in self._memory.values():
             touched.forget(past)
 

@@ -1,4 +1,4 @@
-"""SimulatedEngine: an accelerator in which every order that the fences allow may happen."""
+"""SimulatedEngine: an accelerator on which every order that the fences allow may happen."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Fail = Callable[[str, int], None]
 
 
 class SimulatedEngine:
-    """A copy engine for tests. Whatever its contract leaves open goes wrong here sooner or later.
+    """A copy engine for tests: everything that the contract leaves open goes wrong here sooner or later.
 
-    - Nothing runs when it is enqueued. Later calls run any of the operations whose fences have passed, in any order;
-      ``wait`` and ``settle`` run what their fence depends on. All of it happens in the caller's thread.
+    - Each call may run any of the operations whose fences have passed, in any order. ``wait`` and ``settle`` run all
+      operations that their fence depends on. Everything happens in the caller's thread.
     - From when an operation may begin until it runs, its targets hold bytes of ones: NaN in every floating point type.
     - Its sources are read when it runs.
-    - Unordered operations raise :class:`~kvtier.testing.RaceError` when the second one is enqueued, and inside
-      :meth:`watching` so do operations and kernels that are not ordered.
+    - Unordered operations raise :class:`~kvtier.testing.RaceError` when the second one is enqueued. Inside
+      :meth:`watching`, so do unordered operations and kernels.
 
-    ``close`` runs what is pending, but nothing may rely on that order: an accelerator's streams go on by themselves.
+    ``close`` runs pending operations, but no code may rely on that order: an accelerator's streams go on by themselves.
 
     Args:
-        choices: decides what runs when; a seeded ``random.Random``, or hypothesis' ``st.randoms()``.
+        choices: decides which operations run when; a seeded ``random.Random``, or hypothesis' ``st.randoms()``.
         lazy: run operations only when a ``wait``, ``settle`` or ``close`` forces them.
-        device_is_host: what to claim. Otherwise memory of :meth:`host_empty` counts as the host's and all other as the
-            device's: kernels on the host's memory alone are work of the host, for which only ``settle`` is a wait.
-        fail: called as ``fail(step, ordinal)``; what it raises goes wrong there. Steps ``enqueue``, ``mark``, ``wait``
-            and ``settle`` raise in the caller, before anything was done, and are numbered together from 0. ``copy`` and
-            ``call`` are steps too, when an operation runs: it fails, and its ordinal is the one it was enqueued with.
+        device_is_host: the value to report. If false, memory of :meth:`host_empty` is host memory and all other memory
+            is the device's: kernels on host memory alone are work of the host, for which only ``settle`` is a wait.
+        fail: called as ``fail(step, ordinal)``; may raise. In the steps ``enqueue``, ``mark``, ``wait`` and ``settle``
+            the error reaches the caller, before anything was done; they are numbered together from 0. ``copy`` and
+            ``call`` are steps of running operations: the operation fails; its ordinal is that of its enqueue step.
 
     Attributes:
         copies: copies enqueued so far.
@@ -81,7 +81,7 @@ class SimulatedEngine:
     # The contract of an engine
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
-        """Enqueue a copy. Raises ``ValueError`` for other shapes or dtypes: not every engine converts."""
+        """Enqueue a copy. Raises ``ValueError`` if shapes or dtypes differ: not every engine converts."""
         return self.copy_all([(dst, src)], after)
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
@@ -121,12 +121,12 @@ class SimulatedEngine:
         return _Mark(self, self._detector.mark())
 
     def wait(self, fence: Fence) -> None:
-        """Run what ``fence`` depends on, and tell that compute has waited."""
+        """Run all operations that ``fence`` depends on; note that compute has waited."""
         self._step("wait")
         self._finish(fence, self._detector.waited)
 
     def settle(self, fence: Fence) -> None:
-        """Run what ``fence`` depends on, and tell that the host has waited."""
+        """Run all operations that ``fence`` depends on; note that the host has waited."""
         self._step("settle")
         self._finish(fence, self._detector.settled)
 
@@ -139,7 +139,7 @@ class SimulatedEngine:
         return memory
 
     def close(self) -> None:
-        """Run what is pending; errors stay in the fences."""
+        """Run pending operations; errors stay in the fences."""
         while self._pending:
             self._run_one_of(self._pending)
 
@@ -193,7 +193,7 @@ class SimulatedEngine:
                 self._run_one_of(needed)
                 needed = [operation for operation in needed if not operation.ended]
             if last.error is not None:
-                tell(Past(last.number_bit))  # it has ended; what it came after need not have
+                tell(Past(last.number_bit))  # it has ended; operations before it need not have
                 raise last.error
         tell(last.past)
         self._run_some()
@@ -205,7 +205,7 @@ class SimulatedEngine:
             self._poison()
 
     def _poison(self) -> None:
-        """Poison the targets of operations that may have begun: nothing pending has yet to use that memory before."""
+        """Poison the targets of operations that may have begun: no earlier pending operation uses that memory."""
         for index, operation in enumerate(self._pending):
             if not operation.poisoned and not any(earlier.shares_with(operation) for earlier in self._pending[:index]):
                 operation.poison()
@@ -256,15 +256,15 @@ class _Operation:
 
     @property
     def number_bit(self) -> int:
-        """Its bit in a past: the highest one of its own."""
+        """Its bit in a past: the highest bit of its own past."""
         return 1 << self.past.operations.bit_length() - 1
 
     def is_ready(self) -> bool:
-        """Whether it may run now, or fail because one before it has failed."""
+        """Whether it may run now, or fail because an operation before it has failed."""
         return all(before.ended for before in self._after) or any(before.error is not None for before in self._after)
 
     def unfinished(self) -> list[_Operation]:
-        """Return what has to run until this one has, itself included."""
+        """Return the operations that must run before this one is done, itself included."""
         found, queue = {self: None}, [self]
         while queue:
             for before in queue.pop()._after:
@@ -278,14 +278,14 @@ class _Operation:
         return any(ours.overlaps(target) for ours in (*self._sources, *self._targets) for target in later._targets)
 
     def poison(self) -> None:
-        """Fill the targets with ones, but for those that are sources as well."""
+        """Fill the targets with ones, except targets that overlap sources."""
         self.poisoned = True
         for tensor, target in zip(self._writes, self._targets, strict=True):
             if not any(target.overlaps(source) for source in self._sources):
                 _poison(tensor)
 
     def run(self, fail: Fail) -> None:
-        """Do it, or fail as one before it did; then let go of the task and its tensors."""
+        """Run the task, or fail like a failed operation before it; then drop the task and its tensors."""
         task, self._task = self._task, None
         assert task is not None
         errors = [before.error for before in self._after if before.error is not None]
@@ -293,7 +293,7 @@ class _Operation:
             if errors:
                 raise errors[0]
             fail(self._kind, self._ordinal)
-            with torch.inference_mode(False), torch.enable_grad():  # as on a thread of its own
+            with torch.inference_mode(False), torch.enable_grad():  # as on another thread
                 task()
         except BaseException as error:
             self.error = error

@@ -1,4 +1,4 @@
-"""The compute stream, watched: what every kernel reads and writes."""
+"""Watch: reads and writes of every kernel on the compute stream."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtier.testing.simulation.races import Detector
 
-# They take shape and dtype of their argument, no values.
+# Operators that take shape and dtype of their argument, but no values.
 _SHAPE_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it few types
-    """Shows each kernel that this thread runs to a detector, in eager code under any of torch's grad modes.
+    """Reports each kernel that this thread runs to a detector, in eager code under any of torch's grad modes.
 
-    A view is no access. An operator that may return a view or a copy (``reshape``) is judged by what it returned.
+    A view is no access. An operator that may return a view or a copy (``reshape``) is judged by its result.
     """
 
     def __init__(self, detector: Detector, is_paused: Callable[[], bool]) -> None:
@@ -27,7 +27,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
         self._is_paused = is_paused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``, between a look at its arguments and one at its results."""
+        """Run ``func``; report its arguments before, and its results after."""
         kwargs = kwargs or {}
         operator = _operator(func)
         if operator.is_no_access or self._is_paused():
@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
 
 
 class _Operator:
-    """What an operator's schema says of its arguments."""
+    """Accesses of an operator to its arguments, as in its schema."""
 
     def __init__(self, func: Any) -> None:
         self.name = str(func)
@@ -63,7 +63,7 @@ class _Operator:
     def tensors(
         self, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Return the tensors that a call reads, those that it writes, and those that it may return views of."""
+        """Return the tensors that a call reads, the tensors that it writes, and those that it may return views of."""
         reads: list[torch.Tensor] = []
         writes: list[torch.Tensor] = []
         viewed: list[torch.Tensor] = []

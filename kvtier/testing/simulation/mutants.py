@@ -13,12 +13,12 @@ from kvtier.transfer.base import CopyEngine, Fence, Pair, Task
 
 
 class Drop(NamedTuple):
-    """One thing to leave out.
+    """One wait or fence to leave out.
 
     Attributes:
         site: the line that calls the engine.
         what: ``wait``, ``settle``, ``after`` for all fences of that argument, ``after[0]`` or ``after[-1]``.
-        origin: only fences that were made there, such as ``copy at offload/prefetch.py:80``; empty for all.
+        origin: only fences that were made at this place, such as ``copy at offload/prefetch.py:80``; empty for all.
     """
 
     site: Site
@@ -30,28 +30,28 @@ class Drop(NamedTuple):
 
 
 class Recorder:
-    """Passes everything to ``engine`` and notes what could be dropped. Other attributes are the engine's own.
+    """Passes all calls to ``engine`` and notes possible drops. Other attributes are the engine's own.
 
     Attributes:
-        seen: how often each thing that could be dropped was asked for.
+        seen: how often each possible drop occurred.
     """
 
     def __init__(self, engine: CopyEngine) -> None:
         self.seen: Counter[Drop] = Counter()
         self._engine = engine
-        self._origins: dict[int, tuple[Fence, str]] = {}  # with the fence, so that no other one gets its id
+        self._origins: dict[int, tuple[Fence, str]] = {}  # with the fence, so that its id is not reused
 
     @property
     def device_is_host(self) -> bool:
-        """What the engine says."""
+        """The engine's value."""
         return self._engine.device_is_host
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Fence] = ()) -> Fence:
-        """Pass it on."""
+        """Pass the call on."""
         return self._made("copy", self._engine.copy(dst, src, after=self._after(after)))
 
     def copy_all(self, pairs: Sequence[Pair], after: Sequence[Fence] = ()) -> Fence:
-        """Pass it on."""
+        """Pass the call on."""
         return self._made("copy", self._engine.copy_all(pairs, after=self._after(after)))
 
     def call(
@@ -62,29 +62,29 @@ class Recorder:
         writes: Sequence[torch.Tensor] = (),
         after: Sequence[Fence] = (),
     ) -> Fence:
-        """Pass it on."""
+        """Pass the call on."""
         return self._made("call", self._engine.call(task, reads=reads, writes=writes, after=self._after(after)))
 
     def mark(self) -> Fence:
-        """Pass it on."""
+        """Pass the call on."""
         return self._made("mark", self._engine.mark())
 
     def wait(self, fence: Fence) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         if self._keeps("wait", fence):
             self._engine.wait(fence)
 
     def settle(self, fence: Fence) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         if self._keeps("settle", fence):
             self._engine.settle(fence)
 
     def host_empty(self, nbytes: int) -> torch.Tensor:
-        """Pass it on."""
+        """Pass the call on."""
         return self._engine.host_empty(nbytes)
 
     def close(self) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         self._engine.close()
 
     def __getattr__(self, name: str) -> Any:
@@ -121,10 +121,10 @@ class Recorder:
 
 
 class Mutant(Recorder):
-    """Passes everything to ``engine`` but for what is dropped.
+    """Passes all calls to ``engine``, except ``drop``.
 
     Attributes:
-        dropped: how often that happened; a run in which it is 0 proves nothing.
+        dropped: how often ``drop`` was left out; a run in which it is 0 proves nothing.
     """
 
     def __init__(self, engine: CopyEngine, drop: Drop) -> None:
@@ -139,9 +139,9 @@ class Mutant(Recorder):
 
 
 def drops(*recorders: Recorder) -> list[Drop]:
-    """Return what could be dropped in recorded runs, by file, line and kind, each mutant once.
+    """Return the possible drops in recorded runs, by file, line and kind, each mutant once.
 
-    Fences of one origin are not told apart where there is no other origin, nor elements where there is only one.
+    Drops by origin are left out where there is only one origin, drops of elements where there is only one element.
     """
     seen = sum((recorder.seen for recorder in recorders), Counter[Drop]())
     origins = Counter((drop.site, drop.what) for drop in seen if drop.origin)

@@ -1,8 +1,8 @@
-"""Races: accesses to the same memory, at least one of them a write, that nothing orders.
+"""Races: unordered accesses to the same memory, at least one of them a write.
 
 There is one compute stream, whose kernels run in order, one host, and any number of operations, which are ordered by
-fences alone. Whether a race shows in the values depends on timing; here it is told by what is known to come before
-what, so that a run that happened to go well is judged like one that did not. The rules:
+fences alone. Whether a race shows in the values depends on timing. The detector judges by the known order instead, so
+that a run that happened to go well is judged like a run that failed. The rules:
 
 R1
     a kernel touches memory that an operation writes, and compute has not waited for that operation;
@@ -14,8 +14,8 @@ R3
 R4
     two operations touch the same bytes, one of them writes, and neither comes after the other.
 
-A mark comes after all kernels before it, and after all that compute had waited for by then. What the host has settled
-comes before everything that it enqueues later.
+A mark comes after all kernels before it, and after all operations that compute had waited for by then. Operations that
+the host has settled come before everything that it enqueues later.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class RaceError(AssertionError):
 
 
 class Detector:
-    """Knows what is ordered, and raises :class:`RaceError` at the first two accesses that are not.
+    """Tracks the known order, and raises :class:`RaceError` at the first two unordered accesses.
 
     Attributes:
-        races: all that were raised.
+        races: all errors that were raised.
     """
 
     def __init__(self) -> None:
         self.races: list[RaceError] = []
         self._time = 0  # kernels so far
         self._number = 0  # operations so far
-        self._compute = Past()  # what compute has waited for; it includes what the host has settled
+        self._compute = Past()  # operations that compute has waited for, or the host has settled
         self._host = Past()
         self._kernels = KernelLog()
         self._operations = OperationLog()
-        # Tensors of operations that compute has not waited for: as long as they run, their memory is not given away.
+        # Tensors of operations that compute has not waited for: while these run, their memory must not be reused.
         self._held: dict[int, tuple[torch.Tensor, ...]] = {}
         self._host_memory: dict[int, Any] = {}
 
@@ -63,19 +63,19 @@ class Detector:
         return Past(self._compute.operations, self._time)
 
     def waited(self, past: Past) -> None:
-        """Let compute wait for a point with ``past``."""
+        """Note that compute waits for a point with ``past``."""
         self._compute = self._compute.joined((past,))
         for number in [number for number in self._held if self._compute.has(number)]:
             del self._held[number]
 
     def settled(self, past: Past) -> None:
-        """Let the host wait for a point with ``past``: everything that is enqueued from now on comes after it."""
+        """Note that the host waits for a point with ``past``: everything enqueued from now on comes after it."""
         self._host = self._host.joined((past,))
         self._operations.forget(past)
         self.waited(past)
 
     def owns(self, host: torch.Tensor) -> None:
-        """Note that ``host`` is new memory of the host: what touches nothing else is work of the host."""
+        """Note that ``host`` is new memory of the host: a kernel on host memory alone is work of the host."""
         storage = host.untyped_storage()
         self._host_memory = {key: memory for key, memory in self._host_memory.items() if not memory.expired()}
         self._host_memory[storage._cdata] = weak(storage)
@@ -88,8 +88,8 @@ class Detector:
         """Judge a new operation; return the past of its fence.
 
         Args:
-            operation: what to call it in errors.
-            after: the pasts of what it comes after.
+            operation: its name in errors.
+            after: the pasts of the fences that it comes after.
             reads: its sources.
             writes: its targets.
         """
