@@ -37,7 +37,7 @@ def run(options: Options) -> Result:
         folder = Path(scratch) / "many"
         options.say(f"writing {blocks:,} small blocks")
         prompts = _write_chains(folder, blocks)
-        options.say("making the catalog anew")
+        options.say("rebuilding the catalog")
         rebuild = _rebuilding(folder, blocks, 1 if options.quick else 3)
         opening = interleave([Competitor("PrefixStore(folder)", lambda: _timed_open(folder))], rounds, options.say)
         with PrefixStore(folder, host_budget=1) as store:
@@ -50,7 +50,7 @@ def run(options: Options) -> Result:
     hashing = interleave([Competitor("chain_keys", _hash)], rounds, options.say)
     facts = {"blocks": blocks, "block_tokens": _BLOCK}
     cases = [
-        make_case("making the catalog anew from the files", {"first open": rebuild}, "seconds", facts=facts),
+        make_case("rebuilding the catalog from the files", {"first open": rebuild}, "seconds", facts=facts),
         make_case("opening", opening, "seconds", facts=facts),
         make_case(f"match() of {_PROMPT:,} tokens", looking, "seconds", facts=facts),
         make_case(f"keys of {_HASHED:,} tokens", hashing, "seconds", facts=facts),

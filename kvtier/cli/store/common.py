@@ -41,7 +41,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not someone_is_there():
-        fail(WRONG_USAGE, "nobody can be asked, since standard input is no terminal; nothing was done: pass --yes")
+        fail(WRONG_USAGE, "standard input is not a terminal, so nothing can be confirmed; nothing was done: pass --yes")
     # Not typer.confirm: it writes to standard output, which belongs to the output of the command.
     typer.echo(f"{question} [y/N] ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

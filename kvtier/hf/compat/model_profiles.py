@@ -164,7 +164,7 @@ def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -
     if is_padded and profile.not_padded:
         return "transformers continues padded rows of this model to other K and V than it computes at once"
     if is_padded and _counts_columns(model):
-        return "the positions of this model count padding too: what is known of a row holds for its padding only"
+        return "the positions of this model count padding too: reuse would hold for the same padding only"
     if profile.within is None:
         return None
     window = getattr(model.config.get_text_config(decoder=True), profile.within)

@@ -141,7 +141,7 @@ class TokenTrace:
             columns: columns that the cache holds.
         """
         if self.trouble is None and self._checks and not all(bool(check) for check in self._checks):
-            self._doubt("masks or positions are not those of a prompt")
+            self._doubt("masks or positions do not fit a prompt")
         self._checks = []
         known = self._row_of.tolist() if self._row_of is not None else None
         if self.trouble is not None or known != list(row_of) or columns > self._ids.shape[1]:

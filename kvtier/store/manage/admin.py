@@ -394,7 +394,7 @@ class StoreAdmin:
     def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
         """Remove expired blocks, and blocks unused for ``unused_for`` seconds; then evict down to ``to_bytes``.
 
-        Pinned blocks stay, and files that are being read. RAM is pruned, too; the result is that of the disk where there is one.
+        Pinned blocks stay, and files that are being read. RAM is pruned, too. The result counts the last tier.
 
         Raises:
             ConfigurationError: an argument cannot be used.

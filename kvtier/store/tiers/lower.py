@@ -51,7 +51,7 @@ class LowerTier:
         if warn and not self._has_warned:
             self._has_warned = True
             _log.warning(
-                "the tier %r cannot %s (%s: %s); what it has is recomputed while that lasts",
+                "the tier %r cannot %s (%s: %s); its blocks are recomputed while that lasts",
                 self.name,
                 what,
                 type(error).__name__,

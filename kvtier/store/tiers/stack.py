@@ -357,9 +357,7 @@ class TierStack:
         """Count that the durable tier does not keep up, and warn once."""
         if self._disk is not None:
             self._disk.count("errors.write")
-            self._disk.warn(
-                "stall", f"writing to {self._disk.folder.path} hangs; what is computed now is kept in RAM alone"
-            )
+            self._disk.warn("stall", f"writing to {self._disk.folder.path} hangs; new blocks stay in RAM only")
 
     def verify(self, *, repair: bool, progress: Progress | None) -> VerifyReport:
         """Read every file, and compare files, catalog and accounting; with ``repair`` fix problems where possible."""

@@ -66,7 +66,7 @@ class Audit:
                 yield Discrepancy(
                     "leftover",
                     str(self._path(place)),
-                    "who was deleting it is gone",
+                    "its deletion was interrupted",
                     partial(self._delete, place),
                 )
 

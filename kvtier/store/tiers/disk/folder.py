@@ -92,7 +92,7 @@ class StoreFolder:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if not self._has_blocks():
                 raise StoreError(f"{marker} is not the marker of a store ({error}); pass an empty folder") from error
-            _log.warning("%s is damaged (%s); its blocks say what it was, and it is written anew", marker, error)
+            _log.warning("%s is damaged (%s); its blocks show what it was, and it is rewritten", marker, error)
             self._write_marker(marker)
             return
         if version > FORMAT_VERSION:

@@ -79,9 +79,9 @@ def open_catalog(
                     raise StoreError(f"cannot open {path}: {error}") from error
                 is_of_another_version, damage = isinstance(error, OtherVersionError), str(error)
         if is_of_another_version:
-            _log.info("%s is made anew from the block files: %s", path, damage)
+            _log.info("%s is rebuilt from the block files: %s", path, damage)
         else:
-            _log.warning("%s is damaged (%s); it is made anew from the block files", path, damage)
+            _log.warning("%s is damaged (%s); it is rebuilt from the block files", path, damage)
         for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         folder.damage_mark.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[Block
     """Yield ``blocks``; show their number once it takes long."""
     yield from tqdm(
         blocks,
-        desc="kvtier: making the catalog anew",
+        desc="kvtier: rebuilding the catalog",
         unit=" blocks",
         delay=_LONG_SECONDS,
         mininterval=1.0,

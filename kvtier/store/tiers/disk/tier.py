@@ -169,7 +169,7 @@ class DiskTier:
             try:
                 if read_record(path, MANIFEST_BYTES) == wanted or not anew:
                     return
-                self.warn(str(path), f"{path} told something else than what its root stands for; written anew")
+                self.warn(str(path), f"{path} does not match its root; rewritten")
             except FileNotFoundError:
                 pass
             except (ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ class DiskTier:
 
     def _cannot_write(self, error: BaseException) -> None:
         self.count("errors.write")
-        self.warn("write", f"cannot write to {self.folder.path} ({error}); what is computed now is not kept on disk")
+        self.warn("write", f"cannot write to {self.folder.path} ({error}); new blocks are not kept on disk")
 
     def put(self, block: Block) -> PutResult:
         """Write ``block`` unless it is stored."""

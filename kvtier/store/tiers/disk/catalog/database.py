@@ -82,7 +82,7 @@ class Database:
             if self._exclusive:
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             if mode != "rwc" and not is_made(connection):
-                raise sqlite3.OperationalError("unable to open the catalog: another process is making it anew")
+                raise sqlite3.OperationalError("unable to open the catalog: another process is rebuilding it")
         except BaseException:
             connection.close()
             raise
