@@ -161,27 +161,33 @@ def page_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.safetensors"))
 
 
+def _bytes_up(cache: TieredCache | None) -> int:
+    """Return how much was brought up so far."""
+    transfers = cache.transfers if cache is not None else None
+    return transfers.bytes_up if transfers is not None else 0
+
+
 def _decode(chat: ChatModel, prompt: Tokens, cache: Any, before_step: Callable[[], None]) -> Sample:
     """Feed the last token of the prompt, then some new ones; time those, and crop them off again."""
-    tiered = isinstance(cache, TieredCache)
+    tiered = cache if isinstance(cache, TieredCache) else None
     known = len(prompt) - 1
-    if tiered:
-        cache.begin(chat.model, torch.tensor([prompt]))
+    if tiered is not None:
+        tiered.begin(chat.model, torch.tensor([prompt]))
     seconds, tokens, moved = [], [], 0
     feed = torch.tensor([prompt[known:]])
     with torch.no_grad():
         for step in range(_TOKENS_A_RUN + 1):
             before_step()
-            up = cache.traffic.bytes_up if tiered and cache.traffic else 0
+            up = _bytes_up(tiered)
             started = time.perf_counter()
             logits = chat.model(feed, **passed(cache)).logits
             feed = logits[:, -1:].argmax(-1)
             tokens.append(int(feed))
             if step:  # the first one finds nothing prefetched
                 seconds.append(time.perf_counter() - started)
-                moved += (cache.traffic.bytes_up if tiered and cache.traffic else 0) - up
-    if tiered:
-        cache.commit(torch.tensor([[*prompt, *tokens]]))
+                moved += _bytes_up(tiered) - up
+    if tiered is not None:
+        tiered.commit(torch.tensor([[*prompt, *tokens]]))
     cache.crop(known - cache.get_seq_length())
     return Sample({"step_s": median(seconds), "bytes_up_a_step": moved / _TOKENS_A_RUN}, tuple(tokens))
 
