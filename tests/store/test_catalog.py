@@ -590,6 +590,8 @@ OPERATIONS = {
     "evict more than one batch": lambda catalog, names: catalog.evict(20, "me", "", lambda _: False, at_most=1),
     "evict beside what is read": lambda catalog, names: evict(catalog, 10, leased=[siblings(1)[0].key]),
     "delete": delete_one,
+    "what is present": lambda catalog, names: catalog.ready([each.key for each in siblings(10)]),
+    "what moves": lambda catalog, names: (catalog.moving(State.WRITING), catalog.moving(State.LEAVING)),
     "counts": lambda catalog, names: (catalog.counts(), catalog.total_bytes, len(names)),
     "what has expired": lambda catalog, names: catalog.unused_since(400.0),
 }

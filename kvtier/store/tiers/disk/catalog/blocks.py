@@ -313,7 +313,9 @@ class Catalog:
         """Return the blocks that are ``WRITING`` or ``LEAVING``, each with its owner."""
         with self._database.reading(long=True) as connection:
             rows = connection.execute(
-                "SELECT key, root, bytes, owner FROM blocks WHERE state = ?", (int(state),)
+                "SELECT key, root, bytes, owner FROM blocks INDEXED BY moving "
+                f"WHERE state = ? AND state != {State.READY:d}",
+                (int(state),),
             ).fetchall()
         return [(Place(row[0].hex(), row[1].hex(), row[2]), row[3]) for row in rows]
 
