@@ -35,7 +35,7 @@ from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
-from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.format.codecs.base import check_codec
 from kvtier.store.load import LoadJob, summary
@@ -179,9 +179,7 @@ class PrefixStore:
         self.lossy_codec = None if codec.is_lossless or path is None else codec.name
         self.path = folder_path(path, "path") if path is not None else None
         self._clock = clock
-        policy = policy or Adaptive()
-        if not isinstance(getattr(policy, "name", None), str):
-            raise ConfigurationError(f"policy={type(policy).__name__} has no name; see kvtier.store.eviction.base.")
+        policy = check_policy(policy or Adaptive())
         codecs = {**BUILT_IN, codec.name: codec}
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 
 from kvtier import PrefixStore
+from kvtier.errors import ConfigurationError
 from kvtier.store.eviction import Adaptive, LeastRecentlyUsed, Standing, Usage
 from kvtier.store.eviction.adaptive import came_back
 from kvtier.store.eviction.base import fresh_state, state_from_text, state_to_text
@@ -277,6 +279,29 @@ def test_blocks_that_came_back_have_the_lead_of_the_moment(kind, turns, first):
     tier.touch(once)  # one turn later
     policy.turns = turns  # no matter what it was when they were used
     assert tier.evict_one() == {"again": again, "once": once}[first].id.key
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": None}, "has no name"),
+        ({"name": ""}, "has no name"),
+        ({"standing": None}, "has no method standing"),
+        ({"returned": 7}, "has no method returned"),
+        ({"queues": 0}, "queues=0"),
+        ({"queues": 17}, "queues=17"),
+        ({"queues": True}, "queues=True"),
+        ({"queues": "2"}, "queues='2'"),
+        ({"initial": None}, "initial=None"),
+        ({"initial": {"a": math.inf}}, "initial="),
+        ({"initial": {"a": "1"}}, "initial="),
+        ({"initial": {"a": object()}}, "initial="),
+    ],
+    ids=str,
+)
+def test_what_is_no_policy_is_refused_with_a_sentence(change, said):
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        PrefixStore(policy=type("Broken", (LeastRecentlyUsed,), change)())
 
 
 class Picky(LeastRecentlyUsed):

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from kvtier.errors import ConfigurationError
+
 LONGEST_CLOCK = 2**53
 MOST_QUEUES = 16
 MOST_NOTE_CHARACTERS = 256
@@ -150,3 +152,27 @@ def state_from_text(policy: EvictionPolicy, text: str) -> PolicyState | None:
 def queue_among(policy: EvictionPolicy, queue: int) -> int:
     """Return the queue of ``policy`` that answers for a stored ``queue``, which another policy may have chosen."""
     return min(max(queue, 0), policy.queues - 1)
+
+
+def check_policy(policy: EvictionPolicy) -> EvictionPolicy:
+    """Return ``policy`` if a store can ask it.
+
+    Raises:
+        ConfigurationError: a part of it is missing, or has a value that tiers cannot keep.
+    """
+    kind = type(policy).__name__
+    if not isinstance(getattr(policy, "name", None), str) or not policy.name:
+        raise ConfigurationError(f"policy={kind} has no name; see kvtier.store.eviction.base.")
+    missing = [name for name in _METHODS if not callable(getattr(policy, name, None))]
+    if missing:
+        raise ConfigurationError(f"policy={kind} has no method {missing[0]}; see kvtier.store.eviction.base.")
+    queues, initial = getattr(policy, "queues", None), getattr(policy, "initial", None)
+    if type(queues) is not int or not 1 <= queues <= MOST_QUEUES:
+        raise ConfigurationError(f"policy={kind} has queues={queues!r:.40}; it must be 1 to {MOST_QUEUES}.")
+    are_numbers = isinstance(initial, Mapping) and all(type(number) in (int, float) for number in initial.values())
+    if not are_numbers or state_from_text(policy, state_to_text(policy, fresh_state(policy))) is None:
+        raise ConfigurationError(f"policy={kind} has initial={initial!r:.80}; it must be finite numbers by name.")
+    return policy
+
+
+_METHODS = ("is_sound", "standing", "lead", "evicted", "returned")
