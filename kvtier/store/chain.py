@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +54,13 @@ class BlockId:
 
 def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:
     """Return the chain of blocks of ``tokens`` after ``root``, each with its own copy of its ids."""
-    blocks: list[BlockId] = []
+    return list(each_of_chain(root, tokens, block_size))
+
+
+def each_of_chain(root: str, tokens: TokenIds, block_size: int) -> Iterator[BlockId]:
+    """Yield the same blocks one by one: each takes a hash."""
     parent = root
     for start in range(0, len(tokens), block_size):
-        blocks.append(BlockId.of(root, parent, tokens[start : start + block_size].copy()))
-        parent = blocks[-1].key
-    return blocks
+        block = BlockId.of(root, parent, tokens[start : start + block_size].copy())
+        yield block
+        parent = block.key

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from kvtier.report import Divergence
-from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run, each_of_chain
 
 
 class Lookup(Protocol):
     """Where blocks are looked up: one tier, or several."""
 
-    def present(self, keys: Sequence[str]) -> set[str]:
-        """Return the subset of ``keys`` whose blocks can be opened."""
+    def present_run(self, chain: Iterator[BlockId]) -> list[BlockId]:
+        """Return the blocks that ``chain`` begins with, up to the first that cannot be opened."""
 
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
@@ -71,28 +72,23 @@ class PrefixMatch:
 def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
 
-    Full blocks are found by their keys, all in one query. After the last of them, the block with the longest common
+    Full blocks are found by their keys, many in one query. After the last of them, the block with the longest common
     prefix counts up to the first difference. Ids are always compared: a key alone is no hit.
     """
-    whole = chain_keys(root, tokens[: len(tokens) // block_size * block_size], block_size)[: -(-limit // block_size)]
-    present = tiers.present([block.key for block in whole])
-    spans: list[Span] = []
-    position, parent = 0, root
-    divergence = None
-    while position < limit:
-        expected = tokens[position : position + block_size]
-        block = _next(tiers, root, parent, expected, whole[position // block_size :], present)
-        if block is None:
-            break
-        common = common_run(block.tokens, expected)
-        used = min(common, limit - position)
-        if used:
-            spans.append(Span(block, position, 0, used))
-        if common < len(block.tokens) and common < len(expected):
-            divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common]))
-        if used < block_size:
-            break
-        position, parent = position + used, block.key
+    whole = each_of_chain(root, tokens[: len(tokens) // block_size * block_size], block_size)
+    run = tiers.present_run(islice(whole, -(-limit // block_size)))
+    starts = range(0, limit, block_size)
+    spans = [Span(block, start, 0, min(block_size, limit - start)) for start, block in zip(starts, run, strict=False)]
+    position, parent = (spans[-1].stop, run[-1].key) if run else (0, root)
+    expected = tokens[position : position + block_size]
+    block = _nearest(tiers, root, parent, expected) if position < limit else None
+    if block is None:
+        return PrefixMatch(tuple(spans), None)
+    common = common_run(block.tokens, expected)
+    if common:
+        spans.append(Span(block, position, 0, min(common, limit - position)))
+    parts = common < len(block.tokens) and common < len(expected)
+    divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common])) if parts else None
     return PrefixMatch(tuple(spans), divergence)
 
 
@@ -122,16 +118,8 @@ def checkpoints_of(
                 yield start, block
 
 
-def _next(
-    tiers: Lookup, root: str, parent: str, expected: TokenIds, whole: Sequence[BlockId], present: set[str]
-) -> BlockId | None:
-    """Return the block after ``parent`` with the longest common prefix with ``expected``; None if there is none.
-
-    A block of exactly these ids, the first of ``whole``, is found by its key, which no other ids have; opening it
-    compares the ids.
-    """
-    if whole and whole[0].key in present:
-        return whole[0]
+def _nearest(tiers: Lookup, root: str, parent: str, expected: TokenIds) -> BlockId | None:
+    """Return the block after ``parent`` with the longest common prefix with ``expected``."""
     best, best_run = None, -1
     for child in tiers.nearest(parent, expected):
         run = common_run(child.tokens, expected)

@@ -266,3 +266,16 @@ def test_an_interrupt_while_blocks_are_opened_leaves_no_lease(tmp_path, tier, mo
             store.restore([spans])
         assert [each.leased_blocks for each in store.stats().tiers] == [0, 0, 0]
         del interrupted  # it has kept all that was opened alive
+
+
+@pytest.mark.parametrize(("stored", "read"), [(0, 4), (3, 4), (4, 36), (20, 36), (40, 100)])
+def test_a_chain_is_hashed_no_further_than_it_is_stored(stored, read):
+    """Unless there is a tier below, which is asked for all of it at once."""
+    blocks = [each.id for each in chain(count(400), 4)]
+    for lower, most in (([], read), ([DictTier()], 100)):
+        with PrefixStore(**SETTINGS, lower_tiers=lower) as store:
+            if stored:
+                commit(store, count(4 * stored))
+            taken = []
+            assert store._tiers.present_run(taken.append(each) or each for each in blocks) == blocks[:stored]
+            assert len(taken) == most

@@ -7,9 +7,11 @@ are asked for blocks that the store's own tiers lack.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +32,8 @@ from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
 
 T = TypeVar("T")
+_FIRST_BLOCKS = 4  # of a chain that are asked for first
+_MORE_BLOCKS = 8  # how many times as many are asked for next
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,27 @@ class TierStack:
                 return outcome.id
         return None
 
-    def present(self, keys: Sequence[str]) -> set[str]:
-        """Return the subset of ``keys`` that some tier can open. Each tier is asked once, for all keys at once."""
+    def present_run(self, chain: Iterator[BlockId]) -> list[BlockId]:
+        """Return the blocks that ``chain`` begins with, up to the first that no tier can open.
+
+        A lower tier is asked once, for the whole chain at once. Where there is none, the chain is hashed and asked for
+        piece by piece: most prompts that are not stored differ early.
+        """
+        run: list[BlockId] = []
+        sizes = iter([sys.maxsize]) if self._lower else (_FIRST_BLOCKS * _MORE_BLOCKS**n for n in count())
+        for size in sizes:
+            piece = list(islice(chain, size))
+            present = self._present([block.key for block in piece])
+            for block in piece:
+                if block.key not in present:
+                    return run
+                run.append(block)
+            if not piece:
+                break
+        return run
+
+    def _present(self, keys: Sequence[str]) -> set[str]:
+        """Return the subset of ``keys`` that some tier can open. Each tier is asked once."""
         found: set[str] = set()
         for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
             left = [key for key in keys if key not in found]
