@@ -242,6 +242,12 @@ def test_a_tier_needs_a_name_of_its_own(names):
         PrefixStore(lower_tiers=tiers)
 
 
+@pytest.mark.parametrize("tiers", [DictTier(), None, {"dict": DictTier()}], ids=["one", "none", "mapping"])
+def test_tiers_are_a_list(tiers):
+    with pytest.raises(ConfigurationError, match="lower_tiers="):
+        PrefixStore(lower_tiers=tiers)
+
+
 def test_a_lost_folder_costs_nothing_that_is_below(tmp_path, tier):
     with PrefixStore(tmp_path / "kv", **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, count(16))

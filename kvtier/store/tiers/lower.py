@@ -177,8 +177,10 @@ def checked_tiers(tiers: Sequence[Tier]) -> Sequence[Tier]:
     """Return ``tiers`` if a store can have them below its own.
 
     Raises:
-        ConfigurationError: one has no name, or that of another.
+        ConfigurationError: they are no list, or one has no name, or that of another.
     """
+    if not isinstance(tiers, (list, tuple)):
+        raise ConfigurationError(f"lower_tiers={type(tiers).__name__} must be a list of tiers, also of one.")
     names = [getattr(tier, "name", None) for tier in tiers]
     for tier, name in zip(tiers, names, strict=True):
         if not isinstance(name, str) or name in ("", "device", "host", "disk") or names.count(name) > 1:
