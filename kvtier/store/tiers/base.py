@@ -75,7 +75,8 @@ class Tier(Protocol):
 
     A turn asks all that it needs at once, so that a tier over a network answers in one round trip. It waits for
     ``presence`` and ``open_all`` no longer than ``LONGEST_ANSWER_SECONDS`` (``lower.py``); what has not come by then is
-    computed. Everything else is asked behind the turn, or by the owner of the store.
+    computed. Everything else is asked behind the turn, or by the owner of the store, and must end by itself: a call
+    that hangs holds up writes to disk and the store's ``close``.
 
     No method raises anything but what it documents; an error of any other kind is warned of once, and counts as
     unavailable.
