@@ -65,7 +65,7 @@ class BlockWriter:
             is_noted = not writes_behind or self._behind.submit(
                 partial(self._tiers.describe_root, root, manifest, anew=not imported)
             )
-            if is_noted and not (writes_behind and imported):
+            if is_noted and not (self._tiers.is_durable and imported):
                 self._manifests[root] = manifest
         new = 0
         keys: list[str] = []

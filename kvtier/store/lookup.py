@@ -76,7 +76,7 @@ def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_
     prefix counts up to the first difference. Ids are always compared: a key alone is no hit.
     """
     whole = each_of_chain(root, tokens[: len(tokens) // block_size * block_size], block_size)
-    run = tiers.present_run(islice(whole, -(-limit // block_size)))
+    run = tiers.present_run(islice(whole, max(0, -(-limit // block_size))))
     starts = range(0, limit, block_size)
     spans = [Span(block, start, 0, min(block_size, limit - start)) for start, block in zip(starts, run, strict=False)]
     position, parent = (spans[-1].stop, run[-1].key) if run else (0, root)

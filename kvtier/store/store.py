@@ -36,6 +36,7 @@ from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
+from kvtier.store.eviction.guarded import GuardedPolicy
 from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.format.codecs.base import check_codec
 from kvtier.store.load import LoadJob, summary
@@ -179,13 +180,13 @@ class PrefixStore:
         self.lossy_codec = None if codec.is_lossless or path is None else codec.name
         self.path = folder_path(path, "path") if path is not None else None
         self._clock = clock
-        policy = check_policy(policy or Adaptive())
+        guarded = GuardedPolicy(check_policy(policy or Adaptive()))
         codecs = {**BUILT_IN, codec.name: codec}
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
         host_settings = HostSettings(host_bytes, self._behind.hurry)
         self._tiers = TierStack(
-            folder, host_settings, settings, policy, connect, clock, checked_tiers(lower_tiers), block_size
+            folder, host_settings, settings, guarded, connect, clock, checked_tiers(lower_tiers), block_size
         )
         self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(

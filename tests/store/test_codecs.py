@@ -130,3 +130,25 @@ def test_files_of_a_later_version_stay(tmp_path):
             store.restore([store.match("00" * 32, tokens).spans])
         store.verify(repair=True)
     assert path.exists()
+
+
+def test_files_of_a_later_version_stay_whatever_they_look_like(tmp_path):
+    """Their metadata and tensors may have other names."""
+    tokens = count(4)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        store.commit("00" * 32, tokens, lambda start, stop: block(tokens).pages)
+    (path,) = tmp_path.rglob("*.safetensors")
+    data = (
+        path.read_bytes()
+        .replace(b"kvtier/1", b"kvtier/2")
+        .replace(b'"dtypes"', b'"dtipes"')
+        .replace(b'"k.0"', b'"K.0"')
+    )
+    path.write_bytes(data)
+    with PrefixStore(tmp_path, block_size=4) as store:
+        with pytest.raises(BlockError, match="format 'kvtier/2'"):
+            store.restore([store.match("00" * 32, tokens).spans])
+        store.verify(repair=True)
+    (tmp_path / "catalog.sqlite").unlink()
+    PrefixStore(tmp_path, block_size=4).close()
+    assert path.read_bytes() == data

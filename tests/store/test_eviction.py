@@ -305,12 +305,15 @@ def test_what_is_no_policy_is_refused_with_a_sentence(change, said):
 
 
 class Picky(LeastRecentlyUsed):
-    """Has one queue, and is never asked about another."""
+    """Has one queue, and notes which it was asked about."""
 
     name = "picky/1"
 
+    def __init__(self):
+        self.asked = set()
+
     def lead(self, queue, state):
-        assert queue == 0
+        self.asked.add(queue)
         return 0.0
 
 
@@ -322,9 +325,70 @@ def test_blocks_that_another_policy_ranked_can_leave(tmp_path):
             for _ in range(3):
                 commit(store, count(4, first=first))
                 store.flush()
-    with PrefixStore(tmp_path, policy=Picky(), **settings) as store:
+    picky = Picky()
+    with PrefixStore(tmp_path, policy=picky, **settings) as store:
         assert store.prune(to_bytes=0).blocks == 2
         assert store.stats().tiers[-1].blocks == 0
+    assert picky.asked == {0}
+
+
+class Noting(LeastRecentlyUsed):
+    """Notes a word, and shows what notes it was shown."""
+
+    def __init__(self, name, word):
+        self.name, self.word, self.shown = name, word, set()
+
+    def standing(self, usage, state):
+        self.shown.add(usage.note)
+        return Standing(0, float(state.clock), self.word)
+
+    def returned(self, ghost, state):
+        self.shown.add(ghost.note)
+        return state
+
+
+def test_a_policy_is_shown_its_own_notes_alone(tmp_path):
+    """Of blocks and of ghosts."""
+    settings = {"block_size": 4, "host_budget": 1, "free_space_floor": 0, "disk_budget": 2 * 4096}
+    mine, other = Noting("mine/1", "a"), Noting("other/1", "b")
+    for policy in (mine, other, mine):
+        with PrefixStore(tmp_path, policy=policy, **settings) as store:
+            for first in (0, 20, 40, 0):
+                commit(store, count(4, first=first))
+                commit(store, count(4, first=first))
+                store.flush()
+    assert mine.shown == {"", "a"}
+    assert other.shown == {"", "b"}
+
+
+class Failing(LeastRecentlyUsed):
+    name = "failing/1"
+
+
+@pytest.mark.parametrize("method", ["is_sound", "standing", "lead", "evicted", "returned"])
+@pytest.mark.parametrize("how", ["raises", "says nonsense"])
+def test_a_policy_that_fails_costs_its_order_and_one_warning(tmp_path, monkeypatch, caplog, method, how):
+    """No turn, no catalog."""
+    nonsense = {"standing": Standing(99, math.nan), "lead": math.inf, "evicted": None, "returned": None, "is_sound": 7}
+
+    def fail(*args):
+        if how == "raises":
+            raise ValueError("malformed")
+        return nonsense[method]
+
+    settings = {"block_size": 4, "host_budget": 4 * SIZE, "free_space_floor": 0, "disk_budget": 3 * 4096}
+    for _ in range(2):
+        with PrefixStore(tmp_path, policy=Failing(), **settings) as store:
+            monkeypatch.setattr(Failing, method, fail)
+            for first in (0, 20, 40, 60, 0, 80):
+                commit(store, count(4, first=first))
+                store.flush()
+            assert restored_length(store, count(4, first=80)) == 4
+            assert not store.stats().errors
+        monkeypatch.undo()
+    assert not (tmp_path / "catalog.damaged").exists()
+    assert {record.levelname for record in caplog.records} <= {"WARNING"}
+    assert all("'failing/1'" in record.getMessage() for record in caplog.records)
 
 
 @tiers

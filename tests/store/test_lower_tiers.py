@@ -6,13 +6,17 @@ import shutil
 from concurrent.futures import Future
 
 import pytest
+import torch
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.errors import BlockError, ConfigurationError, RestoreError, UnavailableError
+from kvtier.errors import BlockError, ConfigurationError, RestoreError, StoreError, UnavailableError
+from kvtier.kv.page import PageView
+from kvtier.store.block import Block
+from kvtier.store.chain import BlockId
 from kvtier.store.tiers.base import Presence, PutResult
 from kvtier.store.tiers.lower import LONGEST_ANSWER_SECONDS, LowerTier
 from tests.support.dict_tier import DictReader, DictTier, Never
-from tests.support.stores import ROOT, block, chain, commit, count, restored_length
+from tests.support.stores import ROOT, block, block_files, chain, commit, count, restored_length
 
 SETTINGS = {"block_size": 4, "tail_delay": 0}
 
@@ -152,7 +156,7 @@ def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone()
     now[0] = 1.5
     assert all(isinstance(each, UnavailableError) for each in lower.open_all([each.id for each in chain(count(8), 4)]))
     assert len(tier.requests) == 2
-    assert lower.counts == {"errors.dict": 3}
+    assert lower.counts == {"errors.dict": 2}
     assert len(Never.waited_seconds) == 3
     assert all(seconds <= LONGEST_ANSWER_SECONDS for seconds in Never.waited_seconds)
     now[0] = 60.0
@@ -285,3 +289,217 @@ def test_a_chain_is_hashed_no_further_than_it_is_stored(stored, read):
             taken = []
             assert store._tiers.present_run(taken.append(each) or each for each in blocks) == blocks[:stored]
             assert len(taken) == most
+
+
+def failing(error):
+    def fail(*args, **more):
+        raise error
+
+    return fail
+
+
+def test_damage_below_deletes_no_file(tmp_path, tier, monkeypatch):
+    """A file that cannot be read now stays, whatever the tier below says of its own copy."""
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(16))
+    monkeypatch.setattr(tier, "open_all", lambda blocks: [failed(BlockError("rotten")) for _ in blocks])
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        spans = store.match(ROOT, count(16)).spans
+        with monkeypatch.context() as patched:
+            patched.setattr(type(store._tiers.last), "_open", failing(UnavailableError("busy")))
+            with pytest.raises(BlockError, match="busy"):
+                store.restore([spans])
+    assert len(block_files(tmp_path)) == 4
+    assert not tier.blocks  # where it is damaged, it is forgotten
+
+
+def failed(error):
+    future = Future()
+    future.set_exception(error)
+    return future
+
+
+def test_damage_above_is_read_from_below_and_deletes_nothing_there(tmp_path, tier, caplog):
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        commit(store, count(16))
+    victim = block_files(tmp_path)[0]
+    victim.write_bytes(b"junk" * 100)
+    with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
+        assert restored_length(store, count(16)) == 16
+        assert store.stats().tiers[-1].hits >= 1
+    assert len(tier.blocks) == 4
+    assert not victim.exists()
+    assert "it is read from the tier 'dict'" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["parent", "checkpoint"])
+def test_a_block_of_another_chain_is_refused(new_store, tier, what):
+    """The same ids in another place have other K and V."""
+    tokens = count(8)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+    second_key, (_, second) = list(tier.blocks)[1], tier.blocks.values()
+    identity = second.id
+    other = (
+        BlockId.of(ROOT, "77" * 32, identity.tokens)
+        if what == "parent"
+        else BlockId.of(ROOT, identity.parent, identity.tokens, checkpoint=True)
+    )
+    tier.blocks[second_key] = Block(other, second.pages, second.depth_tokens)
+    store = new_store()
+    with pytest.raises(BlockError, match="holds other tokens"):
+        store.restore([store.match(ROOT, tokens).spans])
+    assert second_key not in tier.blocks
+
+
+@pytest.mark.parametrize("error", [ConnectionError("cut off"), KeyError("oops"), BlockError("rotten")])
+@pytest.mark.parametrize("method", ["page", "land"])
+def test_a_reader_that_fails_costs_a_recompute(new_store, tier, monkeypatch, method, error):
+    tokens = count(8)
+    first = new_store()
+    commit(first, tokens)
+    first.flush()
+    monkeypatch.setattr(DictReader, method, failing(error))
+    monkeypatch.setattr(DictReader, "close", failing(OSError("closing")))
+    second = new_store()
+    load = second.restore([second.match(ROOT, tokens).spans])
+    if method == "page":
+        with pytest.raises(RestoreError):
+            load.check()
+    else:
+        k = torch.zeros(2, 8, 4)
+        with pytest.raises(RestoreError):
+            load.land(0, lambda layer, row: (PageView.on(k, k), 0))
+    load.close()
+    assert commit(second, tokens) == 8
+
+
+def test_forgetting_reaches_what_only_the_tier_below_still_has(tier):
+    """RAM has evicted it: by name, and by ids where the beginning is lost."""
+    small = {"block_size": 4, "tail_delay": 0, "lower_tiers": [tier]}
+    with PrefixStore(**small) as store:
+        commit(store, count(16))
+        store.name("secret", ROOT, count(16))
+        store.flush()
+        store._tiers.host.shrink(0)
+        for key in list(store._tiers.host.entries()):
+            store._tiers.host.discard(key.key)
+        assert len(tier.blocks) == 4
+        store.forget("secret")
+        assert not tier.blocks
+        commit(store, count(16, first=50))
+        store.flush()
+        store._tiers.host.discard_all([entry.key for entry in store._tiers.host.entries()])
+        tier.blocks.popitem(last=False)
+        store.forget(count(6, first=50))
+        assert not tier.blocks
+
+
+@pytest.mark.parametrize("method", ["entries", "discard_all"])
+def test_forgetting_says_when_a_tier_could_not_be_told(new_store, tier, monkeypatch, method):
+    store = new_store()
+    commit(store, count(16))
+    store.flush()
+    monkeypatch.setattr(tier, method, failing(OSError("away")))
+    with pytest.raises(StoreError, match="'dict'"):
+        store.forget(count(16))
+    monkeypatch.undo()
+    store._tiers._lower[0]._backoff.end()
+    store.forget(count(16))
+    assert not tier.blocks
+
+
+def test_blocks_that_were_not_put_below_follow_with_the_next_commit(new_store, tier, monkeypatch):
+    store = new_store()
+    with monkeypatch.context() as patched:
+        patched.setattr(tier, "put", failing(OSError("away")))
+        commit(store, count(16))
+        store.flush()
+    assert not tier.blocks
+    store._tiers._lower[0]._backoff.end()
+    for _ in range(2):
+        commit(store, count(16))
+        store.flush()
+    assert len(tier.blocks) == 4
+
+
+def test_what_is_written_at_its_second_use_goes_below_then(new_store, tier):
+    store = new_store(write_on="second-use")
+    commit(store, count(16))
+    store.flush()
+    assert not tier.blocks
+    commit(store, count(16))
+    store.flush()
+    assert len(tier.blocks) == 4
+
+
+def test_a_chain_larger_than_ram_goes_below_whole(tier):
+    with PrefixStore(**SETTINGS, host_budget=3 * block(count(4)).nbytes, lower_tiers=[tier]) as store:
+        for _ in range(2):
+            commit(store, count(64))
+            store.flush()
+        assert len(tier.blocks) == 16
+
+
+def test_a_pause_grows_by_failed_calls_and_ends_by_the_call_that_failed():
+    now = [0.0]
+    tier = DictTier()
+    lower = LowerTier(tier, lambda: now[0])
+    blocks = [each.id for each in chain(count(64), 4)]
+    for pause in (1, 2, 4, 8):
+        tier.open_all = lambda asked: [failed(OSError("away")) for _ in asked]
+        assert all(isinstance(each, UnavailableError) for each in lower.open_all(blocks))
+        asked = len(tier.requests)
+        now[0] += pause - 0.1
+        lower.presence(["a"])
+        assert len(tier.requests) == asked
+        now[0] += 0.2
+        lower.presence(["a"])  # it works, and says nothing about opening
+        assert len(tier.requests) == asked + 1
+    del tier.open_all
+    assert lower.open_all(blocks) == [None] * 16
+    tier.open_all = lambda asked: [failed(OSError("away")) for _ in asked]
+    lower.open_all(blocks)
+    now[0] += 1.1
+    asked = len(tier.requests)
+    lower.presence(["a"])
+    assert len(tier.requests) == asked + 1
+
+
+def test_all_rows_of_a_turn_wait_no_longer_than_one():
+    """Time that was waited is taken from the next wait; time that passed otherwise gives it back."""
+    asked = []
+
+    class Slow(Future):
+        def result(self, timeout=None):
+            asked.append(timeout)
+            return []
+
+    lower = LowerTier(DictTier(lambda value: Slow()), lambda: 0.0)
+    lower._allowance_seconds = 0.25  # as if 1.75 s were waited a moment ago
+    lower._wait(Slow())
+    assert 0.25 <= asked[0] < 0.5
+    lower._waited_until -= 60.0
+    lower._wait(Slow())
+    assert asked[1] == LONGEST_ANSWER_SECONDS
+
+
+def test_an_imported_root_stays_described_without_files(tmp_path, tier):
+    with PrefixStore(tmp_path / "kv", **SETTINGS) as store:
+        tokens = count(8)
+        store.commit(ROOT, tokens, lambda start, stop: block(tokens[start:stop]).pages, {"of": "a test"})
+        store.name("it", ROOT, tokens)
+        store.export("it", tmp_path / "it.safetensors")
+    with PrefixStore(**SETTINGS, lower_tiers=[tier]) as store:
+        store.import_(tmp_path / "it.safetensors")
+        store.flush()
+        assert store._block_writer.manifest(ROOT) == {"of": "a test"}
+
+
+def test_a_limit_of_nothing_finds_nothing(new_store):
+    store = new_store()
+    commit(store, count(8))
+    for limit in (0, -1):
+        assert store.match(ROOT, count(8), limit=limit).length == 0
+    assert store.match(ROOT, count(0)).length == 0

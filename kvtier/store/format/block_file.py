@@ -188,15 +188,19 @@ class BlockFile:
             self.close()
             raise
 
+    def _accept(self, metadata: Mapping[str, str]) -> None:
+        """Refuse another format; one of another version of kvtier may be sound."""
+        told = metadata.get("format", "")
+        if told != _FORMAT:
+            kind = UnavailableError if _VERSIONED.fullmatch(told) else ValueError
+            raise kind(f"{self.path}: format {told!r:.40}, this version reads {_FORMAT!r}")
+
     def _read_header(self, fd: int) -> None:
         # A header is kept as numbers in flat lists. The parsed objects of all files of a long prompt would be so many
         # that they set off a full garbage collection, which takes longer than all reading.
-        opened = open_header(fd, _METADATA)
+        opened = open_header(fd, _METADATA, self._accept)
         metadata, layout = opened.metadata, opened.layout
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
-        if metadata["format"] != _FORMAT:
-            kind = UnavailableError if _VERSIONED.fullmatch(metadata["format"]) else ValueError
-            raise kind(f"{self.path}: format {metadata['format']!r:.40}, this version reads {_FORMAT!r}")
         if not is_name(metadata["codec"]):
             raise ValueError(f"no codec has the name {metadata['codec']!r:.40}")
         self.spec, told = _read_spec(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from math import prod
@@ -107,8 +107,12 @@ class Layout:
     ends: tuple[int, ...]
 
 
-def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
+def read_header(
+    header: bytes | bytearray, accept: Callable[[dict[str, str]], object] = lambda metadata: None
+) -> tuple[dict[str, str], Layout]:
     """Return the metadata of a header (without its 8 bytes of length), and where its tensors lie.
+
+    ``accept`` is given the metadata first, and may raise: of another version, nothing else is understood.
 
     Raises:
         ValueError: it is no header of safetensors, does not begin with metadata, or contradicts itself.
@@ -123,6 +127,7 @@ def read_header(header: bytes | bytearray) -> tuple[dict[str, str], Layout]:
     metadata, end = _strings.raw_decode(text, found.end())
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise ValueError("its metadata are not strings")
+    accept(metadata)
     comma = _TENSORS.match(text, end)
     if comma is None:
         raise ValueError("its header names no tensors")
@@ -153,8 +158,10 @@ class Opened:
         return self.layout.names[-1] == STATES
 
 
-def open_header(fd: int, required: Sequence[str]) -> Opened:
-    """Read the header of an open file, whose metadata must hold the ``required`` keys.
+def open_header(
+    fd: int, required: Sequence[str], accept: Callable[[dict[str, str]], object] = lambda metadata: None
+) -> Opened:
+    """Read the header of an open file, whose metadata must hold the ``required`` keys. ``accept`` is given them first.
 
     Raises:
         OSError: the drive fails.
@@ -173,7 +180,7 @@ def open_header(fd: int, required: Sequence[str]) -> Opened:
         raise ValueError(f"header is longer than {MAX_HEADER_BYTES} bytes")
     header = bytearray(header_bytes)
     fill(fd, memoryview(header), 8)
-    metadata, layout = read_header(header)
+    metadata, layout = read_header(header, accept)
     missing = next((name for name in required if name not in metadata), None)
     if missing:
         raise ValueError(f"its metadata have no {missing!r}")

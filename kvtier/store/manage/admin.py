@@ -267,23 +267,27 @@ class StoreAdmin:
         self._flush()
         with self._asked():
             _, keys, _ = self._inventory.keys_to(key_prefix)
-            return self._remove(self._inventory.own(keys, set()))
+            return self._remove(self._inventory.own(keys, set()), keys)
 
     def _forget_name(self, name: str, *, in_a_turn: bool = False) -> Forgotten:
         written = self._names.get(name)
         keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
         self._names.remove(name)
-        return self._remove(keys, in_a_turn=in_a_turn)
+        return self._remove(keys, written.keys, in_a_turn=in_a_turn)
 
-    def _remove(self, keys: Sequence[str], *, in_a_turn: bool = False) -> Forgotten:
+    def _remove(self, keys: Sequence[str], chain: Sequence[str] = (), *, in_a_turn: bool = False) -> Forgotten:
         """Remove blocks, and overwrite their rows; in a turn, overwriting is left for later, since it takes long.
 
+        Of ``chain``, blocks that only lower tiers still have are removed there, except those of other names.
+
         Raises:
+            StoreError: a lower tier could not be told.
             OSError: the folder fails.
             sqlite3.Error: the catalog fails, or is locked.
         """
         sums = self._inventory.nbytes(keys)
-        self._tiers.remove(keys)
+        below = [key for key in chain if self._inventory.find(key) is None and not self._names.of_blocks([key])]
+        untold = self._tiers.remove(keys, below)
         if self._tiers.is_durable and keys:
             if in_a_turn:
                 self._tiers.database.overwrite_later()
@@ -294,6 +298,8 @@ class StoreAdmin:
                     "after that process is done",
                     self._path,
                 )
+        if untold:
+            raise StoreError(f"the tier {untold[0]!r} could not be told to forget; its copies stay. Try again later.")
         return Forgotten(sums["blocks"], sums["bytes"])
 
     def forget_what_is_due(self) -> None:
@@ -304,7 +310,7 @@ class StoreAdmin:
             return  # the next query warns of it
         for name in due:
             # Another process forgets it, or the next turn.
-            with contextlib.suppress(KeyError, OSError, sqlite3.Error):
+            with contextlib.suppress(KeyError, OSError, sqlite3.Error, StoreError):
                 self._forget_name(name, in_a_turn=True)
 
     # --- archives ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from kvtier.errors import UnknownNameError
 from kvtier.store.block import Entry
-from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 from kvtier.store.names import Name, NamedPrefix
 from kvtier.store.tiers.stack import TierStack
 
@@ -210,7 +210,7 @@ class Inventory:
 
         Chains that are a prefix of ``tokens`` count, too. The deepest blocks come first.
         """
-        entries = {entry.key: entry for entry in self._tiers.entries()}
+        entries = {entry.key: entry for entry in self._tiers.entries(all_or_nothing=True)}
         following: dict[str, list[str]] = {}
         for entry in entries.values():
             following.setdefault(entry.parent, []).append(entry.key)
@@ -233,6 +233,10 @@ class Inventory:
         """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first."""
         leading: list[str] = []
         places: list[tuple[str, int]] = [(root, 0)]
+        if self._tiers.has_lower:  # where the beginning of a chain may be lost: its keys follow from the ids
+            size = self._tiers.block_size
+            whole = chain_keys(root, tokens[: len(tokens) // size * size], size)
+            places += [(block.key, (n + 1) * size) for n, block in enumerate(whole) if block.key not in entries]
         seen: set[str] = set()
         while places:
             parent, start = places.pop()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 
@@ -196,3 +198,9 @@ def opened(
             future.set_exception(error)
         futures.append(future)
     return futures
+
+
+def is_asked_for(found: BlockId, asked: BlockId) -> bool:
+    """Whether ``found`` is the block ``asked`` for; ids count where ``asked`` has some."""
+    same = (found.key, found.parent, found.root) == (asked.key, asked.parent, asked.root)
+    return same and (not len(asked.tokens) or np.array_equal(found.tokens, asked.tokens))

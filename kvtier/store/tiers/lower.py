@@ -9,28 +9,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from kvtier.errors import BlockError, ConfigurationError, UnavailableError
+from kvtier.errors import BlockError, ConfigurationError, GoneError, UnavailableError
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId
 from kvtier.store.tiers.backoff import Backoff, Withheld
-from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats
+from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats, is_asked_for
+from kvtier.store.tiers.lower_reader import LowerReader
 
 _log = logging.getLogger("kvtier.store")
 T = TypeVar("T")
 LONGEST_ANSWER_SECONDS = 2.0
-"""How long a turn waits for a lookup, and for all that it opens."""
+"""How long turns wait for a tier. Time that passes without a wait makes up for time that was waited."""
 
 
 class LowerTier:
     """Asks a tier that may be slow, away, or wrong. What it raises or does not answer in time is unavailable.
 
     A tier that fails is not asked again for a second; then for two, and so on up to a minute. The first failure is
-    warned of, every one is counted.
+    warned of, every one is counted. A block that is damaged is forgotten in this tier alone, and is then gone.
 
     Args:
         tier: what is asked.
         clock: Unix time.
-        longest_answer_seconds: how long a turn waits for a lookup, and for all that it opens.
+        longest_answer_seconds: how long turns wait for it.
     """
 
     def __init__(
@@ -40,13 +41,19 @@ class LowerTier:
         self.counts: Counter[str] = Counter()
         self._tier = tier
         self._backoff = Backoff(clock)
+        self._failing = ""  # what failed last: only its success ends the pause
         self._withheld = Withheld(clock)
         self._longest_answer_seconds = longest_answer_seconds
+        self._allowance_seconds = longest_answer_seconds
+        self._waited_until = time.monotonic()
         self._has_warned = False
+
+    # --- failures ---------------------------------------------------------------------------------------------------
 
     def _failed(self, what: str, error: BaseException, *, warn: bool = True) -> None:
         self.counts[f"errors.{self.name}"] += 1
         said = str(error).partition("\n")[0] or "no answer in time"
+        self._failing = what
         self._backoff.begin(f"{type(error).__name__}: {said}", told=False)
         if warn and not self._has_warned:
             self._has_warned = True
@@ -58,8 +65,13 @@ class LowerTier:
                 said,
             )
 
+    def _worked(self, what: str) -> None:
+        if what == self._failing:
+            self._failing = ""
+            self._backoff.end()
+
     def _ask(self, what: str, call: Callable[[], T], otherwise: T) -> T:
-        """Return what ``call`` returns; ``otherwise`` if it fails, or others did lately."""
+        """Return what ``call`` returns; ``otherwise`` if it fails, or a call failed lately."""
         if self._backoff.holds():
             return otherwise
         try:
@@ -67,8 +79,19 @@ class LowerTier:
         except Exception as error:  # of a stranger's code
             self._failed(what, error)
             return otherwise
-        self._backoff.end()
+        self._worked(what)
         return answer
+
+    def _wait(self, future: Future[T]) -> T:
+        """Return the result of ``future``, in what is left of the time that turns wait."""
+        began = time.monotonic()
+        self._allowance_seconds += began - self._waited_until
+        self._allowance_seconds = min(max(0.0, self._allowance_seconds), self._longest_answer_seconds)
+        try:
+            return future.result(self._allowance_seconds)
+        finally:
+            self._waited_until = time.monotonic()
+            self._allowance_seconds -= self._waited_until - began
 
     # --- in a turn --------------------------------------------------------------------------------------------------
 
@@ -79,7 +102,7 @@ class LowerTier:
             return []
 
         def call() -> Sequence[Presence]:
-            found = self._tier.presence(keys).result(self._longest_answer_seconds)
+            found = self._wait(self._tier.presence(keys))
             if len(found) != len(keys):
                 raise ValueError(f"{len(found)} answers about {len(keys)} keys")
             return [
@@ -92,8 +115,8 @@ class LowerTier:
         """Find blocks that could not be read again only after a while."""
         self._withheld.add(keys)
 
-    def open_all(self, blocks: Sequence[BlockId]) -> list[BlockReader | BlockError | None]:
-        """Open blocks for reading, in bounded time; say of each what is wrong, None where it is not here."""
+    def open_all(self, blocks: Sequence[BlockId]) -> list[BlockReader | UnavailableError | None]:
+        """Open blocks for reading, in bounded time; say of each why it cannot be, None where it is not here."""
         if not blocks:
             return []
         if self._backoff.holds():
@@ -105,11 +128,19 @@ class LowerTier:
         except Exception as error:  # of a stranger's code
             self._failed("open", error, warn=False)  # the store does
             return [UnavailableError(f"the tier {self.name!r} opens nothing: {self._backoff.reason}")] * len(blocks)
-        give_up_at = time.monotonic() + self._longest_answer_seconds
-        found: list[BlockReader | BlockError | None] = []
+        found: list[BlockReader | UnavailableError | None] = []
+        failure: Exception | None = None
         try:
-            for future in futures:
-                found.append(self._opened(future, max(0.0, give_up_at - time.monotonic())))
+            for block, future in zip(blocks, futures, strict=True):
+                try:
+                    found.append(self._opened(block, future))
+                except UnavailableError as error:
+                    found.append(error)
+                except Exception as error:  # of a stranger's code, or none came in time
+                    _let_go(future)
+                    failure = failure or error
+                    said = f"{type(error).__name__} {error}".rstrip()
+                    found.append(UnavailableError(f"the tier {self.name!r} has not opened a block: {said}"))
         except BaseException:
             for each in found:
                 if each is not None and not isinstance(each, BlockError):
@@ -117,17 +148,31 @@ class LowerTier:
             for future in futures[len(found) :]:
                 _let_go(future)
             raise
+        if failure is None:
+            self._worked("open")
+        else:
+            self._failed("open", failure, warn=False)
         return found
 
-    def _opened(self, future: Future[BlockReader | None], seconds: float) -> BlockReader | BlockError | None:
+    def _opened(self, block: BlockId, future: Future[BlockReader | None]) -> BlockReader | None:
         try:
-            return future.result(seconds)
+            reader = self._wait(future)
+        except UnavailableError:
+            raise
         except BlockError as error:
-            return error
-        except Exception as error:  # of a stranger's code, or none came in time
-            _let_go(future)
-            self._failed("open", error, warn=False)
-            return UnavailableError(f"the tier {self.name!r} has not opened a block: {self._backoff.reason}")
+            raise self._damaged(block.key, error) from error
+        if reader is None:
+            return None
+        if not is_asked_for(reader.id, block):
+            reader.close()
+            raise self._damaged(block.key, BlockError(f"block {block.key[:12]} holds other tokens than its key says"))
+        return LowerReader(reader, self.name, self._damaged, self._failed)
+
+    def _damaged(self, key: str, error: BlockError) -> GoneError:
+        """Forget a damaged block here, where it is damaged; return what to raise."""
+        self.counts[f"errors.{self.name}"] += 1
+        self.discard_all([key])
+        return GoneError(f"the tier {self.name!r} had a damaged block, which was removed there: {error}")
 
     # --- behind a turn ----------------------------------------------------------------------------------------------
 
@@ -145,17 +190,18 @@ class LowerTier:
 
     # --- for the owner ----------------------------------------------------------------------------------------------
 
-    def discard_all(self, keys: Sequence[str]) -> None:
-        """Forget blocks, whatever failed before."""
+    def discard_all(self, keys: Sequence[str]) -> bool:
+        """Forget blocks, whatever failed before; return whether the tier was told."""
         try:
             self._tier.discard_all(keys)
         except Exception as error:  # of a stranger's code
             self._failed("forget blocks", error)
+            return False
+        return True
 
-    def entries(self) -> Iterable[Entry]:
-        """Return what is known of every block that can be found."""
-        nothing: list[Entry] = []
-        return self._ask("list its blocks", lambda: list(self._tier.entries()), nothing)
+    def entries(self) -> list[Entry] | None:
+        """Return what is known of every block that can be found; None where that cannot be told."""
+        return self._ask("list its blocks", lambda: list(self._tier.entries()), None)
 
     def shrink(self, to_bytes: int) -> None:
         """Evict until all blocks take no more than ``to_bytes``."""

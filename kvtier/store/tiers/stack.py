@@ -7,6 +7,7 @@ are asked for blocks that the store's own tiers lack.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvtier.errors import BlockError, UnavailableError
+from kvtier.errors import BlockError, GoneError, StoreError, UnavailableError
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
-from kvtier.store.tiers.base import OrderedTier, Presence, Tier, TierStats
+from kvtier.store.tiers.base import OrderedTier, Presence, Tier, TierStats, is_asked_for
 from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
@@ -31,6 +32,7 @@ from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
 from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
 
+_log = logging.getLogger("kvtier.store")
 T = TypeVar("T")
 _FIRST_BLOCKS = 4  # of a chain that are asked for first
 _MORE_BLOCKS = 8  # how many times as many are asked for next
@@ -112,6 +114,16 @@ class TierStack:
         return self._disk is not None
 
     @property
+    def block_size(self) -> int:
+        """Tokens of the blocks that lower tiers keep."""
+        return self._block_size
+
+    @property
+    def has_lower(self) -> bool:
+        """Whether there are tiers below the store's own."""
+        return bool(self._lower)
+
+    @property
     def writes_behind(self) -> bool:
         """Whether there is a tier below RAM, which is written behind the caller."""
         return self._disk is not None or bool(self._lower)
@@ -142,10 +154,16 @@ class TierStack:
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
 
     def find_below(self, entry: Entry) -> BlockId | None:
-        """Return the identity of a block that a lower tier has listed; it is opened to read its ids."""
+        """Return the identity of a block that a lower tier has listed; it is opened to read its ids.
+
+        Raises:
+            StoreError: it cannot be opened now.
+        """
         block = BlockId(entry.key, entry.parent, entry.root, np.empty(0, dtype=np.int64))
         for tier in self._lower:
             (outcome,) = tier.open_all([block])
+            if isinstance(outcome, UnavailableError) and not isinstance(outcome, GoneError):
+                raise StoreError(f"a block below cannot be read now: {outcome}; try again later") from outcome
             if outcome is not None and not isinstance(outcome, BlockError):
                 outcome.close()
                 return outcome.id
@@ -201,16 +219,19 @@ class TierStack:
             for block in blocks:
                 found[block.key] = self._open_here(block)
             for tier in self._lower:
-                left = [block for block in blocks if _may_be_below(found[block.key])]
+                left = [block for block in blocks if not _is_open(found[block.key])]
                 for block, outcome in zip(left, tier.open_all(left), strict=True):
-                    if outcome is not None:
+                    if _is_open(outcome):
+                        self._leave_to(tier, block, found[block.key])
+                        found[block.key] = outcome
+                    elif found[block.key] is None:
                         found[block.key] = outcome
         except BaseException:
             for reader in found.values():
                 if reader is not None and not isinstance(reader, BlockError):
                     reader.close()
             raise
-        return {block.key: _as_asked(found[block.key], block) for block in blocks}
+        return found
 
     def _open_here(self, block: BlockId) -> BlockReader | BlockError | None:
         for tier in self.tiers:
@@ -218,9 +239,19 @@ class TierStack:
                 reader = tier.open(block)
             except BlockError as error:
                 return error
-            if reader is not None:
-                return reader
+            if reader is None:
+                continue
+            if not is_asked_for(reader.id, block):
+                reader.close()
+                return BlockError(f"block {block.key[:12]} holds other tokens than its key says")
+            return reader
         return None
+
+    def _leave_to(self, tier: LowerTier, block: BlockId, outcome: BlockReader | BlockError | None) -> None:
+        """Remove a block that is damaged here, and was opened in ``tier``."""
+        if isinstance(outcome, BlockError) and not isinstance(outcome, UnavailableError):
+            _log.warning("a stored block was removed: %s; it is read from the tier %r", outcome, tier.name)
+            self.discard([block.key])
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
@@ -238,11 +269,19 @@ class TierStack:
         """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
         return {entry.key: entry for entry in self.last.linked_entries()}
 
-    def entries(self) -> Iterable[Entry]:
-        """Return one entry for every block: that of files first, then RAM, then the lower tiers."""
+    def entries(self, *, all_or_nothing: bool = False) -> Iterable[Entry]:
+        """Return one entry for every block: that of files first, then RAM, then the lower tiers.
+
+        Raises:
+            StoreError: a lower tier cannot list its blocks, and ``all_or_nothing`` is asked for.
+        """
         found: dict[str, Entry] = {}
-        last_counts: tuple[OrderedTier | LowerTier, ...] = (*self._lower, *self.tiers)
-        for tier in last_counts:
+        for lower in self._lower:
+            listed = lower.entries()
+            if listed is None and all_or_nothing:
+                raise StoreError(f"the tier {lower.name!r} cannot list its blocks now; try again later")
+            found.update((entry.key, entry) for entry in listed or ())
+        for tier in self.tiers:
             found.update((entry.key, entry) for entry in tier.entries())
         return found.values()
 
@@ -265,17 +304,25 @@ class TierStack:
     def put_below(self, block: Block) -> bool:
         """Write a block to disk, and to the lower tiers if it is full and has no states.
 
-        Returns whether the last of the store's own tiers has it.
+        Returns whether a tier that outlives RAM has it, or RAM where there is no disk.
         """
-        kept = bool(self._disk.put(block)) if self._disk is not None else block.id.key in self.host
-        if len(block.id.tokens) == self._block_size and block.states is None:
-            for tier in self._lower:
-                tier.put(block)
-        return kept
+        kept = [bool(self._disk.put(block))] if self._disk is not None else [block.id.key in self.host]
+        below = [bool(tier.put(block)) for tier in self._lower] if self._goes_below(block) else []
+        return any(kept) or (self._disk is None and any(below))
+
+    def _goes_below(self, block: Block) -> bool:
+        return len(block.id.tokens) == self._block_size and block.states is None
 
     def absent_below(self, keys: Sequence[str]) -> list[str]:
-        """Return the subset of ``keys`` that the durable tier neither has nor is writing; none when it fails."""
-        return self._disk.absent(keys) if self._disk is not None else []
+        """Return the blocks of RAM among ``keys`` that a tier below should have and lacks, in order.
+
+        A tier that fails lacks none.
+        """
+        absent = set(self._disk.absent(keys)) if self._disk is not None else set()
+        full = [key for key in keys if (block := self.host.block(key)) is not None and self._goes_below(block)]
+        for tier in self._lower:
+            absent.update(k for k, it in zip(full, tier.presence(full), strict=True) if it is Presence.ABSENT)
+        return [key for key in keys if key in absent]
 
     def touch_below(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note below RAM that a turn used these blocks now, and how often blocks were restored."""
@@ -309,34 +356,31 @@ class TierStack:
             tier.withhold(keys)
 
     def discard(self, keys: Iterable[str]) -> None:
-        """Forget damaged blocks in every tier."""
-        keys = list(keys)
+        """Forget damaged blocks of the store's own tiers. A lower tier forgets its own."""
         for key in keys:
             for tier in self.tiers:
                 tier.discard(key)
-        if keys:
-            self._discard_below(keys)
-
-    def _discard_below(self, keys: Sequence[str]) -> None:
-        for tier in self._lower:
-            tier.discard_all(keys)
 
     def discard_unread(self, keys: Sequence[str]) -> None:
         """Forget blocks, except blocks being read whose bytes would stay."""
         for tier in self.tiers:
             tier.discard_unread(keys)
 
-    def remove(self, keys: Sequence[str]) -> None:
-        """Remove blocks for the owner of the store.
+    def remove(self, keys: Sequence[str], below: Sequence[str] = ()) -> list[str]:
+        """Remove blocks for the owner of the store, in all tiers; ``below`` in the lower tiers alone.
+
+        Returns the names of lower tiers that could not be told.
 
         Raises:
             OSError: the folder fails.
             sqlite3.Error: the catalog fails, or is locked.
         """
         self.host.discard_unread(keys)
-        self._discard_below(keys)
+        every = list(dict.fromkeys([*keys, *below]))
+        untold = [tier.name for tier in self._lower if every and not tier.discard_all(every)]
         if self._disk is not None and keys:
             self._disk.remove(keys)
+        return untold
 
     def expire(self) -> None:
         """Forget the expired blocks of the store's own tiers."""
@@ -406,16 +450,5 @@ def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
     return lambda keys: tier.presence(keys).result()
 
 
-def _may_be_below(outcome: BlockReader | BlockError | None) -> bool:
-    """Whether to ask the next tier."""
-    return outcome is None or isinstance(outcome, UnavailableError)
-
-
-def _as_asked(outcome: BlockReader | BlockError | None, block: BlockId) -> BlockReader | BlockError | None:
-    """Return ``outcome`` if it holds ``block``, otherwise an error: ids are compared, whatever the key."""
-    if outcome is None or isinstance(outcome, BlockError):
-        return outcome
-    if outcome.id.root != block.root or not np.array_equal(outcome.id.tokens, block.tokens):
-        outcome.close()
-        return BlockError(f"block {block.key[:12]} holds other tokens than its key says")
-    return outcome
+def _is_open(outcome: BlockReader | BlockError | None) -> bool:
+    return outcome is not None and not isinstance(outcome, BlockError)
