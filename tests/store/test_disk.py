@@ -23,6 +23,7 @@ from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, encode_block
 from kvtier.store.format.codecs import BUILT_IN
 from kvtier.store.names import Name
+from kvtier.store.tiers.base import PutResult
 from kvtier.store.tiers.disk import recovery
 from kvtier.store.tiers.disk import tier as disk
 from kvtier.store.tiers.disk.catalog.blocks import Prepared
@@ -160,7 +161,8 @@ def test_a_block_larger_than_the_budget_stays_out(tmp_path):
 def test_a_chain_longer_than_the_budget_keeps_its_beginning(tmp_path, caplog):
     with opened(tmp_path, 2 * SIZE + SIZE // 2) as tier:
         results = [tier.put(each) for each in chain(count(16, first=10), 4)]
-        assert results == [True, True, False, False]
+        kept, full, orphan = PutResult.KEPT, PutResult.NO_ROOM, PutResult.UNAVAILABLE
+        assert results == [kept, kept, full, orphan]
         assert real_bytes(tmp_path) == tier.nbytes
         assert leftovers(tmp_path) == []
     assert "being written" not in " ".join(warnings(caplog))

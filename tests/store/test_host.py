@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import LeastRecentlyUsed
+from kvtier.store.tiers.base import PutResult
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.stores import ROOT, block, chain, count, ids, same_bits
 
@@ -112,7 +113,7 @@ def test_what_is_written_for_others_ends_no_wait_later():
     for thread in threads:
         thread.start()
     assert ended.wait(timeout=30)
-    assert results == [False]
+    assert results == [PutResult.NO_ROOM]
     for thread in threads:
         thread.join(timeout=30)
 

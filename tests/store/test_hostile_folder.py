@@ -123,7 +123,7 @@ def test_a_damaged_marker_is_written_anew(folder, put, caplog):
     put(folder / "kvtier.json")
     with PrefixStore(folder, **SETTINGS) as store:
         assert restored_length(store, count(10)) == 10
-    assert "its blocks say what it was" in caplog.text
+    assert "its blocks show what it was" in caplog.text
     assert read_record(folder / "kvtier.json", 4096)["format_version"] == 1
 
 
