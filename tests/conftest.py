@@ -28,9 +28,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide which samples are taken before processes of this run are started."""
+    """Know the marker of samples."""
     config.addinivalue_line("markers", "sample(n): a run takes n of its cases; see tests/support/samples.py")
-    samples.seed()
 
 
 def pytest_report_header() -> str:
