@@ -256,7 +256,7 @@ def test_a_prompt_may_have_more_blocks_than_the_process_descriptors(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     open_now = len(list(Path("/proc/self/fd").iterdir()))
     with PrefixStore(tmp_path / "kv", **settings) as store:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 16, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, hard))
         try:
             assert restored_length(store, count(600)) == 600
         finally:
