@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
+from kvtier.errors import BlockError
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 
 T = TypeVar("T")
+Outcome = BlockReader | BlockError | None
+"""What came of opening a block: a reader, an error, or None where it is not there."""
 
 
 class Presence(Enum):
@@ -204,3 +207,15 @@ def is_asked_for(found: BlockId, asked: BlockId) -> bool:
     """Whether ``found`` is the block ``asked`` for; ids count where ``asked`` has some."""
     same = (found.key, found.parent, found.root) == (asked.key, asked.parent, asked.root)
     return same and (not len(asked.tokens) or np.array_equal(found.tokens, asked.tokens))
+
+
+def is_open(outcome: Outcome) -> TypeGuard[BlockReader]:
+    """Whether a block was opened."""
+    return outcome is not None and not isinstance(outcome, BlockError)
+
+
+def close_all(outcomes: Iterable[Outcome]) -> None:
+    """Close the readers among ``outcomes``."""
+    for outcome in outcomes:
+        if is_open(outcome):
+            outcome.close()

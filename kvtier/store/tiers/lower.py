@@ -13,7 +13,7 @@ from kvtier.errors import BlockError, ConfigurationError, GoneError, Unavailable
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId
 from kvtier.store.tiers.backoff import Backoff, Withheld
-from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats, is_asked_for
+from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats, close_all, is_asked_for
 from kvtier.store.tiers.lower_reader import LowerReader
 
 _log = logging.getLogger("kvtier.store")
@@ -142,9 +142,7 @@ class LowerTier:
                     said = f"{type(error).__name__} {error}".rstrip()
                     found.append(UnavailableError(f"the tier {self.name!r} has not opened a block: {said}"))
         except BaseException:
-            for each in found:
-                if each is not None and not isinstance(each, BlockError):
-                    each.close()
+            close_all(found)
             for future in futures[len(found) :]:
                 _let_go(future)
             raise

@@ -21,7 +21,7 @@ from kvtier.errors import BlockError, GoneError, StoreError, UnavailableError
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy
-from kvtier.store.tiers.base import OrderedTier, Presence, Tier, TierStats, is_asked_for
+from kvtier.store.tiers.base import OrderedTier, Outcome, Presence, Tier, TierStats, close_all, is_asked_for, is_open
 from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
@@ -69,6 +69,7 @@ class TierStack:
         block_size: tokens of the blocks that ``lower`` tiers keep.
 
     Attributes:
+        block_size: see above.
         host: the RAM tier.
         names: names of chains.
         database: the rows behind names and files.
@@ -88,7 +89,7 @@ class TierStack:
         lower: Sequence[Tier] = (),
         block_size: int = 0,
     ) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
         self._pinned: frozenset[str] = frozenset()  # used without a folder: files are pinned by their rows
         self._folder: OpenedFolder | None = None
@@ -114,11 +115,6 @@ class TierStack:
         return self._disk is not None
 
     @property
-    def block_size(self) -> int:
-        """Tokens of the blocks that lower tiers keep."""
-        return self._block_size
-
-    @property
     def has_lower(self) -> bool:
         """Whether there are tiers below the store's own."""
         return bool(self._lower)
@@ -126,7 +122,7 @@ class TierStack:
     @property
     def writes_behind(self) -> bool:
         """Whether there is a tier below RAM, which is written behind the caller."""
-        return self._disk is not None or bool(self._lower)
+        return self.is_durable or self.has_lower
 
     @property
     def last(self) -> OrderedTier:
@@ -164,7 +160,7 @@ class TierStack:
             (outcome,) = tier.open_all([block])
             if isinstance(outcome, UnavailableError) and not isinstance(outcome, GoneError):
                 raise StoreError(f"a block below cannot be read now: {outcome}; try again later") from outcome
-            if outcome is not None and not isinstance(outcome, BlockError):
+            if is_open(outcome):
                 outcome.close()
                 return outcome.id
         return None
@@ -179,13 +175,13 @@ class TierStack:
         sizes = iter([sys.maxsize]) if self._lower else (_FIRST_BLOCKS * _MORE_BLOCKS**n for n in count())
         for size in sizes:
             piece = list(islice(chain, size))
+            if not piece:
+                break
             present = self._present([block.key for block in piece])
             for block in piece:
                 if block.key not in present:
                     return run
                 run.append(block)
-            if not piece:
-                break
         return run
 
     def _present(self, keys: Sequence[str]) -> set[str]:
@@ -193,6 +189,8 @@ class TierStack:
         found: set[str] = set()
         for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
             left = [key for key in keys if key not in found]
+            if not left:
+                break
             found.update(key for key, it in zip(left, answer(left), strict=True) if it is Presence.PRESENT)
         return found
 
@@ -208,32 +206,30 @@ class TierStack:
             raise found
         return found
 
-    def open_all(self, blocks: Sequence[BlockId]) -> dict[str, BlockReader | BlockError | None]:
+    def open_all(self, blocks: Sequence[BlockId]) -> dict[str, Outcome]:
         """Open blocks for reading, each in the fastest tier that has it.
 
         Returns:
             By key: a reader, an error, or None when no tier has the block.
         """
-        found: dict[str, BlockReader | BlockError | None] = {}
+        found: dict[str, Outcome] = {}
         try:
             for block in blocks:
                 found[block.key] = self._open_here(block)
             for tier in self._lower:
-                left = [block for block in blocks if not _is_open(found[block.key])]
+                left = [block for block in blocks if not is_open(found[block.key])]
                 for block, outcome in zip(left, tier.open_all(left), strict=True):
-                    if _is_open(outcome):
+                    if is_open(outcome):
                         self._leave_to(tier, block, found[block.key])
                         found[block.key] = outcome
                     elif found[block.key] is None:
                         found[block.key] = outcome
         except BaseException:
-            for reader in found.values():
-                if reader is not None and not isinstance(reader, BlockError):
-                    reader.close()
+            close_all(found.values())
             raise
         return found
 
-    def _open_here(self, block: BlockId) -> BlockReader | BlockError | None:
+    def _open_here(self, block: BlockId) -> Outcome:
         for tier in self.tiers:
             try:
                 reader = tier.open(block)
@@ -247,7 +243,7 @@ class TierStack:
             return reader
         return None
 
-    def _leave_to(self, tier: LowerTier, block: BlockId, outcome: BlockReader | BlockError | None) -> None:
+    def _leave_to(self, tier: LowerTier, block: BlockId, outcome: Outcome) -> None:
         """Remove a block that is damaged here, and was opened in ``tier``."""
         if isinstance(outcome, BlockError) and not isinstance(outcome, UnavailableError):
             _log.warning("a stored block was removed: %s; it is read from the tier %r", outcome, tier.name)
@@ -311,7 +307,7 @@ class TierStack:
         return any(kept) or (self._disk is None and any(below))
 
     def _goes_below(self, block: Block) -> bool:
-        return len(block.id.tokens) == self._block_size and block.states is None
+        return len(block.id.tokens) == self.block_size and block.states is None
 
     def absent_below(self, keys: Sequence[str]) -> list[str]:
         """Return the blocks of RAM among ``keys`` that a tier below should have and lacks, in order.
@@ -448,7 +444,3 @@ class TierStack:
 def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
     """Return the presence query of a local tier, which answers at once."""
     return lambda keys: tier.presence(keys).result()
-
-
-def _is_open(outcome: BlockReader | BlockError | None) -> bool:
-    return outcome is not None and not isinstance(outcome, BlockError)

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 import torch
-from torch.library import Library
+from torch import library
 
 from kvtier.hf.generate.prefill import patch_prepare_inputs, restore_classes
 from kvtier.hf.identity.fingerprint import identify
@@ -28,7 +28,7 @@ class Hidden(deque):
 @pytest.fixture(scope="module")
 def operator():
     """An operator that a program has registered."""
-    mine = Library("kvtier_test", "DEF")
+    mine = library.Library("kvtier_test", "DEF")
     mine.define("double(Tensor x) -> Tensor")
     mine.impl("double", lambda x: 2 * x, "CPU")
     yield torch.ops.kvtier_test.double
