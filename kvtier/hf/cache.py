@@ -23,6 +23,7 @@ from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.exclusive_use import exclusively
 from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
+from kvtier.kv.codecs import Codec
 from kvtier.offload.accounting import TransferStats
 from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
@@ -49,13 +50,15 @@ class TieredCache(DynamicCache):
         host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
             machine's RAM. Without accelerator, cold layers go to disk at once.
         spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
+        page_compression: ``"raw"``, ``"zstd"`` or a codec (``kvtier.kv.codecs.base``) for pages of cold layers: less
+            memory and smaller files, for the time to encode and decode. A lossy codec is part of the model's root.
         wait_seconds: how long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call that is using the cache
             on another thread, before ``BusyError``. 0: not at all.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, or ``wait_seconds`` no number of seconds.
+            count, ``spill_dir`` no path, ``page_compression`` no codec, or ``wait_seconds`` no number of seconds.
         StoreError: the folder cannot be used.
     """
 
@@ -67,12 +70,13 @@ class TieredCache(DynamicCache):
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,
         spill_dir: str | os.PathLike[str] | None = None,
+        page_compression: str | Codec = "raw",
         wait_seconds: float = 0.0,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
-        self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, engine)
+        self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
             self._handle = StoreHandle(store)
@@ -83,7 +87,7 @@ class TieredCache(DynamicCache):
                 "config=…)."
             )
         self._container = LayerContainer(partial(self._offload_config.open, store))
-        self.turns = TurnManager(self._container, store, wait_seconds)
+        self.turns = TurnManager(self._container, store, wait_seconds, self._offload_config.lossy_codec)
         Cache.__init__(self, layers=[])
         install()
         try_upstream(_cache_in_ram)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kvtier.kv.codecs import Codec, Raw, chosen_codec
 from kvtier.offload.manager import AUTO, MakeEngine, OffloadManager, default_spill_folder
 from kvtier.platform.memory import host_memory_bytes
 from kvtier.platform.paths import folder_path
@@ -14,10 +15,10 @@ from kvtier.units import parse_bytes
 
 
 class OffloadConfig:
-    """The offload arguments of a cache: budgets, spill folder and copy engine.
+    """The offload arguments of a cache: budgets, spill folder, codec of cold pages and copy engine.
 
     Raises:
-        ConfigurationError: a budget is not a byte count, or ``spill_dir`` is not a path.
+        ConfigurationError: a budget is not a byte count, ``spill_dir`` is not a path, or ``page_compression`` no codec.
     """
 
     def __init__(
@@ -25,12 +26,14 @@ class OffloadConfig:
         device_budget: int | str | None,
         host_budget: int | str | None,
         spill_dir: str | os.PathLike[str] | None,
+        page_compression: str | Codec,
         engine: MakeEngine,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "device_budget": device_budget,
             "host_budget": host_budget,
             "spill_dir": spill_dir,
+            "page_compression": page_compression,
             "engine": engine,
         }
         if device_budget is not None and device_budget != AUTO:
@@ -38,7 +41,15 @@ class OffloadConfig:
         self._device_budget = device_budget
         self._host_budget_bytes = None if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
+        codec = chosen_codec(page_compression, "page_compression")
+        self._page_codec = None if codec.name == Raw.name else codec
         self._engine = engine
+
+    @property
+    def lossy_codec(self) -> str | None:
+        """Name of the codec of cold pages if there is one and it is lossy: it is part of every root, as the store's."""
+        codec = self._page_codec
+        return None if codec is None or codec.is_lossless or self._device_budget is None else codec.name
 
     def open(self, store: PrefixStore, total_layers: Callable[[], int]) -> OffloadManager | None:
         """Return the offload manager of a cache over ``store``; None without a ``device_budget``."""
@@ -51,4 +62,5 @@ class OffloadConfig:
             store.block_size,
             total_layers,
             self._engine,
+            self._page_codec,
         )

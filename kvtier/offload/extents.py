@@ -14,7 +14,6 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.host_memory import HostPool, Slice, StagingBuffer
-from kvtier.offload.page_file import PageFile
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair
 
@@ -129,34 +128,62 @@ def _heads(into: KVBuffer, row: int, begin: int, end: int, k_htd: torch.Tensor, 
             yield buffer[row, head, begin:end], source[head]
 
 
-class FileExtent:
-    """Pages in a file. ``fill`` must be called first, once.
+class PageStorage(Protocol):
+    """Keeps K ``[rows, k_heads, tokens, k_dim]`` and V of one layer where only host code reaches them.
 
-    On a device that reads host memory, files are read into buffers; else through staging memory.
+    Attributes:
+        rows: sequences.
+        tokens: tokens of each.
+        spec: spec of the layer.
+        tier: ``host`` or ``disk``.
     """
 
-    tier = "disk"
+    rows: int
+    tokens: int
+    spec: LayerSpec
+    tier: str
 
-    def __init__(self, engine: CopyEngine, staging: StagingBuffer | None, file: PageFile) -> None:
+    def write(self, first: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
+        """Keep the tokens from ``first`` on; both tensors are on the host.
+
+        Raises:
+            StreamError: there is no room, or the storage fails.
+        """
+
+    def read(self, row: int, first: int, last: int, view: PageView) -> None:
+        """Put the tokens ``[first, last)`` of a row into ``view``, which has their size.
+
+        Raises:
+            StreamError: the tokens are lost.
+        """
+
+
+class StagedExtent:
+    """Pages in a file, or encoded in host memory. ``fill`` must be called first, once.
+
+    On a device that reads host memory, they are read into buffers; else through staging memory.
+    """
+
+    def __init__(self, engine: CopyEngine, staging: StagingBuffer | None, storage: PageStorage) -> None:
         self._engine = engine
         self._staging = staging
-        self._file = file
+        self._storage = storage
         self._written: list[Fence] = []
-        self.tokens, self.spec = file.tokens, file.spec
+        self.tokens, self.spec, self.tier = storage.tokens, storage.spec, storage.tier
 
     def fill(self, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, after: Sequence[Fence]) -> list[Fence]:
         """Write K and V of all rows when ``after`` has passed; return the fences that free the source."""
         if self._staging is None:
-            write = partial(self._file.write, 0, k_bhtd, v_bhtd)
+            write = partial(self._storage.write, 0, k_bhtd, v_bhtd)
             self._written = [self._engine.call(write, reads=(k_bhtd, v_bhtd), after=after)]
             return self._written
         freed: list[Fence] = []
-        rows = self._file.rows
+        rows = self._storage.rows
         for first, last in self._staging.chunks(0, self.tokens, rows * self.spec.token_bytes):
             stage, free = self._staging.next(rows, last - first, self.spec)
             k, v = k_bhtd[:, :, first:last], v_bhtd[:, :, first:last]
             pairs = [pair for row in range(rows) for pair in _heads(stage, row, 0, last - first, k[row], v[row])]
-            write = partial(self._file.write, first, stage.k, stage.v)
+            write = partial(self._storage.write, first, stage.k, stage.v)
             users = list(free)
             try:
                 users = [copied := self._engine.copy_all(pairs, after=[*after, *free])]
@@ -169,13 +196,13 @@ class FileExtent:
 
     def lift(self, into: KVBuffer, begin: int, part: Part, after: Sequence[Fence]) -> list[Fence]:
         """Read on a thread, and copy to the device unless its memory is host memory."""
-        return _lift_by_host(self._engine, self._staging, into, begin, part, self._file.read, after, self._written)
+        return _lift_by_host(self._engine, self._staging, into, begin, part, self._storage.read, after, self._written)
 
     def read(self, row: int, first: int, last: int, view: PageView) -> None:
         """Read into ``view``."""
         for fence in self._written:
             self._engine.settle(fence)
-        self._file.read(row, first, last, view)
+        self._storage.read(row, first, last, view)
 
 
 class BorrowedExtent:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from kvtier.kv.codecs import Codec
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.device import DeviceMemory
@@ -35,6 +36,7 @@ class OffloadManager:
         page_tokens: tokens of a page.
         total_layers: returns how many layers the model has.
         make_engine: returns the engine of a device.
+        page_codec: encodes cold pages; None to keep them raw.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class OffloadManager:
         page_tokens: int,
         total_layers: Callable[[], int],
         make_engine: MakeEngine,
+        page_codec: Codec | None = None,
     ) -> None:
         self.transfers = TransferStats()
         self._before = TransferStats()
@@ -56,6 +59,7 @@ class OffloadManager:
         self.page_tokens = page_tokens
         self._total_layers = total_layers
         self._make_engine = make_engine
+        self._page_codec = page_codec
         self._device_memories: dict[torch.device, DeviceMemory] = {}
 
     def device_memory(self, device: torch.device) -> DeviceMemory:
@@ -65,7 +69,13 @@ class OffloadManager:
             engine = self._make_engine(device)
             ledger = MemoryBudget(None)
             placement = PagePlacement(
-                engine, self.host, self._folder, self.transfers, self.page_tokens, _devices_like(device)
+                engine,
+                self.host,
+                self._folder,
+                self.transfers,
+                self.page_tokens,
+                self._page_codec,
+                _devices_like(device),
             )
             device_memory = self._device_memories[device] = DeviceMemory(
                 device,

@@ -16,8 +16,8 @@ from kvtier.kv.spec import LayerSpec
 from kvtier.offload.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 _Transfer = Callable[[int, list[memoryview], int], int]
 _MAX_PIECES = 1024  # of one vectored system call (IOV_MAX of Linux and macOS)
 
@@ -27,6 +27,8 @@ class PageFile:
 
     Written once, piece by piece; read in pieces by any thread. The file is deleted when the object is.
     """
+
+    tier = "disk"
 
     def __init__(self, folder: SpillFolder, rows: int, tokens: int, spec: LayerSpec) -> None:
         g = spec
@@ -55,11 +57,11 @@ class PageFile:
             StreamError: the disk is full, or fails.
         """
         try:
-            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, _WRITE_FLAGS, 0o600))
+            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, WRITE_FLAGS, 0o600))
             try:
                 if os.fstat(fd).st_size < self.nbytes:
                     os.ftruncate(fd, self.nbytes)
-                    _transfer_all(os.pwritev, fd, [memoryview(self._header)], 0)
+                    transfer_all(os.pwritev, fd, [memoryview(self._header)], 0)
                 view = [PageView.on(k_bhtd[row], v_bhtd[row]) for row in range(self.rows)]
                 for row, at in enumerate(view):
                     self._move(fd, os.pwritev, row, first, at)
@@ -75,7 +77,7 @@ class PageFile:
             StreamError: the file is gone, cut short, or cannot be read.
         """
         try:
-            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, _READ_FLAGS))
+            fd = OF_THIS_PROCESS.open(partial(os.open, self.path, READ_FLAGS))
             try:
                 if os.fstat(fd).st_size != self.nbytes:
                     raise StreamError(f"the page file {self.path} has been cut short or changed: its K and V are lost")
@@ -99,10 +101,10 @@ class PageFile:
             together = _MAX_PIECES if tokens == self.tokens else 1
             for h in range(0, heads, together):
                 offset = at + h * head_bytes + first * (head_bytes // self.tokens)
-                _transfer_all(transfer, fd, pieces[h : h + together], offset)
+                transfer_all(transfer, fd, pieces[h : h + together], offset)
 
 
-def _transfer_all(transfer: _Transfer, fd: int, pieces: Sequence[memoryview], offset: int) -> None:
+def transfer_all(transfer: _Transfer, fd: int, pieces: Sequence[memoryview], offset: int) -> None:
     """Read or write all of ``pieces``, in as many system calls as needed."""
     left = [piece.cast("B") for piece in pieces]
     while left:

@@ -9,10 +9,12 @@ import torch
 
 from kvtier.kv.allocation import new_buffer
 from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.codecs import Codec
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
-from kvtier.offload.extents import FileExtent, HostExtent, Part
+from kvtier.offload.encoded_pages import EncodedPages, FilePayloads, HostPayloads
+from kvtier.offload.extents import HostExtent, PageStorage, Part, StagedExtent
 from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.page_file import PageFile
 from kvtier.offload.spill_folder import SpillFolder
@@ -128,6 +130,7 @@ class PagePlacement:
         folder: folder of page files.
         transfers: counts the bytes.
         page_tokens: tokens of a page.
+        codec: encodes the pages; None to keep them raw.
         devices: how many devices may share ``host``: room for the staging memory of each is left free.
     """
 
@@ -138,9 +141,11 @@ class PagePlacement:
         folder: SpillFolder,
         transfers: TransferStats,
         page_tokens: int,
+        codec: Codec | None = None,
         devices: int = 1,
     ) -> None:
         self.page_tokens = page_tokens
+        self._codec = codec
         self._engine = engine
         self._host = host
         self._folder = folder
@@ -168,15 +173,15 @@ class PagePlacement:
         fences: list[Fence] = []
         begin = 0
         while begin < tokens:
-            extent: HostExtent | FileExtent | None = None
+            extent: HostExtent | StagedExtent | None = None
             count = tokens - begin
             while extent is None and count:  # as many pages as host memory has room for
-                extent = self._host_run(rows, count, spec)
+                extent = self._in_host_memory(rows, count, spec)
                 if extent is None:
                     count = count // 2 // self.page_tokens * self.page_tokens
             if extent is None:
                 count = tokens - begin
-                extent = FileExtent(self._engine, self.staging, PageFile(self._folder, rows, count, spec))
+                extent = StagedExtent(self._engine, self.staging, self._file(rows, count, spec))
             end = begin + count
             fences += extent.fill(k_bhtd[:, :, begin:end], v_bhtd[:, :, begin:end], after)
             parts.append(Part(extent, 0, count, tuple(range(rows))))
@@ -188,8 +193,21 @@ class PagePlacement:
         """Whether host memory has room for ``nbytes`` more, and for the staging memory of files."""
         return self.staging is not None and self._host.fits(nbytes + self.staging.reserve_bytes)
 
-    def _host_run(self, rows: int, tokens: int, spec: LayerSpec) -> HostExtent | None:
+    def _in_host_memory(self, rows: int, tokens: int, spec: LayerSpec) -> HostExtent | StagedExtent | None:
         if self._host_pool is None or self.staging is None:
             return None
-        piece = self._host_pool.take(rows * tokens * spec.token_bytes, leave=self.staging.reserve_bytes)
-        return None if piece is None else HostExtent(self._engine, self._host_pool, piece, rows, tokens, spec)
+        nbytes = rows * tokens * spec.token_bytes
+        if self._codec is None:
+            piece = self._host_pool.take(nbytes, leave=self.staging.reserve_bytes)
+            return None if piece is None else HostExtent(self._engine, self._host_pool, piece, rows, tokens, spec)
+        if not self.has_host_room(nbytes):
+            return None
+        payloads = HostPayloads(self._host, nbytes)
+        return StagedExtent(
+            self._engine, self.staging, EncodedPages(rows, tokens, spec, self._codec, self.page_tokens, payloads)
+        )
+
+    def _file(self, rows: int, tokens: int, spec: LayerSpec) -> PageStorage:
+        if self._codec is None:
+            return PageFile(self._folder, rows, tokens, spec)
+        return EncodedPages(rows, tokens, spec, self._codec, self.page_tokens, FilePayloads(self._folder))

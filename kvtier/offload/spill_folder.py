@@ -45,8 +45,12 @@ class SpillFolder:
         _sweep(parent)
         self._pid = os.getpid()
 
-    def new_file(self) -> str:
-        """Return the path of a file that does not exist yet; make the folder if needed."""
+    def new_file(self, suffix: str = "safetensors") -> str:
+        """Return the path of a file that does not exist yet; make the folder if needed.
+
+        Raises:
+            StreamError: the folder cannot be made.
+        """
         try:
             if self._path is None or not (self._path / _LOCK).exists():  # it may have been deleted
                 self._make()
@@ -54,7 +58,7 @@ class SpillFolder:
             raise StreamError(
                 f"cannot keep cold pages in {self.parent}: {error}; pass a folder you can write to as spill_dir=…"
             ) from error
-        return f"{self._path}/{uuid.uuid4().hex}.safetensors"
+        return f"{self._path}/{uuid.uuid4().hex}.{suffix}"
 
     def share(self) -> SpillFolder:
         """Return this folder for another user, which must close it too."""

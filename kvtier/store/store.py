@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, UnavailableError
+from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, Filesystem
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
@@ -37,8 +38,6 @@ from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
-from kvtier.store.format.codecs import BUILT_IN, Codec
-from kvtier.store.format.codecs.base import check_codec
 from kvtier.store.load import LoadJob, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
@@ -68,24 +67,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _codec(compression: str | Codec) -> Codec:
-    """Return the codec for ``compression``, a name or a codec.
-
-    Raises:
-        ConfigurationError: the name is unknown, or the object is no codec or has the name of a built-in one.
-    """
-    if hasattr(compression, "encode") and not isinstance(compression, (str, bytes)):
-        codec = check_codec(compression)
-        if codec.name in BUILT_IN and type(codec) is not type(BUILT_IN[codec.name]):
-            raise ConfigurationError(f"compression={type(codec).__name__} has the name of another codec: {codec.name}")
-        return codec
-    name = "raw" if compression == "auto" else compression
-    if not isinstance(name, str) or name not in BUILT_IN:
-        known = ", ".join(map(repr, BUILT_IN))
-        raise ConfigurationError(f"compression={compression!r} is unknown; pass 'auto', {known}, or a codec.")
-    return BUILT_IN[name]
-
-
 def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Concatenate[PrefixStore, P], R]:
     """Return a store method that calls ``method`` on the store's admin."""
 
@@ -113,7 +94,7 @@ class PrefixStore:
         block_size: tokens of a full block.
         compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
             restores fastest where files come from the page cache or a fast drive. Pass a custom codec as an object
-            (``kvtier.store.format.codecs.base``), in every process that reads its files.
+            (``kvtier.kv.codecs.base``), in every process that reads its files.
         namespace: stores with different namespaces never share a prefix.
         free_space_floor: bytes to leave free on the drive, by default 1 GiB.
         durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
@@ -158,7 +139,7 @@ class PrefixStore:
     ) -> None:
         if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
             raise ConfigurationError(f"block_size={block_size!r} must be a whole number of tokens, 1 or more.")
-        codec = _codec(compression)
+        codec = chosen_codec(compression, "compression", auto=Raw.name)
         if not isinstance(namespace, str):
             raise ConfigurationError(f"namespace={namespace!r} must be a string.")
         if durability not in ("full", "lazy"):

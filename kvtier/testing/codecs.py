@@ -9,14 +9,16 @@ import numpy as np
 import torch
 
 from kvtier.errors import BlockError
-from kvtier.kv.page import Page
+from kvtier.kv.codecs import BUILT_IN, Codec
+from kvtier.kv.codecs.base import as_bytes, check_codec
+from kvtier.kv.page import Page, PageView
 from kvtier.kv.safetensors_header import DTYPES
 from kvtier.kv.spec import KVSpec, LayerSpec
+from kvtier.offload.accounting import MemoryBudget
+from kvtier.offload.encoded_pages import EncodedPages, HostPayloads
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN, Codec
-from kvtier.store.format.codecs.base import as_bytes, check_codec
 from kvtier.store.store import PrefixStore
 
 _ROOT = "00" * 32
@@ -31,7 +33,7 @@ class CodecChecks:
 
     def test_it_says_what_it_is(self, codec: Codec) -> None:
         """A name that stands in files, and whether it keeps every bit."""
-        assert check_codec(codec) is codec
+        assert check_codec(codec, "compression") is codec
 
     def test_tensors_come_back(self, codec: Codec) -> None:
         """Of every type that K and V can have, any shape, and strides of a view: every bit, if it is lossless."""
@@ -104,6 +106,32 @@ class CodecChecks:
                     assert np.array_equal(as_bytes(mine.contiguous()), as_bytes(expected.contiguous()))
         finally:
             file.close()
+
+    def test_cold_pages_come_back(self, codec: Codec) -> None:
+        """Those of a layer on a device, from host memory: any part of them, in the buffer of the layer."""
+        page_tokens, columns = 4, 10
+        budget = MemoryBudget(2**20)
+        for dtype in (torch.float32, torch.bfloat16):
+            k, v = _tensor((2, columns, 8), dtype)[None], _tensor((1, columns, 4), dtype)[None]
+            payloads = HostPayloads(budget, k.nbytes + v.nbytes)
+            pages = EncodedPages(1, columns, LayerSpec.of(k, v), codec, page_tokens, payloads)
+            pages.write(0, k, v)
+            for first, last in ((0, columns), (3, 9), (5, 6)):
+                found = tuple(torch.zeros_like(tensor[0, :, first:last]).contiguous() for tensor in (k, v))
+                pages.read(0, first, last, PageView.on(*found))
+                for mine, theirs in zip(found, (k, v), strict=True):
+                    cut = [theirs[0, :, at : at + page_tokens] for at in range(0, columns, page_tokens)]
+                    expected = torch.cat([self._round_trip(codec, page) for page in cut], dim=1)
+                    assert torch.equal(mine, expected[:, first:last])
+            del pages, payloads
+        assert budget.used_bytes == 0
+
+    def _round_trip(self, codec: Codec, page_htd: torch.Tensor) -> torch.Tensor:
+        """Return what a cold page holds: the decoded payload, or the page itself where the payload is larger."""
+        payload = codec.encode(page_htd)
+        if payload.nbytes > page_htd.nbytes:
+            return page_htd
+        return codec.decode(payload.copy(), tuple(page_htd.shape), page_htd.dtype)
 
     def test_a_store_keeps_blocks_in_it(self, codec: Codec, tmp_path: Path) -> None:
         """Another store on the same folder reads them; one without the codec finds nothing, and deletes nothing."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.codecs import ExponentZstd
 from kvtier.offload.manager import OffloadManager
 from kvtier.testing import LayerMemoryChecks, SimulatedEngine
 from kvtier.transfer import InlineEngine, ThreadEngine
@@ -28,13 +29,14 @@ ENGINES = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 class TestOffloadedLayer(LayerMemoryChecks):
-    @pytest.fixture(params=["hot", "cold"])
+    @pytest.fixture(params=["hot", "cold", "cold, encoded"])
     def make(self, request, tmp_path, engine):
-        offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, ENGINES[engine])
+        codec = ExponentZstd() if "encoded" in request.param else None
+        offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, ENGINES[engine], codec)
 
         def made(k, v):
             layer = offload.layer(0, k, v, None, may_be_cold=True)
-            if request.param == "cold":
+            if request.param != "hot":
                 layer.turn_cold()
             return layer
 

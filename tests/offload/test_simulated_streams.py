@@ -41,13 +41,14 @@ def budget(rows: int, columns: int, share: float) -> int:
     mode=modes,
     share=st.sampled_from([0.8, 1.0, 1.2]),
     host_bytes=st.sampled_from([2**30, 12_000, 4_000]),
+    compression=st.sampled_from(["raw", "zstd"]),
     lazy=st.booleans(),
     removed=st.integers(0, 9),
     watched=st.sampled_from([True, False, False, False]),  # to watch every kernel takes four times as long
     choices=st.randoms(use_true_random=False),
 )
 def test_every_schedule_gives_the_bits_of_a_dynamic_cache(
-    family, prompt, more, mode, share, host_bytes, lazy, removed, watched, choices, tmp_path_factory
+    family, prompt, more, mode, share, host_bytes, compression, lazy, removed, watched, choices, tmp_path_factory
 ):
     """A turn, a crop between turns, a continuation, and a restore into another cache."""
     model, rows = tiny(family, LAYERS), 2 if mode.get("num_beams") or mode.get("num_return_sequences") else 1
@@ -56,6 +57,7 @@ def test_every_schedule_gives_the_bits_of_a_dynamic_cache(
         "device_budget": budget(rows, len(prompt) + len(more) + 6, share),
         "host_budget": host_bytes,
         "spill_dir": tmp_path_factory.getbasetemp() / "spill",
+        "page_compression": compression,
         "engine": lambda device: engine,
     }
     ids = left_padded([tuple(prompt)])

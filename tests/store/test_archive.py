@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kvtier.errors import ArchiveError, BlockError, ConfigurationError
+from kvtier.kv.codecs import BUILT_IN
 from kvtier.kv.page import Page
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import Block
@@ -22,7 +23,6 @@ from kvtier.store.chain import BlockId
 from kvtier.store.format import archive as archives
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN
 from tests.support.stores import OTHER_ROOT, ROOT, count, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

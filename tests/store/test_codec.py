@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import BlockError
-from kvtier.store.format.codecs import BUILT_IN
-from kvtier.store.format.codecs.base import as_bytes
+from kvtier.kv.codecs import BUILT_IN
+from kvtier.kv.codecs.base import as_bytes
 
 DTYPES = [
     torch.bfloat16,

@@ -10,12 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvtier.errors import BlockError
+from kvtier.kv.codecs import BUILT_IN
 from kvtier.kv.page import Page
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN
 from tests.support.stores import OTHER_ROOT, ROOT, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -10,7 +10,7 @@ import torch
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.errors import BlockError, ConfigurationError
-from kvtier.store.format.codecs import ExponentZstd, Raw
+from kvtier.kv.codecs import ExponentZstd, Raw
 from kvtier.testing import CodecChecks
 from tests.support.stores import block, count
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
+from kvtier.kv.codecs import BUILT_IN
 from kvtier.kv.page import PageView
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem
 from kvtier.store.block import Block
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN
 from kvtier.store.names import Name
 from kvtier.store.tiers.base import PutResult
 from kvtier.store.tiers.disk import recovery

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kvtier.errors import BlockError
+from kvtier.kv.codecs import BUILT_IN
 from kvtier.kv.page import Page
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, block_key
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN
 from kvtier.store.format.header import MAX_HEADER_BYTES
 from tests.support.stores import LAYERS, ROOT, block, chain, count, ids, same_bits
 

@@ -39,6 +39,7 @@ def identify(
     block_size: int,
     tokens: npt.ArrayLike = (),
     lossy_codec: str | None = None,
+    lossy_page_codec: str | None = None,
 ) -> Identity | NotReusable:
     """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
@@ -46,8 +47,8 @@ def identify(
     covers the config; class, forward function and attributes of every module; names, shapes, dtypes and values of all
     tensors (``weights/digest.py`` says which edits between two turns of a process can be missed); active, merged and
     disabled adapters of every kind, and their scaling; attention and expert implementations; autocast and PyTorch's
-    precision settings (``numerics.py``); the minor version of transformers; namespace and block size. It is equal
-    in every process and on every device.
+    precision settings (``numerics.py``); the minor version of transformers; namespace and block size; the names of
+    a store's codec and of a codec of cold pages that lose bits. It is equal in every process and on every device.
 
     ``tokens`` are not part of the root: their embedding rows are checked for edits that PyTorch does not count.
 
@@ -56,7 +57,7 @@ def identify(
     without a description, and any exception from the model's code, is a reason not to reuse.
     """
     try:
-        return _identify(model, namespace, block_size, tokens, lossy_codec)
+        return _identify(model, namespace, block_size, tokens, lossy_codec, lossy_page_codec)
     except Undescribable as reason:
         return NotReusable(f"what the model computes with is not known: {reason}")
     except Exception as error:  # from any code that the model holds: it must not end a generate()
@@ -73,7 +74,12 @@ def _said(error: Exception) -> str:
 
 
 def _identify(
-    model: PreTrainedModel, namespace: str, block_size: int, tokens: npt.ArrayLike, lossy_codec: str | None
+    model: PreTrainedModel,
+    namespace: str,
+    block_size: int,
+    tokens: npt.ArrayLike,
+    lossy_codec: str | None,
+    lossy_page_codec: str | None,
 ) -> Identity | NotReusable:
     walk = ModelWalk(model)
     unsound = why_unsound(model, walk)
@@ -97,6 +103,7 @@ def _identify(
         "namespace": namespace,
         "block_size": block_size,
         **({"codec": lossy_codec} if lossy_codec is not None else {}),
+        **({"page_codec": lossy_page_codec} if lossy_page_codec is not None else {}),
     }
     text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))

@@ -67,9 +67,12 @@ class TurnManager:
         ConfigurationError: ``wait_seconds`` is not a valid number of seconds.
     """
 
-    def __init__(self, layers: LayerContainer, store: PrefixStore, wait_seconds: float = 0.0) -> None:
+    def __init__(
+        self, layers: LayerContainer, store: PrefixStore, wait_seconds: float, lossy_page_codec: str | None
+    ) -> None:
         self.layers = layers
         self.store = store
+        self._lossy_page_codec = lossy_page_codec
         self.costs = COSTS
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
@@ -180,7 +183,7 @@ class TurnManager:
             return self._start(request, Turn.off(prompt.reason))
         started = time.perf_counter()
         store, tokens = self.store, np.unique(np.concatenate(prompt.rows))
-        identity = identify(model, store.namespace, store.block_size, tokens, store.lossy_codec)
+        identity = identify(model, store.namespace, store.block_size, tokens, store.lossy_codec, self._lossy_page_codec)
         if isinstance(identity, NotReusable):
             return self._start(request, Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root

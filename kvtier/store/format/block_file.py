@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from kvtier.errors import BlockError, UnavailableError
+from kvtier.kv.codecs import BUILT_IN, Codec, Raw
+from kvtier.kv.codecs.base import as_bytes, is_name
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
 from kvtier.kv.spec import KVSpec
@@ -30,8 +32,6 @@ from kvtier.platform.descriptors import ReadFile
 from kvtier.platform.filesystem import READ_FLAGS
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds, block_key
-from kvtier.store.format.codecs import BUILT_IN, Codec, Raw
-from kvtier.store.format.codecs.base import as_bytes, is_name
 from kvtier.store.format.header import (
     MAX_LAYERS,
     NOT_JSON,

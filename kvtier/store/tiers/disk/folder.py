@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
+from kvtier.kv.codecs import BUILT_IN, Codec
 from kvtier.platform.filesystem import Filesystem, is_leftover, is_temporary
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
-from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.disk")

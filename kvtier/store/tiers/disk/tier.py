@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvtier.errors import BlockError, GoneError
+from kvtier.kv.codecs import BUILT_IN, Codec
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.format.block_file import BlockFile, encode_block
-from kvtier.store.format.codecs import BUILT_IN, Codec
 from kvtier.store.tiers.backoff import Backoff, Withheld, is_full, is_locked
 from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered, opened
 from kvtier.store.tiers.block_states import State

@@ -14,7 +14,7 @@ import torch
 import zstandard
 
 from kvtier.errors import BlockError
-from kvtier.store.format.codecs.base import Bytes, as_bytes
+from kvtier.kv.codecs.base import Bytes, as_bytes
 
 _LEVEL = 1
 _MIN_WINDOW = 8 * 2**20  # accepted by every decompressor; frames of smaller tensors need no more

@@ -1,4 +1,4 @@
-"""The seam of codecs: how K and V of one layer become bytes of a file, and K and V again."""
+"""The seam of codecs: how K and V of one layer become bytes of a file or of a cold page, and K and V again."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def check_codec(codec: Codec) -> Codec:
-    """Return ``codec`` if files can name it.
+def check_codec(codec: Codec, argument: str) -> Codec:
+    """Return ``codec``, the value of ``argument``, if files can name it.
 
     Raises:
         ConfigurationError: it has no name that stands in files, or does not say whether it is lossless.
@@ -65,9 +65,9 @@ def check_codec(codec: Codec) -> Codec:
     name = getattr(codec, "name", None)
     if not isinstance(name, str) or not is_name(name):
         raise ConfigurationError(
-            f"compression={type(codec).__name__} has the name {name!r:.60}; files need up to 40 lower-case letters, "
-            "digits and . _ / -. See kvtier.store.format.codecs.base."
+            f"{argument}={type(codec).__name__} has the name {name!r:.60}; files need up to 40 lower-case letters, "
+            "digits and . _ / -. See kvtier.kv.codecs.base."
         )
     if not isinstance(getattr(codec, "is_lossless", None), bool):
-        raise ConfigurationError(f"compression={type(codec).__name__} must say is_lossless, True or False.")
+        raise ConfigurationError(f"{argument}={type(codec).__name__} must say is_lossless, True or False.")
     return codec

@@ -7,7 +7,7 @@ import math
 import torch
 
 from kvtier.errors import BlockError
-from kvtier.store.format.codecs.base import Bytes, as_bytes
+from kvtier.kv.codecs.base import Bytes, as_bytes
 
 
 class Raw:
