@@ -1,4 +1,4 @@
-"""The tests' settings, their tiny models, and the one way they call generate()."""
+"""Shared test settings, and fixtures for tiny models, stores, caches and calls of generate()."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvtier import PrefixStore, TieredCache
 from tests.support import families, samples
 from tests.support.upstream import CACHE
 
-# A change must not fail for what another one broke: CI tries the same examples every time. New ones are looked for by
-# `pytest --hypothesis-profile=nightly`, or with HYPOTHESIS_PROFILE=nightly in the environment.
+# CI tries the same examples every time: a change must not fail because of an older bug. To look for new examples, run
+# `pytest --hypothesis-profile=nightly`, or set HYPOTHESIS_PROFILE=nightly in the environment.
 _ANY_TIME = {
     "deadline": None,  # a disk, a thread or a neighbour may be slow
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
@@ -28,12 +28,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marker of samples."""
+    """Register the ``sample`` marker."""
     config.addinivalue_line("markers", "sample(n): a run takes n of its cases; see tests/support/samples.py")
 
 
 def pytest_report_header() -> str:
-    """Say how to take the same samples again."""
+    """Return a header line that says how to take the same samples again."""
     return f"samples: {samples.VARIABLE}={samples.seed()}"
 
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 VOCABULARY = 200
-# What every test that names `family` runs on: K and V of every kind, none slow. The others are in families.py.
+# Families of the tests that use `family`: K and V of every kind, none slow. The other families are in families.py.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3", "olmo2")
 SLIDING_FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss")
 
@@ -53,20 +53,20 @@ Generate = Callable[..., Any]
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices: threads would only wait for each other."""
+    """Run torch on one thread: on tiny matrices, threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# Whether bytes reach the drive is their subject.
+# Folders of tests that check whether bytes reach the drive.
 _WAITING_FOR_THE_DRIVE = {"platform", "system", "tools"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_power_cuts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Elsewhere nobody pulls a plug: waiting for the drive would be most of the time that thousands of turns take."""
+    """Skip ``fsync`` in all other folders: thousands of turns would spend most of their time waiting for the drive."""
     with pytest.MonkeyPatch.context() as patched:
         if request.path.parent.name not in _WAITING_FOR_THE_DRIVE:
             patched.setattr(os, "fsync", lambda fd: None)
@@ -75,7 +75,7 @@ def _no_power_cuts(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """``make_model(family, dtype, attention, **config)``: a new tiny model; the same arguments, the same weights."""
+    """``make_model(family, dtype, attention, **config)``: a new tiny model; same arguments, same weights."""
 
     def make(
         family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "eager", **config: Any
@@ -135,7 +135,7 @@ def cache(store: PrefixStore) -> Iterator[TieredCache]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Offer ``family``, ``sliding_family`` and ``attention`` to every test that names them."""
+    """Parametrize the tests that use ``family``, ``sliding_family`` or, beside ``family``, ``attention``."""
     if "attention" in metafunc.fixturenames and "family" in metafunc.fixturenames:
         pairs = [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or families.FAMILIES[f].sdpa]
         metafunc.parametrize(("family", "attention"), pairs)

@@ -1,4 +1,4 @@
-"""``kvtier doctor``: every finding can come out, nothing is left behind, and a broken engine is found."""
+"""``kvtier doctor`` produces every finding, leaves nothing behind and detects a broken engine."""
 
 import json
 import random
@@ -25,7 +25,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 class LosesOneByte(ThreadEngine):
-    """Files are written and read by threads; one byte of what is read is lost."""
+    """Threads write and read files; one byte of each read is lost."""
 
     def call(self, task, *, reads=(), writes=(), after=()):
         def damage():
@@ -37,21 +37,21 @@ class LosesOneByte(ThreadEngine):
 
 
 class Fails(InlineEngine):
-    """Nothing can be copied or read."""
+    """Every copy and every read fails."""
 
     def call(self, task, *, reads=(), writes=(), after=()):
         raise RuntimeError("the link is down")
 
 
 class Beside(ThreadEngine):
-    """A CPU that takes its host memory for another device's."""
+    """A CPU engine that treats its host memory as another device's."""
 
     device_is_host = False
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Measure with little, and look for races as briefly as can be."""
+    """Measure with small pieces and files."""
     monkeypatch.setattr(devices, "_PIECE_BYTES", 2**16)
     monkeypatch.setattr(spill, "_FILE_BYTES", 2**20)
     monkeypatch.setattr(spill, "_PIECE_BYTES", 2**18)
@@ -74,7 +74,7 @@ def by_subject(found):
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_a_machine_where_streaming_works(tmp_path):
+def test_doctor_reports_every_finding_on_a_working_machine(tmp_path):
     folder, report = tmp_path / "a" / "b", tmp_path / "report.json"
     done = run("--spill-dir", folder, "--seconds", 0, "--json", report)
     assert done.exit_code == 0, done.output
@@ -94,7 +94,7 @@ def test_a_machine_where_streaming_works(tmp_path):
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_json_on_standard_output_stands_alone(tmp_path, monkeypatch):
+def test_json_on_standard_output_is_not_mixed_with_text(tmp_path, monkeypatch):
     monkeypatch.setattr(selftest.SelfTest, "run", lambda self, seconds: [])
     done = run("--spill-dir", tmp_path, "--json", "-")
     assert json.loads(done.stdout)["ok"] is True
@@ -107,7 +107,7 @@ def test_json_on_standard_output_stands_alone(tmp_path, monkeypatch):
     ("engine", "says"),
     [(LosesOneByte, "logits that are off by|another token"), (Fails, "ends with RuntimeError: the link is down")],
 )
-def test_a_broken_engine_is_a_problem(tmp_path, monkeypatch, engine, says):
+def test_broken_engine_is_reported_as_a_problem(tmp_path, monkeypatch, engine, says):
     monkeypatch.setattr(doctor, "engine_for", lambda device: engine())
     monkeypatch.setattr(selftest.SelfTest, "races", lambda self, seconds: ())
     report = tmp_path / "report.json"
@@ -123,7 +123,7 @@ def test_a_broken_engine_is_a_problem(tmp_path, monkeypatch, engine, says):
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
+def test_unwritable_spill_folder_is_reported_as_a_problem(tmp_path):
     (tmp_path / "file").write_text("no folder")
     done = run("--spill-dir", tmp_path / "file" / "spill", "--seconds", 0)
     assert done.exit_code == 1
@@ -133,14 +133,14 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
 
 
 class Interrupted(ThreadEngine):
-    """Somebody presses Ctrl-C while a layer waits for its pages."""
+    """Ctrl-C arrives while a layer waits for its pages."""
 
     def wait(self, fence):
         raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_an_interrupt_while_pages_move_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupt_during_page_transfers_leaves_no_files_or_threads(tmp_path, monkeypatch):
     threads = threading.active_count()
     monkeypatch.setattr(doctor, "engine_for", lambda device: Interrupted())
     assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
@@ -149,7 +149,7 @@ def test_an_interrupt_while_pages_move_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_an_interrupt_while_the_disk_is_measured_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupt_during_the_disk_measurement_leaves_no_files(tmp_path, monkeypatch):
     def interrupted(path, piece):
         assert path.exists()
         raise KeyboardInterrupt
@@ -160,7 +160,7 @@ def test_an_interrupt_while_the_disk_is_measured_leaves_nothing(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_an_interrupt_beside_the_busy_load_ends_it(tmp_path, monkeypatch):
+def test_interrupt_during_the_race_test_ends_the_background_load(tmp_path, monkeypatch):
     def interrupted(self, *arguments):
         assert threading.active_count() > threads
         raise KeyboardInterrupt
@@ -174,7 +174,7 @@ def test_an_interrupt_beside_the_busy_load_ends_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_an_interrupt_between_two_findings_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupt_between_two_findings_leaves_no_files(tmp_path, monkeypatch):
     shown = []
 
     def interrupted(console, finding):
@@ -189,7 +189,7 @@ def test_an_interrupt_between_two_findings_leaves_nothing(tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("without_accelerator")
-def test_a_check_that_fails_is_a_problem_and_the_next_one_runs(tmp_path, monkeypatch):
+def test_check_that_raises_is_a_problem_and_the_next_check_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(selftest.SelfTest, "run", lambda self, seconds: iter(()))
 
     def broken():
@@ -202,8 +202,8 @@ def test_a_check_that_fails_is_a_problem_and_the_next_one_runs(tmp_path, monkeyp
     assert "disk" in found
 
 
-def test_every_accelerator_is_looked_at(tmp_path, monkeypatch):
-    """The CPU stands in for two accelerators: what is asked of a device must not need a real one."""
+def test_every_accelerator_is_checked(tmp_path, monkeypatch):
+    """The CPU stands in for two accelerators, so no check may need a real one."""
     monkeypatch.setattr(devices, "accelerators", lambda: [CPU, CPU])
     monkeypatch.setattr(devices, "pinned_memory", lambda: findings.Finding("ok", "pinned", "stands in"))
     monkeypatch.setattr(devices, "accelerator", lambda device: findings.Finding("ok", "accelerator", "stands in"))
@@ -219,7 +219,7 @@ def test_every_accelerator_is_looked_at(tmp_path, monkeypatch):
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def test_streams_that_bring_wrong_bytes_are_a_problem():
+def test_side_streams_that_copy_wrong_bytes_are_a_problem():
     class Scrambles(Beside):
         def copy(self, dst, src, after=()):
             return super().copy(dst, src + 1, after)
@@ -231,14 +231,14 @@ def test_streams_that_bring_wrong_bytes_are_a_problem():
     assert inline.facts["side_streams"] is False
 
 
-def test_a_link_has_two_rates():
+def test_link_finding_has_a_rate_for_each_direction():
     finding = devices.link(CPU, lambda device: Beside())
     assert finding.facts["up_bytes_per_second"] > 0
     assert finding.facts["down_bytes_per_second"] > 0
 
 
 @pytest.mark.parametrize(("possible", "level"), [(9, "ok"), (4, "ok"), (3, "note"), (0, "problem")])
-def test_pinned_memory(possible, level):
+def test_pinned_memory_finding_depends_on_how_much_can_be_pinned(possible, level):
     left = [torch.empty(0)] * possible
 
     def pin(nbytes):
@@ -254,7 +254,7 @@ def test_pinned_memory(possible, level):
 
 
 class Module:
-    """What PyTorch has for a kind of device."""
+    """Stand-in for PyTorch's module of a device type."""
 
     def __init__(self, free=None):
         if free is not None:
@@ -265,7 +265,7 @@ class Module:
 
 
 @pytest.mark.parametrize(("free", "level"), [(9 * 10**9, "ok"), (10**8, "note"), (None, "note")])
-def test_an_accelerator(monkeypatch, free, level):
+def test_accelerator_finding_depends_on_its_free_memory(monkeypatch, free, level):
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module(free))
     finding = devices.accelerator(CPU)
     assert finding.level == level
@@ -274,7 +274,7 @@ def test_an_accelerator(monkeypatch, free, level):
     assert ("device_budget in bytes" in finding.text) == (free is None)
 
 
-def test_a_machine_without_free_memory(monkeypatch):
+def test_little_free_host_memory_is_a_note(monkeypatch):
     monkeypatch.setattr(devices, "free_host_memory_bytes", lambda: 10**8)
     assert devices.processor().level == "note"
 
@@ -282,7 +282,7 @@ def test_a_machine_without_free_memory(monkeypatch):
 # --- the spill folder -------------------------------------------------------------------------------------------------
 
 
-def test_the_deepest_and_last_mount_tells_the_file_system(tmp_path):
+def test_file_system_is_that_of_the_deepest_and_last_mount(tmp_path):
     path = tmp_path.resolve()
     mounted = [Partition("/", "ext4"), Partition(str(path), "xfs"), Partition(str(path), "tmpfs")]
     assert spill.file_system(path / "more", mounted) == "tmpfs"
@@ -294,7 +294,7 @@ def test_the_deepest_and_last_mount_tells_the_file_system(tmp_path):
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="a file system in memory is looked for where Linux has it"
 )
-def test_a_file_system_in_memory_is_told():
+def test_spill_folder_in_memory_is_a_note():
     shared = Path("/dev/shm")
     if spill.file_system(shared) != "tmpfs":
         pytest.skip("no tmpfs here")
@@ -306,24 +306,24 @@ def test_a_file_system_in_memory_is_told():
     assert set(shared.iterdir()) == before
 
 
-def test_a_disk_that_is_nearly_full(tmp_path, monkeypatch):
+def test_nearly_full_disk_is_a_note_and_a_full_one_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**11, 0, 4 * 2**18))
     found = by_subject(spill.check_spill_folder(tmp_path))
     assert found["spill folder"].level == "note"
     assert "nearly full" in found["spill folder"].text
     assert found["disk"].level == "ok"
-    assert found["disk"].facts["file_bytes"] == 2**18  # a quarter of what is free
+    assert found["disk"].facts["file_bytes"] == 2**18  # a quarter of the free space
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**11, 0, 2**18))
     assert by_subject(spill.check_spill_folder(tmp_path))["disk"].level == "problem"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_slow_disk_is_told_by_less(tmp_path, monkeypatch):
+def test_slow_disk_is_measured_with_a_smaller_file(tmp_path, monkeypatch):
     monkeypatch.setattr(spill, "_LONGEST_SECONDS", 0)
     assert by_subject(spill.check_spill_folder(tmp_path))["disk"].facts["file_bytes"] == 2**18
 
 
-def test_a_disk_that_forgets_is_a_problem(tmp_path, monkeypatch):
+def test_disk_that_returns_wrong_bytes_is_a_problem(tmp_path, monkeypatch):
     write = spill._write
 
     def forgetful(path, piece, nbytes):
@@ -339,7 +339,7 @@ def test_a_disk_that_forgets_is_a_problem(tmp_path, monkeypatch):
     assert "other bytes" in found["disk"].text
 
 
-def test_only_folders_that_were_made_and_are_empty_are_deleted(tmp_path):
+def test_only_created_and_empty_folders_are_deleted(tmp_path):
     mine = tmp_path / "mine"
     with spill.made_inside(mine / "a" / "b") as scratch:
         assert scratch.parent == mine / "a" / "b"
@@ -355,14 +355,14 @@ def test_only_folders_that_were_made_and_are_empty_are_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_scripts_stay_inside_their_length(seed):
+def test_random_scripts_are_repeatable_and_within_their_length(seed):
     script = scripts.random_script(random.Random(seed), 96)
     assert 1 <= len(script) <= 4
     assert 0 < scripts.longest_sequence(script) <= 96
     assert script == scripts.random_script(random.Random(seed), 96)
 
 
-def test_scripts_are_of_every_kind():
+def test_random_scripts_cover_every_kind_of_turn():
     turns = [turn for seed in range(30) for turn in scripts.random_script(random.Random(seed), 96)]
     assert any(turn.cut for turn in turns)
     assert any(turn.crop for turn in turns)
@@ -370,8 +370,8 @@ def test_scripts_are_of_every_kind():
     assert any(turn.chunk is None for turn in turns)
 
 
-def test_the_steady_script_is_answered_alike_by_a_dynamic_cache_alone():
-    """What a plain run knows at the beginning of each turn must be what it is told, whatever it computed before."""
+def test_plain_run_of_the_steady_script_matches_one_full_forward_pass():
+    """A plain run must start each turn from the given known tokens, whatever it computed before."""
     model, script = scripts.tiny_model(CPU, torch.float32), scripts.steady_script()
     known = [0, 55, 93]
     first = scripts.run_plain(model, script, known)
@@ -388,7 +388,7 @@ def answer(token=1, logit=0.5):
     return scripts.Answer(torch.tensor([[3, token]]), torch.tensor([[[logit, 1.0]]]), 0)
 
 
-def test_the_first_difference_is_told():
+def test_first_difference_describes_where_two_runs_differ():
     assert scripts.first_difference([answer()], [answer()]) is None
     assert "turn 2 has another token at position 1" in scripts.first_difference([answer()] * 2, [answer(), answer(2)])
     assert "off by up to 0.25" in scripts.first_difference([answer()], [answer(logit=0.75)])
@@ -397,7 +397,7 @@ def test_the_first_difference_is_told():
 
 @pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("make", [engine_for, lambda device: InlineEngine(), lambda device: Beside()])
-def test_exactness_from_all_cold_to_all_hot(tmp_path, make):
+def test_exactness_trials_pass_from_all_cold_to_all_hot_layers(tmp_path, make):
     trials = list(selftest.SelfTest(CPU, tmp_path, make).exactness())
     assert [trial.difference for trial in trials] == [None] * 8
     cold = [trial.report.cold_layers for trial in trials]
@@ -428,13 +428,13 @@ def trial(**different):
         ([trial(report=selftest.TurnReport())], "problem", "nothing was tested"),
     ],
 )
-def test_what_trials_say(tmp_path, trials, level, says):
+def test_finding_of_trials_has_the_right_level_and_text(tmp_path, trials, level, says):
     finding = selftest.SelfTest(CPU, tmp_path)._finding("exactness", trials)
     assert finding.level == level
     assert says in finding.text
 
 
-def test_a_model_that_does_not_repeat_itself_cannot_be_judged(tmp_path, monkeypatch):
+def test_trial_of_a_nondeterministic_model_is_marked_as_not_repeatable(tmp_path, monkeypatch):
     noise = iter(range(1, 100))
 
     def noisy(model, script, known):
@@ -447,7 +447,7 @@ def test_a_model_that_does_not_repeat_itself_cannot_be_judged(tmp_path, monkeypa
     assert not first.repeatable
 
 
-def test_the_load_ends_with_what_it_stands_beside_and_tells_its_errors():
+def test_background_load_stops_with_its_context_and_raises_its_errors():
     ran = []
 
     class Counts(InlineEngine):
@@ -464,6 +464,6 @@ def test_the_load_ends_with_what_it_stands_beside_and_tells_its_errors():
         pass
 
 
-def test_figures_are_written_with_a_unit_that_suits():
+def test_byte_counts_are_formatted_in_gb_or_mb():
     assert findings.gigabytes(2_340_000_000) == "2.3 GB"
     assert findings.gigabytes(64 * 2**20) == "67 MB"

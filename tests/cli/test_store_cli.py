@@ -1,4 +1,4 @@
-"""``kvtier store``: what each command says and does, for people and for programs, and how it refuses."""
+"""Commands of ``kvtier store``: effects, text and JSON output, refusals and exit codes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def unnamed(folder):
 
 @pytest.fixture
 def person(monkeypatch):
-    """Somebody sits at the terminal."""
+    """A user is at the terminal."""
     monkeypatch.setattr(common, "someone_is_there", lambda: True)
 
 
@@ -111,38 +111,38 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_no_command_makes_a_store_where_there_is_none(command, tmp_path):
+def test_commands_refuse_a_missing_store_and_do_not_create_it(command, tmp_path):
     line = refusal(*command, "--store", tmp_path / "none", code=2)
     assert f"no store in {tmp_path / 'none'}" in line
     assert "--store" in line
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_with_other_things_is_no_store(tmp_path):
+def test_ls_refuses_a_folder_with_foreign_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     refusal("ls", "--store", tmp_path, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_the_environment_names_the_folder_and_the_option_wins(folder, tmp_path):
+def test_store_option_overrides_the_environment_variable(folder, tmp_path):
     env = {"KVTIER_STORE": str(folder)}
     assert "letter" in done("ls", env=env)
     refusal("ls", "--store", tmp_path / "none", code=2, env=env)
 
 
-def test_without_either_it_is_the_one_in_the_cache_folder_of_the_user(folder, tmp_path):
+def test_default_store_is_in_the_user_cache_folder(folder, tmp_path):
     home = tmp_path / "home"
     (home / ".cache").mkdir(parents=True)
     folder.rename(home / ".cache" / "kvtier")
     assert "letter" in done("ls", env={"HOME": str(home)})
 
 
-def test_a_store_of_the_future_is_told_in_one_line(folder):
+def test_store_of_a_newer_format_is_refused_in_one_line(folder):
     (folder / "kvtier.json").write_text('{"format_version": 999}')
     assert "newer kvtier" in refusal("ls", "--store", folder, code=1)
 
 
-def test_a_folder_that_cannot_be_looked_into_is_told(folder, monkeypatch):
+def test_folder_without_read_permission_is_refused_in_one_line(folder, monkeypatch):
     def no(self):
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -150,8 +150,8 @@ def test_a_folder_that_cannot_be_looked_into_is_told(folder, monkeypatch):
     assert "cannot look into" in refusal("ls", "--store", folder, code=1)
 
 
-def test_no_command_brings_a_budget_of_its_own(folder, monkeypatch):
-    """A store may have been filled under a larger one than the default."""
+def test_ls_does_not_apply_the_default_disk_budget(folder, monkeypatch):
+    """A store may have been filled under a larger budget than the default."""
     monkeypatch.setitem(PrefixStore.__init__.__kwdefaults__, "disk_budget", 1)
     seen = []
     whole = PrefixStore.names
@@ -160,10 +160,10 @@ def test_no_command_brings_a_budget_of_its_own(folder, monkeypatch):
     assert seen[0].budget_bytes > 2**60
 
 
-# --- looking ----------------------------------------------------------------------------------------------------------
+# --- inspection -------------------------------------------------------------------------------------------------------
 
 
-def test_ls_shows_names_and_counts_the_rest(folder):
+def test_ls_lists_names_and_counts_unnamed_chains(folder):
     lines = done("ls", "--store", folder).splitlines()
     assert lines[0].split() == [
         "name",
@@ -185,13 +185,13 @@ def test_ls_shows_names_and_counts_the_rest(folder):
     assert lines[-1].startswith("1 chain without a name, ")
 
 
-def test_ls_of_an_empty_store(tmp_path):
+def test_ls_says_that_an_empty_store_is_empty(tmp_path):
     PrefixStore(tmp_path / "empty").close()
     assert done("ls", "--store", tmp_path / "empty") == "The store is empty.\n"
     assert done("ls", "--unnamed", "--store", tmp_path / "empty") == "Nothing here is without a name.\n"
 
 
-def test_ls_as_json_is_what_the_store_tells(folder):
+def test_ls_json_agrees_with_the_store(folder):
     found = data("ls", "--store", folder)
     names = names_in(folder)
     assert found["store"] == str(folder)
@@ -204,7 +204,7 @@ def test_ls_as_json_is_what_the_store_tells(folder):
     assert found["unnamed"] == {"chains": 1, "bytes": unnamed(folder).nbytes}
 
 
-def test_ls_unnamed_gives_keys_that_name_takes(folder):
+def test_ls_unnamed_lists_keys_that_the_name_command_accepts(folder):
     (chain,) = data("ls", "--unnamed", "--store", folder)["chains"]
     assert chain["key"] == unnamed(folder).key
     assert (chain["tokens"], chain["names"]) == (5, [])
@@ -216,7 +216,7 @@ def test_ls_unnamed_gives_keys_that_name_takes(folder):
     assert names_in(folder)["found"].tokens == 5
 
 
-def test_a_narrow_terminal_gets_fewer_columns_and_is_told_which(folder):
+def test_ls_on_a_narrow_terminal_drops_columns_and_lists_them(folder):
     text = done("ls", "--store", folder, env={"COLUMNS": "44"})
     assert max(map(len, text.splitlines()[:3])) <= 44
     assert "tokens" in text.splitlines()[0]
@@ -226,19 +226,19 @@ def test_a_narrow_terminal_gets_fewer_columns_and_is_told_which(folder):
     assert "Too narrow" not in done("ls", "--store", folder)
 
 
-def test_a_long_name_is_folded_never_cut(folder):
+def test_ls_folds_a_long_name_without_cutting_it(folder):
     name = "ж" * 150
     done("rename", "letter", name, "--store", folder)
     text = done("ls", "--store", folder, env={"COLUMNS": "60"})
     assert text.count("ж") == 150
 
 
-def test_a_name_is_shown_as_it_is_not_as_markup(folder):
+def test_ls_shows_markup_in_a_name_literally(folder):
     done("rename", "letter", "[red]x[/red]", "--store", folder)
     assert "[red]x[/red]" in done("ls", "--store", folder)
 
 
-def test_show_tells_all_that_is_known(folder):
+def test_show_prints_the_facts_of_a_prefix_as_text_and_json(folder):
     text = done("show", "letter", "--tokens", 3, "--store", folder)
     facts = dict(line.split("  ", 1) for line in text.splitlines())
     assert facts["tokens"].strip() == "12"
@@ -251,7 +251,7 @@ def test_show_tells_all_that_is_known(folder):
     assert found["manifest_problem"] is None
 
 
-def test_show_without_the_file_of_its_root(folder):
+def test_show_reports_a_missing_root_file(folder):
     (folder / "roots" / f"{'a1' * 32}.json").unlink()
     assert "cannot be read" in done("show", "letter", "--store", folder)
     found = data("show", "letter", "--store", folder)
@@ -259,7 +259,7 @@ def test_show_without_the_file_of_its_root(folder):
     assert "cannot be read" in found["manifest_problem"]
 
 
-def test_what_a_root_file_says_cannot_steer_the_terminal(folder):
+def test_show_and_du_replace_control_characters_of_a_root_file(folder):
     manifest = {"model": "Llama\x1b[2J\nForCausalLM", "config": {"num_hidden_layers": 2, "dtype": "bfloat16"}}
     (folder / "roots" / f"{'a1' * 32}.json").write_text(json.dumps(manifest))
     for command in (["show", "letter"], ["du"]):
@@ -284,14 +284,14 @@ def test_du_counts_every_block_once(folder):
     assert own + shared["letter"] == by_root["a1" * 32]["bytes"]
 
 
-def test_du_for_people_lists_models_and_names(folder):
+def test_du_text_lists_roots_names_and_unnamed_bytes(folder):
     text = done("du", "--store", folder)
     assert "a1a1a1a1a1a1" in text
     assert "letter" in text
     assert text.splitlines()[-1].endswith("that no name uses.")
 
 
-def test_stats_in_three_formats(folder):
+def test_stats_agree_as_text_json_and_prometheus_metrics(folder):
     found = data("stats", "--store", folder)
     assert found["bytes"] == bytes_in(folder)
     assert (found["blocks"], found["chains"], found["names"]) == (len(block_files(folder)), 3, 2)
@@ -299,14 +299,14 @@ def test_stats_in_three_formats(folder):
     assert f"blocks  {found['blocks']}\n" in done("stats", "--store", folder)
     text = done("stats", "--format", "prometheus", "--store", folder)
     assert f'kvtier_store_held_bytes{{tier="disk"}} {found["bytes"]}\n' in text
-    assert "_total" not in text  # nothing that only the programs which use the store can have counted
+    assert "_total" not in text  # no counters, which only the processes that use the store can have
     assert "budget" not in text
 
 
 # --- naming -----------------------------------------------------------------------------------------------------------
 
 
-def test_name_with_pin_and_ttl(folder):
+def test_name_command_sets_pin_and_ttl(folder):
     found = data("name", unnamed(folder).key[:12], "kept", "--pin", "--ttl", "2h", "--store", folder)
     kept = names_in(folder)["kept"]
     assert found["name"] == "kept"
@@ -314,7 +314,7 @@ def test_name_with_pin_and_ttl(folder):
     assert kept.expires_at == pytest.approx(kept.used_at + 7200)
 
 
-def test_name_does_not_take_a_name_unasked(folder):
+def test_name_command_moves_an_existing_name_only_with_replace(folder):
     key = unnamed(folder).key
     assert "--replace" in refusal("name", key, "letter", "--store", folder, code=2)
     assert names_in(folder)["letter"].tokens == 12
@@ -323,11 +323,11 @@ def test_name_does_not_take_a_name_unasked(folder):
 
 
 @pytest.mark.parametrize("key", ["", "zz", "A1" * 40])
-def test_a_key_that_nothing_has(folder, key):
+def test_name_command_refuses_an_unknown_key(folder, key):
     assert "ls --unnamed" in refusal("name", key, "new", "--store", folder, code=2)
 
 
-def test_a_key_that_several_have_is_refused(folder):
+def test_name_command_refuses_an_ambiguous_key(folder):
     with PrefixStore(folder, block_size=4) as store:
         first = 200
         while len({chain.key[0] for chain in store.chains()}) == len(store.chains()):
@@ -341,19 +341,19 @@ def test_a_key_that_several_have_is_refused(folder):
 
 
 @pytest.mark.parametrize("ttl", ["", "soon", "0d", "-3d", "3 years"])
-def test_a_ttl_that_is_no_duration(folder, ttl):
+def test_name_command_refuses_an_invalid_ttl(folder, ttl):
     line = refusal("name", unnamed(folder).key, "new", f"--ttl={ttl}", "--store", folder, code=2)
     assert line.startswith("kvtier store: --ttl=")
 
 
 @pytest.mark.parametrize("name", ["", " x", "a\nb", "y" * 201])
-def test_what_cannot_be_a_name(folder, name):
+def test_name_and_rename_commands_refuse_invalid_names(folder, name):
     assert "cannot be a name" in refusal("name", unnamed(folder).key, name, "--store", folder, code=2)
     assert "cannot be a name" in refusal("rename", "letter", name, "--store", folder, code=2)
     assert set(names_in(folder)) == {"a note", "letter"}
 
 
-def test_rename(folder):
+def test_rename_command_refuses_taken_and_unknown_names(folder):
     assert done("rename", "letter", "l’été", "--store", folder) == "letter is now called l’été.\n"
     assert set(names_in(folder)) == {"a note", "l’été"}
     refusal("rename", "l’été", "a note", "--store", folder, code=2)
@@ -376,7 +376,7 @@ def test_pin_and_unpin_take_several_names_all_or_none(folder):
 # --- removing ---------------------------------------------------------------------------------------------------------
 
 
-def test_rm_removes_what_nothing_else_uses(folder):
+def test_rm_removes_only_the_blocks_that_no_other_name_shares(folder):
     own = names_in(folder)["letter"].own_bytes
     before = bytes_in(folder)
     found = data("rm", "letter", "--yes", "--store", folder)
@@ -390,22 +390,22 @@ def test_rm_of_several_names_is_all_or_none(folder):
     assert "letter" in names_in(folder)
     done("rm", "letter", "a note", "letter", "--yes", "--store", folder)
     assert not names_in(folder)
-    assert len(block_files(folder)) == 2  # those of the third sequence
+    assert len(block_files(folder)) == 2  # the blocks of the third sequence
 
 
-def test_rm_by_key(folder):
+def test_rm_by_key_removes_an_unnamed_chain(folder):
     found = data("rm", "--key", unnamed(folder).key[:10], "--yes", "--store", folder)
     assert found["removed_blocks"] == 2
     assert all(chain.names for chain in chains_in(folder))
 
 
-def test_rm_by_key_does_not_touch_what_has_a_name(folder):
+def test_rm_by_key_refuses_a_named_chain(folder):
     named = next(chain for chain in chains_in(folder) if chain.names == ("letter",))
     assert "'letter'" in refusal("rm", "--key", named.key, "--yes", "--store", folder, code=2)
     assert names_in(folder)["letter"].kept_tokens == 12
 
 
-def test_rm_takes_names_or_a_key(folder):
+def test_rm_refuses_wrong_combinations_of_names_and_key(folder):
     key = unnamed(folder).key
     for wrong in (["rm"], ["rm", "letter", "--key", key], ["rm", "--key", key, "--name-only"]):
         refusal(*wrong, "--yes", "--store", folder, code=2)
@@ -413,7 +413,7 @@ def test_rm_takes_names_or_a_key(folder):
     assert unnamed(folder).key == key
 
 
-def test_rm_of_the_name_only(folder):
+def test_rm_name_only_keeps_the_blocks(folder):
     before = bytes_in(folder)
     done("rm", "letter", "--name-only", "--yes", "--store", folder)
     assert set(names_in(folder)) == {"a note"}
@@ -424,7 +424,7 @@ DESTROYS = (("rm", "letter"), ("rm", "letter", "--name-only"), ("prune", "--to",
 
 
 @pytest.mark.parametrize("command", [*DESTROYS, ("prune", "--unused-for", "1s")], ids=" ".join)
-def test_what_destroys_is_refused_where_nobody_can_be_asked(command, folder):
+def test_destructive_commands_without_a_terminal_require_yes(command, folder):
     before = bytes_in(folder)
     assert "--yes" in refusal(*command, "--store", folder, code=2)
     assert "letter" in names_in(folder)
@@ -433,7 +433,7 @@ def test_what_destroys_is_refused_where_nobody_can_be_asked(command, folder):
 
 @pytest.mark.usefixtures("person")
 @pytest.mark.parametrize("command", DESTROYS, ids=" ".join)
-def test_what_destroys_asks(command, folder):
+def test_destructive_commands_ask_for_confirmation(command, folder):
     damage(block_files(folder)[0], "flip", 9_000)
     before = bytes_in(folder)
     for answer in ("n\n", "\n"):
@@ -446,7 +446,7 @@ def test_what_destroys_asks(command, folder):
     assert bytes_in(folder) < before or "letter" not in names_in(folder)
 
 
-def test_prune_to_a_size_leaves_what_is_pinned(folder):
+def test_prune_to_a_size_keeps_pinned_prefixes(folder):
     done("pin", "letter", "--store", folder)
     text = done("prune", "--to", "0", "--yes", "--store", folder)
     names = names_in(folder)
@@ -456,7 +456,7 @@ def test_prune_to_a_size_leaves_what_is_pinned(folder):
     assert "a note" in names
 
 
-def test_prune_by_age(folder, monkeypatch):
+def test_prune_unused_for_removes_only_old_blocks(folder, monkeypatch):
     assert data("prune", "--unused-for", "30d", "--yes", "--store", folder)["removed_blocks"] == 0
     now = time.time()
     monkeypatch.setitem(PrefixStore.__init__.__kwdefaults__, "clock", lambda: now + 31 * 86400)
@@ -466,7 +466,7 @@ def test_prune_by_age(folder, monkeypatch):
     assert 0 < removed["removed_bytes"] <= before
 
 
-def test_prune_of_what_has_expired_asks_nothing(folder, monkeypatch):
+def test_prune_expired_does_not_ask_for_confirmation(folder, monkeypatch):
     now = time.time()
     monkeypatch.setitem(PrefixStore.__init__.__kwdefaults__, "clock", lambda: now + 3700)
     done("prune", "--expired", "--store", folder)
@@ -475,14 +475,14 @@ def test_prune_of_what_has_expired_asks_nothing(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [[], ["--expired", "--to", "1GiB"], ["--to", "much"], ["--unused-for", "long"]])
-def test_prune_says_what_is_wrong(wrong, folder):
+def test_prune_refuses_missing_conflicting_or_invalid_options(wrong, folder):
     refusal("prune", *wrong, "--yes", "--store", folder, code=2)
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-def test_verify_of_a_store_that_is_whole(folder):
+def test_verify_finds_no_problems_in_an_intact_store(folder):
     assert "Nothing is wrong. 6 blocks" in done("verify", "--store", folder)
     found = data("verify", "--store", folder)
     assert found["ok"]
@@ -506,16 +506,16 @@ def test_verify_finds_damage_and_repairs_it(folder):
     assert "Nothing is wrong" in done("verify", "--store", folder)
 
 
-# --- carrying ---------------------------------------------------------------------------------------------------------
+# --- export and import ------------------------------------------------------------------------------------------------
 
 
-def test_export_does_not_replace_a_file_unasked(folder, tmp_path):
+def test_export_refuses_to_replace_a_file_without_overwrite(folder, tmp_path):
     (tmp_path / "mine").write_text("mine")
     assert "--overwrite" in refusal("export", "letter", tmp_path / "mine", "--store", folder, code=2)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_what_is_exported_is_imported_into_a_new_store(folder, tmp_path):
+def test_exported_prefix_is_imported_into_a_new_store(folder, tmp_path):
     file, new = tmp_path / "letter.kvt", tmp_path / "new"
     found = data("export", "letter", file, "--store", folder)
     assert found["file_bytes"] == file.stat().st_size
@@ -529,19 +529,19 @@ def test_what_is_exported_is_imported_into_a_new_store(folder, tmp_path):
     assert found["store"] == str(new)
 
 
-def test_export_replaces_a_file_when_asked(folder, tmp_path):
+def test_export_replaces_a_file_with_overwrite(folder, tmp_path):
     (tmp_path / "old").write_text("old")
     done("export", "letter", tmp_path / "old", "--overwrite", "--store", folder)
     done("import", tmp_path / "old", "--store", tmp_path / "new")
 
 
-def test_a_file_that_is_no_export_makes_no_store(tmp_path):
+def test_import_of_a_foreign_file_creates_no_store(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     assert "cannot be imported" in refusal("import", tmp_path / "thesis.txt", "--store", tmp_path / "new", code=1)
     assert not (tmp_path / "new").exists()
 
 
-def test_import_of_what_has_no_name_asks_for_one(folder, tmp_path):
+def test_import_of_an_unnamed_archive_requires_a_name(folder, tmp_path):
     with PrefixStore(folder) as store:
         reader = store._tiers.open(store.admin._kept_blocks(store._tiers.names.get("letter"))[0])
         write_archive(tmp_path / "x", [reader], 4, root="a1" * 32, manifest={}, block_size=4)
@@ -551,27 +551,27 @@ def test_import_of_what_has_no_name_asks_for_one(folder, tmp_path):
     done("import", tmp_path / "x", "--name", "x", "--store", tmp_path / "new")
 
 
-def test_import_does_not_take_a_name(folder, tmp_path):
+def test_import_refuses_the_name_of_another_prefix(folder, tmp_path):
     done("export", "letter", tmp_path / "x", "--store", folder)
     refusal("import", tmp_path / "x", "--name", "a note", "--store", folder, code=2)
     assert names_in(folder)["a note"].tokens == 6
 
 
-def test_export_of_what_is_not_all_there(folder, tmp_path):
+def test_export_refuses_an_incomplete_prefix(folder, tmp_path):
     done("prune", "--to", "0", "--yes", "--store", folder)
     assert "cannot be exported" in refusal("export", "letter", tmp_path / "x", "--store", folder, code=1)
     assert not (tmp_path / "x").exists()
 
 
-def test_import_of_no_file_makes_no_store(tmp_path):
+def test_import_of_a_missing_file_creates_no_store(tmp_path):
     assert "there is no file" in refusal("import", tmp_path / "gone", "--store", tmp_path / "new", code=2)
     assert not (tmp_path / "new").exists()
 
 
-# --- how commands end -------------------------------------------------------------------------------------------------
+# --- exit codes and progress ------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_ends_with_130(folder, monkeypatch):
+def test_interrupted_command_exits_with_130(folder, monkeypatch):
     def interrupted(self, **how):
         raise KeyboardInterrupt
 
@@ -579,7 +579,7 @@ def test_an_interrupt_ends_with_130(folder, monkeypatch):
     assert refusal("verify", "--store", folder, code=130) == "kvtier store: interrupted"
 
 
-def test_a_failing_disk_is_one_line(folder, monkeypatch):
+def test_store_error_is_printed_in_one_line_with_exit_code_1(folder, monkeypatch):
     def fails(self, **how):
         raise StoreError("the drive\nis gone")
 
@@ -587,11 +587,11 @@ def test_a_failing_disk_is_one_line(folder, monkeypatch):
     assert refusal("verify", "--store", folder, code=1) == "kvtier store: the drive is gone"
 
 
-def test_a_real_interrupt_while_verifying(folder):
-    """A process of its own, stopped from outside in the middle of its work."""
+def test_sigint_during_verify_exits_with_130_and_leaves_no_owner(folder):
+    """A separate process receives SIGINT in the middle of its work."""
     script = (
         "import signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the parent process may ignore it
         "from kvtier.store import PrefixStore\n"
         "from kvtier.cli import app\n"
         "whole = PrefixStore.verify\n"
@@ -609,7 +609,7 @@ def test_a_real_interrupt_while_verifying(folder):
     assert not list((folder / "owners").iterdir())
 
 
-def test_progress_is_shown_to_a_terminal_only(folder, monkeypatch):
+def test_verify_shows_progress_only_on_a_terminal(folder, monkeypatch):
     seen = []
 
     def verify(self, *, repair, progress):

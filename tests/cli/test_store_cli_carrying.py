@@ -1,4 +1,4 @@
-"""``kvtier store export`` and ``import``, and what files from strangers can do to a terminal: nothing."""
+"""``kvtier store export`` and ``import``; foreign files cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def names_in(folder):
 
 
 def rewritten(file, **changes):
-    """Change metadata of an archive; None takes one away."""
+    """Change metadata of an archive; None removes an entry."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -75,7 +75,7 @@ def rewritten(file, **changes):
     file.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
 
 
-def test_export_writes_what_it_says(folder, tmp_path):
+def test_export_reports_the_size_and_tokens_of_its_file(folder, tmp_path):
     path = tmp_path / "letter.safetensors"
     found = data(folder, "export", "letter", path)
     assert (found["file"], found["file_bytes"], found["tokens"]) == (str(path), path.stat().st_size, 10)
@@ -83,7 +83,7 @@ def test_export_writes_what_it_says(folder, tmp_path):
         assert archive.get_tensor("tokens").tolist() == TOKENS.tolist()
 
 
-def test_export_replaces_a_file_when_told(folder, file):
+def test_export_replaces_a_file_only_with_overwrite(folder, file):
     file.write_text("precious")
     assert "--overwrite" in refusal(folder, "export", "letter", file, code=2)
     assert file.read_text() == "precious"
@@ -91,13 +91,13 @@ def test_export_replaces_a_file_when_told(folder, file):
     assert file.read_bytes() != b"precious"
 
 
-def test_export_that_fails_leaves_nothing(folder, tmp_path):
+def test_failed_export_leaves_no_file(folder, tmp_path):
     refusal(folder, "export", "letter", tmp_path / "no" / "x.safetensors", code=1)
     refusal(folder, "export", "nothing", tmp_path / "x.safetensors", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_import_makes_a_store_that_restores_every_byte(file, tmp_path):
+def test_import_creates_a_store_that_restores_every_byte(file, tmp_path):
     there = tmp_path / "there"
     found = data(there, "import", file)
     assert (found["store"], found["name"], found["root"], found["tokens"]) == (str(there), "letter", ROOT, 10)
@@ -106,23 +106,23 @@ def test_import_makes_a_store_that_restores_every_byte(file, tmp_path):
     assert data(there, "show", "letter")["manifest"]["model"] == "TinyForCausalLM"
 
 
-def test_import_takes_no_name_away(folder, file):
+def test_import_refuses_the_name_of_another_prefix(folder, file):
     assert "--name" in refusal(folder, "import", file, "--name", "note", code=2)
     assert names_in(folder) == {"letter": 10, "note": 6}
-    assert run(folder, "import", file).exit_code == 0  # the same under the same name
+    assert run(folder, "import", file).exit_code == 0  # the same prefix under the same name
     assert run(folder, "import", file, "--name", "copy").exit_code == 0
     assert names_in(folder) == {"copy": 10, "letter": 10, "note": 6}
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None])
-def test_no_store_is_made_for_what_is_no_archive(folder, tmp_path, content):
+def test_import_of_an_invalid_archive_creates_no_store(folder, tmp_path, content):
     junk = tmp_path / "junk.safetensors"
     junk.write_bytes(block_files(folder)[0].read_bytes() if content is None else content)
     assert str(junk) in refusal(tmp_path / "there", "import", junk, code=1)
     assert not (tmp_path / "there").exists()
 
 
-def test_a_damaged_archive_leaves_an_empty_store(file, tmp_path):
+def test_import_of_a_damaged_archive_leaves_an_empty_store(file, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -131,7 +131,7 @@ def test_a_damaged_archive_leaves_an_empty_store(file, tmp_path):
     assert block_files(tmp_path / "there") == []
 
 
-def test_an_archive_without_a_name_needs_one(file, tmp_path):
+def test_import_of_an_unnamed_archive_requires_a_name(file, tmp_path):
     rewritten(file, name=None)
     assert "--name" in refusal(tmp_path / "there", "import", file, code=2)
     assert not (tmp_path / "there").exists()
@@ -150,7 +150,7 @@ def test_an_archive_without_a_name_needs_one(file, tmp_path):
     ],
     ids=str,
 )
-def test_whatever_an_archive_says_of_its_model_is_shown_or_left_out(file, tmp_path, manifest):
+def test_odd_archive_manifest_neither_fails_commands_nor_controls_the_terminal(file, tmp_path, manifest):
     rewritten(file, manifest=json.dumps(manifest))
     there = tmp_path / "there"
     assert run(there, "import", file).exit_code == 0
@@ -161,14 +161,14 @@ def test_whatever_an_archive_says_of_its_model_is_shown_or_left_out(file, tmp_pa
         assert "\u202e" not in result.stdout
 
 
-def test_a_model_inside_a_model_is_described(tmp_path):
+def test_root_title_describes_a_nested_text_model(tmp_path):
     inner = {"text_config": {"num_hidden_layers": 7, "dtype": "float32"}, "dtype": "bfloat16"}
     (tmp_path / "roots").mkdir()
     (tmp_path / "roots" / f"{ROOT}.json").write_text(json.dumps({"model": "SeeingModel", "config": inner}))
     assert RootFile.read(tmp_path, ROOT).title == "SeeingModel, 7 layers, bfloat16"
 
 
-def test_errors_cannot_steer_the_terminal(folder, tmp_path, monkeypatch):
+def test_error_messages_contain_no_escape_characters(folder, tmp_path, monkeypatch):
     # With color=True nothing is stripped on the way to a terminal.
     for words in (["ls"], ["import", str(tmp_path / "\x1b[31mx")]):
         place = tmp_path / "\x1b[31mfolder" if words == ["ls"] else folder
@@ -178,7 +178,7 @@ def test_errors_cannot_steer_the_terminal(folder, tmp_path, monkeypatch):
         assert "\x1b" not in result.stderr
 
 
-def test_a_file_that_is_called_like_markup_is_only_a_file(folder, tmp_path, monkeypatch):
+def test_file_name_that_looks_like_markup_is_used_literally(folder, tmp_path, monkeypatch):
     screen = io.StringIO()
 
     class Terminal(Console):

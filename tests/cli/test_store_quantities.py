@@ -1,4 +1,4 @@
-"""Sizes and spans, as people read and write them."""
+"""Formatting and parsing of sizes and durations on the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvtier.errors import ConfigurationError
         (5000 * 2**40, "5000.0 TiB"),
     ],
 )
-def test_sizes_are_short_and_never_show_a_four_digit_unit_too_small(nbytes, text):
+def test_size_is_formatted_in_a_suitable_binary_unit(nbytes, text):
     assert size(nbytes) == text
 
 
@@ -39,7 +39,7 @@ def test_sizes_are_short_and_never_show_a_four_digit_unit_too_small(nbytes, text
         (20.5 * 86400, "20 d"),
     ],
 )
-def test_spans_are_rounded_down(seconds, text):
+def test_duration_is_formatted_rounded_down(seconds, text):
     assert span(seconds) == text
 
 
@@ -47,17 +47,17 @@ def test_spans_are_rounded_down(seconds, text):
     ("text", "seconds"),
     [("1s", 1), ("90 min", 5400), ("1.5h", 5400), ("30d", 2_592_000), (" 2 w ", 1_209_600)],
 )
-def test_spans_that_people_write(text, seconds):
+def test_parse_span_accepts_common_durations(text, seconds):
     assert parse_span(text, "--ttl") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "5", "5m", "0s", "-1d", "1e3s", "1d2h", "d", "٣d x", "1 month"])
-def test_what_is_no_span(text):
+def test_parse_span_refuses_invalid_durations(text):
     with pytest.raises(ConfigurationError, match=r"--ttl=.* is not a duration"):
         parse_span(text, "--ttl")
 
 
-def test_sizes_that_people_write():
+def test_parse_size_accepts_byte_counts_and_refuses_other_text():
     assert parse_size("0", "--to") == 0
     assert parse_size("10GiB", "--to") == 10 * 2**30
     with pytest.raises(ConfigurationError, match="--to='x'"):

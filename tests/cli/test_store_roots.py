@@ -1,4 +1,4 @@
-"""What is shown of a root, whatever its file holds."""
+"""Display of a root, whatever its file holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read(folder, content):
     return RootFile.read(folder, ROOT)
 
 
-def test_a_model_in_a_few_words(tmp_path):
+def test_root_title_and_facts_describe_the_model(tmp_path):
     manifest = {
         "model": "LlamaForCausalLM",
         "config": {"num_hidden_layers": 30, "dtype": "bfloat16", "_model_name_or_path": "tiny"},
@@ -39,7 +39,7 @@ def test_a_model_in_a_few_words(tmp_path):
     ["", "{", "[]", "3", "[" * 100_000, '{"a": "\udcff"}'.encode("utf-8", "surrogatepass")],
     ids=["empty", "torn", "list", "number", "deep", "no text"],
 )
-def test_a_file_that_cannot_be_used_is_told(content, tmp_path):
+def test_unusable_root_file_is_reported_as_a_problem(content, tmp_path):
     (tmp_path / "roots").mkdir()
     path = tmp_path / "roots" / f"{ROOT}.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -50,7 +50,7 @@ def test_a_file_that_cannot_be_used_is_told(content, tmp_path):
     assert dict(file.facts)["root"] == ROOT
 
 
-def test_a_large_file_is_not_read(tmp_path, monkeypatch):
+def test_oversized_root_file_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "roots").mkdir()
     with (tmp_path / "roots" / f"{ROOT}.json").open("wb") as file:
         file.write(b"{}")
@@ -60,7 +60,7 @@ def test_a_large_file_is_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("manifest", [{}, {"config": [1]}, {"config": None, "adapters": None}, {"model": 3}])
-def test_a_manifest_of_another_shape_is_no_failure(manifest, tmp_path):
+def test_manifest_of_an_unexpected_shape_still_gives_a_title(manifest, tmp_path):
     file = read(tmp_path, json.dumps(manifest))
     assert file.title
     assert dict(file.facts)["adapters"] == "none"

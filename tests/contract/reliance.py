@@ -1,7 +1,7 @@
-"""What kvtier relies on in transformers, accelerate and PEFT: every name and signature, and where it is needed.
+"""Every name and signature of transformers, accelerate and PEFT that kvtier uses, and the file that uses it.
 
-A version of transformers that changes one of these fails a test that says which, and in which file of kvtier to look.
-What they *do* is in ``test_generate_contract.py``; where they are wrong, in ``test_upstream_errors.py``.
+A version of transformers that changes one of these fails a test; the failure names the change and the kvtier file.
+``test_generate_contract.py`` tests their behaviour; ``test_upstream_errors.py`` lists their known bugs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ INSTALLED = version_of(transformers.__version__)
 
 @dataclass(frozen=True)
 class Reliance:
-    """One name upstream.
+    """An upstream name that kvtier uses.
 
     Attributes:
-        name: its dotted path, from a package on.
-        where: the file below ``kvtier/`` that needs it.
-        shape: its parameters with defaults and without hints, or ``property``; None for any.
-        since: the first minor version that has it so.
-        until: the first that no longer has it so.
+        name: dotted path, starting with a package.
+        where: file below ``kvtier/`` that needs it.
+        shape: parameters with defaults and without hints, or ``property``; None accepts any.
+        since: first minor version with this name and shape.
+        until: first minor version without this name and shape.
     """
 
     name: str
@@ -57,7 +57,7 @@ GENERATE = (
 )
 APPEND = "(self, key_states, value_states, *args, **kwargs)"
 
-# What is imported by name.
+# Names that kvtier imports.
 IMPORTS = [
     Reliance("transformers.__version__", "hf/identity/fingerprint.py"),
     Reliance("transformers.GenerationMixin", "hf/generate/hook.py"),
@@ -91,7 +91,7 @@ IMPORTS = [
     Reliance("transformers.utils.logging", "cli/demo/conversation.py"),
 ]
 
-# What is called, overridden or read on them.
+# Members that kvtier calls, overrides or reads.
 MEMBERS = [
     Reliance("transformers.GenerationMixin.generate", "hf/generate/hook.py", GENERATE),
     Reliance("transformers.GenerationMixin._supports_default_dynamic_cache", "hf/compat/model_profiles.py", "(cls)"),
@@ -206,18 +206,18 @@ MEMBERS = [
     ),
 ]
 
-# Under which names forward passes of models that generate take what is annotated as a cache: the first minor version in
-# which they do, and the first in which they no longer do.
+# Parameter names under which forward passes of generating models take an argument annotated as a cache. Each has the
+# first minor version that uses the name, and the first that no longer does.
 CACHE_PARAMETERS: dict[str, tuple[Version, Version | None]] = {
     "cache": ((5, 24), None),
     "past_key_values": ((5, 0), (5, 24)),
     "cache_params": ((5, 0), (5, 24)),  # Mamba and xLSTM
-    "encoder_cache": ((5, 24), None),  # Voxtral Realtime, for its encoder
+    "encoder_cache": ((5, 24), None),  # Voxtral Realtime's encoder
     "encoder_past_key_values": ((5, 0), (5, 24)),
     "padding_cache": ((5, 0), None),
 }
 
-# Nothing of these is imported; they are found by name.
+# kvtier does not import these; it finds them by name.
 OTHERS = [
     Reliance(
         "transformers.models.minimax.modeling_minimax.MiniMaxCache.get_linear_cache",
@@ -248,8 +248,8 @@ OTHERS = [
     Reliance("peft.PeftModel.active_peft_config", "hf/identity/eligibility.py", "property"),
 ]
 
-# Every public member of a class that kvtier stands in for, and who answers it. A new one may read or change what the
-# cache holds past kvtier's methods: look at what calls it, and add it here.
+# Every public member of a class that kvtier replaces, and the code that handles it. A new member may read or change
+# cache contents without going through kvtier's methods: find its callers, and add it here.
 KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.cache_utils.Cache": {
         "update": "hf/cache.py",
@@ -330,8 +330,8 @@ KNOWN_MEMBERS: dict[str, dict[str, str]] = {
     "transformers.EncoderDecoderCache": {"check_dynamic_cache": "asks for DynamicCache, which TieredCache is"},
 }
 
-# Everything that a layer of linear attention or a convolution holds, and whether it goes into its states. What is new
-# may be a state too.
+# Every attribute of a linear attention or convolution layer, and whether kvtier stores it with the states. A new
+# attribute may be a state too.
 STATES = {
     "conv_states": True,
     "recurrent_states": True,
@@ -340,13 +340,13 @@ STATES = {
     "has_previous_state": True,
     "conv_kernel_size": True,
     "dtype": True,
-    "device": False,  # where they are put
-    "number_of_states": False,  # is told by the config
-    "record_past": False,  # of one generate()
+    "device": False,  # the device that holds them
+    "number_of_states": False,  # follows from the config
+    "record_past": False,  # valid for a single generate()
 }
 
-# Kinds of layers that a config can ask for, those that models register for themselves included. A new one needs a
-# decision in hf/layers/build.py: a window, states, or no reuse.
+# Layer types that a config can request, including those that models register themselves. A new type needs a decision in
+# hf/layers/build.py: a buffer, states, or no reuse.
 LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
@@ -367,15 +367,15 @@ LAYER_TYPES = {
     "reference_sliding_attention",  # Unlimited OCR
 }
 
-# Those of them that kvtier does not keep: reuse is off.
+# Layer types that kvtier does not store: reuse is off.
 NOT_KEPT = {"reference_sliding_attention"}
 
-# How rotary positions are computed. hf/identity/eligibility.py names those that depend on the length of the sequence.
+# Types of rotary position embedding. hf/identity/eligibility.py names those that depend on the sequence length.
 ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}
 ROPE_TYPES = ROPE_TYPES_BY_LENGTH | {"linear", "yarn", "llama3", "proportional"}
 
-# Settings of generate(). hf/inputs/arguments.py takes all of them to choose tokens, not K and V, but for those it
-# names: a new one may decide which tokens are fed, how often, or in which form.
+# Settings of generate(). hf/inputs/arguments.py names the settings that affect K and V; it assumes that the others only
+# affect the choice of tokens. A new setting may decide which tokens are fed, how often, or in which form.
 _SETTINGS = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
     begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints

@@ -1,4 +1,4 @@
-"""Under which names transformers takes a cache: in every forward pass of a model that generates, and in generate()."""
+"""The parameter names under which transformers' forward passes and generate() take a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODELS = Path(transformers.__file__).parent / "models"
 
 
 def cache_parameters():
-    """Each model class that generates, with the parameters of its forward pass that are annotated as a cache."""
+    """Each generating model class, with the parameters of its forward pass that are annotated as a cache."""
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         text = file.read_text(encoding="utf-8")
         if "GenerationMixin" not in text:
@@ -33,10 +33,10 @@ def cache_parameters():
                     )
 
 
-def test_forward_passes_take_a_cache_under_a_name_that_is_known():
-    """The rename of 5.24 would have been seen here: an unknown name turns reuse off for a model."""
+def test_every_forward_pass_takes_a_cache_under_a_known_name():
+    """This test would have caught the rename in 5.24. An unknown name turns reuse off for a model."""
     found = dict(cache_parameters())
-    assert len(found) > 200  # the search finds what is there
+    assert len(found) > 200  # the search works
     for model, parameters in found.items():
         for name in parameters:
             since, until = CACHE_PARAMETERS.get(name, (INSTALLED, INSTALLED))
@@ -46,8 +46,8 @@ def test_forward_passes_take_a_cache_under_a_name_that_is_known():
     assert sum(CACHE in parameters for parameters in found.values()) > 200
 
 
-def test_the_name_in_generate_is_the_one_in_forward(model, tokens):
-    """What the wrapper passes on is upstream's own name, which it does not warn of."""
+def test_generate_and_forward_use_the_same_cache_argument_name(model, tokens):
+    """The wrapper passes upstream's own name, which causes no deprecation warning."""
     assert ("cache" if INSTALLED >= (5, 24) else "past_key_values") == names.CACHE_ARGUMENT
     assert names.forward_argument(model) == names.generate_argument(model) == names.CACHE_ARGUMENT
     with warnings.catch_warnings():
@@ -60,7 +60,7 @@ def test_the_name_in_generate_is_the_one_in_forward(model, tokens):
 
 @pytest.mark.skipif(INSTALLED < (5, 24), reason="the old names are the only ones")
 @pytest.mark.parametrize("old", ["past_key_values", "cache_params"])
-def test_old_names_are_deprecated_ones(model, tokens, old):
+def test_old_cache_argument_names_still_work_with_a_warning(model, tokens, old):
     cache = transformers.DynamicCache(config=model.config)
     with pytest.warns(FutureWarning, match=old):
         model.generate(tokens(5), max_new_tokens=2, do_sample=False, **{old: cache})

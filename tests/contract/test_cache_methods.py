@@ -1,4 +1,4 @@
-"""What transformers' own cache and layers are asked, ours answer: the same, or by saying what to do."""
+"""TieredCache and its layers answer transformers' cache methods like the originals, or raise an error with advice."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def outcome(call, cache):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_without_layers(cache, name):
+def test_cache_without_layers_answers_like_dynamic_cache_or_advises_config(cache, name):
     theirs, refused = outcome(CALLS[name], DynamicCache())
     if isinstance(refused, AttributeError):
         pytest.skip("this version of transformers does not have it")
@@ -75,7 +75,7 @@ def test_without_layers(cache, name):
         assert "begin(model, input_ids)" in str(error)
 
 
-def test_every_method_is_in_the_table():
+def test_calls_table_covers_every_public_cache_method():
     public = {name for name in dir(DynamicCache) if not name.startswith("_")}
     elsewhere = {
         "offload",
@@ -89,7 +89,7 @@ def test_every_method_is_in_the_table():
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "falcon_h1", "lfm2", "deepseek_v32"])
-def test_a_model_on_a_cache_that_does_not_know_its_layers(store, name):
+def test_forward_on_cache_without_layers_raises_but_generate_works(store, name):
     model, ids = families.build(name), torch.arange(1, 9)[None]
     with TieredCache(store) as cache:
         if not hasattr(DynamicCache, "get_conv_state"):
@@ -101,8 +101,8 @@ def test_a_model_on_a_cache_that_does_not_know_its_layers(store, name):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_layers_are_of_transformers_kinds(name):
-    """Code that asks ``isinstance`` takes ours for what they stand for; states alone are transformers' own."""
+def test_layers_match_the_types_and_attributes_of_transformers_layers(name):
+    """Code that checks ``isinstance`` accepts kvtier's layers. Pure state layers are transformers' own."""
     config = families.build(name).config
     theirs = upstream_layers(config)
     for ours, their in zip(build_layers(config)[0], theirs, strict=True):
@@ -115,13 +115,13 @@ def test_layers_are_of_transformers_kinds(name):
     assert linear == DynamicCache(config=config).is_linear
 
 
-def test_no_layer_of_ours_is_registered():
+def test_kvtier_registers_no_layer_type_in_transformers():
     mapping = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})
     assert not [kind for kind in mapping.values() if inspect.getmodule(kind).__name__.startswith("kvtier")]
 
 
 @pytest.mark.parametrize(("k", "v"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_k_and_v_of_two_dtypes(cache, k, v):
+def test_update_accepts_k_and_v_of_different_dtypes(cache, k, v):
     theirs = DynamicCache()
     for _ in range(2):
         keys, values = torch.randn(1, 2, 3, 4).to(k), torch.randn(1, 2, 3, 4).to(v)
@@ -132,8 +132,8 @@ def test_k_and_v_of_two_dtypes(cache, k, v):
 
 @pytest.mark.parametrize("edit", [{"sliding_window": 5}, {"layer_types": ["full_attention"] * 3}])
 @pytest.mark.parametrize("known", [False, True], ids=["no root is known", "a root is known"])
-def test_a_config_that_is_edited(store, edit, known):
-    """Layers are those that the config lays out when a turn begins, not when the cache was made."""
+def test_layers_follow_an_edit_of_the_model_config(store, edit, known):
+    """The config at the start of a turn decides the layers, not the config at the creation of the cache."""
     model, ids = families.build("gemma3"), torch.arange(1, 31)[None]
     with TieredCache(store, config=model.config) as cache:
         if known:

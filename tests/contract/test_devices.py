@@ -1,4 +1,4 @@
-"""Every tensor that kvtier makes says where it lies: ``torch.set_default_device`` is the user's."""
+"""kvtier passes a device for every tensor that it makes: ``torch.set_default_device`` belongs to the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import kvtier
 from tests.support.upstream import given
 
 PACKAGE = Path(kvtier.__file__).parent
-# What ``torch.set_default_device`` reaches.
+# Functions that ``torch.set_default_device`` affects.
 MAKING = frozenset(
     [
         "arange",
@@ -34,12 +34,12 @@ MAKING = frozenset(
         "zeros",
     ]
 )
-# Whole models and their inputs, made and used together where the user has them made.
+# These make whole models and their inputs, and use them together, on the user's default device.
 BESIDE = {"hf/compat/canary.py"}
 
 
 def unplaced(source: str) -> Iterator[int]:
-    """Yield the lines in which a tensor is made without a device."""
+    """Yield the lines that make a tensor without a device."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             made = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch" and node.func.attr in MAKING
@@ -47,7 +47,7 @@ def unplaced(source: str) -> Iterator[int]:
                 yield node.lineno
 
 
-def test_every_tensor_says_where_it_lies():
+def test_every_tensor_is_created_with_an_explicit_device():
     found = []
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()
@@ -56,12 +56,12 @@ def test_every_tensor_says_where_it_lies():
     assert not found
 
 
-def test_the_scan_sees_one():
+def test_unplaced_finds_a_tensor_without_a_device():
     assert list(unplaced("torch.empty(3)\ntorch.empty(3, device='cpu')\nx.empty(3)")) == [1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"device_budget": "64KiB"}], ids=["hot", "cold"])
-def test_turns_under_another_default_device(make_model, tokens, tmp_path, settings):
+def test_turns_work_under_another_default_device(make_model, tokens, tmp_path, settings):
     model, ids = make_model("gemma3"), tokens(30)
     with kvtier.PrefixStore(tmp_path, block_size=8) as store:
         for known in (0, 29):
@@ -69,7 +69,7 @@ def test_turns_under_another_default_device(make_model, tokens, tmp_path, settin
                 torch.set_default_device("meta")
                 try:
                     cache.begin(model, ids)
-                    with torch.no_grad(), torch.device("cpu"):  # the model makes tensors of its own
+                    with torch.no_grad(), torch.device("cpu"):  # the model makes its own tensors
                         model(ids[:, cache.get_seq_length() :], **given(model, cache))
                     cache.commit(ids)
                 finally:

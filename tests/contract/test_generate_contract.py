@@ -1,4 +1,4 @@
-"""How ``generate()`` treats a cache: what kvtier counts on, each with the file that does."""
+"""How ``generate()`` treats a cache: the behaviours that kvtier relies on, each with the kvtier file that does."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.support.upstream import CACHE
 
 
 def relied_on(where):
-    """What a failing test says."""
+    """The message of a failing test."""
     return f"transformers {transformers.__version__} does this in another way; kvtier/{where} relies on it"
 
 
 class Watched(DynamicCache):
-    """A cache that notes what is done with it."""
+    """A cache that records its updates and reorders."""
 
     def __init__(self, config):
         super().__init__(config=config)
@@ -69,7 +69,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [0]}
 
 
 @pytest.mark.parametrize("known", [0, 1, 9])
-def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
+def test_generate_feeds_only_the_tokens_after_the_cached_prefix(model, tokens, fed, known):
     where = relied_on("hf/generate/run.py")
     ids, cache = tokens(10), Watched(model.config)
     if known:
@@ -87,7 +87,7 @@ def test_only_what_follows_the_cache_is_fed(model, tokens, fed, known):
     assert torch.equal(found[:, :10], ids), relied_on("hf/turn/turn.py")
 
 
-def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
+def test_generate_feeds_padded_rows_only_the_tokens_after_the_cache(model, tokens, fed):
     ids, cache = tokens(10, rows=2), DynamicCache(config=model.config)
     ids[1, :4] = 0
     mask = (ids != 0).long()
@@ -99,7 +99,7 @@ def test_only_what_follows_the_cache_is_fed_of_padded_rows(model, tokens, fed):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
-def test_hooks_see_every_forward_pass_with_its_arguments_by_name(model, tokens, settings):
+def test_hooks_see_every_forward_pass_with_keyword_arguments_only(model, tokens, settings):
     seen = []
     model.register_forward_pre_hook(lambda model, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     cache = DynamicCache(config=model.config)
@@ -111,8 +111,8 @@ def test_hooks_see_every_forward_pass_with_its_arguments_by_name(model, tokens, 
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, tokens, fed, settings):
-    """Also those of the caller, after all layers hold the prompt and before they hold more."""
+def test_stopping_criteria_run_once_between_two_forward_passes(model, tokens, fed, settings):
+    """The caller's criteria too: they run after all layers hold the prompt, and before the next token is fed."""
     seen = []
 
     class Notes(StoppingCriteria):
@@ -128,7 +128,7 @@ def test_stopping_criteria_are_asked_once_between_two_forward_passes(model, toke
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3}], ids=str
 )
-def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
+def test_generate_places_expanded_rows_next_to_each_other(model, tokens, fed, settings):
     ids, repeats, cache = tokens(10, rows=2), 3, Watched(model.config)
     settings = {**GREEDY, "do_sample": "num_beams" not in settings, **settings}
     found = model.generate(ids, **{CACHE: cache}, **settings)
@@ -140,7 +140,7 @@ def test_rows_are_expanded_next_to_each_other(model, tokens, fed, settings):
         assert all(len(rows) == 6 for rows in cache.reorders), relied_on("hf/layers/container.py")
 
 
-def test_the_callers_cache_is_returned(model, tokens):
+def test_generate_returns_the_callers_cache(model, tokens):
     cache = DynamicCache(config=model.config)
     found = model.generate(tokens(10), **{CACHE: cache}, return_dict_in_generate=True, **GREEDY)
     assert getattr(found, CACHE) is cache, relied_on("hf/generate/run.py")
@@ -149,8 +149,8 @@ def test_the_callers_cache_is_returned(model, tokens):
 
 @pytest.mark.parametrize("eos", [None, 0, 5])
 @pytest.mark.parametrize("pad", [None, 0, 5, 7])
-def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
-    """``generate()`` makes a mask of its own where none is given; a turn must know it before."""
+def test_inferred_padding_mask_matches_the_mask_of_generate(model, tokens, fed, pad, eos):
+    """``generate()`` infers a mask if the caller passes none. A turn must know that mask before the call."""
     ids = tokens(10, rows=2)
     ids[1, :4] = 7
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = pad, eos
@@ -163,7 +163,7 @@ def test_padding_ids_are_masked(model, tokens, fed, pad, eos):
         assert torch.equal(ours, theirs), relied_on("hf/generate/request.py")
 
 
-def test_settings_come_from_the_call_then_its_config_then_the_model(model, tokens):
+def test_settings_of_the_call_override_its_config_and_the_models(model, tokens):
     ids = tokens(10)
     model.generation_config.max_new_tokens = 1
     config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
@@ -173,7 +173,7 @@ def test_settings_come_from_the_call_then_its_config_then_the_model(model, token
     assert model.generate(ids, generation_config=config, max_new_tokens=3).shape[1] == 13, where
 
 
-def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
+def test_prefill_chunks_continue_after_the_cache_in_versions_that_support_it(model, tokens, fed):
     ids, cache = tokens(10), DynamicCache(config=model.config)
     model(input_ids=ids[:, :4], **{CACHE: cache})
     fed.clear()
@@ -182,21 +182,21 @@ def test_chunks_of_a_prompt_continue_where_the_cache_ends(model, tokens, fed):
 
 
 @pytest.mark.parametrize("name", sorted(DROPPED))
-def test_arguments_that_no_forward_pass_is_given(model, tokens, name):
+def test_dropped_arguments_do_not_reach_the_forward_pass(model, tokens, name):
     ids = tokens(10)
     prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: 10, "position_ids": None})
     assert "input_ids" in prepared
     assert name not in prepared, relied_on("hf/inputs/arguments.py: DROPPED")
 
 
-def test_no_other_argument_is_dropped():
-    """What else ``prepare_inputs_for_generation`` keeps back is of no use to kvtier before it is known."""
+def test_generate_drops_no_other_arguments():
+    """kvtier must know any further argument that ``prepare_inputs_for_generation`` withholds."""
     source = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
     (listed,) = re.findall(r"kwargs_to_avoid_forwarding = \((.*?)\)", source)
     assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/inputs/arguments.py: DROPPED")
 
 
-def test_labels_and_their_count_change_no_state(model, tokens, fed):
+def test_labels_and_their_count_leave_tokens_and_kv_unchanged(model, tokens, fed):
     ids, (bare, labelled) = tokens(10), (DynamicCache(config=model.config) for _ in range(2))
     expected = model.generate(ids, **{CACHE: bare}, **GREEDY)
     fed.clear()
@@ -208,7 +208,7 @@ def test_labels_and_their_count_change_no_state(model, tokens, fed):
         assert torch.equal(ours.values, theirs.values), relied_on("hf/inputs/arguments.py")
 
 
-def test_a_streamer_gets_the_prompt_first(model, tokens):
+def test_streamer_receives_the_prompt_first(model, tokens):
     class Notes(BaseStreamer):
         def __init__(self):
             self.seen = []
@@ -224,8 +224,8 @@ def test_a_streamer_gets_the_prompt_first(model, tokens):
     assert notes.seen == [ids[0].tolist(), *([t] for t in found[10:]), "end"], relied_on("hf/generate/run.py")
 
 
-def test_mamba_prepares_its_inputs_by_name(tokens):
-    """kvtier wraps the method that does so for models of linear attention alone."""
+def test_mamba_prepares_its_inputs_with_the_cache_as_keyword(tokens):
+    """kvtier wraps ``prepare_inputs_for_generation`` for models with linear attention only."""
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
     model, seen = MambaForCausalLM(config).eval(), []
     prepare, name = type(model).prepare_inputs_for_generation, forward_argument(model)

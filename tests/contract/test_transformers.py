@@ -1,4 +1,4 @@
-"""Every name and signature that kvtier relies on upstream is there, and nothing new has come that it must know."""
+"""Upstream has every name and signature that kvtier relies on, and no new ones that kvtier must handle."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ UPSTREAM = ("transformers", "accelerate", "peft")
 
 
 def changed(name, now, where):
-    """What a failing test says."""
+    """The message of a failing test."""
     package = next((one for one in ("accelerate", "peft") if one in name.lower()), "transformers")
     return f"{name} {now} in {package} {version(package)}: kvtier/{where} must know"
 
 
 def find(path):
-    """Return what ``path`` names; a member as its class defines it."""
+    """Return the object at ``path``; a member as its class defines it."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -68,7 +68,7 @@ def shape_of(found):
 
 
 @pytest.mark.parametrize("reliance", [*IMPORTS, *MEMBERS, *OTHERS], ids=lambda reliance: reliance.name)
-def test_name(reliance):
+def test_upstream_name_exists_with_the_expected_signature(reliance):
     if not reliance.holds_here:
         pytest.skip(f"from {reliance.since} until {reliance.until}")
     if reliance.name.startswith("peft."):
@@ -82,20 +82,20 @@ def test_name(reliance):
 
 
 @pytest.mark.parametrize("reliance", [*IMPORTS, *MEMBERS, *OTHERS], ids=lambda reliance: reliance.name)
-def test_name_is_still_needed(reliance):
-    """An entry that nothing needs any more would only hold up an update."""
+def test_upstream_name_is_still_used_by_kvtier(reliance):
+    """An entry that kvtier no longer needs would only delay an update."""
     file = PACKAGE / reliance.where
     assert file.exists(), f"{reliance.name}: there is no kvtier/{reliance.where}"
     owner, name = reliance.name.split(".")[-2:]
     name = owner if name == "__init__" else name
     text = file.read_text()
     if reliance in OTHERS and name[0].isupper():
-        return  # its attributes are read, see below
+        return  # kvtier reads its attributes, see below
     assert name in text, f"kvtier/{reliance.where} no longer says {name}: take {reliance.name} out of the contract"
 
 
-def test_places_that_failures_name_exist():
-    """A failing test must not send anybody to where nothing is."""
+def test_files_named_in_failure_messages_exist():
+    """A failure message must not point to a missing file or name."""
     named = set()
     for file in Path(__file__).parent.glob("*.py"):
         named |= set(re.findall(r'"(hf/[\w/]+\.py)(?:: (\w+))?"', file.read_text()))
@@ -106,7 +106,7 @@ def test_places_that_failures_name_exist():
 
 
 def imported_names():
-    """Every name that the package imports from upstream, with the file that does."""
+    """Every name that the package imports from upstream, with the importing file."""
     for file in sorted(PACKAGE.rglob("*.py")):
         where = file.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(file.read_text())):
@@ -119,10 +119,10 @@ def imported_names():
             yield from ((name, where) for name in names if name.split(".")[0] in UPSTREAM)
 
 
-def test_every_import_is_in_the_contract_and_where_it_may_be():
+def test_every_upstream_import_is_in_the_contract_and_in_hf_or_cli():
     known = {reliance.name for reliance in IMPORTS}
     found = list(imported_names())
-    assert len(found) > 20  # the search finds what is there
+    assert len(found) > 20  # the search works
     for name, where in found:
         assert where.startswith(("hf/", "cli/")), f"kvtier/{where} imports {name}: only hf and the command line may"
         assert name in known or name == "transformers", (
@@ -130,11 +130,11 @@ def test_every_import_is_in_the_contract_and_where_it_may_be():
         )
 
 
-# --- what stands in for a class upstream answers all of it ------------------------------------------------------------
+# --- replacements of upstream classes handle every member -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KNOWN_MEMBERS)
-def test_no_member_is_new(name):
+def test_upstream_classes_have_no_unknown_public_members(name):
     kind, known = find(name), set()
     for parent in KNOWN_MEMBERS:
         if issubclass(kind, find(parent)):
@@ -147,7 +147,7 @@ def test_no_member_is_new(name):
 
 
 def stand_ins():
-    """Each class of the hall that stands in for one upstream, and that class."""
+    """Each class in kvtier.hf that replaces an upstream class, with that class."""
     for module in pkgutil.iter_modules(kvtier.hf.__path__):
         for kind in vars(importlib.import_module(f"kvtier.hf.{module.name}")).values():
             if isinstance(kind, type) and kind.__module__ == f"kvtier.hf.{module.name}":
@@ -182,7 +182,7 @@ def test_overridden_methods_take_what_upstream_passes(kind, parent):
             )
 
 
-def test_abstract_methods_of_layers():
+def test_layers_have_no_unknown_abstract_methods():
     where = "hf/layers/attention.py"
     known = {"lazy_initialization", "update", "get_mask_sizes", "get_seq_length", "get_max_length"}
     known |= {"get_max_cache_shape"}  # until 5.20
@@ -190,30 +190,30 @@ def test_abstract_methods_of_layers():
         assert name in known, changed(f"CacheLayerMixin.{name}", "is a new abstract method", where)
 
 
-# --- what kvtier tells apart by name ----------------------------------------------------------------------------------
+# --- names that kvtier distinguishes ----------------------------------------------------------------------------------
 
 
 def register_all_layer_types():
-    """Models register kinds of their own when their module is imported."""
+    """Import the models that register their own layer types: registration happens on import."""
     models = Path(transformers.__file__).parent / "models"
     for file in sorted(models.glob("*/modeling_*.py")):
         if "_layer_type = " in file.read_text(encoding="utf-8"):
             importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
 
 
-def test_no_kind_of_layer_is_new():
+def test_transformers_has_no_unknown_layer_type():
     register_all_layer_types()
     for name in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING):
         assert name in LAYER_TYPES, changed(f'the layer type "{name}"', "is new", "hf/layers/attention.py")
 
 
-def test_no_kind_of_rotary_position_is_new():
+def test_transformers_has_no_unknown_rope_type():
     for name in sorted(ROPE_INIT_FUNCTIONS):
         assert name in ROPE_TYPES, changed(f'the rope type "{name}"', "is new", "hf/identity/eligibility.py")
     assert {name for name in ROPE_TYPES if list(_lengths(name))} == ROPE_TYPES_BY_LENGTH
 
 
-def test_no_setting_of_generate_is_new():
+def test_generate_has_no_unknown_setting():
     for name in sorted(vars(GenerationConfig())):
         if not name.startswith("_"):
             assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/inputs/arguments.py")
@@ -226,8 +226,8 @@ ASKED = (
 
 
 @pytest.mark.parametrize("name", ASKED.split())
-def test_settings_that_are_asked_for(name):
-    """A setting of another name would always read None."""
+def test_generation_settings_that_kvtier_reads_exist(name):
+    """A renamed setting would always read as None."""
     assert hasattr(GenerationConfig(), name), changed(
         f"the generation setting {name}", "is gone", "hf/inputs/arguments.py"
     )
@@ -236,7 +236,7 @@ def test_settings_that_are_asked_for(name):
     )
 
 
-def test_arguments_by_position():
+def test_positional_arguments_of_generate_are_unchanged():
     parameters = inspect.signature(inspect.unwrap(transformers.GenerationMixin.generate)).parameters.values()
     now = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
     assert now == POSITIONAL, changed("generate()'s order of arguments", f"is {now}", "hf/compat/names.py")
@@ -259,7 +259,7 @@ def tiny():
         ("model.rotary_emb.rope_type", "hf/identity/eligibility.py"),
     ],
 )
-def test_attributes_of_models(attribute, where):
+def test_model_attributes_that_kvtier_reads_exist(attribute, where):
     value = tiny()
     for part in attribute.split("."):
         assert hasattr(value, part), changed(f"{attribute} of a model", "is gone", where)
@@ -267,7 +267,7 @@ def test_attributes_of_models(attribute, where):
     assert attribute.split(".")[-1] in (PACKAGE / where).read_text()
 
 
-def test_attributes_of_caches():
+def test_cache_attributes_that_kvtier_reads_exist():
     both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     for name in ("self_attention_cache", "cross_attention_cache", "is_updated"):
         assert hasattr(both, name), changed(f"EncoderDecoderCache.{name}", "is gone", "hf/generate/run.py")
@@ -277,7 +277,7 @@ def test_attributes_of_caches():
     assert cache_utils.DynamicSlidingWindowLayer(sliding_window=7).sliding_window == 7
 
 
-def test_attributes_of_states():
+def test_linear_attention_layers_have_exactly_the_known_attributes():
     layer = cache_utils.LinearAttentionLayer(number_of_states=2)
     for name in vars(layer):
         assert name in STATES, changed(f"LinearAttentionLayer.{name}", "is new", "hf/layers/states.py")
@@ -287,10 +287,10 @@ def test_attributes_of_states():
     assert set(layer.conv_states) == set(layer.recurrent_states) == {0, 1}
 
 
-def test_classes_of_layers():
-    """Reuse is off for every model that has a layer of a class that kvtier does not know."""
+def test_layer_types_map_to_known_classes():
+    """kvtier turns reuse off for every model with a layer of an unknown class."""
     register_all_layer_types()
-    # Layers of states alone stay transformers' own.
+    # Pure state layers remain transformers' own.
     known = {*_KINDS, cache_utils.LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None)}
     for name, kind in sorted(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.items()):
         if name not in {*_NAMED_KINDS, *_WHOLE, *NOT_KEPT}:
@@ -299,7 +299,7 @@ def test_classes_of_layers():
             )
 
 
-def test_registries_of_attention_functions():
+def test_attention_function_registries_behave_like_dicts():
     for registry in (
         transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS,
         transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
@@ -309,7 +309,7 @@ def test_registries_of_attention_functions():
         assert "no such function" not in registry
 
 
-def test_hooks_of_accelerate():
+def test_accelerate_hooks_have_the_attributes_that_kvtier_reads():
     from accelerate import cpu_offload
     from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 
@@ -328,8 +328,8 @@ def test_hooks_of_accelerate():
     assert hasattr(weights, "dataset"), changed("PrefixedDataset.dataset", "is gone", "hf/identity/module_walk.py")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
-def test_attributes_of_adapters():
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_peft_adapters_have_the_attributes_that_kvtier_reads():
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny(), lora, adapter_name="one")

@@ -1,7 +1,7 @@
-"""Where transformers is wrong and kvtier goes another way. A failing test here says that one of them is mended.
+"""Known bugs of transformers that kvtier works around. A failing test here means that transformers fixed one.
 
-Then the way around it can go, from that version on: its file is named. The tests of kvtier's own answer to each of
-them are in ``tests/hf``.
+The workaround is then unnecessary from that version on; the failure names its file. ``tests/hf`` tests kvtier's own
+behaviour in each case.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
 
 
 def still_wrong(wrong, error, where):
-    """Fail if ``error`` is no longer there."""
+    """Fail if transformers has fixed ``error``."""
     if not wrong:
         pytest.fail(f"transformers {transformers.__version__} has mended: {error}; see kvtier/{where}")
 
 
 def differs(model, ids, cache, **settings):
-    """Whether generate() says something else with ``cache`` than without, or fails."""
+    """Whether generate() returns other tokens with ``cache`` than without, or fails."""
     expected = model.generate(ids, **{**GREEDY, **settings, "use_cache": True})
     try:
         found = model.generate(ids, **{CACHE: cache}, **{**GREEDY, **settings})
@@ -47,21 +47,21 @@ def _without_gradients():
 
 @pytest.fixture
 def prefilled(make_model, tokens):
-    """A model in double precision, a prompt, and a cache that holds all of it but the last three tokens."""
+    """A model in double precision, a prompt, and a cache that holds all but the last three tokens."""
     model, ids = make_model("llama", torch.float64), tokens(30)
     cache = DynamicCache(config=model.config)
     model(input_ids=ids[:, :27], **{CACHE: cache})
-    assert not differs(model, ids, copy.deepcopy(cache))  # a known prefix alone does no harm
+    assert not differs(model, ids, copy.deepcopy(cache))  # a cached prefix alone does no harm
     return model, ids, cache
 
 
-def test_another_prompt_is_taken_for_the_known_one(prefilled, tokens):
+def test_generate_is_wrong_with_the_cache_of_another_prompt(prefilled, tokens):
     model, _, cache = prefilled
     wrong = differs(model, tokens(30, seed=1), cache)
     still_wrong(wrong, "generate() does not compare the prompt with what the cache holds", "hf/generate/run.py")
 
 
-def test_a_cache_that_holds_the_whole_prompt(prefilled):
+def test_generate_is_wrong_when_the_cache_holds_the_whole_prompt(prefilled):
     model, ids, cache = prefilled
     model(input_ids=ids[:, 27:], **{CACHE: cache})
     still_wrong(
@@ -70,25 +70,25 @@ def test_a_cache_that_holds_the_whole_prompt(prefilled):
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_rows_are_expanded_but_not_those_of_the_cache(prefilled, settings):
+def test_expanding_rows_fails_because_the_cache_is_not_expanded(prefilled, settings):
     model, ids, cache = prefilled
     with pytest.raises(RuntimeError):
         model.generate(ids, **{CACHE: cache}, **{**GREEDY, **settings})
 
 
-def test_assisted_decoding_on_a_known_prefix(prefilled):
+def test_assisted_decoding_is_wrong_on_a_cached_prefix(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prompt_lookup_num_tokens=3)
     still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/inputs/arguments.py: why_cold")
 
 
-def test_assisted_decoding_without_one(prefilled):
-    """It is the prefix that does it."""
+def test_assisted_decoding_is_right_without_a_cached_prefix(prefilled):
+    """The cached prefix causes the error."""
     model, ids, _ = prefilled
     assert not differs(model, ids, DynamicCache(config=model.config), prompt_lookup_num_tokens=3)
 
 
-def test_a_cache_that_is_not_to_be_used(make_model, tokens):
+def test_generate_is_wrong_with_a_callers_cache_and_use_cache_false(make_model, tokens):
     model, ids = make_model("llama", torch.float64), tokens(30)
     wrong = differs(model, ids, DynamicCache(config=model.config), use_cache=False)
     still_wrong(
@@ -96,14 +96,14 @@ def test_a_cache_that_is_not_to_be_used(make_model, tokens):
     )
 
 
-def test_chunks_on_a_known_prefix(prefilled):
+def test_chunked_prefill_is_wrong_on_a_cached_prefix_in_older_versions(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prefill_chunk_size=2)
     assert wrong != CHUNKS_CONTINUE, "see kvtier/hf/compat/names.py: CHUNKS_CONTINUE"
 
 
-def test_encoder_decoder_cache_used_again():
-    """The cross-attention of the first input answers the second one."""
+def test_encoder_decoder_cache_cannot_be_used_for_a_second_input():
+    """The second input gets the cross-attention of the first."""
     model = tiny("T5Config", "T5ForConditionalGeneration")
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     ids = torch.randint(1, 50, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def test_encoder_decoder_cache_used_again():
     )
 
 
-def test_layers_cropped_to_nothing_keep_their_rows(prefilled):
+def test_layers_cropped_to_zero_keep_their_batch_size(prefilled):
     model, ids, cache = prefilled
     cache.crop(-27)
     assert cache.get_seq_length() == 0
@@ -170,7 +170,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("stateful", STATEFUL)
-def test_several_tokens_on_a_known_state(stateful, tokens):
+def test_recurrent_state_is_lost_when_several_tokens_are_fed(stateful, tokens):
     config, kind, settings = STATEFUL[stateful]
     model = tiny(config, kind, **settings)
     ids = tokens(12) % 49 + 1
@@ -184,7 +184,7 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
     whole = last_logits(ids)
     one_by_one = last_logits(ids[:, :6], *ids[:, 6:].split(1, 1))
     at_once = last_logits(ids[:, :6], ids[:, 6:])
-    near = {"rtol": 1e-3, "atol": 1e-3}  # parts of it compute in single precision
+    near = {"rtol": 1e-3, "atol": 1e-3}  # parts of the model compute in single precision
     assert torch.allclose(whole, one_by_one, **near)
     still_wrong(
         not torch.allclose(whole, at_once, **near),
@@ -193,7 +193,7 @@ def test_several_tokens_on_a_known_state(stateful, tokens):
     )
 
 
-def test_bytes_in_patches_on_a_known_prefix():
+def test_blt_is_wrong_on_a_cached_prefix():
     model, generator = oddities.blt(), torch.Generator().manual_seed(0)
     ids, cache = torch.randint(4, 200, (1, 24), generator=generator), DynamicCache()
     model(ids[:, :12], **given(model, cache))
@@ -201,7 +201,7 @@ def test_bytes_in_patches_on_a_known_prefix():
 
 
 @pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
-def test_padded_rows_go_on_otherwise(name):
+def test_padded_rows_continued_from_a_cache_differ_from_a_full_pass(name):
     if name == "git" and INSTALLED < (5, 23):
         pytest.skip("right in 5.17")
     model, generator = tiny_model(name), torch.Generator().manual_seed(3)
@@ -234,7 +234,7 @@ def test_mamba_feeds_its_whole_prompt_again(tokens):
     )
 
 
-def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
+def test_rows_of_hybrid_layers_cannot_be_repeated(tokens):
     model = tiny(*STATEFUL["jamba"][:2], **STATEFUL["jamba"][2])
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens(6) % 49 + 1, **{CACHE: cache})
@@ -246,8 +246,8 @@ def test_rows_of_hybrid_layers_cannot_be_moved(tokens):
     still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers/container.py: move_rows")
 
 
-def test_states_alone_are_right_whatever_the_version_tells(tokens, store):
-    """``Cache.get_conv_state`` tells how many tokens such a model has seen, from 5.21 on."""
+def test_state_models_are_exact_with_tiered_cache_in_every_version(tokens, store):
+    """From 5.21 on, ``Cache.get_conv_state`` lets kvtier tell how many tokens such a model has seen."""
     model, ids = tiny(*STATEFUL["mamba"][:2], **STATEFUL["mamba"][2]), tokens(12) % 49 + 1
     expected = model.generate(ids, **GREEDY)
     for _ in range(3):

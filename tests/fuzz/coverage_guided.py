@@ -1,6 +1,6 @@
-"""Run the readers on bytes that libFuzzer chooses by the code they reach: ``make fuzz``.
+"""Run the readers on bytes that libFuzzer chooses by code coverage: ``make fuzz``.
 
-Arguments are those of libFuzzer: folders of inputs (new ones are kept in the first), ``-max_total_time=60``, …
+Arguments are libFuzzer's: folders of inputs (it keeps new inputs in the first folder), ``-max_total_time=60``, …
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _file = Path(_folder.name) / "input"
 
 
 def one_input(data: bytes) -> None:
-    """Let both readers read ``data``."""
+    """Run both readers on ``data``."""
     _file.write_bytes(data)
     read_as_block(_file)
     read_as_archive(_file)
 
 
 def mutated(data: bytes, most: int, seed: int) -> bytes:
-    """Mutate by the format, or as libFuzzer does."""
+    """Mutate ``data`` by its format, or as libFuzzer does."""
     if random.Random(seed).random() < 0.3:
         return bytes(atheris.Mutate(data, most))
     return mutate(data, seed)[:most]

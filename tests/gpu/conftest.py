@@ -1,4 +1,4 @@
-"""These tests need an accelerator; elsewhere they skip themselves, or a CPU stands in for it."""
+"""Fixtures for tests on an accelerator: without one, tests are skipped or use a CPU in its place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Streaming on an accelerator has the bits of ``DynamicCache`` and keeps its budget.
+"""Offloading on an accelerator gives the bits of ``DynamicCache`` and keeps its budget.
 
-What needs nothing that only an accelerator has also runs with a CPU in its place.
+Tests that do not depend on accelerator features also run with a CPU in its place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvtier.transfer import StreamEngine
 from tests.support.places import Place
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-# Allocators round each tensor up; beside windows, tails and slots there are a few small ones.
+# Allocators round each tensor up. There are a few small tensors besides buffers, tails and slots.
 ALLOWANCE_BYTES = 512 * 2**10
 
 
@@ -45,12 +45,12 @@ def conversation(seed=0, prompt=120, new_tokens=16, chunk=None):
 
 
 def new_tokens(place):
-    """Where a CPU stands in, less is enough: nothing there is late."""
+    """Fewer tokens suffice with a CPU in place of the accelerator: its copies are never late."""
     return 16 if place.real else 4
 
 
 def compare(place: Place, model, script, tmp_path, *, page_tokens=8, **settings):
-    """Run ``script`` on both caches; return the first difference, and the report of the last turn."""
+    """Run ``script`` on both caches. Return the first difference, and the report of the last turn."""
     with (
         PrefixStore(block_size=page_tokens) as store,
         TieredCache(store, config=model.config, spill_dir=tmp_path, engine=place.engine, **settings) as cache,
@@ -67,7 +67,7 @@ def compare(place: Place, model, script, tmp_path, *, page_tokens=8, **settings)
 @pytest.mark.sample(3)  # of 8
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [None, 17])
-def test_every_budget_from_all_cold_to_all_hot(place, tmp_path, dtype, chunk):
+def test_output_is_exact_for_every_budget_from_all_cold_to_all_hot(place, tmp_path, dtype, chunk):
     model, script = tiny_model(place.device, dtype), conversation(new_tokens=new_tokens(place), chunk=chunk)
     cold = []
     for budget in budgets(model, longest_sequence(script), 8, steps=LAYERS + 1):
@@ -84,7 +84,9 @@ def test_every_budget_from_all_cold_to_all_hot(place, tmp_path, dtype, chunk):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_families_and_kernels(place, make_model, generate, tokens, tmp_path, kind, attention):
+def test_offloading_is_exact_for_model_families_and_attention_kernels(
+    place, make_model, generate, tokens, tmp_path, kind, attention
+):
     model = make_model(kind, attention=attention).to(place.device)
     ids = tokens(120, rows=2).to(place.device)
     reference = DynamicCache(config=model.config)
@@ -98,13 +100,13 @@ def test_families_and_kernels(place, make_model, generate, tokens, tmp_path, kin
             theirs = generate(model, ids, reference, **chunked)
             assert cache.last_turn.cold_layers
             assert torch.equal(ours.sequences, theirs.sequences)
-            if attention == "eager":  # other kernels may be chosen by how K and V lie in memory
+            if attention == "eager":  # other kernels may be chosen by the memory layout of K and V
                 assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
             ids = torch.cat([ours.sequences, tokens(5, rows=2, seed=turn + 1).to(place.device)], 1)
 
 
-def test_a_long_answer_with_small_pages(place, tmp_path):
-    """Every step fetches all pages of every layer, and every fourth lets one go down."""
+def test_offloading_is_exact_for_a_long_answer_with_small_pages(place, tmp_path):
+    """Every step fetches all pages of every layer, and every fourth step writes a page to the host."""
     steps = 150 if place.real else 20
     model, script = tiny_model(place.device, torch.float32), conversation(prompt=40, new_tokens=steps)
     least, *_ = budgets(model, longest_sequence(script), 4)
@@ -115,8 +117,8 @@ def test_a_long_answer_with_small_pages(place, tmp_path):
 
 
 @pytest.mark.sample(1)  # of 2
-def test_races(place, tmp_path):
-    """Random turns, budgets, pages and batches while another thread keeps the device and its links busy."""
+def test_offloading_is_exact_under_random_load(place, tmp_path):
+    """Random turns, budgets, pages and batches, while another thread keeps the device and its links busy."""
     model, wrong = tiny_model(place.device, torch.float32), {}
     with busy(place.engine(place.device), place.device):
         for seed in range(100 if place.real else 4):
@@ -132,8 +134,8 @@ def test_races(place, tmp_path):
     assert wrong == {}
 
 
-def test_another_current_stream(place, tmp_path):
-    """Ordered against the stream that is current, which need not be the default one."""
+def test_offloading_is_exact_on_a_non_default_stream(place, tmp_path):
+    """Copies are ordered against the current stream, which may differ from the default stream."""
     model, script = tiny_model(place.device, torch.float32), conversation()
     least, *_ = budgets(model, longest_sequence(script), 8)
     place.synchronize()
@@ -144,7 +146,7 @@ def test_another_current_stream(place, tmp_path):
     assert report.cold_layers == LAYERS
 
 
-def test_the_current_stream_may_change_between_turns(place, tmp_path):
+def test_offloading_is_exact_when_the_current_stream_changes_between_turns(place, tmp_path):
     model, script = tiny_model(place.device, torch.float32), conversation()
     least, *_ = budgets(model, longest_sequence(script), 8)
     with (
@@ -161,7 +163,7 @@ def test_the_current_stream_may_change_between_turns(place, tmp_path):
 
 
 def continue_tiered(model, turn, cache, before):
-    """Run one more turn after those of ``before``."""
+    """Run one more turn after the turns in ``before``."""
     prompt = (*before[-1].sequences[0].tolist(), *turn.prompt[0])
     whole = ScriptedTurn(cut=0, crop=0, prompt=(prompt,), chunk=turn.chunk, new_tokens=turn.new_tokens)
     return run_tiered(model, [whole], cache)
@@ -170,22 +172,22 @@ def continue_tiered(model, turn, cache, before):
 # --- tiers ------------------------------------------------------------------------------------------------------------
 
 
-def test_beyond_the_host_budget_pages_go_to_files(place, tmp_path):
+def test_pages_beyond_the_host_budget_go_to_files(place, tmp_path):
     model, script = tiny_model(place.device, torch.float32), conversation(prompt=200)
     least, *_ = budgets(model, longest_sequence(script), 8)
     host_budget = 2**18
     difference, report = compare(place, model, script, tmp_path, device_budget=least, host_budget=host_budget)
     assert difference is None
     assert 0 < report.peak_host_bytes <= host_budget
-    pages = LAYERS * longest_sequence(script) * 512  # K and V of one token in one layer
+    pages = LAYERS * longest_sequence(script) * 512  # K and V of a token in a layer
     assert pages > host_budget
     assert list(tmp_path.iterdir()) == []
 
 
 def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: int) -> list[tuple[torch.Tensor, ...]]:
-    """Feed random K and V to ``cache``, ``[1, 4, tokens, 128]`` in each layer; return what each layer must hold.
+    """Feed random K and V, ``[1, 4, tokens, 128]`` per layer, to ``cache``; return the expected contents of each layer.
 
-    There is no model in between: all memory that the device gives is given to the cache.
+    No model runs in between: all device memory goes to the cache.
     """
     chance = torch.Generator().manual_seed(seed)
     whole = [tuple(torch.randn(1, 4, tokens, 128, generator=chance) for _ in range(2)) for _ in range(LAYERS)]
@@ -200,7 +202,7 @@ def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: i
 
 
 @pytest.mark.parametrize("part", [0.4, 0.6, 1.5])
-def test_the_device_gives_no_more_than_the_budget(place, tmp_path, part):
+def test_device_memory_stays_within_the_budget(place, tmp_path, part):
     tokens, chunk = 1024, 64
     all_bytes = LAYERS * tokens * 4096
     budget = int(part * all_bytes)
@@ -216,12 +218,15 @@ def test_the_device_gives_no_more_than_the_budget(place, tmp_path, part):
         report = cache.commit(ids)
     assert report.peak_device_bytes <= budget
     assert (report.cold_layers > 0) == (part < 1)
-    new_bytes = chunk * 4096  # what was fed last, which is not the cache's
+    new_bytes = chunk * 4096  # the last chunk fed, which does not belong to the cache
     assert all(nbytes <= budget + new_bytes + ALLOWANCE_BYTES for nbytes in grown)
 
 
-def test_host_memory_is_used_again(place, tmp_path):
-    """Each of 12 rounds lets some 25 MB go down: without reuse, that would be four slabs more than after the third."""
+def test_host_memory_is_reused_across_rounds(place, tmp_path):
+    """Each of 12 rounds writes some 25 MB to the host.
+
+    Without reuse, the total would be four slabs larger than after the third round.
+    """
     config = tiny_model(torch.device("cpu"), torch.float32).config
     asked = []
     with (
@@ -239,12 +244,12 @@ def test_host_memory_is_used_again(place, tmp_path):
         assert all(memory.is_pinned() for memory in place.host_memory)
 
 
-# --- what only an accelerator has -------------------------------------------------------------------------------------
+# --- accelerator only -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-def test_bytes_go_down_while_others_come_up(accelerator):
-    """Two side streams: a copy down does not wait for copies up that were enqueued before it."""
+def test_copy_to_host_does_not_wait_for_earlier_copies_to_device(accelerator):
+    """The engine has two side streams, so a copy to the host does not queue behind copies to the device."""
     place = Place.on(accelerator)
     engine = place.engine(place.device)
     if not isinstance(engine, StreamEngine):
@@ -266,8 +271,8 @@ def test_bytes_go_down_while_others_come_up(accelerator):
 
 
 @pytest.mark.gpu
-def test_layers_on_two_devices(accelerator, tmp_path):
-    """Each device has its own budget and ring; the RAM below is shared."""
+def test_offloading_is_exact_with_layers_on_two_devices(accelerator, tmp_path):
+    """Each device has its own budget and ring; both share the host RAM."""
     if torch.accelerator.device_count() < 2:
         pytest.skip("one accelerator")
     accelerate = pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""Turns on an accelerator have the bits of ``DynamicCache``: windows live there, pages land on the host first."""
+"""Turns on an accelerator give the bits of ``DynamicCache``: buffers stay on the device, pages go to the host first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_every_turn_of_a_conversation(accelerator, make_model, generate, tokens, tmp_path, kind, dtype):
+def test_every_turn_is_exact_from_device_host_and_disk(
+    accelerator, make_model, generate, tokens, tmp_path, kind, dtype
+):
     model = make_model(kind, dtype).to(accelerator)
     reference = DynamicCache(config=model.config)
     ids = tokens(40).to(accelerator)
@@ -43,8 +45,8 @@ def test_every_turn_of_a_conversation(accelerator, make_model, generate, tokens,
         assert_same(from_disk, generate(model, ids, reference))
 
 
-def test_windows_in_place_take_what_the_store_adds(accelerator, make_model, generate, tokens):
-    """A crop between turns leaves the windows shorter than what the store knows."""
+def test_cropped_buffers_are_completed_from_the_store(accelerator, make_model, generate, tokens):
+    """A crop between turns makes the buffers shorter than the stored prefix."""
     model, ids = make_model("llama").to(accelerator), tokens(40).to(accelerator)
     with PrefixStore(block_size=8) as store, TieredCache(store) as cache:
         generate(model, ids, cache)

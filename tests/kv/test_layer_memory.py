@@ -1,4 +1,4 @@
-"""The checks that every memory of a layer passes: a buffer, a hot layer under a budget, a cold one in files."""
+"""The LayerMemoryChecks of kvtier.testing, run on a buffer, a hot layer under a budget and a cold layer in files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestOffloadedLayer(LayerMemoryChecks):
         offload.close()
 
 
-def test_cold_layers_are_cold(tmp_path):
+def test_layer_turned_cold_is_cold_and_pages_appended_tokens(tmp_path):
     offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, lambda device: InlineEngine())
     k = torch.ones(1, 1, 8, 2)
     layer = offload.layer(0, k, k, None, may_be_cold=True)

@@ -1,4 +1,4 @@
-"""Windows that share memory hold what windows of their own would hold, whatever is done to any of them."""
+"""Buffers that share memory hold the same values as separate buffers, under any sequence of operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ places = st.integers(0, 99)
 
 @dataclass(eq=False)
 class Pair:
-    """A window and what it is to hold, in tensors that nobody shares."""
+    """A buffer and its expected contents, in unshared tensors."""
 
     buffer: KVBuffer
     k: torch.Tensor
@@ -33,7 +33,7 @@ class Pair:
 
 
 class Forks(RuleBasedStateMachine):
-    """Every window beside its deep copy."""
+    """Every buffer beside its deep copy."""
 
     def __init__(self):
         super().__init__()
@@ -41,14 +41,14 @@ class Forks(RuleBasedStateMachine):
         self.made = 0
 
     def states(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V that are nowhere else."""
+        """K and V with values that occur nowhere else."""
         k = torch.arange(rows * K_HEADS * columns * K_DIM, dtype=torch.float32) + self.made
         v = -torch.arange(rows * V_HEADS * columns * V_DIM, dtype=torch.float32) - self.made
         self.made += 10_000
         return k.view(rows, K_HEADS, columns, K_DIM), v.view(rows, V_HEADS, columns, V_DIM)
 
     def pair(self, which: int, forked: bool = False) -> Pair:
-        """Return one; ``forked``: it has just been shared."""
+        """Return a pair; with ``forked``, share its buffer first."""
         pair = self.pairs[which % len(self.pairs)]
         if forked:
             self.add(pair, pair.buffer.share(pair.length))
@@ -113,7 +113,7 @@ class Forks(RuleBasedStateMachine):
         how=st.sampled_from(["put", "land", "clear"]),
     )
     def overwrite(self, which, forked, row, at, columns, how):
-        """What a restored prefix does: other columns of one row, the rest stays."""
+        """Overwrite some columns of a row, as restoring a prefix does; the rest stays."""
         pair = self.pair(which, forked)
         row, begin = row % pair.buffer.rows, at % (pair.length + 1)
         end = min(begin + columns, pair.length)
@@ -132,7 +132,7 @@ class Forks(RuleBasedStateMachine):
     @rule(to=places, source=places, rows=st.tuples(places, places), at=st.tuples(places, places), columns=places)
     def copy_columns(self, to, source, rows, at, columns):
         target, source = self.pair(to), self.pair(source)
-        if target is source:  # a window copies from others
+        if target is source:  # a buffer copies only from other buffers
             return
         row, source_row = rows[0] % target.buffer.rows, rows[1] % source.buffer.rows
         begin, source_begin = at[0] % (target.length + 1), at[1] % (source.length + 1)

@@ -1,4 +1,4 @@
-"""A shared window costs nothing until it is written, and then the writer alone."""
+"""Sharing a buffer copies nothing; the first write that conflicts gives the writer a copy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def holds(buffer: KVBuffer, *values: float) -> bool:
     return torch.equal(k[0, 0, :, 0], expected) and torch.equal(v[0, 0, :, 0], expected)
 
 
-def test_the_first_that_appends_goes_on_in_place_the_next_takes_a_copy():
+def test_first_append_to_a_shared_buffer_is_in_place_and_later_ones_copy():
     buffer = filled()
     first, second = buffer.share(10), buffer.share(10)
     at = address(buffer)
@@ -49,7 +49,7 @@ def test_the_first_that_appends_goes_on_in_place_the_next_takes_a_copy():
         assert holds(each, *[1.0] * 10, last)
 
 
-def test_what_was_appended_in_place_is_not_overwritten_by_a_later_twin_of_a_shorter_one():
+def test_columns_appended_in_place_survive_an_append_to_a_shorter_twin():
     buffer = filled()
     shorter = buffer.share(10)
     buffer.append(10, *states(2.0, 5), 0)
@@ -59,7 +59,7 @@ def test_what_was_appended_in_place_is_not_overwritten_by_a_later_twin_of_a_shor
     assert holds(third, *[1.0] * 10, *[3.0] * 5)
 
 
-def test_a_crop_before_the_shared_end_makes_the_next_append_a_copy():
+def test_append_after_a_crop_leaves_the_twin_unchanged():
     buffer = filled()
     twin = buffer.share(10)
     buffer.append(9, *states(5.0), 0)
@@ -78,7 +78,7 @@ def test_a_crop_before_the_shared_end_makes_the_next_append_a_copy():
     ],
     ids=["clear", "put", "landing", "write", "copy"],
 )
-def test_whatever_writes_what_another_reads_takes_a_copy_of_all_columns(write):
+def test_overwriting_shared_columns_leaves_the_twin_unchanged(write):
     buffer = filled()
     twin = buffer.share(10)
     write(buffer)
@@ -93,7 +93,7 @@ def zeros() -> KVBuffer:
 
 
 @pytest.mark.parametrize("leave", [lambda buffer: buffer.close(), lambda buffer: None], ids=["closed", "collected"])
-def test_the_last_one_writes_in_place_again(leave):
+def test_last_remaining_owner_writes_in_place(leave):
     buffer = filled()
     twin = buffer.share(10)
     at = address(buffer)
@@ -104,7 +104,7 @@ def test_the_last_one_writes_in_place_again(leave):
     assert holds(twin, 1.0, 1.0, 1.0, 6.0)
 
 
-def test_one_that_was_closed_does_not_write_into_what_is_left():
+def test_append_to_a_closed_buffer_does_not_change_its_twin():
     buffer = filled()
     twin = buffer.share(10)
     buffer.close()
@@ -112,18 +112,18 @@ def test_one_that_was_closed_does_not_write_into_what_is_left():
     assert holds(twin, *[1.0] * 10)
 
 
-def test_growth_leaves_the_others_as_they_were():
+def test_growing_a_shared_buffer_leaves_its_twin_in_place():
     buffer = filled()
     twin = buffer.share(10)
     at = address(buffer)
     twin.reserve(500, live=10)
     assert address(buffer) == at != address(twin)
-    buffer.append(3, *states(8.0), 0)  # alone again
+    buffer.append(3, *states(8.0), 0)  # the only owner again
     assert address(buffer) == at
     assert holds(twin, *[1.0] * 10)
 
 
-def test_rows_that_move_leave_the_others_as_they_were():
+def test_selecting_rows_of_a_shared_buffer_leaves_its_twin_unchanged():
     k, v = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2.0).view(2, 1, 1, 1)
     buffer = KVBuffer.like(k, v, 4)
     buffer.append(0, k, v, 0)
@@ -133,7 +133,7 @@ def test_rows_that_move_leave_the_others_as_they_were():
     assert twin.k[:, 0, 0, 0].tolist() == twin.v[:, 0, 0, 0].tolist() == [1.0, 0.0]
 
 
-def test_a_deep_copy_shares_nothing():
+def test_deep_copy_shares_no_memory():
     buffer = filled()
     twin = copy.deepcopy(buffer)
     assert address(twin) != address(buffer)
@@ -141,7 +141,7 @@ def test_a_deep_copy_shares_nothing():
     assert holds(twin, *[1.0] * 10)
 
 
-def test_twins_of_many_threads_hold_what_each_appended():
+def test_concurrent_appends_to_shared_buffers_keep_their_own_values():
     buffer = filled(columns=4, capacity=200)
     twins = [buffer.share(4) for _ in range(4)]
     start = threading.Barrier(len(twins))

@@ -1,4 +1,4 @@
-"""Contexts larger than a budget: the bits of ``DynamicCache``, the bytes that were promised, and clear words."""
+"""Contexts larger than a budget: the bits of ``DynamicCache``, byte counts within limits, and clear error messages."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def everything(model, columns, rows=1) -> int:
 
 @pytest.fixture
 def spill(tmp_path):
-    """A folder for pages, which must be empty again in the end."""
+    """A folder for page files. It must be empty at the end."""
     folder = tmp_path / "spill"
-    others = set(threading.enumerate())  # of stores that tests of other files have open
+    others = set(threading.enumerate())  # of stores left open by tests in other files
     yield folder
     gc.collect()
     assert not list(folder.glob("*/*")), "page files were left behind"
@@ -52,14 +52,16 @@ def spill(tmp_path):
     assert not left, "threads were left behind"
 
 
-# --- the same bits ----------------------------------------------------------------------------------------------------
+# --- exactness --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(2)  # of 54
 @dtypes
 @pytest.mark.parametrize("share", [0.5, 0.65, 1.0])
-def test_turns_of_a_conversation_under_a_budget(make_model, generate, tokens, spill, family, dtype, share):
-    """First turn, continued turn, restore: most layers cold, some, none."""
+def test_turns_of_a_conversation_are_exact_within_the_device_budget(
+    make_model, generate, tokens, spill, family, dtype, share
+):
+    """First turn, continued turn and restore, with most layers, some or none cold."""
     model = make_model(family, dtype, num_hidden_layers=6, layer_types=None)
     reference, budget = DynamicCache(config=model.config), int(share * everything(model, 75))
     with PrefixStore(block_size=PAGE) as store:
@@ -81,7 +83,7 @@ def test_turns_of_a_conversation_under_a_budget(make_model, generate, tokens, sp
         assert_same(restored, generate(model, ids, reference))
 
 
-def test_every_budget_from_one_hot_layer_to_all(make_model, generate, tokens, spill):
+def test_output_is_exact_for_every_budget_from_all_cold_to_all_hot(make_model, generate, tokens, spill):
     model, ids = make_model("llama", num_hidden_layers=8), tokens(60)
     expected, seen = generate(model, ids), set()
     full = everything(model, 68)
@@ -111,7 +113,7 @@ def test_every_budget_from_one_hot_layer_to_all(make_model, generate, tokens, sp
     ],
     ids=str,
 )
-def test_ways_to_generate(make_model, generate, tokens, spill, mode):
+def test_offloading_is_exact_for_beams_sampling_and_chunked_prefill(make_model, generate, tokens, spill, mode):
     model, ids = make_model("gemma3", num_hidden_layers=6, layer_types=None), tokens(50)
     rows = mode.get("num_beams") or mode.get("num_return_sequences", 1)
     budget = int(0.7 * everything(model, 58, rows))
@@ -128,7 +130,7 @@ def test_ways_to_generate(make_model, generate, tokens, spill, mode):
         assert torch.equal(cached.sequences, generate(model, again).sequences)
 
 
-def test_a_padded_batch_whose_rows_restore_from_different_chains(make_model, generate, tokens, spill):
+def test_padded_batch_restores_rows_from_different_chains_while_offloaded(make_model, generate, tokens, spill):
     model, long, short = make_model("llama", num_hidden_layers=6), tokens(50), tokens(33, seed=1)
     budget = int(0.5 * everything(model, 75, 2))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
@@ -143,8 +145,8 @@ def test_a_padded_batch_whose_rows_restore_from_different_chains(make_model, gen
         assert torch.equal(ours.sequences, generate(model, batch).sequences)
 
 
-def test_layers_whose_k_and_v_others_read_stay_hot(spill):
-    """In Gemma 3n the last layers attend to K and V of an earlier one; a slot would be another layer's by then."""
+def test_offloading_is_exact_when_layers_share_k_and_v(spill):
+    """In Gemma 3n the last layers attend to K and V of an earlier layer. By then a slot would hold another layer."""
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
     config = Gemma3nTextConfig(
@@ -179,7 +181,7 @@ def test_layers_whose_k_and_v_others_read_stay_hot(spill):
         assert_same(ours, expected)
 
 
-def test_copies_go_on_apart_and_outlive_each_other(make_model, generate, tokens, spill):
+def test_copies_of_an_offloaded_cache_are_independent(make_model, generate, tokens, spill):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     budget = int(0.7 * everything(model, 90))
     store = PrefixStore(block_size=PAGE)
@@ -200,10 +202,10 @@ def cold_layers(cache) -> int:
     return sum(device_memory.cold_layers for device_memory in cache.turns.layers.offload.device_memories)
 
 
-# --- the bytes that were promised -------------------------------------------------------------------------------------
+# --- promised limits in bytes -----------------------------------------------------------------------------------------
 
 
-def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fills(make_model, tokens, spill):
+def test_step_loads_full_pages_of_cold_layers_and_writes_filled_pages(make_model, tokens, spill):
     model, prompt = make_model("llama", num_hidden_layers=8), tokens(61)
     token = token_bytes(model) // 8
     budget = int(0.6 * everything(model, 90))
@@ -212,7 +214,7 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
         ids, transfers = prompt, cache.turns.layers.offload.transfers
         with torch.no_grad():
             model(ids, **{CACHE: cache})
-            model(tokens(1), **{CACHE: cache})  # from here on, every step finds the ring as the last one left it
+            model(tokens(1), **{CACHE: cache})  # from here on, each step finds the ring as the last step left it
             checked = 0
             for length in range(62, 82):
                 before, cold = transfers.copy(), cold_layers(cache)
@@ -220,12 +222,12 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
                 moved = transfers.since(before)
                 assert moved.waits > 2
                 if cold_layers(cache) != cold:
-                    continue  # one more turned cold, for which nothing was prefetched
+                    continue  # another layer turned cold, without a prefetch
                 checked += 1
                 pages = length // PAGE * PAGE
                 fills = (length + 1) % PAGE == 0
-                # Of the layers that are prefetched for the next step, pages that filled in this one come up already.
-                # That is one: the last layer is cold, and attention has the other slot.
+                # Among the layers prefetched for the next step, pages that filled in this step are loaded already. That
+                # is one layer: the last layer is cold, and attention uses the other slot.
                 ahead = PAGE * token if fills else 0
                 assert moved.bytes_up == cold * pages * token + ahead
                 assert moved.bytes_down == (cold * PAGE * token if fills else 0)
@@ -233,7 +235,7 @@ def test_a_step_brings_up_the_full_pages_of_cold_layers_and_takes_down_what_fill
             assert checked > 12
 
 
-def test_without_need_nothing_moves(make_model, generate, tokens, spill):
+def test_no_bytes_move_when_everything_fits_the_budget(make_model, generate, tokens, spill):
     model, ids = make_model("llama"), tokens(60)
     with TieredCache(PrefixStore(block_size=PAGE), device_budget=everything(model, 68), spill_dir=spill) as cache:
         generate(model, ids, cache)
@@ -245,8 +247,8 @@ def test_without_need_nothing_moves(make_model, generate, tokens, spill):
     assert not spill.exists()
 
 
-def test_cold_layers_borrow_the_pages_of_a_store_on_disk(make_model, generate, tokens, tmp_path, spill):
-    """Whole blocks are read from the files of the store: nothing of them goes down again."""
+def test_cold_layers_borrow_pages_from_the_disk_store(make_model, generate, tokens, tmp_path, spill):
+    """Whole blocks are read from the files of the store; their pages are not written again."""
     model, ids = make_model("llama", num_hidden_layers=8), tokens(64)
     with PrefixStore(tmp_path / "store", block_size=PAGE) as store, TieredCache(store) as cache:
         sequences = generate(model, ids, cache).sequences
@@ -264,8 +266,8 @@ def test_cold_layers_borrow_the_pages_of_a_store_on_disk(make_model, generate, t
         assert torch.equal(ours.sequences, generate(model, ids, max_new_tokens=2).sequences)
 
 
-def test_pages_that_are_borrowed_from_ram_count(make_model, generate, tokens, spill):
-    """On an accelerator a block of the store stays where it is, but the store may forget it before the layer does."""
+def test_pages_borrowed_from_ram_count_against_the_host_budget(make_model, generate, tokens, spill):
+    """On an accelerator, a block stays in the store's RAM, but the store may evict it before the layer releases it."""
     model, ids = make_model("llama", num_hidden_layers=8), tokens(64)
     with PrefixStore(block_size=PAGE) as store:
         sequences = generate(model, ids, TieredCache(store)).sequences
@@ -282,7 +284,7 @@ def test_pages_that_are_borrowed_from_ram_count(make_model, generate, tokens, sp
             assert torch.equal(ours.sequences, generate(model, ids).sequences)
 
 
-def test_a_budget_that_a_model_cannot_keep_is_said(caplog):
+def test_device_budget_without_effect_on_a_model_is_logged_once(caplog):
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=2)
@@ -294,7 +296,7 @@ def test_a_budget_that_a_model_cannot_keep_is_said(caplog):
     assert caplog.text.count("device_budget has no effect") == 1
 
 
-def test_the_auto_budget_keeps_everything_hot_where_there_is_room(make_model, generate, tokens, spill):
+def test_auto_budget_keeps_all_layers_hot_when_memory_suffices(make_model, generate, tokens, spill):
     model, ids = make_model("llama"), tokens(40)
     with TieredCache(PrefixStore(block_size=PAGE), device_budget="auto", spill_dir=spill) as cache:
         assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
@@ -302,7 +304,7 @@ def test_the_auto_budget_keeps_everything_hot_where_there_is_room(make_model, ge
         cache.store.close()
 
 
-def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate, tokens, spill, monkeypatch):
+def test_auto_budget_turns_layers_cold_when_memory_gets_scarce(make_model, generate, tokens, spill, monkeypatch):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     memory = [everything(model, 120)]
 
@@ -315,23 +317,23 @@ def test_the_auto_budget_gives_way_when_memory_gets_scarce(make_model, generate,
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget="auto", spill_dir=spill) as cache:
         first = generate(model, ids, cache)
         assert cache.last_turn.cold_layers == 0
-        memory[0] //= 2  # somebody else takes the rest
+        memory[0] //= 2  # another user takes the rest
         ids = torch.cat([first.sequences, tokens(30, seed=1)], 1)
         assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
         assert cache.last_turn.cold_layers > 0
 
 
-# --- what goes wrong, and in which words ------------------------------------------------------------------------------
+# --- errors and their messages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argument", ["device_budget", "host_budget"])
 @pytest.mark.parametrize("value", ["12 parsecs", 0, -1, 1.5, True])
-def test_a_budget_that_is_none(argument, value):
+def test_invalid_budget_is_rejected(argument, value):
     with pytest.raises(ConfigurationError, match=argument):
         TieredCache(**{"device_budget": 10**9, argument: value})
 
 
-def test_a_spill_folder_that_is_a_file(make_model, generate, tokens, tmp_path):
+def test_spill_dir_that_is_a_file_raises_stream_error(make_model, generate, tokens, tmp_path):
     (tmp_path / "file").write_text("")
     model = make_model("llama", num_hidden_layers=6)
     budget = int(0.6 * everything(model, 68))
@@ -343,7 +345,7 @@ def test_a_spill_folder_that_is_a_file(make_model, generate, tokens, tmp_path):
         generate(model, tokens(60), cache)
 
 
-def test_the_smallest_budget_is_named_and_works(make_model, generate, tokens, spill):
+def test_budget_error_names_the_smallest_budget_that_works(make_model, generate, tokens, spill):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     with TieredCache(PrefixStore(block_size=PAGE), device_budget=2000, spill_dir=spill) as cache:
         with pytest.raises(BudgetError, match=r"need (\d+) bytes") as refused:
@@ -351,7 +353,7 @@ def test_the_smallest_budget_is_named_and_works(make_model, generate, tokens, sp
         cache.store.close()
     smallest = int(str(refused.value).split("need ")[1].split()[0])
     with TieredCache(PrefixStore(block_size=PAGE), device_budget=smallest, spill_dir=spill) as cache:
-        assert_same(generate(model, ids, cache), generate(model, ids))  # the whole answer, though not one byte more
+        assert_same(generate(model, ids, cache), generate(model, ids))  # the whole answer, with not one byte more
         assert cache.last_turn.cold_layers == 6
         short = tokens(5, seed=9)
         assert_same(generate(model, short, cache), generate(model, short))
@@ -363,7 +365,7 @@ def half_cold(model, store, spill):
     return TieredCache(store, device_budget=int(0.6 * everything(model, 90)), spill_dir=spill)
 
 
-def test_a_full_disk_is_named_and_the_next_turn_works(make_model, generate, tokens, spill, monkeypatch):
+def test_full_disk_is_reported_and_the_next_turn_works(make_model, generate, tokens, spill, monkeypatch):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
 
     def full(*_):
@@ -378,8 +380,10 @@ def test_a_full_disk_is_named_and_the_next_turn_works(make_model, generate, toke
 
 
 @pytest.mark.parametrize("how", ["cut", "delete", "unreadable"])
-def test_a_page_file_that_is_lost_under_way(make_model, tokens, generate, spill, monkeypatch, how):
-    """Its K and V are gone: the model is not fed anything else in their place, and the cache goes on working."""
+def test_page_file_lost_during_a_turn_raises_and_the_cache_works_afterwards(
+    make_model, tokens, generate, spill, monkeypatch, how
+):
+    """Its K and V are gone. The model gets no other values in their place, and the cache works afterwards."""
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
         cache.begin(model, ids)
@@ -393,19 +397,19 @@ def test_a_page_file_that_is_lost_under_way(make_model, tokens, generate, spill,
             if how == "unreadable":
                 monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             with pytest.raises(StreamError, match="lost"):
-                feed(model, [tokens(1, seed=step) for step in range(4)], cache)  # what was prefetched may be whole
+                feed(model, [tokens(1, seed=step) for step in range(4)], cache)  # prefetched pages may be intact
         monkeypatch.undo()
         assert_same_tokens(model, generate, ids, cache)
 
 
-def test_known_pages_that_are_lost_are_computed_again(make_model, generate, tokens, spill):
-    """Before the first new token all tokens are known: the turn starts again."""
+def test_lost_page_files_of_known_tokens_are_replaced_from_the_store(make_model, generate, tokens, spill):
+    """Before the first new token all tokens are known, so the turn starts again."""
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
         ids = torch.cat([generate(model, ids, cache).sequences, tokens(4, seed=1)], 1)
         for path in spill.glob("*/*.safetensors"):
             path.unlink()
-        for device_memory in cache.turns.layers.offload.device_memories:  # what was prefetched is whole
+        for device_memory in cache.turns.layers.offload.device_memories:  # prefetched pages are intact
             device_memory.ring.close()
         ours = generate(model, ids, cache)
         assert torch.equal(ours.sequences, generate(model, ids).sequences)
@@ -415,7 +419,7 @@ def test_known_pages_that_are_lost_are_computed_again(make_model, generate, toke
 @pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("layer", range(6))
 @pytest.mark.parametrize("at_pass", [0, 1, 5])
-def test_an_interrupt_anywhere_leaves_a_cache_that_works(make_model, generate, tokens, spill, layer, at_pass):
+def test_interrupt_in_any_layer_leaves_a_working_cache(make_model, generate, tokens, spill, layer, at_pass):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     with PrefixStore(block_size=PAGE) as store, half_cold(model, store, spill) as cache:
         with Interrupt(model.model.layers[layer], at_pass, False), pytest.raises(KeyboardInterrupt):
@@ -426,8 +430,8 @@ def test_an_interrupt_anywhere_leaves_a_cache_that_works(make_model, generate, t
 @pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("host_bytes", [2**30, 30_000], ids=["host", "disk"])
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 9, 14, 30, 61, 90])
-def test_an_interrupt_between_any_two_steps_of_a_transfer(make_model, generate, tokens, spill, host_bytes, at):
-    """While a copy is enqueued, a mark is taken, or something is waited for."""
+def test_interrupt_at_any_transfer_step_leaves_a_working_cache(make_model, generate, tokens, spill, host_bytes, at):
+    """The interrupt comes while a copy is enqueued, a mark is taken, or a wait is in progress."""
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
 
     def interrupt(step, ordinal):
@@ -454,7 +458,7 @@ def assert_same_tokens(model, generate, ids, cache):
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
-def test_other_caches_and_the_store_are_not_touched(make_model, generate, tokens, spill, monkeypatch):
+def test_full_disk_in_one_cache_leaves_other_caches_intact(make_model, generate, tokens, spill, monkeypatch):
     model, ids, other_ids = make_model("llama", num_hidden_layers=6), tokens(60), tokens(50, seed=1)
     with (
         PrefixStore(block_size=PAGE) as store,

@@ -1,4 +1,4 @@
-"""Streaming on a device where every order happens that fences allow: equal bits, and no race."""
+"""Offloading on a simulated device that runs every order allowed by the fences: equal bits, and no race."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def budget(rows: int, columns: int, share: float) -> int:
     compression=st.sampled_from(["raw", "zstd"]),
     lazy=st.booleans(),
     removed=st.integers(0, 9),
-    watched=st.sampled_from([True, False, False, False]),  # to watch every kernel takes four times as long
+    watched=st.sampled_from([True, False, False, False]),  # watching every kernel takes four times as long
     choices=st.randoms(use_true_random=False),
 )
-def test_every_schedule_gives_the_bits_of_a_dynamic_cache(
+def test_every_transfer_schedule_gives_the_bits_of_dynamic_cache(
     family, prompt, more, mode, share, host_bytes, compression, lazy, removed, watched, choices, tmp_path_factory
 ):
     """A turn, a crop between turns, a continuation, and a restore into another cache."""
@@ -93,7 +93,7 @@ def arguments_of(engine, folder, host_bytes):
 
 
 def play_turns(engine, folder, host_bytes):
-    """Layers that turn cold while tokens come, pages that fill, copies of a cache, a store that reads pages, a crop."""
+    """Layers turn cold as tokens arrive, pages fill, a cache is copied, a store reads pages, and a crop follows."""
     model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3)])
     arguments = arguments_of(engine, folder, host_bytes)
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, **arguments) as cache, engine.watching():
@@ -110,7 +110,7 @@ def play_turns(engine, folder, host_bytes):
 
 
 def play_prompt(engine, folder, host_bytes):
-    """A prompt in pieces that is too long from the beginning: slots are filled by kernels before any page comes up."""
+    """A prompt in chunks that exceeds the budget from the start: kernels fill slots before any page is loaded."""
     model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 4])
     arguments = arguments_of(engine, folder, host_bytes)
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, **arguments) as cache, engine.watching():
@@ -120,7 +120,7 @@ def play_prompt(engine, folder, host_bytes):
 
 
 def play_slab(engine, folder, host_bytes):
-    """Pages that two rings read at once are given back, and their memory is used again."""
+    """Two rings read the same pages at once, the pages are released, and their memory is reused."""
     host_pool = HostPool(engine.host_empty, MemoryBudget(None), slab_bytes=256)
     spec = LayerSpec(1, 2, 1, 2, torch.float32)
     with engine.watching():
@@ -140,16 +140,17 @@ def play_slab(engine, folder, host_bytes):
         assert torch.equal(buffers[0].k, k + 1)
 
 
-# What comes first and last in ``after`` are the expressions that it is put together from.
+# The first and last entries of ``after`` are the expressions from which it is built.
 ORDERING = ("wait", "settle", "after", "after[0]", "after[-1]")
-# These wait so that memory which the budget counts as free is free: see test_memory_that_is_given_up_is_free.
+# These waits free the memory that the budget counts as free: see
+# test_released_buffers_and_slots_have_no_pending_transfers.
 FREES_MEMORY = ("turn_cold", "_give_up")
 SCENES = [(play, host_bytes) for play in (play_turns, play_prompt) for host_bytes in (2**30, 2_000)]
 SCENES.append((play_slab, 0))
 
 
-def test_every_wait_and_every_fence_is_needed(tmp_path):
-    """Without any one of them a scene fails: by a race, by other bits, or by an error."""
+def test_removing_any_wait_or_fence_makes_a_scene_fail(tmp_path):
+    """A scene fails by a race, by other bits, or by an error."""
     shown_by: dict[Drop, list[tuple[Any, int]]] = {}
     for play, host_bytes in SCENES:
         recorder = Recorder(SimulatedEngine(random.Random(0), lazy=True))
@@ -173,8 +174,8 @@ def survives(drop: Drop, folder, play, host_bytes) -> bool:
     return True
 
 
-def test_memory_that_is_given_up_is_free(tmp_path):
-    """Nothing that is on its way keeps a window that turned cold, or a slot that was replaced."""
+def test_released_buffers_and_slots_have_no_pending_transfers(tmp_path):
+    """No pending transfer holds a buffer that turned cold, or a slot that was replaced."""
     engine = SimulatedEngine(random.Random(0), lazy=True)
     offload = OffloadManager(400 * PAGE, 2**20, tmp_path, PAGE, lambda: 3, lambda device: engine)
     device_memory = offload.device_memory(torch.device("cpu"))

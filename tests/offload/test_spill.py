@@ -1,4 +1,4 @@
-"""Page files and their folder: private, whole, and gone when nobody needs them."""
+"""Page files and their spill folder: private, complete, and deleted when no longer needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def filled(folder, dtype=torch.float32, pieces=((0, 6),)):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pieces", [((0, 6),), ((0, 2), (2, 6)), ((4, 6), (0, 4))], ids=["whole", "pieces", "backward"])
-def test_any_reader_of_safetensors_opens_a_page_file(folder, dtype, pieces):
+def test_page_file_is_a_valid_safetensors_file(folder, dtype, pieces):
     file, k, v = filled(folder, dtype, pieces)
     found = load_file(file.path)
     assert torch.equal(found["k"], k)
@@ -53,9 +53,9 @@ def test_any_reader_of_safetensors_opens_a_page_file(folder, dtype, pieces):
 
 @pytest.mark.parametrize(("first", "last"), [(0, 6), (2, 5), (5, 6)])
 @pytest.mark.parametrize("row", range(ROWS))
-def test_any_part_of_a_row_is_read(folder, row, first, last):
+def test_page_file_reads_any_part_of_a_row(folder, row, first, last):
     file, k, v = filled(folder)
-    room = torch.zeros(2, 20, 4), torch.zeros(3, 20, 5)  # heads lie apart, as in a window
+    room = torch.zeros(2, 20, 4), torch.zeros(3, 20, 5)  # heads are not contiguous, as in a buffer
     file.read(row, first, last, PageView.on(room[0][:, 7 : 7 + last - first], room[1][:, 7 : 7 + last - first]))
     assert torch.equal(room[0][:, 7 : 7 + last - first], k[row, :, first:last])
     assert torch.equal(room[1][:, 7 : 7 + last - first], v[row, :, first:last])
@@ -63,7 +63,7 @@ def test_any_part_of_a_row_is_read(folder, row, first, last):
     assert not room[0][:, 7 + last - first :].any()
 
 
-def test_a_system_call_may_do_less_than_it_was_asked_for(folder, monkeypatch):
+def test_page_file_handles_short_reads_and_writes(folder, monkeypatch):
     def little(call):
         return lambda fd, pieces, offset: call(fd, [pieces[0][:5]], offset)
 
@@ -76,7 +76,7 @@ def test_a_system_call_may_do_less_than_it_was_asked_for(folder, monkeypatch):
     assert torch.equal(found[1], v[1])
 
 
-def test_only_the_user_can_read_it(folder):
+def test_page_files_and_their_folder_are_private_to_the_user(folder):
     before = os.umask(0)
     try:
         file, *_ = filled(folder)
@@ -86,7 +86,7 @@ def test_only_the_user_can_read_it(folder):
     assert stat.S_IMODE(Path(file.path).parent.stat().st_mode) == 0o700
 
 
-def test_a_file_goes_with_its_last_reader_and_the_folder_with_its_last_user(folder, tmp_path):
+def test_page_file_is_deleted_with_its_last_reader_and_the_folder_with_its_last_user(folder, tmp_path):
     file, *_ = filled(folder)
     path = file.path
     other = folder.share()
@@ -100,13 +100,13 @@ def test_a_file_goes_with_its_last_reader_and_the_folder_with_its_last_user(fold
     assert list((tmp_path / "spill").iterdir()) == []
 
 
-def test_nothing_is_made_before_it_is_needed(tmp_path):
+def test_spill_folder_is_not_created_before_first_use(tmp_path):
     SpillFolder(tmp_path / "spill").close()
     assert not (tmp_path / "spill").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "delete"])
-def test_what_was_changed_is_not_taken_for_k_and_v(folder, damage):
+def test_resized_or_deleted_page_file_raises_stream_error(folder, damage):
     file, *_ = filled(folder)
     if damage == "delete":
         Path(file.path).unlink()
@@ -116,7 +116,7 @@ def test_what_was_changed_is_not_taken_for_k_and_v(folder, damage):
         file.read(0, 0, 6, PageView.on(torch.zeros(2, 6, 4), torch.zeros(3, 6, 5)))
 
 
-def test_a_dtype_without_a_name(folder):
+def test_dtype_without_a_safetensors_name_raises_stream_error(folder):
     with pytest.raises(StreamError, match="complex64"):
         PageFile(folder, 1, 1, LayerSpec(1, 1, 1, 1, torch.complex64))
 
@@ -136,13 +136,13 @@ def other_process(parent, method):
     return process, ours.recv(), end
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(folder, tmp_path):
+def test_sweep_removes_the_folder_of_a_killed_process_and_keeps_live_ones(folder, tmp_path):
     killed, left, _ = other_process(tmp_path / "spill", "spawn")
     living, kept, end = other_process(tmp_path / "spill", "spawn")
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert Path(left).exists()
-    SpillFolder(tmp_path / "spill").close()  # the next one that starts
+    SpillFolder(tmp_path / "spill").close()  # the next process that starts
     assert not Path(left).parent.exists()
     assert Path(kept).exists()
     end.send(None)
@@ -150,7 +150,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(fo
     assert not Path(kept).parent.exists(), "a process that ends takes its folder along"
 
 
-def test_a_forked_child_leaves_the_files_of_its_parent(folder):
+def test_forked_child_does_not_delete_the_files_of_its_parent(folder):
     file, k, _ = filled(folder)
     pid = os.fork()
     if pid == 0:
@@ -164,15 +164,15 @@ def test_a_forked_child_leaves_the_files_of_its_parent(folder):
 
 
 def named(parent, pid=1):
-    """A folder that bears the name of a spill folder."""
+    """An empty folder with the name of a spill folder."""
     path = parent / f"{pid}-{'0' * 32}"
     path.mkdir(parents=True)
     return path
 
 
 @pytest.mark.parametrize("moment", ["mkdir", "lock"])
-def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeypatch, moment):
-    """By another process, which sees it before it has its lock, or before the lock is held."""
+def test_folder_swept_during_its_creation_is_created_again(tmp_path, monkeypatch, moment):
+    """Another process sweeps it before the lock file exists, or before the lock is held."""
     parent, swept = tmp_path / "spill", []
     opened, locked = os.open, spill_folder.fcntl.flock
 
@@ -202,7 +202,7 @@ def test_a_folder_that_is_swept_while_it_is_made_is_made_again(tmp_path, monkeyp
     folder.close()
 
 
-def test_a_folder_that_somebody_deleted_is_made_again(folder):
+def test_deleted_spill_folder_is_created_again(folder):
     filled(folder)
     shutil.rmtree(folder.parent)
     file, k, _ = filled(folder)
@@ -211,7 +211,7 @@ def test_a_folder_that_somebody_deleted_is_made_again(folder):
     assert Path(file.path).exists()
 
 
-def test_a_folder_without_a_lock_is_not_left_and_is_swept(tmp_path, monkeypatch):
+def test_folder_without_a_lock_is_removed_at_once_or_swept_later(tmp_path, monkeypatch):
     def full(path, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -221,12 +221,12 @@ def test_a_folder_without_a_lock_is_not_left_and_is_swept(tmp_path, monkeypatch)
         with pytest.raises(StreamError, match="No space left"):
             folder.new_file()
     assert not list(tmp_path.iterdir())
-    killed = named(tmp_path)  # between making the folder and its lock
+    killed = named(tmp_path)  # as if killed between the creation of the folder and of its lock
     SpillFolder(tmp_path).close()
     assert not killed.exists()
 
 
-def test_what_is_not_ours_is_not_swept(tmp_path):
+def test_sweep_leaves_foreign_files_and_folders(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "owner.lock").touch()
     full = named(tmp_path)

@@ -1,4 +1,4 @@
-"""The small parts of streaming: who is cold first, who holds how much, and memory that is used again."""
+"""The parts of offloading: order of cold layers, memory budgets, and reuse of host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
 
 
 @given(st.integers(1, 200))
-def test_any_first_layers_of_the_order_are_spread_evenly(layers):
+def test_cold_order_spreads_any_number_of_first_layers_evenly(layers):
     order = cold_order(layers)
     assert sorted(order) == list(range(layers))
     assert order[0] == layers - 1
@@ -32,14 +32,14 @@ def test_any_first_layers_of_the_order_are_spread_evenly(layers):
         assert max(gaps) <= 4 * layers / count, "a long stretch without a cold layer, and a crowd elsewhere"
 
 
-def test_the_smallest_budget_is_two_slots_and_one_page_each():
+def test_smallest_budget_is_two_slots_plus_one_page_per_layer():
     assert round_up(1, 8) == round_up(8, 8) == 8
     assert smallest_budget_bytes([10, 30, 20], rows=2, columns=17, page_tokens=8) == 2 * 30 * 2 * 24 + 60 * 2 * 8
     assert smallest_budget_bytes([10], rows=1, columns=8, page_tokens=8, hot_bytes=7) == 7 + 80 + 80
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=30))
-def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
+def test_memory_budget_tracks_used_and_peak_bytes(steps):
     ledger, held, most = MemoryBudget(60), {}, 0
     for owner, nbytes in steps:
         ledger.set(owner, nbytes)
@@ -53,7 +53,7 @@ def test_a_ledger_knows_the_sum_and_the_most_there_was(steps):
     assert ledger.peak_bytes == ledger.used_bytes
 
 
-def test_traffic_is_told_since_any_moment():
+def test_transfer_stats_report_the_traffic_since_a_copy():
     transfers = TransferStats(bytes_down=5, bytes_up=7, waits=1, wait_seconds=0.5)
     before = transfers.copy()
     transfers.bytes_up += 3
@@ -65,7 +65,7 @@ def slabs_of(limit, slab_bytes=1024):
     return HostPool(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), ledger, slab_bytes), ledger
 
 
-def test_slabs_stay_inside_their_budget_and_are_used_again():
+def test_host_pool_stays_within_its_budget_and_reuses_slabs():
     host_pool, ledger = slabs_of(2048)
     pieces = [host_pool.take(512) for _ in range(4)]
     assert ledger.used_bytes == 2048
@@ -80,7 +80,7 @@ def test_slabs_stay_inside_their_budget_and_are_used_again():
     assert ledger.peak_bytes == 2048
 
 
-def test_the_last_piece_of_a_budget_may_be_smaller_than_a_slab():
+def test_last_slab_of_a_budget_may_be_smaller():
     host_pool, ledger = slabs_of(1500)
     assert host_pool.take(1024) is not None
     assert host_pool.take(400) is None
@@ -91,7 +91,7 @@ def test_the_last_piece_of_a_budget_may_be_smaller_than_a_slab():
     assert ledger.used_bytes == 1024, "what is empty and too small is given back to the system"
 
 
-def test_slabs_grow_with_what_is_asked_of_them():
+def test_host_pool_slabs_grow_with_demand():
     host_pool, ledger = slabs_of(None, 64 * 2**20)
     held = []
     for _ in range(9):
@@ -100,11 +100,11 @@ def test_slabs_grow_with_what_is_asked_of_them():
     assert held == [1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
-def test_pages_that_nobody_has_are_given_back():
+def test_released_host_extents_return_their_memory():
     host_pool, ledger = slabs_of(1024)
     engine, spec = InlineEngine(), LayerSpec(1, 4, 1, 4, torch.float32)
     k = torch.randn(1, 1, 8, 4)
-    for _ in range(5):  # four times as much as there is room for
+    for _ in range(5):  # four times as many bytes as fit
         run = HostExtent(engine, host_pool, host_pool.take(256), 1, 8, spec)
         run.fill(k, k, [])
         del run
@@ -112,7 +112,7 @@ def test_pages_that_nobody_has_are_given_back():
     assert ledger.peak_bytes == 1024
 
 
-def test_staging_takes_no_more_than_its_pieces():
+def test_staging_buffer_cycles_through_a_fixed_number_of_pieces():
     host_pool, ledger = slabs_of(6 * 1024)
     staging, spec = StagingBuffer(host_pool, 6 * 1024), LayerSpec(1, 4, 1, 4, torch.float32)
     reserve = staging.reserve_bytes
@@ -124,11 +124,11 @@ def test_staging_takes_no_more_than_its_pieces():
     assert list(staging.chunks(3, 100, 32)) == [(3, 35), (35, 67), (67, 99), (99, 100)]
 
 
-def test_devices_that_share_a_host_budget_leave_each_other_room_for_staging(tmp_path):
+def test_devices_sharing_a_host_budget_leave_each_other_staging_room(tmp_path):
     host, folder = MemoryBudget(1_000_000), SpillFolder(tmp_path)
     one, two = (PagePlacement(InlineEngine(), host, folder, TransferStats(), 16, devices=2) for _ in range(2))
     k = torch.zeros(1, 2, 16, 8)
-    kept = [one.lower(k, k, [])[0] for _ in range(600)]  # goes on to files when the host is full
+    kept = [one.lower(k, k, [])[0] for _ in range(600)]  # continues in files when the host is full
     kept += [two.lower(k, k, [])[0]]
     assert {part.extent.tier for parts in kept for part in parts} == {"host", "disk"}
     assert host.peak_bytes <= 1_000_000
@@ -136,7 +136,7 @@ def test_devices_that_share_a_host_budget_leave_each_other_room_for_staging(tmp_
     folder.close()
 
 
-def test_an_accelerator_without_side_streams_is_served_inline(monkeypatch):
+def test_accelerator_without_streams_gets_the_inline_engine(monkeypatch):
     def no_streams(device):
         raise NotImplementedError("no streams")
 
@@ -147,7 +147,7 @@ def test_an_accelerator_without_side_streams_is_served_inline(monkeypatch):
     assert isinstance(engine_for(torch.device("cpu")), ThreadEngine)
 
 
-def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(monkeypatch, caplog):
+def test_memory_that_cannot_be_pinned_is_pageable_and_warns_once(monkeypatch, caplog):
     engine = StreamEngine.__new__(StreamEngine)
     engine._pinned, engine._device = True, torch.device("meta")
     original = torch.empty
@@ -164,12 +164,12 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(monkeypatch, cap
     assert caplog.text.count("cannot pin") == 1
 
 
-def test_free_memory_of_a_device_that_does_not_tell():
+def test_free_memory_of_a_device_that_reports_none_raises():
     with pytest.raises(ConfigurationError, match="device_budget"):
         free_device_bytes(torch.device("meta"))
 
 
-def test_free_memory_leaves_a_reserve(monkeypatch):
+def test_free_device_bytes_leaves_a_reserve(monkeypatch):
     class Memory:
         available = 10 * 2**30
 

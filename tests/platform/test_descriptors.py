@@ -1,4 +1,4 @@
-"""However many files are read, few of them are open at a time."""
+"""The descriptor cache keeps few files open, however many are read."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def text(file):
         return os.pread(fd, 10, 0).decode()
 
 
-def test_few_files_are_open_however_many_are_read(files):
+def test_descriptor_cache_bounds_the_number_of_open_files(files):
     descriptors = Descriptors(4)
     read = [read_file(path, descriptors) for path in files]
     for _ in range(3):
@@ -43,7 +43,7 @@ def test_few_files_are_open_however_many_are_read(files):
     assert len(descriptors) == 0
 
 
-def test_a_descriptor_is_kept_while_there_is_room(files):
+def test_descriptor_stays_open_while_there_is_room(files):
     opened = []
     file = ReadFile(lambda: opened.append(1) or os.open(files[0], os.O_RDONLY), Descriptors(1))
     assert text(file) == text(file) == "0"
@@ -52,7 +52,7 @@ def test_a_descriptor_is_kept_while_there_is_room(files):
     file.close()
 
 
-def test_what_is_in_use_is_not_closed(files):
+def test_descriptor_in_use_is_not_closed(files):
     descriptors = Descriptors(0)
     file = read_file(files[0], descriptors)
     with file.reading() as fd:
@@ -62,7 +62,7 @@ def test_what_is_in_use_is_not_closed(files):
     assert len(descriptors) == 0
 
 
-def test_another_file_in_the_place_of_the_first_is_not_read(files):
+def test_file_that_replaced_the_original_is_not_read(files):
     file = read_file(files[0], Descriptors(0))
     assert text(file) == "0"
     files[1].replace(files[0])
@@ -70,7 +70,7 @@ def test_another_file_in_the_place_of_the_first_is_not_read(files):
         text(file)
 
 
-def test_a_file_that_is_held_outlives_its_name(files):
+def test_held_file_can_be_read_after_it_is_deleted(files):
     file = read_file(files[0], Descriptors(0))
     file.hold()
     file.hold()
@@ -83,7 +83,7 @@ def test_a_file_that_is_held_outlives_its_name(files):
         text(read_file(files[0], Descriptors(0)))
 
 
-def test_want_of_descriptors_closes_what_nobody_uses(files):
+def test_running_out_of_descriptors_closes_idle_files(files):
     descriptors, room = Descriptors(10), [3]
 
     def open_if_room(path):
@@ -99,7 +99,7 @@ def test_want_of_descriptors_closes_what_nobody_uses(files):
     assert len(descriptors) == 0
 
 
-def test_a_limit_of_the_process_is_kept_to(files, monkeypatch):
+def test_number_of_open_files_depends_on_the_process_limit(files, monkeypatch):
     resource = pytest.importorskip("resource")
     descriptors = Descriptors()
     for allowed, most in ((4, 8), (64, 16), (resource.RLIM_INFINITY, 20)):
@@ -111,7 +111,7 @@ def test_a_limit_of_the_process_is_kept_to(files, monkeypatch):
             file.close()
 
 
-def test_threads_that_open_one_file_share_a_descriptor(files):
+def test_concurrent_opens_of_one_file_share_a_descriptor(files):
     descriptors, both, closed = Descriptors(10), threading.Barrier(2), []
 
     def open_together():
@@ -129,7 +129,7 @@ def test_threads_that_open_one_file_share_a_descriptor(files):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_opens_files_of_its_own(files):
+def test_forked_child_opens_its_own_descriptors(files):
     descriptors = Descriptors(10)
     file = read_file(files[0], descriptors)
     with file.reading():
@@ -140,8 +140,8 @@ def test_a_child_opens_files_of_its_own(files):
     assert text(file) == "0"
 
 
-def test_pages_of_cold_layers_are_read_and_written_where_only_idle_files_are_in_the_way(tmp_path, monkeypatch):
-    """An answer would end in the middle: its K and V are in these files alone."""
+def test_cold_layer_pages_move_although_idle_files_use_all_descriptors(tmp_path, monkeypatch):
+    """Otherwise an answer would end midway, because its K and V are in these files alone."""
     idle = [tmp_path / str(n) for n in range(3)]
     for path in idle:
         path.touch()

@@ -1,4 +1,4 @@
-"""The seam through which the store touches a folder."""
+"""``LocalFilesystem``, the interface between the store and its folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def umask(bits: int):
 
 
 class Told(SystemCalls):
-    """Writes down what it is asked; the ``fail``-th call of a name raises, before or after it is done."""
+    """Records its calls; a call named ``fail`` raises ``error`` before it is done."""
 
     def __init__(self, fail: str = "", error: int = errno.EIO, short: int = 0) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -77,7 +77,7 @@ class Told(SystemCalls):
 
 @pytest.mark.parametrize("bits", [0o000, 0o022, 0o077, 0o777], ids=oct)
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_file_is_whole_and_the_users_alone(tmp_path, bits, durable):
+def test_written_file_is_complete_and_private_to_the_user(tmp_path, bits, durable):
     path = tmp_path / "file"
     with umask(bits):
         LOCAL.write_whole(path, PIECES, durable)
@@ -88,7 +88,7 @@ def test_a_file_is_whole_and_the_users_alone(tmp_path, bits, durable):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_synced_before_it_gets_its_name_and_its_folder_after(tmp_path):
+def test_durable_write_syncs_the_file_before_and_the_folder_after_the_rename(tmp_path):
     calls = Told()
     LocalFilesystem(calls).write_whole(tmp_path / "file", PIECES[:1], durable=True)
     steps = [call if subject != tmp_path.name else f"{call} folder" for call, subject in calls.asked]
@@ -98,12 +98,12 @@ def test_a_file_is_synced_before_it_gets_its_name_and_its_folder_after(tmp_path)
     assert [call for call, _ in lazy.asked] == ["open", "write", "rename"]
 
 
-def test_writes_that_come_up_short_go_on(tmp_path):
+def test_short_writes_are_continued(tmp_path):
     LocalFilesystem(Told(short=3)).write_whole(tmp_path / "file", PIECES, durable=False)
     assert (tmp_path / "file").read_bytes() == WHOLE
 
 
-def test_a_drive_that_takes_nothing_is_a_failure(tmp_path):
+def test_write_without_progress_raises_and_leaves_no_file(tmp_path):
     class Stuck(SystemCalls):
         def write(self, fd, piece):
             return 0
@@ -115,7 +115,7 @@ def test_a_drive_that_takes_nothing_is_a_failure(tmp_path):
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS], ids=os.strerror)
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
-def test_what_fails_leaves_what_was_there(tmp_path, call, error):
+def test_failed_write_leaves_the_old_file_untouched(tmp_path, call, error):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     descriptors = len(list(Path("/dev/fd").iterdir()))
@@ -127,7 +127,7 @@ def test_what_fails_leaves_what_was_there(tmp_path, call, error):
     assert len(list(Path("/dev/fd").iterdir())) == descriptors
 
 
-def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path):
+def test_new_file_is_in_place_even_if_the_folder_sync_fails(tmp_path):
     class Folderless(Told):
         def fsync(self, fd):
             if self.names[fd] == tmp_path.name:
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path):
     assert len(list(Path("/dev/fd").iterdir())) == descriptors
 
 
-def test_what_cannot_be_deleted_after_a_failure_is_a_leftover(tmp_path):
+def test_temporary_file_that_cannot_be_deleted_is_a_leftover(tmp_path):
     class Worn(Told):
         def unlink(self, path):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -151,7 +151,7 @@ def test_what_cannot_be_deleted_after_a_failure_is_a_leftover(tmp_path):
     assert is_leftover(left)
 
 
-def test_a_file_being_written_is_no_leftover(tmp_path):
+def test_file_being_written_is_temporary_but_no_leftover(tmp_path):
     seen = []
 
     class Watched(SystemCalls):
@@ -165,7 +165,7 @@ def test_a_file_being_written_is_no_leftover(tmp_path):
     assert not is_leftover(tmp_path / "file")
 
 
-def test_whose_leftover_a_file_is():
+def test_leftover_is_a_temporary_file_of_a_dead_process_or_this_one():
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
     assert is_leftover(Path(f".file-{done.pid}-{'0' * 32}.tmp"))
@@ -176,7 +176,7 @@ def test_whose_leftover_a_file_is():
     assert not any(map(is_alive, (0, -1, done.pid, 2**31, 9_999_999_999)))
 
 
-def test_the_process_of_somebody_else_is_alive(monkeypatch):
+def test_process_of_another_user_counts_as_alive(monkeypatch):
     def kill(pid, signal):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -184,7 +184,7 @@ def test_the_process_of_somebody_else_is_alive(monkeypatch):
     assert is_alive(1)
 
 
-def test_a_missing_file_is_deleted_already(tmp_path):
+def test_delete_reports_whether_the_file_existed(tmp_path):
     (tmp_path / "file").touch()
     assert LOCAL.delete(tmp_path / "file") is True
     assert LOCAL.delete(tmp_path / "file") is False
@@ -192,7 +192,7 @@ def test_a_missing_file_is_deleted_already(tmp_path):
         LocalFilesystem(Told("unlink", errno.EROFS)).delete(tmp_path / "file")
 
 
-def test_links_are_not_read_through(tmp_path):
+def test_open_read_does_not_follow_symbolic_links(tmp_path):
     (tmp_path / "secret").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
@@ -203,7 +203,7 @@ def test_links_are_not_read_through(tmp_path):
     os.close(fd)
 
 
-def test_a_link_where_a_file_goes_is_replaced_not_followed(tmp_path):
+def test_write_replaces_a_symbolic_link_without_following_it(tmp_path):
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "file").symlink_to(tmp_path / "theirs")
     LOCAL.write_whole(tmp_path / "file", PIECES, durable=False)
@@ -212,8 +212,8 @@ def test_a_link_where_a_file_goes_is_replaced_not_followed(tmp_path):
     assert not (tmp_path / "file").is_symlink()
 
 
-def test_a_temporary_file_is_a_new_one(tmp_path, monkeypatch):
-    """Whoever guesses its name gets nothing into the store, and nothing out of it."""
+def test_write_refuses_an_existing_temporary_file(tmp_path, monkeypatch):
+    """Guessing the name of the temporary file lets no data into the store and none out of it."""
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=1))
     guessed = tmp_path / f".file-{os.getpid()}-{uuid.UUID(int=1).hex}.tmp"
     (tmp_path / "theirs").write_bytes(b"theirs")
@@ -228,13 +228,13 @@ def test_a_temporary_file_is_a_new_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [0o000, 0o022, 0o777], ids=oct)
-def test_folders_are_the_users_alone(tmp_path, bits):
+def test_new_folders_are_private_to_the_user(tmp_path, bits):
     with umask(bits):
         LOCAL.make_folder(tmp_path / "a" / "b", durable=True)
     assert mode(tmp_path / "a") == mode(tmp_path / "a" / "b") == 0o700
 
 
-def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
+def test_existing_folder_keeps_its_mode(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a").chmod(0o755)
     calls = Told()
@@ -243,7 +243,7 @@ def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
     assert calls.asked == []
 
 
-def test_a_new_folder_is_synced_into_the_one_above(tmp_path):
+def test_durable_new_folder_syncs_its_parent_folder(tmp_path):
     calls = Told()
     LocalFilesystem(calls).make_folder(tmp_path / "a" / "b", durable=True)
     assert calls.asked == [
@@ -256,17 +256,17 @@ def test_a_new_folder_is_synced_into_the_one_above(tmp_path):
     ]
 
 
-def test_two_make_the_same_folder(tmp_path):
+def test_making_a_folder_that_appears_meanwhile_succeeds(tmp_path):
     class Second(SystemCalls):
         def mkdir(self, path, mode):
-            super().mkdir(path, mode)  # by the other one
+            super().mkdir(path, mode)  # by the other process
             super().mkdir(path, mode)
 
     LocalFilesystem(Second()).make_folder(tmp_path / "a")
     assert (tmp_path / "a").is_dir()
 
 
-def test_a_file_in_the_way_of_a_folder(tmp_path):
+def test_make_folder_raises_if_a_file_is_in_the_way(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError, match=r"is in the way.*/a'"):
         LOCAL.make_folder(tmp_path / "a" / "b")
@@ -295,24 +295,24 @@ def test_paths_outside_a_store_are_refused(tmp_path, path):
         LOCAL.refuse_links(tmp_path / "store", tmp_path / path)
 
 
-# --- room -------------------------------------------------------------------------------------------------------------
+# --- disk space -------------------------------------------------------------------------------------------------------
 
 
-def test_files_take_whole_units_of_their_drive(tmp_path):
+def test_allocated_bytes_are_whole_units_of_the_drive(tmp_path):
     drive = os.statvfs(tmp_path)
     unit = drive.f_frsize
     for nbytes, units in ((0, 0), (1, 1), (unit, 1), (unit + 1, 2), (10 * unit, 10)):
         assert LOCAL.allocated_bytes(tmp_path, nbytes) == units * unit
 
 
-def test_a_drive_is_asked_for_its_units_once(tmp_path, monkeypatch):
+def test_allocation_unit_of_a_drive_is_queried_once(tmp_path, monkeypatch):
     filesystem = LocalFilesystem()
     expected = filesystem.allocated_bytes(tmp_path, 1)
     monkeypatch.delattr(os, "statvfs")
     assert filesystem.allocated_bytes(tmp_path, 1) == expected
 
 
-def test_free_bytes_are_those_that_a_user_may_write(tmp_path):
+def test_free_bytes_count_only_the_space_available_to_the_user(tmp_path):
     drive = os.statvfs(tmp_path)
     free = LOCAL.free_bytes(tmp_path)
     assert 0 <= free <= drive.f_bfree * drive.f_frsize

@@ -1,4 +1,4 @@
-"""Who takes part in forks comes to rest before them and goes on after."""
+"""Registered members stop before a fork and resume after it."""
 
 import random
 import threading
@@ -25,7 +25,7 @@ class Restless(Member):
 
 
 @pytest.mark.parametrize("in_child", [True, False])
-def test_each_member_is_told_before_and_after(in_child):
+def test_each_member_is_called_before_and_after_a_fork(in_child):
     members = [Member(), Member()]
     for member in members:
         fork_safety.take_part(member, fork_safety.Rank.STORE)
@@ -35,8 +35,8 @@ def test_each_member_is_told_before_and_after(in_child):
     assert [member.said for member in members] == [["rest", in_child], ["rest", in_child]]
 
 
-def test_locks_are_taken_in_the_order_of_their_ranks():
-    """A thread that holds one may wait for another of a later rank: in any other order, both would wait for ever."""
+def test_members_stop_for_a_fork_in_the_order_of_their_ranks():
+    """A thread that holds a lock may wait for one of a later rank, so any other order could deadlock."""
     order = []
 
     class Noting(Member):
@@ -55,7 +55,7 @@ def test_locks_are_taken_in_the_order_of_their_ranks():
     assert order == ranks
 
 
-def test_nobody_is_kept_alive():
+def test_registration_does_not_keep_a_member_alive():
     member = Member()
     fork_safety.take_part(member, fork_safety.Rank.STORE)
     said = member.said
@@ -65,8 +65,8 @@ def test_nobody_is_kept_alive():
     assert said == []
 
 
-def test_who_did_not_come_to_rest_is_not_told_to_go_on():
-    """Python goes on with the fork all the same."""
+def test_member_that_failed_to_stop_is_not_resumed():
+    """Python forks in spite of the error."""
     restless = Restless()
     fork_safety.take_part(restless, fork_safety.Rank.STORE)
     with pytest.raises(ValueError, match="no rest"):
@@ -78,7 +78,7 @@ def test_who_did_not_come_to_rest_is_not_told_to_go_on():
     fork_safety._after(in_child=False)
 
 
-def test_two_threads_that_fork_take_turns():
+def test_concurrent_forks_take_turns():
     member, second = (
         Member(),
         threading.Thread(target=lambda: (fork_safety._before(), fork_safety._after(in_child=False))),

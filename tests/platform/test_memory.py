@@ -1,4 +1,4 @@
-"""Budgets that nobody named keep to the memory of the container, not of the machine around it."""
+"""Default budgets follow the memory of the container, not that of the machine around it."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ NO_LIMIT = str(2**63 - 4096)
     ],
     ids=["no-cgroups", "no-limit", "v2-of-the-parent", "v2-namespace", "v1", "nonsense"],
 )
-def test_limits_are_read_in_both_versions(tmp_path, files, expected):
+def test_container_limits_are_read_from_cgroup_v1_and_v2(tmp_path, files, expected):
     assert container_limits(written(tmp_path, files)) == expected
 
 
-def test_a_container_bounds_what_is_taken_by_default(monkeypatch):
+def test_container_limit_bounds_the_default_budget_and_free_memory(monkeypatch):
     machine = host_memory_bytes()
     monkeypatch.setattr(memory, "container_limits", lambda: [(2 * GIB, GIB), (machine * 4, 0)])
     assert host_memory_bytes() == 2 * GIB
@@ -78,7 +78,7 @@ def test_a_container_bounds_what_is_taken_by_default(monkeypatch):
     assert free_device_bytes(torch.device("cpu")) <= free - 512 * 2**20
 
 
-def test_a_container_that_is_over_its_limit_has_nothing_free(monkeypatch):
+def test_container_over_its_limit_has_no_free_memory(monkeypatch):
     monkeypatch.setattr(memory, "container_limits", lambda: [(GIB, 2 * GIB)])
     assert free_device_bytes(torch.device("cpu")) == 0
 

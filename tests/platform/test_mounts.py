@@ -1,4 +1,4 @@
-"""Which filesystem a path lies on, by the table of mounts."""
+"""The filesystem of a path, read from the mount table."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ PLAIN = """\
         ("/proc/self", "proc"),
     ],
 )
-def test_a_path_lies_on_the_innermost_mount(path, kind):
+def test_filesystem_kind_is_that_of_the_innermost_mount(path, kind):
     assert kind_in(PLAIN, PurePosixPath(path)) == kind
 
 
-def test_of_several_at_one_place_the_last_one_counts():
+def test_last_of_several_mounts_at_one_place_counts():
     table = (
         "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:5 / /mnt rw - nfs server:/ rw\n3 2 0:6 / /mnt rw - tmpfs tmpfs rw\n"
     )
@@ -50,7 +50,7 @@ def test_of_several_at_one_place_the_last_one_counts():
     assert kind_in(beside, PurePosixPath("/mnt/store")) == "tmpfs"
 
 
-def test_a_mount_that_another_one_hides_does_not_count():
+def test_hidden_mount_does_not_count():
     table = (
         "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
         "2 1 0:5 / /mnt/deep rw - nfs server:/ rw\n"
@@ -59,23 +59,23 @@ def test_a_mount_that_another_one_hides_does_not_count():
     assert kind_in(table, PurePosixPath("/mnt/deep/store")) == "xfs"
 
 
-def test_a_bind_mount_has_the_kind_of_what_is_bound():
+def test_bind_mount_has_the_kind_of_its_source():
     table = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:5 /export/ann /data rw shared:7 - nfs4 server:/export rw\n"
     assert kind_in(table, PurePosixPath("/data/store")) == "nfs4"
 
 
 @pytest.mark.parametrize("table", ["", "nonsense\n", "1 0 8:1 / / rw\n", "1 0 8:1 / /else rw - ext4 /dev/sda1 rw\n"])
-def test_a_table_that_does_not_tell(table):
+def test_filesystem_kind_is_none_for_an_unusable_mount_table(table):
     assert kind_in(table, PurePosixPath("/store")) is None
 
 
-def test_this_machine_tells(tmp_path):
+def test_mounted_kind_of_a_missing_path_is_that_of_its_parent(tmp_path):
     kind = mounted_kind(tmp_path)
     assert kind is None if not Path("/proc/self/mountinfo").exists() else kind
     assert mounted_kind(tmp_path / "not" / "there" / "yet") == kind
 
 
-def test_a_path_is_followed_through_links(tmp_path, monkeypatch):
+def test_mounted_kind_follows_symbolic_links(tmp_path, monkeypatch):
     table = tmp_path / "mountinfo"
     monkeypatch.setattr(mounts, "_MOUNT_TABLE", table)
     place = (tmp_path / "drive").resolve()
@@ -90,10 +90,10 @@ def test_a_path_is_followed_through_links(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "sshfs", "fuse.sshfs", "afs", "ceph", "lustre", "gpfs", "FUSE.rclone"]
 )
-def test_filesystems_that_reach_other_machines(kind):
+def test_network_filesystems_are_recognized(kind):
     assert is_shared_over_network(kind)
 
 
 @pytest.mark.parametrize("kind", [None, "", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "fuse", "fuse.ntfs-3g"])
-def test_filesystems_that_do_not(kind):
+def test_local_filesystems_are_not_taken_for_network_filesystems(kind):
     assert not is_shared_over_network(kind)

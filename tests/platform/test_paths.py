@@ -1,4 +1,4 @@
-"""Folders stay where they were when they were named, and what is no home says so."""
+"""Relative folders stay fixed when the current folder changes, and a missing home raises a clear error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.stores import commit, count, restored_length
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """A user without HOME and without an entry that tells one, as in some containers."""
+    """A user without HOME and without a user entry that names a home, as in some containers."""
 
     def unknown(_):
         raise KeyError("uid not found")
@@ -24,7 +24,7 @@ def homeless(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-def test_a_relative_folder_outlives_a_change_of_the_current_one(tmp_path, monkeypatch):
+def test_relative_store_folder_survives_a_change_of_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with PrefixStore("kv", block_size=4, host_budget=1) as store:
         (tmp_path / "elsewhere").mkdir()
@@ -38,17 +38,17 @@ def test_a_relative_folder_outlives_a_change_of_the_current_one(tmp_path, monkey
 
 @pytest.mark.parametrize("make", [PrefixStore, TieredCache, lambda path: TieredCache(None, spill_dir=path)])
 @pytest.mark.parametrize("path", ["~/kv", "~nobody-is-called-so/kv"])
-def test_a_home_that_nobody_has_is_named(homeless, make, path):
+def test_missing_home_folder_raises_an_error_that_says_what_to_set(homeless, make, path):
     with pytest.raises(ConfigurationError, match=r"set HOME, or pass an absolute path"):
         make(path)
 
 
-def test_pages_without_a_place_say_what_to_pass(homeless):
+def test_missing_spill_folder_raises_an_error_that_says_what_to_pass(homeless):
     with pytest.raises(ConfigurationError, match="pass spill_dir="):
         TieredCache(PrefixStore(), device_budget="1GiB")
 
 
-def test_a_current_folder_that_is_gone(tmp_path, monkeypatch):
+def test_relative_path_in_a_deleted_folder_is_refused(tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -58,7 +58,7 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch):
     os.chdir(tmp_path)
 
 
-def test_the_cache_of_a_user(monkeypatch, tmp_path):
+def test_user_cache_folder_follows_xdg_cache_home_then_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache_folder("x") == tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -1,4 +1,4 @@
-"""Byte counts as people write them."""
+"""Parsing of byte counts."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from kvtier.units import parse_bytes
         ("1TiB", 2**40),
     ],
 )
-def test_reads_what_people_write(written, count):
+def test_parse_bytes_accepts_numbers_and_units(written, count):
     assert parse_bytes(written, "budget") == count
 
 
@@ -30,17 +30,17 @@ def test_reads_what_people_write(written, count):
     "wrong",
     ["12 parsecs", "", "GiB", "two", "-1", "-2GiB", "1e9", "1,5GB", "1 GiB GiB", "0x10", True, False, None, 1.5, b"1"],
 )
-def test_refuses_what_is_no_byte_count_and_names_the_argument(wrong):
+def test_parse_bytes_refuses_invalid_counts_and_names_the_argument(wrong):
     with pytest.raises(ConfigurationError, match=r"host_budget=.* is not a byte count"):
         parse_bytes(wrong, "host_budget")
 
 
 @pytest.mark.parametrize("wrong", [0, -1, -(2**40), "0", "0GiB", "0.1b"])
-def test_refuses_budgets_that_hold_nothing(wrong):
+def test_parse_bytes_refuses_counts_below_one_byte(wrong):
     with pytest.raises(ConfigurationError, match=r"disk_budget=.* must be more than 0 bytes"):
         parse_bytes(wrong, "disk_budget")
 
 
-def test_a_wrong_count_is_a_value_error_too():
+def test_invalid_byte_count_raises_a_value_error():
     with pytest.raises(ValueError, match="parsecs"):
         parse_bytes("12 parsecs", "budget")

@@ -1,4 +1,4 @@
-"""Archives: any prefix comes back bit by bit, any safetensors reader reads it, and no stranger's file does harm."""
+"""Prefix archives: bitwise round trips, files that any safetensors reader reads, and refusal of hostile files."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ MANIFEST = {"model": "a test", "config": {"rope_theta": 10000.0}, "namespace": "
 
 
 def sequence(spec: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
-    """K and V of random bits: NaN and infinities among them."""
+    """Return K and V of random bits, which include NaN and infinities."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(heads, dim, dtype):
@@ -43,7 +43,7 @@ def sequence(spec: KVSpec, tokens: int, seed: int = 0) -> tuple[Page, ...]:
 
 @contextlib.contextmanager
 def chain(folder, whole: tuple[Page, ...], size: int, codec: str = "raw"):
-    """The blocks of a sequence, open for reading."""
+    """Write the blocks of a sequence to files and yield them open for reading."""
     n = whole[0].k_htd.shape[1]
     readers, parent = [], ROOT
     with contextlib.ExitStack() as stack:
@@ -60,7 +60,7 @@ def chain(folder, whole: tuple[Page, ...], size: int, codec: str = "raw"):
 
 
 def exported(folder, whole=None, tokens=None, size=4, codec="raw", **settings):
-    """Write an archive of ``tokens`` of a sequence; return its path."""
+    """Write an archive of the first ``tokens`` tokens of a sequence; return its path."""
     whole = sequence(SMALL, 10) if whole is None else whole
     settings = {"root": ROOT, "manifest": MANIFEST, "block_size": size, "name": "a talk", **settings}
     with chain(folder, whole, size, codec) as readers:
@@ -89,10 +89,10 @@ def specs(draw):
 
 
 @given(specs(), st.integers(1, 12), st.integers(1, 5), st.sampled_from(["raw", "zstd"]), st.data())
-def test_any_prefix_comes_back_bit_by_bit(tmp_path_factory, spec, n, size, codec, data):
+def test_archive_round_trip_of_any_prefix_is_bitwise(tmp_path_factory, spec, n, size, codec, data):
     folder = tmp_path_factory.mktemp("archive")
     whole = sequence(spec, n)
-    tokens = data.draw(st.integers((n - 1) // size * size + 1, n))  # the last block may have more than counts
+    tokens = data.draw(st.integers((n - 1) // size * size + 1, n))  # the last block may hold more tokens
     with Archive(exported(folder, whole, tokens, size, codec)) as archive:
         archive.check()
         assert archive.tokens.tolist() == list(range(tokens))
@@ -105,7 +105,7 @@ def test_any_prefix_comes_back_bit_by_bit(tmp_path_factory, spec, n, size, codec
         assert same_pages(archive.pages(start, stop), whole, start, stop)
 
 
-def test_any_safetensors_reader_reads_it(tmp_path):
+def test_archive_is_readable_by_safetensors(tmp_path):
     whole = sequence(SMALL, 10)
     with safe_open(exported(tmp_path, whole, 9), framework="pt") as file:
         assert file.metadata()["format"] == "kvtier-prefix/1"
@@ -116,7 +116,7 @@ def test_any_safetensors_reader_reads_it(tmp_path):
             assert same_bits(file.get_tensor(f"v.{layer}"), page.v_htd[:, :9])
 
 
-def test_pages_are_the_callers(tmp_path):
+def test_archive_pages_are_contiguous_copies(tmp_path):
     with Archive(exported(tmp_path)) as archive:
         pages = archive.pages(2, 7)
         assert all(t.is_contiguous() for p in pages for t in (p.k_htd, p.v_htd))
@@ -124,13 +124,13 @@ def test_pages_are_the_callers(tmp_path):
         assert same_pages(archive.pages(2, 7), sequence(SMALL, 10), 2, 7)
 
 
-def test_it_is_the_users_alone_and_leaves_nothing_beside_it(tmp_path):
+def test_archive_has_mode_0600_and_no_temporary_file_beside_it(tmp_path):
     path = exported(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_file_is_only_overwritten_when_asked(tmp_path):
+def test_export_overwrites_an_existing_file_only_with_overwrite_true(tmp_path):
     path = exported(tmp_path)
     before = path.read_bytes()
     with pytest.raises(ArchiveError, match=r"exists already; pass overwrite=True"):
@@ -141,14 +141,14 @@ def test_a_file_is_only_overwritten_when_asked(tmp_path):
         assert archive.name == "other"
 
 
-def test_a_file_that_is_there_is_noticed_before_anything_is_read(tmp_path, monkeypatch):
+def test_export_refuses_an_existing_file_before_it_writes(tmp_path, monkeypatch):
     (tmp_path / "archive").write_text("mine")
     monkeypatch.setattr(archives, "_write", lambda *args: pytest.fail("it began to write"))
     with pytest.raises(ArchiveError, match="exists already"):
         exported(tmp_path)
 
 
-def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+def test_export_keeps_a_file_that_appears_while_it_writes(tmp_path, monkeypatch):
     def slow(*args):
         (tmp_path / "archive").write_text("mine")
         return original(*args)
@@ -161,7 +161,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch)
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_drive_without_links_will_do(tmp_path, monkeypatch):
+def test_export_works_on_a_drive_without_hard_links(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(1, "Operation not permitted")
 
@@ -173,7 +173,7 @@ def test_a_drive_without_links_will_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["fsync", "open", "link"])
-def test_a_drive_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, call):
+def test_failed_export_leaves_no_file_behind(tmp_path, monkeypatch, call):
     with chain(tmp_path, sequence(SMALL, 10), 4) as readers:
 
         def full(*args, **kwargs):
@@ -207,13 +207,13 @@ def test_a_damaged_block_is_not_exported(tmp_path):
         (10, {"block_size": 10**9}, "block size of"),
     ],
 )
-def test_what_would_not_be_read_again_is_not_written(tmp_path, tokens, settings, match):
+def test_export_refuses_invalid_token_counts_manifests_and_block_sizes(tmp_path, tokens, settings, match):
     with pytest.raises(ArchiveError, match=match):
         exported(tmp_path, None, tokens, 4, "raw", **settings)
     assert not (tmp_path / "archive").exists()
 
 
-def test_blocks_of_two_models_are_no_sequence(tmp_path):
+def test_export_refuses_blocks_of_two_models(tmp_path):
     (tmp_path / "other").mkdir()
     other = KVSpec(SMALL.layers[:1])
     with (
@@ -224,8 +224,8 @@ def test_blocks_of_two_models_are_no_sequence(tmp_path):
         write_archive(tmp_path / "archive", [*these, *those], 8, root=ROOT, manifest={}, block_size=4)
 
 
-def test_memory_for_one_layer_and_not_for_all(tmp_path):
-    """Numpy's memory and Python's are counted; a layer is 1 MiB, the prefix 24."""
+def test_export_and_check_use_memory_for_few_layers(tmp_path):
+    """Counts the memory of NumPy and Python. A layer takes 1 MiB, the prefix 24 MiB."""
     layer = LayerSpec(2, 64, 2, 64, torch.float32)
     with chain(tmp_path, sequence(KVSpec((layer,) * 24), 1024), 256) as readers:
         tracemalloc.start()
@@ -245,7 +245,7 @@ def test_memory_for_one_layer_and_not_for_all(tmp_path):
             tracemalloc.stop()
 
 
-def test_progress_of_a_check_ends_at_the_size(tmp_path, monkeypatch):
+def test_check_progress_never_decreases_and_ends_at_the_archive_size(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_CHECKED_BYTES", 64)
     with Archive(exported(tmp_path)) as archive:
         said = []
@@ -256,13 +256,13 @@ def test_progress_of_a_check_ends_at_the_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 3), (4, 3), (0, 11)])
-def test_tokens_that_it_does_not_have(tmp_path, start, stop):
+def test_reading_an_invalid_token_range_of_an_archive_is_refused(tmp_path, start, stop):
     with Archive(exported(tmp_path)) as archive, pytest.raises(ConfigurationError, match="within the 10 tokens"):
         archive.pages(start, stop)
 
 
 @pytest.mark.parametrize("name", [None, "", " x", "x\n", "x" * 201, "\ud800"])
-def test_a_name_that_is_none_is_dropped(tmp_path, name):
+def test_invalid_stored_name_is_ignored(tmp_path, name):
     path = exported(tmp_path)
     change(path, lambda h: h["__metadata__"].update(name=name) if name is not None else h["__metadata__"].pop("name"))
     with Archive(path) as archive:
@@ -322,7 +322,7 @@ def nested(levels):
         (lambda h: h["v.1"].update(data_offsets=[0, 120]), "does not lie where"),
     ],
 )
-def test_hostile_archives_are_refused_with_the_file_and_what_to_do(tmp_path, how, match):
+def test_hostile_archive_is_refused_with_its_path_and_a_remedy(tmp_path, how, match):
     path = exported(tmp_path)
     change(path, how)
     with pytest.raises(ArchiveError, match=match) as caught:
@@ -342,7 +342,7 @@ def test_an_archive_without_layers_is_refused(tmp_path):
         Archive(path)
 
 
-def test_negative_ids_are_refused(tmp_path):
+def test_archive_with_negative_token_ids_is_refused(tmp_path):
     path = exported(tmp_path)
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
@@ -360,7 +360,7 @@ def test_negative_ids_are_refused(tmp_path):
         Archive(path)
 
 
-def test_every_truncation_is_refused(tmp_path):
+def test_every_truncation_of_an_archive_is_refused(tmp_path):
     path = exported(tmp_path)
     data = path.read_bytes()
     for n in range(len(data)):
@@ -369,7 +369,7 @@ def test_every_truncation_is_refused(tmp_path):
             Archive(path)
 
 
-def test_every_flipped_byte_of_a_tensor_is_found_by_opening_or_check(tmp_path):
+def test_flipped_bit_in_any_tensor_byte_is_found_by_open_or_check(tmp_path):
     path = exported(tmp_path)
     data = bytearray(path.read_bytes())
     (size,) = struct.unpack("<Q", data[:8])
@@ -381,7 +381,7 @@ def test_every_flipped_byte_of_a_tensor_is_found_by_opening_or_check(tmp_path):
         data[at] ^= 1 << at % 8
 
 
-def test_a_file_that_is_cut_after_it_was_opened(tmp_path):
+def test_archive_truncated_after_opening_is_reported_as_cut_short(tmp_path):
     path = exported(tmp_path)
     with Archive(path) as archive:
         os.truncate(path, path.stat().st_size - 1)
@@ -391,14 +391,14 @@ def test_a_file_that_is_cut_after_it_was_opened(tmp_path):
             archive.pages(0, 10)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_missing_file_folder_and_pipe_are_refused_as_archives(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("missing", ".", "pipe"):
         with pytest.raises(ArchiveError, match="cannot be imported"):
             Archive(tmp_path / name)
 
 
-def test_a_block_is_no_archive_and_an_archive_no_block(tmp_path):
+def test_archive_and_block_readers_refuse_each_others_files(tmp_path):
     path = exported(tmp_path)
     with pytest.raises(ArchiveError):
         Archive(tmp_path / "block-0")
@@ -406,6 +406,6 @@ def test_a_block_is_no_archive_and_an_archive_no_block(tmp_path):
         BlockFile(str(path))
 
 
-def test_a_root_is_what_the_archive_says(tmp_path):
+def test_archive_reports_the_root_it_was_written_with(tmp_path):
     with Archive(exported(tmp_path, root=OTHER_ROOT)) as archive:
         assert archive.root == OTHER_ROOT

@@ -1,4 +1,4 @@
-"""The rows behind the disk tier."""
+"""The SQLite catalog of the disk tier: lookups, block states, eviction, rebuilds and totals."""
 
 import sqlite3
 from contextlib import closing, contextmanager
@@ -39,7 +39,7 @@ def new_catalog(path=None, clock=None):
 
 @pytest.fixture
 def empty_catalog(tmp_path):
-    """Tables that were just made."""
+    """A catalog whose tables have just been created."""
     catalog, database = new_catalog(tmp_path / "catalog.sqlite")
     yield catalog
     database.close()
@@ -75,7 +75,7 @@ def keys(blocks):
     return [each.key for each in blocks]
 
 
-def test_only_ready_blocks_are_found_though_prepared_ones_count(catalog):
+def test_prepared_block_counts_its_bytes_but_is_found_only_once_complete(catalog):
     new = block(count(4))
     key = new.id.key
     assert prepare(catalog, new) is Prepared.RESERVED
@@ -92,7 +92,7 @@ def test_only_ready_blocks_are_found_though_prepared_ones_count(catalog):
     assert catalog.moving(State.WRITING) == []
 
 
-def test_a_block_is_prepared_once(catalog):
+def test_prepare_store_outcome_follows_the_state_of_the_block(catalog):
     new = block(count(4))
     assert prepare(catalog, new) is Prepared.RESERVED
     assert prepare(catalog, new, owner="another") is Prepared.ELSEWHERE
@@ -105,7 +105,7 @@ def test_a_block_is_prepared_once(catalog):
     assert catalog.total_bytes == 10
 
 
-def test_only_who_prepared_a_store_can_end_it(catalog):
+def test_only_the_owner_can_complete_or_abort_a_store(catalog):
     new = block(count(4))
     prepare(catalog, new)
     assert not catalog.complete_store(new.id.key, "another")
@@ -115,13 +115,13 @@ def test_only_who_prepared_a_store_can_end_it(catalog):
     assert catalog.total_bytes == 0
 
 
-def test_a_store_that_does_not_fit_changes_nothing(catalog):
+def test_prepare_store_without_room_changes_nothing(catalog):
     put(catalog, block(count(4)), 60)
     assert prepare(catalog, block(count(4, first=9)), 41) is Prepared.NO_ROOM
     assert (catalog.counts(), catalog.total_bytes) == ((1, 0), 60)
 
 
-def test_a_block_whose_parent_is_not_there_is_an_orphan(catalog):
+def test_block_whose_parent_is_missing_or_discarded_is_an_orphan(catalog):
     first, second, third = chain(count(12), 4)
     put(catalog, first)
     assert prepare(catalog, third) is Prepared.ORPHAN
@@ -131,7 +131,7 @@ def test_a_block_whose_parent_is_not_there_is_an_orphan(catalog):
     assert prepare(catalog, chain(ids(0, 1, 2, 3, 9), 4)[1]) is Prepared.ORPHAN
 
 
-def test_the_leaf_that_was_not_used_for_longest_goes(catalog):
+def test_catalog_evicts_the_least_recently_used_leaf(catalog):
     parent, child = chain(count(8), 4)
     other = block(count(4, first=50))
     for each in (parent, child, other):
@@ -139,11 +139,11 @@ def test_the_leaf_that_was_not_used_for_longest_goes(catalog):
         catalog.touch([each.id.key], {})
     catalog.touch([child.id.key], {})
     assert evict(catalog, 1) == [other.id.key]
-    assert evict(catalog, 1) == [child.id.key]  # its parent is older
+    assert evict(catalog, 1) == [child.id.key]  # the parent was used earlier, but is no leaf
     assert evict(catalog, 1) == [parent.id.key]
 
 
-def test_a_block_leaves_after_the_last_that_follows_it_in_one_eviction(catalog):
+def test_one_eviction_takes_a_parent_after_its_last_child(catalog):
     parent, child = chain(count(8), 4)
     other = block(count(4, first=50))
     for each in (parent, child, other):
@@ -153,7 +153,7 @@ def test_a_block_leaves_after_the_last_that_follows_it_in_one_eviction(catalog):
     assert evict(catalog, 30) == [other.id.key, child.id.key, parent.id.key]
 
 
-def test_what_leaves_is_not_found_but_counts_until_it_is_gone(catalog):
+def test_evicted_block_is_not_found_but_counts_until_it_is_deleted(catalog):
     new = block(count(4))
     put(catalog, new)
     (gone,) = evict(catalog, 1)
@@ -178,11 +178,11 @@ def test_an_eviction_that_cannot_free_enough_changes_nothing(catalog):
     assert evict(catalog, 30, leased=[], all_or_nothing=False) == [other.id.key]
 
 
-def test_blocks_that_are_written_or_leased_stay(catalog):
+def test_eviction_skips_leased_blocks_and_parents_of_blocks_being_written(catalog):
     parent, child = chain(count(8), 4)
     put(catalog, parent)
     prepare(catalog, child)
-    assert evict(catalog, 1) == []  # a child that is being written holds its parent
+    assert evict(catalog, 1) == []  # a child being written keeps its parent
     catalog.abort_store(child.id.key, "me")
     assert evict(catalog, 1, leased=[parent.id.key]) == []
     assert evict(catalog, 1) == [parent.id.key]
@@ -192,7 +192,7 @@ SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
 @given(st.lists(st.tuples(SEQUENCES, st.integers(1, 40)), max_size=15))
-def test_the_total_is_the_sum_and_holds_to_the_budget_and_no_block_outlives_its_parent(puts):
+def test_total_is_exact_and_within_budget_and_no_block_outlives_its_parent(puts):
     catalog, database = new_catalog()
     with closing(database):
         for tokens, size in puts:
@@ -215,7 +215,7 @@ def test_the_total_is_the_sum_and_holds_to_the_budget_and_no_block_outlives_its_
 
 
 @given(st.lists(SEQUENCES, max_size=12), SEQUENCES)
-def test_neighbours_share_the_longest_run_and_tails_are_found(stored, wanted):
+def test_nearest_finds_the_longest_common_run_and_tails_finds_all_prefixes(stored, wanted):
     catalog, database = new_catalog()
     with closing(database):
         for tokens in stored:
@@ -228,7 +228,7 @@ def test_neighbours_share_the_longest_run_and_tails_are_found(stored, wanted):
         assert tails == {tuple(t) for t in stored if len(t) < len(wanted) and t == wanted[: len(t)]}
 
 
-def test_neighbours_that_are_not_ready_are_passed_over(catalog):
+def test_nearest_skips_blocks_that_are_not_ready(catalog):
     near, far = block(ids(1, 2, 3, 4)), block(ids(1, 2, 9, 9))
     prepare(catalog, near)
     put(catalog, far)
@@ -240,7 +240,7 @@ def found_of(*blocks):
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_the_tables_are_filled_once_and_count_a_block_once(empty_catalog, tmp_path, order):
+def test_rebuild_runs_once_and_counts_a_duplicate_block_once(empty_catalog, tmp_path, order):
     links = chain(count(16), 4)
     blocks = [links[place] for place in order]
     assert empty_catalog.rebuild(lambda: found_of(*blocks, blocks[0])) is Rebuilt.ANEW
@@ -253,20 +253,20 @@ def test_the_tables_are_filled_once_and_count_a_block_once(empty_catalog, tmp_pa
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_blocks_that_are_adopted_in_any_order_lie_where_they_belong(catalog, order):
+def test_blocks_adopted_in_any_order_get_the_right_depth(catalog, order):
     links = chain(count(16), 4)
     for place in order:
         catalog.adopt(found_of(links[place]))
     assert [catalog.entry(each.id.key).depth_tokens for each in links] == [0, 4, 8, 12]
 
 
-def test_blocks_whose_first_is_lost_begin_anew(empty_catalog):
+def test_rebuild_without_the_first_block_starts_depths_at_zero(empty_catalog):
     _, second, third = chain(count(12), 4)
     empty_catalog.rebuild(lambda: found_of(third, second))
     assert [empty_catalog.entry(each.id.key).depth_tokens for each in (second, third)] == [0, 4]
 
 
-def test_a_rebuild_that_fails_goes_on(empty_catalog, monkeypatch):
+def test_failed_rebuild_is_resumed_by_the_next(empty_catalog, monkeypatch):
     first, second = block(count(4)), block(count(4, first=9))
 
     def found():
@@ -281,8 +281,8 @@ def test_a_rebuild_that_fails_goes_on(empty_catalog, monkeypatch):
     assert empty_catalog.counts() == (2, 0)
 
 
-def test_nothing_is_evicted_before_all_files_are_known(empty_catalog, monkeypatch):
-    """What follows a block may be among those that are not."""
+def test_nothing_is_evicted_before_a_rebuild_has_seen_all_files(empty_catalog, monkeypatch):
+    """A file not seen yet may hold the child of a known block."""
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.adoption._ROWS_AT_ONCE", 1)
     first, second = chain(count(8), 4)
 
@@ -296,7 +296,7 @@ def test_nothing_is_evicted_before_all_files_are_known(empty_catalog, monkeypatc
     assert evict(empty_catalog, 1) == [second.id.key]
 
 
-def test_who_makes_the_catalog_anew_ends_when_another_process_has(empty_catalog, tmp_path, monkeypatch):
+def test_rebuild_stops_when_another_process_has_finished_it(empty_catalog, tmp_path, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.adoption._ROWS_AT_ONCE", 1)
     blocks = chain(count(8), 4)
     other, database = new_catalog(tmp_path / "catalog.sqlite")
@@ -306,14 +306,14 @@ def test_who_makes_the_catalog_anew_ends_when_another_process_has(empty_catalog,
         other.rebuild(lambda: found_of(*blocks))
         assert evict(other, 1) == [blocks[1].id.key]
         delete(other, [blocks[1].id.key])
-        yield from found_of(blocks[1])  # read before it was evicted
+        yield from found_of(blocks[1])  # its file was read before the eviction
 
     with closing(database):
         assert empty_catalog.rebuild(found) is Rebuilt.NOT
         assert empty_catalog.counts() == (1, 0)
 
 
-def test_the_log_stays_small_while_the_tables_are_filled(empty_catalog, tmp_path, monkeypatch):
+def test_rebuild_keeps_the_write_ahead_log_small(empty_catalog, tmp_path, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.adoption._ROWS_AT_ONCE", 50)
     log = tmp_path / "catalog.sqlite-wal"
     sizes = []
@@ -328,7 +328,7 @@ def test_the_log_stays_small_while_the_tables_are_filled(empty_catalog, tmp_path
     assert log.stat().st_size == 0
 
 
-def test_a_file_whose_writer_died_is_adopted_with_its_real_bytes(catalog):
+def test_adopting_an_unfinished_write_counts_its_real_bytes(catalog):
     new = block(count(4))
     prepare(catalog, new, 99)
     assert catalog.adopt(found_of(new)) == 1
@@ -353,7 +353,7 @@ def test_blocks_expire_by_their_last_use(tmp_path):
         assert catalog.entry(new.id.key).hits == 3
 
 
-def test_what_was_evicted_lately_is_remembered_when_it_returns(catalog):
+def test_evicted_block_keeps_its_use_count_and_a_discarded_one_loses_it(catalog):
     new = block(count(4))
     put(catalog, new)
     catalog.touch([new.id.key], {})
@@ -366,14 +366,14 @@ def test_what_was_evicted_lately_is_remembered_when_it_returns(catalog):
     assert catalog.entry(new.id.key).uses == 0, "what was discarded is not remembered"
 
 
-def test_bytes_are_corrected_and_counted_anew(catalog):
+def test_set_bytes_updates_the_total_and_recount_agrees(catalog):
     put(catalog, block(count(4)))
     catalog.set_bytes(block(count(4)).id.key, 25)
     assert catalog.total_bytes == 25
     assert catalog.recount() == (25, 25)
 
 
-def test_two_connections_share_one_table(tmp_path, catalog):
+def test_two_connections_see_the_same_rows(tmp_path, catalog):
     other, database = new_catalog(tmp_path / "catalog.sqlite")
     with closing(database):
         put(catalog, block(count(4)))
@@ -381,21 +381,21 @@ def test_two_connections_share_one_table(tmp_path, catalog):
         assert prepare(other, block(count(4))) is Prepared.PRESENT
 
 
-def test_a_boot_is_told_from_the_one_before(catalog):
+def test_begin_boot_is_true_only_for_the_same_known_boot(catalog):
     assert not catalog.begin_boot("first")
     assert catalog.begin_boot("first")
     assert not catalog.begin_boot("second")
     assert not catalog.begin_boot("")
-    assert not catalog.begin_boot("")  # a system that does not tell
+    assert not catalog.begin_boot("")  # the system reports no boot id
 
 
-def test_what_is_no_database_is_an_error(tmp_path):
+def test_opening_a_file_that_is_no_database_raises(tmp_path):
     (tmp_path / "other.sqlite").write_text("this is a letter to my mother\n" * 100)
     with pytest.raises(sqlite3.DatabaseError):
         Database(tmp_path / "other.sqlite")
 
 
-def test_tables_of_another_version_are_told_from_damage(tmp_path):
+def test_tables_of_another_version_raise_other_version_error(tmp_path):
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as old:
         old.execute("CREATE TABLE blocks (key TEXT)")
         old.execute("PRAGMA user_version = 1")
@@ -403,7 +403,7 @@ def test_tables_of_another_version_are_told_from_damage(tmp_path):
         Database(tmp_path / "catalog.sqlite")
 
 
-def test_a_fork_leaves_no_connection_and_the_catalog_goes_on(tmp_path):
+def test_catalog_closes_its_connections_at_a_fork_and_works_after_it(tmp_path):
     catalog, database = new_catalog(tmp_path / "catalog.sqlite")
     with closing(database):
         put(catalog, block(count(4)))
@@ -415,7 +415,7 @@ def test_a_fork_leaves_no_connection_and_the_catalog_goes_on(tmp_path):
         assert catalog.counts() == (2, 0)
 
 
-def test_a_catalog_that_is_lost_when_the_process_forks_is_not_made_anew_and_empty(tmp_path):
+def test_catalog_file_lost_during_a_fork_is_not_recreated_empty(tmp_path):
     catalog, database = new_catalog(tmp_path / "catalog.sqlite")
     with closing(database):
         put(catalog, block(count(4)))
@@ -427,7 +427,7 @@ def test_a_catalog_that_is_lost_when_the_process_forks_is_not_made_anew_and_empt
         assert not (tmp_path / "catalog.sqlite").exists()
 
 
-def test_a_closed_catalog_stays_closed(tmp_path):
+def test_closed_catalog_stays_closed_after_a_fork(tmp_path):
     catalog, database = new_catalog(tmp_path / "catalog.sqlite")
     database.close()
     database.before_fork()
@@ -436,17 +436,17 @@ def test_a_closed_catalog_stays_closed(tmp_path):
         catalog.find(block(count(4)).id.key)
 
 
-def test_ids_survive_whatever_they_are(catalog):
+def test_extreme_token_ids_round_trip_through_the_catalog(catalog):
     extremes = ids(0, -1, 2**63 - 1, -(2**63))
     put(catalog, block(extremes))
     assert np.array_equal(catalog.find(block(extremes).id.key).tokens, extremes)
 
 
-# --- sums that triggers keep ------------------------------------------------------------------------------------------
+# --- totals that triggers maintain ------------------------------------------------------------------------------------
 
 
 class CountedMachine(RuleBasedStateMachine):
-    """Whatever happens to rows, the sums of ``total``, the pins and the children are what counting gives."""
+    """After any operation, the sums in ``total``, the pins and the child counts equal a full count."""
 
     def __init__(self):
         super().__init__()
@@ -523,11 +523,11 @@ TestSums = CountedMachine.TestCase
 TestSums.settings = settings(stateful_step_count=20)
 
 
-# --- questions whose cost does not grow with the rows -----------------------------------------------------------------
+# --- queries whose cost does not grow with the number of rows ---------------------------------------------------------
 
 
 class CountingConnection(sqlite3.Connection):
-    """Counts the steps of SQLite's machine, which are the same on every computer."""
+    """Counts the steps of SQLite's virtual machine, which are the same on every computer."""
 
     steps = 0
 
@@ -555,7 +555,7 @@ def old_and_pinned(n):
 
 @contextmanager
 def crowd(n):
-    """A catalog of ``n`` siblings that are not pinned and as many that are, older, under ``n`` names."""
+    """Yield a catalog of ``n`` unpinned siblings, and ``n`` older ones pinned by ``n`` names."""
     with closing(Database(None, make_connection=counting)) as database:
         clock = Clock()
         catalog = Catalog(database, LeastRecentlyUsed(), clock)
@@ -597,21 +597,21 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.sample(5)  # of 15
+@pytest.mark.sample(5)  # of 17
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-def test_what_a_turn_asks_takes_no_more_among_many_blocks(operation, monkeypatch):
+def test_catalog_query_cost_does_not_grow_with_the_number_of_blocks(operation, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.ranking._MIN_GHOSTS", 10)
     steps = []
     for n in (100, 500):
         with crowd(n) as (catalog, names):
-            delete(catalog, evict(catalog, 150))  # ghosts
+            delete(catalog, evict(catalog, 150))  # leaves ghosts
             CountingConnection.steps = 0
             operation(catalog, names)
             steps.append(CountingConnection.steps)
     assert steps[1] <= steps[0] + 20
 
 
-def test_leased_leaves_are_passed_once_in_an_eviction():
+def test_eviction_cost_grows_no_faster_than_the_number_of_leased_leaves():
     steps = []
     for n in (100, 400):
         with crowd(n) as (catalog, _):

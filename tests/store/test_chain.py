@@ -1,4 +1,4 @@
-"""Keys of blocks, and common runs of ids."""
+"""Block keys, and the common run of two token sequences."""
 
 import hashlib
 import struct
@@ -20,7 +20,7 @@ def test_key_is_sha256_of_the_parent_and_little_endian_int64():
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, ">i8"])
-def test_key_does_not_depend_on_how_ids_are_held(dtype):
+def test_key_does_not_depend_on_dtype_byte_order_or_strides_of_the_ids(dtype):
     assert block_key(ROOT, np.array([1, 2, 3], dtype=dtype)) == block_key(ROOT, ids(1, 2, 3))
     assert block_key(ROOT, np.array([1, 9, 2, 9, 3, 9], dtype=dtype)[::2]) == block_key(ROOT, ids(1, 2, 3))
 
@@ -32,14 +32,14 @@ def test_keys_differ_where_tokens_or_parents_differ(a, b):
 
 
 @given(TOKENS, TOKENS)
-def test_common_run_is_the_longest_shared_beginning(a, b):
+def test_common_run_is_the_length_of_the_longest_shared_prefix(a, b):
     n = common_run(ids(*a), ids(*b))
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
     assert n == common_run(ids(*b), ids(*a))
 
 
-def test_an_identity_names_its_tokens_after_its_parent():
+def test_block_id_key_depends_on_the_parent():
     first = BlockId.of(ROOT, ROOT, ids(1, 2))
     second = BlockId.of(ROOT, first.key, ids(1, 2))
     assert first.key != second.key

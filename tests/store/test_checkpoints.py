@@ -1,4 +1,4 @@
-"""Checkpoints in a store: they come back to the bit, are found by the tokens before them, and go with their chain."""
+"""Checkpoints in a store: bitwise restore, lookup by the tokens before them, and removal with their chain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def positions(store, tokens, limit=None, root=ROOT):
 
 @pytest.fixture(params=["host", "raw", "zstd"])
 def reopened(request, tmp_path):
-    """``reopened(store)``: what the next turn finds it in: RAM, or another store on the same files."""
+    """Yield ``make`` and ``again``: ``again(store)`` is the next turn's store, in RAM the same, on disk a new one."""
     opened = []
 
     def make():
@@ -53,7 +53,7 @@ def reopened(request, tmp_path):
         store.close()
 
 
-def test_states_come_back_to_the_bit(reopened):
+def test_checkpoint_states_are_restored_bitwise(reopened):
     make, again = reopened
     store = make()
     tokens = count(11)
@@ -73,8 +73,8 @@ def test_states_come_back_to_the_bit(reopened):
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 5, 8, 11, 12])
-def test_a_snapshot_is_found_by_the_tokens_before_it(reopened, at):
-    """Where a block ends too: there, a block without states has the same ids."""
+def test_checkpoint_is_found_by_exactly_the_tokens_before_it(reopened, at):
+    """Also at the end of a block, where a block without states has the same ids."""
     make, again = reopened
     store = make()
     keep(store, count(12), at)
@@ -91,7 +91,7 @@ def test_a_snapshot_is_found_by_the_tokens_before_it(reopened, at):
     assert positions(store, count(14), root=OTHER_ROOT) == []
 
 
-def test_the_longest_comes_first(reopened):
+def test_checkpoints_are_listed_longest_first(reopened):
     make, again = reopened
     store = make()
     keep(store, count(12), 2, 3, 4, 8, 9, 12)
@@ -100,8 +100,8 @@ def test_the_longest_comes_first(reopened):
     assert positions(store, count(20), limit=8) == [8, 4, 3, 2]
 
 
-def test_longer_chains_do_not_answer_for_a_snapshot(reopened):
-    """Tails without states are dropped for longer ones; those with states stay."""
+def test_checkpoint_stays_when_a_longer_chain_is_stored(reopened):
+    """A longer tail block replaces one without states; tail blocks with states stay."""
     make, again = reopened
     store = make()
     keep(store, count(6), 6)
@@ -110,13 +110,13 @@ def test_longer_chains_do_not_answer_for_a_snapshot(reopened):
     assert positions(store, count(20)) == [15, 6]
 
 
-def test_what_nothing_could_begin_with_is_not_kept():
+def test_commit_with_an_empty_checkpoint_map_stores_no_tail_block():
     with PrefixStore(block_size=SIZE) as store:
         assert keep(store, count(11)) == 8
         assert store.match(ROOT, count(20)).length == 8
 
 
-def test_models_without_layers_of_k_and_v(reopened):
+def test_checkpoint_of_a_model_without_kv_layers_is_restored(reopened):
     make, again = reopened
     store = make()
     tokens = count(10)
@@ -130,7 +130,7 @@ def test_models_without_layers_of_k_and_v(reopened):
     restore.close()
 
 
-def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
+def test_damaged_checkpoint_is_detected_and_removed(tmp_path, caplog):
     with PrefixStore(tmp_path, block_size=SIZE) as store:
         keep(store, count(6), 6)
     (file,) = (f for f in tmp_path.glob("blocks/*/*/*.safetensors") if b'"states"' in f.read_bytes())
@@ -147,8 +147,8 @@ def test_damaged_states_are_found_and_discarded(tmp_path, caplog):
     assert "was removed" in caplog.text
 
 
-def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
-    """Neither can a file of states pass for the block without, nor the other way."""
+def test_block_file_whose_key_contradicts_its_states_is_refused(tmp_path):
+    """A checkpoint cannot pass for a block without states, nor such a block for a checkpoint."""
     pages = truth(ROOT, count(3), 0, 3)
     plain, checkpoint = (BlockId.of(ROOT, ROOT, count(3), checkpoint=s) for s in (False, True))
     assert (plain.is_checkpoint, checkpoint.is_checkpoint) == (False, True)
@@ -159,7 +159,7 @@ def test_a_block_is_no_snapshot_whatever_it_says(tmp_path):
             BlockFile(str(path))
 
 
-def test_bytes_of_states_count(tmp_path):
+def test_checkpoint_bytes_count_in_every_tier(tmp_path):
     with PrefixStore(tmp_path, block_size=SIZE, host_budget="1MiB") as store:
         tokens = count(3)
         store.commit(ROOT, tokens, lambda a, b: truth(ROOT, tokens, a, b), {}, {3: states(3, 500_000)})
@@ -171,7 +171,7 @@ def test_bytes_of_states_count(tmp_path):
 
 
 @pytest.mark.parametrize("length", [6, 8])
-def test_a_name_means_the_snapshot(reopened, length):
+def test_pinned_name_keeps_its_checkpoint(reopened, length):
     make, again = reopened
     store = make()
     keep(store, count(length), 5, length)
@@ -184,7 +184,7 @@ def test_a_name_means_the_snapshot(reopened, length):
         assert store.tokens_of("chat").tolist() == count(length).tolist()
 
 
-def test_forgetting_a_name_leaves_no_snapshot_of_it(reopened):
+def test_forgetting_a_name_removes_all_checkpoints_of_its_chain(reopened):
     make, _ = reopened
     store = make()
     keep(store, count(6), 2, 6)
@@ -195,7 +195,7 @@ def test_forgetting_a_name_leaves_no_snapshot_of_it(reopened):
     assert positions(store, count(20)) == []
 
 
-def test_forgetting_a_name_leaves_what_another_conversation_needs(reopened):
+def test_forgetting_a_name_keeps_blocks_shared_with_another_chain(reopened):
     make, again = reopened
     store = make()
     keep(store, count(10), 10)
@@ -209,7 +209,7 @@ def test_forgetting_a_name_leaves_what_another_conversation_needs(reopened):
     assert store.match(ROOT, count(12)).length == 8
 
 
-def test_forgetting_ids_takes_their_snapshots(reopened):
+def test_forgetting_token_ids_removes_their_checkpoints(reopened):
     make, _ = reopened
     store = make()
     keep(store, count(10), 3, 6, 8, 10)
@@ -220,7 +220,7 @@ def test_forgetting_ids_takes_their_snapshots(reopened):
 
 @pytest.mark.parametrize("length", [6, 8])
 @pytest.mark.parametrize("pages", [True, False], ids=["with-windows", "states-only"])
-def test_an_archive_carries_the_states(tmp_path, length, pages):
+def test_archive_carries_the_checkpoint_at_its_end(tmp_path, length, pages):
     tokens = count(length)
     with PrefixStore(tmp_path / "a", block_size=SIZE) as store:
         read = (lambda a, b: truth(ROOT, tokens, a, b)) if pages else (lambda a, b: ())

@@ -1,4 +1,4 @@
-"""Payloads give back the bits they were made of."""
+"""Built-in codecs: bitwise round trips, and refusal of payloads that do not fit the tensor."""
 
 import struct
 
@@ -30,7 +30,7 @@ def from_bits(bits: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.
 
 @st.composite
 def tensors(draw):
-    """Any bits at all: NaN payloads, infinities, negative zeros and subnormals among them."""
+    """Draw any bits, including NaN payloads, infinities, negative zeros and subnormals."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.tuples(*[st.integers(1, 4)] * 3))
     size = int(np.prod(shape)) * dtype.itemsize
@@ -38,7 +38,7 @@ def tensors(draw):
 
 
 @given(tensors(), st.sampled_from(sorted(BUILT_IN)))
-def test_a_round_trip_is_bitwise(tensor, codec):
+def test_codec_round_trip_is_bitwise(tensor, codec):
     payload = BUILT_IN[codec].encode(tensor).copy()
     back = BUILT_IN[codec].decode(payload, tuple(tensor.shape), tensor.dtype)
     assert back.dtype == tensor.dtype
@@ -75,7 +75,7 @@ def test_every_shortened_payload_is_refused(codec, dtype):
 
 
 @pytest.mark.parametrize("codec", BUILT_IN)
-def test_a_payload_of_another_shape_is_refused(codec):
+def test_payload_of_another_shape_is_refused(codec):
     payload = BUILT_IN[codec].encode(torch.zeros(2, 3, 4))
     with pytest.raises(BlockError):
         BUILT_IN[codec].decode(payload, (2, 3, 5), torch.float32)
@@ -84,12 +84,12 @@ def test_a_payload_of_another_shape_is_refused(codec):
 
 
 @pytest.mark.parametrize("codec", BUILT_IN)
-def test_views_are_stored_as_they_look(codec):
+def test_codec_round_trip_of_a_strided_view_keeps_its_values(codec):
     tensor = torch.arange(24, dtype=torch.float32).view(2, 3, 4).transpose(0, 2)[:, 1:]
     assert torch.equal(BUILT_IN[codec].decode(BUILT_IN[codec].encode(tensor).copy(), (4, 2, 2), torch.float32), tensor)
 
 
-def test_zstd_makes_16_bit_floats_smaller():
+def test_zstd_shrinks_bfloat16_tensors_by_more_than_a_quarter():
     tensor = torch.randn(8, 256, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert BUILT_IN["zstd"].encode(tensor).nbytes < 0.75 * tensor.nbytes
 
@@ -107,17 +107,17 @@ def with_frame(frame: bytes, rest: bytes = b"") -> np.ndarray:
         (b"\x28\xb5\x2f\xfd\x80\x90" + struct.pack("<I", 24) + b"\x01\x00\x00", "window of 268435456"),
         (zstandard.compress(bytes(24)) + b"more", "cannot be read"),
         (zstandard.compress(bytes(24))[:-1], "cannot be read"),
-        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00none", "claims|cannot be read"),  # to be skipped
+        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00none", "claims|cannot be read"),  # a skippable frame
         (b"", "cannot be read"),
         (b"not a frame", "cannot be read"),
     ],
 )
-def test_a_frame_that_is_not_that_of_the_tensor_is_refused_before_it_is_unpacked(frame, match):
+def test_zstd_frame_that_does_not_fit_the_tensor_is_refused(frame, match):
     with pytest.raises(BlockError, match=match):
         BUILT_IN["zstd"].decode(with_frame(frame), (2, 3, 4), torch.float8_e5m2)
 
 
-def test_a_frame_longer_than_its_payload_is_refused():
+def test_zstd_frame_longer_than_its_payload_is_refused():
     payload = BUILT_IN["zstd"].encode(torch.zeros(2, 3, 4)).copy()
     payload[:8] = 255
     with pytest.raises(BlockError, match="cut short"):

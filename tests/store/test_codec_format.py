@@ -1,4 +1,4 @@
-"""Any K and V of any shape and type come back bit by bit from a file; from a damaged file, never other ones."""
+"""Block files hold K and V of any shape and dtype bitwise, and damaged files never return wrong values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvtier.store.format.block_file import BlockFile, encode_block
 from tests.support.stores import OTHER_ROOT, ROOT, ids, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-# Exponents of all ones are infinities and NaNs, with payloads; a lone sign bit is -0.0.
+# Exponents of all ones are infinities, and NaNs with payloads; a lone sign bit is -0.0.
 SPECIAL = {
     torch.float64: [0x7FF0000000000000, 0xFFF0000000000000, 0x7FF0000000000001, 0xFFFFFFFFFFFFFFFF, 1 << 63, 1],
     torch.float32: [0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 1 << 31, 1],
@@ -33,7 +33,7 @@ codecs = st.sampled_from(list(BUILT_IN.values()))
 
 @st.composite
 def tensors(draw, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Any bits, special values often; contiguous or a view with other strides."""
+    """Draw any bits, often special values, as a contiguous tensor or a view with other strides."""
     words = st.one_of(st.sampled_from(SPECIAL[dtype]), st.integers(0, 2 ** (8 * dtype.itemsize) - 1))
     count = math.prod(shape)
     drawn = draw(st.lists(words, min_size=min(count, 1), max_size=min(count, 12)))
@@ -47,7 +47,7 @@ def tensors(draw, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 
 @st.composite
 def blocks(draw) -> Block:
-    """Layers may differ in heads, head sizes and types; K may differ from V; a size may be zero."""
+    """Layers may differ in heads, head sizes and dtypes; K may differ from V; a size may be zero."""
     count = draw(st.integers(1, 5))
     tokens = draw(st.lists(st.integers(0, 2**63 - 1), min_size=count, max_size=count))
     sizes = st.integers(0, 3)
@@ -71,14 +71,14 @@ def assert_equal(page: Page, original: Page) -> None:
 
 
 @given(st.data(), st.sampled_from(DTYPES), codecs)
-def test_a_tensor_comes_back_bit_by_bit(data, dtype, codec):
+def test_codec_round_trip_of_any_tensor_is_bitwise(data, dtype, codec):
     shape = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 3)))
     original = data.draw(tensors(dtype, shape))
     assert same_bits(codec.decode(codec.encode(original).copy(), shape, dtype), original)
 
 
 @given(blocks(), codecs)
-def test_a_block_comes_back_bit_by_bit(path, original, codec):
+def test_block_file_round_trip_is_bitwise(path, original, codec):
     path.write_bytes(b"".join(encode_block(original, codec)))
     file = BlockFile(str(path))
     try:
@@ -92,7 +92,7 @@ def test_a_block_comes_back_bit_by_bit(path, original, codec):
 
 
 @given(st.data(), blocks(), codecs)
-def test_a_damaged_file_never_gives_other_bytes(path, data, original, codec):
+def test_damaged_block_file_never_returns_wrong_values(path, data, original, codec):
     whole = b"".join(encode_block(original, codec))
     damaged = bytearray(whole)
     kind = data.draw(st.sampled_from(["flips", "cut", "grown", "swapped", "zeroed"]))
@@ -107,7 +107,7 @@ def test_a_damaged_file_never_gives_other_bytes(path, data, original, codec):
         damaged[at:at] = data.draw(st.binary(min_size=1, max_size=64))
     elif kind == "swapped":
         damaged[at], damaged[other] = damaged[other], damaged[at]
-    else:  # a page of the drive that was never written
+    else:  # a sector of the drive that was never written
         damaged[at : at + 512] = bytes(len(damaged[at : at + 512]))
     assume(damaged != whole)
     path.write_bytes(damaged)
@@ -129,14 +129,14 @@ def test_a_damaged_file_never_gives_other_bytes(path, data, original, codec):
 
 
 @given(st.data(), blocks(), codecs)
-def test_a_damaged_payload_is_always_noticed(path, data, original, codec):
-    """Behind the header, each bit is checked: not only does nothing wrong come back, something is refused."""
+def test_damage_after_the_header_is_always_refused(path, data, original, codec):
+    """Every bit after the header is checked: opening or reading the file fails."""
     whole = bytearray(b"".join(encode_block(original, codec)))
     header_bytes = 8 + int.from_bytes(whole[:8], "little")
-    assert header_bytes < len(whole)  # the ids are there, if nothing else
+    assert header_bytes < len(whole)  # the token ids follow the header, even without K and V
     whole[data.draw(st.integers(header_bytes, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
-    with pytest.raises(BlockError):  # noqa: PT012  opening or reading, whichever comes to the damage first
+    with pytest.raises(BlockError):  # noqa: PT012  opening or reading fails, depending on the damaged byte
         file = BlockFile(str(path))
         try:
             for layer in range(len(original.pages)):

@@ -1,4 +1,4 @@
-"""Codecs, and a store with one of one's own that loses bits: its prefixes are never taken for others."""
+"""Built-in and custom codecs; prefixes stored with a lossy codec never match those of another codec."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestExponentZstd(CodecChecks):
 
 
 class Int8:
-    """Each head of each token as 8-bit integers and a scale."""
+    """Stores each head of each token as 8-bit integers and a scale."""
 
     name = "int8/1"
     is_lossless = False
@@ -59,7 +59,7 @@ class TestInt8(CodecChecks):
         return Int8()
 
 
-def test_the_root_names_a_codec_that_loses_bits(make_model, generate, tokens, tmp_path):
+def test_prefixes_of_a_lossy_codec_are_reused_only_with_that_codec(make_model, generate, tokens, tmp_path):
     model = make_model("llama")
 
     def turn(**options):
@@ -73,7 +73,7 @@ def test_the_root_names_a_codec_that_loses_bits(make_model, generate, tokens, tm
     lossy = turn(compression=Int8())
     assert lossy.cached_tokens == 0
     assert turn(compression=Int8()).cached_by_tier["disk"] == 31
-    assert turn(compression="zstd").cached_by_tier["disk"] == 31  # no bit is lost: the same prefix
+    assert turn(compression="zstd").cached_by_tier["disk"] == 31  # zstd is lossless: the same prefix
     with PrefixStore(compression=Int8()) as store:
         assert store.lossy_codec is None  # nothing is encoded in RAM
 
@@ -90,13 +90,13 @@ def test_the_root_names_a_codec_that_loses_bits(make_model, generate, tokens, tm
         "lz4",
     ],
 )
-def test_what_is_no_codec_is_refused_with_a_sentence(wrong):
+def test_invalid_compression_argument_is_refused(wrong):
     with pytest.raises(ConfigurationError, match="compression="):
         PrefixStore(compression=wrong)
 
 
-def test_files_in_a_codec_that_is_not_known_here_stay(tmp_path, caplog):
-    """They are misses, and verification, a rebuilt catalog and a repair leave them alone."""
+def test_block_files_of_an_unknown_codec_are_kept(tmp_path, caplog):
+    """Verification, a catalog rebuild and a repair leave them in place."""
     settings = {"block_size": 4}
     tokens = count(8)
 
@@ -119,7 +119,7 @@ def test_files_in_a_codec_that_is_not_known_here_stay(tmp_path, caplog):
         assert store.match("00" * 32, tokens).length == 8
 
 
-def test_files_of_a_later_version_stay(tmp_path):
+def test_block_files_of_a_later_format_are_refused_but_kept(tmp_path):
     tokens = count(4)
     with PrefixStore(tmp_path, block_size=4) as store:
         store.commit("00" * 32, tokens, lambda start, stop: block(tokens).pages)
@@ -132,8 +132,8 @@ def test_files_of_a_later_version_stay(tmp_path):
     assert path.exists()
 
 
-def test_files_of_a_later_version_stay_whatever_they_look_like(tmp_path):
-    """Their metadata and tensors may have other names."""
+def test_block_files_of_a_later_format_with_other_fields_are_kept(tmp_path):
+    """Metadata and tensors of a later format may have other names."""
     tokens = count(4)
     with PrefixStore(tmp_path, block_size=4) as store:
         store.commit("00" * 32, tokens, lambda start, stop: block(tokens).pages)

@@ -1,4 +1,4 @@
-"""The SQLite file of a store, beside other processes: a second connection stands for each of them."""
+"""The SQLite database of a store shared with other processes; a second connection stands for each of them."""
 
 import sqlite3
 import threading
@@ -23,7 +23,7 @@ def impatient(uri, seconds):
 
 @contextmanager
 def another_process_writes(path):
-    """Hold the write lock, as a process does that is stopped in the middle of a change."""
+    """Hold the write lock, like a process that is stopped in the middle of a change."""
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -53,7 +53,7 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelname == "WARNING"]
 
 
-def test_connections_wait_for_others_no_longer_than_promised(path):
+def test_both_connections_are_opened_with_the_lock_timeout(path):
     asked = []
 
     def noting(uri, seconds):
@@ -64,7 +64,7 @@ def test_connections_wait_for_others_no_longer_than_promised(path):
         assert asked == [LOCKED_SECONDS] * 2
 
 
-def test_a_query_waits_for_no_thread_that_changes_rows(path):
+def test_query_does_not_wait_for_a_thread_in_a_transaction(path):
     """That thread may itself be waiting for another process."""
     with new_database(path) as database:
         changing, done = threading.Event(), threading.Event()
@@ -97,7 +97,7 @@ def ask(database, answers):
 
 
 @pytest.mark.parametrize("settings", [{}, {"exclusive": True}, None])
-def test_a_change_sees_what_it_has_changed(path, settings):
+def test_query_inside_a_transaction_sees_its_changes(path, settings):
     database = Database(None) if settings is None else Database(path, **settings)
     with closing(database), database.transaction() as connection:
         connection.execute("UPDATE total SET boot = 'changed'")
@@ -105,12 +105,12 @@ def test_a_change_sees_what_it_has_changed(path, settings):
             assert again.execute("SELECT boot FROM total").fetchone() == ("changed",)
 
 
-def test_the_connection_for_queries_changes_nothing(path):
+def test_query_connection_is_read_only(path):
     with new_database(path) as database, database.reading() as connection, pytest.raises(sqlite3.OperationalError):
         connection.execute("UPDATE total SET boot = 'changed'")
 
 
-def test_after_one_wait_in_vain_no_change_waits_until_one_succeeds(path):
+def test_after_a_lock_timeout_changes_do_not_wait_until_one_succeeds(path):
     faults = Faults()
     faulty = faults.connect
 
@@ -130,7 +130,7 @@ def test_after_one_wait_in_vain_no_change_waits_until_one_succeeds(path):
         assert waits() == ["0", f"{1000 * PATIENCE_SECONDS:.0f}"]
 
 
-def test_a_new_connection_is_no_more_patient_than_the_one_before(path):
+def test_reopened_connection_keeps_the_lock_timeout_of_the_closed_one(path):
     with new_database(path) as database:
         with another_process_writes(path), pytest.raises(sqlite3.OperationalError, match="locked"):
             boot(database)
@@ -142,7 +142,7 @@ def test_a_new_connection_is_no_more_patient_than_the_one_before(path):
             assert connection.execute("PRAGMA busy_timeout").fetchone() == (10,)
 
 
-def test_a_fork_closes_both_connections_and_waits_for_who_uses_one(path):
+def test_fork_closes_both_connections_and_queries_wait_until_it_ends(path):
     made = []
 
     def keeping(uri, seconds):
@@ -167,7 +167,7 @@ def test_a_fork_closes_both_connections_and_waits_for_who_uses_one(path):
         assert not asked.is_alive()
 
 
-def test_both_connections_notice_another_file_in_the_place_of_theirs(path, tmp_path):
+def test_both_connections_switch_to_a_file_that_replaces_the_catalog(path, tmp_path):
     with new_database(tmp_path / "other.sqlite") as other:
         boot(other, "other")
     with new_database(path) as database:
@@ -185,7 +185,7 @@ def test_both_connections_notice_another_file_in_the_place_of_theirs(path, tmp_p
 # --- stores -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_opens_and_answers_while_another_process_holds_its_catalog(tmp_path, caplog):
+def test_store_opens_and_restores_while_another_process_locks_its_catalog(tmp_path, caplog):
     with opened(tmp_path, ttl=1000.0) as store:
         commit(store, count(8))
     with another_process_writes(tmp_path / "catalog.sqlite"), opened(tmp_path, ttl=1000.0) as store:
@@ -195,7 +195,7 @@ def test_a_store_opens_and_answers_while_another_process_holds_its_catalog(tmp_p
         assert restored_length(store, count(8)) == 8, "the catalog is the same"
 
 
-def test_a_store_does_not_open_when_it_must_write_what_another_process_holds(tmp_path, monkeypatch, caplog):
+def test_store_that_must_write_does_not_open_while_its_catalog_is_locked(tmp_path, monkeypatch, caplog):
     with opened(tmp_path) as store:
         commit(store, count(8))
     monkeypatch.setattr("kvtier.store.tiers.disk.recovery.boot_id", lambda: "another boot")
@@ -207,7 +207,7 @@ def test_a_store_does_not_open_when_it_must_write_what_another_process_holds(tmp
     assert warnings(caplog) == []
 
 
-def test_what_a_dead_process_left_waits_for_an_open_that_can_write(tmp_path, caplog):
+def test_cleanup_after_a_dead_process_waits_for_an_open_that_can_write(tmp_path, caplog):
     new = block(count(4))
     with opened(tmp_path) as store:
         commit(store, count(8, first=50))
@@ -222,7 +222,7 @@ def test_what_a_dead_process_left_waits_for_an_open_that_can_write(tmp_path, cap
         assert store.stats().tiers[1].blocks == 1
 
 
-def test_writing_pauses_while_another_process_holds_the_catalog_and_goes_on_after(tmp_path, caplog):
+def test_writes_pause_while_the_catalog_is_locked_and_resume_afterwards(tmp_path, caplog):
     now = [1000.0]
     with opened(tmp_path, clock=lambda: now[0]) as store:
         commit(store, count(4))

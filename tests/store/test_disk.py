@@ -1,4 +1,4 @@
-"""The file tier: real bytes within the budget, and a disk that may fail at any moment."""
+"""The disk tier: a budget in real bytes, recovery after crashes, and drives that fail."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ ROOMY = 100 * SIZE
 
 
 class Opened(DiskTier):
-    """A tier with what it stands on."""
+    """A disk tier with its owner, database, names and audit."""
 
     def __init__(self, path, budget=ROOMY, codec="raw", *, clock=time.time, filesystem=LOCAL, **settings):
         folder = StoreFolder(path, filesystem, durable=True)
@@ -55,7 +55,7 @@ class Opened(DiskTier):
             return connection.execute(statement, values).fetchall()
 
     def die(self):
-        """End as a killed process does: the system takes the lock, and nothing is tidied up."""
+        """End like a killed process: the system releases the lock, and nothing is cleaned up."""
         super().close()
         self.database.close()
         os.close(self.owner._fd)
@@ -104,7 +104,7 @@ def dead_process():
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_blocks_outlive_the_tier(tmp_path, codec):
+def test_blocks_are_readable_after_the_tier_is_reopened(tmp_path, codec):
     blocks = chain(count(10), 4)
     with opened(tmp_path, codec=codec) as tier:
         assert all(tier.put(each) for each in blocks)
@@ -116,10 +116,10 @@ def test_blocks_outlive_the_tier(tmp_path, codec):
         assert [child.key for child in tier.nearest(blocks[0].id.key, count(4, first=4))] == [blocks[1].id.key]
 
 
-def test_only_the_user_can_read_what_is_stored(tmp_path):
+def test_store_files_are_private_in_a_folder_that_existed_before(tmp_path):
     folder = tmp_path / "store"
     folder.mkdir()
-    folder.chmod(0o755)  # a folder that was there before
+    folder.chmod(0o755)  # the folder existed before
     before = os.umask(0)
     try:
         with opened(folder) as tier:
@@ -135,7 +135,7 @@ def test_only_the_user_can_read_what_is_stored(tmp_path):
     assert modes == {name: 0o700 if name in folders else 0o600 for name in modes}
 
 
-def test_a_folder_that_is_made_is_the_users_alone(tmp_path):
+def test_created_store_folder_has_mode_0700(tmp_path):
     with opened(tmp_path / "a" / "b"):
         assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
 
@@ -152,13 +152,13 @@ def test_the_budget_counts_real_bytes_and_evicts_leaves(tmp_path):
         assert len(block_files(tmp_path)) == len(tier) == 3
 
 
-def test_a_block_larger_than_the_budget_stays_out(tmp_path):
+def test_block_larger_than_the_budget_is_not_stored(tmp_path):
     with opened(tmp_path, SIZE - 1) as tier:
         assert not tier.put(block(count(4, first=10)))
         assert block_files(tmp_path) == []
 
 
-def test_a_chain_longer_than_the_budget_keeps_its_beginning(tmp_path, caplog):
+def test_chain_longer_than_the_budget_keeps_its_first_blocks(tmp_path, caplog):
     with opened(tmp_path, 2 * SIZE + SIZE // 2) as tier:
         results = [tier.put(each) for each in chain(count(16, first=10), 4)]
         kept, full, orphan = PutResult.KEPT, PutResult.NO_ROOM, PutResult.UNAVAILABLE
@@ -177,7 +177,7 @@ def test_discarded_blocks_leave_no_file(tmp_path):
         assert tier.open(block(count(4)).id) is None
 
 
-def test_a_file_that_is_gone_is_a_block_error(tmp_path):
+def test_opening_a_block_whose_file_is_missing_raises_block_error(tmp_path):
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         block_files(tmp_path)[0].unlink()
@@ -185,8 +185,8 @@ def test_a_file_that_is_gone_is_a_block_error(tmp_path):
             tier.open(block(count(4)).id)
 
 
-def test_a_file_in_the_place_of_another_is_a_block_error(tmp_path):
-    """Same tokens, same root, another parent: other K and V."""
+def test_opening_a_block_file_replaced_by_another_raises_block_error(tmp_path):
+    """The other block has the same tokens and root but another parent, so other K and V."""
     tokens = count(8)
     tokens[4:] = tokens[:4]
     first, second = chain(tokens, 4)
@@ -209,7 +209,7 @@ def test_a_file_in_the_place_of_another_is_a_block_error(tmp_path):
     ],
     ids=["lost", "empty", "text", "half"],
 )
-def test_a_catalog_that_is_lost_or_damaged_is_made_anew_from_the_files(tmp_path, damage, caplog):
+def test_lost_or_damaged_catalog_is_rebuilt_from_the_files(tmp_path, damage, caplog):
     blocks = chain(count(10), 4)
     with opened(tmp_path) as tier:
         for each in blocks:
@@ -225,7 +225,7 @@ def test_a_catalog_that_is_lost_or_damaged_is_made_anew_from_the_files(tmp_path,
         assert len(tier) == 3
 
 
-def test_making_the_catalog_anew_removes_files_that_cannot_be_used(tmp_path, caplog):
+def test_catalog_rebuild_removes_damaged_and_misplaced_files(tmp_path, caplog):
     kept, damaged, misplaced = block(count(4)), block(count(4, first=10)), block(count(4, first=20))
     with opened(tmp_path) as tier:
         for each in (kept, damaged, misplaced):
@@ -243,14 +243,14 @@ def test_making_the_catalog_anew_removes_files_that_cannot_be_used(tmp_path, cap
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
-def test_a_disk_that_is_full_costs_one_warning_and_leaves_nothing_behind(tmp_path, monkeypatch, caplog, failing_call):
+def test_full_disk_logs_one_warning_and_leaves_no_files(tmp_path, monkeypatch, caplog, failing_call):
     now = [0.0]
     with opened(tmp_path, clock=lambda: now[0]) as tier:
         calls = []
 
         def fsync(fd):
             calls.append(fd)
-            if (len(calls) - 1) % failing_call == failing_call - 1:  # the file's, or the folder's after its rename
+            if (len(calls) - 1) % failing_call == failing_call - 1:  # of the file, or of the folder after the rename
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patched:
@@ -263,11 +263,11 @@ def test_a_disk_that_is_full_costs_one_warning_and_leaves_nothing_behind(tmp_pat
         assert (block_files(tmp_path), leftovers(tmp_path), tier.nbytes, len(tier)) == ([], [], 0, 0)
         assert len(warnings(caplog)) == 1
         assert "No space left" in warnings(caplog)[0]
-        assert tier.put(block(count(4)))  # there is room again
+        assert tier.put(block(count(4)))  # the disk has space again
         assert_reads(tier, block(count(4)))
 
 
-def test_a_write_that_is_cut_short_leaves_nothing_behind(tmp_path, caplog):
+def test_short_write_leaves_no_partial_file_and_logs_one_warning(tmp_path, caplog):
     """The kernel itself refuses the bytes: first a short write, then an error."""
     large = Block(block(count(4)).id, block(count(4)).pages * 100)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -288,7 +288,7 @@ def test_a_write_that_is_cut_short_leaves_nothing_behind(tmp_path, caplog):
     assert len(warnings(caplog)) == 1
 
 
-def test_a_manifest_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch, caplog):
+def test_root_manifest_that_cannot_be_written_logs_one_warning(tmp_path, monkeypatch, caplog):
     def fsync(fd):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -303,7 +303,7 @@ def test_a_manifest_that_cannot_be_written_costs_one_warning(tmp_path, monkeypat
         assert json.loads((tmp_path / "roots" / f"{ROOT}.json").read_text()) == {"model": "tiny"}
 
 
-def test_a_catalog_that_fails_costs_one_warning(tmp_path, caplog):
+def test_failing_catalog_gives_misses_and_one_warning_per_kind_of_operation(tmp_path, caplog):
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         tier.database.close()
@@ -318,11 +318,11 @@ def test_a_catalog_that_fails_costs_one_warning(tmp_path, caplog):
         assert len(warnings(caplog)) == 1
         tier.discard(block(count(4)).id.key)
         assert not tier.put(block(count(4, first=10)))
-        assert len(warnings(caplog)) == 3  # one for each thing that fails
+        assert len(warnings(caplog)) == 3  # one for each kind of operation
     assert leftovers(tmp_path) == []
 
 
-def test_a_dtype_that_files_cannot_hold_stays_out(tmp_path, caplog):
+def test_block_of_an_unsupported_dtype_is_not_stored(tmp_path, caplog):
     import torch
 
     from kvtier.kv.page import Page
@@ -342,7 +342,7 @@ def half_a_file(tier, block, pid):
     return half
 
 
-def test_what_dead_writers_left_is_swept(tmp_path):
+def test_leftovers_of_dead_writers_are_cleaned_up(tmp_path):
     alive, dead = os.getppid(), dead_process()
     early, late, leaving = block(count(4, first=10)), block(count(4, first=20)), block(count(4, first=30))
     tier = Opened(tmp_path)
@@ -353,7 +353,7 @@ def test_what_dead_writers_left_is_swept(tmp_path):
     foreign = tmp_path / ".some-foreign-file.tmp"
     for path in (*swept, *stays, foreign):
         path.write_bytes(b"half a file")
-    # One block was being written, one was in place before the catalog heard of it, one was to be deleted.
+    # One block was being written, one had its file but no ready row, one was to be deleted.
     assert tier.catalog.prepare_store(early.id, SIZE, ROOMY, tier.owner.name) is Prepared.RESERVED
     swept.append(half_a_file(tier, early, os.getpid()))
     tier.put(late)
@@ -372,8 +372,8 @@ def test_what_dead_writers_left_is_swept(tmp_path):
         assert [path.stem for path in (tmp_path / "owners").iterdir()] == [tier.owner.name]
 
 
-def test_what_is_half_written_by_a_writer_that_died_is_not_adopted(tmp_path):
-    """As when the drive lost what the system had not written out yet."""
+def test_block_half_written_by_a_dead_writer_is_not_adopted(tmp_path):
+    """The drive can lose data that the system had not written out yet."""
     new = block(count(4))
     tier = Opened(tmp_path)
     tier.put(new)
@@ -385,7 +385,7 @@ def test_what_is_half_written_by_a_writer_that_died_is_not_adopted(tmp_path):
         assert tier.put(new)
 
 
-def test_what_living_stores_are_at_work_on_is_left_alone(tmp_path):
+def test_unfinished_writes_and_deletes_of_a_live_store_are_left_alone(tmp_path):
     early, leaving = block(count(4, first=10)), block(count(4, first=30))
     with opened(tmp_path) as tier:
         tier.catalog.prepare_store(early.id, SIZE, ROOMY, tier.owner.name)
@@ -399,12 +399,12 @@ def test_what_living_stores_are_at_work_on_is_left_alone(tmp_path):
             assert (tmp_path / "owners" / f"{tier.owner.name}.lock").exists()
 
 
-def test_what_this_process_is_writing_is_not_swept(tmp_path, monkeypatch):
+def test_opening_a_second_tier_keeps_a_write_in_progress(tmp_path, monkeypatch):
     fsync, seen = os.fsync, []
 
     def fsync_while_another_tier_opens(fd):
         if not leftovers(tmp_path):
-            return  # of a folder
+            return  # fsync of a folder
         monkeypatch.setattr(os, "fsync", fsync)
         with opened(tmp_path) as other:
             seen.append((len(leftovers(tmp_path)), other.nbytes))
@@ -418,8 +418,8 @@ def test_what_this_process_is_writing_is_not_swept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["it writes it", "it fails", "it dies"])
-def test_what_another_store_is_writing_is_waited_for(tmp_path, ending):
-    """A commit must neither end there, nor take for kept what may never be."""
+def test_put_waits_while_another_store_writes_the_same_block(tmp_path, ending):
+    """A commit must neither end there nor count the block as stored before it is."""
     first, second = chain(count(8), 4)
     other, waited = Opened(tmp_path), []
     with opened(tmp_path) as tier:
@@ -445,7 +445,7 @@ def test_what_another_store_is_writing_is_waited_for(tmp_path, ending):
     other.database.close()
 
 
-def test_what_another_store_never_ends_writing_is_not_kept(tmp_path, monkeypatch):
+def test_put_gives_up_on_a_block_that_another_store_never_finishes(tmp_path, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.tier._ELSEWHERE_SECONDS", 0.0)
     first = block(count(4))
     with opened(tmp_path) as tier, opened(tmp_path) as other:
@@ -453,7 +453,7 @@ def test_what_another_store_never_ends_writing_is_not_kept(tmp_path, monkeypatch
         assert not tier.put(first)
 
 
-def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, caplog):
+def test_failed_put_that_could_not_be_aborted_is_undone_by_the_next_put(tmp_path, monkeypatch, caplog):
     first, second = block(count(4)), block(count(4, first=10))
     with opened(tmp_path) as tier:
 
@@ -471,8 +471,8 @@ def test_a_store_that_could_not_be_taken_back_is_later(tmp_path, monkeypatch, ca
         assert_reads(tier, first)
 
 
-def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(tmp_path, monkeypatch, caplog):
-    """What a full disk does: reading works, writing does not. A match that finds it again would never end."""
+def test_discarded_block_is_not_found_even_if_the_catalog_cannot_discard_it(tmp_path, monkeypatch, caplog):
+    """A full disk allows reads but no writes. A match that found a damaged block again would never end."""
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
         key = block(count(4)).id.key
@@ -487,8 +487,8 @@ def test_a_damaged_block_is_not_found_again_though_the_catalog_cannot_forget_it(
     assert len(warnings(caplog)) == 1
 
 
-def test_after_a_boot_files_and_rows_are_compared(tmp_path, monkeypatch):
-    """A power cut can take what the catalog had not written out yet."""
+def test_files_and_catalog_rows_are_reconciled_after_a_reboot(tmp_path, monkeypatch):
+    """A power cut can lose catalog changes that were not written out yet."""
     unknown, missing, other = block(count(4)), block(count(4, first=10)), block(count(4, first=20))
     with opened(tmp_path) as tier:
         for each in (unknown, missing, other):
@@ -509,7 +509,7 @@ def test_after_a_boot_files_and_rows_are_compared(tmp_path, monkeypatch):
         assert tier.nbytes == real_bytes(tmp_path)
 
 
-def test_the_drive_keeps_its_floor(tmp_path, caplog):
+def test_free_space_floor_is_kept_by_evicting_or_refusing_blocks(tmp_path, caplog):
     class Drive(LocalFilesystem):
         def free_bytes(self, folder):
             return 10 * SIZE - sum(allocated(path.stat().st_size) for path in block_files(folder))
@@ -526,8 +526,8 @@ def test_the_drive_keeps_its_floor(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_nothing_is_evicted_for_room_that_cannot_be_made(tmp_path, monkeypatch, pinned):
-    """Others have filled the drive to below its floor: what this store may evict is less than what is wanted."""
+def test_nothing_is_evicted_when_eviction_cannot_free_enough_space(tmp_path, monkeypatch, pinned):
+    """Other files have filled the drive to below its floor, and this store may evict less than is needed."""
 
     class Drive(LocalFilesystem):
         free = 2**40
@@ -545,15 +545,15 @@ def test_nothing_is_evicted_for_room_that_cannot_be_made(tmp_path, monkeypatch, 
         if pinned:
             keys = tuple(each.id.key for each in chain(count(12), 4))
             tier.names.assign(Name("a", ROOT, keys, 12, True, None, 0.0))
-        drive.free = (90 if pinned else 87) * SIZE  # short of 11 or 14 blocks with the new one, of 13
+        drive.free = (90 if pinned else 87) * SIZE  # 11 or 14 blocks short with the new one; the store has 13
         assert not tier.put(block(count(4, first=500)))
         assert len(tier) == 13
-        drive.free += SIZE  # what is not pinned is just enough
+        drive.free += SIZE  # the unpinned blocks are just enough
         assert tier.put(block(count(4, first=500)))
 
 
 class FullDrive(LocalFilesystem):
-    """Holds ``room`` files; more are refused."""
+    """A drive that holds ``room`` block files and refuses more."""
 
     def __init__(self, room, number=errno.ENOSPC):
         super().__init__()
@@ -568,7 +568,7 @@ class FullDrive(LocalFilesystem):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_drive_makes_room_and_writing_goes_on(tmp_path, caplog, number):
+def test_put_on_a_full_drive_evicts_blocks_and_continues(tmp_path, caplog, number):
     with opened(tmp_path, filesystem=FullDrive(2, number)) as tier:
         for first in range(0, 100, 10):
             assert tier.put(block(count(4, first=first)))
@@ -578,7 +578,7 @@ def test_a_full_drive_makes_room_and_writing_goes_on(tmp_path, caplog, number):
     assert warnings(caplog) == []
 
 
-def test_a_full_drive_with_nothing_to_evict_pauses_writing_and_it_goes_on_later(tmp_path, caplog):
+def test_full_drive_with_nothing_to_evict_pauses_writes_until_it_has_space(tmp_path, caplog):
     now, drive = [0.0], FullDrive(0)
     drive.free_bytes = lambda folder: 0 if drive.room == 0 else 10**9
     with opened(tmp_path, filesystem=drive, clock=lambda: now[0]) as tier:
@@ -623,7 +623,7 @@ def test_a_file_that_cannot_be_deleted_does_not_stop_evictions(tmp_path, caplog)
     assert len(warnings(caplog)) == 1
 
 
-def test_what_is_being_read_is_not_evicted_by_any_store(tmp_path):
+def test_block_being_read_is_not_evicted_by_any_store(tmp_path):
     first, second = block(count(4)), block(count(4, first=10))
     with opened(tmp_path, SIZE) as tier, opened(tmp_path, SIZE) as other:
         tier.put(first)
@@ -636,7 +636,7 @@ def test_what_is_being_read_is_not_evicted_by_any_store(tmp_path):
         assert first.id.key not in tier
 
 
-def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
+def test_open_readers_of_one_block_read_each_layer_once(tmp_path, monkeypatch):
     first, reads = block(count(4)), []
     page, land = BlockFile.page, BlockFile.land
 
@@ -669,7 +669,7 @@ def test_a_block_that_two_restores_read_is_read_once(tmp_path, monkeypatch):
         alone.close()
 
 
-def test_a_block_that_is_stored_anew_is_not_read_from_the_file_before(tmp_path):
+def test_reader_of_a_rewritten_block_does_not_share_reads_of_the_old_file(tmp_path):
     first = block(count(4))
     with opened(tmp_path) as tier:
         tier.put(first)
@@ -683,7 +683,7 @@ def test_a_block_that_is_stored_anew_is_not_read_from_the_file_before(tmp_path):
         later.close()
 
 
-def test_links_inside_a_store_are_refused(tmp_path):
+def test_symbolic_links_inside_a_store_are_refused(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     store = tmp_path / "store"
@@ -704,14 +704,14 @@ def test_links_inside_a_store_are_refused(tmp_path):
         with pytest.raises(StoreError, match="symbolic link"):
             refused(odd)
     (tmp_path / "link").symlink_to(store)
-    with opened(tmp_path / "link") as tier:  # the folder itself may be one: its owner has put it there
-        assert not tier.put(block(count(4, first=30)))  # into the folder of the root, which still is one
+    with opened(tmp_path / "link") as tier:  # the store folder itself may be a link: its owner made it
+        assert not tier.put(block(count(4, first=30)))  # the folder of the root is still a link
         (store / "blocks" / ROOT).unlink()
         assert tier.put(block(count(4, first=30)))
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])
-def test_files_are_the_users_alone_whatever_the_umask(tmp_path, umask):
+def test_files_and_folders_are_private_under_any_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
         with opened(tmp_path / "store") as tier:
@@ -727,7 +727,7 @@ def test_files_are_the_users_alone_whatever_the_umask(tmp_path, umask):
         assert not mode & 0o077, path
 
 
-def test_a_root_that_is_described_otherwise_is_described_anew(tmp_path, caplog):
+def test_root_manifest_that_differs_or_is_damaged_is_rewritten(tmp_path, caplog):
     with opened(tmp_path) as tier:
         tier.describe_root(ROOT, {"model": "tiny", "shape": (1, 2)})
         tier.describe_root(ROOT, {"model": "tiny", "shape": (1, 2)})
@@ -739,7 +739,7 @@ def test_a_root_that_is_described_otherwise_is_described_anew(tmp_path, caplog):
     assert len(warnings(caplog)) == 1
 
 
-def test_on_a_drive_that_processes_cannot_share_a_second_store_is_refused(tmp_path):
+def test_second_store_on_a_network_drive_is_refused(tmp_path):
     class Network(LocalFilesystem):
         def kind(self, folder):
             return "nfs4"
@@ -753,8 +753,8 @@ def test_on_a_drive_that_processes_cannot_share_a_second_store_is_refused(tmp_pa
         assert_reads(tier, block(count(4)))
 
 
-def test_a_catalog_that_proved_damaged_is_made_anew_at_the_next_open(tmp_path, caplog):
-    """Damage deep inside of the file shows only when that part of it is read."""
+def test_catalog_found_damaged_in_use_is_rebuilt_at_the_next_open(tmp_path, caplog):
+    """Damage deep inside the file shows only when that part is read."""
 
     def malformed():
         raise sqlite3.DatabaseError("database disk image is malformed")
@@ -769,7 +769,7 @@ def test_a_catalog_that_proved_damaged_is_made_anew_at_the_next_open(tmp_path, c
     assert len(warnings(caplog)) == 2
 
 
-def test_a_catalog_whose_pages_are_lost_is_made_anew(tmp_path):
+def test_catalog_with_zeroed_pages_is_rebuilt(tmp_path):
     with opened(tmp_path) as tier:
         for n in range(0, 400, 4):
             tier.put(block(count(4, first=n)))
@@ -785,7 +785,7 @@ def test_a_catalog_whose_pages_are_lost_is_made_anew(tmp_path):
         assert len(tier) == 100
 
 
-def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
+def test_store_of_a_newer_version_is_refused_and_left_alone(tmp_path):
     with opened(tmp_path) as tier:
         tier.put(block(count(4)))
     (tmp_path / "kvtier.json").write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
@@ -795,13 +795,13 @@ def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("marker", ["", "{", "[]", "{}", '{"format_version": "1"}', '{"format_version": null}', "\0"])
-def test_a_marker_that_is_none_is_refused(tmp_path, marker):
+def test_invalid_store_marker_is_refused(tmp_path, marker):
     (tmp_path / "kvtier.json").write_text(marker)
     with pytest.raises(StoreError, match=r"kvtier\.json is not the marker of a store"):
         refused(tmp_path)
 
 
-def test_folders_that_cannot_be_used_are_refused(tmp_path):
+def test_file_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StoreError, match="pass a folder you can write to"):
@@ -822,7 +822,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         refused(folder)
 
 
-def test_a_catalog_that_was_half_made_anew_goes_on_with_the_files_that_it_lacks(tmp_path):
+def test_interrupted_catalog_rebuild_reads_only_files_without_a_ready_row(tmp_path):
     blocks = chain(count(12), 4)
     with opened(tmp_path) as tier:
         for each in blocks:
@@ -839,6 +839,6 @@ def test_a_catalog_that_was_half_made_anew_goes_on_with_the_files_that_it_lacks(
         assert tier.nbytes == real_bytes(tmp_path)
     with opened(tmp_path) as tier:
         tier.rows("PRAGMA user_version = 0")
-    files[2].unlink()  # while it is half made
+    files[2].unlink()  # while the rebuild is unfinished
     with opened(tmp_path) as tier:
         assert tier.entry(blocks[2].id.key) is None

@@ -1,4 +1,4 @@
-"""What the policies say, and that both tiers do what they say."""
+"""Eviction policies, and that the host and disk tiers follow them."""
 
 import json
 import math
@@ -54,7 +54,7 @@ class OfMine(Adaptive):
     name = "mine/1"
 
 
-def test_a_state_outlives_a_process_as_text():
+def test_policy_state_round_trips_as_text_for_its_own_policy():
     state = fresh_state(OfMine(), clock=7).learn(favour=1.5, came_back_share=0.25, stay=3.5)
     assert state_from_text(OfMine(), state_to_text(OfMine(), state)) == state
     assert state_from_text(Adaptive(), state_to_text(OfMine(), state)) is None
@@ -98,11 +98,11 @@ def test_a_state_outlives_a_process_as_text():
     ],
     ids=lambda text: text[:90],
 )
-def test_a_state_that_is_no_state_is_none(text):
+def test_invalid_policy_state_text_is_read_as_none(text):
     assert state_from_text(OfMine(), text) is None
 
 
-def test_a_turn_counts_once_and_a_block_came_back_with_the_second():
+def test_block_counts_as_came_back_from_its_second_use():
     new = replace(ONCE, uses=0)
     first = new.used(LATER.clock)
     assert (first.uses, first.last_use, came_back(first)) == (1, 100, False)
@@ -110,7 +110,7 @@ def test_a_turn_counts_once_and_a_block_came_back_with_the_second():
     assert LATER.tick() == replace(LATER, clock=101)
 
 
-def test_least_recently_used_knows_nothing_but_the_clock():
+def test_least_recently_used_ranks_by_the_clock_alone():
     policy = LeastRecentlyUsed()
     assert policy.standing(ONCE, LATER) == policy.standing(replace(AGAIN, depth_tokens=9999), LATER) == Standing(0, 100)
     assert policy.lead(0, LATER) == 0
@@ -120,14 +120,14 @@ def test_least_recently_used_knows_nothing_but_the_clock():
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def test_ghosts_that_had_come_back_raise_the_lead_and_others_lower_it():
+def test_adaptive_lead_rises_for_reused_ghosts_and_falls_for_others():
     policy, state = Adaptive(), replace(LATER, clock=10_000)
     assert policy.lead(1, after(policy, state, AGAIN)) > policy.lead(1, state)
     assert policy.lead(1, after(policy, state, ONCE)) < policy.lead(1, state)
     assert policy.lead(1, after(policy, state, ONCE, AGAIN)) == pytest.approx(policy.lead(1, state))
 
 
-def test_the_kind_that_is_seldom_evicted_moves_the_lead_more():
+def test_adaptive_lead_moves_more_for_the_seldom_evicted_kind():
     policy = Adaptive()
     state = replace(LATER, clock=10_000).learn(came_back_share=0.1)
     assert policy.lead(1, after(policy, state, AGAIN, ONCE)) > policy.lead(1, state)
@@ -135,7 +135,7 @@ def test_the_kind_that_is_seldom_evicted_moves_the_lead_more():
     assert policy.lead(1, after(policy, state, AGAIN, ONCE)) < policy.lead(1, state)
 
 
-def test_the_share_follows_what_is_evicted():
+def test_came_back_share_follows_the_evicted_blocks():
     policy, state = Adaptive(), LATER
     for _ in range(3000):
         state = policy.evicted(AGAIN, state)
@@ -148,7 +148,7 @@ def test_the_share_follows_what_is_evicted():
 
 @pytest.mark.parametrize("ghost", [ONCE, AGAIN])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_lead_stays_between_nothing_and_all_turns_and_turns_round_at_once(ghost, share):
+def test_adaptive_lead_ends_at_zero_or_the_clock_and_reverses_at_once(ghost, share):
     policy, clock = Adaptive(), 10**12
     state = fresh_state(policy, clock).learn(came_back_share=share)
     for _ in range(20_000):
@@ -158,12 +158,12 @@ def test_the_lead_stays_between_nothing_and_all_turns_and_turns_round_at_once(gh
     assert policy.lead(1, after(policy, state, other)) != policy.lead(1, state)
 
 
-def test_the_lead_is_no_more_than_all_turns_in_a_new_store_too():
+def test_adaptive_lead_of_a_new_store_does_not_exceed_its_clock():
     assert Adaptive().lead(1, replace(LATER, clock=3)) == 3
     assert Adaptive().lead(1, replace(LATER, clock=0)) == 0
 
 
-def test_turns_can_be_told_apart_after_ten_to_the_twelve():
+def test_priorities_of_consecutive_turns_differ_after_a_trillion_turns():
     policy = Adaptive()
     state = fresh_state(policy, 10**12).learn(stay=1e6, favour=math.log1p(10**12))
     deep = replace(ONCE, depth_tokens=10**6)
@@ -173,14 +173,14 @@ def test_turns_can_be_told_apart_after_ten_to_the_twelve():
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_block_twice_as_dear_stays_longer_by_half_of_what_blocks_stay():
+def test_block_of_twice_the_cost_stays_longer_by_half_the_average_stay():
     policy, state = Adaptive(), LATER.learn(stay=40.0)
     dear = replace(ONCE, depth_tokens=Adaptive.REFERENCE_TOKENS - 128)
     assert priority(policy, dear, state) == pytest.approx(100 + 20)
     assert priority(policy, ONCE, state) == pytest.approx(100, abs=1)
 
 
-def test_without_evictions_and_whatever_the_bytes_the_last_use_decides():
+def test_priority_ignores_bytes_and_ignores_depth_before_any_eviction():
     policy = Adaptive()
     assert priority(policy, replace(ONCE, depth_tokens=10**6), LATER) == priority(policy, ONCE, LATER) == 100
     state = LATER.learn(stay=40.0)
@@ -191,7 +191,7 @@ def test_without_evictions_and_whatever_the_bytes_the_last_use_decides():
 
 
 class Lead:
-    """Least recently used, but with a lead that a test sets."""
+    """Least recently used, with a lead that a test sets."""
 
     name = "lead/1"
     queues = 2
@@ -268,7 +268,7 @@ tiers = pytest.mark.parametrize("kind", [InRam, InRows])
 
 @tiers
 @pytest.mark.parametrize(("turns", "first"), [(0.5, "again"), (1.5, "once")])
-def test_blocks_that_came_back_have_the_lead_of_the_moment(kind, turns, first):
+def test_eviction_applies_the_current_lead_to_blocks_that_came_back(kind, turns, first):
     policy = Lead(9.0)
     tier = kind(policy)
     again, once = block(count(4)), block(count(4, first=9))
@@ -277,7 +277,7 @@ def test_blocks_that_came_back_have_the_lead_of_the_moment(kind, turns, first):
     tier.touch(again)
     tier.put(once)
     tier.touch(once)  # one turn later
-    policy.turns = turns  # no matter what it was when they were used
+    policy.turns = turns  # the lead at the time of use does not count
     assert tier.evict_one() == {"again": again, "once": once}[first].id.key
 
 
@@ -299,13 +299,13 @@ def test_blocks_that_came_back_have_the_lead_of_the_moment(kind, turns, first):
     ],
     ids=str,
 )
-def test_what_is_no_policy_is_refused_with_a_sentence(change, said):
+def test_invalid_policy_is_refused_with_the_reason(change, said):
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         PrefixStore(policy=type("Broken", (LeastRecentlyUsed,), change)())
 
 
 class Picky(LeastRecentlyUsed):
-    """Has one queue, and notes which it was asked about."""
+    """Has one queue and records the queues it is asked about."""
 
     name = "picky/1"
 
@@ -317,8 +317,8 @@ class Picky(LeastRecentlyUsed):
         return 0.0
 
 
-def test_blocks_that_another_policy_ranked_can_leave(tmp_path):
-    """They wait in queues that the present policy does not have."""
+def test_blocks_ranked_by_another_policy_can_be_evicted(tmp_path):
+    """They are in queues that the current policy does not have."""
     settings = {"block_size": 4, "host_budget": 1, "free_space_floor": 0}
     with PrefixStore(tmp_path, **settings) as store:
         for first in (0, 20):
@@ -333,7 +333,7 @@ def test_blocks_that_another_policy_ranked_can_leave(tmp_path):
 
 
 class Noting(LeastRecentlyUsed):
-    """Notes a word, and shows what notes it was shown."""
+    """Attaches a word to each block as its note and records the notes it is shown."""
 
     def __init__(self, name, word):
         self.name, self.word, self.shown = name, word, set()
@@ -347,8 +347,7 @@ class Noting(LeastRecentlyUsed):
         return state
 
 
-def test_a_policy_is_shown_its_own_notes_alone(tmp_path):
-    """Of blocks and of ghosts."""
+def test_policy_sees_only_its_own_notes_on_blocks_and_ghosts(tmp_path):
     settings = {"block_size": 4, "host_budget": 1, "free_space_floor": 0, "disk_budget": 2 * 4096}
     mine, other = Noting("mine/1", "a"), Noting("other/1", "b")
     for policy in (mine, other, mine):
@@ -367,8 +366,8 @@ class Failing(LeastRecentlyUsed):
 
 @pytest.mark.parametrize("method", ["is_sound", "standing", "lead", "evicted", "returned"])
 @pytest.mark.parametrize("how", ["raises", "says nonsense"])
-def test_a_policy_that_fails_costs_its_order_and_one_warning(tmp_path, monkeypatch, caplog, method, how):
-    """No turn, no catalog."""
+def test_failing_policy_stops_no_write_and_damages_no_catalog(tmp_path, monkeypatch, caplog, method, how):
+    """The latest block is restored, and every log record is a warning that names the policy."""
     nonsense = {"standing": Standing(99, math.nan), "lead": math.inf, "evicted": None, "returned": None, "is_sound": 7}
 
     def fail(*args):
@@ -392,7 +391,7 @@ def test_a_policy_that_fails_costs_its_order_and_one_warning(tmp_path, monkeypat
 
 
 @tiers
-def test_a_ghost_goes_on_counting(kind):
+def test_block_that_returns_from_a_ghost_keeps_its_uses(kind):
     tier = kind(Lead(9.0))
     back, other = block(count(4)), block(count(4, first=9))
     tier.put(back)
@@ -400,16 +399,16 @@ def test_a_ghost_goes_on_counting(kind):
     assert tier.evict_one() == back.id.key
     assert tier.ghosts() == 1
     tier.put(back)
-    assert tier.state().learnt["returned"] == 1  # the policy was told, with its uses
+    assert tier.state().learnt["returned"] == 1  # the policy received the ghost and its uses
     assert tier.ghosts() == 0
     tier.touch(back)
     tier.put(other)
     tier.touch(other)
-    assert tier.evict_one() == other.id.key  # ``back`` has come back
+    assert tier.evict_one() == other.id.key  # ``back`` counts as came back
 
 
 @tiers
-def test_leaves_go_first_however_little_those_before_them_are_worth(kind):
+def test_leaves_are_evicted_before_parents_of_lower_value(kind):
     tier = kind(Lead(0.0))
     links = chain(count(12), 4)
     for each in links:
@@ -418,14 +417,14 @@ def test_leaves_go_first_however_little_those_before_them_are_worth(kind):
     assert [tier.evict_one() for _ in links] == [each.id.key for each in reversed(links)]
 
 
-def test_ghosts_in_ram_are_no_more_than_blocks():
+def test_host_tier_ghosts_do_not_outnumber_its_blocks():
     tier = HostTier(3 * SIZE, LeastRecentlyUsed(), lambda: 0.0)
     for first in range(0, 80, 4):
         assert tier.put(block(count(4, first=first)))
         assert len(tier._valuation.ghosts) <= 3
 
 
-def test_ghosts_in_rows_are_bounded(monkeypatch):
+def test_catalog_ghosts_are_bounded(monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.ranking._MIN_GHOSTS", 3)
     tier = InRows(LeastRecentlyUsed())
     for first in range(0, 80, 4):
@@ -435,8 +434,8 @@ def test_ghosts_in_rows_are_bounded(monkeypatch):
         assert tier.ghosts() <= 3
 
 
-def test_a_store_adapts_unless_told_otherwise():
-    """A prefix that came back outlives one that is newer and was used once."""
+def test_store_uses_the_adaptive_policy_by_default():
+    """A prefix used twice outlives a newer one that was used once."""
 
     def left(**more):
         with PrefixStore(host_budget=4 * SIZE, block_size=4, **more) as store:
@@ -456,8 +455,8 @@ def test_a_store_adapts_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("text", ["nonsense", '{"policy": "adaptive/2", "clock": 3}', "[" * 100_000])
-def test_a_state_that_cannot_be_read_begins_anew_and_stops_no_write(tmp_path, caplog, text):
-    """Nor are blocks that come now taken for older than those that are there."""
+def test_unreadable_policy_state_is_reset_and_stops_no_write(tmp_path, caplog, text):
+    """New blocks do not rank as older than the blocks already stored."""
     settings = {"block_size": 4, "host_budget": 1, "disk_budget": 6 * 4096, "free_space_floor": 0}
     with PrefixStore(tmp_path, **settings) as store:
         for first in range(0, 60, 20):

@@ -1,4 +1,4 @@
-"""Whatever happens to a tier, leaves go in the order of their value; no policy beats the one that knows the future."""
+"""Property tests: tiers evict leaves in order of value, and no policy beats the optimum, which knows the future."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POLICIES = st.sampled_from([Adaptive, LeastRecentlyUsed])
 
 
 def trace_of(turns: list[tuple[int, ...]]) -> Trace:
-    """Each path names a block by the way to it."""
+    """Return a trace whose blocks are identified by the paths to them."""
     trace, numbers = Trace(), {}
     for path in turns:
         chain: list[int] = []
@@ -52,7 +52,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS, st.integers(0, 10**12))
-def test_a_state_stays_finite_and_survives_being_written_down(events, clock):
+def test_adaptive_state_stays_finite_and_round_trips_as_text(events, clock):
     policy = Adaptive()
     state = fresh_state(policy, clock)
     for kind, uses, age in events:
@@ -71,9 +71,7 @@ def test_a_state_stays_finite_and_survives_being_written_down(events, clock):
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e6), st.integers(0, 5))
-def test_of_two_blocks_alike_the_later_used_is_worth_more_and_of_two_used_at_once_the_deeper(
-    clock, depth, deeper, stay, uses
-):
+def test_adaptive_priority_rises_with_last_use_and_never_falls_with_depth(clock, depth, deeper, stay, uses):
     policy = Adaptive()
     state = fresh_state(policy, clock).learn(stay=stay)
 
@@ -89,7 +87,7 @@ def test_of_two_blocks_alike_the_later_used_is_worth_more_and_of_two_used_at_onc
 
 
 def tiny_block(path: tuple[int, ...]) -> Block:
-    """A block of one token without pages: what decides who goes first is its chain."""
+    """Return a block of one token without pages: only its chain decides the order of eviction."""
     parent = MODEL
     for depth, token in enumerate(path):
         block = Block(BlockId.of(MODEL, parent, np.array([token], dtype=np.int64)), (), depth)
@@ -98,7 +96,7 @@ def tiny_block(path: tuple[int, ...]) -> Block:
 
 
 class Expected:
-    """A plain dictionary that obeys a policy: the leaf of the lowest value that may go, by looking at all of them."""
+    """The reference: a plain dictionary that finds the evictable leaf of the lowest value by scanning all blocks."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -129,7 +127,7 @@ class Expected:
 
 
 @given(TURNS, POLICIES, st.data())
-def test_rows_leave_leaf_by_leaf_in_the_order_of_their_value_and_what_is_kept_stays(turns, policy, data):
+def test_catalog_evicts_leaves_in_order_of_value_and_keeps_leased_blocks(turns, policy, data):
     expected = Expected(policy())
     with closing(Database(None)) as database:
         catalog = Catalog(database, policy(), lambda: 0.0)
@@ -155,7 +153,7 @@ def test_rows_leave_leaf_by_leaf_in_the_order_of_their_value_and_what_is_kept_st
 
 
 @given(TURNS, POLICIES, st.data())
-def test_ram_loses_leaf_by_leaf_in_the_order_of_their_value_and_what_is_pinned_stays(turns, policy, data):
+def test_host_tier_evicts_leaves_in_order_of_value_and_keeps_pinned_blocks(turns, policy, data):
     expected = Expected(policy())
     pinned = set()
     tier = HostTier(10**6, policy(), lambda: 0.0, lambda: frozenset(pinned))
@@ -187,7 +185,7 @@ def test_ram_loses_leaf_by_leaf_in_the_order_of_their_value_and_what_is_pinned_s
 
 @pytest.mark.parametrize("name", CONTENDERS)
 @given(turns=TURNS, capacity=st.integers(1, 9))
-def test_a_replay_keeps_its_budget_and_every_block_with_all_before_it(name, turns, capacity):
+def test_replay_keeps_its_budget_and_no_block_without_its_parent(name, turns, capacity):
     trace = trace_of(turns)
     contender = CONTENDERS[name](trace)
     replay = Replay(trace, contender, capacity)
@@ -205,14 +203,14 @@ def test_a_replay_keeps_its_budget_and_every_block_with_all_before_it(name, turn
 
 @pytest.mark.parametrize("name", CONTENDERS)
 @given(turns=st.lists(PATHS, min_size=5, max_size=40), capacity=st.integers(1, 12))
-def test_nobody_finds_more_than_the_optimum(name, turns, capacity):
+def test_no_contender_finds_more_blocks_than_the_optimum(name, turns, capacity):
     trace = trace_of(turns)
     best = Replay(trace, Optimum(trace), capacity).run().blocks
     assert Replay(trace, CONTENDERS[name](trace), capacity).run().blocks <= best + 1e-12
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8))
-def test_least_recently_used_is_an_ordered_dictionary(asked, capacity):
+def test_lru_replay_matches_an_ordered_dictionary(asked, capacity):
     trace = trace_of([(each,) for each in asked])
     replay = Replay(trace, CONTENDERS["LRU"](trace), capacity)
     model: OrderedDict[int, None] = OrderedDict()
@@ -226,7 +224,7 @@ def test_least_recently_used_is_an_ordered_dictionary(asked, capacity):
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60, unique=True), st.integers(1, 8))
-def test_blocks_of_equal_cost_that_were_used_once_leave_in_the_order_of_use(asked, capacity):
+def test_kvtier_replay_evicts_equal_blocks_used_once_in_order_of_use(asked, capacity):
     trace = trace_of([(each,) for each in asked])
     replay = Replay(trace, CONTENDERS["kvtier"](trace), capacity)
     for at, chain in enumerate(trace.requests):

@@ -1,4 +1,4 @@
-"""Leases between processes: locks on bytes of one file."""
+"""Leases between processes, held as locks on bytes of one file."""
 
 import gc
 import os
@@ -36,7 +36,7 @@ def two(path):
     leases.close()
 
 
-def test_what_is_read_cannot_be_claimed(one, two):
+def test_shared_key_cannot_be_claimed(one, two):
     assert one.share(KEY)
     assert two.share(KEY)
     assert not one.claim(KEY)
@@ -48,7 +48,7 @@ def test_what_is_read_cannot_be_claimed(one, two):
     assert two.claim(KEY)
 
 
-def test_what_is_claimed_cannot_be_read_or_claimed(one, two):
+def test_claimed_key_cannot_be_shared_or_claimed(one, two):
     assert one.claim(KEY)
     for leases in (one, two):
         assert not leases.share(KEY)
@@ -58,7 +58,7 @@ def test_what_is_claimed_cannot_be_read_or_claimed(one, two):
     assert two.share(KEY)
 
 
-def test_each_lease_counts(one, two):
+def test_key_shared_twice_must_be_released_twice(one, two):
     assert one.share(KEY)
     assert one.share(KEY)
     one.release(KEY)
@@ -67,7 +67,7 @@ def test_each_lease_counts(one, two):
     assert two.claim(KEY)
 
 
-def test_closing_waits_for_those_who_read(one, two):
+def test_close_keeps_a_lease_until_it_is_released(one, two):
     assert one.share(KEY)
     one.close()
     assert not two.claim(KEY)
@@ -75,14 +75,14 @@ def test_closing_waits_for_those_who_read(one, two):
     assert two.claim(KEY)
 
 
-def test_one_descriptor_does_for_all(one):
+def test_many_leases_open_no_more_file_descriptors(one):
     before = descriptors_open()
     for n in range(1000):
         assert one.share(f"{n:064x}"[::-1])
     assert descriptors_open() == before
 
 
-def test_a_file_that_was_tidied_up_is_made_again(one, two, path):
+def test_leases_hold_after_the_lease_file_is_deleted(one, two, path):
     assert one.share(KEY)
     path.unlink()
     assert one.share(OTHER)
@@ -91,7 +91,7 @@ def test_a_file_that_was_tidied_up_is_made_again(one, two, path):
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
-def test_where_no_file_can_be_nothing_is_refused(path, make):
+def test_leases_are_granted_where_no_lease_file_can_be_made(path, make):
     make(path)
     leases = FileLeases(path)
     assert leases.share(KEY)
@@ -102,13 +102,13 @@ def test_where_no_file_can_be_nothing_is_refused(path, make):
     assert not path.with_name("elsewhere").exists()
 
 
-def test_without_a_folder_nothing_is_refused(tmp_path):
+def test_lease_is_granted_when_its_folder_is_missing(tmp_path):
     leases = FileLeases(tmp_path / "none" / "leases.lock")
     assert leases.share(KEY)
     leases.close()
 
 
-def test_a_child_has_leases_of_its_own(one, two):
+def test_forked_child_keeps_its_leases_until_it_exits(one, two):
     assert one.share(KEY)
     (ready, tell), (wait, end) = os.pipe(), os.pipe()
     child = os.fork()
@@ -127,7 +127,7 @@ def test_a_child_has_leases_of_its_own(one, two):
         os.close(fd)
 
 
-def test_a_process_that_ends_leaves_none(one, path):
+def test_process_exit_releases_its_leases(one, path):
     child = os.fork()
     if child == 0:
         FileLeases(path).share(KEY)

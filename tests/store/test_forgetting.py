@@ -1,4 +1,4 @@
-"""What was forgotten is in none of the bytes of a store, or the store says what remains and sees to it later."""
+"""Forgotten token ids leave no bytes in the catalog, or the store warns about the rest and erases it later."""
 
 import sqlite3
 from contextlib import closing, contextmanager
@@ -17,7 +17,7 @@ from tests.support.stores import ROOT, commit, count
 
 PREFIX, SECRET = count(4), count(40, first=70_000)
 PIECE_BYTES = 12
-OF_SEEDS = "c4" * 32  # the root under which two of the seeds below leave copies
+OF_SEEDS = "c4" * 32  # with this root, two of the seeds below leave copies
 
 
 def opened(folder, **more):
@@ -26,7 +26,7 @@ def opened(folder, **more):
 
 
 def remembers(folder, tokens):
-    """Whether a run of ids of any block of ``tokens`` lies in the catalog or its log."""
+    """Return whether the catalog or its log contains a run of ids of any block of ``tokens``."""
     data = b"".join(path.read_bytes() for path in folder.glob("catalog.sqlite*"))
     code = encode_ids(tokens)
     return any(code[at : at + PIECE_BYTES] in data for at in range(0, len(code) - PIECE_BYTES + 1, PIECE_BYTES))
@@ -55,7 +55,7 @@ def store(tmp_path):
         yield store
 
 
-def test_what_was_forgotten_is_in_no_file(store, tmp_path):
+def test_forgotten_tokens_are_in_no_catalog_file(store, tmp_path):
     assert remembers(tmp_path, SECRET)
     store.forget("secret")
     assert not remembers(tmp_path, SECRET)
@@ -64,7 +64,7 @@ def test_what_was_forgotten_is_in_no_file(store, tmp_path):
 
 @pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("seed", [2, 5, 6])
-def test_nothing_is_left_where_rows_were_moved_between_pages(tmp_path, seed):
+def test_overwrite_deleted_leaves_no_copy_of_deleted_rows(tmp_path, seed):
     """With the first two seeds, SQLite leaves copies of deleted rows in the unused part of pages."""
     dice = np.random.default_rng(seed)
     with closing(Database(tmp_path / "catalog.sqlite")) as database:
@@ -86,7 +86,7 @@ def test_nothing_is_left_where_rows_were_moved_between_pages(tmp_path, seed):
 
 
 @pytest.mark.parametrize("later", ["write", "flush", "close"])
-def test_a_reader_that_keeps_the_log_is_told_and_the_rest_is_done_later(store, tmp_path, caplog, later):
+def test_log_held_by_a_reader_logs_a_warning_and_is_erased_later(store, tmp_path, caplog, later):
     with another_process(tmp_path, "BEGIN"):
         assert store.forget("secret").blocks == 10
         assert len(warnings(caplog)) == 1
@@ -108,7 +108,7 @@ def test_a_reader_that_keeps_the_log_is_told_and_the_rest_is_done_later(store, t
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_what_is_locked_is_not_forgotten_and_that_is_told(store, tmp_path, named):
+def test_forget_raises_while_the_catalog_is_locked_and_succeeds_later(store, tmp_path, named):
     if not named:
         store.unname("secret")
     with another_process(tmp_path, "BEGIN IMMEDIATE"), pytest.raises(StoreError):
@@ -117,7 +117,7 @@ def test_what_is_locked_is_not_forgotten_and_that_is_told(store, tmp_path, named
     assert not remembers(tmp_path, SECRET)
 
 
-def test_a_name_whose_time_is_over_is_overwritten_behind_the_turn(tmp_path):
+def test_tokens_of_an_expired_name_are_erased_by_the_next_flush(tmp_path):
     now = [1e9]
     with opened(tmp_path, clock=lambda: now[0]) as store:
         commit(store, SECRET)

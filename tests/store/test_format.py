@@ -1,4 +1,4 @@
-"""Block files: safetensors to everybody, and never wrong bytes to us."""
+"""Block files: readable by any safetensors reader, and never a source of wrong values."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def join(header, payload):
 
 
 def refused_or_equal(path, original):
-    """Whether the file is refused; if not, everything in it is what was written."""
+    """Return whether the file is refused; if it is not, assert that it holds what was written."""
     try:
         file = BlockFile(str(path))
     except BlockError:
@@ -63,7 +63,7 @@ def codec(request):
     return request.param
 
 
-def test_a_block_comes_back_as_it_was(tmp_path, codec):
+def test_block_file_round_trip_is_exact(tmp_path, codec):
     original = chain(count(7), 4)[1]
     file = BlockFile(str(write(tmp_path / "block", original, codec)))
     assert (file.id.key, file.id.parent, file.id.root) == (original.id.key, original.id.parent, original.id.root)
@@ -104,13 +104,13 @@ def test_safetensors_opens_compressed_files(tmp_path):
         assert file.get_tensor("tokens").tolist() == [0, 1, 2, 3]
 
 
-def test_a_dtype_that_has_no_name_in_files_is_a_block_error():
+def test_encoding_an_unsupported_dtype_raises_block_error():
     pages = (Page(torch.zeros(1, 2, 3, dtype=torch.int32), torch.zeros(1, 2, 3, dtype=torch.int32)),)
     with pytest.raises(BlockError, match="int32"):
         encode_block(Block(block(ids(1, 2)).id, pages))
 
 
-def test_every_truncation_is_refused(tmp_path, codec):
+def test_every_truncation_of_a_block_file_is_refused(tmp_path, codec):
     original = block(count(4))
     data = write(tmp_path / "whole", original, codec).read_bytes()
     for n in range(len(data)):
@@ -161,7 +161,7 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path, size):
         BlockFile(str(path))
 
 
-def test_ids_that_do_not_give_the_key_are_refused(tmp_path):
+def test_token_ids_that_do_not_hash_to_the_key_are_refused(tmp_path):
     wrong = block(count(4))
     other = BlockId(block(count(4, first=1)).id.key, wrong.id.parent, wrong.id.root, wrong.id.tokens)
     with pytest.raises(BlockError, match="do not give its key"):
@@ -211,7 +211,7 @@ def test_headers_that_contradict_themselves_are_refused(tmp_path, change):
 
 
 def told(name: str, value: object):
-    """Change what the metadata tell of one tensor."""
+    """Return a function that changes the metadata entry ``name`` of one tensor."""
 
     def change(h, tensor="k.0"):
         of_all = json.loads(h["__metadata__"][name])
@@ -293,7 +293,7 @@ def more_tensors_than_any_model(h):
         (lambda h: told("crc32", 7)(h, "k.7"), "one number for each"),
     ],
 )
-def test_hostile_headers_are_refused_with_the_file_and_a_sentence(tmp_path, change, match):
+def test_hostile_header_is_refused_with_its_path_and_a_short_reason(tmp_path, change, match):
     path = write(tmp_path / "block", block(count(4)), "raw")
     header, payload = split(path.read_bytes())
     change(header)
@@ -320,7 +320,7 @@ def test_hostile_headers_are_refused_with_the_file_and_a_sentence(tmp_path, chan
         (b'},"tokens":', b'},,"tokens":', "no tensors"),
     ],
 )
-def test_json_that_readers_take_differently_is_refused(tmp_path, old, new, match):
+def test_header_json_that_parsers_read_differently_is_refused(tmp_path, old, new, match):
     path = write(tmp_path / "block", block(count(4)), "raw")
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
@@ -331,8 +331,8 @@ def test_json_that_readers_take_differently_is_refused(tmp_path, old, new, match
         BlockFile(str(path))
 
 
-def test_a_compressed_block_of_another_writer_is_read_as_well(tmp_path):
-    """Its header may have other spaces; what it says is the same."""
+def test_compressed_block_with_other_header_whitespace_is_read(tmp_path):
+    """Another writer may put other spaces into the header; the content is the same."""
     path = write(tmp_path / "block", block(count(4)), "zstd")
     header, payload = split(path.read_bytes())
     assert not refused_or_equal(path, block(count(4)))
@@ -350,7 +350,7 @@ def test_a_compressed_block_of_another_writer_is_read_as_well(tmp_path):
         lambda h: h.pop("v.1"),
     ],
 )
-def test_compressed_tensors_that_lie_elsewhere_are_refused(tmp_path, change):
+def test_compressed_file_with_wrong_tensor_entries_is_refused(tmp_path, change):
     path = write(tmp_path / "block", block(count(4)), "zstd")
     header, payload = split(path.read_bytes())
     change(header)
@@ -360,7 +360,7 @@ def test_compressed_tensors_that_lie_elsewhere_are_refused(tmp_path, change):
         BlockFile(str(path))
 
 
-def test_tensors_of_other_names_are_refused(tmp_path):
+def test_tensors_with_unknown_names_are_refused(tmp_path):
     path = write(tmp_path / "block", block(count(4)), "raw")
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"k.0":', b'"q.0":', 1).replace(b'\\"k.0\\":', b'\\"q.0\\":'))
@@ -368,7 +368,7 @@ def test_tensors_of_other_names_are_refused(tmp_path):
         BlockFile(str(path))
 
 
-def test_a_header_larger_than_any_model_needs_is_refused_unread(tmp_path):
+def test_header_above_the_size_limit_is_refused(tmp_path):
     path = write(tmp_path / "block", block(count(4)), "raw")
     header, payload = split(path.read_bytes())
     text = json.dumps(header).encode() + b" " * 2**20
@@ -386,14 +386,14 @@ def test_the_header_of_two_hundred_layers_is_far_below_the_limit():
 @pytest.mark.parametrize(
     ("tokens", "layers", "match"), [((), 1, "0 tokens"), ((3, -1), 1, "-1 is no token id"), ((1,), 1025, "1025 layers")]
 )
-def test_what_would_not_be_read_again_is_not_written(tokens, layers, match):
+def test_encoding_refuses_invalid_tokens_and_layer_counts(tokens, layers, match):
     page = Page(torch.zeros(1, len(tokens), 1), torch.zeros(1, len(tokens), 1))
     with pytest.raises(BlockError, match=match):
         encode_block(Block(BlockId.of(ROOT, ROOT, ids(*tokens)), (page,) * layers))
 
 
-def test_negative_ids_are_refused(tmp_path):
-    """Their checksum and key may be right."""
+def test_negative_token_ids_are_refused(tmp_path):
+    """Even if their checksum and key are right."""
     path = write(tmp_path / "block", block(ids(1, 2)), "raw")
     header, payload = split(path.read_bytes())
     tokens = ids(1, -2)
@@ -404,13 +404,13 @@ def test_negative_ids_are_refused(tmp_path):
         BlockFile(str(path))
 
 
-def test_a_pipe_is_refused_and_nobody_waits_for_its_writer(tmp_path):
+def test_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "block")
     with pytest.raises(BlockError, match="no ordinary file"):
         BlockFile(str(tmp_path / "block"))
 
 
-def test_check_reads_every_byte(tmp_path, codec):
+def test_check_finds_a_flipped_bit_in_the_payload(tmp_path, codec):
     path = write(tmp_path / "block", block(count(4)), codec)
     data = path.read_bytes()
     file = BlockFile(str(path))
@@ -425,13 +425,13 @@ def test_check_reads_every_byte(tmp_path, codec):
 
 
 @pytest.mark.parametrize("text", [b"[]", b"null", b"7", b'""', b"{}", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_headers_that_are_no_headers_are_refused(tmp_path, text):
+def test_invalid_header_text_is_refused(tmp_path, text):
     (tmp_path / "block").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(BlockError):
         BlockFile(str(tmp_path / "block"))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_missing_file_folder_and_link_are_refused_as_blocks(tmp_path):
     write(tmp_path / "block", block(count(4)), "raw")
     (tmp_path / "link").symlink_to(tmp_path / "block")
     for name in ("missing", ".", "link"):

@@ -1,4 +1,4 @@
-"""The RAM tier keeps to its budget and loses leaves first."""
+"""The host (RAM) tier: its budget, eviction of leaves first, leases, waits and expiry."""
 
 import gc
 import threading
@@ -26,7 +26,7 @@ def test_the_budget_holds_after_every_put_and_no_block_outlives_its_parent(seque
     for tokens, discarded in sequences:
         for each in chain(ids(*tokens), 4):
             if each.id.parent != ROOT and each.id.parent not in tier:
-                break  # what the store does: nothing is kept after a block that was not
+                break  # as the store does: no block is kept after a missing one
             tier.put(each)
             assert tier.nbytes <= tier.budget_bytes
         kept = {key: resident.block for key, resident in tier._blocks.items()}
@@ -36,7 +36,7 @@ def test_the_budget_holds_after_every_put_and_no_block_outlives_its_parent(seque
             tier.discard(leaf)
 
 
-def test_the_leaf_that_was_not_used_for_longest_goes():
+def test_put_evicts_the_least_recently_used_leaf():
     tier = new_tier(3 * SIZE)
     parent, child = chain(count(8), 4)
     other = block(count(4, first=50))
@@ -49,7 +49,7 @@ def test_the_leaf_that_was_not_used_for_longest_goes():
     assert other.id.key not in tier
 
 
-def test_the_parent_of_the_new_block_stays():
+def test_put_does_not_evict_the_parent_of_the_new_block():
     tier = new_tier(SIZE)
     parent, child = chain(count(8), 4)
     assert tier.put(parent)
@@ -68,7 +68,7 @@ def test_a_block_larger_than_the_budget_evicts_nothing():
     assert small.id.key in tier
 
 
-def test_blocks_that_are_being_written_are_not_evicted_and_a_put_waits_for_them():
+def test_blocks_being_written_are_not_evicted_and_a_put_waits_for_them():
     tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
     assert tier.put(first, writing=True)
@@ -83,7 +83,7 @@ def test_blocks_that_are_being_written_are_not_evicted_and_a_put_waits_for_them(
     assert second.id.key in tier
 
 
-def test_a_put_waits_for_other_blocks_to_be_written_no_longer_than_it_says():
+def test_put_gives_up_after_its_longest_wait_for_other_writes():
     tier = new_tier(2 * SIZE, longest_wait_seconds=0)
     first, second = chain(count(8), 4)
     assert tier.put(first, writing=True)
@@ -95,8 +95,8 @@ def test_a_put_waits_for_other_blocks_to_be_written_no_longer_than_it_says():
     assert tier.put(third, writing=True)
 
 
-def test_what_is_written_for_others_ends_no_wait_later():
-    """Each block that is written wakes up all that wait; there may still be no room."""
+def test_wakeups_by_other_writes_do_not_extend_the_wait_of_a_put():
+    """Each finished write wakes up every waiting put; there may still be no room."""
     tier = new_tier(SIZE, longest_wait_seconds=0.05)
     tier.put(block(count(4)), writing=True)
     results, ended = [], threading.Event()
@@ -118,7 +118,7 @@ def test_what_is_written_for_others_ends_no_wait_later():
         thread.join(timeout=30)
 
 
-def test_a_block_that_another_thread_puts_during_the_wait_is_put_once():
+def test_block_put_by_another_thread_during_a_wait_is_counted_once():
     searched = threading.Event()
     tier = new_tier(2 * SIZE, pinned=lambda: searched.set() or frozenset())
     first, second = chain(count(8), 4)
@@ -142,7 +142,7 @@ def test_a_block_that_another_thread_puts_during_the_wait_is_put_once():
     assert tier.nbytes == 0
 
 
-def test_a_block_that_is_here_already_is_leased_while_it_is_written():
+def test_block_already_in_ram_is_leased_while_it_is_written():
     tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
     tier.put(first)
@@ -153,7 +153,7 @@ def test_a_block_that_is_here_already_is_leased_while_it_is_written():
     assert tier.put(second)
 
 
-def test_a_lease_that_is_collected_lets_a_leaf_go_that_was_passed_over():
+def test_leaf_skipped_for_a_lease_is_evicted_once_the_lease_is_collected():
     tier = new_tier(2 * SIZE)
     first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
     for each in (first, second):
@@ -168,7 +168,7 @@ def test_a_lease_that_is_collected_lets_a_leaf_go_that_was_passed_over():
     assert third.id.key in tier
 
 
-def test_a_block_that_is_discarded_while_it_is_read_does_not_come_back():
+def test_block_discarded_while_being_read_does_not_come_back():
     tier = new_tier(2 * SIZE)
     first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
     for each in (first, second):
@@ -181,7 +181,7 @@ def test_a_block_that_is_discarded_while_it_is_read_does_not_come_back():
     assert [entry.key for entry in tier.shrink(0)] == [third.id.key, fourth.id.key]
 
 
-def test_a_leaf_that_was_passed_over_goes_when_it_is_no_longer_pinned():
+def test_leaf_skipped_for_a_pin_is_evicted_once_it_is_unpinned():
     pinned = set()
     tier = new_tier(2 * SIZE, pinned=lambda: frozenset(pinned))
     first, second, third, fourth = (block(count(4, first=at)) for at in (0, 10, 20, 30))
@@ -196,7 +196,7 @@ def test_a_leaf_that_was_passed_over_goes_when_it_is_no_longer_pinned():
     assert third.id.key in tier
 
 
-def test_blocks_expire_by_their_last_use_where_the_clock_was_set_back():
+def test_blocks_expire_by_last_use_after_the_clock_is_set_back():
     now = [100.0]
     tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0], ttl_seconds=10)
     first, second = block(count(4)), block(count(4, first=9))
@@ -223,7 +223,7 @@ def test_a_block_that_is_being_read_is_not_evicted():
     assert first.id.key not in tier
 
 
-def test_a_reader_that_is_lost_pins_nothing():
+def test_garbage_collected_reader_releases_its_lease():
     tier = new_tier(SIZE)
     tier.put(block(count(4)))
     tier.open(block(count(4)).id)
@@ -232,7 +232,7 @@ def test_a_reader_that_is_lost_pins_nothing():
     assert tier.put(block(count(4, first=9)))
 
 
-def test_a_block_that_is_discarded_may_be_read_to_the_end():
+def test_open_reader_can_read_a_discarded_block():
     tier = new_tier(SIZE)
     first = block(count(4))
     tier.put(first)
@@ -243,7 +243,7 @@ def test_a_block_that_is_discarded_may_be_read_to_the_end():
     reader.close()
 
 
-def test_what_is_pinned_stays():
+def test_pinned_block_is_not_evicted():
     first, second = block(count(4)), block(count(4, first=9))
     pinned = {first.id.key}
     tier = new_tier(SIZE, pinned=lambda: frozenset(pinned))
@@ -253,7 +253,7 @@ def test_what_is_pinned_stays():
     assert tier.put(second)
 
 
-def test_what_nobody_uses_for_long_is_not_found_and_then_gone():
+def test_expired_block_is_not_found_and_is_removed_by_expire():
     now = [0.0]
     tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0], ttl_seconds=10)
     old, new = block(count(4)), block(count(4, first=9))
@@ -270,7 +270,7 @@ def test_what_nobody_uses_for_long_is_not_found_and_then_gone():
     assert tier.entry(new.id.key).hits == 2
 
 
-def test_blocks_that_were_used_lately_hide_none_that_were_not():
+def test_unused_since_finds_an_old_block_behind_a_recently_used_one():
     now = [0.0]
     tier = HostTier(9 * SIZE, LeastRecentlyUsed(), lambda: now[0])
     first, second = block(count(4)), block(count(4, first=9))
@@ -281,7 +281,7 @@ def test_blocks_that_were_used_lately_hide_none_that_were_not():
     assert tier.unused_since(5) == [second.id.key]
 
 
-def test_it_shrinks_leaf_by_leaf():
+def test_shrink_evicts_leaf_by_leaf():
     tier = new_tier(9 * SIZE)
     for each in chain(count(12), 4):
         tier.put(each)
@@ -289,7 +289,7 @@ def test_it_shrinks_leaf_by_leaf():
     assert tier.nbytes == SIZE
 
 
-def test_what_is_not_there_is_nowhere():
+def test_operations_on_a_missing_block_find_and_change_nothing():
     tier = new_tier(SIZE)
     tier.discard("nothing")
     tier.touch(["nothing"], {"nothing": 1})
@@ -300,7 +300,7 @@ def test_what_is_not_there_is_nowhere():
     assert len(tier) == tier.nbytes == 0
 
 
-def test_a_block_and_snapshots_with_the_same_ids_are_told_apart():
+def test_block_and_checkpoint_with_the_same_ids_are_kept_apart():
     tier = new_tier(9 * SIZE)
     pages = block(count(4)).pages
     twins = [Block(BlockId.of(ROOT, ROOT, count(4), checkpoint=checkpoint), pages) for checkpoint in (False, True)]
@@ -325,7 +325,7 @@ def test_putting_a_block_twice_counts_it_once():
     assert tier.nearest(ROOT, count(4)) == []
 
 
-def test_a_forked_child_waits_for_no_block_that_its_parent_is_writing():
+def test_forked_child_does_not_wait_for_writes_of_its_parent():
     tier = new_tier(SIZE)
     first, second = block(count(4)), block(count(4, first=9))
     tier.put(first, writing=True)

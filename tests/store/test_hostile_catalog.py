@@ -1,4 +1,4 @@
-"""A catalog that a stranger has changed: nothing hangs, nothing of it runs, and it is made anew from the files."""
+"""A catalog changed by another program: none of its code runs, nothing hangs, and it is rebuilt from the files."""
 
 import sqlite3
 from contextlib import closing
@@ -48,7 +48,7 @@ def warnings(caplog):
 
 
 @pytest.mark.parametrize("addition", ADDITIONS.values(), ids=ADDITIONS.keys())
-def test_a_schema_that_is_not_kvtiers_is_made_anew_from_the_files(folder, caplog, addition):
+def test_catalog_with_a_changed_schema_is_rebuilt_from_the_files(folder, caplog, addition):
     change(folder, addition)
     with opened(folder) as store:
         commit(store, count(12))
@@ -59,7 +59,7 @@ def test_a_schema_that_is_not_kvtiers_is_made_anew_from_the_files(folder, caplog
     assert [("is damaged" in text and "not those of kvtier" in text) for text in warnings(caplog)] == [True]
 
 
-def test_a_schema_of_many_objects_is_not_read_to_its_end(folder, caplog, monkeypatch):
+def test_catalog_whose_schema_takes_too_long_to_read_is_rebuilt(folder, caplog, monkeypatch):
     views = (
         "INSERT INTO sqlite_master SELECT 'view', 'v' || i, 'v' || i, 0, 'CREATE VIEW v' || i || ' AS SELECT 1' FROM n"
     )
@@ -72,7 +72,7 @@ def test_a_schema_of_many_objects_is_not_read_to_its_end(folder, caplog, monkeyp
 
 
 @pytest.mark.skipif(not hasattr(sqlite3.Connection, "setlimit"), reason="Python 3.10 cannot set limits")
-def test_a_schema_of_one_giant_is_not_read_into_memory(folder, caplog, monkeypatch):
+def test_catalog_with_a_giant_schema_object_is_rebuilt(folder, caplog, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.connection._MOST_BYTES", 100_000)
     change(folder, f"CREATE VIEW more AS SELECT '{'x' * 200_000}'")
     with opened(folder) as store:
@@ -80,7 +80,7 @@ def test_a_schema_of_one_giant_is_not_read_into_memory(folder, caplog, monkeypat
     assert ["is damaged" in text for text in warnings(caplog)] == [True]
 
 
-def test_a_file_that_takes_the_place_of_the_catalog_is_looked_at_before_it_is_used(folder, tmp_path, caplog):
+def test_file_that_replaces_the_catalog_is_checked_before_it_is_used(folder, tmp_path, caplog):
     with opened(folder) as store:
         assert restored_length(store, count(8)) == 8
         data = (folder / "catalog.sqlite").read_bytes()
@@ -99,7 +99,7 @@ def test_a_file_that_takes_the_place_of_the_catalog_is_looked_at_before_it_is_us
         assert restored_length(store, count(8)) == 8
 
 
-def test_tables_that_are_being_made_are_not_taken_for_damaged_ones(folder):
+def test_empty_new_catalog_file_is_not_taken_for_damage(folder):
     with opened(folder) as store:
         for suffix in ("-wal", "-shm", ""):
             (folder / f"catalog.sqlite{suffix}").unlink()
@@ -108,7 +108,7 @@ def test_tables_that_are_being_made_are_not_taken_for_damaged_ones(folder):
     assert not (folder / "catalog.damaged").exists()
 
 
-def test_tables_of_another_version_are_made_anew_from_the_files(folder, caplog):
+def test_catalog_of_another_version_is_rebuilt_without_a_warning(folder, caplog):
     change(folder, "PRAGMA user_version = 1", "DROP TRIGGER removed")
     with opened(folder) as store:
         assert restored_length(store, count(8)) == 8
@@ -116,7 +116,7 @@ def test_tables_of_another_version_are_made_anew_from_the_files(folder, caplog):
 
 
 @pytest.mark.parametrize("change_rows", [False, True])
-def test_a_statement_that_never_ends_is_cut_off_as_one_on_a_damaged_file(tmp_path, monkeypatch, change_rows):
+def test_endless_statement_is_cut_off_and_reported_as_damage(tmp_path, monkeypatch, change_rows):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.database.TURN_SECONDS", SHORT_SECONDS)
     with closing(Database(tmp_path / "catalog.sqlite")) as database:
         with (
@@ -129,7 +129,7 @@ def test_a_statement_that_never_ends_is_cut_off_as_one_on_a_damaged_file(tmp_pat
             assert connection.execute("SELECT bytes FROM total").fetchone() == (0,)
 
 
-def test_a_long_statement_may_take_longer(tmp_path, monkeypatch):
+def test_statement_declared_long_gets_a_longer_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.database.TURN_SECONDS", -1.0)
     counted = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) SELECT COUNT(*) FROM n"
     with closing(Database(tmp_path / "catalog.sqlite")) as database:
@@ -139,7 +139,7 @@ def test_a_long_statement_may_take_longer(tmp_path, monkeypatch):
             connection.execute(counted).fetchone()
 
 
-def test_the_schema_is_not_trusted(tmp_path):
+def test_connections_distrust_the_schema_and_check_cell_sizes(tmp_path):
     with closing(Database(tmp_path / "catalog.sqlite")) as database:
         for access in (database.reading, database.transaction):
             with access() as connection:
@@ -150,7 +150,7 @@ def test_the_schema_is_not_trusted(tmp_path):
 # --- parents that form a cycle ----------------------------------------------------------------------------------------
 
 
-def test_parents_that_form_a_cycle_are_walked_once(folder):
+def test_store_operations_terminate_when_parents_form_a_cycle(folder):
     with opened(folder) as store:
         first, second = (entry.key for entry in blocks_of(store))
         commit(store, count(4, first=50))
@@ -171,7 +171,7 @@ def blocks_of(store):
     return sorted(store._tiers.entries(), key=lambda entry: entry.depth_tokens)
 
 
-def test_a_cycle_with_a_leaf_is_listed(folder):
+def test_leaf_below_a_cycle_of_parents_is_listed_and_can_be_named(folder):
     with opened(folder) as store:
         commit(store, count(12))
         store.flush()
@@ -183,7 +183,7 @@ def test_a_cycle_with_a_leaf_is_listed(folder):
         store.forget_chain(third[:20])
 
 
-def test_a_root_that_is_a_block_too_ends(tmp_path, monkeypatch):
+def test_rebuild_terminates_when_a_block_is_its_own_root_and_parent(tmp_path, monkeypatch):
     """Depths are set from the roots down."""
     monkeypatch.setattr("kvtier.store.tiers.disk.catalog.database.LONG_SECONDS", 1.0)
     with closing(Database(tmp_path / "catalog.sqlite")) as database:

@@ -1,4 +1,4 @@
-"""A folder with anything in the place of its small files opens, at once, and loses no block."""
+"""A store folder with anything in place of its small files opens without waiting and loses no block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HUGE = 10**30
 
 @pytest.fixture
 def folder(tmp_path):
-    """A store of 10 tokens, which have a name."""
+    """A store of 10 tokens under one name."""
     with PrefixStore(tmp_path / "kv", **SETTINGS) as store:
         commit(store, count(10))
         store.name("talk", ROOT, count(10))
@@ -55,7 +55,7 @@ ODDITIES = pytest.mark.parametrize("put", [a_pipe, a_folder, a_link, a_sparse_gi
 
 @ODDITIES
 @pytest.mark.parametrize("part", ["names", "roots"])
-def test_in_place_of_a_name_or_a_root(folder, put, part):
+def test_store_opens_with_an_invalid_file_in_place_of_a_name_or_root(folder, put, part):
     put(next((folder / part).glob("*.json")))
     with PrefixStore(folder, **SETTINGS) as store:
         assert restored_length(store, count(10)) == 10
@@ -65,7 +65,7 @@ def test_in_place_of_a_name_or_a_root(folder, put, part):
 
 
 @ODDITIES
-def test_in_place_of_a_lock(folder, put):
+def test_store_opens_with_an_invalid_file_in_place_of_an_owner_lock(folder, put):
     lock = folder / "owners" / f"{os.getpid()}-{'0' * 16}.lock"
     lock.write_bytes(b"x")
     put(lock)
@@ -73,8 +73,8 @@ def test_in_place_of_a_lock(folder, put):
         assert restored_length(store, count(10)) == 10
 
 
-def test_a_lock_of_another_user(folder, monkeypatch):
-    """root has used the folder once: whether it still does, its process tells."""
+def test_owner_lock_that_cannot_be_opened_is_judged_by_its_process(folder, monkeypatch):
+    """If root has used the folder, the process id in its lock's name tells whether root still does."""
     dead, alive = f"{2**22 + 1}-{'0' * 16}", f"{os.getppid()}-{'1' * 16}"
     for name in (dead, alive):
         (folder / "owners" / f"{name}.lock").touch()
@@ -110,7 +110,7 @@ def test_a_lock_of_another_user(folder, monkeypatch):
         ("name", HUGE),
     ],
 )
-def test_a_name_file_with_an_odd_value_stops_nothing(folder, field, value, caplog):
+def test_name_file_with_an_invalid_value_is_logged_and_stops_nothing(folder, field, value, caplog):
     path = next((folder / "names").glob("*.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with PrefixStore(folder, **SETTINGS) as store:
@@ -119,7 +119,7 @@ def test_a_name_file_with_an_odd_value_stops_nothing(folder, field, value, caplo
 
 
 @pytest.mark.parametrize("put", [a_pipe, a_sparse_giant, nothing, lambda path: path.write_text('{"format_version": 1')])
-def test_a_damaged_marker_is_written_anew(folder, put, caplog):
+def test_damaged_marker_of_a_store_with_blocks_is_rewritten(folder, put, caplog):
     put(folder / "kvtier.json")
     with PrefixStore(folder, **SETTINGS) as store:
         assert restored_length(store, count(10)) == 10
@@ -127,7 +127,7 @@ def test_a_damaged_marker_is_written_anew(folder, put, caplog):
     assert read_record(folder / "kvtier.json", 4096)["format_version"] == 1
 
 
-def test_a_damaged_marker_without_blocks_is_somebody_elses_file(tmp_path):
+def test_damaged_marker_without_blocks_is_refused_and_kept(tmp_path):
     (tmp_path / "kvtier.json").write_text("my notes")
     with pytest.raises(StoreError, match="not the marker of a store"):
         PrefixStore(tmp_path)
@@ -135,6 +135,6 @@ def test_a_damaged_marker_without_blocks_is_somebody_elses_file(tmp_path):
 
 
 @pytest.mark.parametrize("ttl", [HUGE, 10**400, float("inf"), float("nan"), 0, -1, True, "30d"])
-def test_a_ttl_that_cannot_be_kept_is_refused(ttl):
+def test_invalid_ttl_is_refused(ttl):
     with pytest.raises(ConfigurationError, match="ttl="):
         PrefixStore(ttl=ttl)

@@ -1,4 +1,4 @@
-"""Ids as bytes: order, prefixes and common runs are those of the ids."""
+"""The byte encoding of token ids, which keeps their order, prefixes and common runs."""
 
 import numpy as np
 import pytest
@@ -41,20 +41,20 @@ def unsigned(tokens):
 
 @given(IDS)
 @example(EDGES)
-def test_ids_come_back(tokens):
+def test_encoded_ids_decode_exactly_and_take_three_or_nine_bytes(tokens):
     assert decode_ids(code(tokens)).tolist() == tokens
     assert decode_ids(code(tokens)).dtype == np.int64
     assert len(code(tokens)) == sum(3 if 0 <= token < FIRST_LONG else 9 for token in tokens)
 
 
 @given(IDS, IDS)
-def test_order_and_prefixes_are_those_of_the_ids(a, b):
+def test_codes_keep_the_unsigned_order_and_the_prefixes_of_ids(a, b):
     assert (code(a) < code(b)) == (unsigned(a) < unsigned(b))
     assert code(b).startswith(code(a)) == (b[: len(a)] == a)
 
 
 @given(IDS, IDS, IDS)
-def test_a_longer_common_run_of_bytes_is_no_shorter_run_of_ids(of, a, b):
+def test_more_common_bytes_never_mean_fewer_common_ids(of, a, b):
     if common_bytes(code(of), code(a)) >= common_bytes(code(of), code(b)):
         runs = [common_run(np.array(each), np.array(of)) for each in (a, b)]
         assert runs[0] >= runs[1]
@@ -63,13 +63,13 @@ def test_a_longer_common_run_of_bytes_is_no_shorter_run_of_ids(of, a, b):
 @pytest.mark.parametrize(
     "wrong", [b"\0", b"\0" * 4, b"\xff" + bytes(5), b"\0\0\1\xff\0\0", b"\xff" + bytes(8), b"\xff" * 10]
 )
-def test_what_is_no_code_is_an_error(wrong):
+def test_decoding_invalid_bytes_raises_value_error(wrong):
     with pytest.raises(ValueError, match="code of ids"):
         decode_ids(wrong)
 
 
 @given(st.binary(max_size=40))
-def test_whatever_can_be_decoded_is_the_only_code_of_its_ids(anything):
+def test_every_decodable_code_is_the_only_code_of_its_ids(anything):
     try:
         tokens = decode_ids(anything)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A commit that is interrupted anywhere leaves a store that forgets nothing, waits for nothing and counts right."""
+"""A commit interrupted at any line leaves a store that loses nothing, waits for nothing and counts correctly."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ FILES = {part.__init__.__code__.co_filename for part in PARTS}
 
 
 def commit_interrupted(at, *arguments):
-    """Commit; whether an interrupt came before the end."""
+    """Commit with an interrupt before line number ``at``; return whether it came before the end."""
     interrupt = InterruptAtLine(at, FILES)
     with contextlib.suppress(KeyboardInterrupt), interrupt:
         commit(*arguments)
@@ -32,14 +32,14 @@ def commit_interrupted(at, *arguments):
 
 @pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("blocks", [0, 1, 1000], ids=lambda blocks: f"{blocks} blocks of RAM")
-def test_a_commit_interrupted_at_any_line_can_be_done_again(tmp_path, blocks):
-    """A tail grows, so that a longer one takes its place. Each time in another root, as if in another store."""
+def test_commit_interrupted_at_any_line_can_be_repeated(tmp_path, blocks):
+    """A longer tail block replaces the stored one. Each commit has its own root, as if in another store."""
     settings, tokens = {"block_size": 4, "host_budget": blocks * BLOCK_BYTES + 1}, count(7)
     with PrefixStore(tmp_path, **settings) as store:
         for at in itertools.count():
             root = f"{at:064x}"
             store.commit(root, tokens[:6], lambda *at, root=root: truth(root, tokens, *at))
-            came = commit_interrupted(at, store, tokens, root)  # with a manifest, the first one
+            came = commit_interrupted(at, store, tokens, root)  # the first commit of this root with a manifest
             store.flush()
             assert not store._tiers.host._writing, "a block that nobody writes is never evicted"
             assert bytes_in_ram(store) <= settings["host_budget"]
@@ -56,8 +56,8 @@ def test_a_commit_interrupted_at_any_line_can_be_done_again(tmp_path, blocks):
     assert leftovers(tmp_path) == []
 
 
-def test_a_commit_to_ram_interrupted_at_any_line_can_be_done_again():
-    """With evictions, and a tail that a longer one takes the place of."""
+def test_commit_to_ram_interrupted_at_any_line_can_be_repeated():
+    """Includes evictions, and a tail block that a longer one replaces."""
     for at in itertools.count():
         tokens = count(7)
         with PrefixStore(host_budget=3 * BLOCK_BYTES, block_size=4) as store:

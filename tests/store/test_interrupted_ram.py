@@ -1,4 +1,4 @@
-"""A call to the RAM tier that is interrupted at any line leaves a tier that counts, finds, expires and evicts right."""
+"""An interrupt at any line of a host tier call leaves its counts, lookups, expiry and eviction correct."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ SIZE = block(count(4)).nbytes
 
 
 class Scene:
-    """A full tier: a chain of three blocks, and three more after the root, of which one is leased and one pinned."""
+    """A full tier: a chain of three blocks and three more blocks after the root, one leased and one pinned."""
 
     def __init__(self):
         self.now, self.pinned = 0.0, frozenset()
@@ -29,7 +29,7 @@ class Scene:
             assert self.tier.put(each)
         self.reader = self.tier.open(self.others[0].id)
         self.pinned = frozenset([self.others[1].id.key])
-        assert self.tier.put(block(count(4, first=80)))  # the eviction passes over what is leased or pinned
+        assert self.tier.put(block(count(4, first=80)))  # eviction skips the leased and the pinned block
         self.new = block(count(4, first=100))
         self.now += 1
 
@@ -62,7 +62,7 @@ class Scene:
         self.reader.close()
 
     def look(self):
-        """Call what puts the blocks in order."""
+        """Call ``unused_since``, which puts the blocks in order."""
         self.tier.unused_since(self.now)
 
     def assert_sound(self):
@@ -97,7 +97,7 @@ class Scene:
         "look",
     ],
 )
-def test_a_call_that_is_interrupted_at_any_line_leaves_a_sound_tier(call):
+def test_interrupt_at_any_line_of_a_call_leaves_the_tier_consistent(call):
     for at in itertools.count():
         scene = Scene()
         getattr(scene, f"prepare_{call}", lambda: None)()

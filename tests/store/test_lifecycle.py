@@ -1,4 +1,4 @@
-"""The table of a block's life, and leases that pin nothing by accident."""
+"""The state table of a block, and leases: none outlives its reader by accident."""
 
 import gc
 import threading
@@ -9,12 +9,12 @@ from kvtier.store.tiers.block_states import TABLE, IllegalMoveError, Move, State
 from kvtier.store.tiers.leases import Leases
 
 
-def test_every_state_and_every_move_is_used():
+def test_block_state_table_uses_every_state_and_every_move():
     assert {state for state, _ in TABLE} | set(TABLE.values()) == set(State)
     assert {move for _, move in TABLE} == set(Move)
 
 
-def test_every_state_can_be_reached_and_left():
+def test_every_block_state_can_be_reached_and_left():
     reached, states = {State.ABSENT}, [State.ABSENT]
     while states:
         state = states.pop()
@@ -26,7 +26,7 @@ def test_every_state_can_be_reached_and_left():
     assert {state for state, _ in TABLE} == set(State)
 
 
-def test_what_is_written_or_leaving_is_never_read_and_what_is_leased_never_evicted():
+def test_writing_or_leaving_blocks_cannot_be_loaded_nor_leased_blocks_evicted():
     assert sources(Move.PREPARE_LOAD) == (State.READY, State.LEASED)
     assert sources(Move.EVICT) == (State.READY,)
     never = ((State.WRITING, Move.PREPARE_LOAD), (State.LEAVING, Move.PREPARE_LOAD), (State.LEASED, Move.EVICT))
@@ -35,11 +35,11 @@ def test_what_is_written_or_leaving_is_never_read_and_what_is_leased_never_evict
             after(state, move)
 
 
-def test_a_failed_store_rolls_back_to_nothing():
+def test_aborting_a_store_returns_the_block_to_absent():
     assert after(after(State.ABSENT, Move.PREPARE_STORE), Move.ABORT_STORE) is State.ABSENT
 
 
-def test_a_block_is_leased_until_its_last_reader_is_done():
+def test_block_stays_leased_until_its_last_lease_ends():
     leases = Leases()
     first, second = leases.prepare_load("a"), leases.prepare_load("a")
     assert leases.state("a") is State.LEASED
@@ -52,7 +52,7 @@ def test_a_block_is_leased_until_its_last_reader_is_done():
     assert len(leases) == 0
 
 
-def test_the_end_of_the_last_lease_is_told_when_it_has_left():
+def test_lease_callback_runs_once_after_the_last_lease_has_left():
     told = []
     leases = Leases(lambda key: told.append((key, key in leases)))
     first, second = leases.prepare_load("a"), leases.prepare_load("a")
@@ -63,21 +63,21 @@ def test_the_end_of_the_last_lease_is_told_when_it_has_left():
     assert told == [("a", False)]
 
 
-def test_a_lease_that_is_lost_ends():
+def test_garbage_collected_lease_ends():
     leases = Leases()
     leases.prepare_load("a")
     gc.collect()
     assert "a" not in leases
 
 
-def test_an_error_ends_a_lease():
+def test_exception_inside_a_with_statement_ends_the_lease():
     leases = Leases()
     with pytest.raises(ValueError, match="no"), leases.prepare_load("a"):
         raise ValueError("no")
     assert "a" not in leases
 
 
-def test_many_threads_count_right():
+def test_leases_taken_by_many_threads_are_counted_correctly():
     leases = Leases()
 
     def work():

@@ -1,4 +1,4 @@
-"""Blocks that several restores read at once are read once, in bounded memory."""
+"""Concurrent restores of a block read it once, in bounded memory."""
 
 import threading
 
@@ -56,7 +56,7 @@ def opened(drive, readers, **settings):
     return loads, [loads.open(BLOCK.id, lambda: drive) for _ in range(readers)]
 
 
-def test_each_page_is_read_once_for_all_and_then_let_go(drive):
+def test_page_is_read_once_for_all_readers_and_then_released(drive):
     loads, readers = opened(drive, 3, held_bytes=PAGE_BYTES)
     for layer in (0, 1):
         assert all(landed(reader, layer) for reader in readers)
@@ -70,7 +70,7 @@ def test_each_page_is_read_once_for_all_and_then_let_go(drive):
     assert not loads._loads
 
 
-def test_no_more_pages_are_held_than_may_be(drive):
+def test_held_pages_stay_within_held_bytes(drive):
     loads, (first, second) = opened(drive, 2, held_bytes=PAGE_BYTES)
     assert landed(first, 0)
     assert landed(first, 1)
@@ -81,7 +81,7 @@ def test_no_more_pages_are_held_than_may_be(drive):
     assert loads._left == PAGE_BYTES
 
 
-def test_nothing_is_held_for_one_who_keeps_a_block_open(drive):
+def test_no_page_is_held_for_a_detached_reader(drive):
     _, (first, second) = opened(drive, 2)
     second.detach()
     assert landed(first, 0)
@@ -91,7 +91,7 @@ def test_nothing_is_held_for_one_who_keeps_a_block_open(drive):
     assert drive.reads == [0, 0, 0]
 
 
-def test_one_who_closes_early_frees_what_waits_for_it(drive):
+def test_closing_a_reader_early_releases_the_pages_held_for_it(drive):
     loads, (first, second) = opened(drive, 2)
     before = loads._left
     assert landed(first, 0)
@@ -101,7 +101,7 @@ def test_one_who_closes_early_frees_what_waits_for_it(drive):
     assert not drive.closed
 
 
-def test_a_failure_is_every_readers(drive, monkeypatch):
+def test_failed_page_read_is_raised_to_every_reader(drive, monkeypatch):
     _, readers = opened(drive, 2)
 
     def fail(layer):
@@ -115,7 +115,7 @@ def test_a_failure_is_every_readers(drive, monkeypatch):
     assert drive.reads == [0]
 
 
-def test_an_interrupt_is_for_one_reader_only(drive, monkeypatch):
+def test_interrupt_stops_one_reader_and_the_other_reads_the_page(drive, monkeypatch):
     _, (first, second) = opened(drive, 2)
     begun, go_on, answers = threading.Event(), threading.Event(), []
     page = drive.page
@@ -145,7 +145,7 @@ def test_an_interrupt_is_for_one_reader_only(drive, monkeypatch):
     assert sorted(map(str, answers)) == ["True", "interrupted"]
 
 
-def test_many_threads_get_the_right_bytes(drive):
+def test_concurrent_readers_get_the_right_bytes(drive):
     loads = ReadCoalescer(Leases(), held_bytes=PAGE_BYTES)
     wrong = []
 

@@ -1,4 +1,4 @@
-"""A tier of one's own below RAM and disk: asked once a turn, never waited for without a bound, never a failure."""
+"""A custom tier below RAM and disk: one query per turn, bounded waits, and no failed turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tier():
 
 @pytest.fixture(params=["disk", "RAM alone"])
 def new_store(request, tmp_path, tier):
-    """Return a function that opens a store in an empty place, with the same tier below."""
+    """Return a function that opens an empty store above the same lower tier."""
     stores = []
 
     def new(**more):
@@ -41,12 +41,12 @@ def new_store(request, tmp_path, tier):
         store.close()
 
 
-def test_full_blocks_are_found_by_a_store_that_has_nothing_else(new_store, tier):
+def test_empty_store_finds_and_restores_full_blocks_of_a_lower_tier(new_store, tier):
     tokens = count(18)
     first = new_store()
     commit(first, tokens)
     first.flush()
-    assert len(tier.blocks) == 4  # the tail of two tokens is not among them
+    assert len(tier.blocks) == 4  # without the tail block of two tokens
     assert ("flush", 1) in tier.requests
     del tier.requests[:]
 
@@ -63,7 +63,7 @@ def test_full_blocks_are_found_by_a_store_that_has_nothing_else(new_store, tier)
     assert second.stats().tiers[-1].hits == 8
 
 
-def test_what_came_from_below_is_kept_above_by_the_next_commit(new_store, tier):
+def test_commit_stores_blocks_above_that_only_a_lower_tier_had(new_store, tier):
     tokens = count(16)
     first = new_store()
     commit(first, tokens)
@@ -76,8 +76,8 @@ def test_what_came_from_below_is_kept_above_by_the_next_commit(new_store, tier):
     assert not [request for request in tier.requests if request[0] == "open_all" and request[1]]
 
 
-def test_a_prefix_goes_on_below(tmp_path, tier):
-    """RAM and disk have the beginning of a chain, the tier below has the rest."""
+def test_restore_continues_a_prefix_from_the_lower_tier(tmp_path, tier):
+    """RAM and disk hold the beginning of the chain, the lower tier holds the rest."""
     tokens = count(16)
     with PrefixStore(tmp_path / "a", **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, tokens)
@@ -91,7 +91,7 @@ def test_a_prefix_goes_on_below(tmp_path, tier):
         assert tier.requests == [("presence", 2), ("open_all", 2)]
 
 
-def test_conversations_of_a_model(make_model, generate, tokens, tmp_path, tier):
+def test_generate_with_a_lower_tier_is_exact_and_counts_tokens_by_tier(make_model, generate, tokens, tmp_path, tier):
     model = make_model("llama")
     plain = generate(model, tokens(32)).sequences
     for folder, cached, below in (("a", 0, 0), ("b", 31, 31), ("b", 31, 0)):
@@ -102,21 +102,21 @@ def test_conversations_of_a_model(make_model, generate, tokens, tmp_path, tier):
             assert cache.last_turn.cached_by_tier.get("dict", 0) == below
 
 
-def test_forgotten_prompts_are_forgotten_below_too(new_store, tier):
+def test_forget_removes_prompts_from_the_lower_tier_as_well(new_store, tier):
     store = new_store()
     commit(store, count(16))
     commit(store, count(16, first=100))
     store.flush()
     store.forget(count(16))
     assert len(tier.blocks) == 4
-    other = new_store()  # which has nothing of it itself
+    other = new_store()  # holds none of these blocks itself
     other.forget(count(6, first=100))
     assert not tier.blocks
 
 
 @pytest.mark.parametrize("error", [OSError("away"), KeyError("oops"), BlockError("odd")])
 @pytest.mark.parametrize("method", ["presence", "open_all", "put", "touch", "flush", "entries", "stats", "close"])
-def test_whatever_it_raises_costs_a_recompute_and_one_warning(new_store, tier, monkeypatch, caplog, method, error):
+def test_lower_tier_errors_cost_a_recompute_and_one_warning(new_store, tier, monkeypatch, caplog, method, error):
     tokens = count(16)
     first = new_store()
     commit(first, tokens)
@@ -144,7 +144,7 @@ def test_whatever_it_raises_costs_a_recompute_and_one_warning(new_store, tier, m
     assert len(tier.blocks) == 4  # nothing was deleted
 
 
-def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone():
+def test_unresponsive_tier_gets_bounded_waits_and_is_skipped_for_a_while():
     now = [0.0]
     tier = DictTier(Never)
     lower = LowerTier(tier, lambda: now[0])
@@ -164,7 +164,7 @@ def test_a_tier_that_never_answers_is_waited_for_in_bounds_and_then_left_alone()
     assert lower.presence(keys) == [Presence.ABSENT] * 2
 
 
-def test_a_reader_that_comes_too_late_is_closed():
+def test_reader_that_arrives_after_the_timeout_is_closed():
     (late,) = chain(count(4), 4)
     reader, future = DictReader(late), Future()
     assert future.set_running_or_notify_cancel()  # it can no longer be cancelled
@@ -176,8 +176,8 @@ def test_a_reader_that_comes_too_late_is_closed():
     assert reader.closed
 
 
-def test_other_tokens_under_a_key_are_damage(new_store, tier):
-    """They are refused when they are opened, forgotten below, and computed."""
+def test_lower_tier_block_with_wrong_tokens_is_rejected_as_damage(new_store, tier):
+    """Opening refuses the block and removes it from the lower tier. Its tokens are computed again."""
     tokens = count(8)
     first = new_store()
     commit(first, tokens)
@@ -192,7 +192,7 @@ def test_other_tokens_under_a_key_are_damage(new_store, tier):
     assert restored_length(second, tokens) == 4
 
 
-def test_a_page_that_cannot_be_read_is_a_miss(new_store, tier, monkeypatch):
+def test_unreadable_page_of_a_lower_tier_is_a_miss_and_deletes_nothing(new_store, tier, monkeypatch):
     tokens = count(8)
     first = new_store()
     commit(first, tokens)
@@ -209,11 +209,11 @@ def test_a_page_that_cannot_be_read_is_a_miss(new_store, tier, monkeypatch):
         load.check()
     load.close()
     assert len(tier.blocks) == 2
-    assert second.match(ROOT, tokens).length == 0  # withheld for a while
+    assert second.match(ROOT, tokens).length == 0  # the blocks are withheld for a while
 
 
-def test_states_and_tails_stay_above(new_store, tier):
-    """What could only be found in order is not put where there is none."""
+def test_tail_block_is_not_put_into_a_lower_tier(new_store, tier):
+    """Tail blocks are found by an ordered search only, which a lower tier does not offer."""
     store = new_store()
     commit(store, count(3))
     store.flush()
@@ -221,7 +221,7 @@ def test_states_and_tails_stay_above(new_store, tier):
     assert not [request for request in tier.requests if request[0] == "put"]
 
 
-def test_a_put_that_fails_is_no_failure_of_the_files(tmp_path, monkeypatch):
+def test_put_refused_by_a_lower_tier_does_not_affect_the_files(tmp_path, monkeypatch):
     tier = DictTier()
     monkeypatch.setattr(tier, "put", lambda block: PutResult.NO_ROOM)
     with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
@@ -230,14 +230,14 @@ def test_a_put_that_fails_is_no_failure_of_the_files(tmp_path, monkeypatch):
         assert store.match(ROOT, count(8)).length == 8
 
 
-def test_a_store_closes_its_tiers(tier):
+def test_closing_a_store_closes_its_lower_tiers(tier):
     with PrefixStore(lower_tiers=[tier], **SETTINGS):
         assert tier.closed == 0
     assert tier.closed == 1
 
 
 @pytest.mark.parametrize("names", [["host"], ["disk"], ["device"], [""], [None], ["a", "a"]])
-def test_a_tier_needs_a_name_of_its_own(names):
+def test_lower_tier_with_a_reserved_invalid_or_duplicate_name_is_refused(names):
     tiers = []
     for name in names:
         tiers.append(DictTier())
@@ -247,12 +247,12 @@ def test_a_tier_needs_a_name_of_its_own(names):
 
 
 @pytest.mark.parametrize("tiers", [DictTier(), None, {"dict": DictTier()}], ids=["one", "none", "mapping"])
-def test_tiers_are_a_list(tiers):
+def test_lower_tiers_that_are_not_a_list_are_refused(tiers):
     with pytest.raises(ConfigurationError, match="lower_tiers="):
         PrefixStore(lower_tiers=tiers)
 
 
-def test_a_lost_folder_costs_nothing_that_is_below(tmp_path, tier):
+def test_prefix_is_restored_from_a_lower_tier_after_the_folder_is_lost(tmp_path, tier):
     with PrefixStore(tmp_path / "kv", **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, count(16))
     shutil.rmtree(tmp_path / "kv")
@@ -260,7 +260,7 @@ def test_a_lost_folder_costs_nothing_that_is_below(tmp_path, tier):
         assert restored_length(store, count(16)) == 16
 
 
-def test_an_interrupt_while_blocks_are_opened_leaves_no_lease(tmp_path, tier, monkeypatch):
+def test_interrupt_while_opening_lower_tier_blocks_leaves_no_lease(tmp_path, tier, monkeypatch):
     with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, count(16))
         store.flush()
@@ -275,12 +275,12 @@ def test_an_interrupt_while_blocks_are_opened_leaves_no_lease(tmp_path, tier, mo
         with pytest.raises(KeyboardInterrupt) as interrupted:
             store.restore([spans])
         assert [each.leased_blocks for each in store.stats().tiers] == [0, 0, 0]
-        del interrupted  # it has kept all that was opened alive
+        del interrupted  # its traceback kept every opened reader alive
 
 
 @pytest.mark.parametrize(("stored", "read"), [(0, 4), (3, 4), (4, 36), (20, 36), (40, 100)])
-def test_a_chain_is_hashed_no_further_than_it_is_stored(stored, read):
-    """Unless there is a tier below, which is asked for all of it at once."""
+def test_lookup_hashes_little_beyond_the_stored_chain_without_a_lower_tier(stored, read):
+    """With a lower tier the whole chain is hashed, because the tier is asked for all of it at once."""
     blocks = [each.id for each in chain(count(400), 4)]
     for lower, most in (([], read), ([DictTier()], 100)):
         with PrefixStore(**SETTINGS, lower_tiers=lower) as store:
@@ -298,8 +298,8 @@ def failing(error):
     return fail
 
 
-def test_damage_below_deletes_no_file(tmp_path, tier, monkeypatch):
-    """A file that cannot be read now stays, whatever the tier below says of its own copy."""
+def test_damage_in_a_lower_tier_deletes_no_local_file(tmp_path, tier, monkeypatch):
+    """A file that cannot be read now stays, even if the lower tier's copy is damaged."""
     with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, count(16))
     monkeypatch.setattr(tier, "open_all", lambda blocks: [failed(BlockError("rotten")) for _ in blocks])
@@ -310,7 +310,7 @@ def test_damage_below_deletes_no_file(tmp_path, tier, monkeypatch):
             with pytest.raises(BlockError, match="busy"):
                 store.restore([spans])
     assert len(block_files(tmp_path)) == 4
-    assert not tier.blocks  # where it is damaged, it is forgotten
+    assert not tier.blocks  # the damaged copies are removed
 
 
 def failed(error):
@@ -319,7 +319,7 @@ def failed(error):
     return future
 
 
-def test_damage_above_is_read_from_below_and_deletes_nothing_there(tmp_path, tier, caplog):
+def test_block_damaged_on_disk_is_read_from_the_lower_tier_and_kept_there(tmp_path, tier, caplog):
     with PrefixStore(tmp_path, **SETTINGS, lower_tiers=[tier]) as store:
         commit(store, count(16))
     victim = block_files(tmp_path)[0]
@@ -333,8 +333,8 @@ def test_damage_above_is_read_from_below_and_deletes_nothing_there(tmp_path, tie
 
 
 @pytest.mark.parametrize("what", ["parent", "checkpoint"])
-def test_a_block_of_another_chain_is_refused(new_store, tier, what):
-    """The same ids in another place have other K and V."""
+def test_lower_tier_block_of_another_chain_or_kind_is_refused(new_store, tier, what):
+    """The same token ids at another place have different K and V."""
     tokens = count(8)
     first = new_store()
     commit(first, tokens)
@@ -355,7 +355,7 @@ def test_a_block_of_another_chain_is_refused(new_store, tier, what):
 
 @pytest.mark.parametrize("error", [ConnectionError("cut off"), KeyError("oops"), BlockError("rotten")])
 @pytest.mark.parametrize("method", ["page", "land"])
-def test_a_reader_that_fails_costs_a_recompute(new_store, tier, monkeypatch, method, error):
+def test_failing_reader_of_a_lower_tier_costs_a_recompute(new_store, tier, monkeypatch, method, error):
     tokens = count(8)
     first = new_store()
     commit(first, tokens)
@@ -375,8 +375,8 @@ def test_a_reader_that_fails_costs_a_recompute(new_store, tier, monkeypatch, met
     assert commit(second, tokens) == 8
 
 
-def test_forgetting_reaches_what_only_the_tier_below_still_has(tier):
-    """RAM has evicted it: by name, and by ids where the beginning is lost."""
+def test_forget_removes_blocks_that_only_the_lower_tier_still_has(tier):
+    """RAM has dropped the blocks. Forgetting works by name, and by token ids even if the first block is lost."""
     small = {"block_size": 4, "tail_delay": 0, "lower_tiers": [tier]}
     with PrefixStore(**small) as store:
         commit(store, count(16))
@@ -397,7 +397,7 @@ def test_forgetting_reaches_what_only_the_tier_below_still_has(tier):
 
 
 @pytest.mark.parametrize("method", ["entries", "discard_all"])
-def test_forgetting_says_when_a_tier_could_not_be_told(new_store, tier, monkeypatch, method):
+def test_forget_raises_when_a_lower_tier_fails_and_can_be_repeated(new_store, tier, monkeypatch, method):
     store = new_store()
     commit(store, count(16))
     store.flush()
@@ -410,7 +410,7 @@ def test_forgetting_says_when_a_tier_could_not_be_told(new_store, tier, monkeypa
     assert not tier.blocks
 
 
-def test_blocks_that_were_not_put_below_follow_with_the_next_commit(new_store, tier, monkeypatch):
+def test_blocks_whose_put_failed_are_put_below_by_later_commits(new_store, tier, monkeypatch):
     store = new_store()
     with monkeypatch.context() as patched:
         patched.setattr(tier, "put", failing(OSError("away")))
@@ -424,7 +424,7 @@ def test_blocks_that_were_not_put_below_follow_with_the_next_commit(new_store, t
     assert len(tier.blocks) == 4
 
 
-def test_what_is_written_at_its_second_use_goes_below_then(new_store, tier):
+def test_write_on_second_use_applies_to_the_lower_tier(new_store, tier):
     store = new_store(write_on="second-use")
     commit(store, count(16))
     store.flush()
@@ -434,7 +434,7 @@ def test_what_is_written_at_its_second_use_goes_below_then(new_store, tier):
     assert len(tier.blocks) == 4
 
 
-def test_a_chain_larger_than_ram_goes_below_whole(tier):
+def test_chain_larger_than_ram_is_put_into_the_lower_tier_whole(tier):
     with PrefixStore(**SETTINGS, host_budget=3 * block(count(4)).nbytes, lower_tiers=[tier]) as store:
         for _ in range(2):
             commit(store, count(64))
@@ -442,7 +442,7 @@ def test_a_chain_larger_than_ram_goes_below_whole(tier):
         assert len(tier.blocks) == 16
 
 
-def test_a_pause_grows_by_failed_calls_and_ends_by_the_call_that_failed():
+def test_backoff_grows_per_failure_and_only_the_failed_call_resets_it():
     now = [0.0]
     tier = DictTier()
     lower = LowerTier(tier, lambda: now[0])
@@ -455,7 +455,7 @@ def test_a_pause_grows_by_failed_calls_and_ends_by_the_call_that_failed():
         lower.presence(["a"])
         assert len(tier.requests) == asked
         now[0] += 0.2
-        lower.presence(["a"])  # it works, and says nothing about opening
+        lower.presence(["a"])  # presence works, which says nothing about opening
         assert len(tier.requests) == asked + 1
     del tier.open_all
     assert lower.open_all(blocks) == [None] * 16
@@ -467,8 +467,8 @@ def test_a_pause_grows_by_failed_calls_and_ends_by_the_call_that_failed():
     assert len(tier.requests) == asked + 1
 
 
-def test_all_rows_of_a_turn_wait_no_longer_than_one():
-    """Time that was waited is taken from the next wait; time that passed otherwise gives it back."""
+def test_waits_for_a_lower_tier_share_one_time_allowance():
+    """Waiting shortens the next wait, so all rows of a turn wait no longer than one. Other time restores it."""
     asked = []
 
     class Slow(Future):
@@ -477,7 +477,7 @@ def test_all_rows_of_a_turn_wait_no_longer_than_one():
             return []
 
     lower = LowerTier(DictTier(lambda value: Slow()), lambda: 0.0)
-    lower._allowance_seconds = 0.25  # as if 1.75 s were waited a moment ago
+    lower._allowance_seconds = 0.25  # as if 1.75 s had been spent waiting a moment ago
     lower._wait(Slow())
     assert 0.25 <= asked[0] < 0.5
     lower._waited_until -= 60.0
@@ -485,7 +485,7 @@ def test_all_rows_of_a_turn_wait_no_longer_than_one():
     assert asked[1] == LONGEST_ANSWER_SECONDS
 
 
-def test_an_imported_root_stays_described_without_files(tmp_path, tier):
+def test_manifest_of_an_imported_root_is_kept_without_a_folder(tmp_path, tier):
     with PrefixStore(tmp_path / "kv", **SETTINGS) as store:
         tokens = count(8)
         store.commit(ROOT, tokens, lambda start, stop: block(tokens[start:stop]).pages, {"of": "a test"})
@@ -497,7 +497,7 @@ def test_an_imported_root_stays_described_without_files(tmp_path, tier):
         assert store._block_writer.manifest(ROOT) == {"of": "a test"}
 
 
-def test_a_limit_of_nothing_finds_nothing(new_store):
+def test_match_with_a_limit_of_zero_or_no_tokens_finds_nothing(new_store):
     store = new_store()
     commit(store, count(8))
     for limit in (0, -1):

@@ -1,4 +1,4 @@
-"""What the owner of a store does with it: names, pins, ends, forgetting."""
+"""Names, pins, expiry, forgetting, pruning, archives and statistics of a store."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def new_store(place, **settings):
     return PrefixStore(**place, block_size=4, **settings)
 
 
-def test_a_name_tells_what_the_store_has(place):
+def test_named_prefix_reports_its_tokens_sizes_tiers_and_hits(place):
     clock = Clock()
     with new_store(place, clock=clock) as store:
         commit(store, count(10))
@@ -69,7 +69,7 @@ def test_a_name_tells_what_the_store_has(place):
         assert store.named("a chat").hits == 1
 
 
-def test_a_name_follows_a_tail_that_grows(place):
+def test_name_keeps_its_tokens_when_its_tail_block_grows(place):
     with new_store(place) as store:
         commit(store, count(6))
         store.name("chat", ROOT, count(6), pin=True)
@@ -83,7 +83,7 @@ def test_a_name_follows_a_tail_that_grows(place):
 
 
 @pytest.mark.parametrize("name", ["", " ", " a", "a ", "a\nb", "a\0", "x" * 201, 7, None])
-def test_what_cannot_be_a_name_is_refused(place, name):
+def test_name_and_rename_refuse_invalid_names(place, name):
     with new_store(place) as store:
         commit(store, count(4))
         with pytest.raises(ConfigurationError, match="name="):
@@ -94,7 +94,7 @@ def test_what_cannot_be_a_name_is_refused(place, name):
 
 
 @pytest.mark.parametrize("name", ["../../up", "/etc/passwd", "CON", "ü 日本 🙂", "a/b\\c", ".", "x" * 200])
-def test_any_printable_name_is_good_and_none_leads_anywhere(tmp_path, name):
+def test_any_printable_name_works_and_writes_only_inside_the_store(tmp_path, name):
     with PrefixStore(tmp_path / "store", block_size=4) as store:
         commit(store, count(4))
         store.name(name, ROOT, count(4))
@@ -103,7 +103,7 @@ def test_any_printable_name_is_good_and_none_leads_anywhere(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_what_is_not_there_cannot_be_named(place):
+def test_missing_prefixes_cannot_be_named_and_unknown_names_raise(place):
     with new_store(place) as store:
         commit(store, count(10))
         for tokens in (count(11), count(14), count(4, first=50)):
@@ -118,7 +118,7 @@ def test_what_is_not_there_cannot_be_named(place):
             store.rename("chat", "other")
 
 
-def test_renaming(place):
+def test_rename_keeps_pin_and_expiry_and_unname_keeps_the_blocks(place):
     with new_store(place) as store:
         commit(store, count(4))
         store.flush()
@@ -136,7 +136,7 @@ def test_renaming(place):
         assert restored_length(store, count(4)) == 4
 
 
-def test_what_is_pinned_is_never_evicted(tmp_path):
+def test_pinned_prefix_is_never_evicted_from_disk(tmp_path):
     settings = {"block_size": 4, "disk_budget": 6 * UNIT, "host_budget": 1}
     with PrefixStore(tmp_path, **settings) as store:
         commit(store, count(10))
@@ -157,7 +157,7 @@ def test_what_is_pinned_is_never_evicted(tmp_path):
         assert store.named("mine").kept_tokens == 10, "the name was kept, and means the same chain"
 
 
-def test_what_is_pinned_in_ram_is_never_evicted():
+def test_pinned_prefix_is_never_evicted_from_ram():
     with PrefixStore(block_size=4, host_budget=6 * 512) as store:
         commit(store, count(10))
         store.name("mine", ROOT, count(10), pin=True)
@@ -170,7 +170,7 @@ def test_what_is_pinned_in_ram_is_never_evicted():
         assert restored_length(store, count(10)) == 0
 
 
-def test_a_name_ends_unless_it_is_used(place):
+def test_name_with_a_ttl_expires_unless_it_is_used(place):
     clock = Clock()
     with new_store(place, clock=clock) as store:
         commit(store, count(10))
@@ -178,7 +178,7 @@ def test_a_name_ends_unless_it_is_used(place):
         store.name("short", ROOT, count(10), ttl=100, pin=True)
         assert store.named("short").expires_at == clock.now + 100
         clock.now += 90
-        commit(store, count(10))  # used
+        commit(store, count(10))  # uses the name
         store.flush()
         clock.now += 90
         assert store.match(ROOT, count(10)).length == 10
@@ -193,7 +193,7 @@ def test_a_name_ends_unless_it_is_used(place):
             assert len(block_files(store.path)) == 2
 
 
-def test_blocks_expire_but_for_pinned_ones(place):
+def test_store_ttl_expires_all_blocks_except_pinned_ones(place):
     clock = Clock()
     with new_store(place, clock=clock, ttl=100) as store:
         commit(store, count(10))
@@ -210,12 +210,12 @@ def test_blocks_expire_but_for_pinned_ones(place):
 
 
 @pytest.mark.parametrize("ttl", [0, -1, "1d", True, float("inf"), float("nan")])
-def test_an_end_that_is_none_is_refused(ttl):
+def test_invalid_ttl_is_refused(ttl):
     with pytest.raises(ConfigurationError, match="ttl="):
         PrefixStore(ttl=ttl)
 
 
-def test_forgetting_a_name_leaves_what_others_use(place):
+def test_forgetting_a_name_keeps_blocks_that_other_chains_share(place):
     with new_store(place) as store:
         commit(store, count(12))
         commit(store, ids(0, 1, 2, 3, 9, 9, 9, 9, 8))
@@ -229,7 +229,7 @@ def test_forgetting_a_name_leaves_what_others_use(place):
         assert store.verify().ok
 
 
-def test_forgetting_a_name_leaves_what_is_named_otherwise(place):
+def test_forgetting_a_name_keeps_blocks_under_another_name(place):
     with new_store(place) as store:
         commit(store, count(12))
         store.name("all", ROOT, count(12))
@@ -240,7 +240,7 @@ def test_forgetting_a_name_leaves_what_is_named_otherwise(place):
         assert restored_length(store, count(12)) == 8
 
 
-def test_forgetting_ids_forgets_what_goes_beyond_and_what_leads_only_there(place):
+def test_forgetting_token_ids_removes_longer_chains_and_unshared_beginnings(place):
     with new_store(place) as store:
         commit(store, count(8))
         commit(store, ids(0, 1, 2, 3, 9, 9, 9, 9, 8))
@@ -252,18 +252,18 @@ def test_forgetting_ids_forgets_what_goes_beyond_and_what_leads_only_there(place
         assert restored_length(store, count(8)) == 8
         assert store.match(ROOT, ids(0, 1, 2, 3, 9)).length == 4
         assert store.names() == ()
-        # The last token of an answer is never in a cache: ids that go beyond what is kept mean it, too.
+        # The last token of an answer is never cached, so ids that extend beyond the stored chain match it as well.
         assert store.forget([*range(8), 77]).blocks == 4
         assert store.chains() == ()
 
 
 @pytest.mark.parametrize("what", [[], [[1, 2]], [1.5], {"a": 1}, 7, ["a"], [[1], [2, 3]]])
-def test_what_cannot_be_forgotten_is_refused(what):
+def test_forget_refuses_invalid_token_ids(what):
     with PrefixStore(block_size=4) as store, pytest.raises(ConfigurationError, match="token ids"):
         store.forget(what)
 
 
-def test_what_is_forgotten_is_not_in_the_files(tmp_path):
+def test_forgotten_token_ids_are_gone_from_the_store_files(tmp_path):
     secret = count(12, first=7_777_777)
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, secret)
@@ -276,7 +276,7 @@ def test_what_is_forgotten_is_not_in_the_files(tmp_path):
                 assert needle not in path.read_bytes(), path
 
 
-def test_names_outlive_the_catalog(tmp_path):
+def test_names_and_pins_survive_the_loss_of_the_catalog(tmp_path):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(10))
         store.name("mine", ROOT, count(10), pin=True, ttl=1e6)
@@ -290,7 +290,7 @@ def test_names_outlive_the_catalog(tmp_path):
         assert restored_length(store, count(10)) == 10
 
 
-def test_a_damaged_file_of_a_name_costs_the_name_only(tmp_path, caplog):
+def test_damaged_name_file_loses_only_that_name_and_verify_repairs_it(tmp_path, caplog):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(10))
         store.name("one", ROOT, count(10))
@@ -329,7 +329,7 @@ def test_stores_on_one_folder_see_each_others_names(tmp_path):
         assert block_files(tmp_path) == []
 
 
-def test_a_folder_that_is_deleted_under_a_store(tmp_path, caplog):
+def test_store_whose_folder_is_deleted_finds_nothing_and_can_reopen(tmp_path, caplog):
     with PrefixStore(tmp_path / "store", block_size=4, host_budget=1) as store:
         commit(store, count(10))
         shutil.rmtree(tmp_path / "store")
@@ -342,7 +342,7 @@ def test_a_folder_that_is_deleted_under_a_store(tmp_path, caplog):
         assert restored_length(store, count(10)) == 10
 
 
-def test_chains_are_listed_and_named_by_key(place):
+def test_chains_are_listed_named_and_forgotten_by_key(place):
     with new_store(place) as store:
         commit(store, count(10))
         commit(store, ids(0, 1, 2, 3, 9, 9))
@@ -361,7 +361,7 @@ def test_chains_are_listed_and_named_by_key(place):
         assert restored_length(store, count(10)) == 10
 
 
-def test_pruning(place):
+def test_prune_by_age_and_size_keeps_pinned_prefixes(place):
     clock = Clock()
     with new_store(place, clock=clock) as store:
         for first in (0, 100, 200):
@@ -381,7 +381,7 @@ def test_pruning(place):
 # --- with a model -----------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_is_named(tmp_path, make_model, generate, tokens):
+def test_cache_name_stores_the_last_turn_under_a_name(tmp_path, make_model, generate, tokens):
     model = make_model("llama")
     with TieredCache(PrefixStore(tmp_path, block_size=8)) as cache:
         with pytest.raises(PromptError, match="cannot be named"):
@@ -402,7 +402,7 @@ def test_a_turn_is_named(tmp_path, make_model, generate, tokens):
         assert cache.last_turn.cached_tokens == len(kept)
 
 
-def test_a_commit_by_hand_names_its_turn(make_model, tokens):
+def test_manual_commit_with_name_and_ttl_names_the_turn(make_model, tokens):
     model = make_model("llama")
     with PrefixStore(block_size=8) as store, TieredCache(store) as cache:
         cache.begin(model, tokens(20))
@@ -415,7 +415,7 @@ def test_a_commit_by_hand_names_its_turn(make_model, tokens):
         assert store.named("chat").expires_at is not None
 
 
-def test_namespaces_never_share(tmp_path, make_model, generate, tokens):
+def test_namespaces_never_share_prefixes(tmp_path, make_model, generate, tokens):
     model, prompt = make_model("llama"), tokens(20)
     for namespace in ("a", "b", ""):
         with PrefixStore(tmp_path, block_size=8, namespace=namespace) as store, TieredCache(store) as cache:
@@ -430,7 +430,7 @@ def test_namespaces_never_share(tmp_path, make_model, generate, tokens):
 
 
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
-def test_an_exported_prefix_is_imported_elsewhere(tmp_path, place, compression):
+def test_exported_prefix_can_be_imported_into_another_store(tmp_path, place, compression):
     with new_store(place, compression=compression) as store:
         commit(store, count(14))
         store.name("chat", ROOT, count(10), pin=True)
@@ -440,7 +440,7 @@ def test_an_exported_prefix_is_imported_elsewhere(tmp_path, place, compression):
             store.export("chat", tmp_path / "chat.safetensors")
         assert store.export("chat", tmp_path / "chat.safetensors", overwrite=True) == nbytes
     for elsewhere in ({}, {"path": tmp_path / "elsewhere"}):
-        with PrefixStore(**elsewhere, block_size=8) as store:  # its blocks keep their size
+        with PrefixStore(**elsewhere, block_size=8) as store:  # imported blocks keep their size
             found = store.import_(tmp_path / "chat.safetensors")
             assert (found.name, found.tokens, found.kept_tokens, found.pinned) == ("chat", 10, 10, False)
             assert store.import_(tmp_path / "chat.safetensors", name="again").tokens == 10
@@ -452,7 +452,7 @@ def test_an_exported_prefix_is_imported_elsewhere(tmp_path, place, compression):
             assert restored_length(store, count(14)) == 10
 
 
-def test_an_import_is_a_strangers(tmp_path):
+def test_import_keeps_existing_data_and_refuses_damaged_or_oversized_archives(tmp_path):
     archive = tmp_path / "chat.safetensors"
     with PrefixStore(tmp_path / "one", block_size=4) as store:
         commit(store, count(10))
@@ -478,7 +478,7 @@ def test_an_import_is_a_strangers(tmp_path):
             store.import_(archive)
 
 
-def test_what_is_not_whole_cannot_be_exported(tmp_path):
+def test_export_refuses_incomplete_or_unknown_prefixes(tmp_path):
     with PrefixStore(tmp_path / "store", block_size=4, host_budget=1) as store:
         commit(store, count(10))
         store.name("chat", ROOT, count(10))
@@ -490,7 +490,7 @@ def test_what_is_not_whole_cannot_be_exported(tmp_path):
     assert not (tmp_path / "chat.safetensors").exists()
 
 
-def test_pruning_counts_names_whose_time_is_over(place):
+def test_prune_counts_the_blocks_of_expired_names(place):
     clock = Clock()
     with new_store(place, clock=clock) as store:
         commit(store, count(10))
@@ -501,10 +501,10 @@ def test_pruning_counts_names_whose_time_is_over(place):
         assert store.chains() == ()
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_of_a_store(place):
+def test_store_stats_count_lookups_hits_misses_and_leases(place):
     with new_store(place) as store:
         assert store.stats().hit_tokens == 0
         commit(store, count(10))
@@ -534,7 +534,7 @@ def test_the_numbers_of_a_store(place):
         store.stats()
 
 
-def test_forgetting_a_text(place):
+def test_forget_accepts_text_with_an_encode_function(place):
     with new_store(place) as store:
         commit(store, ids(*b"a secret"))
         commit(store, count(8))
@@ -543,7 +543,7 @@ def test_forgetting_a_text(place):
         assert len(store.chains()) == 1
 
 
-def test_to_list_names_takes_no_more_questions_however_many_there_are(tmp_path):
+def test_listing_names_takes_a_constant_number_of_queries(tmp_path):
     faults = Faults()
     asked = []
     with PrefixStore(tmp_path, block_size=4, host_budget=1, connect=faults.connect) as store:

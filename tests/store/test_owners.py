@@ -1,4 +1,4 @@
-"""Who is at work in a folder, and who is gone."""
+"""Owners: the processes that use a store folder, and detection of ended ones."""
 
 import fcntl
 import multiprocessing
@@ -13,7 +13,7 @@ from kvtier.store.tiers.disk.owners import Owner, pid_of
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks that the system lets go of")
 
 
-def test_an_owner_lives_until_it_is_closed(tmp_path):
+def test_owner_is_alive_until_it_is_closed(tmp_path):
     owner, other = Owner(tmp_path), Owner(tmp_path)
     assert other.lives(owner.name)
     assert other.others() == [owner.name]
@@ -27,15 +27,15 @@ def test_an_owner_lives_until_it_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../etc/passwd", "1-2", "12-" + "z" * 16])
-def test_what_is_no_owner_is_dead(tmp_path, name):
+def test_invalid_owner_name_counts_as_dead(tmp_path, name):
     owner = Owner(tmp_path)
     assert not owner.lives(name)
     assert pid_of(name) == 0
     owner.close()
 
 
-def test_an_owner_that_is_seen_before_it_has_its_lock_takes_another_name(tmp_path, monkeypatch):
-    """Between making the file and locking it, another store takes it for a dead one's."""
+def test_owner_whose_file_is_deleted_before_it_is_locked_takes_another_name(tmp_path, monkeypatch):
+    """Before the new file is locked, another store takes it for the file of a dead owner."""
     flock, buried = fcntl.flock, []
 
     def slow(fd, how):
@@ -57,7 +57,7 @@ def _live_and_wait(folder, names):
     signal.backoff()
 
 
-def test_an_owner_whose_process_is_killed_is_dead(tmp_path):
+def test_owner_of_a_killed_process_is_dead(tmp_path):
     context = multiprocessing.get_context("fork")
     names = context.SimpleQueue()
     process = context.Process(target=_live_and_wait, args=(tmp_path, names))
@@ -73,7 +73,7 @@ def test_an_owner_whose_process_is_killed_is_dead(tmp_path):
     owner.close()
 
 
-def test_a_forked_child_is_another_owner(tmp_path):
+def test_forked_child_becomes_a_separate_owner(tmp_path):
     owner = Owner(tmp_path)
     name = owner.name
     read, write = os.pipe()

@@ -1,4 +1,4 @@
-"""Statistics as Prometheus reads them: a small parser of the format, and what it finds."""
+"""The Prometheus exposition of store statistics, checked with a small parser of the format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parsed(text):
     return samples
 
 
-def test_what_a_store_has_done(tmp_path):
+def test_exposition_reports_blocks_bytes_hits_and_misses_of_a_store(tmp_path):
     with PrefixStore(tmp_path, block_size=4, disk_budget="1MiB") as store:
         commit(store, count(8))
         store.flush()
@@ -61,20 +61,20 @@ def test_what_a_store_has_done(tmp_path):
     assert found["kvtier_store_misses_total", (("reason", "unknown"),)] == 1
 
 
-def test_reasons_are_there_before_they_happen():
+def test_known_reasons_are_exposed_before_they_occur():
     found = parsed(exposition(StoreStats(None, (TierStats("host"),))))
     reasons = {labels[0][1] for name, labels in found if name == "kvtier_store_misses_total"}
     assert reasons == {"unknown", "diverged", "shorter", "damaged", "unavailable", "gone"}
     assert found["kvtier_store_errors_total", (("reason", "write"),)] == 0
 
 
-def test_a_reason_that_nobody_foresaw_is_shown_too():
+def test_unknown_miss_reason_is_exposed():
     found = parsed(exposition(StoreStats(None, (), misses={"gone": 2, "stolen": 3})))
     assert found["kvtier_store_misses_total", (("reason", "gone"),)] == 2
     assert found["kvtier_store_misses_total", (("reason", "stolen"),)] == 3
 
 
-def test_what_only_its_own_process_knows_can_be_left_out():
+def test_process_local_metrics_can_be_left_out():
     stats = StoreStats(
         "x", (TierStats("host", nbytes=1), TierStats("disk", nbytes=2)), names=3, lookups=4, paused="full"
     )
@@ -91,13 +91,13 @@ def test_what_only_its_own_process_knows_can_be_left_out():
     assert (("tier", "host"),) not in {labels for _, labels in found}
 
 
-def test_labels_are_escaped_and_come_first():
+def test_extra_labels_are_escaped_and_come_first():
     text = exposition(StoreStats(None, (TierStats("host"),)), labels={"service": 'a "b"\\\nc'})
     assert 'kvtier_store_blocks{service="a \\"b\\"\\\\\\nc",tier="host"} 0\n' in text
     assert len(parsed(text)) > 10
 
 
 @pytest.mark.parametrize("name", ["", "1x", "a-b", "é", "__x", "tier", "reason"])
-def test_labels_with_other_names_are_refused(name):
+def test_invalid_or_reserved_label_names_are_refused(name):
     with pytest.raises(ValueError, match="labels"):
         exposition(StoreStats(None, ()), labels={name: "x"})

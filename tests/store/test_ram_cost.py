@@ -1,6 +1,6 @@
-"""What a call to the RAM tier costs does not grow with the blocks and siblings that it holds.
+"""The cost of a host tier call does not grow with the number of blocks and siblings that the tier holds.
 
-Cost is counted in lines of Python that run, which no other load of the machine changes. What C code does inside of one
+Cost is the number of Python lines that run, which other load on the machine does not change. Work of C code inside one
 line (moving the rest of a list, comparing bytes) is not counted.
 """
 
@@ -25,7 +25,7 @@ FOLDER = kvtier.store.tiers.host.tier.__file__.rpartition("/")[0]
 
 
 def lines(call):
-    """Run ``call``; return how many lines of the store ran."""
+    """Run ``call``; return how many lines of the host tier's code ran."""
     ran = 0
 
     def trace(frame, event, argument):
@@ -45,12 +45,12 @@ def lines(call):
 
 
 def block(*tokens, parent=ROOT):
-    """A block without pages, which takes a byte."""
+    """A block of one byte, without pages."""
     return Block(BlockId.of(ROOT, parent, ids(*tokens)), (), 0, ONE_BYTE)
 
 
 class Filled:
-    """A full tier of siblings, of which all but ten are leased, pinned, used by several turns, or nothing of that."""
+    """A full tier of siblings. All but ten are leased, pinned, used by several turns, or none of these."""
 
     def __init__(self, blocks, kind):
         self.now = 0.0
@@ -67,7 +67,7 @@ class Filled:
         elif kind == "used again":
             for _ in range(3):
                 self.tier.touch([each.id.key for each in held], {})
-        assert self.tier.put(block(2, 2))  # the first eviction passes over what must stay
+        assert self.tier.put(block(2, 2))  # the first eviction skips the blocks that must stay
 
     def nearest(self):
         assert self.tier.nearest(ROOT, ids(1, 55, 4))
@@ -94,19 +94,19 @@ class Filled:
 @pytest.mark.sample(11)  # of 28
 @pytest.mark.parametrize("kind", ["free", "leased", "pinned", "used again"])
 @pytest.mark.parametrize("call", ["nearest", "tails", "put", "shrink", "touch", "discard", "expire"])
-def test_a_call_costs_no_more_with_thirty_times_the_blocks(call, kind):
+def test_host_tier_call_costs_about_the_same_with_thirty_times_the_blocks(call, kind):
     few, many = (lines(getattr(Filled(blocks, kind), call)) for blocks in (FEW, MANY))
     assert few > 0
     assert many <= 2 * few + 20, (few, many)
 
 
-def test_a_tier_that_shrinks_by_half_pays_for_each_block_the_same():
+def test_shrink_costs_about_the_same_per_block_in_a_larger_tier():
     tiers = [(Filled(blocks, "free").tier, blocks // 2) for blocks in (FEW, MANY)]
     few, many = (lines(partial(tier.shrink, half)) / half for tier, half in tiers)
     assert many <= 2 * few
 
 
-def test_a_queue_keeps_no_more_stale_entries_than_it_says():
+def test_eviction_queue_bounds_its_stale_entries():
     queue = Queue()
     for number in range(5 * MOST_STALE):
         queue.add((float(number), 0, "again"))
@@ -119,7 +119,7 @@ def test_a_queue_keeps_no_more_stale_entries_than_it_says():
     queue.drop("again")
 
 
-def test_leases_that_ended_are_forgotten_without_an_eviction():
+def test_ended_leases_are_cleared_by_a_put_without_an_eviction():
     ended = set()
     leaves = Leaves(lambda key: False, ended, frozenset)
     for number in range(10):

@@ -1,8 +1,8 @@
-"""The RAM tier against a model that looks at every block, every time.
+"""A state machine compares the host tier with a simple model that scans every block.
 
 The model is a dictionary in the order of the puts. After each step both hold the same blocks, value them alike and have
-evicted the same ones in the same order. After an interrupt the model takes over which blocks are here: what the tier
-derives from them must be right all the same.
+evicted the same blocks in the same order. After an interrupt the model adopts the blocks that the tier holds; all that
+the tier derives from them must still be correct.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TTL = 20.0
 
 
 class Coarse:
-    """Values blocks so that many are worth the same, across both queues."""
+    """A policy that gives many blocks the same value, across both queues."""
 
     name = "coarse/1"
     queues = 2
@@ -69,7 +69,7 @@ class Known:
 
 
 class Model:
-    """What the tier should be, by looking at all blocks."""
+    """The expected state of the tier, computed from all blocks."""
 
     def __init__(self, budget_bytes, policy, clock, ttl):
         self.budget_bytes, self.policy, self.clock, self.ttl = budget_bytes, policy, clock, ttl
@@ -202,7 +202,7 @@ class Model:
         }
 
 
-# Of 1 and 256, and of 255 and 511, the order of the bytes is not that of the numbers.
+# The tier sorts ids by their bytes, little-endian: 256 comes before 1 and before 255.
 TOKENS = st.lists(st.sampled_from([0, 1, 255, 256, 511]), min_size=1, max_size=4).map(tuple)
 CALLS = st.sampled_from(["put", "put for writing", "discard", "touch", "shrink", "expire", "close", "unused"])
 
@@ -244,7 +244,7 @@ class RamMachine(RuleBasedStateMachine):
         return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
 
     def draw_block(self, data):
-        """A new block after any that was ever made, or one of those."""
+        """Return a new block after the root or after any block ever made, or one of those blocks."""
         parents = [ROOT, *(key for key, block in self.made.items() if not block.id.is_checkpoint)]
         parent = data.draw(st.sampled_from(parents), label="parent")
         tokens = ids(*data.draw(TOKENS, label="tokens"))
@@ -252,10 +252,10 @@ class RamMachine(RuleBasedStateMachine):
         return self.made_block(parent, tokens, size, is_checkpoint=data.draw(st.booleans(), label="checkpoint"))
 
     def draw_key(self, data):
-        """A block that is here, or was."""
+        """Return the key of a stored block; if none is stored, the key of a former one."""
         return data.draw(st.sampled_from(sorted(self.model.blocks) or sorted(self.made) or ["nothing"]), label="key")
 
-    # --- what turns do --------------------------------------------------------------------------------------------
+    # --- turns ----------------------------------------------------------------------------------------------------
 
     @rule(data=st.data(), writing=st.booleans())
     def put(self, data, writing):
@@ -300,10 +300,10 @@ class RamMachine(RuleBasedStateMachine):
     def end_the_lease_of(self, reader, *, is_lost=False):
         self.readers.remove(reader)
         self.model.leases[reader.id.key] -= 1
-        if not is_lost:  # else it is collected as soon as nothing here refers to it
+        if not is_lost:  # otherwise it is garbage-collected once nothing refers to it
             reader.close()
 
-    # --- what people and time do ----------------------------------------------------------------------------------
+    # --- user calls and time --------------------------------------------------------------------------------------
 
     @rule(data=st.data())
     def pin(self, data):
@@ -385,7 +385,7 @@ class RamMachine(RuleBasedStateMachine):
             call()
 
     def take_over(self):
-        """Let the model be what the tier is: which blocks are here, and what is known of them, but nothing derived."""
+        """Copy the tier's blocks and their records to the model, but nothing that the tier derives from them."""
         here = sorted(self.tier._blocks.values(), key=lambda resident: resident.number)
         self.model.blocks = {
             each.block.id.key: Known(each.block, each.usage, each.standing, each.used_at, each.hits) for each in here
@@ -395,7 +395,7 @@ class RamMachine(RuleBasedStateMachine):
         self.model.counts = Counter(self.tier.counts)
         self.model.writing = set(self.tier._writing)
 
-    # --- what must be so ------------------------------------------------------------------------------------------
+    # --- invariants -----------------------------------------------------------------------------------------------
 
     @invariant()
     def both_hold_the_same(self):

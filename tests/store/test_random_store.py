@@ -1,8 +1,8 @@
-"""``PrefixStore`` against a dictionary of what was committed: found to the token, with the right bytes, within budgets.
+"""A state machine compares ``PrefixStore`` with a dictionary of all commits: exact lengths, bytes and budgets.
 
-The machine keeps up to two stores on one folder (or one in RAM). While nothing was evicted or damaged, a store knows
-exactly the longest beginning that any committed sequence of the same root shares with the question; afterwards it may
-know less, never more. What comes back is compared with bytes that follow from the root and all tokens before.
+The machine keeps up to two stores on one folder (or one in RAM). While nothing is evicted or damaged, a store finds
+exactly the longest prefix that the question shares with any committed sequence of the same root; afterwards it may find
+less, never more. Restored bytes are compared with bytes that follow from the root and all earlier tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Tokens = tuple[int, ...]
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=14).map(tuple)
 roots = st.sampled_from([ROOT, ROOT, OTHER_ROOT])
 places = st.integers(0, 255)
-bytes_of_files = st.integers(-250, 1500)  # from the end: payloads rather than the header
+bytes_of_files = st.integers(-250, 1500)  # below 0 from the end: payloads rather than the header
 
 
 def shared(a: Tokens, b: Tokens) -> int:
@@ -77,7 +77,7 @@ class Store(RuleBasedStateMachine):
         return max((shared(question, other) for known, other in self.committed if known == root), default=0)
 
     def flush(self):
-        """What one store writes behind, the others know only when it is on disk."""
+        """Write all queued blocks, because other stores find them only on disk."""
         for store in self.stores:
             store.flush()
 
@@ -97,7 +97,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(target=sequences, which=places, sequence=sequences, at=places, more=tokens, root=roots)
     def commit_a_branch(self, which, sequence, at, more, root):
-        """Sequences that share a beginning, part of a block or blocks of it."""
+        """Commit a sequence that shares a prefix with an earlier one: part of a block, or whole blocks."""
         return self.commit(which, (sequence[: at % (len(sequence) + 1)] + more)[:20], root)
 
     @rule(which=places, sequence=sequences, more=st.just(()) | tokens, root=roots, limit=st.none() | st.integers(0, 20))
@@ -117,7 +117,7 @@ class Store(RuleBasedStateMachine):
         self.check_divergence(match, root, question)
 
     def check_divergence(self, match, root, question):
-        """What was expected was committed after the same tokens; what was seen is the question's."""
+        """The expected token was committed after the same tokens; the seen token is that of the question."""
         if match.divergence is None:
             return
         at = match.divergence.index
@@ -160,7 +160,7 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: self.folder is not None)
     @rule(how=st.sampled_from(DAMAGES), at=places)
     def lose_the_catalog(self, how, at):
-        """The files say all that it said."""
+        """The block files hold everything that the catalog held."""
         for store in self.stores:
             store.close()
         damage(self.folder / "catalog.sqlite", how, at)

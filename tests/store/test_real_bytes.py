@@ -1,4 +1,4 @@
-"""Budgets are about the bytes that a drive really gives away."""
+"""The disk budget counts the bytes that a drive really allocates; deletion respects blocks that are being read."""
 
 import time
 
@@ -18,7 +18,7 @@ SETTINGS = {"block_size": 4, "host_budget": 1, "free_space_floor": 0}
 
 
 class Clusters(LocalFilesystem):
-    """A drive that gives a file whole clusters, and does not tell how large they are."""
+    """A drive that allocates whole clusters and does not report their size."""
 
     def used_bytes(self, path):
         return -(-path.lstat().st_size // CLUSTER) * CLUSTER
@@ -28,7 +28,7 @@ def real_bytes(path, used_bytes):
     return sum(used_bytes(file) for file in path.rglob("*.safetensors"))
 
 
-def test_a_drive_with_large_clusters_holds_no_more_than_the_budget(tmp_path):
+def test_disk_budget_holds_on_a_drive_with_large_clusters(tmp_path):
     drive = Clusters()
     with PrefixStore(tmp_path, disk_budget=10 * CLUSTER, filesystem=drive, **SETTINGS) as store:
         for n in range(30):
@@ -44,7 +44,7 @@ def test_a_drive_with_large_clusters_holds_no_more_than_the_budget(tmp_path):
         assert real_bytes(tmp_path, drive.used_bytes) <= 10 * CLUSTER
 
 
-def test_a_block_that_takes_more_than_the_budget_is_not_kept(tmp_path):
+def test_block_that_allocates_more_than_the_disk_budget_is_not_kept(tmp_path):
     with PrefixStore(tmp_path, disk_budget=CLUSTER - 1, filesystem=Clusters(), **SETTINGS) as store:
         commit(store, count(4))
         store.flush()
@@ -52,8 +52,8 @@ def test_a_block_that_takes_more_than_the_budget_is_not_kept(tmp_path):
         assert store.stats().tiers[1].nbytes == 0
 
 
-def test_what_the_drive_says_is_asked(tmp_path):
-    """A file that is sparse, or not written out, counts for its size; one that takes more, for that."""
+def test_used_bytes_count_the_file_size_or_a_larger_allocation(tmp_path):
+    """A file that is sparse or not yet written out counts with its size, and a larger allocation counts in full."""
     (tmp_path / "sparse").touch()
     with (tmp_path / "sparse").open("r+b") as file:
         file.truncate(1_000_000)
@@ -63,7 +63,7 @@ def test_what_the_drive_says_is_asked(tmp_path):
     assert drive.used_bytes(tmp_path / "whole") >= allocated(5000)
 
 
-def test_a_smaller_budget_holds_from_the_opening_on(tmp_path):
+def test_smaller_disk_budget_is_enforced_when_the_store_opens(tmp_path):
     size = allocated(sum(piece.nbytes for piece in encode_block(block(count(4)))))
     with PrefixStore(tmp_path, disk_budget=20 * size, **SETTINGS) as store:
         commit(store, count(80))
@@ -73,7 +73,7 @@ def test_a_smaller_budget_holds_from_the_opening_on(tmp_path):
         assert restored_length(store, count(80)) == 20
 
 
-# --- what is deleted while somebody reads it --------------------------------------------------------------------------
+# --- deletion while a block is read -----------------------------------------------------------------------------------
 
 
 def tails_of(path):
@@ -81,7 +81,7 @@ def tails_of(path):
 
 
 @pytest.mark.parametrize("who", ["this store", "another store"])
-def test_what_a_longer_block_replaces_stays_while_it_is_read(tmp_path, who):
+def test_tail_block_replaced_by_a_longer_one_stays_while_it_is_read(tmp_path, who):
     tail, longer = block(count(2)), block(count(3))
     with PrefixStore(tmp_path, tail_delay=0, **SETTINGS) as store, PrefixStore(tmp_path, **SETTINGS) as other:
         commit(store, count(2))
@@ -96,7 +96,7 @@ def test_what_a_longer_block_replaces_stays_while_it_is_read(tmp_path, who):
         assert tails_of(tmp_path) == {block(count(4)).id.key}
 
 
-def test_what_has_expired_or_is_pruned_stays_while_it_is_read(tmp_path):
+def test_expired_or_pruned_block_stays_while_it_is_read(tmp_path):
     now = [time.time()]
     settings = {**SETTINGS, "clock": lambda: now[0]}
     with PrefixStore(tmp_path, **settings) as store, PrefixStore(tmp_path, ttl=10.0, **settings) as other:
@@ -112,8 +112,8 @@ def test_what_has_expired_or_is_pruned_stays_while_it_is_read(tmp_path):
         assert tails_of(tmp_path) == set()
 
 
-def test_what_is_forgotten_is_deleted_at_once_and_its_reader_may_finish(tmp_path, monkeypatch):
-    monkeypatch.setattr(descriptors.OF_THIS_PROCESS, "_most", 0)  # none stays open by chance
+def test_forgotten_block_is_deleted_at_once_and_open_readers_finish(tmp_path, monkeypatch):
+    monkeypatch.setattr(descriptors.OF_THIS_PROCESS, "_most", 0)  # no descriptor stays open by chance
     with PrefixStore(tmp_path, **SETTINGS) as store:
         commit(store, count(8))
         store.flush()
@@ -128,8 +128,8 @@ def test_what_is_forgotten_is_deleted_at_once_and_its_reader_may_finish(tmp_path
         assert len(descriptors.OF_THIS_PROCESS) == 0
 
 
-def test_a_block_that_was_written_anew_while_it_is_read_is_neither_damaged_nor_withheld(tmp_path, monkeypatch):
-    """What another process does, whose leases do not hold everywhere: the reader looks again, and finds it."""
+def test_block_replaced_or_removed_while_read_is_neither_damaged_nor_withheld(tmp_path, monkeypatch):
+    """Leases do not stop another process everywhere. After its change, the reader looks again and finds the block."""
     monkeypatch.setattr(descriptors.OF_THIS_PROCESS, "_most", 0)
     with PrefixStore(tmp_path, **SETTINGS) as store:
         commit(store, count(8))

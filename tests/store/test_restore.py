@@ -1,4 +1,4 @@
-"""Pages land where they are to lie, each read once, and nothing lands after close."""
+"""A restore reads each page once into its place, reports failed blocks, and writes nothing after close."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from tests.support.stores import (
 
 @pytest.fixture(params=["ram", "raw", "zstd"])
 def store(request, tmp_path):
-    """A store with blocks of 4 that knows 18 tokens, in RAM or on disk."""
+    """A store of 18 tokens in blocks of 4, in RAM or on disk."""
     if request.param == "ram":
         with PrefixStore(block_size=4) as store:
             commit(store, count(18))
@@ -46,7 +46,7 @@ def empty_buffers(rows, columns):
     return [tuple(torch.zeros(rows, HEADS, columns, DIM) for _ in "kv") for _ in range(LAYERS)]
 
 
-def test_rows_take_different_parts_of_the_same_blocks(store):
+def test_rows_restore_different_parts_of_the_same_blocks(store):
     """Row 0 is padded by 3 columns and wants tokens 0..18, row 1 by 5 and wants 6..13."""
     match = store.match(ROOT, count(18))
     buffers = empty_buffers(2, 25)
@@ -78,7 +78,7 @@ def test_spans_are_cut_at_both_ends(store):
             assert [span.start for span in spans] == sorted(span.start for span in spans)
 
 
-def test_blocks_that_do_not_fit_are_forgotten(store, caplog):
+def test_rejected_blocks_are_not_matched_again_at_once(store, caplog):
     match = store.match(ROOT, count(18))
     restore = store.restore([match.spans])
     assert isinstance(restore.reject("not of this model"), RestoreError)
@@ -86,7 +86,7 @@ def test_blocks_that_do_not_fit_are_forgotten(store, caplog):
     assert store.match(ROOT, count(18)).length == 0
 
 
-def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatch, caplog):
+def test_failed_page_read_is_raised_when_its_layer_is_waited_for(tmp_path, monkeypatch, caplog):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
     read, landed = BlockFile.land, threading.Event()
@@ -112,7 +112,7 @@ def test_a_page_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_all_blocks_that_cannot_be_opened_are_found_out_at_once(tmp_path, caplog, how):
+def test_restore_reports_all_unopenable_blocks_at_once(tmp_path, caplog, how):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(20))
     files = {path.stem: path for path in block_files(tmp_path)}
@@ -125,7 +125,7 @@ def test_all_blocks_that_cannot_be_opened_are_found_out_at_once(tmp_path, caplog
         assert files[spans[1].block.key].name in str(raised.value)
         assert str(raised.value).endswith("(and 2 more)")
         assert restored_length(store, count(20)) == 4
-        assert commit(store, count(20)) == 12  # those that were damaged, and no other
+        assert commit(store, count(20)) == 12  # the damaged blocks and no others
         store.flush()
         assert restored_length(store, count(20)) == 20
     assert [record.getMessage()[:49] for record in caplog.records] == [
@@ -133,8 +133,8 @@ def test_all_blocks_that_cannot_be_opened_are_found_out_at_once(tmp_path, caplog
     ]
 
 
-def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch, caplog):
-    """In two layers, the second of which is still to be read when the first is known to have failed."""
+def test_restore_reports_all_blocks_with_failed_pages_at_once(tmp_path, monkeypatch, caplog):
+    """Pages fail in two layers; the second is still unread when the first is known to have failed."""
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(20))
     read, wait, waiting = BlockFile.land, restore_module.wait, threading.Event()
@@ -170,7 +170,7 @@ def test_all_blocks_whose_pages_fail_are_found_out_at_once(tmp_path, monkeypatch
     assert len(caplog.records) == 1
 
 
-def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch, caplog):
+def test_failed_read_is_recorded_even_if_no_layer_is_waited_for(tmp_path, monkeypatch, caplog):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
@@ -189,8 +189,8 @@ def test_a_failure_that_nobody_waits_for_is_not_forgotten(tmp_path, monkeypatch,
     assert len(caplog.records) == 1
 
 
-def test_a_failure_is_reported_once(tmp_path, monkeypatch):
-    """What is committed under the key of a damaged block afterwards is good, and stays."""
+def test_block_committed_after_a_failure_survives_a_second_failure(tmp_path, monkeypatch):
+    """A block committed afterwards under the key of a damaged block is good and stays."""
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
@@ -211,7 +211,7 @@ def test_a_failure_is_reported_once(tmp_path, monkeypatch):
         assert store.match(ROOT, count(8)).length == 8
 
 
-def test_nothing_lands_after_close(tmp_path, monkeypatch):
+def test_no_page_lands_after_a_restore_is_closed(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
     reading, go, landed, open_before = threading.Event(), threading.Event(), [], len(OF_THIS_PROCESS)
@@ -242,8 +242,8 @@ def test_nothing_lands_after_close(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["wait", "close"])
 @pytest.mark.parametrize("readers", [1, 2], ids=["alone", "shared"])
-def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypatch, end, readers):
-    """The threads that its parent waits for are not in it."""
+def test_child_forked_during_a_restore_reads_its_own_pages(tmp_path, monkeypatch, end, readers):
+    """The threads that the parent waits for do not exist in the child."""
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(18))
     read, parent = os.preadv, os.getpid()
@@ -264,7 +264,7 @@ def test_a_child_forked_while_pages_are_read_reads_for_itself(tmp_path, monkeypa
         assert blocked.wait(timeout=60)
         pid = os.fork()
         if pid == 0:
-            signal.alarm(20)  # ends a child that waits for ever
+            signal.alarm(20)  # ends a child that hangs
             right = True
             for own, restore in zip(buffers, restores, strict=True):
                 for layer, expected in enumerate(truth(ROOT, count(18), 0, 18)) if end == "wait" else ():

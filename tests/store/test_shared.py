@@ -1,4 +1,4 @@
-"""Whoever names the same folder has the same store; the last one out closes it."""
+"""Handles of the same folder share one store, which the last handle closes."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ from kvtier import ConfigurationError, PrefixStore, TieredCache
 from kvtier.store.open_stores import StoreHandle
 
 
-def test_the_last_one_out_closes_the_store(tmp_path):
+def test_shared_store_closes_with_its_last_handle(tmp_path):
     first, second = StoreHandle(tmp_path / "a"), StoreHandle(str(tmp_path / "b" / ".." / "a"))
     assert first.store is second.store
     first.close()
@@ -21,12 +21,12 @@ def test_the_last_one_out_closes_the_store(tmp_path):
     assert second.store.closed
     third = StoreHandle(tmp_path / "a")
     assert third.store is not second.store
-    second.close()  # closed already: not its store any more
+    second.close()  # already closed: the new store is not its own
     assert not third.store.closed
     third.close()
 
 
-def test_folders_do_not_share(tmp_path):
+def test_different_folders_have_separate_stores(tmp_path):
     one, other = StoreHandle(tmp_path / "a"), StoreHandle(tmp_path / "b")
     assert one.store is not other.store
     one.close()
@@ -34,7 +34,7 @@ def test_folders_do_not_share(tmp_path):
     other.close()
 
 
-def test_a_store_that_was_closed_is_opened_anew(tmp_path):
+def test_new_handle_replaces_a_closed_store(tmp_path):
     first = StoreHandle(tmp_path)
     first.store.close()
     second = StoreHandle(tmp_path)
@@ -44,7 +44,7 @@ def test_a_store_that_was_closed_is_opened_anew(tmp_path):
     second.close()
 
 
-def test_the_store_in_ram_outlives_its_caches():
+def test_default_ram_store_outlives_its_caches():
     first = TieredCache()
     store = first.store
     first.close()
@@ -54,7 +54,7 @@ def test_the_store_in_ram_outlives_its_caches():
 
 
 @pytest.mark.parametrize("store", [7, b"folder", object(), {"path": "x"}])
-def test_what_is_no_folder_is_refused(store):
+def test_store_argument_of_a_wrong_type_is_refused(store):
     with pytest.raises(ConfigurationError, match="neither a folder nor a PrefixStore"):
         TieredCache(store)
 
@@ -62,6 +62,6 @@ def test_what_is_no_folder_is_refused(store):
 @pytest.mark.parametrize(
     "send", [pickle.dumps, copy.deepcopy, lambda store: torch.save({"store": store}, io.BytesIO())]
 )
-def test_a_store_says_how_another_process_gets_it(tmp_path, send):
+def test_pickling_or_copying_a_store_explains_how_to_share_it(tmp_path, send):
     with PrefixStore(tmp_path) as store, pytest.raises(TypeError, match=r"PrefixStore\(folder\)"):
         send(store)

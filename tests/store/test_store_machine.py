@@ -1,8 +1,8 @@
-"""A store on disk against a dictionary: names, pins, expiry, forgetting, killed processes, damaged and lost files.
+"""A state machine compares a store on disk with a model: names, pins, expiry, forgetting, kills, file loss and damage.
 
-What the machine knows of a sequence it committed: whether it is *sure* to be found whole (nothing could have evicted,
-expired or damaged it), and otherwise how much of it can be found at most. What was forgotten or has expired is found no
-more; what is pinned is found whole, whatever else happens to the store. Time is the machine's own.
+For each committed sequence, the machine knows whether it is *sure* to be found whole (nothing could have evicted,
+expired or damaged it), and otherwise how much of it can be found at most. Forgotten and expired sequences are no longer
+found; pinned ones are found whole until a file is damaged. The machine has its own clock.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def shared(a: Tokens, b: Tokens) -> int:
 
 @dataclass
 class Known:
-    """What is known of a sequence: whether all of it must be found.
+    """Knowledge about a sequence: whether all of it must be found.
 
-    ``used_at``: when all of it was used for certain; ``touched_at``: when something of it may have been, last.
+    ``used_at``: when all of it was certainly used; ``touched_at``: when a part of it may have been used last.
     """
 
     sure: bool
@@ -61,10 +61,10 @@ class Known:
 
 @dataclass
 class Named:
-    """What is known of a name.
+    """Knowledge about a name.
 
-    ``whole``: as it is pinned, all of it must be found. ``gone``: its ids were forgotten when so much of it was lost
-    already that nobody could tell it by them.
+    ``whole``: it is pinned, so all of it must be found. ``gone``: its ids were forgotten after so much of it was lost
+    that the ids no longer identified it.
     """
 
     root: str
@@ -90,7 +90,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin(self, block_size, host_budget, units, ttl, durability):
         self.resources = ExitStack()
         self.folder = self.resources.enter_context(quick_folder()) / "store"
-        self.now = self.began_at = time.time()  # what files are dated by must not lie in the future
+        self.now = self.began_at = time.time()  # the dates of files must not lie in its future
         self.settings = {
             "block_size": block_size,
             "host_budget": host_budget,
@@ -106,16 +106,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.named: dict[str, Named] = {}
         self.store = PrefixStore(self.folder, **self.settings)
 
-    # --- what must be so ------------------------------------------------------------------------------------------
+    # --- expectations and invariants ------------------------------------------------------------------------------
 
     def at_most(self, root: str, question: Tokens) -> int:
-        """How much of ``question`` may be found."""
+        """Return how many tokens of ``question`` may be found."""
         live = [other for (other_root, other), k in self.known.items() if other_root == root and not self.expired(k)]
         live += [each.tokens for each in self.named.values() if each.root == root and self.may_be_there(each)]
         return max((shared(question, other) for other in live), default=0)
 
     def at_least(self, root: str, question: Tokens) -> int:
-        """How much of ``question`` must be found."""
+        """Return how many tokens of ``question`` must be found."""
         sure = [other for (other_root, other), k in self.known.items() if other_root == root and k.sure]
         sure += [each.tokens for each in self.named.values() if each.root == root and each.whole]
         return max((shared(question, other) for other in sure), default=0)
@@ -131,7 +131,7 @@ class StoreMachine(RuleBasedStateMachine):
         return named.pinned or not self.expired(named)
 
     def touch(self, root: str, question: Tokens) -> None:
-        """Blocks of whatever begins as ``question`` does may have been used now."""
+        """Note a possible use of all sequences that begin with the same token as ``question``."""
         for (other_root, other), known in self.known.items():
             if other_root == root and other[0] == question[0] and not self.expired(known):
                 known.touched_at = self.now
@@ -140,17 +140,17 @@ class StoreMachine(RuleBasedStateMachine):
                 each.touched_at = self.now
 
     def doubt(self, root: str | None = None, tokens: Tokens | None = None) -> None:
-        """Nothing (that begins as ``tokens`` do) is sure any more."""
+        """Mark sequences (of ``root``, with the same first token as ``tokens``) as no longer sure."""
         for (other_root, other), known in self.known.items():
             if root in (None, other_root) and (tokens is None or other[0] == tokens[0]):
                 known.sure = False
 
     def outlives(self) -> bool:
-        """Whether all that the store has is there after a reopening. Else some of it may be in RAM alone."""
+        """Return whether everything in the store survives a reopening. Otherwise some of it may be in RAM alone."""
         return self.settings["host_budget"] == 1 or (self.roomy and not self.lost_files)
 
     def ask(self, root: str, question: Tokens) -> int:
-        """Look for ``question``; check how much comes back, and every byte of it."""
+        """Restore ``question``; check the length of the result and every byte of it."""
         least, most = self.at_least(root, question), self.at_most(root, question)
         length = restored_length_at_last(self.store, np.array(question), root)
         assert least <= length <= most, (least, length, most)
@@ -192,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
             if each.whole:
                 assert self.store.match(each.root, np.array(each.tokens)).length == len(each.tokens)
 
-    # --- what turns do --------------------------------------------------------------------------------------------
+    # --- turns ----------------------------------------------------------------------------------------------------
 
     @rule(target=sequences, new=tokens, root=roots)
     def commit(self, new, root):
@@ -216,7 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=sequences, sequence=sequences, more=tokens, at=st.integers(1, 40), after=st.booleans())
     def commit_and_be_killed(self, sequence, more, at, after):
-        """Another process dies while it keeps a sequence: it may be there, and all else is."""
+        """Another process dies while it commits a sequence: the sequence may be there, and everything else is."""
         root, begin = sequence
         new = (begin + more)[:16]
         drive = FaultyFilesystem(Faults(Fault(Deed.KILL, at=at, after=after)))
@@ -233,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ask(root, new)
         return root, new
 
-    # --- what people do -------------------------------------------------------------------------------------------
+    # --- user calls -----------------------------------------------------------------------------------------------
 
     @rule(sequence=sequences, name=names, pin=st.booleans(), ttl=st.none() | st.just(TTL / 2))
     def name(self, sequence, name, pin, ttl):
@@ -309,7 +309,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(sequence=consumes(sequences), length=st.sampled_from([None, None, 2, 5]))
     def forget_what_begins_so(self, sequence, length):
-        """Ids are forgotten with all that goes beyond them, and what leads only there, named or pinned, or not."""
+        """Forget ids with all longer sequences and all blocks that lead only there, whether named or pinned or not."""
         _, tokens = sequence
         tokens = tokens[:length]
         before = accounted_bytes(self.folder)
@@ -317,7 +317,7 @@ class StoreMachine(RuleBasedStateMachine):
         forgotten = self.store.forget(np.array(tokens))
         self.gave_back(before, forgotten)
         found = {each.name for each in self.store.names()}
-        for name, each in list(self.named.items()):  # of which only what is left can be compared
+        for name, each in list(self.named.items()):  # only the remaining tokens of a name can be compared
             if kept[name][: len(tokens)] == tokens:
                 assert name not in found
             if tokens[: len(each.tokens)] == each.tokens:
@@ -334,7 +334,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.match(root, np.array(tokens)).length <= self.at_most(root, tokens) < len(tokens)
 
     def gave_back(self, before, forgotten):
-        """What was said to be freed is; what was only in RAM, its file having been damaged, took less there."""
+        """The disk freed the reported bytes, or fewer if a block was in RAM only because its file was damaged."""
         freed = before - accounted_bytes(self.folder)
         assert freed == forgotten.nbytes or (self.settings["host_budget"] > 1 and freed < forgotten.nbytes)
 
@@ -375,7 +375,7 @@ class StoreMachine(RuleBasedStateMachine):
                 del self.named[name]
                 self.is_gone(each.root, each.tokens)
 
-    # --- what drives do -------------------------------------------------------------------------------------------
+    # --- reopening, damage, repair --------------------------------------------------------------------------------
 
     @rule()
     def reopen(self):
@@ -411,16 +411,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["cut", "empty", "delete", "flip"]), at=st.integers(0, 99))
     def lose_the_catalog(self, how, at):
-        """The files say all that it said, but for the times of use."""
+        """The files hold everything that the catalog held, except the times of use."""
         self.store.close()
         damage(self.folder / "catalog.sqlite", how, at)
         if self.ttl is not None:
             self.doubt()
         for known in [*self.known.values(), *self.named.values()]:
-            known.touched_at = max(known.touched_at, time.time())  # files have dates of their own
+            known.touched_at = max(known.touched_at, time.time())  # files have their own dates
             known.used_at = min(known.used_at, self.began_at)
         self.store = PrefixStore(self.folder, **self.settings)
-        if how == "flip":  # SQLite may notice only when it is asked to look at everything
+        if how == "flip":  # SQLite may notice only during a full check
             self.store.verify(repair=True)
             self.store.close()
             self.store = PrefixStore(self.folder, **self.settings)

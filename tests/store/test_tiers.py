@@ -1,4 +1,4 @@
-"""The checks that every tier passes, over RAM, files, and a tier of one's own behind a latency."""
+"""``TierChecks``, which every tier passes, for the host tier, the disk tier and a custom tier with latency."""
 
 from __future__ import annotations
 

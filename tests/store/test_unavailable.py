@@ -1,4 +1,4 @@
-"""What cannot be opened or read now is a miss that deletes nothing; only a failed check is damage."""
+"""A block that cannot be opened or read now is a miss and deletes nothing; only a failed check is damage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errn
 
 
 class Refusing(SystemCalls):
-    """Opens no block file while ``error`` is set."""
+    """Refuses to open block files while ``error`` is set."""
 
     error: OSError | None = None
 
@@ -52,7 +52,7 @@ def refusing():
 
 @pytest.fixture
 def reopened(tmp_path, clock, refusing):
-    """A store that knows ``KNOWN`` tokens in files, none in RAM."""
+    """A store with ``KNOWN`` tokens in files and none in RAM."""
     settings = {"block_size": 4, "host_budget": 1, "clock": clock, "filesystem": LocalFilesystem(refusing)}
     with PrefixStore(tmp_path / "kv", **settings) as store:
         commit(store, count(KNOWN))
@@ -65,7 +65,7 @@ def files(store: PrefixStore) -> list[Path]:
 
 
 def attempt(store: PrefixStore, tokens: TokenIds | None = None) -> int:
-    """Restore as a turn does: what cannot be used is left out by the next match. Return the tokens that came."""
+    """Restore as a turn does: the next match leaves out unusable blocks. Return the number of restored tokens."""
     for _ in range(20):
         try:
             return restored_length(store, count(KNOWN) if tokens is None else tokens)
@@ -87,7 +87,7 @@ def fail_to_read(error, refusing, monkeypatch):
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("fail", [fail_to_open, fail_to_read])
-def test_an_error_of_the_system_deletes_nothing(reopened, clock, refusing, monkeypatch, caplog, fail, number):
+def test_os_error_on_open_or_read_is_a_miss_not_damage(reopened, clock, refusing, monkeypatch, caplog, fail, number):
     before = files(reopened)
     with monkeypatch.context() as patched:
         fail(OSError(number, os.strerror(number)), refusing, patched)
@@ -102,11 +102,11 @@ def test_an_error_of_the_system_deletes_nothing(reopened, clock, refusing, monke
     assert attempt(reopened) == KNOWN
 
 
-def test_so_does_want_of_memory(reopened, clock, monkeypatch):
+def test_memory_error_during_a_read_is_a_miss_and_deletes_nothing(reopened, clock, monkeypatch):
     before, empty = files(reopened), np.empty
 
     def none_left(shape, *args, **kwargs):
-        if np.prod(shape) >= 64:  # ids are less
+        if np.prod(shape) >= 64:  # token ids are smaller
             raise MemoryError
         return empty(shape, *args, **kwargs)
 
@@ -119,7 +119,7 @@ def test_so_does_want_of_memory(reopened, clock, monkeypatch):
     assert attempt(reopened) == KNOWN
 
 
-def test_a_block_that_fails_again_is_tried_less_often(reopened, clock, refusing):
+def test_block_that_keeps_failing_is_tried_less_often(reopened, clock, refusing):
     refusing.error = OSError(errno.EACCES, "no")
     tries = []
     for _ in range(40):
@@ -130,8 +130,8 @@ def test_a_block_that_fails_again_is_tried_less_often(reopened, clock, refusing)
     assert 4 <= sum(tries) <= 10
 
 
-def test_a_folder_that_is_out_of_reach_is_not_empty(reopened, clock):
-    """A drive that was unmounted, a folder that was renamed: each file seems to be missing."""
+def test_unreachable_folder_is_not_taken_for_empty(reopened, clock):
+    """After an unmount or a rename of the folder, every file seems to be missing."""
     reopened.path.rename(away := reopened.path.with_name("away"))
     assert attempt(reopened) == 0
     away.rename(reopened.path)
@@ -139,14 +139,14 @@ def test_a_folder_that_is_out_of_reach_is_not_empty(reopened, clock):
     assert attempt(reopened) == KNOWN
 
 
-def test_a_file_that_is_missing_is_forgotten(reopened):
+def test_missing_block_file_shortens_the_match_and_counts_as_damaged(reopened):
     files(reopened)[0].unlink()
     assert attempt(reopened) < KNOWN
     assert reopened.stats().misses["damaged"] == 1
 
 
-def test_what_is_known_by_a_row_is_not_written_twice(reopened, clock, refusing):
-    """A turn that had to compute the tokens again commits them: the files that cannot be read are there."""
+def test_commit_does_not_rewrite_blocks_that_cannot_be_read_now(reopened, clock, refusing):
+    """A turn that had to compute the tokens again commits them, but their unreadable files still exist."""
     refusing.error = OSError(errno.EMFILE, "too many")
     before = {path: path.stat().st_ino for path in files(reopened)}
     assert attempt(reopened) == 0
@@ -155,7 +155,7 @@ def test_what_is_known_by_a_row_is_not_written_twice(reopened, clock, refusing):
     assert {path: path.stat().st_ino for path in files(reopened)} == before
 
 
-def test_a_catalog_that_is_made_anew_leaves_what_it_cannot_read(reopened, clock, refusing, caplog):
+def test_rebuilding_the_catalog_keeps_files_it_cannot_read(reopened, clock, refusing, caplog):
     path, before = reopened.path, files(reopened)
     reopened.close()
     settings = {"block_size": 4, "host_budget": 1, "clock": clock, "filesystem": LocalFilesystem(refusing)}
@@ -171,7 +171,7 @@ def test_a_catalog_that_is_made_anew_leaves_what_it_cannot_read(reopened, clock,
         assert attempt(store) == KNOWN
 
 
-def test_verify_tells_it_from_damage_and_removes_nothing(reopened, refusing):
+def test_verify_reports_unreadable_files_without_removing_them(reopened, refusing):
     before = files(reopened)
     refusing.error = OSError(errno.EACCES, "no")
     report = reopened.verify(repair=True)
@@ -181,14 +181,14 @@ def test_verify_tells_it_from_damage_and_removes_nothing(reopened, refusing):
 
 
 @pytest.mark.parametrize("number", [errno.ELOOP, errno.EISDIR, errno.ENXIO])
-def test_what_is_no_file_is_damage(reopened, refusing, number):
-    """A link, a folder or a pipe in the place of a block."""
+def test_block_path_that_is_no_regular_file_counts_as_damaged(reopened, refusing, number):
+    """A link, a folder or a pipe lies in the place of a block."""
     refusing.error = OSError(number, os.strerror(number))
     attempt(reopened)
     assert set(reopened.stats().misses) & {"damaged", "unavailable"} == {"damaged"}
 
 
-def test_blocks_that_do_not_fit_stay(reopened, clock):
+def test_rejected_blocks_are_withheld_and_found_again_later(reopened, clock):
     restore = reopened.restore([reopened.match(ROOT, count(KNOWN)).spans])
     restore.reject("blocks of 2 layers do not fit 0")
     restore.close()
@@ -197,12 +197,12 @@ def test_blocks_that_do_not_fit_stay(reopened, clock):
     assert attempt(reopened) == KNOWN
 
 
-def test_it_is_a_block_error():
+def test_unavailable_error_is_a_block_error():
     assert issubclass(UnavailableError, BlockError)
 
 
 class Full(SystemCalls):
-    """Takes no block file while ``full``."""
+    """Refuses all writes while ``full`` is set."""
 
     full = False
 
@@ -213,8 +213,8 @@ class Full(SystemCalls):
 
 
 @pytest.mark.parametrize("why", ["full", "evicted"])
-def test_what_the_disk_lacks_is_written_again(tmp_path, clock, why):
-    """A chain whose beginning is in RAM alone goes on; the next process finds all of it."""
+def test_blocks_missing_on_disk_are_written_again_by_a_longer_commit(tmp_path, clock, why):
+    """A chain that begins in RAM alone is extended; the next process finds all of it."""
     drive = Full()
     settings = {"block_size": 4, "clock": clock, "filesystem": LocalFilesystem(drive), "free_space_floor": 0}
     with PrefixStore(tmp_path, **settings) as store:
@@ -233,7 +233,7 @@ def test_what_the_disk_lacks_is_written_again(tmp_path, clock, why):
         assert restored_length(store, count(2 * KNOWN)) == 2 * KNOWN
 
 
-def test_a_turn_that_adds_nothing_writes_again_too(tmp_path, clock):
+def test_commit_without_new_tokens_writes_missing_blocks_again(tmp_path, clock):
     drive = Full()
     settings = {"block_size": 4, "clock": clock, "filesystem": LocalFilesystem(drive), "free_space_floor": 0}
     with PrefixStore(tmp_path, **settings) as store:
@@ -247,7 +247,7 @@ def test_a_turn_that_adds_nothing_writes_again_too(tmp_path, clock):
         assert restored_length(store, count(KNOWN)) == KNOWN
 
 
-def test_a_prompt_may_have_more_blocks_than_the_process_descriptors(tmp_path):
+def test_prompt_may_have_more_blocks_than_the_process_has_descriptors(tmp_path):
     """macOS allows 256; a long prompt has thousands of blocks."""
     resource = pytest.importorskip("resource")
     settings = {"block_size": 4, "host_budget": 1}
@@ -265,8 +265,8 @@ def test_a_prompt_may_have_more_blocks_than_the_process_descriptors(tmp_path):
         assert len(files(store)) == 150
 
 
-def test_one_block_of_other_layers_costs_the_others_nothing(tmp_path):
-    """A file that a stranger put there, with a key and checksums that are right."""
+def test_block_with_a_wrong_number_of_layers_is_the_only_one_removed(tmp_path):
+    """A foreign file with the right key and right checksums."""
     settings = {"block_size": 4, "host_budget": 1}
     with PrefixStore(tmp_path / "kv", **settings) as store:
         commit(store, count(20))

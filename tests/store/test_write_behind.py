@@ -1,4 +1,4 @@
-"""What waits to be written until its conversation rests."""
+"""Write-behind: delayed tail blocks, writing at the second use, and drives that hang."""
 
 import itertools
 import threading
@@ -30,14 +30,14 @@ def behind(clock):
 
 
 def wake(behind):
-    """Let the thread look at the clock."""
+    """Make the writer thread look at the clock."""
     done = threading.Event()
     behind.submit(done.set)
     assert done.wait(30)
     behind.submit(lambda: None)
 
 
-def test_a_tail_is_written_when_its_conversation_rests(behind, clock):
+def test_tail_block_is_written_once_its_conversation_rests(behind, clock):
     written = threading.Event()
     behind.submit_at_rest("a", written.set, None)
     assert behind.waits("a")
@@ -51,7 +51,7 @@ def test_a_tail_is_written_when_its_conversation_rests(behind, clock):
     assert behind.take_back("a") is None
 
 
-def test_a_tail_that_another_one_replaces_is_not_written(behind, clock):
+def test_replaced_tail_block_is_not_written(behind, clock):
     written = []
     behind.submit_at_rest("a", lambda: written.append("a"), None)
     behind.submit_at_rest("b", lambda: written.append("b"), behind.take_back("a"))
@@ -59,7 +59,7 @@ def test_a_tail_that_another_one_replaces_is_not_written(behind, clock):
     assert written == ["b"]
 
 
-def test_while_turn_follows_turn_a_tail_waits_no_longer_than_it_may(behind, clock):
+def test_tail_block_wait_is_bounded_while_turns_keep_coming(behind, clock):
     since, turns, written = None, 0, threading.Event()
     while not written.is_set():
         behind.submit_at_rest(str(turns), written.set, since)
@@ -73,14 +73,14 @@ def test_while_turn_follows_turn_a_tail_waits_no_longer_than_it_may(behind, cloc
     assert turns == -(-LONGEST_RESTS * 10 // 9)
 
 
-def test_with_no_delay_each_tail_is_queued_at_once(clock):
+def test_tail_block_is_queued_at_once_without_a_delay(clock):
     behind, gate = WriteBehind(0.0, lambda: None, clock), threading.Event()
     behind.submit_at_rest("a", gate.set, None)
     assert gate.wait(30)
     behind.close()
 
 
-def test_closing_writes_what_waits(clock):
+def test_close_writes_waiting_tail_blocks(clock):
     written = []
     behind = WriteBehind(10.0, lambda: None, clock)
     behind.submit_at_rest("a", lambda: written.append("a"), None)
@@ -92,7 +92,7 @@ def test_closing_writes_what_waits(clock):
 
 
 def chat(store, turns, tokens_each):
-    """Commit a conversation that grows; return how many bytes of K and V it has."""
+    """Commit a growing conversation; return the size of its K and V in bytes."""
     tokens = count(turns * tokens_each)
     for turn in range(1, turns + 1):
         ids = tokens[: turn * tokens_each]
@@ -103,7 +103,7 @@ def chat(store, turns, tokens_each):
 
 
 @pytest.mark.parametrize(("turns", "tokens_each"), [(20, 3), (64, 1)])
-def test_a_chat_of_short_turns_writes_little_more_than_it_keeps(tmp_path, turns, tokens_each):
+def test_tail_delay_keeps_written_bytes_of_short_turns_low(tmp_path, turns, tokens_each):
     written = {}
     for delay in (0.0, 3600.0):
         with PrefixStore(tmp_path / str(delay), block_size=32, tail_delay=delay) as store:
@@ -116,11 +116,11 @@ def test_a_chat_of_short_turns_writes_little_more_than_it_keeps(tmp_path, turns,
     assert written[0.0] > 3 * written[3600.0]
 
 
-def test_what_flush_confirmed_is_there_until_its_successor_is(tmp_path):
+def test_flushed_tail_stays_on_disk_until_its_successor_is_written(tmp_path):
     with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
         commit(store, count(5))
         store.flush()
-        commit(store, count(7))  # waits
+        commit(store, count(7))  # its tail block waits
         with PrefixStore(tmp_path, block_size=8) as other:
             assert restored_length(other, count(7)) == 5
         store.flush()
@@ -128,8 +128,8 @@ def test_what_flush_confirmed_is_there_until_its_successor_is(tmp_path):
             assert restored_length(other, count(7)) == 7
 
 
-def test_a_tail_that_waits_is_no_gap_in_what_disk_has(tmp_path):
-    """It is committed again: it counts as known, and is not written for that."""
+def test_recommitting_a_waiting_tail_block_does_not_write_it(tmp_path):
+    """A waiting tail counts as known, so committing it again does not write it."""
     with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
         for _ in range(3):
             commit(store, count(13))
@@ -139,7 +139,7 @@ def test_a_tail_that_waits_is_no_gap_in_what_disk_has(tmp_path):
         assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
-def test_a_name_follows_a_tail_that_was_never_written(tmp_path):
+def test_name_keeps_its_tokens_when_its_waiting_tail_block_grows(tmp_path):
     with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
         commit(store, count(13))
         store.name("chat", ROOT, count(13))
@@ -151,15 +151,15 @@ def test_a_name_follows_a_tail_that_was_never_written(tmp_path):
         assert list(store.tokens_of("chat")) == list(count(13))
 
 
-def test_a_name_has_its_tail_written(tmp_path):
+def test_naming_a_prefix_ends_the_wait_of_its_tail_block(tmp_path):
     with PrefixStore(tmp_path, block_size=8, tail_delay=3600) as store:
         commit(store, count(13))
         store.name("chat", ROOT, count(13))
         assert not store._behind.waits(block(count(13)).id.key)
 
 
-def test_a_block_waits_in_ram_for_as_long_as_it_is_not_written(tmp_path):
-    """RAM that is full of tails that wait has them written, and goes on."""
+def test_ram_full_of_waiting_tail_blocks_accepts_and_keeps_more(tmp_path):
+    """A block stays in RAM until it is written. A full RAM has its waiting tails written and goes on."""
     nbytes = block(count(7)).nbytes
     with PrefixStore(tmp_path, block_size=8, tail_delay=3600, host_budget=2 * nbytes) as store:
         for first in range(0, 1000, 100):
@@ -169,10 +169,10 @@ def test_a_block_waits_in_ram_for_as_long_as_it_is_not_written(tmp_path):
         assert all(restored_length(store, count(7, first=first)) == 7 for first in range(0, 1000, 100))
 
 
-# --- until the second use ---------------------------------------------------------------------------------------------
+# --- writing at the second use ----------------------------------------------------------------------------------------
 
 
-def test_what_is_used_once_is_not_written(tmp_path):
+def test_second_use_mode_does_not_write_a_prefix_used_once(tmp_path):
     with PrefixStore(tmp_path, block_size=8, write_on="second-use") as store:
         commit(store, count(20))
         commit(store, count(20, first=100))
@@ -186,7 +186,7 @@ def test_what_is_used_once_is_not_written(tmp_path):
         assert restored_length(store, count(20, first=100)) == 0
 
 
-def test_a_conversation_that_goes_on_is_written(tmp_path):
+def test_second_use_mode_writes_full_blocks_of_a_continued_conversation(tmp_path):
     with PrefixStore(tmp_path, block_size=8, write_on="second-use") as store:
         for length in (20, 30, 40):
             commit(store, count(length))
@@ -194,7 +194,7 @@ def test_a_conversation_that_goes_on_is_written(tmp_path):
         assert restored_length(store, count(40)) == 24  # full blocks that a second turn used
 
 
-def test_a_name_is_a_reason_to_write(tmp_path):
+def test_second_use_mode_writes_named_and_imported_prefixes(tmp_path):
     with PrefixStore(tmp_path / "kv", block_size=8, write_on="second-use") as store:
         commit(store, count(20))
         store.name("kept", ROOT, count(20))
@@ -212,7 +212,7 @@ def test_a_name_is_a_reason_to_write(tmp_path):
     [("tail_delay", v) for v in (-1, float("nan"), float("inf"), True, "10", None)]
     + [("write_on", v) for v in ("", "third-use", None, 2)],
 )
-def test_settings_are_checked(tmp_path, setting, value):
+def test_invalid_tail_delay_and_write_on_are_refused(tmp_path, setting, value):
     with pytest.raises(ConfigurationError, match=setting):
         PrefixStore(tmp_path, **{setting: value})
 
@@ -220,8 +220,8 @@ def test_settings_are_checked(tmp_path, setting, value):
 # --- a drive that hangs -----------------------------------------------------------------------------------------------
 
 
-def test_a_drive_that_hangs_holds_no_turn_up(tmp_path, caplog):
-    """Its blocks stay in RAM; they are written when a turn uses them once the drive goes on."""
+def test_hanging_drive_does_not_block_commits(tmp_path, caplog):
+    """Its blocks stay in RAM and are written when a turn uses them after the drive recovers."""
     gate = threading.Event()
     with PrefixStore(tmp_path, block_size=4) as store:
         store._behind._writer._wait_seconds = 0.05
@@ -241,7 +241,7 @@ def test_a_drive_that_hangs_holds_no_turn_up(tmp_path, caplog):
         assert restored_length(store, count(4 * turn + 4)) == 4 * turn + 4
 
 
-def test_a_drive_that_hangs_while_ram_is_full_of_what_it_has_not_written_holds_no_turn_up(tmp_path, caplog):
+def test_hanging_drive_with_ram_full_of_unwritten_blocks_does_not_block_commits(tmp_path, caplog):
     gate, settings = threading.Event(), {"block_size": 4, "host_budget": 3 * block(count(4)).nbytes}
     with PrefixStore(tmp_path, **settings) as store:
         store._tiers.host._longest_wait_seconds = 0.05

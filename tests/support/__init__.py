@@ -1,1 +1,1 @@
-"""What tests share: tiny models, stores with known bytes, faults, interrupts."""
+"""Shared helpers of the tests: tiny models, stores with known bytes, faults, interrupts."""

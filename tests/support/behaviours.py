@@ -1,6 +1,6 @@
-"""What generation does for every model, whatever cache it is given: one function a behaviour.
+"""Behaviours of generation that hold for every model and cache: one function per behaviour.
 
-Each takes a ``Subject`` and asserts that a ``TieredCache`` changes nothing of it.
+Each takes a ``Subject`` and asserts that a ``TieredCache`` does not change the behaviour.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def beams_that_are_sampled(subject: Subject) -> None:
     subject.check(subject.prompt(), num_beams=2, do_sample=True, top_k=0)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 @behaviour
 def hidden_states_and_attentions(subject: Subject) -> None:
-    """The same tensors of the same shapes at each step; of a known prefix, those of what was computed."""
+    """The same tensors with the same shapes at each step; for a cached prefix, only those of the computed tokens."""
     ids, shown = subject.prompt(), {"output_hidden_states": True, "output_attentions": True}
     expected = outcome(lambda: subject.reference(ids, **shown))
     with subject.cache() as cache:
@@ -125,7 +125,7 @@ def scores_of_the_transitions(subject: Subject) -> None:
 
 @behaviour
 def the_cache_holds_what_a_dynamic_cache_holds(subject: Subject) -> None:
-    """All but the last word; K and V of full layers are the same bytes."""
+    """It holds all but the last word; K and V of full layers are the same bytes."""
     ids = subject.prompt()
     reference, kinds = getattr(subject.reference(ids), CACHE), DynamicCache(config=subject.config).layers
     with subject.cache() as cache:
@@ -163,7 +163,7 @@ def words_come_out_one_by_one(subject: Subject) -> None:
             assert notes.ended == 1
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- continuing -------------------------------------------------------------------------------------------------------
 
 
 @behaviour
@@ -196,12 +196,12 @@ def a_conversation_of_uneven_rows(subject: Subject) -> None:
 
 @behaviour
 def a_padded_row_as_alone(subject: Subject) -> None:
-    if "pooled" in subject.family.kinds:  # the model pools words together with padding: they are others to it
+    if "pooled" in subject.family.kinds:  # the model pools words together with padding, which changes them
         return
     ids = subject.padded()
     alone = subject.reference(ids[1:, -9:])
     with subject.cache() as cache:
-        subject.ask(ids[1:, -9:-2], cache)  # some of it is known
+        subject.ask(ids[1:, -9:-2], cache)  # part of it is cached
         found = subject.ask(ids, cache)
     for ours, theirs in zip(found.logits, alone.logits, strict=True):
         assert torch.allclose(ours[1], theirs[0], rtol=0, atol=CLOSE)
@@ -210,7 +210,7 @@ def a_padded_row_as_alone(subject: Subject) -> None:
 
 @behaviour
 def prefill_in_chunks(subject: Subject) -> None:
-    """The answer is that of the whole prompt, also where transformers forgets states between chunks."""
+    """The answer equals that of the whole prompt, even if transformers forgets states between chunks."""
     ids, chunks = subject.prompt(), {"prefill_chunk_size": 5}
     refusal = outcome(lambda: subject.reference(ids, **chunks))
     whole = subject.reference(ids)
@@ -219,7 +219,7 @@ def prefill_in_chunks(subject: Subject) -> None:
 
 @behaviour
 def prompts_of_embeddings(subject: Subject) -> None:
-    """Two turns whose prompts are embeddings; the second one continues the first."""
+    """Two turns have embeddings as prompts; the second continues the first."""
     embed = subject.model.get_input_embeddings()
     ids = subject.prompt()
     with subject.cache() as cache:
@@ -235,12 +235,12 @@ def prompts_of_embeddings(subject: Subject) -> None:
             ids = torch.cat([ids, expected.sequences, subject.prompt(3, seed=turn + 1)], 1)
 
 
-# --- when to stop, what not to say ------------------------------------------------------------------------------------
+# --- stopping, and banned words ---------------------------------------------------------------------------------------
 
 
 @behaviour
 def rows_that_end(subject: Subject) -> None:
-    """Rows end at different steps and are filled up; the turn after it goes on from them."""
+    """Rows end at different steps and are padded; the next turn continues from them."""
     ids, ends = subject.prompt(rows=3), {"eos_token_id": list(range(1, 25)), "max_new_tokens": 8}
     found = subject.check(ids, **ends)
     assert found.sequences.shape[1] > 22
@@ -273,7 +273,7 @@ def a_stop_of_ones_own(subject: Subject) -> None:
 
 
 class NotAgain(LogitsProcessor):
-    """Bans what has been said, of the whole prompt."""
+    """Bans every word of the whole prompt so far."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.scatter(1, input_ids, float("-inf"))
@@ -295,7 +295,7 @@ def processors_that_read_the_prompt(subject: Subject) -> None:
 
 @behaviour
 def guidance(subject: Subject) -> None:
-    """A second, unconditional pass with a cache of its own at each step."""
+    """Each step has a second, unconditional pass with its own cache."""
     subject.check(subject.prompt(), guidance_scale=1.5)
 
 
@@ -327,7 +327,7 @@ def _as_greedy(subject: Subject, ids: torch.Tensor, **settings: Any) -> None:
 
 @behaviour
 def a_loop_of_ones_own(subject: Subject) -> None:
-    """``begin``, forward passes, ``commit``."""
+    """The loop calls ``begin``, forward passes and ``commit``."""
     ids = subject.prompt()
     expected = subject.reference(ids).sequences
     with subject.cache() as cache, torch.no_grad():
@@ -344,7 +344,7 @@ def a_loop_of_ones_own(subject: Subject) -> None:
 
 
 def _forward(subject: Subject, fed: torch.Tensor, cache: Any, begin: int, **settings: Any) -> Any:
-    """One forward pass over columns from ``begin`` on; some models count from 0 unless they are told."""
+    """Run one forward pass over the columns from ``begin`` on; some models count from 0 unless they get positions."""
     accepted = inspect.signature(subject.model.forward).parameters
     settings |= given(subject.model, cache)
     if "position_ids" in accepted:
@@ -368,7 +368,7 @@ def logits_of_the_last_words_only(subject: Subject) -> None:
 
 @behaviour
 def rows_that_change_places(subject: Subject) -> None:
-    """As beams do between steps: the next step sees the rows where they are now."""
+    """Rows change places as beams do between steps: the next step sees the rows at their new places."""
     ids, order = subject.prompt(rows=3), torch.tensor([2, 0, 0])
     steps = []
     with subject.cache() as cache, torch.no_grad():

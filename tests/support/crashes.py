@@ -1,7 +1,7 @@
-"""Processes that are killed at random moments while they use a store, and what must hold for whoever comes next.
+"""Processes that are killed at random moments while they use a store, and checks of the folder they leave.
 
-To be run in an interpreter of its own that starts no thread: it forks a worker for each life, so that torch is imported
-once, and another child for each look at what is left. ``python -c "from tests.support import crashes; …"``.
+It must run in a separate interpreter that starts no thread. It forks a worker for each life, so that torch is imported
+once, and another child for each check of the folder. ``python -c "from tests.support import crashes; …"``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ BUDGETS = {"roomy": 2**30, "tight": 20 * 4096}
 KILLS_A_FOLDER = 10
 LONGEST_LIFE_SECONDS = 0.3
 HUNG_SECONDS = 120
-DESCRIPTORS = 64  # that a worker may have open
+DESCRIPTORS = 64  # file descriptors that a worker may open
 
 
 @contextlib.contextmanager
 def quick_folder() -> Iterator[Path]:
-    """A new folder, in RAM where the system has such: for what is about processes that die, not about drives."""
+    """A new folder, in RAM if the system supports it: these tests are about dying processes, not about drives."""
     ram = Path("/dev/shm")
     usable = ram.is_dir() and os.access(ram, os.W_OK) and LOCAL.free_bytes(ram) > 2**26
     with tempfile.TemporaryDirectory(prefix="store-of-tests-", dir=ram if usable else None) as folder:
@@ -51,13 +51,13 @@ def quick_folder() -> Iterator[Path]:
 
 
 def fork(task: Callable[..., object], *arguments: object, hung_seconds: float | None = HUNG_SECONDS) -> int:
-    """Do ``task`` in a child that ends with it: with 0, or with 1 and a traceback. Returns its process id.
+    """Run ``task`` in a child that exits with 0, or with 1 and a traceback. Returns its process id.
 
-    One that takes ``hung_seconds`` ends with a traceback of all its threads. A child of such a child needs None: it
-    would wait for ever on its parent's watchdog, which it lacks.
+    A child that takes ``hung_seconds`` ends with a traceback of all its threads. A child of such a child needs None: it
+    would wait forever on its parent's watchdog, which it lacks.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that a child lacks: stores see to theirs
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads that a child lacks: stores handle theirs
         pid = os.fork()
     if pid:
         return pid
@@ -79,21 +79,21 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-# --- looking at a store -----------------------------------------------------------------------------------------------
+# --- checking a store -------------------------------------------------------------------------------------------------
 
 
 def accounted_bytes(folder: Path) -> int:
-    """What the block files take in whole allocation units of their drive, counted anew."""
+    """Return the size of the block files in whole allocation units of their drive, counted from scratch."""
     return sum(LOCAL.allocated_bytes(folder, path.stat().st_size) for path in block_files(folder))
 
 
 def bytes_on_drive(folder: Path) -> int:
-    """What the drive says that the files of blocks take, half-written ones included."""
+    """Return the size of the block files as the drive reports it, including half-written files."""
     return sum(path.stat().st_blocks * 512 for path in (folder / "blocks").rglob("*") if path.is_file())
 
 
 def assert_sound(store: PrefixStore) -> None:
-    """Nothing is wrong with the folder of ``store``, which nobody else uses, and every byte is accounted for."""
+    """Assert that the folder of ``store``, which has no other user, has no problem, and that every byte is counted."""
     store.flush()
     report = store.verify()
     assert report.problems == (), report.problems
@@ -108,13 +108,13 @@ def assert_sound(store: PrefixStore) -> None:
 
 
 def some_chain(dice: random.Random, known: list[list[int]]) -> list[int]:
-    """A sequence that often begins as another one does."""
+    """Return a sequence that often shares its beginning with a known one."""
     begin = dice.choice(known) if known and dice.random() < 0.7 else []
     return (begin[: dice.randint(0, len(begin))] + [dice.randint(1, 2) for _ in range(dice.randint(1, 12))])[:28]
 
 
 def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
-    """Use a store until killed. What is told through ``tell``, a line each, is what ``Told`` reads."""
+    """Use a store until killed. Write one line per event to ``tell``, for ``Told`` to read."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     dice, known, roomy = random.Random(seed), [], settings["disk_budget"] == BUDGETS["roomy"]
 
@@ -136,13 +136,13 @@ def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
                 restored_length_at_last(store, ids(*tokens))
             elif deed < 0.95:
                 name = f"{seed} {len(known)} ✓"
-                mine = [10 + seed * 10_000 + len(known), *tokens]  # nothing else begins so
+                mine = [10 + seed * 10_000 + len(known), *tokens]  # no other sequence begins like this
                 known.append([])
                 commit(store, ids(*mine))
                 store.flush()
                 if store.name(name, ROOT, ids(*mine), pin=True).kept_tokens == len(mine):
                     say("pinned", name, mine)
-                if not roomy or dice.random() < 0.3:  # else pins would fill the drive
+                if not roomy or dice.random() < 0.3:  # otherwise pins would fill the drive
                     say("forgetting", name, mine)
                     store.forget(name)
                     say("forgotten", name, mine)
@@ -154,9 +154,9 @@ def live(folder: Path, seed: int, tell: int, settings: dict[str, Any]) -> None:
 
 @dataclass
 class Told:
-    """What dead workers said: ``kept`` chains were flushed; ``pinned`` ones too; ``forgotten`` ones are gone.
+    """Reports of dead workers: ``kept`` chains were flushed, ``pinned`` chains too, ``forgotten`` chains are gone.
 
-    What was ``forgetting`` when its process died may be there or not.
+    A chain that was in ``forgetting`` when its process died may exist or not.
     """
 
     kept: list[list[int]] = field(default_factory=list)
@@ -181,7 +181,7 @@ class Told:
 
 
 def look(folder: Path, settings: dict[str, Any], told: Told) -> None:
-    """Open what dead processes left, as the next process does, and compare it with what they said."""
+    """Open the folder that dead processes left, as the next process does, and compare it with their reports."""
     assert bytes_on_drive(folder) <= settings["disk_budget"]
     with PrefixStore(folder, **settings) as store:
         assert_sound(store)
@@ -206,9 +206,9 @@ def look(folder: Path, settings: dict[str, Any], told: Told) -> None:
 
 
 def lines_until(fd: int, end: float, rest: bytearray) -> Iterator[bytes]:
-    """Yield the lines that come through ``fd`` until ``end`` on the monotonic clock, or until nobody writes any more.
+    """Yield the lines from ``fd`` until ``end`` on the monotonic clock, or until all writers have closed it.
 
-    ``rest`` keeps the begin of a line for the next call.
+    ``rest`` keeps the beginning of a line for the next call.
     """
     while select.select([fd], [], [], max(0.0, end - time.monotonic()))[0]:
         data = os.read(fd, 65536)
@@ -221,7 +221,7 @@ def lines_until(fd: int, end: float, rest: bytearray) -> Iterator[bytes]:
 
 
 def kill_some(folder: Path, dice: random.Random, settings: dict[str, Any], told: Told, workers: int) -> None:
-    """Let ``workers`` live in ``folder`` at once, and kill each at some moment."""
+    """Run ``workers`` workers in ``folder`` at once, and kill each at some moment."""
     hear, tell = os.pipe()
     rest = bytearray()
     try:
@@ -248,7 +248,7 @@ def kill_some(folder: Path, dice: random.Random, settings: dict[str, Any], told:
 
 
 def main(place: str, room: str, kills: int, seed: int) -> None:
-    """Kill ``kills`` workers in folders below ``place``, looking at what each is left with. Prints what happened."""
+    """Kill ``kills`` workers in folders below ``place``, and check each folder afterwards. Prints the counts."""
     torch.set_num_threads(1)
     dice = random.Random(seed)
     settings = {**SETTINGS, "disk_budget": BUDGETS[room]}

@@ -1,4 +1,4 @@
-"""A tier of one's own: blocks in a dict, behind requests that are counted and may be slow, fail or never answer."""
+"""A custom tier: blocks in a dict, behind requests that are counted and may be slow, fail or never answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DictReader:
 
 
 class DictTier:
-    """Every question is one request, however many blocks it is about; ``requests`` has what was asked.
+    """Every question is one request, for any number of blocks; ``requests`` records them.
 
     ``answer`` is called for every request that a turn waits for: it may raise, or return a future that never ends.
     """
@@ -114,7 +114,7 @@ class DictTier:
 
 
 class Never(Future):
-    """A future that nothing ends. ``waited_seconds`` has how long it was waited for, each time."""
+    """A future that never ends. ``waited_seconds`` records the length of each wait."""
 
     waited_seconds = []  # noqa: RUF012  of all
 

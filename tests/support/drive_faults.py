@@ -1,4 +1,4 @@
-"""A small life of a store on a drive where any single call or statement can go wrong."""
+"""A short life of a store on a drive where any single call or statement can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvtier.testing.faults import Faults, FaultyFilesystem
 from tests.support.stores import ROOT, commit, count, ids, restored_length_at_last
 
 UNIT = 4096
-# The longest chain has three blocks; with the second budget, what comes later makes room.
+# The longest chain has three blocks. With the second budget, later chains evict earlier ones.
 BUDGETS = {"roomy": 2**30, "tight": 5 * UNIT}
 CHAINS = (count(6), count(10), count(9, first=50), ids(1, 2, 3), count(11, first=200))
 AFTERWARDS = count(10, first=400)
@@ -27,7 +27,7 @@ def settings(room: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def faulty_database(faults: Faults) -> Iterator[None]:
-    """Let the statements of every connection that is made now be met by ``faults``."""
+    """Apply ``faults`` to the statements of every new connection."""
     connect = sqlite3.connect
 
     def faulty(*args: Any, **kwargs: Any) -> sqlite3.Connection:
@@ -42,7 +42,7 @@ def opened(folder: Path, drive: FaultyFilesystem, room: str, durability: str = "
 
 
 def manage(store: PrefixStore) -> list[str]:
-    """Do what people do by hand. Unlike a turn it may fail, and then says so; returns what it said."""
+    """Run the manual operations. Unlike a turn they may raise; returns their error messages."""
     said = []
     last, first = CHAINS[-1], CHAINS[0]
     for deed in (
@@ -61,7 +61,7 @@ def manage(store: PrefixStore) -> list[str]:
 
 
 def use(store: PrefixStore, chains: tuple[TokenIds, ...] = CHAINS) -> None:
-    """Commit and restore. Whatever the drive does, none of it raises, and what comes back is right."""
+    """Commit and restore. Whatever the drive does, nothing raises, and restored bytes are right."""
     for tokens in chains:
         commit(store, tokens)
         store.flush()
@@ -71,7 +71,7 @@ def use(store: PrefixStore, chains: tuple[TokenIds, ...] = CHAINS) -> None:
 
 
 def life(folder: Path, faults: Faults, room: str) -> None:
-    """All of it, to its end. Raises only what opening the folder raises."""
+    """Run a whole life. Raises only errors of opening the folder."""
     with opened(folder, FaultyFilesystem(faults), room) as store:
         use(store)
         manage(store)

@@ -1,7 +1,7 @@
-"""Tiny models of many families, one config a family: each kind of layer that a cache meets is in some of them.
+"""Tiny models of many families, with one config per family: together they have every kind of cache layer.
 
-All are seeded, have no end of sequence and 0 for padding. Weights are large and vocabularies small, so that what came
-before decides which word comes next. Windows and chunks are of 16 tokens or fewer: prompts overflow them.
+All are seeded, have no end-of-sequence token, and use 0 for padding. Weights are large and vocabularies small, so that
+earlier tokens decide the next word. Sliding windows and chunks have at most 16 tokens, so that prompts overflow them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # far from zero: what is attended to must decide which token comes next
+    "initializer_range": 0.2,  # far from zero: attention must decide the next token
     "pad_token_id": PADDING,
     "bos_token_id": None,
     "eos_token_id": None,
 }
 _SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
 _LINEAR_THEN_FULL = ["linear_attention", "full_attention", "linear_attention"]
-# All experts are asked: which of two nearly equal ones comes first is chance, and no cache's doing.
+# All experts are used: the choice between two nearly equal experts is chance, independent of any cache.
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
 _LATENT = {
     "num_key_value_heads": 4,
@@ -48,10 +48,11 @@ _ROUTED = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
-# Many small indexer heads: with few of them, whole keys score exactly zero, and which of those is chosen is chance.
+# Many small indexer heads: with few heads, whole keys score exactly zero, and the choice among them is chance.
 _INDEXER = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 8}
-# These clamp the time step at this value in a prompt and not in a single step: where it never bites, both agree.
+# These models clamp the time step at this value in a prompt, but not in a single step. A limit that is never reached
+# makes both agree.
 _UNCLAMPED = {"time_step_min": 1e-6}
 _DELTA = {
     "linear_key_head_dim": 16,
@@ -63,16 +64,16 @@ _DELTA = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to make a tiny model.
+    """Recipe for a tiny model.
 
     Attributes:
         config: name of the config class in transformers.
         model: name of the model class.
-        kinds: what its layers keep: ``full``, ``sliding`` or ``chunked`` K and V; ``latent``: K and V of different
+        kinds: contents of its layers: ``full``, ``sliding`` or ``chunked`` K and V; ``latent``: K and V of different
             sizes; ``indexed``: keys of an indexer; ``linear`` and ``conv`` states; ``hybrid``: K and V and states in
             one layer; ``pooled``: K and V of several tokens together; ``mixed``: states and K and V in different
             layers; ``shared``: K and V that later layers read.
-        different: what differs from the common shape.
+        different: settings that differ from the common shape.
         sdpa: whether SDPA computes its attention.
     """
 
@@ -84,7 +85,7 @@ class Family:
 
     @property
     def has_states(self) -> bool:
-        """Whether some layer keeps what is valid at one position only."""
+        """Whether a layer keeps states that are valid at one position only."""
         return bool(self.kinds & {"linear", "conv", "hybrid", "pooled"})
 
 
@@ -93,7 +94,7 @@ def _family(name: str, kinds: str, *, text: str = "", model: str = "", sdpa: boo
 
 
 FAMILIES: dict[str, Family] = {
-    # --- every token's K and V ---
+    # --- K and V of every token ---------------------------------------------------------------------------------------
     "llama": _family("Llama", "full"),
     "qwen2": _family("Qwen2", "full"),
     "qwen3": _family("Qwen3", "full", head_dim=16),
@@ -108,10 +109,10 @@ FAMILIES: dict[str, Family] = {
     "mixtral": _family("Mixtral", "full", **_EXPERTS),
     "qwen3_moe": _family("Qwen3Moe", "full", head_dim=16, **_EXPERTS),
     "deepseek_v3": _family("DeepseekV3", "full latent", **_LATENT, **_ROUTED),
-    # --- windows and chunks ---
+    # --- sliding windows and chunks -----------------------------------------------------------------------------------
     "mistral": _family("Mistral", "sliding", sliding_window=16, head_dim=16),
     "starcoder2": _family("Starcoder2", "sliding", sliding_window=12),
-    # Soft caps and attention sinks are not what SDPA computes.
+    # SDPA does not compute soft caps and attention sinks.
     "gemma2": _family("Gemma2", "full sliding", sliding_window=16, head_dim=16, sdpa=False, tie_word_embeddings=False),
     "gemma3": _family(
         "Gemma3",
@@ -143,7 +144,7 @@ FAMILIES: dict[str, Family] = {
         attention_chunk_size=8,
         layer_types=["chunked_attention", "chunked_attention", "full_attention"],
     ),
-    # --- layers that read the K and V of others ---
+    # --- layers that read the K and V of others -----------------------------------------------------------------------
     "gemma3n": _family(
         "Gemma3n",
         "full sliding shared",
@@ -174,10 +175,10 @@ FAMILIES: dict[str, Family] = {
         hidden_size_per_layer_input=8,
         tie_word_embeddings=False,
     ),
-    # --- an indexer chooses what is attended to ---
+    # --- an indexer selects the tokens for attention ------------------------------------------------------------------
     "deepseek_v32": _family("DeepseekV32", "indexed latent", **_LATENT, **_ROUTED, **_INDEXER),
     "glm_moe_dsa": _family("GlmMoeDsa", "indexed latent", **_LATENT, **_ROUTED, **_INDEXER),
-    # --- keys and values that are pooled, several tokens at a time ---
+    # --- keys and values pooled over several tokens -------------------------------------------------------------------
     "deepseek_v4": _family(
         "DeepseekV4",
         "sliding pooled",
@@ -193,7 +194,7 @@ FAMILIES: dict[str, Family] = {
         **_INDEXER,
         **_ROUTED,
     ),
-    # --- states that are valid at one position ---
+    # --- states that are valid at one position ------------------------------------------------------------------------
     "mamba": _family("Mamba", "linear", state_size=8),
     "mamba2": _family("Mamba2", "linear", state_size=16, num_heads=8, head_dim=16, n_groups=2, chunk_size=8),
     "falcon_h1": _family("FalconH1", "hybrid", mamba_d_ssm=128, **_MAMBA),
@@ -264,7 +265,7 @@ FAMILIES: dict[str, Family] = {
 def build(
     name: str, *, dtype: torch.dtype = torch.float32, attention: str = "eager", seed: int = 0, **config: Any
 ) -> PreTrainedModel:
-    """Return a new tiny model; the same arguments, the same weights."""
+    """Return a new tiny model; the same arguments give the same weights."""
     family = FAMILIES[name]
     settings = getattr(transformers, family.config)(**{**_SHAPE, **family.different, **config})
     settings._attn_implementation = attention

@@ -1,6 +1,6 @@
-"""Mutations that know the format: of the header as JSON, of the JSON within it, of zstd frames, of plain bytes.
+"""Mutations that know the format: the header as JSON, the JSON within it, zstd frames, plain bytes.
 
-Half of them are put right afterwards (checksums, key, offsets), or nothing behind the first check would ever be tried.
+Half of them get valid checksums, keys and offsets afterwards; otherwise no input would pass the first check.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ FRAMES = (
 
 
 def mutate(data: bytes, seed: int) -> bytes:
-    """Return ``data`` with one to four things changed."""
+    """Return ``data`` with one to four changes."""
     rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = rng.choice((_header, _header, _header, _text, _bytes, _frame))(data, rng)
@@ -67,13 +67,13 @@ def mutate(data: bytes, seed: int) -> bytes:
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
-    """Return the header and what follows it."""
+    """Return the header and the payload."""
     size = struct.unpack("<Q", data[:8].ljust(8, b"\0"))[0]
     return data[8 : 8 + size], data[8 + size :]
 
 
 def join(header: bytes, payload: bytes) -> bytes:
-    """Return the file of a header and what follows it."""
+    """Return the file that consists of a header and a payload."""
     return struct.pack("<Q", len(header)) + header + payload
 
 
@@ -88,7 +88,7 @@ def _parsed(header: bytes) -> dict[str, Any] | None:
 def _dumped(value: Any) -> str:
     try:
         return json.dumps(value)
-    except ValueError:  # an integer of more digits than Python likes to write
+    except ValueError:  # an integer with more digits than Python writes
         return "9" * 4500
 
 
@@ -139,7 +139,7 @@ def _change(tree: Any, rng: random.Random) -> None:
 
 
 def _text(data: bytes, rng: random.Random) -> bytes:
-    """Change the header as text, which JSON that was parsed and written again would not show."""
+    """Change the header as text: parsing and writing JSON would not produce these changes."""
     header, payload = split(data)
     at = rng.randrange(len(header) + 1)
     end = min(len(header), at + rng.choice((0, 1, 4, 40)))
@@ -197,7 +197,7 @@ def _frame(data: bytes, rng: random.Random) -> bytes:
 
 
 def _put_right(data: bytes) -> bytes:
-    """Let offsets follow each other, and checksums and key be those of what is there, as far as that can be."""
+    """Make offsets consecutive, and checksums and key match the contents, as far as possible."""
     header, payload = split(data)
     tree = _parsed(header)
     try:

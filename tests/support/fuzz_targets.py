@@ -1,6 +1,6 @@
-"""What is done with bytes that may be hostile: both readers open them and read all that they admit to.
+"""Both readers open bytes that may be hostile, and read everything that they accept.
 
-Either refuses with its own exception, or all that it gives fits together. Anything else is a bug.
+Either the reader refuses with its own exception, or all its results are consistent. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from kvtier.store.format.archive import Archive
 from kvtier.store.format.block_file import BlockFile
 from kvtier.store.format.header import MAX_TOKENS
 
-MOST_PAGE_BYTES = 2**26  # what is larger is not read here: it would be right, but slow
+MOST_PAGE_BYTES = 2**26  # larger pages are not read here: the result would be right, but slow
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of some bytes: why they were refused (None if they were not), and bytes of the largest page."""
+    """The outcome of some bytes: the reason of a refusal (None if accepted), and the bytes of the largest page."""
 
     refusal: str | None
     page_bytes: int = 0
@@ -84,14 +84,14 @@ def _sentence(error: Exception, path: Path) -> str:
 
 
 def check_ids(tokens, root: str) -> None:
-    """Ids that were let through are ids."""
+    """Assert that accepted ids are valid ids."""
     assert 0 < len(tokens) <= MAX_TOKENS
     assert tokens.min() >= 0
     assert len(bytes.fromhex(root)) == 32
 
 
 def check_page(page: Page, spec: KVSpec, layer: int, tokens: int) -> None:
-    """A page has the shape and type that the file said."""
+    """Assert that a page has the shape and dtype that the file declared."""
     g = spec.layers[layer]
     assert page.k_htd.shape == (g.k_heads, tokens, g.k_dim)
     assert page.v_htd.shape == (g.v_heads, tokens, g.v_dim)

@@ -40,7 +40,7 @@ def small():
 
 
 def say(model):
-    """The root, or the reason why there is none."""
+    """Return the root, or the reason why there is no root."""
     identity = identify(model, "", 8)
     return identity.root if isinstance(identity, Identity) else f"off: {identity.reason}"
 
@@ -196,7 +196,7 @@ def held_by_class(n):
     return Static
 
 
-# What each makes differs between 1 and 2. Those in OFF have no words.
+# The result of each entry differs between 1 and 2. Entries in OFF have no stable representation.
 VALUES = {
     "int": lambda n: n,
     "bool": lambda n: n == 1,
@@ -298,12 +298,12 @@ VALUES = {
     "own module": lambda n: sys.modules[__name__],
 }
 OFF = {"own ufunc", "generator", "lock", "masked array", "own module"}
-# Values that are the same in both variants are there for what is off.
+# Values that are equal in both variants are listed because they turn reuse off.
 
 
 @contextlib.contextmanager
 def value_set(name, n):
-    """A model in which code reads the value ``name``."""
+    """A model whose code reads the value ``name``."""
     model = small()
     model.model.layers[0].self_attn.scaling = VALUES[name](n)
     yield model
@@ -323,7 +323,7 @@ def put(owner, name, value):
 
 
 def posing(function, n):
-    """A function of ours that wears the name of ``function``."""
+    """A function of ours that carries the name of ``function``."""
 
     @functools.wraps(function)
     def ours(*args, **kwargs):
@@ -386,7 +386,7 @@ def in_place(n):
 
 @contextlib.contextmanager
 def in_the_name_of_transformers(n):
-    """Code that is compiled in the namespace of a released module, as patching libraries do."""
+    """Code compiled in the namespace of a released module, as patching libraries do."""
     namespace = {}
     exec(f"def rotate_half(x): return x * {n}", vars(llama), namespace)
     before = llama.rotate_half
@@ -442,7 +442,7 @@ CLASS_EDITS = {
 
 @contextlib.contextmanager
 def class_edited(name, n):
-    """A model of which the code was edited for a class or everywhere."""
+    """A model whose code was edited for a class or everywhere."""
     with CLASS_EDITS[name](n):
         yield small()
 
@@ -455,7 +455,7 @@ def hook_posing(function, n):
 
 
 def from_transformers():
-    """A function of transformers, to pose as."""
+    """A function of transformers whose name an edit takes."""
     return llama.eager_attention_forward
 
 
@@ -564,7 +564,7 @@ TABLES = (
 
 
 def say_all():
-    """What is said of the first variant of everything."""
+    """Return the root or reason for the first variant of everything."""
     said = {"nothing": say(small())}
     for number, (table, _, make) in enumerate(TABLES):
         for name in table:
@@ -574,5 +574,5 @@ def say_all():
 
 
 def main():
-    """Write it as JSON."""
+    """Write the result of ``say_all`` as JSON."""
     print(json.dumps(say_all()))

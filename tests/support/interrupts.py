@@ -1,4 +1,4 @@
-"""Interrupts that come at every possible moment, one after the other."""
+"""Interrupts at every possible moment, one after the other."""
 
 import inspect
 import linecache
@@ -6,10 +6,10 @@ import sys
 
 
 class InterruptAtLine:
-    """Raises ``KeyboardInterrupt`` before line number ``at`` of ``files`` that this thread runs; ``came`` says if.
+    """Raises ``KeyboardInterrupt`` before line ``at`` of ``files`` in this thread; ``came`` tells whether it did.
 
-    Lines of ``with`` and ``try`` are not counted: no interpreter takes an interrupt where it leaves the one or enters
-    the other.
+    Lines of ``with`` and ``try`` are not counted: no interpreter takes an interrupt on leaving a ``with`` or entering a
+    ``try``.
     """
 
     def __init__(self, at, files):
@@ -37,9 +37,9 @@ class InterruptAtLine:
 
 
 class Interrupt:
-    """Raises ``KeyboardInterrupt`` in the forward pass number ``at_pass`` of a module, before or after it ran.
+    """Raises ``KeyboardInterrupt`` in forward pass ``at_pass`` of a module, before or after it runs.
 
-    It comes from a profiler: a hook, or another class, would make it another model.
+    A profiler raises it: a hook or another class would make it a different model.
     """
 
     def __init__(self, module, at_pass, before):

@@ -1,4 +1,4 @@
-"""Tiny models that see and hear, and prompts for them made of words and pictures."""
+"""Tiny vision and audio models, and prompts for them that mix words and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvtier import TieredCache
 from tests.support.upstream import CACHE
 
-VOCABULARY = 190  # words; above them are ids that stand for something
+VOCABULARY = 190  # words; higher ids are placeholders
 END, START, PLACE = 196, 197, 199
 _TEXT: dict[str, Any] = {
     "vocab_size": 200,
@@ -75,7 +75,7 @@ def _config(family: str) -> Any:
         return _qwen("Qwen3VLConfig", {"rope_parameters": {**_ROPE, "mrope_interleaved": True}}, vision)
     if family == "llava":
         eyes = transformers.CLIPVisionConfig(**_EYES, patch_size=4, projection_dim=32)
-        deep = transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": 4})  # enough for some to be cold
+        deep = transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": 4})  # enough layers for some to be cold
         return transformers.LlavaConfig(
             text_config=deep, vision_config=eyes, image_token_index=PLACE, image_seq_length=4, vision_feature_layer=-1
         )
@@ -125,13 +125,13 @@ FAMILIES = tuple(family for family in _CLASSES if family != WITH_STATES)
 
 @functools.cache
 def seeing(family: str) -> PreTrainedModel:
-    """A model with eyes, or ears."""
+    """A vision or audio model."""
     config = _config(family)
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = getattr(transformers, _CLASSES[family])(config).eval()
-        for name, weight in model.named_parameters():  # what is seen must decide which token comes next
+        for name, weight in model.named_parameters():  # pictures must decide the next token
             if "visual" in name or "vision" in name or "projector" in name or "connector" in name or "audio" in name:
                 torch.nn.init.normal_(weight, std=0.3)
     model.generation_config.pad_token_id = 0
@@ -140,9 +140,9 @@ def seeing(family: str) -> PreTrainedModel:
 
 
 class Picture(NamedTuple):
-    """Something to see or hear; ``wide`` ones have twice as many placeholders, where a family has such.
+    """A picture or sound; ``wide`` pictures have twice as many placeholders, in families that support it.
 
-    ``bare`` ones stand without an id that begins and one that ends them.
+    ``bare`` pictures have no begin and end ids around them.
     """
 
     seed: int
@@ -159,7 +159,7 @@ def words(count: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def places_of(family: str) -> int:
-    """Return how many placeholders a picture has that is not wide; few: fewer ids than a digest needs."""
+    """Return the placeholders per picture that is not wide. They are few: fewer ids than a digest needs."""
     return 8 if family in BY_GRID else 4
 
 
@@ -213,7 +213,7 @@ def prompt(family: str, *rows: Sequence[Part]) -> dict[str, Any]:
 
 
 def answer(model: PreTrainedModel, given: dict[str, Any], cache: Any = None, **settings: Any) -> Any:
-    """``generate`` with logits; on a fresh ``DynamicCache`` by default."""
+    """Run ``generate`` with logits; on a fresh ``DynamicCache`` by default."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     return model.generate(
         **given,
@@ -225,6 +225,6 @@ def answer(model: PreTrainedModel, given: dict[str, Any], cache: Any = None, **s
 
 
 def new_words(given: dict[str, Any], answered: Any) -> tuple[int, ...]:
-    """Return what a turn said in its first row."""
+    """Return the new words of a turn in its first row."""
     said = answered.sequences[0]
     return tuple(said[given["input_ids"].shape[1] if "input_ids" in given else 0 :].tolist())

@@ -1,4 +1,4 @@
-"""More tiny models that see or hear, for tests that ask of each only whether it is right and reuses."""
+"""More tiny vision and audio models, for tests that only check exactness and reuse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STRIPES: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 1, 1], 
 
 
 class Seer(NamedTuple):
-    """How to make a model, how many placeholders a picture has, and the tensors that pictures of these seeds are."""
+    """Recipe for a model, the number of placeholders per picture, and the tensors of pictures with given seeds."""
 
     model: str
     config: Callable[[], Any]
@@ -35,7 +35,7 @@ def _noise(*shape: int) -> Callable[[Sequence[int]], torch.Tensor]:
 
 
 def _pixels(*shape: int, **beside: Sequence[int] | int) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
-    """One tensor for each picture; ``beside`` it, what is said of each."""
+    """Make one tensor per picture; ``beside`` adds arguments with one value per picture."""
 
     def make(seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         return {"pixel_values": _noise(*shape)(seeds)} | {n: torch.tensor([v] * len(seeds)) for n, v in beside.items()}
@@ -44,7 +44,7 @@ def _pixels(*shape: int, **beside: Sequence[int] | int) -> Callable[[Sequence[in
 
 
 def _patches(*shape: int) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
-    """Patches of all pictures one after another, 4 by 4 of each."""
+    """Make the patches of all pictures in sequence, 4 by 4 per picture."""
 
     def make(seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         return {
@@ -259,12 +259,12 @@ _SENSES = ("visual", "vision", "projector", "connector", "audio", "encoder.")
 
 
 def make_seer(name: str) -> PreTrainedModel:
-    """A new model; the same name, the same weights."""
+    """A new model; the same name gives the same weights."""
     seer = SEERS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = getattr(transformers, seer.model)(seer.config()).eval()
-        for name_of, weight in model.named_parameters():  # what is seen must decide which token comes next
+        for name_of, weight in model.named_parameters():  # pictures must decide the next token
             if any(sense in name_of for sense in _SENSES):
                 torch.nn.init.normal_(weight, std=0.2)
     model.generation_config.pad_token_id = 0

@@ -1,4 +1,4 @@
-"""Tiny models that work in ways of their own: bytes in patches, and frames of sound instead of words."""
+"""Tiny models with unusual inputs or outputs: bytes in patches, and audio frames instead of words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def blt() -> PreTrainedModel:
         global_config={**part, "hidden_size": 64},
         tie_word_embeddings=False,
     )
-    config.num_hidden_layers = 2  # generate() asks for it
+    config.num_hidden_layers = 2  # generate() reads it
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = BltForCausalLM(config).eval()

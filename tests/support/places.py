@@ -1,4 +1,4 @@
-"""Where the tests of streaming run: an accelerator, or a CPU that stands in for one."""
+"""Devices for the tests of offloading: an accelerator, or a CPU in its place."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvtier.transfer import CopyEngine, ThreadEngine, engine_for
 
 
 class StandIn(ThreadEngine):
-    """Takes the CPU's memory for that of a device: pages then go to host memory first, as beside an accelerator."""
+    """Treats the CPU's memory as a device's: pages go to host memory first, as with an accelerator."""
 
     device_is_host = False
 
 
 @dataclass
 class Place:
-    """A device, and engines that note what host memory they are asked for."""
+    """A device, and engines that record all host memory they allocate."""
 
     device: torch.device
     real: bool
@@ -28,7 +28,7 @@ class Place:
 
     @classmethod
     def on(cls, accelerator: torch.device) -> Place:
-        """Return the current device of the kind of ``accelerator``, with its number: so devices of tensors read."""
+        """Return the current device of the kind of ``accelerator``, with its number, as devices of tensors have it."""
         return cls(torch.device(accelerator.type, torch.accelerator.current_device_index()), real=True)
 
     def engine(self, device: torch.device) -> CopyEngine:
@@ -46,21 +46,21 @@ class Place:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that were ever asked for."""
+        """Total bytes of host memory ever requested."""
         return sum(memory.nbytes for memory in self.host_memory)
 
     def other_stream(self) -> AbstractContextManager[Any]:
-        """Return what makes another stream than the default one current."""
+        """Return a context that makes a non-default stream current."""
         return torch.Stream(self.device) if self.real else nullcontext()
 
     def synchronize(self) -> None:
-        """Wait for everything on all streams."""
+        """Wait for all work on all streams."""
         if self.real:
             torch.accelerator.synchronize(self.device)
 
     @contextmanager
     def peak(self) -> Iterator[list[int]]:
-        """Yield a list that afterwards holds by how many bytes of the device a block grew at most; none on a CPU."""
+        """Yield a list that gets the peak growth of device memory in the block, in bytes; it stays empty on a CPU."""
         grown: list[int] = []
         if not self.real:
             yield grown

@@ -1,6 +1,6 @@
-"""Many processes and threads at work in one folder of a store, and somebody outside who weighs it.
+"""Many processes and threads use one store folder, while an outside observer measures its size.
 
-Like ``crashes``, to be run in an interpreter of its own that forks the workers.
+Like ``crashes``, it must run in a separate interpreter, which forks the workers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tests.support.stores import ROOT, commit, ids, restored_length_at_last
 
 UNIT = 4096
 SECONDS_A_TURN = 2
-BOUND_SECONDS = 2.0  # for which a turn waits for others, at most
-SLACK_SECONDS = 4.0  # for what it has to do, on a busy machine
+BOUND_SECONDS = 2.0  # longest time that a turn waits for others
+SLACK_SECONDS = 4.0  # for its own work, on a busy machine
 SETTINGS: dict[str, Any] = {
     "block_size": 4,
     "host_budget": 3_000,  # a few blocks, so that most come from files
@@ -40,16 +40,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# --- weighing from outside --------------------------------------------------------------------------------------------
+# --- measuring from outside -------------------------------------------------------------------------------------------
 
 
 def files_now(folder: Path) -> dict[tuple[int, int], int]:
-    """Bytes on the drive of each file of blocks, by what stays as it is when a file gets its name."""
+    """Return the size on the drive of each block file, keyed by properties that a rename keeps."""
     found = {}
     for path in (folder / "blocks").rglob("*"):
         try:
             state = path.lstat()
-        except FileNotFoundError:  # gone since it was listed
+        except FileNotFoundError:  # deleted since it was listed
             continue
         if path.suffix in (".safetensors", ".tmp"):
             found[state.st_ino, state.st_mtime_ns] = state.st_blocks * 512
@@ -57,10 +57,10 @@ def files_now(folder: Path) -> dict[tuple[int, int], int]:
 
 
 def weighed(folder: Path) -> int:
-    """Bytes that block files took at one moment at least.
+    """Return a lower bound of the bytes that block files took at one moment.
 
-    A walk through the folder takes a while, in which files go and others come. A file that one walk and the next one
-    have both seen was there between them, with all others of which that is true.
+    A walk through the folder takes time, and files disappear and appear meanwhile. A file seen by two successive walks
+    existed between them, together with all other such files.
     """
     before, after = files_now(folder), files_now(folder)
     return sum(min(nbytes, after[file]) for file, nbytes in before.items() if file in after)
@@ -70,7 +70,7 @@ def weighed(folder: Path) -> int:
 
 
 def turn(store: PrefixStore, dice: random.Random, known: list[list[int]], mine: str) -> int:
-    """One turn, or a thing that people do by hand. Wrong bytes raise. Returns how many tokens came back."""
+    """Run a turn or a manual operation; return the number of restored tokens. Wrong bytes raise."""
     tokens = some_chain(dice, known)
     back = restored_length_at_last(store, ids(*tokens))
     deed = dice.random()
@@ -97,7 +97,7 @@ def turn(store: PrefixStore, dice: random.Random, known: list[list[int]], mine: 
 
 
 def name_and_pin(store: PrefixStore, name: str, tokens: list[int], pin: bool) -> None:
-    """Name ``tokens`` unless some of them had to make room already; what is pinned and was whole stays whole."""
+    """Name ``tokens`` unless some of them were evicted; a pinned prefix that was complete stays complete."""
     try:
         named = store.name(name, ROOT, ids(*tokens), pin=pin)
     except StoreError as error:
@@ -112,7 +112,7 @@ def name_and_pin(store: PrefixStore, name: str, tokens: list[int], pin: bool) ->
 
 
 def work(folder: Path, seed: int, turns: int) -> None:
-    """Have ``turns`` turns with a store of one's own."""
+    """Run ``turns`` turns with a private store."""
     dice, known = random.Random(seed), []
     with PrefixStore(folder, **SETTINGS) as store:
         for _ in range(turns):
@@ -120,14 +120,14 @@ def work(folder: Path, seed: int, turns: int) -> None:
 
 
 def work_in_hardship(folder: Path, seed: int, turns: int) -> None:
-    """Have ``turns`` turns with few descriptors, beside somebody who locks the catalog, and fork now and then."""
+    """Run ``turns`` turns with few file descriptors and a locked catalog at times, and fork now and then."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
     dice, known = random.Random(seed), []
     with PrefixStore(folder, **SETTINGS) as store:
         for _ in range(turns):
             deed = dice.random()
             if deed < 0.2:
-                with contextlib.suppress(StoreError):  # the catalog is locked: unlike a turn, its owner is told
+                with contextlib.suppress(StoreError):  # the catalog is locked: unlike a turn, a manual operation raises
                     turn(store, dice, known, f"process {seed}")
                 continue
             tokens = some_chain(dice, known)
@@ -143,18 +143,18 @@ def work_in_hardship(folder: Path, seed: int, turns: int) -> None:
 
 
 def one_turn(store: PrefixStore, tokens: list[int]) -> None:
-    """Go on with a store, in a child, in which its parent may be at anything."""
+    """Continue, in a child, with a store that its parent may be using in any way."""
     restored_length_at_last(store, ids(*tokens))
     commit(store, ids(*tokens, 7, 7, 7))
     store.close()
 
 
 def lock_now_and_then(folder: Path, seed: int, parent: int) -> None:
-    """Keep the catalog locked for a while, and again, as a process does that is stopped while it writes."""
+    """Lock the catalog for a while, repeatedly, like a process that is stopped while it writes."""
     dice = random.Random(seed)
     uri = f"{(folder / 'catalog.sqlite').as_uri()}?mode=rw"
     while os.getppid() == parent:
-        # The file is not there yet, or somebody else locks it at the moment.
+        # The file does not exist yet, or another process has it locked.
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(uri, uri=True)) as held:
             held.execute("BEGIN IMMEDIATE")
             time.sleep(dice.random() * 2 * BOUND_SECONDS)
@@ -162,7 +162,7 @@ def lock_now_and_then(folder: Path, seed: int, parent: int) -> None:
 
 
 def work_in_threads(folder: Path, seed: int, threads: int, turns: int) -> None:
-    """Have ``threads`` share a store, each with ``turns`` turns."""
+    """Run ``turns`` turns in each of ``threads`` threads that share a store."""
     failures: list[str] = []
 
     def one(number: int) -> None:
@@ -185,7 +185,7 @@ def work_in_threads(folder: Path, seed: int, threads: int, turns: int) -> None:
 
 
 def end(folder: Path) -> None:
-    """Look at what is left."""
+    """Check the remaining folder."""
     with PrefixStore(folder, **SETTINGS) as store:
         assert_sound(store)
 
@@ -200,12 +200,12 @@ def race(
     seed: int,
     before_the_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fork workers, weigh the folder at random moments until all have ended, and look at it. Prints what was seen."""
+    """Fork workers, measure the folder at random moments until all have ended, and check it. Prints the results."""
     torch.set_num_threads(1)
     dice = random.Random(seed)
     (folder / "blocks").mkdir(parents=True, mode=0o700)
     began = time.monotonic()
-    all_ended, held = os.pipe()  # by each worker, for as long as it lives
+    all_ended, held = os.pipe()  # each worker holds it while it lives
     living = [fork(*worker, hung_seconds=HUNG_SECONDS + SECONDS_A_TURN * turns) for worker in workers]
     os.close(held)
     weights = []
@@ -225,7 +225,7 @@ def processes(folder: str, number: int, turns: int, seed: int) -> None:
 
 
 def hardship(folder: str, number: int, turns: int, seed: int) -> None:
-    """Race ``number`` processes with few descriptors, beside one that keeps the catalog locked for seconds."""
+    """Race ``number`` processes with few descriptors, beside a process that locks the catalog for seconds."""
     locker = fork(lock_now_and_then, Path(folder), seed, os.getpid(), hung_seconds=None)
 
     def stop_locking() -> None:

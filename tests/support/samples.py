@@ -1,8 +1,8 @@
-"""Samples: of a test with many slow cases, a run takes a few; all of them are taken at length.
+"""Samples: a run takes a few cases of a test with many slow cases; a full run takes all.
 
-``@pytest.mark.sample(n)`` marks such a test. A run takes the same cases each time: a change must not fail for what
-another one broke. ``KVTIER_SAMPLE=all`` takes all, ``KVTIER_SAMPLE=<word>`` others. Cases that are asked for by their
-name on the command line are always taken.
+``@pytest.mark.sample(n)`` marks such a test. Every run takes the same cases, so that a change does not fail because of
+another change. ``KVTIER_SAMPLE=all`` takes all cases, ``KVTIER_SAMPLE=<word>`` takes others. Cases named on the command
+line always run.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections import defaultdict
 import pytest
 
 VARIABLE = "KVTIER_SAMPLE"
-_USUAL = "fa86a1d"  # any word would do
+_USUAL = "fa86a1d"  # any word works
 
 
 def seed() -> str:
-    """Return the word that decides which cases are taken."""
+    """Return the word that decides which cases run."""
     return os.environ.get(VARIABLE, _USUAL)
 
 
 def take_samples(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of ``items`` that are not in the sample."""
+    """Remove the cases of ``items`` that are not in the sample."""
     if seed() == "all" or any("::" in each for each in config.args) or config.option.keyword:
         return
     cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What the tests of the store share: K and V that follow from the tokens before them, so that wrong bytes show."""
+"""Helpers of the store tests: K and V are computed from all tokens up to theirs, so that wrong bytes show."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limit: int | None = None) -> int:
-    """Match and restore ``tokens``; check every byte; return how many tokens came back."""
+    """Match and restore ``tokens``, check every byte, and return the number of restored tokens."""
     match = store.match(root, tokens, limit)
     if not match.spans:
         return 0
@@ -97,7 +97,7 @@ def restored_length(store: PrefixStore, tokens: TokenIds, root: str = ROOT, limi
 def run_python(
     text: str, *arguments: object, options: Sequence[str] = (), timeout_seconds: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``text`` in a new interpreter that can import what the tests can."""
+    """Run ``text`` in a new interpreter with the import path of the tests."""
     path = os.pathsep.join(sys.path)
     return subprocess.run(
         [sys.executable, *options, "-c", text, *map(str, arguments)],
@@ -117,13 +117,13 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def commit_in_another_process(folder: str, tokens: list[int]) -> int:
-    """Open ``folder`` from a fresh process, commit ``tokens``; return how many were new."""
+    """Open ``folder`` from a fresh process, commit ``tokens``, and return the number of new tokens."""
     with PrefixStore(folder, block_size=4) as store:
         return commit(store, ids(*tokens))
 
 
 def read_in_another_process(folder: str, tokens: list[int]) -> int:
-    """Open ``folder`` from a fresh process; return how many of ``tokens`` came back with the right bytes."""
+    """Open ``folder`` from a fresh process; return how many of ``tokens`` were restored with the right bytes."""
     with PrefixStore(folder, block_size=4) as store:
         return restored_length(store, ids(*tokens))
 
@@ -139,7 +139,7 @@ def restored_length_at_last(store: PrefixStore, tokens: TokenIds, root: str = RO
 
 
 def bytes_in_ram(store: PrefixStore) -> int:
-    """What the blocks in RAM take, counted anew."""
+    """Return the size of the blocks in RAM, counted from scratch."""
     host = store._tiers.host
     counted = sum(resident.block.nbytes for resident in list(host._blocks.values()))
     assert counted == host.nbytes
@@ -147,12 +147,12 @@ def bytes_in_ram(store: PrefixStore) -> int:
 
 
 def allocated(nbytes: int) -> int:
-    """What a file of ``nbytes`` takes, in the allocation units that this machine's drives have."""
+    """Return the size of a file of ``nbytes``, in the allocation units of this machine's drives."""
     return -(-nbytes // UNIT) * UNIT
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """What the block files take, half-written ones included."""
+    """Return the size of the block files, including half-written files."""
     return sum(allocated(path.stat().st_size) for path in (folder / "blocks").rglob("*") if path.is_file())
 
 
@@ -160,7 +160,7 @@ DAMAGES = ("flip", "cut", "empty", "delete")
 
 
 def damage(path: Path, how: str, at: int = 0) -> None:
-    """Do to a file what disks and people do: ``flip`` a bit of byte ``at``, ``cut`` there, ``empty``, ``delete``."""
+    """Damage a file like disks and people do: ``flip`` a bit of byte ``at``, ``cut`` there, ``empty``, ``delete``."""
     data = bytearray(path.read_bytes())
     at %= max(1, len(data))
     if how == "flip" and data:

@@ -1,4 +1,4 @@
-"""One tiny model, asked with a ``TieredCache`` in the place of transformers' own cache, and without."""
+"""A tiny model, run with a ``TieredCache`` in place of transformers' own cache, and without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import families
 from tests.support.tiny import assert_same_answer
 from tests.support.upstream import CACHE
 
-# Rounding differs between a prompt that is computed whole and one that is continued.
+# Rounding differs between a prompt computed whole and a prompt continued from a cache.
 CLOSE = 1e-3
 _ALL = {
     "return_dict_in_generate": True,
@@ -24,7 +24,7 @@ _ALL = {
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """Return what ``call`` returns, or the error it raises: some models cannot do what others can."""
+    """Return the result of ``call``, or its error: some models do not support every call."""
     try:
         return call()
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError, IndexError) as error:
@@ -43,7 +43,7 @@ class Subject:
         self.config = self.model.config
 
     def prompt(self, columns: int = 22, rows: int = 1, seed: int = 0) -> torch.Tensor:
-        """Return ``[rows, columns]`` words, longer than the windows of these models, none of them padding."""
+        """Return ``[rows, columns]`` words without padding, longer than the sliding windows of these models."""
         return torch.randint(1, 60, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
     def padded(self, lengths: tuple[int, ...] = (22, 9), seed: int = 0) -> torch.Tensor:
@@ -69,15 +69,15 @@ class Subject:
         return TieredCache(self.store)
 
     def check(self, ids: torch.Tensor, *, against: Any = None, exact: bool = True, **settings: Any) -> Any:
-        """Ask thrice: on an empty cache, on the same one again, and on a new one over the same store.
+        """Ask three times: on an empty cache, on the same cache again, and on a new cache over the same store.
 
-        Each time the answer is that of ``reference``: to the bit where the same was computed, to rounding otherwise.
-        Where transformers cannot do it, the same error must come.
+        Each answer equals that of ``reference``: to the bit if it was computed the same way, to rounding otherwise.
+        If transformers raises, kvtier must raise the same error.
 
         Args:
             ids: the prompt.
-            against: the answer that is expected; by default, ``reference`` with the same settings.
-            exact: whether the first answer was computed as the expected one was.
+            against: the expected answer; by default, ``reference`` with the same settings.
+            exact: whether the first answer was computed the same way as the expected answer.
             settings: of ``generate``.
 
         Returns:
@@ -99,7 +99,7 @@ class Subject:
 
     @staticmethod
     def compare(found: Any, expected: Any, exact: bool) -> None:
-        """Compare tokens; logits of one row each, or the scores of beams."""
+        """Compare tokens, and either the logits of a row or the scores of beams."""
         if "beam_indices" not in expected:
             assert_same_answer(found, expected, exact=exact)
             return
@@ -110,7 +110,7 @@ class Subject:
 
 
 def assert_alike(found: Any, expected: Any) -> None:
-    """Nested tuples of tensors are equal to the bit."""
+    """Assert that nested tuples of tensors are equal to the bit."""
     if isinstance(expected, tuple):
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):

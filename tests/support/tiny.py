@@ -1,4 +1,4 @@
-"""Two models of five words, and how the property tests ask them."""
+"""Two models with five words, and helpers that run them in the property tests."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": HEAD_DIM,
     "max_position_embeddings": 256,
-    "initializer_range": 0.6,  # smaller models need larger weights for history to decide
+    "initializer_range": 0.6,  # smaller models need larger weights, or earlier tokens would not matter
 }
-CHUNKS: dict[str, Any] = {"prefill_chunk_size": 3} if CHUNKS_CONTINUE else {}  # where not, such a turn is off
+CHUNKS: dict[str, Any] = {"prefill_chunk_size": 3} if CHUNKS_CONTINUE else {}  # elsewhere, chunking turns reuse off
 Tokens = tuple[int, ...]
 
 
 @functools.cache
 def tiny(family: str, layers: int) -> PreTrainedModel:
-    """``llama``: full attention. ``gemma3``: windows of 6, which longer prompts overflow, but in the last layer."""
+    """``llama``: full attention. ``gemma3``: sliding windows of 6 except in the last layer; longer prompts overflow."""
     shape: dict[str, Any] = {**_SHAPE, "num_hidden_layers": layers}
     if family == "llama":
         return families.build(family, attention="sdpa", seed=1, **shape)
@@ -44,7 +44,7 @@ def left_padded(rows: list[Tokens], extra: int = 0) -> torch.Tensor:
 
 
 def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, argument: str = CACHE, **settings: Any) -> Any:
-    """``generate`` with logits and always the same dice; by default on the ``DynamicCache`` that it makes itself."""
+    """Run ``generate`` with logits and a fixed random seed; by default on the ``DynamicCache`` that it makes itself."""
     torch.manual_seed(11)
     return model.generate(
         ids,
@@ -74,7 +74,7 @@ def columns_of(cache: Any, row: int) -> list[bytes]:
 
 
 def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:
-    """Equal tokens; logits equal, to the bit if ``exact``. Two words as likely as each other may change places."""
+    """Assert equal tokens and logits, to the bit if ``exact``. Two equally likely words may change places."""
     for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
         if exact:
             assert torch.equal(ours, theirs), f"step {step}: logits differ by {(ours - theirs).abs().max()}"
@@ -84,5 +84,5 @@ def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:
             best, second = theirs[:, 1:].topk(2).values.unbind(1)
             assert not exact, f"step {step}: other tokens"
             assert bool((best - second < 1e-4).any()), f"step {step}: other tokens, and no draw"
-            return  # the rest follows from another token
+            return  # the rest follows from a different token
     assert torch.equal(found.sequences, expected.sequences)

@@ -1,12 +1,11 @@
-"""Whatever was done to a cache before: a turn answers as on a fresh ``DynamicCache``, and its report is true.
+"""Random turns of every kind: each turn answers as on a fresh ``DynamicCache``, and its report is true.
 
-The machine plays turns of every kind with five words, so that prompts also share beginnings by accident. After each
-turn it compares
+The machine plays turns with five words, so that prompts also share beginnings by accident. After each turn it compares
 
-- tokens and logits with those of a fresh ``DynamicCache``, to rounding: what is known was computed in other chunks;
-- logits, bit by bit, with those of a ``DynamicCache`` that holds the same known columns and is fed the same tokens;
-- each known column, bit by bit, with those that the model was seen to compute for the same tokens before;
-- the number of known tokens with what the turns before must have left, while nothing was evicted or damaged.
+- tokens and logits with those of a fresh ``DynamicCache``, to rounding: cached columns were computed in other chunks;
+- logits, bit by bit, with those of a ``DynamicCache`` that holds the same cached columns and is fed the same tokens;
+- each cached column, bit by bit, with the columns that the model computed earlier for the same tokens;
+- the number of cached tokens with the number that earlier turns must have left, while nothing was evicted or damaged.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def up_to(end: int | None, generated: list[int]) -> Tokens:
 class Turns(RuleBasedStateMachine):
     family: str
     layers: int
-    known = Bundle("known")  # sequences that a turn ended with
+    known = Bundle("known")  # final sequences of turns
 
     @initialize(
         on_disk=st.booleans(),
@@ -107,8 +106,8 @@ class Turns(RuleBasedStateMachine):
             "compression": compression,
         }
         self.all_is_kept = disk_blocks is None if on_disk else host_blocks is None
-        self.kept: set[Tokens] = set()  # what the store must know as long as all_is_kept
-        self.computed: dict[Tokens, set[bytes]] = {}  # tokens → columns that the model gave the last of them
+        self.kept: set[Tokens] = set()  # sequences that the store must know while all_is_kept
+        self.computed: dict[Tokens, set[bytes]] = {}  # tokens → columns that the model computed for the last token
         self.store = PrefixStore(self.folder, **self.settings)
         self.caches: list[TieredCache] = []
 
@@ -120,10 +119,10 @@ class Turns(RuleBasedStateMachine):
             self.caches.append(self.new_cache(self.store))
         return self.caches[which % len(self.caches)]
 
-    # --- one turn and what must be true of it -------------------------------------------------------------------------
+    # --- a turn and its checks ----------------------------------------------------------------------------------------
 
     def turn(self, cache, rows, *, extra=0, **mode):
-        """Play a turn; return the sequences it ended with."""
+        """Play a turn; return its final sequences."""
         rows = [row[-LONGEST:] for row in rows]
         ids = left_padded(rows, extra)
         found = answer(self.model, ids, cache, **mode)
@@ -141,8 +140,8 @@ class Turns(RuleBasedStateMachine):
         generated = [up_to(mode.get("eos_token_id"), new) for new in found.sequences[:, ids.shape[1] :].tolist()]
         ended = [rows[i // each] + new for i, new in enumerate(generated)]
         self.check_report(report, rows, ids, sum(map(len, generated)))
-        # Rows of beams hold what was fed to them, which need not be what is returned; the last word of a turn was not
-        # fed to the model, unless it ended its row before others.
+        # Rows of beams hold the tokens that were fed to them, which may differ from the returned tokens. The last word
+        # of a turn was not fed to the model, unless it ended its row before other rows.
         held = [tuple(tokens.tolist()) for tokens in cache.turns.resident().rows] if beams else ended
         assert all(
             tokens[: len(row)] == row
@@ -177,7 +176,7 @@ class Turns(RuleBasedStateMachine):
             assert all(c >= columns - pad for c, pad in zip(cached, pads, strict=True)), (cached, must)
 
     def check_columns(self, cache, held, rows, ids):
-        """Known columns were computed for these very tokens; the others are noted as computed now."""
+        """Check that cached columns were computed for these very tokens; record the others as computed now."""
         each = len(held) // len(rows)
         for i, tokens in enumerate(held):
             pad = ids.shape[1] - len(rows[i // each])
@@ -211,7 +210,7 @@ class Turns(RuleBasedStateMachine):
 
     @rule(target=known, which=places, sequence=known, at=places, new=counts)
     def ask_the_same_and_its_beginning_again(self, which, sequence, at, new):
-        """The windows hold all of it, whatever became of the store."""
+        """The buffers hold the whole prompt, whatever became of the store."""
         cache, sequence = self.cache(which), sequence[-LONGEST:]
         ended = self.turn(cache, [sequence], max_new_tokens=new)
         for prompt in (sequence, sequence[: 1 + at % len(sequence)]):
@@ -224,7 +223,7 @@ class Turns(RuleBasedStateMachine):
         which=places,
         rows=st.lists(known | prompts, min_size=2, max_size=3),
         extra=counts,
-        mode=modes | st.just({"eos_token_id": 3}),  # rows that end before others are filled up
+        mode=modes | st.just({"eos_token_id": 3}),  # rows that end early are padded
     )
     def ask_several_at_once(self, which, rows, extra, mode):
         return multiple(*self.turn(self.cache(which), rows, extra=extra - 1, **mode))
@@ -383,11 +382,11 @@ class Turns(RuleBasedStateMachine):
                 shutil.rmtree(self.folder)
 
 
-LONGEST_BATCH = 6 * (LONGEST + 12)  # columns that the rows of a turn can have together, new ones included
+LONGEST_BATCH = 6 * (LONGEST + 12)  # most columns that the rows of a turn have together, new ones included
 
 
 class OffloadedTurns(Turns):
-    """Small budgets: whatever does not fit goes to page files."""
+    """Small budgets: pages beyond them go to page files."""
 
     layers = 5
 
@@ -413,5 +412,5 @@ class OffloadedTurns(Turns):
             shutil.rmtree(self.spill)
 
 
-# A tenth of the steps interrupts or damages something: shorter runs would seldom see what comes of it.
+# A tenth of the steps interrupts or damages something: shorter runs would seldom see the consequences.
 SETTINGS = settings(max_examples=max(1, settings().max_examples // 4), stateful_step_count=20)

@@ -1,7 +1,7 @@
-"""Anything may happen to the files of a store: what comes back is exact, or is computed again.
+"""Files of a store are damaged in any way: restored K and V are exact, or are recomputed.
 
-Each round damages a copy of a healthy folder and opens it. Opening may refuse where ``kvtier.json`` is damaged, and
-only there; everything else works, with every byte compared.
+Each round damages a copy of a healthy folder and opens it. Opening may fail only if ``kvtier.json`` is damaged.
+Everything else works, with every byte compared.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from hypothesis import settings
 from kvtier import PrefixStore, StoreError, StoreVersionError, TieredCache
 from tests.support.stores import ROOT, commit, count, ids, restored_length, restored_length_at_last
 
-SETTINGS = {"block_size": 4, "host_budget": 1}  # no block fits into RAM: all that comes back is read from files
-PARTS = 10 if settings().max_examples <= 100 else 21  # rounds are split, so that one that fails is found fast
+SETTINGS = {"block_size": 4, "host_budget": 1}  # no block fits into RAM: every cache hit comes from files
+PARTS = 10 if settings().max_examples <= 100 else 21  # rounds are split, so that a failing round is found fast
 ROUNDS = 100 * PARTS
-SEQUENCES = (count(11), ids(*range(6), *range(50, 57)))  # they begin alike
+SEQUENCES = (count(11), ids(*range(6), *range(50, 57)))  # both begin with the same tokens
 
 
 @pytest.fixture(autouse=True)
 def _no_power_cuts(monkeypatch):
-    """Nobody pulls a plug here: waiting for the drive would only cost time."""
+    """No power fails in these tests: waiting for the drive would only cost time."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
@@ -50,7 +50,7 @@ def healthy(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to which file."""
+    """The kind of damage, and the damaged file."""
 
     how: str
     path: Path
@@ -92,7 +92,7 @@ ALONE = {f.__name__.strip("_"): f for f in (_flip, _truncate, _zero, _grow, _gar
 
 
 def damage_one(folder: Path, rng: random.Random) -> Damage:
-    """Damage one file below ``folder``, block files as often as all others together."""
+    """Damage one file below ``folder``: block files as often as all other files together."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     blocks = [path for path in files if path.suffix == ".safetensors"]
     others = [path for path in files if path.suffix != ".safetensors" and path.suffix != ".lock"]
@@ -111,9 +111,9 @@ def damage_one(folder: Path, rng: random.Random) -> Damage:
 
 
 def used_again(folder: Path, *, check: bool) -> int:
-    """Use a folder as turns do; compare every byte that comes back; return how many tokens did.
+    """Use a folder as turns do, compare every restored byte, and return the number of restored tokens.
 
-    With ``check``, also of what was stored again.
+    With ``check``, also compare the blocks that were stored again.
     """
     found = 0
     with PrefixStore(folder, **SETTINGS) as store:
@@ -128,14 +128,14 @@ def used_again(folder: Path, *, check: bool) -> int:
 
 
 def refusal(error: Exception, folder: Path, damages: list[Damage]) -> bool:
-    """Whether opening may have refused like this."""
+    """Whether opening may fail with this error."""
     marker = any(damage.path.name == "kvtier.json" for damage in damages)
     return marker and type(error) in (StoreError, StoreVersionError) and str(folder) in str(error)
 
 
 @pytest.mark.sample(1)  # of 10
 @pytest.mark.parametrize("part", range(PARTS))
-def test_whatever_is_damaged_what_comes_back_is_exact(tmp_path, healthy, part):
+def test_restored_bytes_are_exact_after_any_damage(tmp_path, healthy, part):
     seen, found = set(), []
     whole = sum(map(len, SEQUENCES))
     for round_ in range(part, ROUNDS, PARTS):
@@ -151,13 +151,13 @@ def test_whatever_is_damaged_what_comes_back_is_exact(tmp_path, healthy, part):
         seen.update(damage.how for damage in damages)
         shutil.rmtree(folder)
     assert len(seen) == len(ALONE) + 1
-    assert sum(found) > len(found) * whole / 2  # most of it was there
-    assert min(found) < whole  # and not all of it
+    assert sum(found) > len(found) * whole / 2  # most tokens were restored
+    assert min(found) < whole  # and not all of them
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "swap"])
-def test_what_was_damaged_once_is_whole_afterwards(tmp_path, healthy, damage):
-    """Blocks that were found damaged are written again, and then come back."""
+def test_damaged_blocks_are_written_again_and_restored_afterwards(tmp_path, healthy, damage):
+    """Damaged blocks are written again once they are found, and are restored from then on."""
     for round_ in range(8):
         rng = random.Random(round_)
         folder = tmp_path / f"store-{round_}"
@@ -177,8 +177,8 @@ ANYTHING = (None, 7, -1, 2**62, 1.5, "text", "", b"", bytes(5), bytes(32), b"\xf
 
 @pytest.mark.sample(1)  # of 11
 @pytest.mark.parametrize("value", ANYTHING, ids=lambda value: repr(value)[:12])
-def test_rows_that_hold_anything_in_any_column_are_damage(tmp_path, healthy, value):
-    """What a flipped bit makes of the type of a value, or of the value."""
+def test_any_value_in_any_catalog_column_is_treated_as_damage(tmp_path, healthy, value):
+    """A flipped bit may change the type of a value, or the value itself."""
     names = tmp_path / "names"
     shutil.copytree(healthy, names)
     with PrefixStore(names, **SETTINGS) as store:
@@ -192,17 +192,15 @@ def test_rows_that_hold_anything_in_any_column_are_damage(tmp_path, healthy, val
         shutil.copytree(names, folder)
         with contextlib.closing(sqlite3.connect(folder / "catalog.sqlite", isolation_level=None)) as catalog:
             catalog.execute("PRAGMA ignore_check_constraints = ON")
-            with contextlib.suppress(
-                sqlite3.IntegrityError
-            ):  # some columns are never empty, or each value is there once
+            with contextlib.suppress(sqlite3.IntegrityError):  # some columns reject NULL or duplicate values
                 catalog.execute(f"UPDATE {table} SET {column} = ?", (value,))
         used_again(folder, check=True)
-        with PrefixStore(folder, **SETTINGS) as store, contextlib.suppress(StoreError):  # which is what it may raise
+        with PrefixStore(folder, **SETTINGS) as store, contextlib.suppress(StoreError):  # the only error it may raise
             assert len(store.names()) <= 1
         shutil.rmtree(folder)
 
 
-def test_generate_gives_the_tokens_that_it_gives_without_a_store(tmp_path, make_model, generate, tokens):
+def test_generate_gives_the_same_tokens_with_a_damaged_store(tmp_path, make_model, generate, tokens):
     model = make_model("llama")
     prompt = tokens(30)
     plain = generate(model, prompt).sequences
@@ -220,7 +218,7 @@ def test_generate_gives_the_tokens_that_it_gives_without_a_store(tmp_path, make_
         marker = (folder / "kvtier.json").read_bytes()
         for _ in range(rng.choice((1, 2, 3))):
             damage_one(folder, rng)
-        (folder / "kvtier.json").write_bytes(marker)  # the only file that opening may refuse
+        (folder / "kvtier.json").write_bytes(marker)  # opening may refuse only this file
         with PrefixStore(folder, **settings) as store, TieredCache(store) as cache:
             assert torch.equal(generate(model, longer, cache).sequences, plain_longer), f"round {round_}"
             reused.append(cache.last_turn.cached_by_tier["disk"])

@@ -1,6 +1,6 @@
-"""Promise 3: nothing is lost and nothing is wrong after processes were killed, whenever that was.
+"""Promise 3: nothing is lost and nothing is wrong after processes are killed at any moment.
 
-``KVTIER_KILLS`` is how many processes are killed; ``KVTIER_SEED`` chooses when.
+``KVTIER_KILLS`` sets the number of killed processes; ``KVTIER_SEED`` chooses the moments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECONDS_A_KILL = 20
 
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("room", crashes.BUDGETS)
-def test_processes_killed_at_random(room):
+def test_store_survives_processes_killed_at_random(room):
     kills = -(-KILLS // len(crashes.BUDGETS))
     with crashes.quick_folder() as place:
         done = kill(place, room, kills)

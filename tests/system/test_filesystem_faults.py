@@ -1,7 +1,7 @@
-"""Promise 4, call by call: each thing that a store asks of its drive or of SQLite fails once, and from there on.
+"""Promise 4, call by call: each call of a store to its drive or to SQLite fails once, or from there on.
 
-A life asks several hundred things. ``KVTIER_FAULT_STRIDE=1`` has each of them fail; by default every fortieth one
-does, from another one on in each test.
+A life makes several hundred calls. ``KVTIER_FAULT_STRIDE=1`` lets each of them fail; by default every fortieth call
+fails, from a different first call in each test.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECONDS_A_POINT = 10
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_power_cuts():
-    """Nobody pulls a plug here that the tests do not know of: waiting for the drive would only cost time."""
+    """No power fails here except in the tests of power cuts: waiting for the drive would only cost time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
         yield
@@ -47,7 +47,7 @@ def place():
 
 @pytest.fixture(scope="module")
 def points():
-    """What a whole life asks for, by budget, in order, from the first call on."""
+    """All calls of a whole life, by budget, in order from the first call."""
 
     def met(room):
         faults = Faults()
@@ -58,7 +58,7 @@ def points():
     return {room: met(room) for room in drive_faults.BUDGETS}
 
 
-def test_all_kinds_of_calls_are_met(points):
+def test_a_whole_life_makes_every_kind_of_call(points):
     for room, met in points.items():
         calls = {call for call, _ in met}
         assert calls == {"open", "write", "fsync", "rename", "unlink", "mkdir", "statement"}, room
@@ -66,7 +66,7 @@ def test_all_kinds_of_calls_are_met(points):
 
 
 def go_wrong(folder: Path, room: str, fault: Fault, warned) -> None:
-    """Live with ``fault``, then on a drive that is well again, then once more from the start."""
+    """Live with ``fault``, then on a repaired drive, then once more from the start."""
     faults = Faults(fault)
     with faulty_database(faults):
         try:
@@ -88,7 +88,7 @@ def go_wrong(folder: Path, room: str, fault: Fault, warned) -> None:
         assert len(texts) == len(set(texts)) <= 4, "each thing that goes wrong is told once"
     with PrefixStore(folder, **settings(room)) as store:
         assert_sound(store)
-        for named in store.names():  # what could not be unpinned would leave no room
+        for named in store.names():  # names that could not be unpinned would leave no room
             store.unname(named.name)
         use(store)
         commit(store, AFTERWARDS)
@@ -103,8 +103,8 @@ def go_wrong(folder: Path, room: str, fault: Fault, warned) -> None:
 @pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("room", drive_faults.BUDGETS)
 @pytest.mark.parametrize("times", [1, None], ids=["once", "from then on"])
-def test_a_drive_that_fails_at_any_point(place, points, warned, room, times):
-    """At each point another of the errors that drives have; over five points, each of them."""
+def test_store_survives_a_drive_error_at_any_call(place, points, warned, room, times):
+    """The number of a point selects its drive error; five consecutive points get all errors."""
     first = 1 + (len(room) + (times or 0)) % STRIDE
     for n in range(first, len(points[room]) + 1, STRIDE):
         call, subject = points[room][n - 1]
@@ -144,7 +144,7 @@ sys.exit(wrong > 0)
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 @pytest.mark.parametrize("room", drive_faults.BUDGETS)
-def test_a_process_killed_at_any_point(place, points, room):
+def test_store_survives_a_process_killed_at_any_call(place, points, room):
     done = run_python(
         KILLED,
         *(place, room, len(points[room]), STRIDE),
@@ -153,7 +153,7 @@ def test_a_process_killed_at_any_point(place, points, room):
     assert done.returncode == 0, done.stderr
 
 
-def test_writes_that_come_up_short(tmp_path):
+def test_short_writes_leave_a_sound_store(tmp_path):
     drive = FaultyFilesystem(Faults(Fault(Deed.SHORT, call="write", times=None)))
     with opened(tmp_path, drive, "roomy") as store:
         use(store)
@@ -161,8 +161,8 @@ def test_writes_that_come_up_short(tmp_path):
         assert_sound(store)
 
 
-def test_one_file_that_cannot_be_deleted_does_not_stop_eviction(tmp_path, warned):
-    """Its bytes count for as long as it is there."""
+def test_file_that_cannot_be_deleted_counts_but_does_not_stop_eviction(tmp_path, warned):
+    """Its bytes count for as long as it exists."""
     drive = FaultyFilesystem(Faults())
     with opened(tmp_path, drive, "tight") as store:
         first = count(3)
@@ -189,7 +189,7 @@ def test_one_file_that_cannot_be_deleted_does_not_stop_eviction(tmp_path, warned
 
 @pytest.mark.parametrize("how", ["at once", "at last"])
 @pytest.mark.parametrize("durability", ["lazy", "full"])
-def test_a_power_cut(tmp_path, warned, durability, how):
+def test_power_cut_loses_blocks_only_without_full_durability(tmp_path, warned, durability, how):
     drive = FaultyFilesystem(Faults())
     if how == "at once":
         drive.faults.plan(Fault(Deed.LOSE, call="rename", subject="*.safetensors", times=None))
@@ -214,10 +214,10 @@ def test_a_power_cut(tmp_path, warned, durability, how):
         assert_sound(store)
 
 
-def test_a_catalog_whose_damage_only_a_verification_finds_is_made_anew(tmp_path, warned):
+def test_catalog_damage_found_only_by_verify_leads_to_a_rebuild(tmp_path, warned):
     with PrefixStore(tmp_path, **settings("roomy")) as store:
         use(store)
-    damage(tmp_path / "catalog.sqlite", "flip", 37)  # how many of its pages are free: nobody needs to know
+    damage(tmp_path / "catalog.sqlite", "flip", 37)  # the count of its free pages, which is never used
     with PrefixStore(tmp_path, **settings("roomy")) as store:
         assert [problem.kind for problem in store.verify().problems] == ["catalog"]
         assert not store.verify(repair=True).ok

@@ -1,6 +1,6 @@
-"""The fuzz targets on some thousand mutations that are the same every time, with their memory and time watched.
+"""The fuzz targets on some thousand reproducible mutations, with limits on memory and time.
 
-``make fuzz`` runs the same targets for as long as wanted, guided by the code that is reached.
+``make fuzz`` runs the same targets for any length of time, guided by code coverage.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tests.support.fuzz_targets import MOST_PAGE_BYTES, read_as_archive, read_as
 CORPUS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parents[1] / "fuzz" / "corpus").iterdir())}
 MUTATIONS = 600  # of each file of the corpus
 READERS = (read_as_block, read_as_archive)
-MOST_SECONDS = 5.0  # far above what any takes, so that a busy machine fails nothing
+MOST_SECONDS = 5.0  # far above the usual time, so that a busy machine causes no failure
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_files_of_the_corpus_are_read_or_refused(tmp_path, name):
+def test_corpus_files_are_accepted_or_refused_by_the_right_reader(tmp_path, name):
     path = tmp_path / "input"
     path.write_bytes(CORPUS[name])
     wanted = {"block": [True, False], "archive": [False, True]}.get(name.split("-")[0], [False, False])
@@ -31,10 +31,10 @@ def test_files_of_the_corpus_are_read_or_refused(tmp_path, name):
 
 @pytest.mark.sample(2)  # of 6
 @pytest.mark.parametrize("name", CORPUS)
-def test_mutations_are_refused_in_little_memory_and_time_or_fit_together(tmp_path, name):
+def test_mutated_files_are_read_or_refused_within_memory_and_time_limits(tmp_path, name):
     path = tmp_path / "input"
     refusals, read_well = set(), 0
-    for read in READERS:  # what is only made once
+    for read in READERS:  # a first read creates objects that are made only once
         path.write_bytes(CORPUS[name])
         read(path)
     tracemalloc.start()
@@ -55,11 +55,11 @@ def test_mutations_are_refused_in_little_memory_and_time_or_fit_together(tmp_pat
                 read_well += outcome.refusal is None
     finally:
         tracemalloc.stop()
-    assert len(refusals) > 50  # they get far, and not all end at the same check
+    assert len(refusals) > 50  # mutations get far, and fail at different checks
     assert read_well > 0 or not name.startswith(("block", "archive"))
 
 
-SIZE = 2**19  # the longest header that is parsed
+SIZE = 2**19  # length of the longest header that is parsed
 FILLINGS = {
     "brackets": b"[" * SIZE,
     "braces": b'{"a":' * (SIZE // 5),
@@ -81,7 +81,7 @@ FILLINGS = {
 @pytest.mark.sample(26)  # of 42
 @pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize("start", ["", '{"__metadata__":{"format":"kvtier/1"},', '{"__metadata__":{"a":"b",'])
-def test_the_worst_headers_cost_little_time_and_memory(tmp_path, start, filling):
+def test_worst_case_headers_are_refused_within_memory_and_time_limits(tmp_path, start, filling):
     path = tmp_path / "input"
     header = (start.encode() + FILLINGS[filling])[:SIZE]
     path.write_bytes(struct.pack("<Q", len(header)) + header)
@@ -96,8 +96,8 @@ def test_the_worst_headers_cost_little_time_and_memory(tmp_path, start, filling)
             tracemalloc.stop()
 
 
-def test_a_file_of_a_tebibyte_of_holes_costs_no_memory(tmp_path):
-    """A sparse file takes no space, and claims whatever it likes."""
+def test_sparse_file_claiming_up_to_a_tebibyte_is_refused_without_using_memory(tmp_path):
+    """A sparse file takes no space, and its header may claim any size."""
     path = tmp_path / "input"
     data = CORPUS["block-raw-bf16"]
     for claimed in (8 * 2**24, 2**33, 2**40):

@@ -1,4 +1,4 @@
-"""Several processes on one folder, and processes that end in every way there is."""
+"""Several processes share one folder, and processes end in every way there is."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tests.support.stores import (
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 
 
-# --- what runs in other processes: importable, and without fixtures ---------------------------------------------------
+# --- code that runs in other processes: importable, and without fixtures ----------------------------------------------
 
 
 def work(folder: str, seed: int, rounds: int, settings: dict[str, Any]) -> list[list[int]]:
-    """Commit and read chains at random; return what was committed. Wrong bytes raise."""
+    """Commit and read random chains; return the committed chains. Wrong bytes raise."""
     dice, committed = random.Random(seed), []
     with PrefixStore(folder, **settings) as store:
         for _ in range(rounds):
@@ -68,7 +68,7 @@ def model_of_two_layers() -> PreTrainedModel:
 
 
 def say(folder: str, prompt: list[int]) -> tuple[list[int], dict[str, int], int]:
-    """A turn of a conversation: what it says, where the known tokens came from, in which process."""
+    """Run a turn of a conversation; return its tokens, the cached tokens by tier, and the process id."""
     torch.set_num_threads(1)
     with TieredCache(folder) as cache:
         found = model_of_two_layers().generate(
@@ -84,7 +84,7 @@ def others():
         yield pool
 
 
-# Runs a text in a new interpreter, where what is not closed is an error.
+# Runs a script in a new interpreter, where an unclosed resource is an error.
 script = partial(stores.run_python, options=("-W", "error::ResourceWarning"))
 
 
@@ -103,7 +103,7 @@ def test_two_processes_commit_and_read_at_the_same_time(tmp_path, others, settin
             assert restored_length(store, ids(*tokens)) == len(tokens)
 
 
-def test_two_processes_share_a_budget(tmp_path, others):
+def test_two_processes_share_a_disk_budget(tmp_path, others):
     settings = {"block_size": 4, "disk_budget": 6 * stores.UNIT, "host_budget": 500}
     working = [others.submit(work, str(tmp_path), seed, 120, settings) for seed in (1, 2)]
     committed = [tokens for each in working for tokens in each.result()]
@@ -116,19 +116,19 @@ def test_two_processes_share_a_budget(tmp_path, others):
     assert 0 < sum(known) < sum(map(len, committed))
 
 
-def test_what_one_process_commits_the_other_finds_at_once(tmp_path, others):
+def test_commits_of_one_process_are_visible_in_another_at_once(tmp_path, others):
     chain = count(10).tolist()
     with PrefixStore(tmp_path, block_size=4) as store:
         assert others.submit(stores.commit_in_another_process, str(tmp_path), chain).result() == 10
         assert restored_length(store, ids(*chain)) == 10
-        assert commit(store, count(14)) == 6  # the tail of 2 grows to a block of 4, and 2 more
+        assert commit(store, count(14)) == 6  # the tail block of 2 grows to a block of 4, and 2 more tokens
         store.flush()
         assert others.submit(stores.read_in_another_process, str(tmp_path), count(14).tolist()).result() == 14
         assert others.submit(stores.commit_in_another_process, str(tmp_path), count(14).tolist()).result() == 0
 
 
-def test_a_second_store_in_this_process_takes_no_lock_from_the_first(tmp_path, others):
-    """Locks on a file are those of a process. Without them another process, ending, takes the catalog's log away."""
+def test_second_store_in_this_process_takes_no_lock_from_the_first(tmp_path, others):
+    """File locks belong to a process. Without them, another process that ends would delete the catalog's log."""
     first, theirs, last = (count(8, first=n).tolist() for n in (0, 100, 200))
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, ids(*first))
@@ -146,7 +146,7 @@ def test_a_second_store_in_this_process_takes_no_lock_from_the_first(tmp_path, o
 # --- one after the other ----------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_goes_on_in_another_process(tmp_path, others):
+def test_conversation_continues_exactly_in_another_process(tmp_path, others):
     said, reused, _ = say(str(tmp_path), list(range(1, 21)))
     assert reused == {"device": 0, "host": 0, "disk": 0}
     for turn in range(2):
@@ -176,14 +176,14 @@ commit(store, count(400))  # a hundred blocks: most are still to be written when
     [("", 0), ("raise RuntimeError('the end')", 1)],
     ids=["end", "exception"],
 )
-def test_a_process_that_ends_without_close(tmp_path, ending, code):
+def test_process_that_ends_without_close_loses_no_blocks(tmp_path, ending, code):
     done = script(FORGETFUL.format(ending=ending), tmp_path)
     assert done.returncode == code, done.stderr
     with PrefixStore(tmp_path, block_size=4) as store:
         assert restored_length(store, count(400)) == 400
 
 
-# Children that fork: none of them closes its store, and each ends in another way.
+# Forked children: none of them closes its store, and each ends in another way.
 FORKED = """
 import multiprocessing, os, signal, sys
 from tests.support.stores import commit, count
@@ -230,7 +230,7 @@ assert os.waitpid(pid, 0)[1] == 0
 @pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
 @pytest.mark.parametrize("fork", [BY_MULTIPROCESSING, BY_OS], ids=["multiprocessing", "os.fork"])
-def test_a_forked_child_that_ends_without_close(tmp_path, fork, whose):
+def test_forked_child_that_ends_without_close_loses_no_blocks_and_writes_none_twice(tmp_path, fork, whose):
     log = tmp_path / "log"
     done = script(FORKED + fork, tmp_path / "store", whose, log)
     assert done.returncode == 0, done.stderr
@@ -242,7 +242,7 @@ def test_a_forked_child_that_ends_without_close(tmp_path, fork, whose):
     assert len({key for _, key in written}) == len(written) == 100, "a child that wrote what its parent had queued"
 
 
-# A thread is inside of something when another one forks.
+# A thread is in the middle of an operation when another thread forks.
 BUSY = """
 import os, signal, sys, threading
 from functools import partial
@@ -291,16 +291,16 @@ assert os.waitpid(pid, 0)[1] == 0
 
 @pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("what", ["a transaction", "the start of a writer", "the making of a shared store"])
-def test_a_process_that_forks_while_a_thread_is_busy(tmp_path, what):
+def test_child_forked_while_a_thread_is_busy_can_commit(tmp_path, what):
     done = script(BUSY, tmp_path, what)
     assert done.returncode == 0, done.stderr
     with PrefixStore(tmp_path, block_size=4) as store:
         assert restored_length(store, count(20, first=1000)) == 20
-    with PrefixStore(tmp_path) as store:  # blocks as large as those of a shared store
+    with PrefixStore(tmp_path) as store:  # with the block size of a shared store
         assert restored_length(store, count(20, first=2000)) == 20
 
 
-# SQLite must not take the locks of the parent for the child's: closing last, the parent would take the log away.
+# SQLite must not mistake the parent's locks for the child's: closing last, the parent would delete the log.
 OUTLIVED = """
 import multiprocessing, sys
 from tests.support.stores import commit, count
@@ -336,14 +336,14 @@ with PrefixStore(sys.argv[1], block_size=4) as store:
 
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
-def test_a_forked_child_outlives_the_store_of_its_parent(tmp_path, whose):
+def test_forked_child_keeps_committing_after_its_parent_closes_the_store(tmp_path, whose):
     done = script(OUTLIVED, tmp_path, whose)
     assert done.returncode == 0, done.stderr
     with PrefixStore(tmp_path, block_size=4) as store:
         assert [restored_length(store, count(20, first=n)) for n in range(0, 5000, 1000)] == [20] * 5
 
 
-# Each call that changes a file or a folder is once the last thing a process does.
+# Each call that changes a file or a folder is once the last call of a process.
 MORTAL = """
 import os, signal, sys
 from pathlib import Path
@@ -389,7 +389,7 @@ for budget, after in ((10**9, False), (3 * UNIT, False), (3 * UNIT, True)):
 """
 
 
-def test_a_process_killed_at_any_moment(tmp_path, monkeypatch):
+def test_store_survives_a_process_killed_at_any_file_system_call(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     done = script(MORTAL, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -403,7 +403,7 @@ def test_a_process_killed_at_any_moment(tmp_path, monkeypatch):
             assert leftovers(folder) == [], folder.name
             assert bytes_on_disk(folder) <= budget
             for tokens in chains:
-                restored_length_at_last(store, tokens)  # what is there is right
+                restored_length_at_last(store, tokens)  # all restored bytes are right
             for tokens in chains:
                 commit(store, tokens)
                 store.flush()

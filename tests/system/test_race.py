@@ -1,6 +1,6 @@
-"""Many users of one small folder at once: each gets the right bytes, together they stay within the budget, all end.
+"""Many users share one small folder: each reads the right bytes, all keep within the budget, and all end.
 
-``KVTIER_RACE_TURNS`` is how many turns each of them has; ``KVTIER_SEED`` chooses which.
+``KVTIER_RACE_TURNS`` sets the number of turns per user; ``KVTIER_SEED`` chooses the turns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SEED = int(os.environ.get("KVTIER_SEED", "1"))
 
 @pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize(("who", "number"), [("processes", 8), ("threads", 16), ("hardship", 8)])
-def test_a_race(tmp_path, who, number):
+def test_concurrent_users_read_right_bytes_within_the_disk_budget(tmp_path, who, number):
     arguments = f"{str(tmp_path / 'store')!r}, {number}, {TURNS}, {SEED}"
     done = run_python(
         f"from tests.support import races; races.{who}({arguments})",
-        timeout_seconds=120 + 5 * TURNS,  # none of them waits for another one for ever
+        timeout_seconds=120 + 5 * TURNS,  # no user waits for another forever
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -36,8 +36,8 @@ def test_a_race(tmp_path, who, number):
 
 
 @pytest.mark.parametrize("what", ["forgotten", "named anew"])
-def test_a_name_that_changes_while_another_process_reads_it(tmp_path, monkeypatch, what):
-    """What happened last counts, although the other one has read what was before."""
+def test_verify_keeps_a_name_change_made_by_another_store_meanwhile(tmp_path, monkeypatch, what):
+    """The latest change counts, although the verifying store has read the earlier state."""
     with PrefixStore(tmp_path, block_size=4) as store, PrefixStore(tmp_path, block_size=4) as other:
         for n in (0, 100):
             commit(store, count(6, first=n))
@@ -52,7 +52,7 @@ def test_a_name_that_changes_while_another_process_reads_it(tmp_path, monkeypatc
                 other.forget("a")
             else:
                 other.name("a", ROOT, count(6, first=100), pin=True)
-            return replace(found, pinned=not found.pinned)  # so that the rows are not what the file seems to say
+            return replace(found, pinned=not found.pinned)  # so that the rows differ from the contents of the file
 
         monkeypatch.setattr(names, "_read", read_too_early)
         assert store.verify().ok

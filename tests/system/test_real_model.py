@@ -1,4 +1,4 @@
-"""Promise 1b on a real model: logits are bitwise those of ``DynamicCache``, wherever K and V come from.
+"""Promise 1b on a real model: logits equal those of ``DynamicCache`` bit for bit, from every tier.
 
 Random weights could hide an error that only real activations show. The demo model gets its document in float32 and in
 bfloat16, in four turns: cold, continued, from RAM, and from files in a new process.
@@ -35,18 +35,18 @@ pytestmark = [
 ]
 
 FIRST, MORE, NEW = 600, 20, 5
-"""Tokens of the first prompt (more than two blocks of 256), those that each later prompt adds, those of an answer."""
+"""Tokens of the first prompt (more than two blocks of 256), of each addition to a later prompt, and of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The prompt with what came after it, and the logits ``[new tokens, vocabulary]`` that decided it."""
+    """The prompt with its answer, and the logits ``[new tokens, vocabulary]`` that decided the answer."""
 
     sequences: torch.Tensor
     logits: torch.Tensor
 
 
-# --- what also runs in the other process: importable, and without fixtures --------------------------------------------
+# --- code that also runs in the other process: importable, and without fixtures ---------------------------------------
 
 
 def load(dtype: torch.dtype) -> PreTrainedModel:
@@ -69,7 +69,7 @@ def answer(model: PreTrainedModel, prompt: torch.Tensor, cache: Any) -> Answer:
 
 
 def answer_from_files(dtype: torch.dtype, folder: str, prompt: list[int], result: str) -> tuple[int, dict[str, int]]:
-    """Answer ``prompt`` with what lies in ``folder``; return which process did, and where known tokens came from."""
+    """Answer ``prompt`` with the store in ``folder``; return the process id, and the cached tokens by tier."""
     torch.set_num_threads(1)
     with PrefixStore(folder) as store, TieredCache(store) as cache:
         said = answer(load(dtype), torch.tensor([prompt]), cache)
@@ -89,7 +89,7 @@ class Conversation:
     answers: list[Answer]
 
     def known(self, turn: int) -> int:
-        """Tokens whose K and V are there when ``turn`` begins: the last one of an answer was never fed."""
+        """Tokens with known K and V at the start of ``turn``: the last token of an answer was never fed."""
         return self.answers[turn - 1].sequences.shape[1] - 1
 
 
@@ -115,7 +115,7 @@ def assert_same(ours: Answer, theirs: Answer) -> None:
 
 @pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
-def test_every_turn_of_a_conversation(plain, tmp_path, compression):
+def test_every_turn_of_a_conversation_matches_dynamic_cache_bitwise(plain, tmp_path, compression):
     folder, result = tmp_path / "store", tmp_path / "answer.safetensors"
     with PrefixStore(folder, compression=compression) as store:
         with TieredCache(store) as cache:
@@ -143,8 +143,8 @@ def codec_of(file: Path) -> str:
 
 @pytest.mark.sample(1)  # of 6
 @pytest.mark.parametrize("share", [0.12, 0.3, 0.6])
-def test_turns_under_a_budget(plain, tmp_path, share):
-    """Nearly all layers cold, most, some: continued turns, and one that comes from files, which cold layers borrow."""
+def test_turns_under_a_device_budget_match_dynamic_cache_bitwise(plain, tmp_path, share):
+    """Nearly all layers, most or some are cold. Turns continue; the last turn's cold layers borrow pages from files."""
     columns = plain.answers[3].sequences.shape[1]
     everything = columns * 30 * 2 * 3 * 64 * plain.model.dtype.itemsize
     arguments = {"device_budget": int(share * everything * 1.5), "spill_dir": tmp_path / "spill"}

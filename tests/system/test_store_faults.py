@@ -1,4 +1,4 @@
-"""Promise 4: whatever happens to the folder of a store, generate() answers, and a warning says what was lost."""
+"""Promise 4: generate() answers despite any fault in the folder of a store, and a warning says what was lost."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from kvtier import PrefixStore, TieredCache
 from tests.support.stores import DAMAGES, block_files, bytes_on_disk, damage, leftovers
 from tests.support.upstream import CACHE
 
-COLD = {"block_size": 8, "host_budget": 1}  # no block fits into RAM: all that is reused is read from files
+COLD = {"block_size": 8, "host_budget": 1}  # no block fits into RAM: every cache hit comes from files
 WARM = {"block_size": 8}
 
 
 @pytest.fixture(autouse=True)
 def _no_power_cuts(monkeypatch):
-    """Nobody pulls a plug here: waiting for the drive would only cost time."""
+    """No power fails in these tests: waiting for the drive would only cost time."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture
 def ask(make_model, generate, tokens):
-    """``ask(cache, ids)``: a turn whose tokens are those of a fresh ``DynamicCache``; returns the next prompt."""
+    """``ask(cache, ids)`` checks a turn's tokens against a fresh ``DynamicCache``, and returns the next prompt."""
     model, more = make_model("llama"), iter(range(1, 1000))
 
     def turn(cache, ids=None, **settings):
@@ -44,7 +44,7 @@ def ask(make_model, generate, tokens):
 
 
 def works_again(folder: Path, ask, ids, settings) -> None:
-    """A healthy disk: what is said now is known to the next store."""
+    """On a healthy disk, the next store restores the tokens of this turn."""
     with PrefixStore(folder, **settings) as store, TieredCache(store) as cache:
         ids = ask(cache, ids)
     with PrefixStore(folder, **settings) as store, TieredCache(store) as cache:
@@ -60,7 +60,9 @@ def works_again(folder: Path, ask, ids, settings) -> None:
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=os.strerror)
 @pytest.mark.parametrize("name", ["fsync", "open", "replace", "mkdir"])
-def test_a_disk_that_refuses_to_be_written_to(tmp_path, monkeypatch, ask, warned, settings, error, name):
+def test_disk_write_errors_warn_once_and_generation_stays_exact(
+    tmp_path, monkeypatch, ask, warned, settings, error, name
+):
     original = getattr(os, name)
 
     def refuse(path, *args, **kwargs):
@@ -88,8 +90,8 @@ def test_a_disk_that_refuses_to_be_written_to(tmp_path, monkeypatch, ask, warned
     works_again(tmp_path, ask, ids, settings)
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_conversation(tmp_path, monkeypatch, ask, warned):
-    """What was written before stays good, but for what had to make room; what came after is recomputed."""
+def test_disk_that_fills_up_keeps_earlier_blocks_and_recovers(tmp_path, monkeypatch, ask, warned):
+    """Blocks written earlier stay valid, except for evicted blocks; later tokens are recomputed."""
     now = [0.0]
     with PrefixStore(tmp_path, **COLD, clock=lambda: now[0]) as store, TieredCache(store) as cache:
         ids = ask(cache)
@@ -107,7 +109,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_conversation(tmp_path, monkeypa
         assert len(warned()) == 1
         now[0] += 120
         cache.reset()
-        ask(cache, ids)  # there is room again, and the last turn held all of it
+        ask(cache, ids)  # space is free again, and the last turn held all tokens
         assert store.stats().paused is None
         cache.reset()
         ask(cache, ids)
@@ -117,7 +119,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_conversation(tmp_path, monkeypa
 
 @pytest.fixture(params=[416])
 def mounted(tmp_path, request) -> Iterator[Path]:
-    """A file system of its own, so many KiB large. Needs root."""
+    """A separate file system of ``request.param`` KiB. Needs root."""
     folder = tmp_path / "mounted"
     folder.mkdir()
     if not shutil.which("mount") or os.geteuid() != 0:
@@ -133,8 +135,8 @@ def mounted(tmp_path, request) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_file_system_that_is_really_full(mounted, ask, warned):
-    """Files, their folders and the catalog all meet the end of the space."""
+def test_full_file_system_keeps_a_part_and_generation_stays_exact(mounted, ask, warned):
+    """Files, their folders and the catalog all run out of space."""
     with PrefixStore(mounted, **COLD, free_space_floor=0) as store, TieredCache(store) as cache:
         ids = ask(cache)
         for _ in range(12):
@@ -144,19 +146,20 @@ def test_a_file_system_that_is_really_full(mounted, ask, warned):
             ask(cache, ids)
         known = cache.last_turn.cached_by_tier["disk"]
         assert 0 < known < ids.shape[1] - 1
-    assert 1 <= len(warned()) <= 3  # of writing, of deleting, and of the catalog
+    assert 1 <= len(warned()) <= 3  # for writing, for deleting, and for the catalog
     with PrefixStore(mounted, **COLD, free_space_floor=0) as store, TieredCache(store) as cache:
         ask(cache, ids)
         assert cache.last_turn.cached_by_tier["disk"] > 0
 
 
 @pytest.mark.parametrize("mounted", [2048], indirect=True)
-def test_a_file_system_that_becomes_read_only(mounted, ask, warned):
+def test_file_system_that_turns_read_only_is_still_read_and_works_later(mounted, ask, warned):
     settings = {**COLD, "free_space_floor": 0}
     with PrefixStore(mounted, **settings) as store, TieredCache(store) as cache:
         ids = ask(cache)
         store.flush()
-        # SQLite holds files open for writing, which a remount would refuse: a second, read-only view lies on top.
+        # SQLite holds files open for writing, so a remount would be refused. A second, read-only view is mounted on
+        # top.
         subprocess.run(["mount", "--bind", mounted, mounted], check=True)
         try:
             subprocess.run(["mount", "-o", "remount,bind,ro", mounted], check=True)
@@ -173,7 +176,7 @@ def test_a_file_system_that_becomes_read_only(mounted, ask, warned):
     works_again(mounted, ask, ids, settings)
 
 
-def test_a_folder_that_becomes_read_only(tmp_path, ask, warned):
+def test_folder_that_turns_read_only_is_still_read_and_works_later(tmp_path, ask, warned):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     with PrefixStore(tmp_path, **COLD) as store, TieredCache(store) as cache:
@@ -196,7 +199,7 @@ def test_a_folder_that_becomes_read_only(tmp_path, ask, warned):
 
 
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
-def test_a_folder_that_is_deleted(tmp_path, ask, warned, settings):
+def test_deleted_store_folder_keeps_generation_exact_and_works_later(tmp_path, ask, warned, settings):
     folder = tmp_path / "store"
     with PrefixStore(folder, **settings) as store, TieredCache(store) as cache:
         ids = ask(cache)
@@ -207,11 +210,11 @@ def test_a_folder_that_is_deleted(tmp_path, ask, warned, settings):
         cache.reset()
         ids = ask(cache, ids)
         store.flush()
-    assert len(warned()) <= 3  # of the blocks that are gone, of the catalog, of what cannot be written
+    assert len(warned()) <= 3  # for lost blocks, for the catalog, for failed writes
     works_again(folder, ask, ids, settings)
 
 
-def test_a_folder_that_becomes_a_file(tmp_path, ask, warned):
+def test_blocks_folder_replaced_by_a_file_keeps_generation_exact(tmp_path, ask, warned):
     with PrefixStore(tmp_path, **COLD) as store, TieredCache(store) as cache:
         ids = ask(cache)
         store.flush()
@@ -221,7 +224,7 @@ def test_a_folder_that_becomes_a_file(tmp_path, ask, warned):
             cache.reset()
             ids = ask(cache, ids)
         store.flush()
-        assert len(warned()) <= 3  # a block is gone, it cannot be deleted, and nothing can be written
+        assert len(warned()) <= 3  # a block is lost, its deletion fails, and writes fail
         (tmp_path / "blocks").unlink()
     works_again(tmp_path, ask, ids, COLD)
 
@@ -233,7 +236,7 @@ def test_a_folder_that_becomes_a_file(tmp_path, ask, warned):
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_block_damaged_between_turns(tmp_path, ask, warned, how, which, compression):
+def test_block_damaged_between_turns_is_reported_and_recomputed(tmp_path, ask, warned, how, which, compression):
     with PrefixStore(tmp_path, **COLD, compression=compression) as store, TieredCache(store) as cache:
         ids = ask(cache)
         store.flush()
@@ -256,7 +259,7 @@ def test_a_block_damaged_between_turns(tmp_path, ask, warned, how, which, compre
 @pytest.mark.sample(5)  # of 8
 @pytest.mark.parametrize("which", [0, 2], ids=["first", "middle"])
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_block_damaged_while_the_store_is_closed(tmp_path, ask, warned, how, which):
+def test_block_damaged_while_the_store_is_closed_is_reported_and_recomputed(tmp_path, ask, warned, how, which):
     with PrefixStore(tmp_path, **WARM) as store, TieredCache(store) as cache:
         ids = ask(cache)
     damage(sorted(block_files(tmp_path), key=lambda path: path.stat().st_mtime_ns)[which], how, at=-20)
@@ -287,8 +290,10 @@ def ended(read, buffers):
     [("generate", "raw"), ("generate", "zstd"), ("begin", "raw"), ("beams", "zstd"), ("batch", "raw")],
 )
 @pytest.mark.parametrize("fault", [flipped, failing, ended], ids=lambda fault: fault.__name__)
-def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, ask, warned, use, compression, fault):
-    """Each read in turn is the one that fails: of a header, of ids, of the first layer, of the last one."""
+def test_failing_read_during_a_turn_keeps_generation_exact(
+    tmp_path, monkeypatch, generate, ask, warned, use, compression, fault
+):
+    """A different read fails in each run: of a header, of ids, of the first layer, of the last layer."""
     preadv, model = os.preadv, ask.model
     settings = {**COLD, "compression": compression}
     with PrefixStore(tmp_path, **settings) as store, TieredCache(store) as cache:
@@ -298,7 +303,7 @@ def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, 
     mode = {"num_beams": 2} if use == "beams" else {}
     expected, failed_at = generate(model, ids, **mode).sequences, 0
     while True:
-        reads = itertools.count()  # by several threads
+        reads = itertools.count()  # called by several threads
 
         def read(fd, buffers, offset, reads=reads, failing_read=failed_at):
             count = preadv(fd, buffers, offset)
@@ -316,23 +321,23 @@ def test_a_drive_that_fails_while_a_turn_reads(tmp_path, monkeypatch, generate, 
                 else:
                     assert torch.equal(generate(model, ids, cache, **mode).sequences, expected)
             finished = next(reads) <= failed_at
-            # A read that ends early is tried again: that may be all it needs.
+            # A read that ends early is repeated; the repetition may suffice.
             assert len(warned()) == (not finished) or fault is ended
             assert not finished or cache.last_turn.cached_tokens == (ids.shape[1] - 1) * len(ids)
             if finished:
                 break
-            # Each beam that was kept has a block of its own that begins with the end of the prompt.
+            # Each kept beam has its own block, which begins with the end of the prompt.
             assert cache.last_turn.cached_tokens < (ids.shape[1] - 1) * len(ids) or fault is ended or use == "beams"
             cache.reset()
-            ask(cache, ids[:1])  # what was lost is there again
+            ask(cache, ids[:1])  # the lost blocks are stored again
         failed_at += 7 if use != "generate" else 3 if compression == "zstd" else 1
     assert failed_at > 20
 
 
 @pytest.mark.sample(3)  # of 4
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_block_damaged_between_begin_and_the_first_forward_pass(tmp_path, ask, warned, how):
-    """Its pages may have landed or not: either way nothing wrong is attended to."""
+def test_block_damaged_before_the_first_forward_pass_keeps_generation_exact(tmp_path, ask, warned, how):
+    """Its pages may have been loaded or not; in both cases attention sees no wrong pages."""
     with PrefixStore(tmp_path, **COLD) as store, TieredCache(store) as cache:
         ids = ask(cache)
         store.flush()
@@ -345,7 +350,7 @@ def test_a_block_damaged_between_begin_and_the_first_forward_pass(tmp_path, ask,
         for _ in range(2):
             cache.reset()
             ids = ask(cache, ids)
-    assert len(warned()) <= 3  # a damaged block each
+    assert len(warned()) <= 3  # one for each damaged block
     works_again(tmp_path, ask, ids, COLD)
 
 
@@ -356,7 +361,9 @@ def test_a_block_damaged_between_begin_and_the_first_forward_pass(tmp_path, ask,
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("files", [("",), ("-wal",), ("", "-wal", "-shm")], ids=lambda names: "+".join(names) or "main")
 @pytest.mark.parametrize("how", ["delete", "empty", "garbage"])
-def test_a_catalog_lost_under_a_running_store(tmp_path, ask, warned, settings, files, how):
+def test_catalog_lost_under_a_running_store_keeps_generation_exact_and_is_rebuilt(
+    tmp_path, ask, warned, settings, files, how
+):
     with PrefixStore(tmp_path, **settings) as store, TieredCache(store) as cache:
         ids = ask(cache)
         store.flush()
@@ -365,7 +372,7 @@ def test_a_catalog_lost_under_a_running_store(tmp_path, ask, warned, settings, f
             if how == "delete":
                 path.unlink()
             elif how == "empty":
-                if suffix != "-shm":  # SQLite has it mapped: to shorten it ends the process, whatever one does
+                if suffix != "-shm":  # SQLite maps this file: truncating it always ends the process
                     os.truncate(path, 0)
             else:
                 path.write_bytes(b"\xa5" * path.stat().st_size)
@@ -375,7 +382,7 @@ def test_a_catalog_lost_under_a_running_store(tmp_path, ask, warned, settings, f
         store.flush()
         with contextlib.closing(TieredCache(store)) as other:
             ask(other, ids)
-    assert len(warned()) <= 3  # of the catalog; of what cannot be written; of it being made anew
+    assert len(warned()) <= 3  # for the catalog, for failed writes, for the rebuild
     with PrefixStore(tmp_path, **settings) as store, TieredCache(store) as cache:
         ask(cache, ids)
     works_again(tmp_path, ask, ids, settings)
@@ -384,8 +391,8 @@ def test_a_catalog_lost_under_a_running_store(tmp_path, ask, warned, settings, f
         assert store.verify().ok
 
 
-def test_a_catalog_that_knows_blocks_that_are_gone(tmp_path, ask, warned):
-    """One turn finds all of them out, and puts them back."""
+def test_one_turn_finds_and_rewrites_all_blocks_missing_from_disk(tmp_path, ask, warned):
+    """One turn finds all missing blocks, and stores them again."""
     with PrefixStore(tmp_path, **COLD) as store, TieredCache(store) as cache:
         ids = ask(cache)
         ask(cache, ids)
@@ -402,8 +409,8 @@ def test_a_catalog_that_knows_blocks_that_are_gone(tmp_path, ask, warned):
 
 
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
-def test_blocks_whose_pages_are_damaged_between_turns(tmp_path, ask, warned, compression):
-    """They can be opened. One turn finds all of them out all the same, and puts them back."""
+def test_one_turn_finds_and_rewrites_all_blocks_with_damaged_pages(tmp_path, ask, warned, compression):
+    """The blocks can still be opened. One turn finds all damaged blocks, and stores them again."""
     with PrefixStore(tmp_path, **COLD, compression=compression) as store, TieredCache(store) as cache:
         ids = ask(cache)
         ask(cache, ids)
@@ -411,7 +418,7 @@ def test_blocks_whose_pages_are_damaged_between_turns(tmp_path, ask, warned, com
         chain = sorted(block_files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
         for path, end in zip(chain[1:], itertools.cycle([True, False]), strict=False):
             size = path.stat().st_size
-            damage(path, "flip", at=-20 if end else size // 2)  # of the last layer, and of one before it
+            damage(path, "flip", at=-20 if end else size // 2)  # in the last layer, or in an earlier one
         cache.reset()
         ask(cache, ids)
         assert 0 <= cache.last_turn.cached_by_tier["disk"] <= 8
@@ -421,8 +428,8 @@ def test_blocks_whose_pages_are_damaged_between_turns(tmp_path, ask, warned, com
     assert len(warned()) == 1
 
 
-def test_a_catalog_with_any_byte_of_its_header_flipped(tmp_path, ask, warned):
-    """The files say all that it said: it is read as it is, or made anew."""
+def test_catalog_with_a_flipped_header_byte_is_read_or_rebuilt(tmp_path, ask, warned):
+    """The block files hold everything that the catalog said: it is read as it is, or rebuilt."""
     with PrefixStore(tmp_path / "whole", **COLD) as store, TieredCache(store) as cache:
         ids = ask(cache)
     for at in range(100):

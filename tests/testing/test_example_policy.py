@@ -1,4 +1,4 @@
-"""The policy in the examples is one that the tiers follow."""
+"""The example eviction policy LRU-K passes the policy checks, and both tiers follow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestLruK(PolicyChecks):
         return LruK(request.param)
 
 
-def test_a_prompt_that_was_used_twice_outstays_a_stream_of_others(tmp_path):
+def test_lru_k_keeps_a_prompt_used_twice_through_a_stream_of_other_prompts(tmp_path):
     def turn(store, first):
         tokens = count(4, first)
         store.commit(ROOT, tokens, lambda start, stop: block(tokens[start:stop]).pages)

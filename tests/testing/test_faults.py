@@ -1,4 +1,4 @@
-"""Faults that a drive is given: they happen where they were planned, and nowhere else."""
+"""Planned drive faults happen where they were planned, and nowhere else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def put(drive: FaultyFilesystem, path: Path, durable: bool = True) -> None:
     drive.write_whole(path, [memoryview(DATA)], durable)
 
 
-def test_without_a_fault_all_is_done_and_told(tmp_path, drive):
+def test_calls_without_a_fault_succeed_and_are_recorded(tmp_path, drive):
     drive.make_folder(tmp_path / "a")
     put(drive, tmp_path / "a" / "file")
     drive.delete(tmp_path / "a" / "file")
@@ -36,7 +36,7 @@ def test_without_a_fault_all_is_done_and_told(tmp_path, drive):
 
 
 @pytest.mark.parametrize("code", DISK_ERRORS, ids=errno.errorcode.get)
-def test_one_call_fails(tmp_path, drive, code):
+def test_planned_fault_fails_exactly_one_call(tmp_path, drive, code):
     put(drive, tmp_path / "calls")
     for n, (call, _) in enumerate(list(drive.faults.met), 1):
         drive.faults.plan(Fault(Deed.FAIL, at=n, error=code))
@@ -44,18 +44,18 @@ def test_one_call_fails(tmp_path, drive, code):
             put(drive, tmp_path / f"file {n}")
         assert caught.value.errno == code
         assert drive.faults.met[n - 1][0] == call
-        put(drive, tmp_path / f"file {n}")  # the next one is well again
+        put(drive, tmp_path / f"file {n}")  # the next call succeeds
         assert (tmp_path / f"file {n}").read_bytes() == DATA
 
 
-def test_a_call_may_be_done_and_fail_all_the_same(tmp_path, drive):
+def test_fault_after_the_call_raises_although_the_call_was_done(tmp_path, drive):
     drive.faults.plan(Fault(Deed.FAIL, call="rename", after=True))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         put(drive, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == DATA
 
 
-def test_some_calls_on_some_paths_fail_for_ever(tmp_path, drive):
+def test_permanent_fault_hits_only_matching_calls_and_paths(tmp_path, drive):
     drive.faults.plan(Fault(Deed.FAIL, call="unlink", subject="*/stuck", times=None, error=errno.EACCES))
     for name in ("stuck", "other"):
         put(drive, tmp_path / name)
@@ -67,7 +67,7 @@ def test_some_calls_on_some_paths_fail_for_ever(tmp_path, drive):
     assert drive.delete(tmp_path / "stuck")
 
 
-def test_faults_come_as_often_as_planned(tmp_path, drive):
+def test_fault_occurs_as_often_as_planned(tmp_path, drive):
     drive.faults.plan(Fault(Deed.FAIL, call="unlink", at=2, times=2))
     outcomes = []
     for _ in range(5):
@@ -78,7 +78,7 @@ def test_faults_come_as_often_as_planned(tmp_path, drive):
     assert outcomes == [False, "failed", "failed", False, False]
 
 
-def test_short_writes(tmp_path, drive):
+def test_short_writes_are_continued_until_the_file_is_complete(tmp_path, drive):
     drive.faults.plan(Fault(Deed.SHORT, call="write", times=None))
     put(drive, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == DATA
@@ -86,7 +86,7 @@ def test_short_writes(tmp_path, drive):
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_process_is_killed(tmp_path, drive, after):
+def test_kill_fault_ends_the_process_before_or_after_the_call(tmp_path, drive, after):
     pid = os.fork()
     if pid == 0:
         drive.faults.plan(Fault(Deed.KILL, call="rename", after=after))
@@ -96,10 +96,10 @@ def test_a_process_is_killed(tmp_path, drive, after):
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert (tmp_path / "file").exists() == after
-    assert len(list(tmp_path.iterdir())) == 1  # the file, or the temporary one
+    assert len(list(tmp_path.iterdir())) == 1  # the final or the temporary file
 
 
-def test_only_what_was_not_synced_is_lost(tmp_path, drive):
+def test_lose_fault_drops_only_unsynced_data(tmp_path, drive):
     drive.faults.plan(Fault(Deed.LOSE, call="rename", times=None))
     put(drive, tmp_path / "lazy", durable=False)
     put(drive, tmp_path / "full", durable=True)
@@ -107,7 +107,7 @@ def test_only_what_was_not_synced_is_lost(tmp_path, drive):
     assert (tmp_path / "full").read_bytes() == DATA
 
 
-def test_a_power_cut(tmp_path, drive):
+def test_power_cut_truncates_only_unsynced_files(tmp_path, drive):
     for name in ("lazy", "gone", "full", "replaced"):
         put(drive, tmp_path / name, durable=name == "full")
     drive.delete(tmp_path / "gone")
@@ -121,7 +121,7 @@ def test_a_power_cut(tmp_path, drive):
 @pytest.mark.parametrize(
     ("code", "text"), [(errno.ENOSPC, "full"), (errno.EIO, "disk I/O"), (errno.EROFS, "readonly"), (99, "disk I/O")]
 )
-def test_statements_fail_as_those_of_sqlite_do(tmp_path, code, text):
+def test_planned_statement_faults_raise_sqlite_errors(tmp_path, code, text):
     faults = Faults()
     connection = faults.connect((tmp_path / "db").as_uri(), 1.0)
     try:
@@ -142,7 +142,7 @@ def test_statements_fail_as_those_of_sqlite_do(tmp_path, code, text):
         connection.close()
 
 
-def test_a_plan_that_makes_no_sense():
+def test_invalid_fault_is_rejected():
     with pytest.raises(ValueError, match=r"call='reanme' is none of open, write"):
         Fault(Deed.FAIL, call="reanme")
     with pytest.raises(ValueError, match="at=0 must be 1 or more"):

@@ -1,4 +1,4 @@
-"""The bytes of strided tensors, compared with sets of addresses."""
+"""Memory regions of strided tensors, checked against sets of addresses."""
 
 import torch
 from hypothesis import given
@@ -9,7 +9,7 @@ from kvtier.testing.simulation.regions import Region
 
 @st.composite
 def views(draw, memory):
-    """Any view of ``memory``: overlapping itself, repeating itself and empty ones included."""
+    """Any view of ``memory``, including self-overlapping, repeating and empty views."""
     dtype = draw(st.sampled_from([torch.uint8, torch.int16, torch.float32]))
     typed = memory.view(dtype)
     sizes = draw(st.lists(st.integers(0, 4), max_size=4))
@@ -30,7 +30,7 @@ def addresses(view):
 
 
 @given(data=st.data())
-def test_two_regions_overlap_when_they_share_an_address(data):
+def test_regions_overlap_exactly_when_they_share_an_address(data):
     memory = torch.zeros(160, dtype=torch.uint8)
     one, other = data.draw(views(memory)), data.draw(views(memory))
     shared = bool(addresses(one) & addresses(other))
@@ -39,7 +39,7 @@ def test_two_regions_overlap_when_they_share_an_address(data):
 
 
 @given(data=st.data())
-def test_a_region_lies_within_its_bounds_and_its_storage(data):
+def test_region_has_exact_bounds_and_overlaps_its_storage(data):
     memory = torch.zeros(160, dtype=torch.uint8)
     view = data.draw(views(memory))
     touched = addresses(view)

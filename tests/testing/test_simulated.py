@@ -1,4 +1,4 @@
-"""The simulated engine finds whatever is not ordered, and nothing that is."""
+"""The simulated engine detects every unordered access, and accepts every ordered one."""
 
 import random
 
@@ -20,7 +20,7 @@ def make_engine(seed, **options):
 
 
 def pages(engine):
-    """Host memory with the page of each layer, as something unwatched left it."""
+    """Host memory with the page of each layer, filled outside any watch."""
     memory = [engine.host_empty(SIZE * 4).view(torch.float32) for _ in range(LAYERS)]
     for layer, page in enumerate(memory):
         page.fill_(layer + 1)
@@ -30,7 +30,7 @@ def pages(engine):
 def double_buffered(
     engine, steps=2, *, wait=True, after=True, marks_early=False, fetches_far=False, reuses_source=False
 ):
-    """Attend to pages that are prefetched into two slots in turn; return the answers. Each omission is an argument."""
+    """Attend to pages prefetched alternately into two slots; return the answers. Each argument breaks one order."""
     host = pages(engine)
     answers = []
     with engine.watching():
@@ -83,29 +83,29 @@ def rule_of(function):
 @pytest.mark.parametrize("seed", SEEDS)
 class TestPipelines:
     @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-    def test_a_correct_one_passes(self, seed, grad):
+    def test_correct_pipeline_passes(self, seed, grad):
         with grad():
             assert double_buffered(make_engine(seed)) == EXPECTED
 
-    def test_a_missing_wait_is_caught(self, seed):
+    def test_missing_wait_is_caught(self, seed):
         assert rule_of(lambda: double_buffered(make_engine(seed), wait=False)) == "R1"
 
-    def test_a_missing_after_is_caught(self, seed):
+    def test_missing_after_is_caught(self, seed):
         assert rule_of(lambda: double_buffered(make_engine(seed), after=False)) == "R3"
 
-    def test_a_mark_before_the_kernel_is_caught(self, seed):
+    def test_mark_before_the_kernel_is_caught(self, seed):
         assert rule_of(lambda: double_buffered(make_engine(seed), marks_early=True)) == "R3"
 
-    def test_a_slot_that_is_filled_before_its_kernel_is_enqueued_is_caught(self, seed):
+    def test_filling_a_slot_before_its_kernel_is_enqueued_is_caught(self, seed):
         assert rule_of(lambda: double_buffered(make_engine(seed), fetches_far=True)) == "R1"
 
-    def test_a_source_that_is_reused_early_is_caught(self, seed):
+    def test_reusing_a_source_too_early_is_caught(self, seed):
         assert rule_of(lambda: double_buffered(make_engine(seed), reuses_source=True)) == "R4"
 
 
 @given(choices=st.randoms(use_true_random=False), lazy=st.booleans(), data=st.data())
-def test_a_correct_pipeline_gives_the_right_bytes_whatever_happens(choices, lazy, data):
-    """Pages go down from a window, are overwritten there, come back into a ring, and are summed up by kernels."""
+def test_correct_pipeline_gives_exact_bytes_under_any_schedule(choices, lazy, data):
+    """Pages go from a buffer to the host, are overwritten in the buffer, return to a ring, and are read by kernels."""
     engine = SimulatedEngine(choices, lazy=lazy)
     count = data.draw(st.integers(1, 8))
     ring = data.draw(st.integers(1, 3))
@@ -141,7 +141,7 @@ def test_a_correct_pipeline_gives_the_right_bytes_whatever_happens(choices, lazy
 
 
 class TestScheduling:
-    def test_nothing_runs_when_it_is_enqueued_and_targets_are_poisoned_until_it_does(self):
+    def test_operations_run_later_and_poison_their_targets_until_then(self):
         engine = SimulatedEngine(lazy=True)
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex128):
             target = torch.zeros(3, 4, dtype=dtype)
@@ -156,12 +156,12 @@ class TestScheduling:
         assert engine.pending == 1
         truths = torch.zeros(4, dtype=torch.bool)
         engine.copy(truths, torch.zeros(4, dtype=torch.bool))
-        assert truths.view(torch.uint8).tolist() == [1] * 4  # other bytes are no truth values
+        assert truths.view(torch.uint8).tolist() == [1] * 4  # other bytes are not valid booleans
         engine.close()
         assert counts.tolist() == [1] * 4
         assert engine.host_empty(3).tolist() == [255] * 3
 
-    def test_what_an_operation_changes_in_place_is_not_poisoned(self):
+    def test_memory_that_an_operation_reads_and_writes_is_not_poisoned(self):
         engine = SimulatedEngine(lazy=True)
         memory, other = torch.ones(4), torch.ones(4)
         fence = engine.call(lambda: memory.mul_(3), reads=(memory[:1],), writes=(memory, other))
@@ -170,7 +170,7 @@ class TestScheduling:
         engine.settle(fence)
         assert memory.tolist() == [3] * 4
 
-    def test_a_source_is_read_when_the_operation_runs(self):
+    def test_source_is_read_when_the_operation_runs(self):
         engine = SimulatedEngine(lazy=True)
         source, target = torch.ones(4), torch.zeros(4)
         fence = engine.copy(target, source)
@@ -178,7 +178,7 @@ class TestScheduling:
         engine.settle(fence)
         assert target.tolist() == [2] * 4
 
-    def test_a_target_is_poisoned_only_when_the_operation_may_begin(self):
+    def test_target_is_poisoned_only_when_the_operation_may_begin(self):
         engine = SimulatedEngine(lazy=True)
         source, staging, target = torch.ones(4), torch.zeros(4), torch.zeros(4)
         first = engine.copy(staging, source)
@@ -190,7 +190,7 @@ class TestScheduling:
         engine.settle(third)
         assert staging.tolist() == [3] * 4
 
-    def test_what_is_not_ordered_runs_in_every_order(self):
+    def test_unordered_operations_run_in_every_order(self):
         orders = set()
         for seed in range(200):
             engine, ran = SimulatedEngine(random.Random(seed)), []
@@ -200,7 +200,7 @@ class TestScheduling:
             orders.add("".join(ran))
         assert len(orders) == 6
 
-    def test_operations_run_before_anyone_waits_unless_it_is_lazy(self):
+    def test_operations_run_before_any_wait_unless_the_engine_is_lazy(self):
         def left(seed, lazy):
             engine = SimulatedEngine(random.Random(seed), lazy=lazy)
             for _ in range(20):
@@ -210,7 +210,7 @@ class TestScheduling:
         assert {left(seed, lazy=True) for seed in range(20)} == {20}
         assert len({left(seed, lazy=False) for seed in range(20)}) > 4
 
-    def test_only_what_a_fence_depends_on_is_forced(self):
+    def test_wait_forces_only_the_dependencies_of_its_fence(self):
         engine, ran = SimulatedEngine(lazy=True), []
         first = engine.call(lambda: ran.append(1))
         engine.call(lambda: ran.append(2))
@@ -218,7 +218,7 @@ class TestScheduling:
         engine.wait(third)
         assert ran == [1, 3]
 
-    def test_long_chains_are_no_deeper_than_short_ones(self):
+    def test_long_chain_of_operations_runs_in_order(self):
         engine, ran = SimulatedEngine(lazy=True), []
         fence = engine.mark()
         for number in range(1100):
@@ -226,14 +226,14 @@ class TestScheduling:
         engine.wait(fence)
         assert ran == list(range(1100))
 
-    def test_it_counts(self):
+    def test_engine_counts_copies_bytes_and_calls(self):
         engine = SimulatedEngine()
         engine.copy(torch.zeros(3), torch.ones(3))
         engine.copy(torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
         engine.call(lambda: None)
         assert (engine.copies, engine.bytes_copied, engine.calls) == (2, 28, 1)
 
-    def test_it_takes_no_other_engines_fences_and_converts_nothing(self):
+    def test_engine_rejects_foreign_fences_and_mismatched_copies(self):
         engine = SimulatedEngine()
         for fence in (SimulatedEngine().mark(), InlineEngine().mark()):
             with pytest.raises(ValueError, match="no fence of this engine"):
@@ -242,7 +242,7 @@ class TestScheduling:
             with pytest.raises(ValueError, match="must be equal"):
                 engine.copy(torch.zeros(3), other)
 
-    def test_a_host_task_sees_neither_the_callers_inference_mode_nor_the_watch(self):
+    def test_host_task_runs_outside_the_callers_inference_mode_and_watch(self):
         engine, seen = SimulatedEngine(), []
         with engine.watching(), torch.inference_mode():
             memory = torch.zeros(4)
@@ -255,7 +255,7 @@ class TestScheduling:
 
 
 class TestFailures:
-    def test_what_a_failed_operation_came_after_may_still_be_pending(self):
+    def test_wait_that_fails_may_leave_other_dependencies_pending(self):
         ran = set()
         for seed in range(20):
             engine, done = SimulatedEngine(random.Random(seed), lazy=True), []
@@ -266,7 +266,7 @@ class TestFailures:
             ran.add(len(done))
         assert ran == {0, 1}
 
-    def test_a_failed_operation_has_ended_when_its_error_was_raised(self):
+    def test_failed_operation_has_ended_once_its_error_is_raised(self):
         engine, target = SimulatedEngine(lazy=True), torch.zeros(4)
         with engine.watching():
             fence = engine.call(lambda: 1 // 0, writes=(target,), after=(engine.mark(),))
@@ -277,7 +277,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("lazy", [True, False])
     def test_every_step_can_be_made_to_fail(self, lazy):
-        """Seven engine calls; those of the caller raise there and then, those of operations at their wait."""
+        """There are seven steps: the caller's steps raise at once, the steps of operations raise at their wait."""
 
         def run(fail):
             engine = SimulatedEngine(random.Random(3), lazy=lazy, fail=fail)
@@ -302,7 +302,7 @@ class TestFailures:
             with pytest.raises(KeyboardInterrupt, match=f"{chosen[0]} {chosen[1]}"):
                 run(fail)
 
-    def test_an_interrupt_of_an_operation_waits_for_its_wait(self):
+    def test_interrupt_of_an_operation_is_raised_when_it_is_settled(self):
         def fail(step, ordinal):
             if step == "call":
                 raise KeyboardInterrupt
@@ -314,7 +314,7 @@ class TestFailures:
         with pytest.raises(KeyboardInterrupt):
             engine.settle(fence)
 
-    def test_compute_has_not_waited_for_what_a_failed_operation_came_after(self):
+    def test_failed_wait_does_not_order_compute_after_other_dependencies(self):
         engine = SimulatedEngine(lazy=True)
         target = torch.zeros(4)
         slow = engine.copy(target, torch.ones(4))
@@ -344,9 +344,9 @@ def engine():
 
 
 class TestRules:
-    """One rule each, by the shortest program that breaks it; beside it what is not a race."""
+    """Each test breaks one rule with the shortest program, beside similar programs without a race."""
 
-    def test_r1_kernels_read_and_write_targets_after_their_wait(self, engine):
+    def test_r1_kernel_touching_a_target_before_its_wait_is_a_race(self, engine):
         target = torch.zeros(8)
         for touch in (target.sum, lambda: target.add_(1), lambda: torch.cat([target, target]), target[0].item):
 
@@ -368,7 +368,7 @@ class TestRules:
             target.sum()
 
     @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
-    def test_r1_a_view_that_is_a_copy_reads(self, engine, grad):
+    def test_r1_reshape_that_copies_counts_as_a_read(self, engine, grad):
         target = torch.zeros(4, 4)
         engine.copy(target, torch.ones(4, 4))
 
@@ -404,7 +404,7 @@ class TestRules:
         assert torch.equal(before, attend(20))
         del fence
 
-    def test_r2_kernels_write_sources_after_their_wait(self, engine):
+    def test_r2_kernel_writing_a_source_before_its_wait_is_a_race(self, engine):
         source = torch.zeros(4)
 
         def run():
@@ -420,7 +420,7 @@ class TestRules:
         waits = False
         assert rule_of(run) == "R2"
 
-    def test_r3_targets_come_after_what_kernels_last_did_with_them(self):
+    def test_r3_copy_to_a_target_must_follow_the_kernels_that_used_it(self):
         slots, source = torch.zeros(2, 4), torch.ones(4)
 
         def run(slot):
@@ -434,7 +434,7 @@ class TestRules:
         run(0)
         assert rule_of(lambda: run(1)) == "R3"
 
-    def test_r3_it_is_the_last_access_that_counts(self, engine):
+    def test_r3_counts_the_last_access_of_a_kernel(self, engine):
         slots, source = torch.zeros(2, 4), torch.ones(4)
 
         def run():
@@ -449,7 +449,7 @@ class TestRules:
         assert rule_of(run) == "R3"
         assert engine.copies == 1
 
-    def test_r3_sources_come_after_the_kernels_that_wrote_them(self):
+    def test_r3_copy_from_a_source_must_follow_the_kernels_that_wrote_it(self):
         source, target = torch.zeros(4), torch.zeros(4)
 
         def run(mark_first):
@@ -458,13 +458,13 @@ class TestRules:
                 early = engine.mark()
                 source.add_(1)
                 late = engine.mark()
-                source.sum()  # reading beside a read is fine
+                source.sum()  # concurrent reads are no race
                 engine.copy(target, source, after=(early if mark_first else late,))
 
         run(mark_first=False)
         assert rule_of(lambda: run(mark_first=True)) == "R3"
 
-    def test_r3_new_memory_may_have_been_freed_by_kernels_that_still_run(self, engine):
+    def test_r3_new_memory_needs_a_mark_because_running_kernels_may_have_freed_it(self, engine):
         def run(marks):
             with engine.watching():
                 target = torch.empty(4)
@@ -472,7 +472,7 @@ class TestRules:
 
         assert rule_of(lambda: run(0)) == "R3"
 
-    def test_r3_a_mark_counts_through_other_operations(self, engine):
+    def test_r3_mark_counts_through_dependent_operations(self, engine):
         with engine.watching():
             target = torch.zeros(4)
             first = engine.call(lambda: None, after=(engine.mark(),))
@@ -482,28 +482,28 @@ class TestRules:
             engine.settle(engine.mark())
             engine.call(lambda: None, writes=(other,))
 
-    def test_r4_operations_on_the_same_bytes_are_ordered(self, engine):
+    def test_r4_unordered_operations_on_the_same_bytes_are_a_race(self, engine):
         buffer = torch.zeros(4, 8)
         first = engine.copy(buffer[:, :4], torch.ones(4, 4))
-        engine.copy(buffer[:, 4:], torch.ones(4, 4))  # between the others' rows
+        engine.copy(buffer[:, 4:], torch.ones(4, 4))  # between the rows of the other operations
         second = engine.call(lambda: None, reads=(buffer[:, :4],), after=(first,))
         assert rule_of(lambda: engine.copy(buffer[2:3, 3:5], torch.ones(1, 2))) == "R4"
         assert rule_of(lambda: engine.call(lambda: None, reads=(buffer[2, :4],))) == "R4"
         assert rule_of(lambda: engine.copy(buffer[:, :4], torch.ones(4, 4), after=(first,))) == "R4"
         engine.copy(buffer[:, :4], torch.ones(4, 4), after=(second,))
 
-    def test_r4_readers_do_not_disturb_each_other(self, engine):
+    def test_r4_concurrent_readers_are_no_race(self, engine):
         source = torch.ones(4)
         readers = [engine.copy(torch.zeros(4), source) for _ in range(3)]
         assert rule_of(lambda: engine.copy(source, torch.zeros(4), after=readers[1:])) == "R4"
         engine.copy(source, torch.zeros(4), after=readers)
 
-    def test_r4_sees_the_same_memory_through_two_tensors(self, engine):
+    def test_r4_detects_the_same_memory_behind_two_tensors(self, engine):
         memory = torch.zeros(8).numpy()
         engine.copy(torch.from_numpy(memory)[:4], torch.ones(4))
         assert rule_of(lambda: engine.copy(torch.from_numpy(memory[2:]), torch.ones(6))) == "R4"
 
-    def test_a_mark_comes_after_what_compute_has_waited_for(self, engine):
+    def test_mark_comes_after_everything_that_compute_has_waited_for(self, engine):
         target = torch.zeros(4)
         early = engine.mark()
         fence = engine.copy(target, torch.ones(4))
@@ -511,7 +511,7 @@ class TestRules:
         assert rule_of(lambda: engine.copy(target, torch.ones(4), after=(early,))) == "R4"
         engine.copy(target, torch.ones(4), after=(engine.mark(),))
 
-    def test_what_the_host_has_settled_comes_before_all_it_enqueues(self, engine):
+    def test_settled_operations_precede_everything_the_host_enqueues_later(self, engine):
         target, source = torch.zeros(4), torch.ones(4)
         engine.settle(engine.copy(target, source))
         with engine.watching():
@@ -519,7 +519,7 @@ class TestRules:
             engine.settle(engine.mark())
         engine.copy(target, source)
 
-    def test_kernels_on_host_memory_are_work_of_the_host_which_has_to_settle(self, engine):
+    def test_kernels_on_host_memory_need_settle_instead_of_wait(self, engine):
         host = engine.host_empty(16)
 
         def run(wait):
@@ -527,19 +527,19 @@ class TestRules:
                 wait(engine.copy(host, torch.zeros(16, dtype=torch.uint8), after=(engine.mark(),)))
                 other = host.clone()
                 other.add_(1)
-                engine.settle(engine.call(lambda: None, reads=(host,), writes=(other,)))  # the host has done with both
+                engine.settle(engine.call(lambda: None, reads=(host,), writes=(other,)))  # the host is done with both
 
         run(engine.settle)
         assert rule_of(lambda: run(engine.wait)) == "R1"
 
-    def test_a_device_that_reads_host_memory_has_no_host_memory_of_its_own(self):
+    def test_kernels_on_host_memory_need_only_wait_when_the_device_is_the_host(self):
         engine = SimulatedEngine(lazy=True, device_is_host=True)
         host = engine.host_empty(16)
         with engine.watching():
             engine.wait(engine.copy(host, torch.zeros(16, dtype=torch.uint8), after=(engine.mark(),)))
             host.add_(1)
 
-    def test_a_race_that_was_swallowed_is_raised_at_the_end(self, engine):
+    def test_swallowed_race_is_raised_again_at_the_end(self, engine):
         def run():
             with engine.watching():
                 target = torch.zeros(4)
@@ -548,8 +548,8 @@ class TestRules:
 
         assert rule_of(run) == "R3"
 
-    def test_memory_that_is_used_again_is_other_memory(self, engine):
-        """The allocator gives the same addresses again and again: to kernels, and to a host that marks nothing."""
+    def test_reused_memory_addresses_are_no_race(self, engine):
+        """The allocator reuses the same addresses: for kernels, and for a host that sets no marks."""
         addresses = {"device": set(), "host": set()}
         with engine.watching():
             for number in range(100):
@@ -564,13 +564,13 @@ class TestRules:
                 del host
         assert addresses["device"] & addresses["host"]
 
-    def test_memory_of_an_operation_that_nobody_waited_for_is_not_given_away(self):
+    def test_memory_of_an_operation_without_a_wait_is_not_reused(self):
         engine, addresses = SimulatedEngine(random.Random(0)), set()
         for _ in range(10):
             target = torch.empty(1000)
             addresses.add(target.data_ptr())
             engine.copy(target, torch.ones(1000))
-            while engine.pending:  # on an accelerator it might still run
+            while engine.pending:  # on an accelerator it could still be running
                 engine.mark()
             del target
         assert len(addresses) == 10
@@ -582,14 +582,14 @@ class TestMutants:
         assert double_buffered(recorder) == EXPECTED
         return recorder
 
-    def test_a_recorder_changes_nothing_and_lists_what_can_be_dropped(self):
+    def test_recorder_changes_nothing_and_lists_possible_drops(self):
         found = drops(self.record())
         assert {drop.what for drop in found} == {"wait", "after", "after[0]", "after[-1]"}
         assert {drop.site.file for drop in found} == {__file__}
         assert any(drop.origin.startswith("mark at") for drop in found)
         assert found == sorted(set(found))
 
-    def test_every_mutant_of_a_pipeline_without_a_fence_too_many_is_caught(self):
+    def test_every_mutant_of_a_pipeline_without_redundant_fences_is_caught(self):
         for drop in drops(self.record()):
             for seed in SEEDS:
                 mutant = Mutant(make_engine(seed), drop)
@@ -624,13 +624,13 @@ class TestMutants:
             (7, "settle", ""),
         ]
 
-    def test_fences_from_elsewhere_pass_through(self):
+    def test_recorder_passes_foreign_fences_through(self):
         engine = SimulatedEngine(lazy=True)
         fence, recorder = engine.mark(), Recorder(engine)
         recorder.wait(recorder.call(lambda: None, after=(fence, recorder.mark())))
         assert any(drop.origin == "elsewhere" for drop in drops(recorder))
 
-    def test_a_mutant_whose_drop_never_comes_up_is_the_engine(self):
+    def test_mutant_whose_drop_never_occurs_behaves_like_the_engine(self):
         site = self.record().seen.most_common(1)[0][0].site
         mutant = Mutant(SimulatedEngine(), Drop(site._replace(line=1), "wait"))
         assert double_buffered(mutant) == EXPECTED

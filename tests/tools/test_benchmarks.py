@@ -1,3 +1,5 @@
+"""The parts of the benchmarks: run order, statistics, results, workload, and runs on a tiny model."""
+
 import json
 import os
 import subprocess
@@ -34,7 +36,7 @@ from kvtier import PrefixStore, TieredCache
 from kvtier.transfer import InlineEngine
 from tests.support.upstream import CACHE
 
-VOCABULARY = 200  # of the tiny models
+VOCABULARY = 200  # vocabulary size of the tiny models
 needs_dropping = pytest.mark.skipif(not page_cache.can_drop(), reason="this system cannot drop pages")
 
 
@@ -49,11 +51,11 @@ def samples_of(*values, answer=None, metric="s"):
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def test_two_competitors_go_there_and_back():
+def test_turn_order_of_two_competitors_is_balanced():
     assert ["".join(turn_order("ab", r)) for r in range(4)] == ["ab", "ba", "ba", "ab"]
 
 
-def test_nobody_is_always_first_or_always_after_the_same_one():
+def test_turn_order_varies_the_first_competitor_and_each_predecessor():
     orders = [turn_order("abcd", r) for r in range(8)]
     assert {order[0] for order in orders} == set("abcd")
     for name in "abcd":
@@ -63,7 +65,7 @@ def test_nobody_is_always_first_or_always_after_the_same_one():
 
 @pytest.mark.parametrize("competitors", range(1, 6))
 @pytest.mark.parametrize("round_index", range(7))
-def test_everybody_runs_once_a_round(competitors, round_index):
+def test_every_competitor_runs_once_per_round(competitors, round_index):
     names = [str(i) for i in range(competitors)]
     assert sorted(turn_order(names, round_index)) == names
 
@@ -84,7 +86,7 @@ def test_rounds_are_interleaved_and_samples_stay_in_round_order():
     assert [s.values["s"] for s in samples["b"]] == [2.0, 3.0, 5.0]
 
 
-def test_names_must_differ_and_there_must_be_rounds():
+def test_interleave_rejects_equal_names_and_zero_rounds():
     one = Competitor("a", lambda: Sample({"s": 1.0}))
     with pytest.raises(BenchmarkError, match="same name"):
         interleave([one, one], 1, quiet)
@@ -92,7 +94,7 @@ def test_names_must_differ_and_there_must_be_rounds():
         interleave([one], 0, quiet)
 
 
-def test_rounds_asked_for_win_over_quick_and_default():
+def test_explicit_rounds_override_quick_and_default():
     assert Options().rounds_or(7) == 7
     assert Options(quick=True).rounds_or(7) == 2
     assert Options(rounds=5, quick=True).rounds_or(7) == 5
@@ -107,7 +109,7 @@ def test_spread_is_median_and_extremes():
 
 
 def test_ratios_are_taken_round_by_round():
-    # the machine was twice as slow in the second round: the ratio of medians would be 2 as well, its spread would not
+    # The machine was twice as slow in the second round. The ratio of medians would be 2 as well, but not its spread.
     assert paired_ratios([2.0, 4.0], [1.0, 2.0]) == [2.0, 2.0]
     with pytest.raises(ValueError, match="zip"):
         paired_ratios([1.0], [1.0, 2.0])
@@ -142,12 +144,12 @@ def test_a_case_without_baseline_has_no_ratios():
         case.ratio("a")
 
 
-def test_other_figures_come_along():
+def test_case_reports_medians_of_additional_figures():
     case = make_case("t", {"a": (Sample({"s": 1.0, "more": 5.0}), Sample({"s": 1.0, "more": 7.0}))}, "s")
     assert case.row("a").also == {"more": 6.0}
 
 
-def test_other_tokens_are_wrong_only_where_the_calls_were_the_same():
+def test_different_tokens_are_wrong_only_for_the_same_calls():
     samples = {"plain": samples_of(1.0, answer=(1, 2)), "other": samples_of(1.0, answer=(1, 3))}
     assert wrong_of(make_case("t", samples, "s", reference="plain")) == ("t: other differs at token 1 in round 1",)
     assert wrong_of(make_case("t", samples, "s", reference="plain", other_calls=["other"])) == ()
@@ -167,7 +169,7 @@ def wrong_of(case):
         ("less than", True, False, False),
     ],
 )
-def test_targets(sense, below, same, above):
+def test_target_is_met_according_to_its_sense(sense, below, same, above):
     assert [Target("t", measured, 2.0, sense).met for measured in (1.0, 2.0, 3.0)] == [below, same, above]
 
 
@@ -195,7 +197,7 @@ def test_json_holds_samples_targets_and_machine(tmp_path):
     assert replace(result, targets=()).targets == ()
 
 
-def test_figures_are_written_with_a_unit_that_suits():
+def test_figures_are_formatted_with_a_suitable_unit():
     assert format_value(0.01234, "s") == "12.3 ms"
     assert format_value(12.345, "s") == "12.3 s"
     assert format_value(0.1, "s/token") == "100 ms"
@@ -205,7 +207,7 @@ def test_figures_are_written_with_a_unit_that_suits():
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
-def test_the_machine_is_described():
+def test_describe_machine_reports_cpu_memory_threads_torch_and_date():
     machine = describe_machine()
     assert machine.cpu
     assert 1 <= machine.cores <= (os.cpu_count() or 1)
@@ -215,7 +217,7 @@ def test_the_machine_is_described():
     assert machine.date.endswith("+00:00")
 
 
-def test_the_commit_tells_changes(tmp_path):
+def test_commit_marks_uncommitted_changes(tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
@@ -236,7 +238,7 @@ def test_the_commit_tells_changes(tmp_path):
 
 
 class Chat:
-    """A tiny model and a tokenizer that makes a token of every character."""
+    """A tiny model, and a tokenizer with one token per character."""
 
     def __init__(self, model):
         self.model = model
@@ -255,7 +257,7 @@ def known(model, tokens):
     return tuple(ids[0].tolist()), keys_values(cache, 19)
 
 
-def test_a_seeded_cache_answers_like_one_that_computed(model, known, store):
+def test_seeded_cache_answers_like_a_computed_cache(model, known, store):
     ids, states = known
     prompt = (*ids, 5, 6)
     plain = timed_turn(Chat(model), prompt, DynamicCache(config=model.config), 4)
@@ -268,13 +270,13 @@ def test_a_seeded_cache_answers_like_one_that_computed(model, known, store):
     assert warm.seconds_per_decode_token == pytest.approx((warm.token_seconds[3] - warm.token_seconds[0]) / 3)
 
 
-def test_seeding_a_store_that_knows_the_turn_is_refused(model, known, store):
+def test_seeding_a_store_that_has_the_turn_is_refused(model, known, store):
     seeded(store, Chat(model), *known).close()
     with pytest.raises(BenchmarkError, match="knows the conversation already"):
         seeded(store, Chat(model), *known)
 
 
-def test_a_turn_from_elsewhere_than_its_name_says_is_refused():
+def test_turn_from_an_unexpected_tier_is_refused():
     with pytest.raises(BenchmarkError, match=r"expected known tokens \{'host': 8\}, the turn reports \{'device': 3"):
         expect_source({"device": 3, "host": 5, "disk": 0}, {"host": 8})
     with pytest.raises(BenchmarkError, match=r"reports \{\}"):
@@ -289,7 +291,7 @@ def test_a_cache_without_a_turn_has_no_report(cache):
         reported(cache)
 
 
-def test_a_copied_store_leaves_the_template_alone(model, known, tokens, tmp_path):
+def test_copied_store_leaves_the_template_unchanged(model, known, tokens, tmp_path):
     with PrefixStore(tmp_path / "store", block_size=8) as store:
         seeded(store, Chat(model), *known).close()
     before = sorted(tmp_path.rglob("*.safetensors"))
@@ -302,13 +304,13 @@ def test_a_copied_store_leaves_the_template_alone(model, known, tokens, tmp_path
     assert sorted(tmp_path.rglob("*.safetensors")) == before
 
 
-def test_block_files_are_placed_in_the_order_of_their_tokens(model, known, tmp_path):
+def test_block_files_are_ordered_by_their_tokens(model, known, tmp_path):
     with PrefixStore(tmp_path, block_size=8) as store:
         seeded(store, Chat(model), *known).close()
     assert [(file.start, file.stop) for file in restore._in_order(tmp_path)] == [(0, 8), (8, 16), (16, 19)]
 
 
-def test_two_sequences_in_one_store_cannot_be_placed(model, known, tokens, tmp_path):
+def test_store_with_two_sequences_is_refused(model, known, tokens, tmp_path):
     with PrefixStore(tmp_path, block_size=8) as store:
         seeded(store, Chat(model), *known).close()
         other = tuple(tokens(20, seed=1)[0].tolist())
@@ -317,7 +319,7 @@ def test_two_sequences_in_one_store_cannot_be_placed(model, known, tokens, tmp_p
         restore._in_order(tmp_path)
 
 
-def test_running_text_repeats_a_document_that_is_too_short(model):
+def test_running_text_repeats_a_short_document(model):
     chat = Chat(model)
     text = running_text(chat, 40_000)
     assert len(text) == 40_000
@@ -328,16 +330,16 @@ def test_running_text_repeats_a_document_that_is_too_short(model):
     assert text[period:] == text[: 40_000 - period]
 
 
-# --- the benchmarks on a tiny model -----------------------------------------------------------------------------------
+# --- benchmarks on a tiny model ---------------------------------------------------------------------------------------
 
 
-def test_decode_compares_the_same_tokens(model):
+def test_decode_benchmark_gets_equal_tokens(model):
     case = decode._measure(Chat(model), 64, 2, Options())
     assert [row.name for row in case.rows] == [decode.PLAIN, decode.TIERED]
     assert {row.answer for row in case.rows} == {"equal"}
 
 
-def test_decode_targets():
+def test_decode_target_depends_on_the_context_length():
     assert decode._target(512, 0.98).met
     assert not decode._target(512, 0.97).met
     assert not decode._target(4096, 1.0).met
@@ -346,35 +348,33 @@ def test_decode_targets():
 
 @pytest.fixture
 def streaming_setup(make_model, monkeypatch):
-    """The CPU stands in for an accelerator: pages go to host memory there, and come back."""
+    """A CPU in place of the accelerator: pages go to host memory, and come back."""
     monkeypatch.setattr(gpu, "PrefixStore", partial(PrefixStore, block_size=8))
     monkeypatch.setattr(gpu, "_CHUNK", 32)
     model = make_model("llama", num_hidden_layers=12)
     return gpu.set_up("tiny", model, torch.device("cpu"), 512, lambda device: InlineEngine())
 
 
-def test_streaming_and_plain_decode_the_same_tokens(streaming_setup):
+def test_offloaded_and_plain_decoding_give_equal_tokens(streaming_setup):
     setup = streaming_setup
     case = gpu.measure(setup, 2, Options(), offloading=False)
     assert {row.answer for row in case.rows} == {"equal"}
     assert [row.also.get("cold_layers", 0) > 0 for row in case.rows] == [False, False, True, True]
     half, quarter = (case.row(name).also for name in gpu._FRACTIONS)
     up = [row["bytes_up_per_call"] for row in (half, quarter)]
-    assert (
-        0 < up[0] < up[1] < 1.1 * case.facts["keys_values_bytes"]
-    )  # a little more: what is prefetched last is not used
+    assert 0 < up[0] < up[1] < 1.1 * case.facts["keys_values_bytes"]  # a little more: the last prefetch is not used
     for row in (half, quarter):
         assert row["floor_s"] == pytest.approx(row["bytes_up_per_call"] / case.facts["link_up_bytes_per_second"])
     assert len(gpu._movements(case)) == 2
 
 
-def test_a_budget_that_leaves_all_hot_is_no_measurement_of_streaming(streaming_setup, monkeypatch):
+def test_budget_that_keeps_all_layers_hot_is_refused(streaming_setup, monkeypatch):
     monkeypatch.setattr(gpu, "_FRACTIONS", {"half": 9.0})
     with pytest.raises(BenchmarkError, match="0 layers were cold"):
         gpu.measure(streaming_setup, 1, Options(), offloading=False)
 
 
-def test_a_benchmark_that_cannot_be_run_here_is_skipped(monkeypatch, tmp_path):
+def test_benchmark_that_cannot_run_here_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "accelerators", list)
     done = CliRunner().invoke(app, ["gpu", "--output", str(tmp_path)])
     assert done.exit_code == 0
@@ -382,14 +382,14 @@ def test_a_benchmark_that_cannot_be_run_here_is_skipped(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_first_turns_are_cold_and_compare_the_same_tokens(model):
+def test_first_turns_are_cold_and_give_equal_tokens(model):
     turn, first_token = first_turn._measure(Chat(model), 32, 2, Options())
     for case in (turn, first_token):
         assert [row.answer for row in case.rows] == ["equal"] * 3
     assert all(a > b for a, b in zip(turn.rows[1].samples, first_token.rows[1].samples, strict=True))
 
 
-def test_a_first_turn_that_is_not_cold_is_refused(model, monkeypatch):
+def test_first_turn_with_cached_tokens_is_refused(model, monkeypatch):
     store = PrefixStore()
     monkeypatch.setattr(first_turn, "PrefixStore", lambda folder: store)
     monkeypatch.setattr(store, "close", lambda: None)
@@ -397,7 +397,7 @@ def test_a_first_turn_that_is_not_cold_is_refused(model, monkeypatch):
         first_turn._measure(Chat(model), 32, 2, Options())
 
 
-def test_a_turn_that_stops_early_is_refused(model):
+def test_turn_with_too_few_tokens_is_refused(model):
     class Short:
         config, device = model.config, model.device
 
@@ -419,21 +419,21 @@ def restore_bench(model, known, tmp_path):
 
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=[needs_dropping])])
-def test_restoring_brings_the_same_bytes_by_every_way(restore_bench, dropped):
+def test_restore_benchmark_gets_equal_bytes_from_every_source(restore_bench, dropped):
     case = restore_bench.case(2, Options(), dropped=dropped)
     assert case.facts["tokens"] == 19
     assert (restore.RAM in [row.name for row in case.rows]) is not dropped
     assert case.row(restore.PLAIN).also["bytes_per_s"] > 0
 
 
-def test_other_bytes_than_were_stored_stop_the_benchmark(restore_bench):
+def test_restored_bytes_that_differ_stop_the_benchmark(restore_bench):
     restore_bench._known[1][1][0, 0, 3] += 1
     for run in (lambda: restore_bench._plainly(None), lambda: restore_bench._from_disk("raw")):
         with pytest.raises(BenchmarkError, match="layer 1 does not hold the bytes"):
             run()
 
 
-def test_a_new_process_that_fails_says_why(monkeypatch):
+def test_failing_new_process_reports_its_error(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no such model")
     monkeypatch.setattr(fresh_turn.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(BenchmarkError, match=r"a new process with dynamic failed:\nno such model"):
@@ -449,18 +449,18 @@ def test_a_new_process_that_fails_says_why(monkeypatch):
         (imports.WRAPPED, ["kvtier-read"], "kvtier-read"),
     ],
 )
-def test_an_import_with_effects_stops_the_benchmark(monkeypatch, replaced_names, threads, message):
+def test_import_with_side_effects_stops_the_benchmark(monkeypatch, replaced_names, threads, message):
     seen = {"seconds": 2.0, "kvtier_seconds": 1.0, "replaced": replaced_names, "threads_started": threads}
     monkeypatch.setattr(imports, "_probe", lambda with_kvtier: seen)
     with pytest.raises(BenchmarkError, match=message):
         imports._with_kvtier()
 
 
-# --- what the benchmarks ask the system -------------------------------------------------------------------------------
+# --- system queries ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mincore is asked as Linux answers it")
-def test_pages_that_were_just_read_are_resident(tmp_path):
+def test_recently_read_pages_are_resident(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(1 << 20))
     (tmp_path / "empty").touch()
@@ -470,7 +470,7 @@ def test_pages_that_were_just_read_are_resident(tmp_path):
 
 
 @needs_dropping
-def test_dropping_keeps_the_bytes(tmp_path):
+def test_dropping_pages_keeps_the_bytes(tmp_path):
     path = tmp_path / "file"
     content = os.urandom(1 << 20)
     path.write_bytes(content)
@@ -482,7 +482,7 @@ def test_dropping_keeps_the_bytes(tmp_path):
     assert path.read_bytes() == content
 
 
-def test_replaced_attributes_are_found():
+def test_replaced_finds_changed_added_and_deleted_attributes():
     class Owner:
         kept = gone = object()
         other = 1
@@ -494,7 +494,7 @@ def test_replaced_attributes_are_found():
     assert replaced(before, Owner) == ["Owner.gone", "Owner.new", "Owner.other"]
 
 
-def test_importing_kvtier_wraps_what_it_says_and_starts_nothing():
+def test_importing_kvtier_wraps_only_the_declared_names_and_starts_no_thread():
     command = [sys.executable, "-m", "benchmarks.import_probe", "kvtier"]
     seen = json.loads(subprocess.run(command, cwd=CHECKOUT, capture_output=True, check=True).stdout)
     assert seen["replaced"] == imports.WRAPPED
@@ -502,14 +502,14 @@ def test_importing_kvtier_wraps_what_it_says_and_starts_nothing():
     assert 0 < seen["kvtier_seconds"] < seen["seconds"]
 
 
-def test_an_unknown_benchmark_is_refused_with_the_names_there_are():
+def test_unknown_benchmark_is_refused_with_the_known_names():
     done = CliRunner().invoke(app, ["speed"])
     assert done.exit_code == 2
     assert "no benchmark speed" in done.output
     assert NAMES[0] in done.output
 
 
-def test_every_benchmark_is_a_module_with_a_purpose():
+def test_every_benchmark_has_a_module_docstring_and_a_readme_entry():
     folder = CHECKOUT / "benchmarks"
     readme = (folder / "README.md").read_text(encoding="utf-8")
     for name in NAMES:

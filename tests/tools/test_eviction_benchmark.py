@@ -37,7 +37,7 @@ def found(contender, trace, capacity):
 # --- traces -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_trace_is_read_with_shared_beginnings_and_a_short_last_block(tmp_path):
+def test_trace_reader_shares_prefixes_and_keeps_a_short_last_block(tmp_path):
     path = written(
         tmp_path,
         {"input_length": 1100, "hash_ids": [7, 8, 9]},
@@ -66,12 +66,12 @@ def test_a_trace_is_read_with_shared_beginnings_and_a_short_last_block(tmp_path)
         ([], "holds no requests"),
     ],
 )
-def test_a_file_that_is_no_trace_is_refused_with_its_line(tmp_path, requests, what):
+def test_invalid_trace_is_refused_with_a_reason(tmp_path, requests, what):
     with pytest.raises(BenchmarkError, match=what):
         read_trace(written(tmp_path, *requests))
 
 
-def test_a_trace_that_is_not_there_is_named(tmp_path):
+def test_missing_trace_is_named_in_the_error(tmp_path):
     with pytest.raises(BenchmarkError, match="nowhere"):
         read_trace(tmp_path / "nowhere")
 
@@ -79,11 +79,11 @@ def test_a_trace_that_is_not_there_is_named(tmp_path):
 # --- workloads --------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_decides_a_workload():
+def test_seed_determines_the_workload():
     assert draw(ASSISTANTS, 100, 1) == draw(ASSISTANTS, 100, 1) != draw(ASSISTANTS, 100, 2)
 
 
-def test_a_workload_shares_beginnings_and_chains_are_chains():
+def test_workload_requests_are_chains_and_share_prefixes():
     trace = draw(CHATS, 200, 0)
     assert len(trace.requests) == 200
     assert len(trace.parents) < sum(map(len, trace.requests)) / 2
@@ -91,7 +91,7 @@ def test_a_workload_shares_beginnings_and_chains_are_chains():
         assert [trace.parents[block] for block in chain] == [ROOT, *chain[:-1]]
 
 
-def test_models_differ_in_bytes_and_in_operations_for_them():
+def test_models_differ_in_bytes_and_in_operations_per_byte():
     trace = draw(MODELS, 50, 0)
     assert len(set(trace.sizes)) == 3
     assert LARGE.operations(256, 0) / LARGE.token_bytes > SMALL.operations(256, 0) / SMALL.token_bytes
@@ -102,33 +102,33 @@ def test_operations_add_up_over_the_blocks_of_a_prompt():
     assert sum(SMALL.operations(256, depth) for depth in range(0, 1024, 256)) == pytest.approx(whole)
 
 
-# --- policies to compare with -----------------------------------------------------------------------------------------
+# --- reference policies -----------------------------------------------------------------------------------------------
 
 
-def test_the_optimum_lets_go_what_is_used_last():
+def test_optimum_evicts_the_block_whose_next_use_is_last():
     trace = singles(0, 1, 2, 0, 2, 1)
     assert found(Optimum(trace), trace, 2) == [0, 0, 0, 1, 1, 0]
 
 
-def test_frequency_keeps_what_was_used_more_often():
+def test_frequency_keeps_the_more_often_used_block():
     trace = singles(0, 0, 1, 2, 0, 1)
     assert found(Frequency(trace), trace, 2) == [0, 1, 0, 0, 1, 0]
 
 
-def test_balance_keeps_what_was_used_again_through_a_scan():
+def test_balance_keeps_reused_blocks_through_a_scan():
     trace = singles(0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 0, 1)
     assert found(Balance(trace), trace, 3)[-2:] == [1, 1]
     assert found(eviction.CONTENDERS["LRU"](trace), trace, 3)[-2:] == [0, 0]
 
 
-def test_balance_gives_room_to_what_was_used_once_when_its_ghosts_return():
+def test_balance_makes_room_for_single_use_blocks_when_their_ghosts_return():
     trace = singles(0, 0, 1, 1, 2, 3, 2, 3, 2)
     contender = Balance(trace)
     found(contender, trace, 2)
     assert contender._target > 0
 
 
-def test_a_contender_that_picks_an_empty_queue_is_found_out():
+def test_contender_that_picks_an_empty_queue_is_detected():
     class Wrong(Contender):
         name, queues = "wrong", 2
 
@@ -153,7 +153,7 @@ def short(monkeypatch):
     monkeypatch.setattr(eviction, "_QUICK_REQUESTS", 20)
 
 
-def test_figures_are_shares_and_the_gap_is_to_the_optimum(short, tmp_path):
+def test_figures_are_hit_shares_and_gaps_to_the_optimum(short, tmp_path):
     trace = written(tmp_path, *[{"input_length": 1024, "hash_ids": [n % 3, 10 + n % 3]} for n in range(30)])
     result = eviction.run(Options(rounds=1, quick=True, trace=trace))
     first = result.cases[0]
@@ -165,14 +165,14 @@ def test_figures_are_shares_and_the_gap_is_to_the_optimum(short, tmp_path):
     assert all(0 <= sample <= 1 for case in result.cases for row in case.rows for sample in row.samples)
 
 
-def test_it_runs_without_a_trace_and_two_runs_find_the_same(short):
+def test_benchmark_without_a_trace_gives_the_same_result_twice(short):
     assert eviction.run(Options(quick=True)) == eviction.run(Options(quick=True))
 
 
-def test_a_trace_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+def test_missing_trace_ends_the_program_with_status_2(tmp_path):
     done = CliRunner().invoke(app, ["eviction", "--trace", str(tmp_path / "nowhere")])
     assert done.exit_code == 2
 
 
-def test_shares_are_written_in_per_cent():
+def test_shares_are_formatted_as_percentages():
     assert format_value(0.12345, "share") == "12.35%"

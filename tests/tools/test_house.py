@@ -1,4 +1,4 @@
-"""The house: small folders that say what they are for, and no private name that crosses a module."""
+"""House rules: small folders with a stated purpose, and no private name used across modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def private_names(tree: ast.AST) -> set[str]:
 
 
 def crossings(trees: dict[str, ast.AST]) -> list[str]:
-    """Return where a module uses a private name that only other modules define."""
+    """Return the places where a module uses a private name that only other modules define."""
     defined = {name: private_names(tree) for name, tree in trees.items()}
     found = []
     for name, tree in trees.items():
@@ -42,19 +42,19 @@ def crossings(trees: dict[str, ast.AST]) -> list[str]:
     return found
 
 
-def test_no_private_name_crosses_a_module():
+def test_no_module_uses_a_private_name_of_another():
     trees = {str(module.relative_to(PACKAGE)): ast.parse(module.read_text()) for module in MODULES}
     assert crossings(trees) == []
 
 
-def test_the_scan_sees_a_private_name():
+def test_crossings_finds_a_private_name_used_in_another_module():
     trees = {"one.py": ast.parse("class A:\n    def __init__(self):\n        self._x = 1\n")}
     trees["other.py"] = ast.parse("from kvtier.one import A\n\nprint(A()._x, A()._torch_thing)\n")
     assert crossings(trees) == ["other.py:3: _x"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(PACKAGE.parent)))
-def test_a_folder_is_small_and_says_what_it_is_for(folder):
+def test_folder_is_small_and_has_a_docstring(folder):
     modules = [module.name for module in folder.glob("*.py") if module.name != "__init__.py"]
     assert len(modules) <= MOST_MODULES, modules
     assert "utils.py" not in modules

@@ -1,4 +1,4 @@
-"""The drawing in the documentation is made from the table."""
+"""The drawing in the documentation matches the table of block states."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ from kvtier.store.tiers.block_states import TABLE, Move, State
 SCRIPT = Path(__file__).parents[2] / "docs" / "lifecycle_drawing.py"
 
 
-def test_the_drawing_is_the_tables():
+def test_lifecycle_drawing_matches_the_state_table():
     spec = importlib.util.spec_from_file_location("lifecycle_drawing", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

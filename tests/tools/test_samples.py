@@ -1,4 +1,4 @@
-"""Which cases of a sampled test a run takes."""
+"""The selection of cases when a test is sampled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Case:
 
 
 def taken(monkeypatch, seed, cases, *, args=(), keyword=""):
-    """Return the names of the cases that are taken, after checking that the others are reported."""
+    """Return the names of the selected cases, after checking that the others are reported."""
     monkeypatch.setenv(samples.VARIABLE, seed)
     left_out = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
@@ -33,13 +33,13 @@ def taken(monkeypatch, seed, cases, *, args=(), keyword=""):
 CASES = [Case(f"a.py::sampled[{n}]", 3) for n in range(20)] + [Case(f"a.py::whole[{n}]") for n in range(5)]
 
 
-def test_a_sample_is_as_large_as_it_says_and_nothing_else_is_left_out(monkeypatch):
+def test_sample_has_the_requested_size_and_other_tests_stay_whole(monkeypatch):
     found = taken(monkeypatch, "abc", CASES)
     assert len(found) == 8
     assert [name for name in found if "whole" in name] == [case.nodeid for case in CASES[20:]]
 
 
-def test_a_seed_takes_the_same_and_seeds_together_take_all(monkeypatch):
+def test_seed_determines_the_sample_and_seeds_together_cover_all_cases(monkeypatch):
     assert taken(monkeypatch, "abc", CASES) == taken(monkeypatch, "abc", CASES)
     assert {name for seed in range(60) for name in taken(monkeypatch, str(seed), CASES)} == {
         case.nodeid for case in CASES
@@ -49,5 +49,5 @@ def test_a_seed_takes_the_same_and_seeds_together_take_all(monkeypatch):
 @pytest.mark.parametrize(
     ("seed", "more"), [("all", {}), ("abc", {"args": ["a.py::sampled[3]"]}), ("abc", {"keyword": "sampled"})]
 )
-def test_all_are_taken_when_they_are_asked_for(monkeypatch, seed, more):
+def test_all_cases_run_when_asked_for(monkeypatch, seed, more):
     assert len(taken(monkeypatch, seed, CASES, **more)) == 25

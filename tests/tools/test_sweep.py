@@ -1,4 +1,4 @@
-"""Every layer kind in a sample of models, or with KVTIER_SWEEP=all every causal language model there is."""
+"""The sweep on a sample of models with every layer kind, or with KVTIER_SWEEP=all on every causal language model."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ SAMPLE = (
     "bart",  # its positions count padding
     "phi3:longrope",  # its keys depend on the length of the sequence
 )
-# Right, but without reuse; each row says why.
+# Right tokens, but no reuse; each row gives the reason.
 WITHOUT_REUSE = {
     *("openai-gpt", "xlm"),  # no cache at all
-    *("reformer", "xlnet", "recurrent_gemma"),  # a cache or a state of their own
+    *("reformer", "xlnet", "recurrent_gemma"),  # their own cache or state
     *("cpmant", "prophetnet"),  # transformers itself is wrong when it continues a cache
-    *("musicgen", "musicgen_melody"),  # a generate() of their own
+    *("musicgen", "musicgen_melody"),  # their own generate()
     "phi3:longrope",  # a longer sequence has other keys
-    "doge:beyond_window",  # equal tokens have equal ranks, and a longer sequence chooses others among them
-    "dory:last_loop",  # what a token adds depends on whether the tokens before it were in the same pass
+    "doge:beyond_window",  # equal tokens have equal ranks, and a longer sequence selects others among them
+    "dory:last_loop",  # a token's entry depends on whether the tokens before it were in the same pass
 }
-if Version(transformers.__version__) < Version("5.21"):  # does not tell a cache of states alone its length
+if Version(transformers.__version__) < Version("5.21"):  # does not report the length of a cache with states only
     WITHOUT_REUSE |= {"mamba", "mamba2", "falcon_mamba"}
 ALL = os.environ.get("KVTIER_SWEEP") == "all"
 
 
 @pytest.mark.sample(1)  # of 20
 @pytest.mark.parametrize("model_type", architectures() if ALL else SAMPLE)
-def test_no_wrong_token_no_crash_and_reuse(model_type):
+def test_model_gives_right_tokens_without_errors_and_reuses(model_type):
     row = examine(model_type)
     if row.not_made is not None:
         assert model_type not in SAMPLE, row.not_made
@@ -70,8 +70,8 @@ def test_no_wrong_token_no_crash_and_reuse(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3_next", "deepseek_v32", "falcon_h1"])
-def test_a_stale_answer_is_called_wrong(model_type):
-    """Transformers' own cache, which does not compare what it is asked with what it holds."""
+def test_stale_answer_is_judged_wrong(model_type):
+    """Transformers' own cache does not compare the prompt with its contents."""
     model = tiny_model(model_type)
     cache = reference_cache(model)
     second = next_prompt(ask(model, prompt(PROMPT, seed=1), cache))
@@ -79,11 +79,11 @@ def test_a_stale_answer_is_called_wrong(model_type):
     assert judge(ask(model, edited(second), cache), right).verdict == "wrong"
 
 
-def test_the_sample_has_every_kind_of_layer():
+def test_sample_covers_every_layer_kind():
     kinds = set()
     for model_type in SAMPLE:
         config = tiny_model(model_type).config.get_text_config(decoder=True)
         kinds |= set(get_layer_types_and_kwargs(config)[0])
     classes = {DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in kinds}
-    # Models add kinds to the mapping when they are imported: which ones depends on what ran before.
+    # Importing a model adds kinds to the mapping, so its contents depend on the tests that ran before.
     assert {kind for kind in DYNAMIC_LAYER_TYPE_MAPPING.values() if kind.__module__ == cache_utils.__name__} <= classes

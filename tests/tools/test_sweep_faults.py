@@ -1,4 +1,4 @@
-"""A fault in kvtier, one for each check of the sweep: the check must find it."""
+"""Each check of the sweep finds a fault planted in kvtier."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def verdicts(row):
     return {check: outcome.verdict for check, outcome in row.outcomes.items()}
 
 
-def test_without_a_fault_all_checks_find_what_they_should(examined):
+def test_all_checks_pass_without_a_fault(examined):
     row = examined()
     assert verdicts(row) == dict.fromkeys(CHECKS, "yes")
     assert row.control.verdict == "yes"
@@ -40,7 +40,7 @@ def test_without_a_fault_all_checks_find_what_they_should(examined):
 
 
 class Faulty(TieredCache):
-    """Misbehaves in ``update()`` where ``when(cache)`` says so."""
+    """Misbehaves in ``update()`` if ``when(cache)`` is true."""
 
     when = staticmethod(lambda cache: False)
 
@@ -89,7 +89,7 @@ FAULTS = {
     ("fault", "kind", "verdict"),
     [*((fault, Perturbed, "wrong") for fault in FAULTS), ("reuses", Raising, "failed"), ("padded", Raising, "failed")],
 )
-def test_a_fault_where_a_check_looks_is_found_by_it(examined, fault, kind, verdict):
+def test_planted_fault_is_found_by_its_check(examined, fault, kind, verdict):
     row = examined(type("One", (kind,), {"when": staticmethod(FAULTS[fault])}))
     check = fault.split(",")[0]
     assert verdicts(row)[check] == verdict
@@ -100,7 +100,7 @@ def test_a_fault_where_a_check_looks_is_found_by_it(examined, fault, kind, verdi
 
 
 class Forgetful(TieredCache):
-    """Holds nothing at the start of a turn; the store behind it may know the prompt."""
+    """Holds nothing at the start of a turn; its store may have the prompt."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -131,17 +131,17 @@ def without_folder(path=None, **kwargs):
     ("make_cache", "make_store", "missing"),
     [
         (Forgetful, PrefixStore, {"reuses"}),
-        (TieredCache, without_ram, {"ram", "padded"}),  # of a batch, one row alone lies in the buffers
+        (TieredCache, without_ram, {"ram", "padded"}),  # the buffers hold only one row of a batch
         (TieredCache, without_folder, {"disk"}),
         (AllHot, PrefixStore, {"streams"}),
     ],
 )
-def test_what_did_not_happen_is_no(examined, make_cache, make_store, missing):
+def test_missing_reuse_or_offloading_gives_the_verdict_no(examined, make_cache, make_store, missing):
     found = verdicts(examined(make_cache, make_store))
     assert {check for check, verdict in found.items() if verdict == "no"} == missing
 
 
-def test_without_anything_kept_nothing_is_reused(examined):
+def test_nothing_is_reused_when_nothing_is_kept(examined):
     def no_store(path=None, **kwargs):
         return PrefixStore(host_budget=1, **kwargs)
 
@@ -154,7 +154,7 @@ def test_without_anything_kept_nothing_is_reused(examined):
 
 
 class Stale(DynamicCache):
-    """Transformers' own cache, which does not compare what it is asked with what it holds."""
+    """Transformers' own cache, which does not compare the prompt with its contents."""
 
     last_turn = None
 
@@ -169,15 +169,15 @@ class Stale(DynamicCache):
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_a_stale_answer_is_wrong_and_a_turn_that_nothing_reports_is_not_reuse(examined):
+def test_stale_answer_is_wrong_and_an_unreported_turn_is_not_reuse(examined):
     found = verdicts(examined(Stale))
     assert found["edited"] == "wrong"
     assert {found[check] for check in ("reuses", "ram", "disk")} == {"no"}
-    assert found["names"] in ("no", "failed")  # transformers itself knows one name only, before 5.24
+    assert found["names"] in ("no", "failed")  # before 5.24, transformers itself knows only one name
 
 
-def test_a_report_of_the_turn_before_is_not_reuse(examined, model):
-    """A generate() that loses the cache answers rightly, and the cache still has the report of the turn before."""
+def test_report_of_the_previous_turn_is_not_reuse(examined, model):
+    """A generate() that drops the cache gives the right answer, and the cache still has the previous turn's report."""
     original = model.generate
 
     def generate(ids, **kwargs):
@@ -190,7 +190,7 @@ def test_a_report_of_the_turn_before_is_not_reuse(examined, model):
     assert "did not see the turn" in found["reuses"].reason
 
 
-def test_a_name_that_is_not_taken_is_found(examined, model):
+def test_cache_name_that_generate_ignores_is_found(examined, model):
     original, lost = model.generate, next(name for name in NAMES if name != generate_argument(model))
     model.generate = lambda ids, **kwargs: original(
         ids, **{name: value for name, value in kwargs.items() if name != lost}
@@ -199,7 +199,7 @@ def test_a_name_that_is_not_taken_is_found(examined, model):
     assert {check for check, verdict in found.items() if verdict == "no"} == {"names"}
 
 
-def test_a_model_that_an_edit_does_not_reach_is_not_a_proof(examined, model):
+def test_model_insensitive_to_the_edit_does_not_pass_the_edited_check(examined, model):
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     row = examined()
@@ -208,7 +208,7 @@ def test_a_model_that_an_edit_does_not_reach_is_not_a_proof(examined, model):
 
 
 def refuse_caches(model, error):
-    """Let generate() raise ``error`` when it is given a cache of any kind."""
+    """Make generate() raise ``error`` when it is given a cache of any kind."""
     original = model.generate
 
     def generate(ids, **kwargs):
@@ -219,7 +219,7 @@ def refuse_caches(model, error):
     model.generate = generate
 
 
-def test_a_model_that_transformers_fails_on_as_well_is_called_that(examined, model):
+def test_failure_that_transformers_shares_is_called_upstream(examined, model):
     refuse_caches(model, IndexError("of the model's own"))
     row = examined()
     assert set(verdicts(row).values()) == {"upstream"}
@@ -231,7 +231,7 @@ def test_a_model_that_transformers_fails_on_as_well_is_called_that(examined, mod
     assert not row.green
 
 
-def test_so_is_a_cache_that_transformers_cannot_continue(examined, model):
+def test_cache_that_transformers_cannot_continue_is_called_upstream(examined, model):
     original = model.generate
 
     def generate(ids, **kwargs):
@@ -248,7 +248,7 @@ def test_so_is_a_cache_that_transformers_cannot_continue(examined, model):
 
 
 @pytest.mark.parametrize(("fault", "verdict"), [(1.0, "wrong"), (None, "failed")])
-def test_a_call_without_kvtier_that_kvtier_breaks_is_a_failure_of_kvtier(examined, model, fault, verdict):
+def test_plain_call_broken_by_kvtier_is_a_failure_of_kvtier(examined, model, fault, verdict):
     original, in_use = model.generate, []
 
     def generate(ids, **kwargs):
@@ -267,7 +267,7 @@ def test_a_call_without_kvtier_that_kvtier_breaks_is_a_failure_of_kvtier(examine
     assert "upstream" not in verdicts(row).values()
 
 
-def test_a_failure_of_another_kind_than_that_of_transformers_is_one_of_kvtier(examined, model):
+def test_failure_unlike_that_of_transformers_is_a_failure_of_kvtier(examined, model):
     refuse_caches(model, IndexError("of the model's own"))
     model.generate = raising_for(TieredCache, RuntimeError("of kvtier"), model.generate)
     row = examined()
@@ -293,7 +293,7 @@ def raising_for(kind, error, original):
         ValueError("The following `model_kwargs` are not used by the model: ['cache'] (note: typos in the generate"),
     ],
 )
-def test_a_name_that_transformers_does_not_know_is_no_refusal(examined, model, error):
+def test_unknown_cache_name_is_misnamed_and_no_refusal(examined, model, error):
     refuse_caches(model, error)
     row = examined()
     assert row.control.verdict == "misnamed"
@@ -301,7 +301,7 @@ def test_a_name_that_transformers_does_not_know_is_no_refusal(examined, model, e
     assert "a name that the model does not know" in row.bad[-1]
 
 
-def test_a_padded_batch_that_transformers_cannot_answer_is_its_own_failure(examined, model):
+def test_padded_batch_that_transformers_cannot_answer_is_called_upstream(examined, model):
     original = model.generate
 
     def generate(ids, **kwargs):

@@ -1,4 +1,4 @@
-"""The parts of the sweep: what shrinks a config, what judges an answer, what runs the workers, what writes the page."""
+"""The parts of the sweep: shrinking configs, judging answers, running workers, and writing the page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROWS = [
 ]
 
 
-def test_one_layer_of_each_kind_is_kept_and_two_of_each_attention():
+def test_picked_layers_have_one_of_each_kind_and_two_of_each_attention():
     kinds = ["sliding"] * 5 + ["full"] + ["sliding"] * 5 + ["full"]
     experts = ["dense"] * 7 + ["sparse"] * 5
     assert picked_layers({"layer_types": kinds, "mlp_layer_types": experts}, 12) == [0, 1, 5, 7, 11]
@@ -48,7 +48,7 @@ def test_one_layer_of_each_kind_is_kept_and_two_of_each_attention():
     assert picked_layers({}, 1) == [0]
 
 
-def test_lists_with_an_entry_for_each_layer_keep_those_of_the_layers_that_stay():
+def test_shrink_cuts_per_layer_lists_to_the_kept_layers():
     default = CONFIG_MAPPING["granite_swa"]()
     tiny = shrink(default)
     assert len(tiny["layer_types"]) == len(tiny["layer_rope_theta"]) == tiny["num_hidden_layers"] < 6
@@ -57,7 +57,7 @@ def test_lists_with_an_entry_for_each_layer_keep_those_of_the_layers_that_stay()
 
 @pytest.mark.sample(83)  # of 197
 @pytest.mark.parametrize("name", sorted(architectures().keys() - NOT_ALONE.keys()))
-def test_a_tiny_config_is_of_its_own_family_and_keeps_every_kind_of_layer(name):
+def test_tiny_config_keeps_its_family_and_every_layer_type(name):
     try:
         default = CONFIG_MAPPING[base_of(name)]()
         tiny = tiny_config(name)
@@ -66,7 +66,7 @@ def test_a_tiny_config_is_of_its_own_family_and_keeps_every_kind_of_layer(name):
     except StrictDataclassFieldValidationError as error:
         if INSTALLED > OLDEST_TESTED:
             raise
-        pytest.skip(brief(error))  # there, some configs cannot be made without all their parts
+        pytest.skip(brief(error))  # this version cannot make some configs without all their parts
     family = (default.model_type, default.get_text_config(decoder=True).model_type)
     assert tiny.model_type in family or tiny.model_type in {part.model_type for part in parts(default)}
     kinds = [getattr(each.get_text_config(decoder=True), "layer_types", None) or () for each in (default, tiny)]
@@ -78,7 +78,7 @@ def parts(config):
 
 
 @pytest.mark.skipif("dory" not in listed(), reason="no model with loops before transformers 5.24")
-def test_of_models_with_loops_layers_of_each_kind_are_in_the_loop_and_outside():
+def test_tiny_looped_models_have_every_layer_type_inside_and_outside_the_loop():
     dory, inkling = tiny_config("dory"), tiny_config("inkling2_loop_text")
     inside = slice(dory.n_input_layers, dory.n_input_layers + dory.n_recurrent_layers)
     assert dory.n_recurrent_loops > 1
@@ -95,11 +95,11 @@ def test_of_models_with_loops_layers_of_each_kind_are_in_the_loop_and_outside():
         assert set(within) == set(kinds) == set(CONFIG_MAPPING[config.model_type]().layer_types)
 
 
-def test_configs_inside_a_config_shrink_too():
+def test_shrink_also_shrinks_nested_configs():
     assert shrink(CONFIG_MAPPING["gemma3"]())["text_config"]["hidden_size"] == SIZES["hidden_size"]
 
 
-def test_a_model_that_cannot_be_made_says_why():
+def test_model_that_cannot_be_made_raises_with_the_reason():
     with pytest.raises(NotMadeError, match="drafts for another model"):
         tiny_model("gemma4_assistant")
     assert brief(ValueError("x " * 200)).endswith("…")
@@ -111,7 +111,7 @@ def test_the_same_seed_makes_the_same_weights():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_what_begins_as_zeros_gets_values():
+def test_zero_initialized_parameters_get_reproducible_values():
     model = tiny_model("doge")
     gates = [layer.self_attn.A for layer in model.model.layers]
     assert all(gate.any() for gate in gates)
@@ -122,16 +122,16 @@ def answer(ids, *logits):
     return Answer(torch.tensor([[7, *ids]]), torch.tensor(logits))
 
 
-def test_verdicts_on_answers():
+def test_judge_distinguishes_equal_draw_and_wrong_answers():
     reference = answer([1, 0], [0.0, 9.0], [9.0, 8.999])
     assert judge(reference, reference) == Outcome("yes", deviation=0.0)
     assert judge(answer([1, 1], [0.0, 9.0], [8.999, 9.0]), reference).verdict == "draw"
     other = judge(answer([1, 1], [0.0, 9.0], [0.0, 9.0]), reference)
     assert (other.verdict, other.reason) == ("wrong", "differs at token 1")
     assert other.deviation > 1.0
-    # A draw after logits that were off before is none.
+    # Logits that were off earlier rule out a draw.
     assert judge(answer([1, 1], [1.0, 9.0], [8.999, 9.0]), reference).verdict == "wrong"
-    late = judge(answer([1, 0], [0.0, 9.0], [9.0, 7.0]), reference)  # right at first, wrong when it goes on
+    late = judge(answer([1, 0], [0.0, 9.0], [9.0, 7.0]), reference)  # right at first, wrong later
     assert late.verdict == "wrong"
     assert judge(answer([1, 0], [0.0, float("nan")], [9.0, 8.999]), reference).verdict == "wrong"
     lucky = judge(answer([1, 0], [1.0, 9.0], [9.0, 8.999]), reference)
@@ -139,7 +139,7 @@ def test_verdicts_on_answers():
     assert "the same tokens" in lucky.reason
 
 
-def test_the_worst_of_several_verdicts_counts():
+def test_worst_returns_the_most_severe_verdict():
     verdicts = ["yes", "draw", "no", "upstream", "wrong", "failed"]
     for index, verdict in enumerate(verdicts):
         assert worst([Outcome(each) for each in verdicts[: index + 1]]).verdict == verdict
@@ -156,7 +156,7 @@ def odd(model_type):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the examiner of this test cannot be sent to a new interpreter")
-def test_architectures_that_hang_die_or_raise_cost_their_own_rows():
+def test_architectures_that_hang_die_or_raise_fail_only_their_own_rows():
     rows = {row.model_type: row for row in examine_all(["gpt2", "llama", "opt", "mpt"], odd, 2, limit_seconds=3)}
     assert rows["mpt"].class_name == "Fine"
     reasons = {name: row.outcomes["generates"].reason for name, row in rows.items() if name != "mpt"}
@@ -168,13 +168,13 @@ def test_architectures_that_hang_die_or_raise_cost_their_own_rows():
     assert all(row.bad for name, row in rows.items() if name != "mpt")
 
 
-def test_rows_survive_a_file(tmp_path):
+def test_run_survives_writing_and_reading_json(tmp_path):
     run = Run(ROWS, OF, ["alpha streams: it was not examined"])
     write_json(run, tmp_path / "new" / "sweep.json")
     assert read_json(tmp_path / "new" / "sweep.json") == run
 
 
-def test_a_committed_file_has_nothing_that_differs_from_machine_to_machine(tmp_path):
+def test_committed_file_omits_values_that_differ_between_machines(tmp_path):
     outcome = Outcome("draw", "differs at token 3", cached=5, deviation=0.5)
     run = Run([Row("alpha", "A", outcomes={"reuses": outcome}, influence=0.5, seconds=3.0)], OF)
     write_json(run, tmp_path / "models.json", measured=False)
@@ -182,7 +182,7 @@ def test_a_committed_file_has_nothing_that_differs_from_machine_to_machine(tmp_p
     assert read_json(tmp_path / "models.json").rows == [row]
 
 
-def test_the_page_has_a_line_for_every_row_and_a_reason_for_every_one_that_is_not_all_yes():
+def test_page_has_a_line_for_every_row_and_reasons_for_rows_not_all_yes():
     text = page(Run(ROWS, OF))
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert lines["alpha"] == "| alpha | 2 full | yes | yes (5) | yes (5) | yes (5) |  |  |  |  |  |"
@@ -194,12 +194,12 @@ def test_the_page_has_a_line_for_every_row_and_a_reason_for_every_one_that_is_no
     assert not reasons(ROWS[0])
 
 
-def test_the_page_names_losses_that_were_accepted():
+def test_page_names_accepted_losses():
     assert "- alpha disk: no, full" in page(Run(ROWS, OF, ["alpha disk: no, full"]))
     assert "on purpose" not in page(Run(ROWS, OF))
 
 
-def test_the_numbers_of_the_page():
+def test_page_numbers_count_architectures_reuse_and_failures():
     variant = Row("alpha:often", "A", "2 full", {"generates": Outcome("yes")})
     found = numbers([*ROWS, Row("zeta", "F", "1 full", {"generates": Outcome("yes")}, keeps=False), variant])
     assert found["architectures that transformers lists"] == "6"
@@ -210,12 +210,12 @@ def test_the_numbers_of_the_page():
     assert found["wrong tokens or exceptions"] == "1"
 
 
-def test_a_control_under_a_wrong_name_is_bad():
+def test_misnamed_control_makes_a_row_bad():
     assert Row("alpha", "A", control=Outcome("misnamed", "as past=")).bad == ["alpha control: as past="]
     assert not Row("alpha", "A", control=Outcome("refused", "takes none")).bad
 
 
-# --- what was lost --------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 YES = Outcome("yes")
 
@@ -239,17 +239,17 @@ def found(**outcomes):
     ],
 )
 @pytest.mark.parametrize("was", ["yes", "draw"])
-def test_a_row_that_is_no_longer_yes_is_lost(was, now, line):
+def test_check_that_no_longer_passes_is_reported_as_lost(was, now, line):
     before = found(reuses=Outcome(was, cached=51))
     assert difference([before], [now] if now else [], listed()).lost == [line]
 
 
-def test_what_was_not_yes_cannot_be_lost_and_a_draw_is_yes():
+def test_only_a_passed_check_can_be_lost_and_a_draw_passes():
     before = found(generates=YES, streams=Outcome("no", "cold"), padded=Outcome("failed", "OSError"))
     assert not difference([before], [found(generates=Outcome("draw"), names=Outcome("no"))], listed()).lost
 
 
-def test_an_architecture_that_transformers_dropped_is_gone_and_one_more_is_new():
+def test_difference_reports_dropped_architectures_as_gone_and_added_ones_as_new():
     before = [Row("llama", "L", outcomes={"ram": YES}), Row("llama:old", "L", outcomes={"ram": YES}), ROWS[0]]
     changed = difference(before, [Row("gpt2", "G", outcomes={"ram": Outcome("no", "full")})], {"llama", "gpt2"})
     assert changed.gone == ["alpha"]
@@ -258,14 +258,14 @@ def test_an_architecture_that_transformers_dropped_is_gone_and_one_more_is_new()
 
 
 def sweep(tmp_path, run, *options):
-    """Let the program look at a run that has been, and return its exit status and what it printed."""
+    """Run the program on a finished run; return its exit status and its output."""
     write_json(run, tmp_path / "sweep.json")
     arguments = ["--from-json", "--output", str(tmp_path / "sweep.json"), "--pages", str(tmp_path), *options]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.stdout
 
 
-def test_a_loss_fails_leaves_the_page_and_stays_a_loss_until_it_is_accepted(tmp_path):
+def test_loss_fails_and_keeps_the_page_until_it_is_accepted(tmp_path):
     assert sweep(tmp_path, Run([found(reuses=YES, ram=YES)], OF)) == (0, "new: llama\n")
     before = (tmp_path / "models.md").read_text(), (tmp_path / "models.json").read_text()
     worse = Run([found(reuses=YES, ram=Outcome("no", "full"))], OF)
@@ -284,7 +284,7 @@ def test_a_loss_fails_leaves_the_page_and_stays_a_loss_until_it_is_accepted(tmp_
     assert "- llama ram: no, full" not in (tmp_path / "models.md").read_text()
 
 
-def test_a_wrong_answer_fails_whatever_was_there_before(tmp_path):
+def test_wrong_answer_fails_even_when_losses_are_accepted(tmp_path):
     bad = Run([found(reuses=Outcome("wrong", "at token 3"))], OF)
     for options in ((), ("--accept-losses",)):
         status, text = sweep(tmp_path, bad, *options)
@@ -292,7 +292,7 @@ def test_a_wrong_answer_fails_whatever_was_there_before(tmp_path):
         assert "llama reuses: wrong, at token 3" in text
 
 
-def test_of_some_architectures_only_these_are_compared_and_the_page_stays(tmp_path):
+def test_partial_sweep_compares_only_its_architectures_and_keeps_the_page(tmp_path):
     gpt2 = Row("gpt2", "GPT2LMHeadModel", outcomes={"ram": YES})
     sweep(tmp_path, Run([gpt2, found(ram=YES)], OF))
     text = (tmp_path / "models.md").read_text()
@@ -301,7 +301,7 @@ def test_of_some_architectures_only_these_are_compared_and_the_page_stays(tmp_pa
     assert (tmp_path / "models.md").read_text() == text
 
 
-def test_an_older_transformers_does_not_write_the_page(tmp_path):
+def test_older_transformers_does_not_update_the_page(tmp_path):
     sweep(tmp_path, Run([found(ram=YES)], OF))
     text = (tmp_path / "models.md").read_text()
     status, said = sweep(tmp_path, Run([found(ram=YES)], OF | {"transformers": "5.9.0"}))
@@ -310,7 +310,7 @@ def test_an_older_transformers_does_not_write_the_page(tmp_path):
     assert (tmp_path / "models.md").read_text() == text
 
 
-def test_the_committed_page_is_that_of_the_committed_run():
+def test_committed_page_matches_the_committed_run():
     run = read_json(PAGES / "models.json")
     assert page(run) == (PAGES / "models.md").read_text(encoding="utf-8")
     assert {check for row in run.rows for check in row.outcomes} == set(CHECKS)

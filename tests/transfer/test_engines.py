@@ -1,4 +1,4 @@
-"""Every engine keeps the contract."""
+"""Every transfer engine passes the EngineChecks of kvtier.testing."""
 
 import random
 

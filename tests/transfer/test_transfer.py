@@ -1,4 +1,4 @@
-"""Threads that keep order, bounds and promises."""
+"""Writer and reader threads: task order, queue limits, errors and shutdown."""
 
 import contextlib
 import itertools
@@ -62,7 +62,7 @@ def test_closing_the_writer_drains_it_and_ends_its_thread():
     assert threading.active_count() == before
 
 
-def test_a_writer_whose_first_task_was_interrupted_anywhere_runs_the_next():
+def test_writer_works_after_an_interrupt_anywhere_in_its_first_submit():
     for at in itertools.count():
         writer, interrupt, ran = Writer(), InterruptAtLine(at, {Writer.submit.__code__.co_filename}), threading.Event()
         with contextlib.suppress(KeyboardInterrupt), interrupt:
@@ -75,7 +75,7 @@ def test_a_writer_whose_first_task_was_interrupted_anywhere_runs_the_next():
     assert at > 3
 
 
-def test_a_writer_that_never_wrote_needs_no_thread():
+def test_writer_without_tasks_starts_no_thread():
     before = threading.active_count()
     writer = Writer()
     writer.flush()
@@ -92,7 +92,7 @@ def test_readers_return_results_and_errors():
     readers.close()
 
 
-def test_closing_readers_drops_what_waits_and_joins_the_threads():
+def test_closing_readers_cancels_queued_tasks_and_joins_the_threads():
     before = threading.active_count()
     readers = Readers(threads=1)
     gate, running = threading.Event(), threading.Event()
@@ -122,7 +122,7 @@ def test_closing_readers_drops_what_waits_and_joins_the_threads():
 
 @pytest.fixture
 def no_threads(monkeypatch):
-    """A process that may start no thread, until ``undo`` is called."""
+    """A process that cannot start a thread until ``undo`` is called."""
 
     def start(self):
         raise RuntimeError("can't start new thread")
@@ -132,7 +132,7 @@ def no_threads(monkeypatch):
         yield patched
 
 
-def test_without_threads_the_caller_reads(no_threads):
+def test_readers_run_tasks_in_the_caller_when_no_thread_can_start(no_threads):
     readers, done = Readers(), []
     assert readers.submit(lambda: done.append(1) or 7).result(timeout=5) == 7
     with pytest.raises(ZeroDivisionError):
@@ -143,7 +143,7 @@ def test_without_threads_the_caller_reads(no_threads):
     assert done == [1, 2], "each task runs once, though the pool may come to it later"
 
 
-def test_without_threads_the_caller_writes(no_threads):
+def test_writer_runs_tasks_in_the_caller_when_no_thread_can_start(no_threads):
     writer, done = Writer(), []
     writer.submit(lambda: done.append(1))
     writer.submit(lambda: 1 // 0)
@@ -156,7 +156,7 @@ def test_without_threads_the_caller_writes(no_threads):
     assert done == [1, 2]
 
 
-def test_what_a_closed_pool_drops_is_cancelled():
+def test_queued_task_of_a_closed_pool_raises_cancelled_error():
     readers, go = Readers(threads=1), threading.Event()
     running, waiting = readers.submit(go.wait), readers.submit(lambda: 1)
     closing = threading.Thread(target=readers.close)
@@ -168,10 +168,10 @@ def test_what_a_closed_pool_drops_is_cancelled():
     assert running.result(timeout=5)
 
 
-# --- later, and not too late ------------------------------------------------------------------------------------------
+# --- bounded waits and postponed tasks --------------------------------------------------------------------------------
 
 
-def test_a_full_queue_holds_callers_up_once_and_not_for_long():
+def test_full_queue_blocks_a_caller_briefly_and_then_rejects_at_once():
     writer, gate, running = Writer(depth=1, wait_seconds=0.05), threading.Event(), threading.Event()
     writer.submit(lambda: running.set() or gate.wait())
     assert running.wait(30)
@@ -185,7 +185,7 @@ def test_a_full_queue_holds_callers_up_once_and_not_for_long():
     writer.close()
 
 
-def test_what_is_postponed_runs_when_its_time_has_come():
+def test_postponed_task_runs_when_its_time_comes():
     now, done, other = [0.0], threading.Event(), threading.Event()
     writer = Writer(clock=lambda: now[0])
     writer.postpone("a", 5.0, done.set)
@@ -199,14 +199,14 @@ def test_what_is_postponed_runs_when_its_time_has_come():
     writer.close()
 
 
-def test_what_is_postponed_runs_without_any_other_task():
+def test_postponed_task_runs_without_any_other_task():
     done, writer = threading.Event(), Writer()
     writer.postpone("a", 0.01, done.set)
     assert done.wait(30)
     writer.close()
 
 
-def test_what_is_dropped_never_runs(writer):
+def test_dropped_postponed_task_never_runs(writer):
     done = []
     writer.postpone("a", 1000.0, lambda: done.append("a"))
     writer.postpone("b", 1000.0, lambda: done.append("b"))
@@ -217,7 +217,7 @@ def test_what_is_dropped_never_runs(writer):
     assert writer.queued == 0
 
 
-def test_without_threads_what_is_postponed_runs_at_the_end(no_threads):
+def test_postponed_task_runs_at_flush_when_no_thread_can_start(no_threads):
     writer, done = Writer(), []
     writer.postpone("a", 0.0, lambda: done.append(1))
     assert done == []
@@ -225,7 +225,7 @@ def test_without_threads_what_is_postponed_runs_at_the_end(no_threads):
     assert done == [1]
 
 
-def test_a_closed_writer_can_be_used_again():
+def test_closed_writer_can_be_used_again():
     writer, done = Writer(), []
     writer.close()
     for _ in range(2):

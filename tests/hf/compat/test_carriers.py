@@ -1,4 +1,4 @@
-"""Models that carry their states past any cache: what they are given instead is right for every way to call them."""
+"""Models that carry states outside the cache get the right states from kvtier in every kind of call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def built():
 
 
 def ask(model, ids, cache, **settings):
-    """Return the sequences of a turn, which are those of the model alone."""
+    """Return the sequences of a turn, which must equal those without a cache."""
     settings = {**SETTINGS, "attention_mask": torch.ones_like(ids), **settings}
     found = model.generate(ids, past_key_values=cache, **settings)
     assert torch.equal(found, model.generate(ids, **settings))
@@ -41,7 +41,7 @@ def ask(model, ids, cache, **settings):
 
 
 @pytest.mark.parametrize("name", ["xlstm", "minimax"])
-def test_rows_of_a_batch_go_on_together_and_alone(built, store, name):
+def test_batch_rows_with_carried_states_are_reused_together_and_alone(built, store, name):
     model, ids = built(name), prompt(20, rows=2)
     with TieredCache(store) as cache:
         ids = torch.cat([ask(model, ids, cache), prompt(3, 1, rows=2)], 1)
@@ -53,8 +53,8 @@ def test_rows_of_a_batch_go_on_together_and_alone(built, store, name):
         assert cache.last_turn.cached_tokens == more.shape[1] - 1
 
 
-def test_rows_of_rwkv_are_not_kept(built, store):
-    """In batches, transformers generates other tokens than alone. When the last line fails, it has mended that."""
+def test_rwkv_batches_are_not_reused(built, store):
+    """Batches get other tokens than single rows in transformers. If the last line fails, transformers fixed that."""
     model, ids = built("rwkv"), prompt(20, rows=2)
     with TieredCache(store) as cache:
         for _ in range(2):
@@ -66,7 +66,7 @@ def test_rows_of_rwkv_are_not_kept(built, store):
 
 
 @every
-def test_conversations_that_take_turns_on_one_cache(built, store, name):
+def test_alternating_conversations_on_one_cache_are_reused(built, store, name):
     model, talks = built(name), [prompt(20, 1), prompt(26, 2)]
     with TieredCache(store) as cache:
         for turn in range(3):
@@ -77,14 +77,14 @@ def test_conversations_that_take_turns_on_one_cache(built, store, name):
 
 
 @pytest.mark.parametrize("name", [*CARRIERS, "mamba2"])
-def test_a_prompt_of_embeddings_goes_on_from_what_is_known(built, store, name):
+def test_prompt_of_embeddings_continues_from_the_known_prefix(built, store, name):
     if name == "mamba2" and not hasattr(Cache, "get_conv_state"):
         pytest.skip("this version of transformers does not tell such a cache how many tokens it has seen")
     model = built(name)
     vectors = model.get_input_embeddings()(prompt(36)).detach()
     settings = {**SETTINGS, "return_dict_in_generate": True, "output_logits": True}
     with TieredCache(store) as cache:
-        for columns, known in ((24, 0), (30, 0), (36, 24)):  # the last four that are known are fed again
+        for columns, known in ((24, 0), (30, 0), (36, 24)):  # the last four known tokens are fed again
             found = model.generate(inputs_embeds=vectors[:, :columns], past_key_values=cache, **settings)
             expected = model.generate(inputs_embeds=vectors[:, :columns], **settings)
             assert torch.equal(found.sequences, expected.sequences)
@@ -94,7 +94,7 @@ def test_a_prompt_of_embeddings_goes_on_from_what_is_known(built, store, name):
 
 
 @every
-def test_forks_go_on_apart(built, store, name):
+def test_forks_with_carried_states_continue_independently(built, store, name):
     model = built(name)
     with TieredCache(store) as cache:
         ids = ask(model, prompt(20), cache)
@@ -108,7 +108,7 @@ def test_forks_go_on_apart(built, store, name):
     ("name", "settings"),
     [("minimax", {"num_beams": 2}), *((name, {"num_return_sequences": 2, "do_sample": True}) for name in CARRIERS)],
 )
-def test_beams_and_samples_do_without(built, store, name, settings):
+def test_beams_and_samples_do_not_reuse_carried_states(built, store, name, settings):
     model, ids = built(name), prompt(20)
     with TieredCache(store) as cache:
         ask(model, ids, cache)
@@ -123,7 +123,7 @@ def test_beams_and_samples_do_without(built, store, name, settings):
 
 
 @every
-def test_padded_rows_begin_anew(built, store, name):
+def test_padded_rows_do_not_reuse_carried_states(built, store, name):
     model, ids = built(name), prompt(20, rows=2)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -135,7 +135,7 @@ def test_padded_rows_begin_anew(built, store, name):
 
 
 @every
-def test_a_loop_of_ones_own_is_told_why_not(built, store, name):
+def test_custom_loop_with_carried_states_gets_a_miss_reason(built, store, name):
     with TieredCache(store) as cache:
         report = cache.begin(built(name), prompt(20))
     assert "past a cache" in report.miss_reason
@@ -144,8 +144,8 @@ def test_a_loop_of_ones_own_is_told_why_not(built, store, name):
 @pytest.mark.sample(6)  # of 9
 @every
 @pytest.mark.parametrize("at", [0, 1, 4])
-def test_an_interrupted_pass_leaves_a_cache_that_works(built, store, name, at):
-    """The model has overwritten some of its states by then."""
+def test_cache_works_after_an_interrupted_forward_pass(built, store, name, at):
+    """At that point the model has overwritten some of its states."""
     model = built(name)
     last = [part for part in model.modules() if isinstance(part, torch.nn.Linear)][-2]
     passes = []
@@ -165,8 +165,8 @@ def test_an_interrupted_pass_leaves_a_cache_that_works(built, store, name, at):
         ask(model, torch.cat([ids, prompt(2, 2)], 1), cache)
 
 
-def test_an_argument_of_ones_own_is_not_replaced(built, store):
-    """The state of another prompt, which this one is to follow."""
+def test_state_passed_by_the_caller_is_not_replaced(built, store):
+    """The state belongs to another prompt, which this prompt continues."""
     model, ids = built("rwkv"), prompt(20)
     state = model(prompt(12, 1), use_cache=True).state
     copies = [[tensor.clone() for tensor in state] for _ in range(2)]
@@ -179,15 +179,15 @@ def test_an_argument_of_ones_own_is_not_replaced(built, store):
         assert cache.last_turn.cached_by_tier["host"] == 20
 
 
-def test_two_caches_contradict_each_other(store):
+def test_passing_two_caches_raises_configuration_error(store):
     model, ids = tiny_model("mamba2"), prompt(20)
     own = DynamicCache(config=model.config)
     with TieredCache(store) as cache, pytest.raises(ConfigurationError, match="cache_params, past_key_values; pass"):
         model.generate(ids, cache_params=own, past_key_values=cache, **SETTINGS)
 
 
-def test_rwkv_scales_its_weights_before_they_are_looked_at(store):
-    """It divides those of every sixth layer in its first forward pass: all turns of a process have one root."""
+def test_rwkv_rescaling_of_weights_does_not_prevent_reuse(store):
+    """RWKV divides weights in its first forward pass (``rescale_every``). All turns of a process have one root."""
     from transformers import RwkvConfig, RwkvForCausalLM
 
     torch.manual_seed(0)
@@ -199,7 +199,7 @@ def test_rwkv_scales_its_weights_before_they_are_looked_at(store):
         assert cache.last_turn.cached_tokens == 25
 
 
-def test_uninstall_gives_the_class_back(built, tmp_path):
+def test_uninstall_restores_the_model_class(built, tmp_path):
     model = built("rwkv")
     with PrefixStore() as store, TieredCache(store) as cache:
         ask(model, prompt(20), cache)
@@ -208,8 +208,8 @@ def test_uninstall_gives_the_class_back(built, tmp_path):
     assert "prepare_inputs_for_generation" not in vars(type(model))
 
 
-def test_moshi_is_reused_as_far_as_its_window(store):
-    """A cache shows it no more than the window, which it does not have without one."""
+def test_moshi_is_reused_only_within_its_window(store):
+    """With a cache, Moshi sees only its window. Without a cache, it has no window."""
     model = tiny_model("moshi")
     window = model.config.sliding_window
     with TieredCache(store) as cache:
@@ -223,7 +223,7 @@ def test_moshi_is_reused_as_far_as_its_window(store):
             assert f"{window} tokens" in cache.last_turn.miss_reason
 
 
-def test_what_minimax_returns_may_be_handed_back(built, store):
+def test_cache_returned_by_minimax_may_be_passed_again(built, store):
     model, ids = built("minimax"), prompt(20)
     with TieredCache(store) as cache:
         said = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Encoder-decoder models say on a TieredCache, bare or wrapped, what they say without one."""
+"""Encoder-decoder models give the same answers with a TieredCache, bare or wrapped, as without one."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def answer(model: Any, given: dict[str, Any], cache: Any = None, **settings: Any
 
 
 def assert_turns(name: str, model: Any, cache: TieredCache, past: Any, **settings: Any) -> None:
-    """The same input twice, another one, and more rows."""
+    """Run the same input twice, another input, and an input with more rows."""
     answers = []
     for given in (inputs(name, 0), inputs(name, 0), inputs(name, 1), inputs(name, 2, rows=3)):
-        # transformers answers use_cache=False on a cache from tokens fed twice: that is no reference.
+        # With a cache and use_cache=False, transformers feeds tokens twice, so its answer is no reference.
         expected = answer(model, given, **{**settings, "use_cache": True})
         assert torch.equal(answer(model, given, past, **settings), expected)
         assert cache.last_turn.cached_tokens == 0
@@ -114,15 +114,15 @@ def assert_turns(name: str, model: Any, cache: TieredCache, past: Any, **setting
     ("name", "mode"),
     [*product(MODELS, ("greedy", "beams")), ("t5", "samples"), ("whisper", "samples"), ("t5", "no-cache-asked")],
 )
-def test_bare_cache(name, mode, cache, store):
+def test_encoder_decoder_is_correct_and_stores_nothing_on_a_bare_cache(name, mode, cache, store):
     assert_turns(name, make(name), cache, cache, **MODES[mode])
-    assert store.stats().tiers[0].blocks == 0  # nothing of it is kept
+    assert store.stats().tiers[0].blocks == 0  # nothing is kept
 
 
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "greedy") for name in MODELS), ("t5", "beams"), ("bart", "no-cache-asked")]
 )
-def test_wrapped_cache(name, mode, cache, store):
+def test_encoder_decoder_is_correct_and_stores_nothing_on_a_wrapped_cache(name, mode, cache, store):
     model = make(name)
     both = EncoderDecoderCache(cache, DynamicCache(config=model.config))
     assert_turns(name, model, cache, both, **MODES[mode])
@@ -131,7 +131,7 @@ def test_wrapped_cache(name, mode, cache, store):
 
 
 @pytest.mark.parametrize("argument", ["cache", "past_key_values"])
-def test_either_name_of_the_argument(store, argument):
+def test_encoder_decoder_accepts_either_name_of_the_cache_argument(store, argument):
     model = make("t5")
     for wrap in (False, True):
         with TieredCache(store) as cache:
@@ -143,7 +143,7 @@ def test_either_name_of_the_argument(store, argument):
                 assert "encoder-decoder" in cache.last_turn.miss_reason
 
 
-def test_the_decoder_writes_into_the_cache(cache):
+def test_decoder_writes_its_self_attention_into_the_cache(cache):
     model = make("t5")
     given = inputs("t5", 0)
     found = model.generate(
@@ -151,13 +151,13 @@ def test_the_decoder_writes_into_the_cache(cache):
     )
     assert isinstance(getattr(found, CACHE), EncoderDecoderCache)
     assert getattr(found, CACHE).self_attention_cache is cache
-    assert cache.get_seq_length() == 5  # the start and four tokens
+    assert cache.get_seq_length() == 5  # the start token and four more
     assert cache.layers[0].keys.shape == (2, 4, 5, 8)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=str)
-def test_a_longer_prompt_for_the_decoder(cache, settings):
-    """What the decoder has said is prompt of the next turn, with another input too."""
+def test_longer_decoder_prompt_gives_correct_answers(cache, settings):
+    """The decoder's answer is its prompt in the next turn, also with another input."""
     model, given = make("bart"), inputs("bart", 0)
     said = answer(model, given)
     for seed in (0, 1):
@@ -166,7 +166,7 @@ def test_a_longer_prompt_for_the_decoder(cache, settings):
         assert OFF in cache.last_turn.miss_reason
 
 
-def test_encoder_that_ran_before(cache):
+def test_precomputed_encoder_outputs_give_correct_answers(cache):
     model, given = make("t5"), inputs("t5", 0)
     expected = answer(model, given)
     said = model.get_encoder()(**given)
@@ -175,14 +175,14 @@ def test_encoder_that_ran_before(cache):
         assert torch.equal(answer(model, again, cache), expected)
 
 
-def test_prompt_lookup(cache):
+def test_prompt_lookup_decoding_gives_correct_answers(cache):
     model, given = make("t5gemma"), inputs("t5gemma", 0, rows=1)
     for _ in range(2):
         expected = answer(model, given, prompt_lookup_num_tokens=3)
         assert torch.equal(answer(model, given, cache, prompt_lookup_num_tokens=3), expected)
 
 
-def test_speech_longer_than_the_encoder(cache):
+def test_whisper_handles_speech_longer_than_its_encoder(cache):
     """Whisper then calls generate() for one part after another."""
     model = make("whisper")
     model.generation_config.no_timestamps_token_id = 49
@@ -194,8 +194,8 @@ def test_speech_longer_than_the_encoder(cache):
         assert OFF in cache.last_turn.miss_reason
 
 
-def test_custom_loop_begins_with_nothing(cache):
-    """Tokens of a decoder do not say what the encoder was given."""
+def test_custom_loop_of_an_encoder_decoder_starts_from_nothing(cache):
+    """Decoder tokens do not show the input of the encoder."""
     model = make("bart")
     ids = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12]])
     for _ in range(2):
@@ -208,8 +208,8 @@ def test_custom_loop_begins_with_nothing(cache):
         cache.commit(ids)
 
 
-def test_under_a_budget(store):
-    """Cold layers of a decoder, beside a cross-attention that streams nothing."""
+def test_encoder_decoder_is_correct_with_cold_layers(store):
+    """The decoder has cold layers. Its cross-attention offloads nothing."""
     model, given = make("t5"), inputs("t5", 0)
     with TieredCache(store, device_budget="72KiB") as cache:
         for _ in range(2):
@@ -217,7 +217,7 @@ def test_under_a_budget(store):
         assert cache.last_turn.cold_layers > 0
 
 
-def test_failure_in_mid_forward(cache):
+def test_cache_works_after_an_interrupted_forward_pass(cache):
     model, given = make("t5"), inputs("t5", 0)
     calls = []
 
@@ -233,7 +233,7 @@ def test_failure_in_mid_forward(cache):
     assert torch.equal(answer(model, given, cache), answer(model, given))
 
 
-def test_decoder_of_such_a_model_alone_reuses(cache, generate, tokens):
+def test_decoder_without_an_encoder_is_reused(cache, generate, tokens):
     """Without an encoder, a decoder is a language model like others."""
     shape = {**BART, "vocab_size": 200, **IDS, "encoder_layers": 2}
     config = transformers.BartConfig(**shape, is_encoder_decoder=False, max_position_embeddings=128)

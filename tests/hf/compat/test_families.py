@@ -1,4 +1,4 @@
-"""The tiny models are what their registry says, and history decides what they answer."""
+"""The tiny models match their registry, and earlier tokens decide their answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_layers_are_of_the_kinds_that_the_registry_tells(name):
+def test_layer_kinds_match_the_registry(name):
     said = families.FAMILIES[name].kinds
     layers = DynamicCache(config=families.build(name).config).layers
     for kind in {type(layer).__name__ for layer in layers}:
@@ -33,8 +33,8 @@ def test_layers_are_of_the_kinds_that_the_registry_tells(name):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_an_early_word_changes_what_comes_last(name, tokens):
-    """Otherwise a cache that holds something else could not be told from a right one."""
+def test_early_token_changes_the_last_logits(name, tokens):
+    """Otherwise a cache with wrong contents would look like a correct one."""
     model, ids = families.build(name), tokens(30) % 60
     other = ids.clone()
     other[0, 5] = 1 + other[0, 5] % 58
@@ -43,8 +43,8 @@ def test_an_early_word_changes_what_comes_last(name, tokens):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_a_prompt_and_single_steps_agree(name, tokens):
-    """Otherwise no cache could give the logits of a fresh one."""
+def test_prefill_and_single_step_logits_agree(name, tokens):
+    """Otherwise no reused cache could give the logits of a fresh cache."""
     model, ids = families.build(name), tokens(24) % 59 + 1
     found = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models that read layers before they update them, or append layers of their own: on one object, from RAM and disk."""
+"""Models that read layers before updating them, or append layers: on one cache, and restored from RAM and disk."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def build():
 
 
 def loop(model, cache, ids, steps=5):
-    """Greedy, in a loop of one's own: sequences, logits, and how many tokens were known."""
+    """Decode greedily in a custom loop; return the sequences, logits and number of known tokens."""
     known = cache.begin(model, ids).cached_tokens if isinstance(cache, TieredCache) else 0
     feed, logits = ids[:, known:], []
     with torch.no_grad():
@@ -86,13 +86,13 @@ def loop(model, cache, ids, steps=5):
 @pytest.mark.sample(3)  # of 12
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", MODELS)
-def test_loops(build, tmp_path, name, seed):
+def test_looped_models_are_correct_in_a_custom_loop(build, tmp_path, name, seed):
     model = build(name)
 
     def same(cache, ids):
         found, logits, known = loop(model, cache, ids)
         expected, others, _ = loop(model, DynamicCache(config=model.config), ids)
-        assert torch.allclose(logits, others, atol=2e-3)  # looped again and again, rounding grows
+        assert torch.allclose(logits, others, atol=2e-3)  # rounding errors grow with every loop
         assert torch.equal(found, expected)
         return found, known if name in REUSED else None
 
@@ -107,14 +107,14 @@ def test_loops(build, tmp_path, name, seed):
             assert known in (42, None)
     with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
         _, known = same(cache, torch.cat([ids[:, :40], prompt(5, seed + 30)], 1))
-        assert known in (40, 34, None)  # states are known where the turn before ended
+        assert known in (40, 34, None)  # the checkpoint lies where the previous turn ended
 
 
 @pytest.mark.sample(3)  # of 18
 @pytest.mark.parametrize("budget", [None, "160KiB"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_generate(build, tmp_path, name, settings, budget):
+def test_looped_models_are_correct_in_generate(build, tmp_path, name, settings, budget):
     model, settings = build(name), {"max_new_tokens": 5, "do_sample": False, **settings}
     ids = prompt(30)
     with PrefixStore(tmp_path, block_size=8) as store:
@@ -132,7 +132,7 @@ def test_generate(build, tmp_path, name, settings, budget):
                 ids = torch.cat([found[:1], prompt(3, turn + 1)], 1)
 
 
-def test_layers_are_read_before_the_pages_have_come(build, tmp_path):
+def test_layers_read_right_after_begin_hold_the_stored_pages(build, tmp_path):
     model = build("dory per_loop")
     with PrefixStore(tmp_path, block_size=8) as store:
         with TieredCache(store) as cache:
@@ -147,8 +147,8 @@ def test_layers_are_read_before_the_pages_have_come(build, tmp_path):
                 assert torch.equal(layer.keys, keys)
 
 
-def test_layers_that_a_model_appends_unknown_to_kvtier_are_not_kept(store):
-    """As the next looped model may do it."""
+def test_layers_appended_by_an_unknown_model_are_not_kept(store):
+    """A future looped model may append layers like this."""
     model = tiny_model("llama")
     with TieredCache(store) as cache:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The table of what is particular about models, and what follows from it for a turn."""
+"""The table of model profiles, and its effect on a turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvtier.hf.compat.model_profiles import PROFILES, profile_of, why_no_cache, 
 
 
 class Model:
-    """One of a kind, whose forward pass takes what is said."""
+    """A model of a given type, with a given forward signature."""
 
     def __init__(self, model_type, forward=lambda input_ids, position_ids, past_key_values, cache: None, **config):
         self.config = SimpleNamespace(model_type=model_type, **config)
@@ -24,7 +24,7 @@ class Model:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """``installed(5, 17)``: as if that version of transformers were there."""
+    """``installed(5, 17)`` pretends that transformers 5.17 is installed."""
 
     def pretend(*version):
         monkeypatch.setattr(model_profiles, "INSTALLED", version)
@@ -39,7 +39,7 @@ def installed(monkeypatch):
         *((name, (5, 21)) for name in ("qwen4_exp", "qwen4_exp_text")),
     ],
 )
-def test_what_a_version_gets_wrong_is_off_until_the_next(installed, model_type, first_right):
+def test_model_is_off_before_the_version_that_fixes_it(installed, model_type, first_right):
     model = Model(model_type)
     installed(first_right[0], first_right[1] - 1)
     assert f"before {first_right[0]}.{first_right[1]}" in why_off(model)
@@ -47,8 +47,8 @@ def test_what_a_version_gets_wrong_is_off_until_the_next(installed, model_type, 
     assert why_off(model) is None
 
 
-def test_notes_about_an_earlier_prompt_are_forgotten(make_model, generate, tokens, cache):
-    """A model that goes on from them, in a turn that begins with nothing, would count the old prompt, too."""
+def test_position_ids_left_on_the_cache_by_a_model_are_deleted(make_model, generate, tokens, cache):
+    """In a turn that starts from nothing, a model that continues from them would count the old prompt, too."""
     model = make_model("llama")
     model.config.model_type = "qwen4_exp_text"
     cache.position_ids, cache.mine = torch.arange(9), "kept"
@@ -58,27 +58,27 @@ def test_notes_about_an_earlier_prompt_are_forgotten(make_model, generate, token
 
 
 @pytest.mark.parametrize("model_type", ["cpmant", "flaubert", "prophetnet", "recurrent_gemma", "xlm"])
-def test_what_every_version_gets_wrong_is_off(installed, model_type):
+def test_model_that_is_wrong_in_every_version_is_off(installed, model_type):
     for version in ((5, 17), (5, 99)):
         installed(*version)
         assert why_off(Model(model_type)) == PROFILES[model_type].off
 
 
 @pytest.mark.parametrize(("model_type", "value"), [("moshi", "sliding_window"), ("doge", "keep_window_size")])
-def test_some_are_right_within_so_many_tokens(model_type, value):
+def test_windowed_models_are_reused_only_within_their_window(model_type, value):
     model = Model(model_type, **{value: 100})
     assert why_not_so(model, 60, False, 40) is None
     for columns, answer in ((61, 40), (60, 41), (60, 0), (101, 1)):
         assert "beyond 100 tokens" in why_not_so(model, columns, False, answer)
 
 
-def test_models_that_are_not_in_the_table_are_as_all_others():
+def test_models_outside_the_table_get_the_default_profile():
     assert profile_of(Model("llama")) == profile_of(SimpleNamespace()) == model_profiles.ModelProfile()
     assert why_off(Model("llama")) is None
 
 
-def test_before_its_time_cache_is_no_name_for_one(monkeypatch):
-    """XLM had an argument of this name long before."""
+def test_argument_named_cache_is_ignored_in_older_transformers(monkeypatch):
+    """XLM had an argument named ``cache`` long before transformers passed caches by this name."""
     old = Model("xlm", forward=lambda input_ids, cache: None)
     monkeypatch.setattr(names, "CACHE_ARGUMENT", "past_key_values")
     assert names.forward_argument(old) is None
@@ -87,8 +87,8 @@ def test_before_its_time_cache_is_no_name_for_one(monkeypatch):
     assert names.forward_argument(old) == "cache"
 
 
-def test_the_method_that_looks_at_a_cache_may_be_called_by_name(model: LlamaForCausalLM):
-    """MusicGen's own generate() does."""
+def test_prepare_cache_for_generation_accepts_keyword_arguments(model: LlamaForCausalLM):
+    """MusicGen's own generate() passes keywords."""
     with TieredCache(PrefixStore()):
         pass
     arguments = {"use_cache": True}

@@ -1,7 +1,7 @@
-"""On a transformers that nobody has seen yet, answers are right or refused, never wrong.
+"""On an unknown newer transformers, answers are right or refused, never wrong.
 
-Each test changes a copy of the installed package, says that it is a newer version, and holds a conversation with it in
-a process of its own: under every name of the cache argument, and with a ``generate`` taken before kvtier came.
+Each test changes a copy of the installed package, gives it a newer version number, and holds a conversation with it in
+a separate process: under every name of the cache argument, and with a ``generate`` bound before kvtier was imported.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Renames = dict[str, dict[str, str]]
 
 
 def everywhere(old: str, new: str, files: tuple[str, ...] = WITH_A_CACHE) -> Renames:
-    """Call ``old``, a pattern of whole words, ``new`` in all lines of ``files`` that import nothing."""
+    """Rename ``old``, a pattern of whole words, to ``new`` in all lines of ``files`` that import nothing."""
     return {file: {rf"^(?!.*\bimport\b)(.*?)\b({old})\b": rf"\g<1>{new}"} for file in files}
 
 
@@ -87,7 +87,7 @@ CHANGES: dict[str, Renames] = {
 
 @pytest.fixture(scope="module")
 def converse(tmp_path_factory):
-    """``converse(change, without)``: what came of a conversation; ``without`` names parts of kvtier to leave out."""
+    """``converse(change, *without)`` returns the outcome of a conversation; ``without`` names disabled parts."""
     packages, found = {}, {}
 
     def changed(change):
@@ -99,7 +99,7 @@ def converse(tmp_path_factory):
             text = (package / file).read_text(encoding="utf-8")
             for old, new in renames.items():
                 count = 1
-                while count:  # a line may say it more than once
+                while count:  # a line may contain the pattern more than once
                     text, count = re.subn(old, new, text, flags=re.MULTILINE)
                     if not old.startswith("^(?!"):
                         break
@@ -144,12 +144,12 @@ def outcomes(found, how=""):
 
 @pytest.mark.sample(1)  # of 6
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_is_wrong(converse, change):
+def test_changed_transformers_never_gives_a_wrong_answer(converse, change):
     found = converse(change)
     assert "wrong" not in outcomes(found), found
 
 
-def test_a_newer_version_without_changes_is_reused(converse):
+def test_newer_version_without_changes_is_reused(converse):
     found = converse("nothing")
     assert found["reason"] is None
     assert found["reused"] > 80, found
@@ -159,14 +159,14 @@ def test_a_newer_version_without_changes_is_reused(converse):
 @pytest.mark.parametrize(
     "change", ["the argument and the field of the output", "the methods of generation", "what is left of a prompt"]
 )
-def test_calls_that_are_wrapped_are_right(converse, change):
-    """They do without reuse at the worst."""
+def test_wrapped_calls_are_right_on_a_changed_transformers(converse, change):
+    """At worst they reuse nothing."""
     found = converse(change)
     assert outcomes(found, "past_key_values wrapped") == {"right"}, found
     assert outcomes(found, "cache wrapped") == {"right"}, found
 
 
-def test_the_canary_catches_what_the_guard_does_not(converse):
+def test_canary_catches_a_change_that_the_guard_misses(converse):
     change = "what is left of a prompt"
     found = converse(change)
     assert "5.99.0 is newer than" in found["reason"]
@@ -174,7 +174,7 @@ def test_the_canary_catches_what_the_guard_does_not(converse):
     assert "wrong" in outcomes(converse(change, "canary"))
 
 
-def test_the_guard_catches_what_the_canary_does_not(converse):
+def test_guard_catches_a_change_that_the_canary_misses(converse):
     change = "the methods of generation"
     found = converse(change)
     assert found["reason"] is None

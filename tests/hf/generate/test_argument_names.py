@@ -1,4 +1,4 @@
-"""A cache is found among the arguments by what it is, and passed on under the name that transformers has for it."""
+"""generate() finds a TieredCache under any argument name, and passes it on under the name that transformers uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def any_model(request, make_model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_reuses_and_warns_of_nothing(any_model, store, tokens, name):
+def test_each_argument_name_reuses_the_prefix_without_warnings(any_model, store, tokens, name):
     with warnings.catch_warnings(), TieredCache(store) as cache:
         warnings.simplefilter("error")
         ids = tokens(20)
@@ -35,7 +35,7 @@ def test_each_name_reuses_and_warns_of_nothing(any_model, store, tokens, name):
         assert "before 5.21" in cache.last_turn.miss_reason
 
 
-def test_names_may_change_between_turns(model, store, tokens):
+def test_argument_name_may_change_between_turns(model, store, tokens):
     with TieredCache(store) as cache:
         ids = tokens(20)
         for name in NAMES:
@@ -50,7 +50,7 @@ def test_names_may_change_between_turns(model, store, tokens):
 
 
 @pytest.mark.parametrize("others", [("cache", "past_key_values"), ("past_key_values", "cache_params")])
-def test_two_names_at_once_are_refused(model, store, tokens, others):
+def test_caches_under_two_argument_names_raise_configuration_error(model, store, tokens, others):
     with TieredCache(store) as one, TieredCache(store) as two:
         for values in ((one, two), (one, DynamicCache(config=model.config)), (DynamicCache(config=model.config), one)):
             with pytest.raises(ConfigurationError, match="several names"):
@@ -58,8 +58,8 @@ def test_two_names_at_once_are_refused(model, store, tokens, others):
         assert torch.equal(model.generate(tokens(12), cache=one, **SETTINGS), model.generate(tokens(12), **SETTINGS))
 
 
-def test_a_name_that_nobody_knows_is_transformers_to_refuse(model, store, tokens):
-    """No turn is begun that would be kept, and what the cache holds is not taken for the prompt's beginning."""
+def test_unknown_argument_name_raises_the_error_of_transformers(model, store, tokens):
+    """The call begins no turn that would be kept, and does not take cached tokens for the start of its prompt."""
     with TieredCache(store) as cache:
         model.generate(tokens(12), past_key_values=cache, **SETTINGS)
         with pytest.raises(ValueError, match="kv_memory"):
@@ -67,8 +67,8 @@ def test_a_name_that_nobody_knows_is_transformers_to_refuse(model, store, tokens
         assert "kv_memory=" in cache.last_turn.miss_reason
 
 
-def test_a_name_that_a_custom_function_has_is_passed_on(model, store, tokens):
-    """It gets the cache, empty, in the argument it asks for."""
+def test_custom_generate_gets_an_empty_cache_under_its_own_argument_name(model, store, tokens):
+    """The custom function names the argument ``kv_memory``."""
 
     def custom(model, input_ids, generation_config, kv_memory=None, **model_kwargs):
         assert kv_memory.get_seq_length() == 0
@@ -86,7 +86,7 @@ def test_a_name_that_a_custom_function_has_is_passed_on(model, store, tokens):
             assert "kv_memory=" in cache.last_turn.miss_reason
 
 
-def test_loops_take_the_name_of_the_model(any_model, store, tokens):
+def test_custom_loop_with_the_models_argument_name_matches_a_cold_pass(any_model, store, tokens):
     with TieredCache(store) as cache, torch.no_grad():
         for columns in (10, 20):
             ids = tokens(columns)

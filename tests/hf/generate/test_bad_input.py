@@ -1,4 +1,4 @@
-"""What users pass by mistake: a message that names the mistake, or the answer that plain transformers gives."""
+"""Wrong arguments raise an error that names the mistake, or get the answer that plain transformers gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.upstream import CACHE
 
 
 @pytest.mark.parametrize("make", [PrefixStore, TieredCache], ids=["PrefixStore", "TieredCache"])
-def test_a_path_that_is_a_file(tmp_path, make):
+def test_store_path_that_is_a_file_raises_and_keeps_the_file(tmp_path, make):
     place = tmp_path / "notes.txt"
     place.write_text("mine")
     with pytest.raises(StoreError, match=r"notes\.txt.*pass a folder you can write to"):
@@ -30,14 +30,14 @@ def test_a_path_that_is_a_file(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [PrefixStore, TieredCache], ids=["PrefixStore", "TieredCache"])
-def test_a_folder_that_nobody_can_write_to(make):
+def test_store_folder_under_proc_raises_store_error(make):
     if not Path("/proc/self").exists():
         pytest.skip("no /proc here")
     with pytest.raises(StoreError, match=r"/proc/kvtier-store.*pass a folder you can write to"):
         make("/proc/kvtier-store")
 
 
-def test_a_folder_of_somebody_else(tmp_path):
+def test_read_only_store_folder_raises_store_error(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
@@ -54,32 +54,32 @@ def test_a_folder_of_somebody_else(tmp_path):
 @pytest.mark.parametrize(
     "value", ["12 parsecs", "", "GiB", "-1", "1e9", -1, 0, "0", "0.1", True, 1.5, b"1GiB", [1]], ids=repr
 )
-def test_a_budget_that_is_none(tmp_path, argument, value):
+def test_invalid_budget_raises_and_creates_no_folder(tmp_path, argument, value):
     with pytest.raises(ConfigurationError, match=re.escape(f"{argument}={value!r}")):
         PrefixStore(tmp_path / "store", **{argument: value})
     assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "x", "256", None], ids=repr)
-def test_a_block_size_that_is_none(value):
+def test_invalid_block_size_raises_configuration_error(value):
     with pytest.raises(ConfigurationError, match=re.escape(f"block_size={value!r} must be a whole number of tokens")):
         PrefixStore(block_size=value)
 
 
 @pytest.mark.parametrize("value", ["gzip", "", "ZSTD", None, 3], ids=repr)
-def test_an_unknown_compression(value):
+def test_unknown_compression_raises_configuration_error(value):
     with pytest.raises(ConfigurationError, match=re.escape(f"compression={value!r} is unknown; pass 'auto', 'raw'")):
         PrefixStore(compression=value)
 
 
 @pytest.mark.parametrize("value", [7, None, b"me", ["me"]], ids=repr)
-def test_a_namespace_that_is_no_string(value):
+def test_namespace_that_is_not_a_string_raises_configuration_error(value):
     with pytest.raises(ConfigurationError, match=re.escape(f"namespace={value!r} must be a string")):
         PrefixStore(namespace=value)
 
 
 @pytest.mark.parametrize("make", [PrefixStore, TieredCache], ids=["PrefixStore", "TieredCache"])
-def test_a_store_of_a_newer_version(tmp_path, make):
+def test_store_of_a_newer_version_raises_and_keeps_its_marker(tmp_path, make):
     PrefixStore(tmp_path).close()
     marker = tmp_path / "kvtier.json"
     version = json.loads(marker.read_text())["format_version"]
@@ -93,34 +93,34 @@ def test_a_store_of_a_newer_version(tmp_path, make):
 
 
 @pytest.mark.parametrize("value", [3, True, b"folder", ["folder"], object()], ids=lambda value: type(value).__name__)
-def test_a_cache_on_something_that_is_no_store(value):
+def test_cache_refuses_a_store_argument_of_another_type(value):
     with pytest.raises(ConfigurationError, match="neither a folder nor a PrefixStore"):
         TieredCache(value)
 
 
 @pytest.mark.parametrize("value", [3, True, b"folder", ["folder"]], ids=lambda value: type(value).__name__)
-def test_a_store_in_something_that_is_no_folder(value):
+def test_store_refuses_a_path_of_another_type(value):
     with pytest.raises(ConfigurationError, match="path="):
         PrefixStore(value)
 
 
 @pytest.mark.parametrize("make", [PrefixStore, TieredCache], ids=["PrefixStore", "TieredCache"])
-def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, make):
-    """``TieredCache(os.environ.get("CACHE", ""))`` must not spread files over whatever folder one is in."""
+def test_empty_path_raises_and_writes_nothing_to_the_current_folder(tmp_path, monkeypatch, make):
+    """``TieredCache(os.environ.get("CACHE", ""))`` must not spread files over the current folder."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError, match=r"(path|store)=''"):
         make("")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_in_the_place_of_the_store(model):
-    """``DynamicCache(config)`` is what people are used to."""
+def test_config_passed_as_the_store_raises_a_short_error(model):
+    """Users are used to ``DynamicCache(config)``."""
     with pytest.raises(ConfigurationError, match="pass a model's config as config=") as error:
         TieredCache(model.config)
     assert len(str(error.value)) < 300, "the message drowns in the config"
 
 
-def test_a_config_that_is_none():
+def test_config_of_another_type_raises_configuration_error():
     with pytest.raises(ConfigurationError, match="config="):
         TieredCache(config={"num_hidden_layers": 2})
 
@@ -139,7 +139,7 @@ def test_a_config_that_is_none():
     ],
     ids=["generate", "forward", "update", "begin", "commit", "flush", "with", "deepcopy"],
 )
-def test_a_cache_after_close(model, generate, tokens, store, use):
+def test_closed_cache_raises_and_its_store_stays_usable(model, generate, tokens, store, use):
     cache = TieredCache(store)
     generate(model, tokens(12), cache)
     cache.close()
@@ -152,7 +152,7 @@ def test_a_cache_after_close(model, generate, tokens, store, use):
         assert again.last_turn.cached_tokens == 11
 
 
-def test_a_store_after_close(tmp_path):
+def test_entering_a_closed_store_raises_closed_error(tmp_path):
     store = PrefixStore(tmp_path)
     store.close()
     store.close()
@@ -161,7 +161,7 @@ def test_a_store_after_close(tmp_path):
         pass
 
 
-def test_a_store_closed_under_its_cache(model, generate, tokens, store):
+def test_cache_over_a_closed_store_raises_closed_error(model, generate, tokens, store):
     cache = TieredCache(store)
     generate(model, tokens(12), cache)
     store.close()
@@ -172,8 +172,8 @@ def test_a_store_closed_under_its_cache(model, generate, tokens, store):
     cache.close()
 
 
-def test_a_store_closed_in_the_middle_of_a_turn(model, generate, tokens, store, caplog):
-    """The answer is there: it must not be lost because it cannot be kept."""
+def test_closing_the_store_during_generate_keeps_the_answer_and_warns_once(model, generate, tokens, store, caplog):
+    """An answer that cannot be stored is still returned."""
 
     class CloseStore(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -191,7 +191,7 @@ def test_a_store_closed_in_the_middle_of_a_turn(model, generate, tokens, store, 
 
 
 class Bare(torch.nn.Module):
-    """A model that somebody wrote: no config, no generate."""
+    """A user's own model, without a config and without generate()."""
 
     def __init__(self, model):
         super().__init__()
@@ -206,7 +206,7 @@ class Bare(torch.nn.Module):
         return self.inner(ids, **{CACHE: cache}).logits
 
 
-def test_a_model_without_a_config(model, cache, tokens):
+def test_model_without_a_config_is_computed_without_reuse(model, cache, tokens):
     bare, ids = Bare(model), tokens(12)
     for _ in range(2):
         report = cache.begin(bare, ids)
@@ -223,7 +223,7 @@ def test_a_model_without_a_config(model, cache, tokens):
 
 
 def outcome(call):
-    """What a call gives: tokens, or the type and text of its error."""
+    """Return the tokens of a call, or the type and text of its error."""
     try:
         return call().sequences.tolist()
     except Exception as error:
@@ -247,7 +247,7 @@ PROMPTS = {
 @pytest.mark.sample(10)  # of 20
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("used", [False, True], ids=["empty cache", "used cache"])
-def test_an_odd_prompt_ends_as_it_does_in_plain_transformers(model, generate, tokens, cache, kind, used):
+def test_odd_prompt_gives_the_same_outcome_as_plain_transformers(model, generate, tokens, cache, kind, used):
     ids = tokens(12)
     odd = PROMPTS[kind](ids)
     if used:
@@ -264,7 +264,7 @@ def test_an_odd_prompt_ends_as_it_does_in_plain_transformers(model, generate, to
     assert cache.last_turn.cached_tokens == again.shape[1] - 1
 
 
-def test_after_one_token_the_conversation_goes_on(model, generate, tokens, cache):
+def test_conversation_that_starts_with_one_token_is_reused(model, generate, tokens, cache):
     sequences = generate(model, tokens(1), cache).sequences
     report = cache.last_turn
     assert (report.prompt_tokens, report.cached_tokens, report.generated_tokens) == (1, 0, 8)
@@ -274,7 +274,7 @@ def test_after_one_token_the_conversation_goes_on(model, generate, tokens, cache
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (1, 15), (2, 12)], ids=str)
-def test_a_mask_of_another_shape(model, generate, tokens, cache, shape):
+def test_mask_of_another_shape_raises_prompt_error(model, generate, tokens, cache, shape):
     ids = tokens(12)
     generate(model, ids, cache)
     mask = torch.ones(shape, dtype=torch.long)
@@ -287,7 +287,7 @@ def test_a_mask_of_another_shape(model, generate, tokens, cache, shape):
 
 
 @pytest.mark.parametrize("dimensions", [1, 3, 4])
-def test_a_mask_of_other_dimensions_ends_as_it_does_in_plain_transformers(model, generate, tokens, cache, dimensions):
+def test_mask_of_other_dimensions_gives_the_outcome_of_plain_transformers(model, generate, tokens, cache, dimensions):
     ids = tokens(12)
     mask = {1: torch.ones(12), 3: torch.ones(1, 12, 12), 4: torch.ones(1, 1, 12, 12)}[dimensions].long()
     expected = outcome(lambda: generate(model, ids, attention_mask=mask))
@@ -295,7 +295,7 @@ def test_a_mask_of_other_dimensions_ends_as_it_does_in_plain_transformers(model,
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
-def test_two_kinds_of_cache_at_once(model, generate, tokens, cache):
+def test_cache_implementation_beside_a_cache_raises_and_keeps_cached_tokens(model, generate, tokens, cache):
     ids = tokens(12)
     generate(model, ids, cache)
     expected = outcome(lambda: generate(model, ids, cache_implementation="static"))
@@ -305,20 +305,20 @@ def test_two_kinds_of_cache_at_once(model, generate, tokens, cache):
     assert cache.last_turn.cached_tokens == 11
 
 
-def test_commit_without_begin(model, generate, tokens, cache):
+def test_commit_without_begin_raises_prompt_error(model, generate, tokens, cache):
     for _ in range(2):
         with pytest.raises(PromptError, match=r"commit\(\) without begin\(\): call begin"):
             cache.commit(tokens(12))
-        generate(model, tokens(12), cache)  # a turn that is over is no begin
+        generate(model, tokens(12), cache)  # a turn that has ended does not count as begin()
 
 
-def test_commit_of_one_dimension(model, tokens, cache):
+def test_commit_of_one_dimensional_ids_raises_prompt_error(model, tokens, cache):
     cache.begin(model, tokens(12))
     with pytest.raises(PromptError, match=r"must be \[rows, columns\], not 1-dimensional"):
         cache.commit(tokens(12)[0])
 
 
-def test_crop_takes_what_is_to_be_removed_as_a_negative_number(model, generate, tokens, cache):
+def test_crop_by_a_positive_number_raises_and_removes_nothing(model, generate, tokens, cache):
     generate(model, tokens(12), cache)
     before = cache.get_seq_length()
     with pytest.raises(ValueError, match=r"crop\(3\): pass a negative number"):
@@ -331,7 +331,7 @@ def test_crop_takes_what_is_to_be_removed_as_a_negative_number(model, generate, 
     [{}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"family": "gemma3"}, {"dtype": torch.bfloat16}],
     ids=["other weights", "fewer layers", "more heads", "another family", "another dtype"],
 )
-def test_one_cache_for_two_models_in_turn(make_model, generate, tokens, cache, other):
+def test_one_cache_gives_exact_answers_for_two_alternating_models(make_model, generate, tokens, cache, other):
     first, second = make_model("llama"), make_model(**{"family": "llama", **other})
     if not other:
         with torch.no_grad():
@@ -340,7 +340,7 @@ def test_one_cache_for_two_models_in_turn(make_model, generate, tokens, cache, o
     for turn in range(3):
         for model, changed in ((first, turn > 0), (second, True)):
             found = generate(model, ids, cache)
-            # From the second turn on the store knows them both.
+            # From the second turn on the store has prefixes of both models.
             assert cache.last_turn.cached_tokens == (19 if turn else 0)
             if changed and not turn:
                 assert cache.last_turn.miss_reason == "the model is not the one that filled this cache"

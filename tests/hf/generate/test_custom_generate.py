@@ -1,4 +1,4 @@
-"""Ways of decoding that feed tokens and take them back: what is kept afterwards is what was seen to be fed."""
+"""Custom, assisted and beam decoding, which may take tokens back, keep only tokens that were seen to be fed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def used(model, generate, tokens, cache):
 
 @pytest.fixture
 def same(model, generate):
-    """``same(cache, ids, **settings)``: the sequences of a turn, which are those of a fresh ``DynamicCache``."""
+    """``same(cache, ids, **settings)``: the sequences of a turn, compared with a fresh ``DynamicCache``."""
 
     def run(cache, ids, **settings):
         torch.manual_seed(5)
@@ -46,7 +46,7 @@ def plain(model, input_ids, generation_config=None, **model_kwargs):
 
 
 def contrastive(model, input_ids, generation_config=None, candidates=3, alpha=0.6, **model_kwargs):
-    """Contrastive search: of a few likely tokens, the one least like what was said. Looks at the whole prompt."""
+    """Contrastive search: of a few likely tokens, take the least similar to earlier text. Looks at the whole prompt."""
     cache, mask = model_kwargs[CACHE], model_kwargs.get("attention_mask")
 
     def call(ids):
@@ -76,7 +76,7 @@ def contrastive(model, input_ids, generation_config=None, candidates=3, alpha=0.
 
 
 def keeping_no_place(model, input_ids, **model_kwargs):
-    """Feeds the last eight tokens alone, at the first positions."""
+    """Feed only the last eight tokens, at the first positions."""
     model(input_ids[:, -8:], **{CACHE: model_kwargs[CACHE]})
     return input_ids
 
@@ -121,7 +121,7 @@ def with_nothing(model, input_ids, **model_kwargs):
 UNKNOWN = [at_other_positions, blind_to_some, with_vectors, with_a_part_of_the_model, with_k_and_v_of_its_own]
 
 
-def test_a_loop_of_ones_own_starts_cold_and_is_kept(used, same, tokens, store):
+def test_custom_generate_loop_starts_cold_and_its_tokens_are_kept(used, same, tokens, store):
     cache, ids = used
     found = same(cache, ids, custom_generate=plain)
     assert cache.last_turn.cached_tokens == 0
@@ -135,7 +135,7 @@ def test_a_loop_of_ones_own_starts_cold_and_is_kept(used, same, tokens, store):
     assert cache.last_turn.cached_by_tier["device"] == found.shape[1] - 1
 
 
-def test_padded_rows_of_a_loop_of_ones_own_are_kept_each(used, same, tokens):
+def test_custom_generate_loop_keeps_each_row_of_a_padded_batch(used, same, tokens):
     cache, _ = used
     ids = tokens(20, rows=3, seed=4)
     ids[1, :6], ids[2, :13] = 0, 0
@@ -145,8 +145,8 @@ def test_padded_rows_of_a_loop_of_ones_own_are_kept_each(used, same, tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_contrastive_search(used, same, tokens, rows):
-    """It wants the hidden states of the whole prompt, repeats rows, feeds candidates and drops all but one."""
+def test_contrastive_search_starts_cold_and_its_tokens_are_kept(used, same, tokens, rows):
+    """The loop needs hidden states of the whole prompt, repeats rows, feeds candidates and drops all except one."""
     cache, ids = used
     ids = torch.cat([ids, tokens(ids.shape[1], seed=8)])[:rows]
     settings = {"custom_generate": contrastive, "candidates": 3}
@@ -155,11 +155,11 @@ def test_contrastive_search(used, same, tokens, rows):
         assert cache.last_turn.cached_tokens == 0
     longer = torch.cat([found, tokens(3, rows=rows, seed=2)], 1)
     same(cache, longer)
-    assert cache.last_turn.cached_by_tier["device"] == rows * found.shape[1]  # the last one was tried, and fed
+    assert cache.last_turn.cached_by_tier["device"] == rows * found.shape[1]  # the last token was fed as a candidate
 
 
 @pytest.mark.parametrize("function", UNKNOWN, ids=lambda function: function.__name__)
-def test_what_was_fed_otherwise_is_not_kept(function, model, cache, same, tokens):
+def test_tokens_fed_in_an_unknown_way_are_not_kept(function, model, cache, same, tokens):
     ids = tokens(20, seed=6)
     model.generate(ids, past_key_values=cache, custom_generate=function, max_new_tokens=4)
     assert cache.last_turn.cached_tokens == 0
@@ -169,7 +169,7 @@ def test_what_was_fed_otherwise_is_not_kept(function, model, cache, same, tokens
     assert cache.last_turn.cached_tokens == 0
 
 
-def test_tokens_that_are_not_the_prompt_are_kept_for_what_they_are(model, cache, same, tokens):
+def test_custom_generate_keeps_the_tokens_it_fed_instead_of_the_prompt(model, cache, same, tokens):
     ids = tokens(20, seed=6)
     model.generate(ids, past_key_values=cache, custom_generate=keeping_no_place, max_new_tokens=4)
     same(cache, torch.cat([ids[:, -8:], tokens(3, seed=7)], 1))
@@ -178,14 +178,14 @@ def test_tokens_that_are_not_the_prompt_are_kept_for_what_they_are(model, cache,
     assert cache.last_turn.cached_tokens == 0
 
 
-def test_a_function_that_feeds_nothing(model, cache, same, tokens):
+def test_custom_generate_that_feeds_nothing_keeps_nothing(model, cache, same, tokens):
     ids = tokens(20, seed=6)
     model.generate(ids, past_key_values=cache, custom_generate=with_nothing, max_new_tokens=4)
     same(cache, ids)
     assert cache.last_turn.cached_tokens == 0
 
 
-def test_a_function_that_fails_leaves_a_cache_that_works(model, used, same):
+def test_failing_custom_generate_leaves_a_working_cache_and_no_hooks(model, used, same):
     cache, ids = used
 
     def failing(model, input_ids, **model_kwargs):
@@ -200,11 +200,11 @@ def test_a_function_that_fails_leaves_a_cache_that_works(model, used, same):
     assert not model._forward_hooks
 
 
-# --- transformers' own ways that take tokens back, or move rows -------------------------------------------------------
+# --- decoding modes of transformers that take tokens back, or move rows -----------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["prompt-lookup", "assistant"])
-def test_what_assisted_decoding_leaves_is_kept(how, model, make_model, used, same, tokens, store):
+def test_assisted_decoding_starts_cold_and_its_tokens_are_kept(how, model, make_model, used, same, tokens, store):
     cache, ids = used
     ids = torch.cat([ids, ids[:, :12]], 1)  # something to look up
     assistant = make_model("llama", num_hidden_layers=1)
@@ -227,8 +227,8 @@ def _states(cache):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def test_upstream_still_goes_wrong_when_it_assists_on_a_known_prefix(make_model, tokens):
-    """Why assisted turns start cold. When this fails, transformers has mended it, and they need not any more."""
+def test_transformers_still_fails_at_assisted_decoding_on_a_known_prefix(make_model, tokens):
+    """The reason that assisted turns start cold. If this test fails, transformers is fixed and they may start warm."""
     from transformers import DynamicCache
 
     model = make_model("llama", dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_upstream_still_goes_wrong_when_it_assists_on_a_known_prefix(make_model,
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 3, "do_sample": True}], ids=["beams", "sampled"])
-def test_answers_of_beams_are_kept(settings, used, same, tokens):
+def test_beam_search_reuses_the_prefix_and_its_answer_is_kept(settings, used, same, tokens):
     cache, ids = used
     found = same(cache, ids, **settings)
     assert cache.last_turn.cached_tokens == 37
@@ -257,8 +257,8 @@ def test_answers_of_beams_are_kept(settings, used, same, tokens):
     assert cache.last_turn.cached_tokens >= ids.shape[1] + 4
 
 
-def test_what_is_taken_back_at_the_end_of_a_turn_costs_nothing_else(model, used, same, tokens):
-    """Some devices let the host run one step ahead, and undo it."""
+def test_crop_at_the_end_of_a_turn_loses_only_the_cropped_token(model, used, same, tokens):
+    """On some devices the host runs one step ahead, and then undoes that step."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     cache, ids = used
@@ -278,7 +278,7 @@ def test_what_is_taken_back_at_the_end_of_a_turn_costs_nothing_else(model, used,
     assert cache.last_turn.cached_tokens == found.shape[1] - 2
 
 
-def test_what_is_fed_after_tokens_were_taken_back_is_not_taken_for_the_answer(model, used, same, tokens):
+def test_crop_in_the_middle_of_generate_raises_and_keeps_only_the_prompt(model, used, same, tokens):
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     cache, ids = used

@@ -1,4 +1,4 @@
-"""Every mode of generate() gives the tokens of a fresh ``DynamicCache``, on a cache that already knows much."""
+"""Every mode of generate() gives the tokens of a fresh ``DynamicCache``, also on a filled cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.upstream import CACHE
 
 @pytest.fixture
 def turn(model, generate):
-    """``turn(cache, ids, **settings)``: run it on the cache and on a fresh ``DynamicCache``; sequences are equal."""
+    """``turn(cache, ids, **settings)``: run it on the cache and on a fresh ``DynamicCache``, and compare."""
 
     def run(cache, ids, **settings):
         torch.manual_seed(7)
@@ -56,26 +56,26 @@ MODES = {
 
 
 def reused(mode):
-    """Tokens of the prompt in ``used`` that a turn in ``mode`` takes from what is known."""
+    """Return how many tokens of the prompt in ``used`` a turn in ``mode`` reuses."""
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21)
     return 0 if mode == "prefill-chunks" and old else 37
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mode_on_a_used_cache_and_the_turn_after_it(turn, used, tokens, store, mode):
+def test_mode_matches_dynamic_cache_on_a_used_cache_and_in_the_next_turn(turn, used, tokens, store, mode):
     cache, ids = used
     found = turn(cache, ids, **MODES[mode])
     assert cache.last_turn.cached_tokens == reused(mode)
     ids = torch.cat([found.sequences[:1], tokens(3, seed=2)], 1)
     turn(cache, ids)
-    assert cache.last_turn.cached_tokens >= 43  # at least the prompt of the turn in that mode but its last token
+    assert cache.last_turn.cached_tokens >= 43  # at least that turn's prompt without its last token
     with TieredCache(store) as restored:
         turn(restored, ids)
         assert restored.last_turn.cached_tokens >= 43
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mode_on_a_restored_cache(turn, used, store, mode):
+def test_mode_matches_dynamic_cache_on_a_restored_prefix(turn, used, store, mode):
     _, ids = used
     with TieredCache(store) as cache:
         turn(cache, ids, **MODES[mode])
@@ -83,7 +83,7 @@ def test_mode_on_a_restored_cache(turn, used, store, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mode_on_an_empty_cache(turn, cache, tokens, mode):
+def test_mode_matches_dynamic_cache_on_an_empty_cache(turn, cache, tokens, mode):
     found = turn(cache, tokens(20), **MODES[mode])
     assert cache.last_turn.cached_tokens == 0
     turn(cache, torch.cat([found.sequences[-1:], tokens(4, seed=3)], 1))
@@ -91,7 +91,7 @@ def test_mode_on_an_empty_cache(turn, cache, tokens, mode):
 
 
 def asking_for_no_cache(model, way):
-    """Settings of a call that asks for no cache."""
+    """Return settings of a call that asks for no cache."""
     if way == "call":
         return {"use_cache": False}
     config = copy.deepcopy(model.generation_config)
@@ -100,8 +100,8 @@ def asking_for_no_cache(model, way):
 
 
 @pytest.mark.parametrize("way", ["call", "config"])
-def test_a_call_that_asks_for_no_cache_gets_none(model, used, tokens, store, way):
-    """Its answer is that of a forward pass over all tokens at every step; the turn after it begins from the store."""
+def test_call_with_use_cache_false_computes_all_tokens_in_every_step(model, used, tokens, store, way):
+    """The answer is that of a forward pass over all tokens at every step. The next turn starts from the store."""
     cache, ids = used
     calls, forward = [], model.forward
     model.forward = lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
@@ -119,8 +119,8 @@ def test_a_call_that_asks_for_no_cache_gets_none(model, used, tokens, store, way
 
 
 @pytest.mark.parametrize("way", ["call", "config"])
-def test_a_model_that_uses_no_cache_by_default_uses_one_that_it_is_given(model, used, way):
-    """As MPT: only a call that says so itself does without."""
+def test_model_with_use_cache_false_by_default_uses_a_given_cache(model, used, way):
+    """MPT has this default. Only ``use_cache=False`` in the call itself turns the cache off."""
     cache, ids = used
     settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
     expected = model.generate(ids, **settings)
@@ -133,7 +133,7 @@ def test_a_model_that_uses_no_cache_by_default_uses_one_that_it_is_given(model, 
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
-def test_experts_that_are_weighed_by_the_whole_prompt(make_model, tokens, cache, tmp_path):
+def test_x_lora_is_answered_without_a_cache(make_model, tokens, cache, tmp_path):
     """X-LoRA computes every forward pass twice, and asks generate() for no cache."""
     peft = pytest.importorskip("peft")
     where = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": False}
@@ -152,13 +152,13 @@ def test_experts_that_are_weighed_by_the_whole_prompt(make_model, tokens, cache,
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_rows_of_a_padded_batch_come_from_different_chains(turn, cache, tokens, store, tier):
+def test_rows_of_a_padded_batch_reuse_different_chains(turn, cache, tokens, store, tier):
     turn(cache, tokens(40, seed=1))
     turn(cache, tokens(25, seed=2))
     batch = torch.zeros(3, 43, dtype=torch.long)
     batch[0] = torch.cat([tokens(40, seed=1), tokens(3, seed=5)], 1)
     batch[1, 13:] = torch.cat([tokens(25, seed=2), tokens(5, seed=6)], 1)
-    batch[2, 40:] = tokens(3, seed=7)  # knows nothing, and is padding wherever the others are cached
+    batch[2, 40:] = tokens(3, seed=7)  # no stored prefix; padding in all columns where the others are cached
     with TieredCache(store) as restored:
         target = cache if tier == "device" else restored
         turn(target, batch)
@@ -167,7 +167,7 @@ def test_rows_of_a_padded_batch_come_from_different_chains(turn, cache, tokens, 
         assert target.last_turn.cached_by_tier[tier] == (25 if tier == "device" else 63)
 
 
-def test_batch_sizes_change_from_turn_to_turn(turn, cache, tokens):
+def test_batch_size_may_change_from_turn_to_turn(turn, cache, tokens):
     one, three = tokens(20, seed=1), tokens(24, rows=3, seed=2)
     three[1, :9] = 0
     for ids in (one, three, three[1:2, 9:], torch.cat([three[2:], three[:1]]), one, three):
@@ -176,7 +176,7 @@ def test_batch_sizes_change_from_turn_to_turn(turn, cache, tokens):
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_expanded_padded_batch(turn, cache, tokens, store, settings):
+def test_beams_and_samples_reuse_each_row_of_a_padded_batch(turn, cache, tokens, store, settings):
     ids = tokens(24, rows=2)
     ids[1, :10] = 0
     turn(cache, ids[:, :22])
@@ -187,7 +187,7 @@ def test_expanded_padded_batch(turn, cache, tokens, store, settings):
         assert [row.cached_tokens for row in restored.last_turn.rows] == [23, 13]
 
 
-def test_plain_tensor_is_returned(model, used):
+def test_generate_returns_a_plain_tensor_by_default(model, used):
     cache, ids = used
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert torch.equal(model.generate(inputs=ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
@@ -203,7 +203,7 @@ MASKS = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float16, torch.
 @pytest.mark.parametrize("dtype", MASKS, ids=str)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], ids=str)
-def test_masks_and_ids_of_any_type(model, turn, cache, tokens, dtype, ids_dtype, settings):
+def test_masks_and_ids_of_any_dtype_reuse_each_row(model, turn, cache, tokens, dtype, ids_dtype, settings):
     ids = tokens(24, rows=2).to(ids_dtype)
     ids[1, :10] = 0
     mask = (ids != 0).to(dtype)
@@ -213,7 +213,7 @@ def test_masks_and_ids_of_any_type(model, turn, cache, tokens, dtype, ids_dtype,
     assert [row.cached_tokens for row in cache.last_turn.rows] == [23, 13]
 
 
-def test_a_mask_that_moves_positions_is_never_taken_for_one_of_ones(turn, cache, tokens):
+def test_mask_values_besides_0_and_1_turn_reuse_off(turn, cache, tokens):
     ids = tokens(20)
     turn(cache, ids, attention_mask=torch.full_like(ids, 2))
     assert "besides 0 and 1" in cache.last_turn.miss_reason
@@ -234,8 +234,8 @@ def test_a_mask_that_moves_positions_is_never_taken_for_one_of_ones(turn, cache,
     ],
     ids=["int", "numpy", "tensor", "int32-row", "uint8"],
 )
-def test_special_ids_of_any_type(model, cache, tokens, as_type):
-    """A padding id is masked, and what follows an end of sequence is not kept, however the call writes them."""
+def test_pad_and_eos_ids_of_any_type_give_the_same_answer(model, cache, tokens, as_type):
+    """The padding id is masked, and tokens after an end of sequence are not kept, whatever the type of the ids."""
     ids = tokens(12, rows=2)
     ids[1, :4] = 0
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": as_type(0), "eos_token_id": as_type(5)}
@@ -245,7 +245,7 @@ def test_special_ids_of_any_type(model, cache, tokens, as_type):
 
 
 @pytest.mark.parametrize("name", sorted(DROPPED | {"num_items_in_batch"}))
-def test_arguments_that_decide_no_k_and_v(model, used, turn, name):
+def test_arguments_without_effect_on_k_and_v_leave_reuse_on(model, used, turn, name):
     """Trainers pass labels to generate()."""
     cache, ids = used
     if name == "next_sequence_length":
@@ -254,7 +254,7 @@ def test_arguments_that_decide_no_k_and_v(model, used, turn, name):
     assert cache.last_turn.cached_tokens == 37
 
 
-def test_output_carries_the_cache(model, used, generate):
+def test_generate_output_carries_the_given_cache(model, used, generate):
     cache, ids = used
     assert generate(model, ids, cache).past_key_values is cache
 
@@ -301,7 +301,7 @@ class Elsewhere(BaseStreamer):
         pass
 
 
-def test_a_cache_serves_one_thread_at_a_time(model, used, generate, turn):
+def test_second_thread_on_a_busy_cache_raises_busy_error(model, used, generate, turn):
     cache, ids = used
     elsewhere = Elsewhere(lambda: generate(model, ids, cache))
     expected = generate(model, ids).sequences
@@ -311,7 +311,7 @@ def test_a_cache_serves_one_thread_at_a_time(model, used, generate, turn):
     assert cache.last_turn.cached_tokens == ids.shape[1] - 1
 
 
-def test_threads_share_a_store(model, used, store, generate):
+def test_caches_on_two_threads_share_a_store(model, used, store, generate):
     cache, ids = used
     expected = generate(model, ids).sequences
     with TieredCache(store) as other:
@@ -321,17 +321,17 @@ def test_threads_share_a_store(model, used, store, generate):
         assert other.last_turn.cached_by_tier["host"] == 37
 
 
-# --- what can be done to a cache between turns ------------------------------------------------------------------------
+# --- changes to a cache between turns ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("removed", [1, 10, 37, 100])
-def test_crop_between_turns(turn, used, tokens, removed):
+def test_crop_between_turns_leaves_the_stored_prefix(turn, used, tokens, removed):
     cache, ids = used
     cache.crop(-removed)
     assert cache.get_seq_length() == max(0, 37 - removed)
     turn(cache, ids)
     assert cache.last_turn.cached_by_tier["device"] == max(0, 37 - removed)
-    assert cache.last_turn.cached_tokens == 37  # the store knows the rest
+    assert cache.last_turn.cached_tokens == 37  # the rest comes from the store
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_crop_between_turns(turn, used, tokens, removed):
     ],
     ids=["reorder", "select", "select-mask", "repeat"],
 )
-def test_rows_moved_between_turns(model, turn, cache, tokens, move):
+def test_moving_rows_between_turns_matches_dynamic_cache(model, turn, cache, tokens, move):
     ids = tokens(20, rows=3)
     turn(cache, ids)
     reference = DynamicCache(config=model.config)
@@ -368,7 +368,7 @@ def test_reset_keeps_the_store(turn, used):
     assert cache.last_turn.cached_by_tier["host"] == 37
 
 
-def test_twins_continue_alike_and_apart(turn, used, tokens):
+def test_deepcopied_cache_continues_independently(turn, used, tokens):
     cache, ids = used
     twin = copy.deepcopy(cache)
     assert twin.store is cache.store
@@ -376,14 +376,14 @@ def test_twins_continue_alike_and_apart(turn, used, tokens):
     turn(twin, ids)
     assert twin.last_turn.cached_by_tier["device"] == 37
     kept = [layer.keys.clone() for layer in cache.layers]
-    turn(twin, torch.cat([ids[:, :20], tokens(9, seed=9)], 1))  # overwrites what the twin held
+    turn(twin, torch.cat([ids[:, :20], tokens(9, seed=9)], 1))  # overwrites tokens of the twin
     for layer, before in zip(cache.layers, kept, strict=True):
         assert torch.equal(layer.keys, before)
     turn(cache, ids)
     assert cache.last_turn.cached_by_tier["device"] == 37
 
 
-def test_closing_one_twin_leaves_the_other(turn, used):
+def test_closing_a_deepcopy_leaves_the_original_usable(turn, used):
     cache, ids = used
     twin = copy.deepcopy(cache)
     twin.close()
@@ -394,7 +394,7 @@ def test_closing_one_twin_leaves_the_other(turn, used):
 # --- other ways to generate -------------------------------------------------------------------------------------------
 
 
-def test_prompt_lookup_on_a_used_cache(model, turn, used, generate):
+def test_prompt_lookup_starts_cold_and_its_tokens_are_kept(model, turn, used, generate):
     cache, ids = used
     ids = torch.cat([ids, ids[:, :12]], 1)  # something to look up
     turn(cache, ids, prompt_lookup_num_tokens=3)
@@ -404,7 +404,7 @@ def test_prompt_lookup_on_a_used_cache(model, turn, used, generate):
     assert cache.last_turn.cached_tokens == ids.shape[1] - 1
 
 
-def test_assistant_model(model, make_model, used, generate):
+def test_assistant_model_gives_the_answer_of_a_fresh_cache(model, make_model, used, generate):
     cache, ids = used
     assistant = make_model("llama", num_hidden_layers=1)
     expected = generate(model, ids).sequences
@@ -413,7 +413,7 @@ def test_assistant_model(model, make_model, used, generate):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_decoder_side_of_an_encoder_decoder(tokens, cache, settings):
+def test_encoder_decoder_model_is_answered_without_reuse(tokens, cache, settings):
     config = transformers.T5Config(
         vocab_size=200, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
@@ -450,7 +450,7 @@ def loop(model, cache, ids, steps=6):
     return sequences, cache.commit(sequences)
 
 
-def test_custom_loop(model, cache, tokens, store):
+def test_custom_loop_reuses_its_turns_and_matches_generate(model, cache, tokens, store):
     ids = tokens(20)
     for turn, known in enumerate((0, 25)):
         found, report = loop(model, cache, ids)
@@ -463,7 +463,7 @@ def test_custom_loop(model, cache, tokens, store):
         assert report.cached_by_tier["host"] == 35
 
 
-def test_commit_wants_the_prompt_it_was_given(model, cache, tokens):
+def test_commit_requires_begin_and_the_same_prompt(model, cache, tokens):
     with pytest.raises(PromptError, match="without begin"):
         cache.commit(tokens(5))
     cache.begin(model, tokens(20))
@@ -474,8 +474,8 @@ def test_commit_wants_the_prompt_it_was_given(model, cache, tokens):
     assert cache.commit(tokens(20)).computed_tokens == 20
 
 
-def test_tokens_that_nobody_named_are_not_kept(model, cache, turn, tokens):
-    """A bare forward pass appends K and V; the next turn must not take them for those of its prompt."""
+def test_buffers_changed_by_a_bare_forward_pass_are_not_reused(model, cache, turn, tokens):
+    """A bare forward pass appends K and V. The next turn must not take them for K and V of its prompt."""
     turn(cache, tokens(20))
     with torch.no_grad():
         model(tokens(5, seed=9), **{CACHE: cache})
@@ -483,7 +483,7 @@ def test_tokens_that_nobody_named_are_not_kept(model, cache, turn, tokens):
     assert cache.last_turn.cached_by_tier["device"] == 0
 
 
-def test_mask_of_another_width_is_refused(model, cache, tokens):
+def test_mask_of_another_width_raises_prompt_error(model, cache, tokens):
     with pytest.raises(PromptError, match="whole conversation"):
         model.generate(tokens(5), attention_mask=torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
 
@@ -499,7 +499,7 @@ def test_holes_in_the_mask_turn_reuse_off(turn, used):
 
 
 @pytest.mark.parametrize("length", [20, 40])
-def test_after_uninstall_a_cache_is_not_taken_for_a_prompt_it_does_not_know(model, cache, tokens, length):
+def test_generate_on_a_used_cache_raises_uninstalled_error_after_uninstall(model, cache, tokens, length):
     settings = {"max_new_tokens": 8, "do_sample": False}
     model.generate(tokens(30), past_key_values=cache, **settings)
     try:
@@ -515,7 +515,7 @@ def test_after_uninstall_a_cache_is_not_taken_for_a_prompt_it_does_not_know(mode
     assert torch.equal(model.generate(tokens(length, seed=3), past_key_values=cache, **settings), expected)
 
 
-def test_uninstall_gives_generate_back(model, cache, tokens):
+def test_uninstall_restores_the_original_generate(model, cache, tokens):
     wrapped = GenerationMixin.generate
     try:
         kvtier.uninstall()

@@ -1,4 +1,4 @@
-"""Ways to call ``generate`` around its decoding: compiled, in pipelines and threads, with more outputs, refused."""
+"""generate() with compiled models, in pipelines, on threads, with more outputs, and with refused settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer():
     """One word, one token: ``w7`` is 7; 0 is padding."""
     words = {"<pad>": 0, **{f"w{i}": i for i in range(1, 200)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    split = pre_tokenizers.Split(Regex(r"w\d+"), "isolated")  # a pipeline adds what is new without a space
+    split = pre_tokenizers.Split(Regex(r"w\d+"), "isolated")  # a pipeline appends new text without a space
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
     made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", padding_side="left")
     made.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
@@ -66,7 +66,7 @@ def compiled_module(model):
     [(compiled_forward, {}), (compiled_in_place, {"num_beams": 2}), (compiled_module, {})],
     ids=["forward", "in-place-beams", "module"],
 )
-def test_a_compiled_model_reuses(how, settings, make_model, cache, tokens):
+def test_compiled_model_reuses_the_prefix(how, settings, make_model, cache, tokens):
     torch._dynamo.reset()
     shape = {"num_hidden_layers": 1}
     plain, model = make_model("llama", **shape), how(make_model("llama", **shape))
@@ -80,8 +80,8 @@ def test_a_compiled_model_reuses(how, settings, make_model, cache, tokens):
     torch._dynamo.reset()
 
 
-def test_compile_config(model, used, generate):
-    """``generate`` compiles nothing for caches that grow; it says so and goes on."""
+def test_compile_config_does_not_change_the_answer_or_reuse(model, used, generate):
+    """``generate`` compiles nothing for growing caches. It says so and continues."""
     cache, ids = used
     config = CompileConfig(backend="eager", dynamic=True)
     config._compile_all_devices = True
@@ -93,7 +93,7 @@ def test_compile_config(model, used, generate):
 # --- pipelines --------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_takes_a_cache_from_call_to_call(model, tokenizer, tokens, cache):
+def test_pipeline_reuses_a_cache_from_call_to_call(model, tokenizer, tokens, cache):
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     text = words(tokens(20))
     for known in (0, 27, 36):
@@ -104,18 +104,18 @@ def test_a_pipeline_takes_a_cache_from_call_to_call(model, tokenizer, tokens, ca
         text = f"{found} w9"
 
 
-def test_chat_messages_in_a_pipeline(model, tokenizer, tokens, cache):
+def test_pipeline_with_chat_messages_reuses_a_cache(model, tokenizer, tokens, cache):
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     call = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0]}
     messages = [{"role": "user", "content": words(tokens(12))}]
-    for turn, known in enumerate((0, 14)):  # the template writes answers otherwise than the model did
+    for turn, known in enumerate((0, 14)):  # the template formats answers differently than the model
         found = pipe(messages, past_key_values=cache, **call)[0]["generated_text"]
         assert found == pipe(messages, **call)[0]["generated_text"]
         assert cache.last_turn.cached_tokens == known
         messages = [*found, {"role": "user", "content": words(tokens(4, seed=turn + 1))}]
 
 
-def test_batches_in_a_pipeline(model, tokenizer, tokens, cache):
+def test_pipeline_with_batches_reuses_a_cache(model, tokenizer, tokens, cache):
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
     call = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [0]}
     texts = [words(tokens(12)), words(tokens(9, seed=1)), words(tokens(12))]
@@ -128,7 +128,7 @@ def test_batches_in_a_pipeline(model, tokenizer, tokens, cache):
 # --- streamers and threads --------------------------------------------------------------------------------------------
 
 
-def test_a_text_streamer_on_another_thread(model, used, tokenizer, generate):
+def test_text_streamer_gets_the_answer_of_another_thread(model, used, tokenizer, generate):
     cache, ids = used
     expected = generate(model, ids).sequences[0, ids.shape[1] :]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -150,7 +150,7 @@ def test_a_text_streamer_on_another_thread(model, used, tokenizer, generate):
     assert cache.last_turn.generated_tokens == 8
 
 
-def test_an_asynchronous_streamer(model, used, tokenizer, generate):
+def test_asynchronous_streamer_gets_the_answer(model, used, tokenizer, generate):
     import asyncio
 
     cache, ids = used
@@ -170,8 +170,8 @@ def test_an_asynchronous_streamer(model, used, tokenizer, generate):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_threads_with_a_cache_each_over_one_store(model, tokens, settings):
-    """They share the model too, which beams watch."""
+def test_threads_with_separate_caches_share_a_store(model, tokens, settings):
+    """The threads share the model too, and beam search watches its forward passes."""
     prompts = [torch.cat([tokens(24), tokens(5, seed=seed)], 1) for seed in range(4)]
     call = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0], **settings}
     expected = [model.generate(ids, **call) for ids in prompts]
@@ -200,8 +200,8 @@ def test_threads_with_a_cache_each_over_one_store(model, tokens, settings):
 # --- more outputs, and settings that change nothing -------------------------------------------------------------------
 
 
-def test_attentions_and_hidden_states(model, used, generate):
-    """Those of known tokens are not there: they were not computed. All others are."""
+def test_attentions_and_hidden_states_cover_the_computed_tokens(model, used, generate):
+    """Cached tokens have none, because they were not computed. All other tokens have them."""
     cache, ids = used
     wanted = {"output_attentions": True, "output_hidden_states": True, "output_scores": True}
     expected, found = generate(model, ids, **wanted), generate(model, ids, cache, **wanted)
@@ -222,13 +222,13 @@ def test_attentions_and_hidden_states(model, used, generate):
     [{"synced_gpus": False}, {"prefill_chunk_size": 3}, {"disable_compile": True}],
     ids=str,
 )
-def test_settings_that_change_nothing(model, used, generate, settings):
+def test_settings_without_effect_do_not_change_the_answer(model, used, generate, settings):
     cache, ids = used
     assert torch.equal(generate(model, ids, cache, **settings).sequences, generate(model, ids).sequences)
     assert cache.last_turn.generated_tokens == 8
 
 
-def test_under_inference_mode(model, used, generate, tokens):
+def test_turn_in_inference_mode_is_reused_outside_of_it(model, used, generate, tokens):
     cache, ids = used
     with torch.inference_mode():
         found = generate(model, ids, cache).sequences
@@ -239,12 +239,12 @@ def test_under_inference_mode(model, used, generate, tokens):
     assert cache.last_turn.cached_tokens == found.shape[1] - 1
 
 
-# --- what cannot be ---------------------------------------------------------------------------------------------------
+# --- refused or unsupported -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["argument", "config"])
 @pytest.mark.parametrize("kind", ["static", "dynamic", "quantized"])
-def test_two_caches_at_once_are_refused_and_leave_the_turn_before(model, used, generate, kind, where):
+def test_cache_implementation_beside_a_cache_raises_and_leaves_it_usable(model, used, generate, kind, where):
     cache, ids = used
     settings = {"cache_implementation": kind, "max_new_tokens": 4}
     if where == "config":
@@ -254,7 +254,7 @@ def test_two_caches_at_once_are_refused_and_leave_the_turn_before(model, used, g
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
-def test_models_with_a_cache_of_their_own_are_served_without(make_model, tokens, cache, monkeypatch):
+def test_model_with_its_own_cache_is_answered_without_reuse(make_model, tokens, cache, monkeypatch):
     model = make_model("llama")
     monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", classmethod(lambda cls: False))
     ids = tokens(20)
@@ -265,7 +265,7 @@ def test_models_with_a_cache_of_their_own_are_served_without(make_model, tokens,
         assert "LlamaForCausalLM uses a cache of its own" in cache.last_turn.miss_reason
 
 
-def test_a_plain_cache_beside_it_is_not_touched(model, used, generate, tokens):
+def test_plain_dynamic_cache_works_beside_a_tiered_cache(model, used, generate, tokens):
     _, ids = used
     other = DynamicCache(config=model.config)
     generate(model, ids, other)

@@ -1,4 +1,4 @@
-"""A turn in inference mode, and the next one outside of it: whatever kvtier made in one can be written in the other."""
+"""Turns may alternate between inference mode and normal mode: kvtier can write its tensors in both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvtier.testing import SimulatedEngine
 from sweep.models import tiny_model
 from tests.support import families
 
-# K and V, sliding ones, an indexer's keys, states of every kind, pools, K and V that others read, states past a cache.
+# K and V, sliding K and V, indexer keys, all kinds of states, pools, K and V that layers share, states outside a cache.
 KINDS = [
     *[
         "llama",
@@ -71,7 +71,7 @@ def ask(model, ids, cache, mode, **settings):
 @pytest.mark.sample(10)  # of 52
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", KINDS)
-def test_a_conversation(build, store, name, order):
+def test_conversation_across_modes_is_exact_and_reused(build, store, name, order):
     model, ids, reused = build(name), prompt(20), []
     with TieredCache(store) as cache:
         for turn, mode in enumerate(order.split()):
@@ -84,7 +84,7 @@ def test_a_conversation(build, store, name, order):
 @pytest.mark.sample(8)  # of 26
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_restored_prefix(build, tmp_path, name, tier):
+def test_prefix_restored_in_another_mode_is_exact(build, tmp_path, name, tier):
     model, ids = build(name), prompt(20)
     first, second = "in", "out"
     store = PrefixStore(tmp_path, block_size=8)
@@ -102,7 +102,7 @@ def test_a_restored_prefix(build, tmp_path, name, tier):
 @pytest.mark.sample(6)  # of 20
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next", "falcon_h1", "deepseek_v4"])
-def test_a_fork(build, store, name, order):
+def test_fork_in_another_mode_is_exact(build, store, name, order):
     model = build(name)
     one, two, three = order.split()
     with TieredCache(store) as cache:
@@ -119,7 +119,7 @@ def test_a_fork(build, store, name, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("share", [0.45, 0.6, 1.0])
 @pytest.mark.parametrize("where", ["files", "ram below a device"])
-def test_a_device_budget(tmp_path, order, share, where):
+def test_device_budget_across_modes_is_exact_and_reused(tmp_path, order, share, where):
     model, ids = families.build("llama", num_hidden_layers=6), prompt(40)
     one, two, three = order.split()
     column = sum(part.nbytes for layer in layers_of(model) for part in (layer.keys, layer.values))
@@ -131,7 +131,7 @@ def test_a_device_budget(tmp_path, order, share, where):
         with TieredCache(store, **settings) as cache:
             ids = ask(model, ids, cache, one, max_new_tokens=16)
             assert (cache.last_turn.cold_layers > 0) == (share < 1)
-            # Shorter: all buffers are large enough, and are written as they are.
+            # A shorter prompt: all buffers are large enough, and are written as they are.
             ids = torch.cat([ask(model, ids[:, :46], cache, two), prompt(5, seed=1)], 1)
             assert cache.last_turn.cached_tokens
             with MODES[three]():
@@ -154,7 +154,7 @@ def layers_of(model):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["gemma3", "falcon_h1"])
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
-def test_beams(build, store, name, order, settings):
+def test_beam_search_across_modes_is_exact(build, store, name, order, settings):
     model, ids = build(name), prompt(20)
     with TieredCache(store) as cache:
         for turn, mode in enumerate(order.split()):
@@ -167,7 +167,7 @@ def test_beams(build, store, name, order, settings):
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3", "deepseek_v32", "qwen3_next", "falcon_h1", "mamba2", "deepseek_v4"]
 )
-def test_rows_move_in_another_mode_than_they_were_made(build, store, name, order):
+def test_rows_can_be_moved_in_another_mode_than_their_turn(build, store, name, order):
     model = build(name)
     one, two, three = order.split()
     with TieredCache(store) as cache:
@@ -184,7 +184,7 @@ def test_rows_move_in_another_mode_than_they_were_made(build, store, name, order
         ask(model, prompt(20, rows=3), cache, three)
 
 
-def test_what_helps_to_make_buffers():
+def test_buffers_made_in_inference_mode_are_writable_outside_of_it():
     with torch.inference_mode():
         made, other = new_buffer(2, 3, dtype=torch.bfloat16), torch.zeros(2)
         with writable_results():
@@ -194,7 +194,7 @@ def test_what_helps_to_make_buffers():
     assert made.shape == (2, 3)
     assert made.dtype == torch.bfloat16
     for tensor in (made, derived, copied):
-        tensor.fill_(1)  # raises for those made in inference mode
+        tensor.fill_(1)  # raises for a tensor made in inference mode
         assert not tensor.requires_grad
     assert as_writable(made) is made
     with writable_results():

@@ -1,4 +1,4 @@
-"""Classes with a ``generate`` of their own are never answered from what a cache holds of another prompt."""
+"""Model classes with their own ``generate`` are never answered from cached tokens of another prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.upstream import CACHE
 
 
 def greedy(model, ids, cache):
-    """A loop as some classes have it: it goes on from whatever the cache holds."""
+    """A loop as in some classes: it continues from any tokens in the cache."""
     sequences = ids
     with torch.no_grad():
         feed = ids[:, cache.get_seq_length() :]
@@ -52,8 +52,8 @@ def of_class(model):
 
 
 @pytest.mark.parametrize("made", ["before", "after"])
-def test_a_loop_of_its_own(store, tokens, of_class, made):
-    """Whether the class was there when the cache was made, or came later."""
+def test_own_generate_loop_starts_with_an_empty_cache(store, tokens, of_class, made):
+    """The class is defined before the cache is made, or after."""
     kind = looping() if made == "before" else None
     with TieredCache(store) as cache:
         own = of_class(kind or looping())
@@ -66,7 +66,7 @@ def test_a_loop_of_its_own(store, tokens, of_class, made):
         assert cache.last_turn.cached_tokens == 0
 
 
-def test_a_class_that_came_while_the_cache_held_a_turn(model, generate, cache, tokens, of_class):
+def test_class_defined_after_a_turn_is_not_answered_from_that_turn(model, generate, cache, tokens, of_class):
     generate(model, tokens(20), cache)
     own = of_class(looping())
     assert torch.equal(
@@ -74,7 +74,7 @@ def test_a_class_that_came_while_the_cache_held_a_turn(model, generate, cache, t
     )
 
 
-def test_one_that_calls_transformers_takes_turns(cache, tokens, of_class):
+def test_own_generate_that_calls_super_reuses_the_stored_prefix(cache, tokens, of_class):
     own = of_class(passing_on())
     with TieredCache() as warm:  # made after the class
         warm.close()
@@ -83,10 +83,10 @@ def test_one_that_calls_transformers_takes_turns(cache, tokens, of_class):
     again = torch.cat([first, tokens(3, seed=1)], 1)
     found = own.generate(again, past_key_values=cache)
     assert torch.equal(found, own.generate(again, **{CACHE: DynamicCache()}))
-    assert cache.last_turn.cached_by_tier["host"] == 24  # the windows were emptied: what is known is in the store
+    assert cache.last_turn.cached_by_tier["host"] == 24  # the buffers were emptied; the prefix comes from the store
 
 
-def test_an_error_in_it_leaves_nothing_behind(cache, tokens, of_class):
+def test_error_in_an_own_generate_leaves_the_cache_empty(cache, tokens, of_class):
     own = of_class(looping())
     with TieredCache() as warm:
         warm.close()
@@ -96,7 +96,7 @@ def test_an_error_in_it_leaves_nothing_behind(cache, tokens, of_class):
     assert "generate of its own" in cache.last_turn.miss_reason
 
 
-def test_uninstall_gives_classes_theirs_back(tokens, of_class):
+def test_uninstall_restores_the_generate_of_subclasses(tokens, of_class):
     kvtier.uninstall()
     kind = looping()
     original = vars(kind)["generate"]

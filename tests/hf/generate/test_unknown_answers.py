@@ -1,4 +1,4 @@
-"""Answers in forms that kvtier does not know, and errors while one is kept: the answer is returned all the same."""
+"""generate() returns its answer even if kvtier does not know its form, or fails while keeping it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def equal(found, expected):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_kept_of_an_answer_in_a_form_not_known(model, tokens, cache, caplog, form):
+def test_answer_in_an_unknown_form_is_returned_and_not_kept(model, tokens, cache, caplog, form):
     odd, ids = answering(model, form), tokens(12, rows=2)
     for _ in range(2):
         torch.manual_seed(0)
@@ -77,10 +77,10 @@ def test_sequences_in_a_plain_dict_are_kept(model, tokens, cache):
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyError("x"), RuntimeError("shape"), AssertionError("never")])
 @pytest.mark.parametrize("where", ["reads", "generated", "named"])
-def test_an_answer_outlives_an_error_while_it_is_kept(
+def test_error_while_keeping_an_answer_still_returns_the_answer(
     model, generate, tokens, cache, monkeypatch, caplog, error, where
 ):
-    """One warning says what happened; the next turn is as any."""
+    """One warning says what happened. The next turn works as usual."""
 
     def fail(*args, **kwargs):
         raise error
@@ -101,7 +101,7 @@ def test_an_answer_outlives_an_error_while_it_is_kept(
         assert cache.last_turn.cached_tokens == known
 
 
-def test_an_interrupt_is_no_error(model, generate, tokens, cache, monkeypatch):
+def test_interrupt_while_keeping_an_answer_is_raised(model, generate, tokens, cache, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -114,8 +114,8 @@ def test_an_interrupt_is_no_error(model, generate, tokens, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["ids", "embeddings", "both"])
-def test_frames_of_sound(store, by):
-    """CSM answers words with frames: [rows, frames, codes]."""
+def test_csm_audio_frames_are_returned_unchanged(store, by):
+    """CSM answers text with audio frames: [rows, frames, codes]."""
     model = oddities.csm()
     ids = torch.randint(3, 49, (1, 12), generator=torch.Generator().manual_seed(0))
     embeds = model.embed_text_tokens(ids)
@@ -130,8 +130,8 @@ def test_frames_of_sound(store, by):
             assert UNREAD in cache.last_turn.miss_reason
 
 
-def test_bytes_in_patches(store):
-    """BLT goes on from a cache with other patches than at once."""
+def test_blt_is_answered_without_reuse(store):
+    """BLT forms other patches when it continues from a cache than when it computes all at once."""
     model = oddities.blt()
     ids = torch.randint(4, 200, (1, 24), generator=torch.Generator().manual_seed(0))
     expected = model.generate(ids, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Attributes that no code of a model names decide nothing; names can stand in code, in strings and in containers."""
+"""Names that a model's code can read: in code, in strings and in containers. Other attributes do not affect K and V."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from kvtier.hf.identity.attribute_reads import reads_of_class
 
 
-def test_names_in_containers_of_a_class_count():
+def test_names_in_class_level_containers_count_as_read():
     class Layer(torch.nn.Module):
         table = ("hidden_scale", ["other_scale"])
 
@@ -17,7 +17,7 @@ def test_names_in_containers_of_a_class_count():
     assert not reads.may_read("no_scale")
 
 
-def test_code_that_makes_up_names_may_read_anything():
+def test_code_that_computes_attribute_names_may_read_anything():
     class Layer(torch.nn.Module):
         def forward(self, x):
             return x * getattr(self, "".join(chr(97) for _ in range(3)))

@@ -1,4 +1,4 @@
-"""Code is judged by where it comes from, never by the names that it carries."""
+"""Code is judged by its origin, never by its names."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from kvtier.hf.identity.stable_repr import describe
 
 
 def made_in(file, name, source):
-    """Return what ``source`` defines, as if it were the file ``file`` of the module ``name``."""
+    """Return the globals that ``source`` defines, as if it were the file ``file`` of the module ``name``."""
     module = {"__name__": name}
     exec(compile(source, file, "exec"), module)
     return module
 
 
-def test_code_elsewhere_is_not_released_by_the_name_of_its_module():
+def test_function_outside_torch_is_own_despite_its_module_name():
     mine = made_in("/home/somebody/mine.py", "torch.mine", "def forward(x):\n    return x\n")["forward"]
     assert origin_of_function(mine) is Origin.OWN
     assert origin_of_function(transformers.activations.get_activation) is Origin.RELEASED
 
 
-def test_a_class_under_the_name_of_a_released_one_is_not_released():
+def test_class_named_like_a_released_class_is_own():
     kind = type("Linear", (), {"__module__": "torch.nn.modules.linear", "factor": 2})
     assert kind.__qualname__ == "Linear"
     assert origin_of_class(kind) is Origin.OWN
 
 
-def test_only_what_torch_compile_made_is_followed(monkeypatch):
-    """An attribute that it sets may be set by others, too."""
+def test_compile_attribute_set_by_others_is_not_followed(monkeypatch):
+    """The attribute that torch.compile sets may also be set by other code."""
     other = made_in("/home/somebody/mine.py", "mine", "def forward(x):\n    return x\n")["forward"]
     released = transformers.activations.get_activation
     monkeypatch.setitem(released.__dict__, "_torchdynamo_orig_callable", other)
@@ -36,7 +36,7 @@ def test_only_what_torch_compile_made_is_followed(monkeypatch):
     assert behind(released) is released
 
 
-def test_the_bases_of_a_class_of_ones_own_count():
+def test_description_of_an_own_class_includes_its_bases():
     def child(factor):
         return made_in(
             "/home/somebody/mine.py",

@@ -1,4 +1,4 @@
-"""What the root is made of: digests of tensors, and words for everything else."""
+"""The parts of a root: digests of tensors, and text descriptions of everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvtier.hf.identity.stable_repr import describe, describe_code
 from kvtier.hf.inputs.arguments import why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- descriptions -----------------------------------------------------------------------------------------------------
 
 
 class Colour(enum.Enum):
@@ -70,22 +70,22 @@ DIFFERENT = [
 
 
 def _kind(value):
-    """A name that is the same in every process."""
+    """Return a test id that is the same in every process."""
     return type(value).__name__
 
 
 @pytest.mark.parametrize(("one", "other"), SAME, ids=_kind)
-def test_words_for_equal_values(one, other):
+def test_describe_is_equal_for_equal_values(one, other):
     assert describe(one, "", []) == describe(other, "", [])
     assert "0x" not in describe(one, "", [])
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=_kind)
-def test_words_for_different_values(one, other):
+def test_describe_differs_for_different_values(one, other):
     assert describe(one, "", []) != describe(other, "", [])
 
 
-def test_words_for_what_refers_to_itself():
+def test_describe_ends_on_values_that_contain_themselves():
     loop = []
     loop.append(loop)
     thing = Thing(1)
@@ -94,7 +94,7 @@ def test_words_for_what_refers_to_itself():
     assert "Thing" in describe(thing, "", [])
 
 
-def test_tensors_inside_values_are_found():
+def test_describe_finds_tensors_inside_values():
     weight, found = torch.ones(2), []
     describe({"meta": [Point(1, weight)]}, "layer", found)
     assert [(path, value is weight) for path, value in found] == [("layer.meta.0.inner", True)]
@@ -119,7 +119,7 @@ EDITS = [
 ]
 
 
-def test_edited_code_of_ones_own():
+def test_describe_code_differs_for_each_edit():
     words = [describe_code(function_of(source)) for source in ["def f(x): return x * 2", *EDITS]]
     assert len(set(words)) == len(words)
     assert words == [describe_code(function_of("\n\n" + source)) for source in ["def f(x): return x * 2", *EDITS]]
@@ -138,27 +138,27 @@ class Hiding(torch.nn.Module):
         self.parents = [self]
 
 
-def test_hidden_weights_are_found():
+def test_walk_finds_weights_and_modules_outside_named_parameters():
     walk = ModelWalk(Hiding())
     assert sorted(name for name, _ in walk.tensors) == ["_held.table", "listed.0.bias", "listed.0.weight"]
     assert [part.name for part in walk.parts] == ["", "listed.0"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_packed_weights_are_unreadable(model):
-    """They lie in script objects that no parameter names."""
+def test_packed_quantised_weights_turn_reuse_off(model):
+    """Packed weights lie in script objects that are not parameters."""
     torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
     unsound = identify(model, "", 8)
     assert isinstance(unsound, NotReusable)
     assert "_packed_params cannot be read" in unsound.reason
 
 
-def test_compiled_forward_is_sound(model):
+def test_compiled_forward_keeps_reuse_on(model):
     model.forward = torch.compile(model.forward, backend="eager")
     assert isinstance(identify(model, "", 8), Identity)
 
 
-def test_identity_is_stable_and_says_what_it_stands_for(model, make_model):
+def test_identity_is_stable_and_its_manifest_names_the_model(model, make_model):
     first = identify(model, "mine", 8)
     with torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.long))
@@ -183,7 +183,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     ],
     ids=str,
 )
-def test_configs_that_say_positions_depend_on_length(config):
+def test_config_with_length_dependent_positions_is_unsound(config):
     module = torch.nn.Module().eval()
     module.config = PreTrainedConfig()
     assert why_unsound(module, ModelWalk(module)) is None
@@ -194,8 +194,8 @@ def test_configs_that_say_positions_depend_on_length(config):
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope", {"full_attention": "dynamic", "sliding": "default"}])
-def test_modules_whose_positions_depend_on_length(model, rope_type):
-    """Whatever the config says by now."""
+def test_module_with_length_dependent_positions_is_unsound(model, rope_type):
+    """The RoPE type of the module counts, whatever the config says."""
     assert isinstance(identify(model, "", 8), Identity)
     model.model.rotary_emb.rope_type = rope_type
     assert "depend on the length" in identify(model, "", 8).reason
@@ -227,7 +227,7 @@ def test_identity_is_the_same_in_every_process(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["of the text", "inside"])
-def test_attention_to_later_tokens_is_unsound(where):
+def test_config_with_attention_to_later_tokens_is_unsound(where):
     text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
     config = Gemma3TextConfig(**text, **heads, use_bidirectional_attention=where == "of the text")
@@ -241,7 +241,7 @@ def test_attention_to_later_tokens_is_unsound(where):
 # --- arguments of generate() ------------------------------------------------------------------------------------------
 
 
-def test_positional_arguments_are_those_of_transformers():
+def test_positional_argument_names_equal_those_of_generate():
     parameters = inspect.signature(inspect.unwrap(GenerationMixin.generate)).parameters.values()
     assert tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:] == POSITIONAL
 
@@ -256,7 +256,7 @@ def test_positional_arguments_are_those_of_transformers():
     ],
     ids=str,
 )
-def test_unsound_calls(arguments, settings, reason):
+def test_unsound_arguments_of_generate_give_a_reason(arguments, settings, reason):
     unsound = why_unsound_call({"inputs": torch.ones(1, 3), **arguments}, settings.get)
     assert unsound is not None
     assert reason in unsound.reason
@@ -274,12 +274,12 @@ def test_unsound_calls(arguments, settings, reason):
     ],
     ids=str,
 )
-def test_calls_of_code_that_is_not_transformers_own(settings):
+def test_custom_decoding_settings_are_cold_but_sound(settings):
     assert why_unsound_call({"inputs": torch.ones(1, 3)}, settings.get) is None
     assert "custom generate" in why_cold({"inputs": torch.ones(1, 3)}, settings.get)
 
 
-def test_sound_calls():
+def test_harmless_arguments_of_generate_are_sound():
     harmless = {"attention_mask": torch.ones(1, 3), "max_new_tokens": 3, "eos_token_id": torch.tensor([1]), "top_k": 5}
     harmless |= {"streamer": object(), "output_hidden_states": True, "guidance_scale": 2.0, "position_ids": None}
     assert why_unsound_call(harmless, {"num_beam_groups": 1}.get) is None

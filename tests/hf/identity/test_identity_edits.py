@@ -1,4 +1,4 @@
-"""Whatever decides K and V changes the root or turns reuse off; what does not is the same in every process."""
+"""Edits that decide K and V change the root or turn reuse off; other edits do not. All processes find the same root."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.mark.sample(25)  # of 142
 @pytest.mark.parametrize(("make", "name", "is_off"), CASES)
-def test_what_decides_changes_the_root(make, name, is_off):
+def test_values_that_decide_kv_change_the_root_or_turn_reuse_off(make, name, is_off):
     said = []
     for variant in (1, 1, 2, 1):
         with make(name, variant) as model:
@@ -38,8 +38,8 @@ def test_what_decides_changes_the_root(make, name, is_off):
 
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_other_processes_say_the_same(seed):
-    """They order sets otherwise, and have other addresses."""
+def test_roots_and_reasons_are_equal_in_every_process(seed):
+    """Other processes order sets differently and have other addresses."""
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     program = "from tests.support import identity_edits; identity_edits.main()"
@@ -51,7 +51,7 @@ def test_other_processes_say_the_same(seed):
     assert [name for name in here if here[name] != there[name]] == []
 
 
-# --- what decides nothing ---------------------------------------------------------------------------------------------
+# --- edits that do not affect K and V ---------------------------------------------------------------------------------
 
 HARMLESS = {
     "tokens": lambda model, n: setattr(model, "last_output", torch.tensor([n])),
@@ -63,7 +63,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_no_code_reads_changes_nothing(name):
+def test_attributes_that_no_code_reads_keep_the_root(name):
     model = small()
     said = {say(model)}
     for variant in (1, 2):
@@ -74,7 +74,7 @@ def test_what_no_code_reads_changes_nothing(name):
 
 
 def recorded_reads(model, ids):
-    """Which plain attributes of its modules a model reads while it generates."""
+    """Return the plain attributes of its modules that a model reads while it generates."""
     found = set()
     plain = torch.nn.Module.__getattribute__
 
@@ -90,8 +90,8 @@ def recorded_reads(model, ids):
     return found
 
 
-def test_whatever_a_model_reads_counts(make_model, family):
-    """The names in its code are compared with what it does read."""
+def test_every_attribute_read_in_generate_is_found_in_the_code(make_model, family):
+    """The names found in the model's code cover the attributes that it reads during generate()."""
     model = make_model(family)
     reads = recorded_reads(model, torch.ones(1, 4, dtype=torch.long))
     known = join(reads_of_class(type(module)) for module in model.modules())
@@ -101,7 +101,7 @@ def test_whatever_a_model_reads_counts(make_model, family):
     assert [key for key in looked_at if not known.may_read(key)] == []
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training mode ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_whatever_a_model_reads_counts(make_model, family):
         ("model", True),
     ],
 )
-def test_training_mode_where_it_matters(where, matters):
+def test_training_mode_turns_reuse_off_only_where_it_affects_kv(where, matters):
     model = small()
     model.model.layers[0].own = identity_edits.OwnModule(1).eval()
     model.model.layers[0].dropout = torch.nn.Dropout(0.5).eval()
@@ -126,14 +126,14 @@ def test_training_mode_where_it_matters(where, matters):
     assert say(model) == (f"off: {where} is in training mode (call model.eval())" if matters else before)
 
 
-def test_new_head_in_training_mode():
+def test_resized_lm_head_in_training_mode_keeps_reuse_on():
     model = small()
     model.resize_token_embeddings(50)
     assert model.lm_head.training
     assert not say(model).startswith("off: ")
 
 
-# --- the settings of PyTorch ------------------------------------------------------------------------------------------
+# --- settings of PyTorch ----------------------------------------------------------------------------------------------
 
 BACKENDS = torch.backends
 SWITCHES = [
@@ -151,7 +151,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("owner", "name", "value"), SWITCHES, ids=[f"{i} {s[1]}" for i, s in enumerate(SWITCHES)])
-def test_settings_of_pytorch(owner, name, value):
+def test_pytorch_backend_settings_change_the_root(owner, name, value):
     if not hasattr(owner, name):
         pytest.skip("this version of PyTorch does not have it")
     model = small()
@@ -167,7 +167,7 @@ def test_settings_of_pytorch(owner, name, value):
 
 
 @pytest.mark.parametrize("switch", ["flash", "mem_efficient", "math", "cudnn"])
-def test_kinds_of_attention_that_are_allowed(switch):
+def test_disabling_an_sdpa_backend_changes_the_root(switch):
     model, toggle = small(), getattr(torch.backends.cuda, f"enable_{switch}_sdp")
     root = say(model)
     toggle(False)
@@ -178,7 +178,7 @@ def test_kinds_of_attention_that_are_allowed(switch):
     assert say(model) == root
 
 
-# --- exceptions -------------------------------------------------------------------------------------------------------
+# --- errors while a model is identified -------------------------------------------------------------------------------
 
 
 class Raising:
@@ -232,7 +232,7 @@ def jit_child(model):
         (jit_child, "act_fn (compiled by torch.jit) cannot be read"),
     ],
 )
-def test_what_cannot_be_identified_is_off(edit, reason, caplog):
+def test_unidentifiable_models_turn_reuse_off_with_a_reason(edit, reason, caplog):
     model = small()
     edit(model)
     with caplog.at_level("DEBUG", "kvtier"):
@@ -241,15 +241,15 @@ def test_what_cannot_be_identified_is_off(edit, reason, caplog):
 
 
 @pytest.mark.parametrize("edit", [raising_attribute, circular_config])
-def test_what_only_looks_dangerous(edit):
+def test_raising_attributes_and_circular_configs_are_identified(edit):
     model, twin = small(), small()
     edit(model)
     edit(twin)
     assert say(model) == say(twin) != say(small())
 
 
-def test_hidden_code_of_transformers_own_is_sound(make_model, generate, tokens, cache):
-    """A turn with a setting that older settings contradict: it used to end generate()."""
+def test_contradictory_precision_settings_do_not_break_generate(make_model, generate, tokens, cache):
+    """A turn with a setting that an older setting contradicts. It used to make generate() fail."""
     model, before = make_model("llama"), torch.backends.fp32_precision
     torch.backends.fp32_precision, matmul = "ieee", torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -1,4 +1,4 @@
-"""A walk finds all that a model computes with, and its memory of the last walk hides nothing."""
+"""A walk finds everything a model computes with, and its memory of the last walk hides no change."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Scaled(torch.nn.Module):
         return x * self.scale
 
 
-def test_what_a_class_said_of_an_object_once_is_not_taken_for_what_it_says_now(monkeypatch):
-    """An object that says the same as its class is described by its class, until the class says something else."""
+def test_walk_notices_a_changed_class_attribute(monkeypatch):
+    """An attribute equal to its class attribute is described by the class, until the class attribute changes."""
     same = Scaled(scale=Scaled.scale)
     text_of(same)
     monkeypatch.setattr(Scaled, "scale", 3.5)
@@ -39,7 +39,7 @@ class Asking(torch.nn.Module):
         return KNOWN_TO_A_CLASS(x)
 
 
-def test_modules_that_the_code_of_a_class_meets_are_walked(monkeypatch):
+def test_walk_describes_modules_that_class_code_calls(monkeypatch):
     model = Asking()
     before = text_of(model)
     assert text_of(model) == before
@@ -47,8 +47,8 @@ def test_modules_that_the_code_of_a_class_meets_are_walked(monkeypatch):
     assert text_of(model) != before
 
 
-def test_modules_that_code_meets_are_walked():
-    """A module that only a function knows, and one that only a function of that module knows."""
+def test_walk_reaches_modules_known_only_to_functions():
+    """Only a function holds the first module, and only a function of that module holds the second."""
 
     def model_around(factor):
         deep, met = Scaled(scale=factor), Scaled(scale=1.0)

@@ -1,4 +1,4 @@
-"""Promise 2: whatever decides K and V besides tokens, when it changes, is a miss."""
+"""Promise 2 (never stale): a change of anything besides tokens that decides K and V is a miss."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kvtier import PrefixStore, TieredCache, UninstalledError, uninstall
 from tests.support.upstream import CACHE, PEFT_KNOWS_IT
 
 pytestmark = [
-    # Older transformers take offloaded models to be on the meta device.
+    # Older transformers versions assume that offloaded models are on the meta device.
     pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate:UserWarning"),  # peft on IA3
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # asked for by peft
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # peft on its own LNTuning
-    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),  # peft on transformers' own ones
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),  # peft on transformers' own ids
 ]
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 OTHER_MODEL = "the model is not the one that filled this cache"
 
 
 def assert_turn(model, ids, cache, generate, cached, reason=None, **settings):
-    """One turn says what plain generate() says, reuses ``cached`` tokens, and gives ``reason`` for no more."""
+    """One turn equals plain generate(), reuses ``cached`` tokens, and has ``reason`` in its miss reason."""
     found = generate(model, ids, cache, **settings).sequences
     assert torch.equal(found, generate(model, ids, **settings).sequences)
     assert cache.last_turn.cached_tokens == cached
@@ -96,7 +96,7 @@ def small_tensor_through_numpy(model):
         small_tensor_through_numpy,
     ],
 )
-def test_edited_weights(model, generate, tokens, cache, store, edit):
+def test_edited_weights_prevent_reuse(model, generate, tokens, cache, store, edit):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 29)
@@ -108,7 +108,7 @@ def test_edited_weights(model, generate, tokens, cache, store, edit):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("way", ["foreach", "fused"])
-def test_optimizer_step_on_one_layer(model, generate, tokens, cache, optimizer, way):
+def test_optimizer_step_on_one_layer_prevents_reuse(model, generate, tokens, cache, optimizer, way):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     steps = optimizer(model.model.layers[0].parameters(), lr=0.1, **{way: True})
@@ -119,7 +119,7 @@ def test_optimizer_step_on_one_layer(model, generate, tokens, cache, optimizer, 
 
 
 def train_rows(model, rows, make_optimizer):
-    """One step on a few rows of the embedding alone, as for new tokens; nothing of the training is left."""
+    """Make one step on a few rows of the embedding alone, as for new tokens, and leave no gradient or optimizer."""
     weight = model.model.embed_tokens.weight
     weight.grad = torch.zeros_like(weight)
     weight.grad[rows] = 1
@@ -129,8 +129,8 @@ def train_rows(model, rows, make_optimizer):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("in_prompt", [True, False])
-def test_fused_step_on_a_few_rows_of_the_embedding(make_model, generate, tokens, cache, store, optimizer, in_prompt):
-    """Its writes have no version, and no sample meets them. Rows beside the prompt may be those of the answer."""
+def test_fused_step_on_embedding_rows_prevents_reuse(make_model, generate, tokens, cache, store, optimizer, in_prompt):
+    """A fused step changes no version, and no sample covers the rows. Rows outside the prompt may be in the answer."""
     ids, model = tokens(30), make_model("llama", vocab_size=2000, tie_word_embeddings=True)
     assert_turn(model, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 29)
@@ -142,7 +142,7 @@ def test_fused_step_on_a_few_rows_of_the_embedding(make_model, generate, tokens,
         assert_turn(model, ids, other, generate, 29)
 
 
-def test_uninstalling_leaves_no_hook_on_optimizers(model, generate, tokens, cache):
+def test_uninstall_removes_the_optimizer_hooks(model, generate, tokens, cache):
     hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
     assert_turn(model, tokens(30), cache, generate, 0)
     watched = [len(some) for some in hooks]
@@ -150,7 +150,7 @@ def test_uninstalling_leaves_no_hook_on_optimizers(model, generate, tokens, cach
     assert [len(some) for some in hooks] == [count - 1 for count in watched]
 
 
-def test_rows_of_the_prompt_edited_without_a_count(make_model, generate, tokens, cache):
+def test_unversioned_edit_of_a_prompt_embedding_prevents_reuse(make_model, generate, tokens, cache):
     ids, model = tokens(30), make_model("llama", vocab_size=2000)
     assert_turn(model, ids, cache, generate, 0)
     model.model.embed_tokens.weight.data[ids[0, 9]] += 1
@@ -158,8 +158,8 @@ def test_rows_of_the_prompt_edited_without_a_count(make_model, generate, tokens,
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_weights_made_in_inference_mode(make_model, generate, tokens, cache):
-    """Writes to them have no version."""
+def test_edits_of_weights_made_in_inference_mode_prevent_reuse(make_model, generate, tokens, cache):
+    """Tensors made in inference mode have no version."""
     ids = tokens(30)
     with torch.inference_mode():
         model = make_model("llama", vocab_size=2000)
@@ -172,8 +172,8 @@ def test_weights_made_in_inference_mode(make_model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
 
 
-def test_models_are_converted_in_place_after_a_turn(model, generate, tokens, cache, monkeypatch):
-    """By swapping tensors, as quantisers do, which refuse tensors with weak references."""
+def test_model_converted_by_swapping_tensors_is_not_reused(model, generate, tokens, cache, monkeypatch):
+    """The conversion swaps tensors, as quantisers do. Swapping refuses tensors with weak references."""
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
@@ -186,8 +186,8 @@ def test_models_are_converted_in_place_after_a_turn(model, generate, tokens, cac
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
-def test_quantised_buffers_are_off(model, generate, tokens, cache):
-    """Reading one as if it were plain crashes the process."""
+def test_quantised_buffer_turns_reuse_off(model, generate, tokens, cache):
+    """Reading a quantised buffer like a plain tensor crashes the process."""
     ids = tokens(30)
     model.register_buffer("scales", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
     for _ in range(2):
@@ -195,8 +195,8 @@ def test_quantised_buffers_are_off(model, generate, tokens, cache):
 
 
 @pytest.mark.parametrize("position", [(0, 0), (7, 33), (199, 63)])
-def test_model_that_differs_in_one_element(make_model, generate, tokens, cache, store, position):
-    """Not met by any sample, and loaded anew: nothing tells but the values themselves."""
+def test_model_that_differs_in_one_element_is_not_reused(make_model, generate, tokens, cache, store, position):
+    """No sample covers the element and the model is a new object, so only the values show the difference."""
     ids = tokens(30)
     ids[0, 3] = position[0] or 1
     assert_turn(make_model("llama"), ids, cache, generate, 0)
@@ -206,21 +206,21 @@ def test_model_that_differs_in_one_element(make_model, generate, tokens, cache, 
         assert_turn(other, ids, again, generate, 0)
 
 
-def test_other_model_of_the_same_shape(make_model, generate, tokens, cache):
+def test_another_model_of_the_same_shape_is_not_reused(make_model, generate, tokens, cache):
     ids, model, other = tokens(30), make_model("llama"), make_model("llama", rms_norm_eps=1e-2)
     assert_turn(model, ids, cache, generate, 0)
     assert_turn(other, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_twin_of_the_model_is_a_hit(make_model, generate, tokens, cache, store, family):
+def test_equal_copy_of_the_model_is_a_hit(make_model, generate, tokens, cache, store, family):
     ids = tokens(30)
     assert_turn(make_model(family), ids, cache, generate, 0)
     with TieredCache(store) as other:
         assert_turn(make_model(family), ids, other, generate, 29)
 
 
-# --- what else the model computes with --------------------------------------------------------------------------------
+# --- config, modules, settings and namespace --------------------------------------------------------------------------
 
 
 def config(model):
@@ -248,7 +248,7 @@ def untied(model):
 
 
 @pytest.mark.parametrize("edit", [config, attribute, activation, implementation, double_precision, untied])
-def test_edited_model(model, generate, tokens, cache, edit):
+def test_edited_config_module_or_dtype_prevents_reuse(model, generate, tokens, cache, edit):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     edit(model)
@@ -256,7 +256,7 @@ def test_edited_model(model, generate, tokens, cache, edit):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_forward_replaced_for_a_class(model, generate, tokens, cache, monkeypatch):
+def test_replacing_the_forward_of_a_class_prevents_reuse(model, generate, tokens, cache, monkeypatch):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
@@ -265,7 +265,7 @@ def test_forward_replaced_for_a_class(model, generate, tokens, cache, monkeypatc
     assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
 
 
-def test_attention_function_registered_again(make_model, generate, tokens, cache):
+def test_reuse_follows_the_registered_attention_function(make_model, generate, tokens, cache):
     ids, model = tokens(30), make_model("llama")
 
     def mild(*args, scaling, **kwargs):
@@ -283,7 +283,7 @@ def test_attention_function_registered_again(make_model, generate, tokens, cache
         del AttentionInterface._global_mapping["test_never_stale"]
 
 
-def test_autocast(model, generate, tokens, cache):
+def test_autocast_prevents_reuse(model, generate, tokens, cache):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -291,7 +291,7 @@ def test_autocast(model, generate, tokens, cache):
         assert cache.last_turn.miss_reason == OTHER_MODEL
 
 
-def test_other_namespace(model, generate, tokens, tmp_path):
+def test_another_namespace_is_not_reused(model, generate, tokens, tmp_path):
     ids = tokens(30)
     for namespace, cached in (("a", 0), ("b", 0), ("a", 29)):
         with PrefixStore(tmp_path, namespace=namespace) as store, TieredCache(store) as cache:
@@ -299,8 +299,8 @@ def test_other_namespace(model, generate, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.self_attn", "model"])
-def test_training_mode_is_off(make_model, generate, tokens, cache, where):
-    """Attention drops out without any Dropout module."""
+def test_training_mode_turns_reuse_off(make_model, generate, tokens, cache, where):
+    """Attention applies dropout without a Dropout module."""
     model, ids = make_model("llama", attention_dropout=0.5), tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     model.get_submodule(where).train()
@@ -323,7 +323,7 @@ def steering_pre_hook(module, inputs):
 
 
 @pytest.mark.parametrize("kind", ["after", "before", "everywhere"])
-def test_hooks_are_off(model, generate, tokens, cache, kind):
+def test_forward_hooks_turn_reuse_off(model, generate, tokens, cache, kind):
     ids, layer = tokens(30), model.model.layers[1]
     assert_turn(model, ids, cache, generate, 0)
     if kind == "after":
@@ -342,16 +342,16 @@ def test_hooks_are_off(model, generate, tokens, cache, kind):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_recorded_outputs_are_harmless(model, generate, tokens, cache):
-    """transformers records hidden states with hooks of its own, which stay."""
+def test_recording_hidden_states_keeps_reuse_on(model, generate, tokens, cache):
+    """transformers records hidden states with its own hooks, which stay on the model."""
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0, output_hidden_states=True, output_attentions=True)
     assert any(module._forward_hooks for module in model.modules())
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_weight_norm_is_harmless(model, generate, tokens, cache):
-    """Its hook computes the weight from parameters, which are in the root."""
+def test_spectral_norm_keeps_reuse_on(model, generate, tokens, cache):
+    """The hook of spectral norm computes the weight from parameters that are in the root."""
     ids = tokens(30)
     torch.nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
     generate(model, ids)  # computes the weight
@@ -359,7 +359,7 @@ def test_weight_norm_is_harmless(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_forward_replaced_on_one_module_is_off(model, generate, tokens, cache):
+def test_replacing_the_forward_of_one_module_turns_reuse_off(model, generate, tokens, cache):
     ids, attention = tokens(30), model.model.layers[0].self_attn
     assert_turn(model, ids, cache, generate, 0)
 
@@ -374,8 +374,8 @@ def test_forward_replaced_on_one_module_is_off(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_accelerate_hooks(model, generate, tokens, cache):
-    """Its own hooks move weights and inputs; a user's hook of the same make may do anything."""
+def test_only_user_hooks_in_accelerate_turn_reuse_off(model, generate, tokens, cache):
+    """The hooks of accelerate move weights and inputs. A user's ``ModelHook`` may do anything."""
     from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
 
     class Louder(ModelHook):
@@ -390,7 +390,7 @@ def test_accelerate_hooks(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 0, "Louder on model.layers.0.mlp")
 
 
-def test_forward_replaced_below_accelerate_is_off(model, generate, tokens, cache):
+def test_forward_replaced_below_an_accelerate_hook_turns_reuse_off(model, generate, tokens, cache):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     ids, mlp = tokens(30), model.model.layers[0].mlp
@@ -400,10 +400,10 @@ def test_forward_replaced_below_accelerate_is_off(model, generate, tokens, cache
     assert_turn(model, ids, cache, generate, 0, "forward of model.layers.0.mlp was replaced by")
 
 
-# --- weights that are elsewhere ---------------------------------------------------------------------------------------
+# --- offloaded and quantised weights ----------------------------------------------------------------------------------
 
 
-def test_weights_offloaded_to_ram(make_model, generate, tokens, cache, store):
+def test_weights_offloaded_to_ram_are_reused_until_edited(make_model, generate, tokens, cache, store):
     from accelerate import cpu_offload
 
     ids, model, plain = tokens(30), make_model("llama"), make_model("llama")
@@ -417,7 +417,7 @@ def test_weights_offloaded_to_ram(make_model, generate, tokens, cache, store):
     assert_turn(plain, ids, cache, generate, 0)
 
 
-def test_weights_offloaded_to_disk_are_off(model, generate, tokens, cache, tmp_path):
+def test_weights_offloaded_to_disk_turn_reuse_off(model, generate, tokens, cache, tmp_path):
     from accelerate import disk_offload
 
     ids = tokens(30)
@@ -427,7 +427,7 @@ def test_weights_offloaded_to_disk_are_off(model, generate, tokens, cache, tmp_p
 
 
 class Halved(torch.Tensor):
-    """A weight that is kept in two parts, as quantised ones are, and says so only if ``open``."""
+    """A weight stored in two parts, like a quantised weight. Only ``OpenHalved`` shows its parts."""
 
     @staticmethod
     def __new__(cls, values, scale):
@@ -455,7 +455,7 @@ class OpenHalved(Halved):
         return OpenHalved(inner["values"], inner["scale"])
 
 
-def test_quantised_weights(model, generate, tokens, cache):
+def test_quantised_weight_is_reused_until_its_scale_changes(model, generate, tokens, cache):
     ids, up = tokens(30), model.model.layers[0].mlp.up_proj
     up.weight = torch.nn.Parameter(OpenHalved(up.weight.data, torch.tensor(1.0)), requires_grad=False)
     assert_turn(model, ids, cache, generate, 0)
@@ -464,7 +464,7 @@ def test_quantised_weights(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 0, OTHER_MODEL)
 
 
-def test_weights_that_cannot_be_read_are_off(model, generate, tokens, cache):
+def test_unreadable_weights_turn_reuse_off(model, generate, tokens, cache):
     ids, up = tokens(30), model.model.layers[0].mlp.up_proj
     up.weight = torch.nn.Parameter(Halved(up.weight.data, torch.tensor(1.0)), requires_grad=False)
     for _ in range(2):
@@ -474,7 +474,7 @@ def test_weights_that_cannot_be_read_are_off(model, generate, tokens, cache):
 # --- arguments of generate() ------------------------------------------------------------------------------------------
 
 
-def test_embeddings_are_not_the_ids_beside_them(model, generate, tokens, cache):
+def test_inputs_embeds_do_not_match_the_ids_beside_them(model, generate, tokens, cache):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     other = model.get_input_embeddings()(tokens(30, seed=1))
@@ -485,7 +485,7 @@ def test_embeddings_are_not_the_ids_beside_them(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_positions_of_ones_own_are_others(model, generate, tokens, cache):
+def test_explicit_position_ids_limit_reuse_to_equal_positions(model, generate, tokens, cache):
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 29, position_ids=torch.arange(30)[None])
@@ -496,8 +496,8 @@ def test_positions_of_ones_own_are_others(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_flags_that_only_the_model_knows_are_off(model, generate, tokens, cache):
-    """No tensor, and still it decides what attention sees."""
+def test_unknown_model_flag_turns_reuse_off(model, generate, tokens, cache):
+    """The flag is not a tensor, but it decides which tokens attention sees."""
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     assert_turn(model, ids, cache, generate, 0, "is_causal", is_causal=True)
@@ -510,16 +510,16 @@ def decode_something_else(model, input_ids, logits_processor, stopping_criteria,
     return torch.cat([input_ids, input_ids[:, :1]], 1)
 
 
-def test_custom_decoding_is_off(model, generate, tokens, cache):
-    """It may feed what it likes, and return something else."""
+def test_custom_generate_turns_reuse_off(model, generate, tokens, cache):
+    """Custom decoding may feed any tokens and return others."""
     ids = tokens(30)
     model.generate(ids, past_key_values=cache, custom_generate=decode_something_else, **GREEDY)
     assert "custom generate" in cache.last_turn.miss_reason
     assert_turn(model, ids, cache, generate, 0)
 
 
-def test_token_healing_is_off(model, generate, tokens, cache, monkeypatch):
-    """Also when the setting comes by position."""
+def test_token_healing_turns_reuse_off(model, generate, tokens, cache, monkeypatch):
+    """The generation config is passed by position."""
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     monkeypatch.setattr(type(model), "heal_tokens", lambda self, input_ids, tokenizer: input_ids.flip(1), raising=False)
@@ -529,8 +529,8 @@ def test_token_healing_is_off(model, generate, tokens, cache, monkeypatch):
     assert cache.last_turn.miss_reason == "token healing rewrites the prompt"
 
 
-def test_guidance(model, generate, tokens, cache):
-    """The negative prompt runs in a cache of its own."""
+def test_guidance_with_a_negative_prompt_reuses_the_prompt(model, generate, tokens, cache):
+    """The negative prompt runs in a separate cache."""
     ids, negative = tokens(30), tokens(30, seed=1)
     settings = {"guidance_scale": 2.0, "negative_prompt_ids": negative}
     assert_turn(model, ids, cache, generate, 0, **settings)
@@ -538,8 +538,8 @@ def test_guidance(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 29)
 
 
-def test_generate_within_generate(model, generate, tokens, cache):
-    """Some ways of decoding call generate() again, with the same cache, inside the turn."""
+def test_nested_generate_turns_reuse_off_and_keeps_the_prompt(model, generate, tokens, cache):
+    """Some decoding methods call generate() again, with the same cache, inside the turn."""
     ids = tokens(30)
 
     def again(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -549,14 +549,14 @@ def test_generate_within_generate(model, generate, tokens, cache):
     found = model.generate(ids, past_key_values=cache, custom_generate=again, **GREEDY, suppress_tokens=[0])
     assert torch.equal(found[:, :30], expected[:, :30])
     assert "custom generate" in cache.last_turn.miss_reason
-    assert_turn(model, ids, cache, generate, 29)  # what the inner call fed was the prompt
+    assert_turn(model, ids, cache, generate, 29)  # the inner call fed the prompt
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 def adapted(model, kind):
-    """``model`` with two adapters, ``one`` and ``two``, both of which change what it says."""
+    """Return ``model`` with two adapters, ``one`` and ``two``. Both change its output."""
     peft = pytest.importorskip("peft")
     attention = ["q_proj", "k_proj", "v_proj"]
     kinds = {
@@ -588,7 +588,7 @@ def adapted(model, kind):
 
 @pytest.mark.sample(3)  # of 9
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "ia3", "ln"])
-def test_adapter_switch(model, generate, tokens, cache, kind):
+def test_adapter_switch_prevents_reuse(model, generate, tokens, cache, kind):
     ids, model = tokens(30), adapted(model, kind)
     model.set_adapter("one")
     assert_turn(model, ids, cache, generate, 0)
@@ -599,7 +599,7 @@ def test_adapter_switch(model, generate, tokens, cache, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "ia3", "ln"])
-def test_adapter_disabled(model, generate, tokens, cache, kind):
+def test_disabling_an_adapter_prevents_reuse(model, generate, tokens, cache, kind):
     ids, model = tokens(30), adapted(model, kind)
     model.set_adapter("one")
     assert_turn(model, ids, cache, generate, 0)
@@ -610,8 +610,8 @@ def test_adapter_disabled(model, generate, tokens, cache, kind):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("change", ["switched", "disabled"])
-def test_adapter_of_single_layers(model, generate, tokens, cache, kind, change):
-    """The same adapters in the same states, but in other layers."""
+def test_reuse_depends_on_the_adapter_state_of_each_layer(model, generate, tokens, cache, kind, change):
+    """The adapters and their states stay the same; only the layers differ."""
     ids, model = tokens(30), adapted(model, kind)
     model.set_adapter("one")
     layers = [layer.self_attn.k_proj for layer in model.get_base_model().model.layers]
@@ -629,7 +629,7 @@ def test_adapter_of_single_layers(model, generate, tokens, cache, kind, change):
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapter_merged(model, generate, tokens, cache, kind):
+def test_merging_an_adapter_prevents_reuse(model, generate, tokens, cache, kind):
     ids, model = tokens(30), adapted(model, kind)
     model.set_adapter("one")
     assert_turn(model, ids, cache, generate, 0)
@@ -640,7 +640,7 @@ def test_adapter_merged(model, generate, tokens, cache, kind):
     assert_turn(model, ids, cache, generate, 0)
 
 
-def test_adapter_scaled(model, generate, tokens, cache):
+def test_scaling_an_adapter_prevents_reuse(model, generate, tokens, cache):
     ids, model = tokens(30), adapted(model, "lora")
     model.set_adapter("one")
     assert_turn(model, ids, cache, generate, 0)
@@ -650,8 +650,8 @@ def test_adapter_scaled(model, generate, tokens, cache):
     assert_turn(model, ids, cache, generate, 0)
 
 
-def test_adapter_names_of_single_rows(model, generate, tokens, cache):
-    """PEFT lets every row of a batch name its adapter; the model itself does not say which."""
+def test_adapter_names_per_row_turn_reuse_off(model, generate, tokens, cache):
+    """In PEFT every row of a batch can name its adapter. The model itself does not show which."""
     ids, model = tokens(30), adapted(model, "lora")
     for name in ("one", "two", "one"):
         assert_turn(model, ids, cache, generate, 0, "_adapter_names_pre_forward_hook", adapter_names=[name])
@@ -659,8 +659,8 @@ def test_adapter_names_of_single_rows(model, generate, tokens, cache):
 
 @pytest.mark.skipif(not PEFT_KNOWS_IT, reason="this transformers wants a newer PEFT")
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning"])
-def test_virtual_tokens_are_off(model, generate, tokens, cache, store, kind):
-    """Prompt learning feeds the model tokens that no prompt names."""
+def test_prompt_learning_turns_reuse_off(model, generate, tokens, cache, store, kind):
+    """Prompt learning feeds the model virtual tokens that are not in the prompt."""
     ids = tokens(30)
     assert_turn(model, ids, cache, generate, 0)
     model = adapted(model, kind)
@@ -673,7 +673,7 @@ def test_virtual_tokens_are_off(model, generate, tokens, cache, store, kind):
         assert "prepare_inputs_for_generation of the model was replaced" in again.last_turn.miss_reason
 
 
-def test_virtual_tokens_are_off_in_a_loop_of_ones_own(model, tokens, cache):
+def test_prompt_learning_turns_reuse_off_in_a_custom_loop(model, tokens, cache):
     model = adapted(model, "prompt")
     report = cache.begin(model, tokens(30))
     assert "virtual tokens" in report.miss_reason
@@ -708,9 +708,9 @@ def dynamic_rope(make_model):
 @pytest.mark.sample(5)  # of 8
 @pytest.mark.parametrize("kind", [long_rope, dynamic_rope])
 @pytest.mark.parametrize("lengths", [(60, 20), (20, 60), (28, 28), (31, 60)])
-def test_rope_that_changes_with_length(make_model, generate, tokens, store, kind, lengths):
-    """Short sequences turn by other angles than long ones: the K of a long prompt is not that of a short one with the
-    same first tokens. 28 crosses the threshold while it generates."""
+def test_rope_that_depends_on_length_turns_reuse_off(make_model, generate, tokens, store, kind, lengths):
+    """Short and long sequences use other RoPE angles: a long prompt and a short one with the same first tokens differ
+    in K. A prompt of 28 tokens crosses the threshold during generation."""
     ids = tokens(60)
     for length in lengths:
         for model in (kind(make_model), kind(make_model)):
@@ -720,12 +720,12 @@ def test_rope_that_changes_with_length(make_model, generate, tokens, store, kind
                 assert "depend on the length of the sequence" in cache.last_turn.miss_reason
 
 
-# --- the hook itself --------------------------------------------------------------------------------------------------
+# --- the hook on generate() -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unhooked():
-    """Leave ``GenerationMixin.generate`` as transformers made it, before and after the test."""
+    """Restore the original ``GenerationMixin.generate`` of transformers before and after the test."""
     uninstall()
     plain = GenerationMixin.generate
     yield plain
@@ -734,7 +734,7 @@ def unhooked():
 
 
 def wrap_generate(wraps):
-    """Put a wrapper on top of whatever generate() is now; return the list of its calls."""
+    """Wrap the current generate() and return the list of the wrapper's calls."""
     below, calls = GenerationMixin.generate, []
 
     def counting(self, *args, **kwargs):
@@ -745,7 +745,7 @@ def wrap_generate(wraps):
     return calls
 
 
-def test_uninstall(unhooked, model, generate, tokens, store):
+def test_uninstall_restores_the_original_generate(unhooked, model, generate, tokens, store):
     with TieredCache(store) as cache:
         assert GenerationMixin.generate is not unhooked
         uninstall()
@@ -755,8 +755,8 @@ def test_uninstall(unhooked, model, generate, tokens, store):
 
 
 @pytest.mark.parametrize("wraps", [True, False])
-def test_uninstall_below_another_wrapper(unhooked, model, generate, tokens, store, wraps):
-    """The hook lets every call through, and the next cache wakes it up: one turn, not two."""
+def test_uninstall_keeps_a_wrapper_above_the_hook(unhooked, model, generate, tokens, store, wraps):
+    """The inactive hook passes every call through. The next cache activates it again: one turn per call, not two."""
     ids = tokens(30)
     with TieredCache(store) as cache:
         calls = wrap_generate(wraps)
@@ -773,12 +773,12 @@ def test_uninstall_below_another_wrapper(unhooked, model, generate, tokens, stor
     assert len(calls) == 5
 
 
-def test_uninstall_above_and_below_another_wrapper(unhooked, model, generate, tokens, store):
+def test_uninstall_disables_hooks_above_and_below_another_wrapper(unhooked, model, generate, tokens, store):
     with TieredCache(store):
         wrap_generate(wraps=False)
         top = GenerationMixin.generate
         with TieredCache(store) as cache:
-            assert GenerationMixin.generate is not top  # it cannot know that it is below already
+            assert GenerationMixin.generate is not top  # the cache cannot see the hook below the wrapper
             uninstall()
             assert GenerationMixin.generate is top
             with pytest.raises(UninstalledError):

@@ -1,4 +1,4 @@
-"""A function that a model's module imports calls others of its own module: a patch of these counts."""
+"""Patches of helpers count: a function that a model's module imports calls others of its own module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvtier.hf.identity.patches import describe_patches
 from kvtier.hf.identity.stable_repr import Describer
 
 
-def test_a_patch_beside_an_imported_function_counts(monkeypatch):
+def test_patching_a_helper_of_an_imported_function_is_noticed(monkeypatch):
     def words():
         return describe_patches([LlamaModel], [], Describer([]))
 

@@ -1,4 +1,4 @@
-"""Values that look alike and are not, and values that no words describe."""
+"""Descriptions differ for values that only look alike, and some values cannot be described."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support import families
 
 
 class Half(float):
-    """A number that computes in its own way."""
+    """A number type that could compute differently from float."""
 
 
 class Hidden(deque):
-    """Its own code leaves out what it holds."""
+    """A deque whose ``__reduce__`` leaves out its contents."""
 
     def __reduce__(self):
         return Hidden, ()
@@ -27,7 +27,7 @@ class Hidden(deque):
 
 @pytest.fixture(scope="module")
 def operator():
-    """An operator that a program has registered."""
+    """An operator registered by user code."""
     mine = library.Library("kvtier_test", "DEF")
     mine.define("double(Tensor x) -> Tensor")
     mine.impl("double", lambda x: 2 * x, "CPU")
@@ -39,16 +39,16 @@ def reads_the_operator(x):
     return torch.ops.kvtier_test.double(x)
 
 
-def test_a_number_of_another_class_is_another_number():
+def test_float_subclass_is_described_differently_from_a_float():
     assert describe(Half(2.0), "it", []) != describe(2.0, "it", [])
 
 
-def test_what_an_object_in_c_holds_must_be_told():
+def test_c_container_that_hides_its_contents_is_undescribable():
     with pytest.raises(Undescribable):
         describe(Hidden([1]), "it", [])
 
 
-def test_an_operator_of_ones_own_has_no_words(operator):
+def test_user_registered_operators_are_undescribable(operator):
     with pytest.raises(Undescribable, match="kvtier_test"):
         describe(operator.default, "it", [])
     with pytest.raises(Undescribable, match="kvtier_test"):
@@ -56,12 +56,12 @@ def test_an_operator_of_ones_own_has_no_words(operator):
     assert describe(torch.ops.aten.add.Tensor, "it", [])
 
 
-def test_too_many_values_are_not_looked_at():
+def test_values_with_too_many_parts_are_undescribable():
     with pytest.raises(Undescribable):
         describe([(i,) for i in range(50_001)], "it", [])
 
 
-def test_a_method_that_kvtier_has_wrapped_is_the_same_method():
+def test_kvtier_patch_of_prepare_inputs_keeps_the_root():
     model = families.build("mamba2")
     before = identify(model, "", 256).root
     patch_prepare_inputs(model)

@@ -1,4 +1,4 @@
-"""Digests of tensors: every byte counts, every change is noticed that can be, and no tensor crashes the process."""
+"""Digests of tensors: every byte counts, every detectable change is noticed, and no tensor crashes the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvtier.hf.identity.weights.tensor_values import BLOCK_BYTES, read_values, r
 
 
 def digest(tensor):
-    """The digest of a model that has only this tensor, and that was never read before."""
+    """Return the digest of a model that has only this tensor and was never read before."""
     return digest_weights(torch.nn.Module(), [("weight", tensor)])
 
 
@@ -43,7 +43,7 @@ class Remembered:
         return digest_weights(self.module, [("weight", self.tensor)], tokens)
 
     def noticed(self, tokens=()):
-        """Whether the digest is another one than at first, and what a fresh reading gives."""
+        """Whether the digest differs from the first one; if so, it must equal that of a fresh reading."""
         found = self.digest(tokens)
         assert found in (self.first, digest(self.tensor))
         return found != self.first
@@ -54,7 +54,7 @@ class Remembered:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
 @pytest.mark.parametrize("shape", [(), (3,), (129,), (100, 333)], ids=str)
-def test_every_element_counts(dtype, shape):
+def test_digest_changes_when_one_element_changes(dtype, shape):
     tensor = numbers(*shape, dtype=torch.float32).mul(9).to(dtype)
     seen = {digest(tensor)}
     for position in range(0, tensor.numel(), 997):
@@ -65,7 +65,7 @@ def test_every_element_counts(dtype, shape):
 
 
 def at_odd_address(tensor):
-    """The same values, two bytes after a multiple of eight."""
+    """Return the same values at an address two bytes after a multiple of eight."""
     place = torch.zeros(tensor.nbytes + 8, dtype=torch.uint8)[2 : 2 + tensor.nbytes]
     place.copy_(tensor.reshape(-1).view(torch.uint8))
     moved = torch.from_numpy(np.frombuffer(place.numpy(), dtype=np.float32)).view(tensor.shape)
@@ -75,7 +75,7 @@ def at_odd_address(tensor):
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 @pytest.mark.parametrize("shape", [(3, 5), (300, 70)], ids=str)
-def test_same_values_same_digest(shape):
+def test_equal_values_give_one_digest_in_any_memory_layout(shape):
     tensor = numbers(*shape)
     expected = digest(tensor)
     bytes_before = torch.zeros(tensor.nbytes + 4, dtype=torch.uint8)
@@ -95,7 +95,7 @@ def test_same_values_same_digest(shape):
     assert {digest(other) for other in others} == {expected}
 
 
-def test_order_counts():
+def test_digest_depends_on_order_shape_and_dtype():
     tensor = numbers(512, 64)
     rows, columns = tensor.clone(), tensor.clone()
     rows[[1, 2]] = rows[[2, 1]]
@@ -104,19 +104,19 @@ def test_order_counts():
     assert digest(tensor.view(torch.int32)) != digest(tensor)
 
 
-def test_empty_tensors():
+def test_digests_of_empty_tensors_depend_on_their_shape():
     assert digest(torch.empty(0, 4)) == digest(torch.empty(0, 4)) != digest(torch.empty(4, 0))
 
 
-def test_digest_of_files_that_exist_already():
-    """The digest is part of the root of every stored block: another one would forget them all."""
+def test_digest_stays_the_same_as_in_existing_stores():
+    """The digest is part of the root of every stored block: another digest would make all of them unreachable."""
     small, large = torch.arange(300, dtype=torch.int32), torch.arange(9_000, dtype=torch.int32).view(90, 100)
     module = torch.nn.Module()
     found = digest_weights(module, [("small", small), ("large", large)])
     assert found == "c74d56186753167820e64e8d3458b751fda831ebcfcf09541ce4e28e49b97c52"
 
 
-def test_sums_are_the_same_where_numpy_does_not_add_them():
+def test_device_sums_equal_host_sums():
     data = torch.randint(-(2**63), 2**63 - 1, (40, tensor_values.BLOCK_WORDS)).view(torch.uint8).view(-1)
     assert np.array_equal(tensor_values._host_sums(data.numpy()), tensor_values._device_sums(data))
 
@@ -193,7 +193,7 @@ IGNORED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecation
 @IGNORED
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("kind", READABLE)
-def test_tensors_that_can_be_read(kind, shape):
+def test_readable_tensors_have_a_stable_digest(kind, shape):
     known = Remembered(READABLE[kind](shape))
     assert isinstance(known.first, str)
     assert known.digest() == known.first == digest(READABLE[kind](shape))
@@ -202,21 +202,21 @@ def test_tensors_that_can_be_read(kind, shape):
 @IGNORED
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_tensors_that_cannot_be_read(kind, shape):
+def test_unreadable_tensors_are_reported_with_an_error(kind, shape):
     found = Remembered(UNREADABLE[kind](shape)).first
     assert isinstance(found, Unread)
     assert found.name == "weight"
     assert found.error
 
 
-def test_a_tensor_that_is_released_after_it_was_read():
+def test_tensor_released_after_a_reading_is_reported_unread():
     known = Remembered(numbers(500, 500))
     released(known.tensor)
     assert known.digest() == Unread("weight", "its memory was released")
 
 
 def test_reading_leaves_storages_resizable():
-    """``Tensor.numpy`` does not."""
+    """``Tensor.numpy`` would not leave them resizable."""
     for tensor in (numbers(7), numbers(500, 500), numbers(500, 500).t(), torch.ones(3, dtype=torch.complex64)):
         for _ in range(2):
             digest(tensor)
@@ -236,15 +236,15 @@ def test_samples_lie_within_the_tensor(words):
 
 
 @pytest.mark.parametrize("width", [16, 144, 1024, 12288])
-def test_samples_keep_to_no_column(width):
-    """Samples at one distance would all lie in a few columns, and an edit of the others would never be met."""
+def test_samples_spread_over_the_columns_of_a_matrix(width):
+    """Samples at equal distances would all lie in a few columns and never notice an edit of the others."""
     positions = torch.from_numpy(_word_positions(np.array([width * 4096]))[0])
     assert (positions.diff() > 0).all()
     assert len((positions % width).unique()) > min(SAMPLES, width) / 3
 
 
 @pytest.mark.parametrize("make", [lambda t: t, lambda t: t.t(), at_odd_address, lambda t: t.to(torch.float8_e5m2)])
-def test_a_large_edit_that_was_not_counted_is_sampled(make):
+def test_sampling_notices_a_large_unversioned_edit(make):
     known = Remembered(make(numbers(500, 500)).clone(memory_format=torch.preserve_format))
     before = known.tensor.clone()
     version = known.tensor._version
@@ -264,7 +264,7 @@ def test_every_byte_of_a_small_tensor_is_sampled(dtype, count):
         assert known.noticed()
 
 
-def test_edits_elsewhere_in_the_list_of_tensors():
+def test_digest_depends_on_names_shapes_and_order_of_tensors():
     module, tensors = torch.nn.Module(), [("a", numbers(200, 9)), ("b", numbers(200, 9) + 1)]
     (_, a), (_, b) = tensors
     seen = {digest_weights(module, tensors)}
@@ -317,7 +317,7 @@ def swapped(known):
 
 
 def edit_unseen(tensor):
-    """Change an element that no sample meets, without a count."""
+    """Change an element that no sample covers, without changing the version of the tensor."""
     flat = tensor.data.view(-1)
     before = Sampler([tensor]).read([tensor])
     for position in range(100, 200):
@@ -331,21 +331,21 @@ def edit_unseen(tensor):
 @pytest.mark.parametrize(
     "edit", [replaced, other_data, view_of_the_same_memory, transposed, counted, marked, with_gradient, swapped]
 )
-def test_edits_of_one_element(edit):
+def test_edits_that_change_tensor_metadata_are_noticed(edit):
     known = Remembered(numbers(300, 300))
     edit(known)
     assert known.noticed()
 
 
-def test_an_edit_that_is_missed():
-    """The limit that docs/limits.md admits; whoever removes it may change this test."""
+def test_unversioned_edit_of_one_unsampled_element_is_missed():
+    """The limit that docs/limits.md admits. A change that removes the limit may change this test."""
     known = Remembered(numbers(300, 300))
     edit_unseen(known.tensor)
     assert not known.noticed()
 
 
-def test_another_tensor_with_the_id_and_address_of_one_that_is_gone():
-    """Python and the allocator may give both again; the address of a storage that is weakly held is not."""
+def test_new_tensor_with_reused_id_and_address_is_read_again():
+    """Python and the allocator may reuse both. The address of a weakly held storage is not reused."""
     memory = torch.zeros(300 * 300)
     for _ in range(1000):
         known = Remembered(torch.frombuffer(memory.numpy(), dtype=torch.float32))
@@ -359,7 +359,7 @@ def test_another_tensor_with_the_id_and_address_of_one_that_is_gone():
     pytest.fail("no tensor took the place of another one")
 
 
-def test_tensors_can_be_swapped_and_replaced_after_a_turn():
+def test_tensors_can_be_swapped_after_a_reading():
     module = torch.nn.Linear(50, 50)
     digest_weights(module, list(module.named_parameters()))
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -387,7 +387,7 @@ def test_remembering_keeps_no_model_and_no_tensor_alive():
     assert gone() is None
 
 
-def test_tensors_made_in_inference_mode_are_read_whole():
+def test_edits_of_tensors_made_in_inference_mode_are_noticed():
     with torch.inference_mode():
         known = Remembered(numbers(300, 300))
         known.tensor[3, 5] += 1
@@ -395,19 +395,19 @@ def test_tensors_made_in_inference_mode_are_read_whole():
     assert known.noticed()
 
 
-def test_tensors_of_a_model_are_written_in_inference_mode():
+def test_write_in_inference_mode_to_a_normal_tensor_is_noticed():
     known = Remembered(numbers(300, 300))
     with torch.inference_mode():
         known.tensor[3, 5] += 1
     assert known.noticed()
 
 
-# --- rows that the prompt looks up ------------------------------------------------------------------------------------
+# --- embedding rows that the prompt looks up --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [3, 64, 512, 700])
 @pytest.mark.parametrize("rows", [5, 1000])
-def test_any_byte_of_a_row_that_is_looked_up(rows, width):
+def test_rows_differ_notices_an_edit_of_a_given_row(rows, width):
     table = numbers(rows, width)
     values = read_values(table)
     for row in {0, 1, rows // 2, rows - 1}:
@@ -422,7 +422,7 @@ def test_any_byte_of_a_row_that_is_looked_up(rows, width):
     assert not rows_differ(table[:, :0], read_values(table[:, :0]), [1])
 
 
-def test_an_edit_of_rows_of_an_embedding():
+def test_embedding_edit_is_noticed_only_if_a_token_looks_the_row_up():
     embedding = torch.nn.Embedding(2000, 128)
     tensors = list(embedding.named_parameters())
     far = BLOCK_BYTES // (128 * 4)
@@ -447,7 +447,7 @@ FUSED = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagr
 
 
 class Own(torch.optim.Optimizer):
-    """Writes through ``.data``, and not what it was given, but what its master weights stand for."""
+    """Writes through ``.data``, to the model weights that its master weights stand for, not to its own parameters."""
 
     def __init__(self, model_weights, lr):
         self.model_weights = list(model_weights)
@@ -466,7 +466,7 @@ def make_fused(kind):
 @pytest.mark.parametrize(
     "make", [*map(make_fused, FUSED), lambda parameters: Own(parameters, 0.1)], ids=[k.__name__ for k in [*FUSED, Own]]
 )
-def test_steps_that_do_not_count(make):
+def test_optimizer_step_without_a_version_is_noticed(make):
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
     optimizer = make([known.tensor])
     known.tensor.grad = torch.zeros(300, 300)
@@ -477,7 +477,7 @@ def test_steps_that_do_not_count(make):
     assert known.noticed()
 
 
-def test_steps_of_an_optimizer_that_was_loaded_and_of_compiled_ones():
+def test_step_of_a_copied_optimizer_after_torch_compile_is_noticed():
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
     optimizer = copy.deepcopy(torch.optim.SGD([known.tensor], lr=0.1, fused=True))
     optimizer.param_groups[0]["params"][:] = [known.tensor]
@@ -489,8 +489,8 @@ def test_steps_of_an_optimizer_that_was_loaded_and_of_compiled_ones():
     assert known.noticed()
 
 
-def test_a_step_that_fails_half_way():
-    class Failing(torch.optim.Optimizer):  # not of Own, whose step is watched by itself
+def test_optimizer_step_that_fails_is_noticed():
+    class Failing(torch.optim.Optimizer):  # does not inherit from Own, whose step is watched separately
         def step(self, closure=None):
             edit_unseen(self.param_groups[0]["params"][0])
             raise MemoryError
@@ -501,7 +501,7 @@ def test_a_step_that_fails_half_way():
     assert known.noticed()
 
 
-def test_weights_that_are_read_in_the_middle_of_a_step():
+def test_edit_after_a_reading_inside_a_step_is_noticed():
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
 
     class Slow(torch.optim.Optimizer):
@@ -513,8 +513,8 @@ def test_weights_that_are_read_in_the_middle_of_a_step():
     assert known.noticed()
 
 
-def test_a_step_on_another_thread_while_weights_are_read(monkeypatch):
-    """It ends after the tensor was read, and before the reading ends."""
+def test_step_on_another_thread_during_a_reading_is_noticed(monkeypatch):
+    """The step ends after the tensor was read and before the whole reading ends."""
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
     other = torch.nn.Parameter(numbers(300, 300))
     optimizer = Own([known.tensor], 0.1)
@@ -535,7 +535,7 @@ def test_a_step_on_another_thread_while_weights_are_read(monkeypatch):
     assert digest_weights(known.module, pair) == digest_weights(torch.nn.Module(), pair) != before
 
 
-def test_steps_are_watched_from_the_first_reading_until_models_are_forgotten():
+def test_optimizers_are_watched_from_first_reading_to_forget_models():
     forget_models()
     hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
     before = [len(some) for some in hooks]
@@ -549,7 +549,7 @@ def test_steps_are_watched_from_the_first_reading_until_models_are_forgotten():
     assert known.noticed()
 
 
-def test_steps_count_on_many_threads():
+def test_optimizer_steps_are_counted_across_threads():
     steps = OptimizerSteps()
     steps.watch()
     try:

@@ -1,4 +1,4 @@
-"""Whatever else decides K and V: each change gives the answer of a fresh cache, reused or not."""
+"""Adapters, dtypes, positions and kernels: after each change the answer equals that of a fresh cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHER_MODEL = "the model is not the one that filled this cache"
 
 @pytest.fixture
 def turn(generate, tokens):
-    """``turn(model, cache)``: one turn, equal to a fresh cache; returns the tokens that were reused."""
+    """``turn(model, cache)`` runs one turn, compares it with a fresh cache, and returns the number of reused tokens."""
 
     def run(model, cache, **settings):
         ids = tokens(30)
@@ -48,7 +48,7 @@ def lora(peft, **settings):
 
 @pytest.fixture
 def peft_model(model):
-    """A model with the LoRA adapters ``one`` and ``two``, none of which is small."""
+    """A model with the LoRA adapters ``one`` and ``two``. Neither is close to zero."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     model = peft.get_peft_model(model, lora(peft), adapter_name="one")
@@ -140,7 +140,7 @@ CHANGES = [
 
 @pytest.mark.sample(6)  # of 12
 @pytest.mark.parametrize("change", CHANGES)
-def test_adapter(peft_model, cache, store, turn, change):
+def test_adapter_change_prevents_reuse(peft_model, cache, store, turn, change):
     assert turn(peft_model, cache) == 0
     assert turn(peft_model, cache) == 29
     change(peft_model)
@@ -150,8 +150,8 @@ def test_adapter(peft_model, cache, store, turn, change):
         assert turn(peft_model, other) == 29
 
 
-def test_active_adapters_in_another_order(peft_model, cache, turn):
-    """They are added up in their order, which rounds otherwise: equal or not, the answer is right."""
+def test_active_adapters_in_another_order_give_correct_answers(peft_model, cache, turn):
+    """Adapters are added in their order, so rounding may differ. Reused or not, the answer is correct."""
     both_active(peft_model)
     assert turn(peft_model, cache) == 0
     peft_model.base_model.set_adapter(["two", "one"])
@@ -160,8 +160,8 @@ def test_active_adapters_in_another_order(peft_model, cache, turn):
     assert turn(peft_model, cache) == 29
 
 
-def test_adapter_merged_and_unmerged(peft_model, cache, turn):
-    """Unmerging leaves other roundings in the base weights: it is found again only where it left none."""
+def test_unmerged_adapter_is_reused_only_if_weights_are_equal(peft_model, cache, turn):
+    """Unmerging may round the base weights differently. Only unchanged base weights must be a hit again."""
     assert turn(peft_model, cache) == 0
     peft_model.merge_adapter(["one"])
     assert turn(peft_model, cache) == 0
@@ -174,13 +174,13 @@ def test_adapter_merged_and_unmerged(peft_model, cache, turn):
     assert turn(peft_model, cache) >= (29 if same else 0)
 
 
-def test_adapter_merged_for_good(peft_model, cache, turn):
+def test_merge_and_unload_prevents_reuse(peft_model, cache, turn):
     assert turn(peft_model, cache) == 0
     plain = peft_model.merge_and_unload()
     assert turn(plain, cache) == 0
 
 
-def test_adapter_unloaded_is_the_base_model_again(peft_model, make_model, cache, store, turn):
+def test_unloading_an_adapter_restores_hits_of_the_base_model(peft_model, make_model, cache, store, turn):
     assert turn(make_model("llama"), cache) == 0
     assert turn(peft_model, cache) == 0
     assert turn(peft_model.unload().eval(), cache) == 29
@@ -188,7 +188,7 @@ def test_adapter_unloaded_is_the_base_model_again(peft_model, make_model, cache,
 
 @pytest.mark.skipif(not PEFT_KNOWS_IT, reason="this transformers wants a newer PEFT")
 @pytest.mark.parametrize("change", ["set_adapter", "disable_adapters", "delete_adapter"])
-def test_adapters_of_transformers_own(model, cache, store, turn, change):
+def test_change_of_an_adapter_added_by_transformers_prevents_reuse(model, cache, store, turn, change):
     """``model.add_adapter``: PEFT's layers in a model that is not a PeftModel."""
     peft = pytest.importorskip("peft")
     assert turn(model, cache) == 0
@@ -214,7 +214,7 @@ def test_adapters_of_transformers_own(model, cache, store, turn, change):
 
 
 @pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
-def test_dtype(model, cache, turn, convert):
+def test_dtype_conversion_prevents_reuse(model, cache, turn, convert):
     assert turn(model, cache) == 0
     convert(model)
     assert turn(model, cache) == 0
@@ -224,7 +224,7 @@ def test_dtype(model, cache, turn, convert):
     assert turn(model, cache) in (0, 29)
 
 
-def test_dtype_of_one_layer(model, cache, generate, tokens, turn):
+def test_rounding_one_layer_prevents_reuse(model, cache, generate, tokens, turn):
     assert turn(model, cache) == 0
     model.model.layers[1].mlp.double().float()  # rounds nothing: the same model
     assert turn(model, cache) == 29
@@ -232,7 +232,7 @@ def test_dtype_of_one_layer(model, cache, generate, tokens, turn):
     assert turn(model, cache) == 0
 
 
-def test_another_place_in_memory_is_the_same_model(model, cache, store, turn):
+def test_moving_weights_in_memory_keeps_reuse(model, cache, store, turn):
     assert turn(model, cache) == 0
     model.to(memory_format=torch.contiguous_format)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
@@ -242,8 +242,8 @@ def test_another_place_in_memory_is_the_same_model(model, cache, store, turn):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights(make_model, cache, turn, tied):
-    """What comes out of the head does not decide K and V, what is fed does; kvtier does not tell them apart."""
+def test_edits_of_head_or_embedding_prevent_reuse(make_model, cache, turn, tied):
+    """The head does not decide K and V, but the embedding does. kvtier treats both alike."""
     model = make_model("llama", tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert turn(model, cache) == 0
@@ -266,7 +266,7 @@ class Doubled(torch.nn.Module):
         return weight * self.factor
 
 
-def test_weights_that_are_computed(model, cache, turn):
+def test_parametrization_changes_prevent_reuse(model, cache, turn):
     projection = model.model.layers[0].self_attn.k_proj
     assert turn(model, cache) == 0
     parametrize.register_parametrization(projection, "weight", Doubled(2.0))
@@ -279,8 +279,8 @@ def test_weights_that_are_computed(model, cache, turn):
     assert turn(model, cache) == 0
 
 
-def test_pruned_weights(model, cache, turn):
-    """The mask is a buffer, the hook that applies it is PyTorch's."""
+def test_pruning_and_mask_edits_prevent_reuse(model, cache, turn):
+    """The mask is a buffer. PyTorch's hook applies it."""
     projection = model.model.layers[0].self_attn.k_proj
     assert turn(model, cache) == 0
     prune.l1_unstructured(projection, "weight", amount=0.5)
@@ -321,7 +321,7 @@ ROPES = [rope_of_the_config, rope_of_a_new_module, theta_of_the_config, factor_o
 
 
 @pytest.mark.parametrize("change", ROPES)
-def test_rotary_positions(model, cache, turn, change):
+def test_edits_of_rotary_positions_prevent_reuse(model, cache, turn, change):
     assert turn(model, cache) == 0
     change(model)
     assert turn(model.eval(), cache) == 0
@@ -333,16 +333,16 @@ def test_rotary_positions(model, cache, turn, change):
     "rope",
     [LINEAR, {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}],
 )
-def test_models_that_differ_in_rotary_positions(make_model, store, turn, rope):
+def test_models_with_other_rope_parameters_do_not_share_prefixes(make_model, store, turn, rope):
     for settings, cached in (({}, 0), ({"rope_parameters": rope}, 0), ({"rope_parameters": rope}, 29), ({}, 29)):
         with TieredCache(store) as cache:
             assert turn(make_model("llama", **settings), cache) == cached
 
 
-# --- how it is computed -----------------------------------------------------------------------------------------------
+# --- kernels, precision and compilation -------------------------------------------------------------------------------
 
 
-def test_attention_implementation_between_turns(model, cache, turn):
+def test_reuse_depends_on_the_attention_implementation(model, cache, turn):
     for implementation, cached in (("eager", 0), ("sdpa", 0), ("eager", 29), ("sdpa", 29)):
         model.set_attn_implementation(implementation)
         assert turn(model, cache) == cached
@@ -351,7 +351,7 @@ def test_attention_implementation_between_turns(model, cache, turn):
     assert turn(model, cache) == 0
 
 
-def test_experts_implementation_between_turns(make_model, store, turn):
+def test_experts_implementation_change_prevents_reuse(make_model, store, turn):
     model = make_model("gpt_oss")
     if not hasattr(model, "set_experts_implementation"):
         pytest.skip("this version of transformers has one implementation of experts")
@@ -363,7 +363,7 @@ def test_experts_implementation_between_turns(make_model, store, turn):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_precision_of_matrix_products(model, cache, turn, precision):
+def test_matmul_precision_prevents_reuse_until_restored(model, cache, turn, precision):
     assert turn(model, cache) == 0
     before = torch.get_float32_matmul_precision()
     try:
@@ -374,7 +374,7 @@ def test_precision_of_matrix_products(model, cache, turn, precision):
     assert turn(model, cache) == 29
 
 
-def test_autocast_and_back(model, cache, generate, tokens, turn):
+def test_reuse_depends_on_the_autocast_dtype(model, cache, generate, tokens, turn):
     ids = tokens(30)
     assert turn(model, cache) == 0
     for dtype in (torch.bfloat16, torch.float16):
@@ -398,8 +398,8 @@ def compiled_in_place(model):
 
 
 @pytest.mark.parametrize("compile_it", [compiled, compiled_in_place])
-def test_compiled_modules(model, cache, store, turn, compile_it):
-    """What a compiler makes of a module rounds otherwise. Its weights, code and hooks count as ever."""
+def test_compiled_modules_are_distinct_and_their_edits_prevent_reuse(model, cache, store, turn, compile_it):
+    """A compiled module may round differently. Its weights, code and hooks still count."""
     assert turn(model, cache) == 0
     inner = compile_it(model)
     assert turn(model, cache) == 0
@@ -416,8 +416,8 @@ def test_compiled_modules(model, cache, store, turn, compile_it):
     assert "forward of model.layers.1.mlp" in cache.last_turn.miss_reason
 
 
-def test_module_that_is_called_by_another_name(model, cache, turn):
-    """It is not what a compiler made: nobody knows its weights."""
+def test_forward_replaced_by_a_hidden_module_turns_reuse_off(model, cache, turn):
+    """No compiler made this forward, so the weights behind it are unknown."""
     hidden = torch.nn.Linear(64, 64, bias=False)
     assert turn(model, cache) == 0
     model.model.layers[1].mlp.forward = hidden.__call__
@@ -484,7 +484,7 @@ GGUF_NAMES = {
 
 
 def gguf_q8(model, folder):
-    """A file of eight-bit weights, which transformers unpacks."""
+    """Write a file of eight-bit weights. transformers unpacks them."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     packed, config = gguf.GGMLQuantizationType.Q8_0, model.config
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -517,9 +517,9 @@ def gguf_q8(model, folder):
 QUANTISED = [gguf_q8, torchao_int8, torchao_int4, torchao_int8_dynamic, quanto_int8, bitsandbytes_4bit]
 
 
-@pytest.mark.filterwarnings("ignore")  # of what their packages do
+@pytest.mark.filterwarnings("ignore")  # from the quantisation packages
 @pytest.mark.parametrize("quantised", QUANTISED)
-def test_quantised_weights(make_model, store, generate, tokens, turn, tmp_path, quantised):
+def test_only_equal_quantised_weights_are_reused(make_model, store, generate, tokens, turn, tmp_path, quantised):
     def make(folder, **settings):
         model = quantised(make_model("llama", **settings), tmp_path / folder).eval()
         model.generation_config.pad_token_id = 0
@@ -543,8 +543,8 @@ def test_quantised_weights(make_model, store, generate, tokens, turn, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_weights_that_look_at_all_tokens(make_model, cache, turn, tmp_path):
-    """In eight bits, bitsandbytes treats columns apart in which any of the tokens is large: fed alone, one differs."""
+def test_bitsandbytes_int8_turns_reuse_off(make_model, cache, turn, tmp_path):
+    """bitsandbytes int8 handles columns separately where any token is large: a token fed alone gives other values."""
     model = bitsandbytes_int8(make_model("llama"), tmp_path).eval()
     model.generation_config.pad_token_id = 0
     for _ in range(2):
@@ -576,8 +576,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_tensor_parallel_ranks(make_model, tmp_path):
-    """Each rank has K and V of other heads, and all must feed the same tokens: none of them reuses any."""
+def test_tensor_parallel_ranks_reuse_nothing(make_model, tmp_path):
+    """Each rank has K and V of other heads, and all ranks must feed the same tokens. So no rank reuses tokens."""
     make_model("llama").save_pretrained(tmp_path)
     world = 2
     ranks = [
@@ -604,7 +604,7 @@ def test_tensor_parallel_ranks(make_model, tmp_path):
 
 
 class Part:
-    """A tensor that says that it is a part, as a DTensor does."""
+    """A tensor that declares itself a shard, as a DTensor does."""
 
     def __init__(self, processes, coordinate):
         self.processes, self.coordinate = processes, coordinate
@@ -639,7 +639,7 @@ class Mesh:
         return self._coordinate
 
 
-def test_rank_and_number_of_processes(model):
+def test_mesh_shape_and_rank_of_a_weight_change_the_root(model):
     projection = model.model.layers[0].self_attn.k_proj
     whole, roots = projection.weight.data, set()
     for mesh in (Mesh((1,), (0,)), Mesh((1, 1), (0, 0)), Mesh((1,), (1,))):
@@ -652,7 +652,7 @@ def test_rank_and_number_of_processes(model):
     assert "spread over 4 processes" in identify(model, "", 8).reason
 
 
-def test_older_ways_of_spreading_weights(model, monkeypatch):
-    """Plain tensors, and the number of processes on the model."""
+def test_tp_size_of_older_transformers_turns_reuse_off(model, monkeypatch):
+    """Older versions use plain tensors and set the number of processes on the model."""
     monkeypatch.setattr(type(model), "_tp_size", 2, raising=False)
     assert "spread over 2 processes" in identify(model, "", 8).reason

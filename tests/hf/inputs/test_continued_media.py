@@ -1,4 +1,4 @@
-"""Turns that leave out pictures and sounds which the cache holds, as transformers asks for it: no answer is blind."""
+"""Turns may omit images and sounds that the cache holds, as transformers expects. No answer ignores them."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @pytest.fixture(params=FAMILIES)
 def kind(request):
-    """A family that sees or hears."""
+    """A model family with image or audio input."""
     return request.param
 
 
 @pytest.fixture
 def cache():
-    """A cache over a store of its own, which holds nothing."""
+    """A cache over its own empty store."""
     with PrefixStore() as store, TieredCache(store) as cache:
         yield cache
 
 
 def blind(kind, *rows, types="none", before=None):
-    """A prompt without what is to be seen; ``types``: those of the whole prompt, of the rows ``before`` it, or none."""
+    """Return a prompt without its media. ``types`` are those of the whole prompt, of the rows ``before``, or none."""
     given = prompt(kind, *rows)
     kept = {name: given[name] for name in ("input_ids", "attention_mask")}
     source = given if types == "whole" else prompt(kind, *before) if types == "before" else {}
@@ -61,7 +61,7 @@ def same(found, expected):
 
 
 def asked(kind, given, against, on, **settings):
-    """Ask with ``given``; the answer is that on a fresh ``DynamicCache`` with the arguments ``against``."""
+    """Ask with ``given``; the answer must equal that on a fresh ``DynamicCache`` with the arguments ``against``."""
     torch.manual_seed(3)
     expected = answer(seeing(kind), against, **settings)
     torch.manual_seed(3)
@@ -73,8 +73,8 @@ def asked(kind, given, against, on, **settings):
 @pytest.mark.sample(8)  # of 24
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
 @pytest.mark.parametrize("kind", [*FAMILIES, WITH_STATES])
-def test_a_cache_is_continued_as_a_dynamic_cache_is(kind, cache, types):
-    """Three turns, of which the first shows two pictures."""
+def test_turns_without_media_continue_like_a_dynamic_cache(kind, cache, types):
+    """Only the first of three turns passes the two images."""
     plain, first = DynamicCache(config=seeing(kind).config), [BEFORE, A, BETWEEN, B, AFTER]
     expected, found = (answer(seeing(kind), prompt(kind, first), each) for each in (plain, cache))
     same(found, expected)
@@ -91,8 +91,8 @@ def test_a_cache_is_continued_as_a_dynamic_cache_is(kind, cache, types):
 
 @pytest.mark.sample(11)  # of 21
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
-def test_what_is_not_held_is_asked_for(kind, cache, types):
-    """Also where the store knows the conversation: only the cache that computed it can say what entered."""
+def test_omitted_media_raise_an_error_if_the_cache_lacks_them(kind, cache, types):
+    """The store may hold the conversation, but only the cache that computed it knows its media."""
     row = [BEFORE, A, AFTER]
     given = blind(kind, row, types=types, before=[row])
     with pytest.raises(PromptError, match="cache holds nothing") as error:
@@ -107,12 +107,12 @@ def test_what_is_not_held_is_asked_for(kind, cache, types):
         with pytest.raises(PromptError, match="no row that begins like row 0"):
             answer(seeing(kind), given, other)
     longer = [*row, said, BETWEEN]
-    asked(kind, blind(kind, longer), prompt(kind, longer), cache)  # whatever failed elsewhere
+    asked(kind, blind(kind, longer), prompt(kind, longer), cache)  # the errors above have no effect on it
     assert cache.last_turn.cached_tokens > len(BEFORE)
 
 
-def test_what_belongs_to_a_picture_may_be_passed_without_it(kind, cache):
-    """Grids and sizes say nothing of what a picture shows: they are no picture."""
+def test_grids_and_sizes_may_be_passed_without_their_image(kind, cache):
+    """Grids and sizes do not say what an image shows, so they do not replace it."""
     whole = prompt(kind, [BEFORE, A, AFTER])
     row = [BEFORE, A, AFTER, asked(kind, whole, whole, cache), words(6, 8)]
     seen = prompt(kind, row)
@@ -124,15 +124,15 @@ def test_what_belongs_to_a_picture_may_be_passed_without_it(kind, cache):
         answer(seeing(kind), given, other)
 
 
-def test_words_after_a_picture_may_change(kind, cache):
+def test_text_after_an_omitted_image_may_change(kind, cache):
     asked(kind, prompt(kind, [BEFORE, A, AFTER]), prompt(kind, [BEFORE, A, AFTER]), cache)
     for row in ([BEFORE, A, words(9, 8)], [BEFORE, A, words(4, 9)], [BEFORE, A, AFTER[:3], words(5, 10)]):
         asked(kind, blind(kind, row), prompt(kind, row), cache)
         assert cache.last_turn.cached_tokens > len(BEFORE)
 
 
-def test_words_right_after_a_picture_may_change(kind, cache):
-    """Where positions have a grid, they go on from its far end."""
+def test_text_directly_after_an_omitted_image_may_change(kind, cache):
+    """Where positions have a grid, text positions continue from its far end."""
     bare = Picture(10, bare=True)
     asked(kind, prompt(kind, [BEFORE, bare, AFTER]), prompt(kind, [BEFORE, bare, AFTER]), cache)
     row = [BEFORE, bare, words(9, 8)]
@@ -142,7 +142,7 @@ def test_words_right_after_a_picture_may_change(kind, cache):
     assert cache.last_turn.cached_tokens == cache.last_turn.prompt_tokens - 1
 
 
-def test_a_picture_with_fewer_placeholders_is_not_held(kind, cache):
+def test_omitted_image_with_fewer_placeholders_raises_an_error(kind, cache):
     asked(kind, prompt(kind, [BEFORE, A, AFTER]), prompt(kind, [BEFORE, A, AFTER]), cache)
     given = blind(kind, [BEFORE, A, AFTER])
     first = given["input_ids"][0].tolist().index(PLACE)
@@ -154,28 +154,28 @@ def test_a_picture_with_fewer_placeholders_is_not_held(kind, cache):
     asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)
 
 
-def test_words_before_a_picture_may_not_change(kind, cache):
+def test_changed_text_before_an_omitted_image_raises_an_error(kind, cache):
     asked(kind, prompt(kind, [BEFORE, A, AFTER]), prompt(kind, [BEFORE, A, AFTER]), cache)
     for row in ([words(12, 8), A, AFTER], [BEFORE[:11], A, AFTER], [BEFORE, AFTER, A, AFTER], [BEFORE, A, AFTER, B]):
         with pytest.raises(PromptError, match="no row that begins like row 0 up to its last placeholder"):
             answer(seeing(kind), blind(kind, row), cache)
-        asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)  # it still holds A
+        asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)  # cache still holds A
 
 
 @pytest.mark.sample(4)  # of 7
-def test_words_take_the_place_of_a_later_picture(kind, cache):
-    """Positions after the first picture are not those after both."""
+def test_text_may_replace_a_later_image(kind, cache):
+    """Positions after the first image differ from those after both."""
     row = [BEFORE, A, BETWEEN, B, AFTER]
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
     for other in ([BEFORE, A, BETWEEN, words(20, 8)], [BEFORE, A, words(20, 9)]):
         asked(kind, blind(kind, other), prompt(kind, other), cache)
         row = [*other, words(5, 12)]
         asked(kind, blind(kind, row), prompt(kind, row), cache)
-        asked(kind, prompt(kind, row), prompt(kind, row), cache)  # and what was kept is that of the prompt
+        asked(kind, prompt(kind, row), prompt(kind, row), cache)  # the kept prefix is that of the whole prompt
         assert cache.last_turn.cached_tokens == cache.last_turn.prompt_tokens - 1
 
 
-def test_what_is_kept_of_such_a_turn_is_what_media_would_have_given(kind, cache):
+def test_turn_with_omitted_media_stores_the_same_prefix(kind, cache):
     row = [BEFORE, A, AFTER]
     said = asked(kind, prompt(kind, row), prompt(kind, row), cache)
     row = [*row, said, BETWEEN]
@@ -186,7 +186,7 @@ def test_what_is_kept_of_such_a_turn_is_what_media_would_have_given(kind, cache)
         assert restored.last_turn.cached_tokens >= restored.last_turn.prompt_tokens - len(AFTER) - 1
 
 
-def test_a_new_picture_comes_with_the_old_ones(kind, cache):
+def test_new_image_is_added_by_passing_all_images_again(kind, cache):
     row = [BEFORE, A, AFTER]
     said = asked(kind, prompt(kind, row), prompt(kind, row), cache)
     row = [*row, said, BETWEEN]
@@ -197,12 +197,12 @@ def test_a_new_picture_comes_with_the_old_ones(kind, cache):
     asked(kind, blind(kind, [*row, BETWEEN]), prompt(kind, [*row, BETWEEN]), cache)
 
 
-def test_rows_of_a_batch(kind, cache):
+def test_batch_rows_may_omit_media_unless_another_row_is_new(kind, cache):
     rows = [[BEFORE, A, AFTER], [words(4, 5), B, AFTER]]
     asked(kind, prompt(kind, *rows), prompt(kind, *rows), cache)
     for turn in ([rows[1], rows[0]], [rows[0], [words(30, 6)]], [rows[0]]):
         longer = [[*row, BETWEEN] for row in turn]
-        # A row of other words begins anew beside a row that knows much: they are cut where nothing is known of it.
+        # A row of other text has no known prefix, and a batch is cut where its least known row ends.
         if len(turn) > 1 and len(turn[1]) == 1:
             with pytest.raises(PromptError, match="cannot be taken from this cache"):
                 answer(seeing(kind), blind(kind, *longer), cache)
@@ -212,7 +212,7 @@ def test_rows_of_a_batch(kind, cache):
         assert cache.last_turn.cached_tokens > 0
 
 
-def test_a_row_of_words_beside_one_with_a_picture(kind, cache):
+def test_text_row_continues_beside_a_row_with_an_omitted_image(kind, cache):
     rows = [[BEFORE, A, AFTER], [words(9, 5)]]
     asked(kind, prompt(kind, *rows), prompt(kind, *rows), cache)
     longer = [[*row, BETWEEN] for row in rows]
@@ -220,7 +220,7 @@ def test_a_row_of_words_beside_one_with_a_picture(kind, cache):
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_beams_and_samples(kind, cache, settings):
+def test_beams_and_samples_continue_without_media(kind, cache, settings):
     row = [BEFORE, A, AFTER]
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
     longer = [*row, BETWEEN]
@@ -229,7 +229,7 @@ def test_beams_and_samples(kind, cache, settings):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
-def test_forks_crops_and_other_conversations(kind, cache):
+def test_forks_and_crops_continue_until_a_crop_cuts_the_image(kind, cache):
     row = [BEFORE, A, AFTER]
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
     asked(kind, prompt(kind, row), prompt(kind, row), TieredCache(cache.store))
@@ -239,14 +239,14 @@ def test_forks_crops_and_other_conversations(kind, cache):
         asked(kind, blind(kind, longer), prompt(kind, longer), twin)
         twin.crop(-4)
         asked(kind, blind(kind, longer), prompt(kind, longer), twin)
-        twin.crop(-(twin.get_seq_length() - len(BEFORE) - 3))  # within the picture
+        twin.crop(-(twin.get_seq_length() - len(BEFORE) - 3))  # inside the image
         with pytest.raises(PromptError, match="no row that begins"):
             answer(seeing(kind), blind(kind, longer), twin)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
-def test_turns_that_cannot_begin_with_what_is_held(kind, cache):
-    """Another model, decoding that starts cold: what was held cannot be used, and the picture cannot be fed."""
+def test_omitted_media_raise_an_error_if_the_turn_cannot_reuse(kind, cache):
+    """With another model, or decoding that starts cold, the held image cannot be used, and it cannot be fed."""
     row, longer = [BEFORE, A, AFTER], [BEFORE, A, AFTER, BETWEEN]
     asked(kind, prompt(kind, row), prompt(kind, row), cache)
     for settings, reason in (
@@ -265,7 +265,7 @@ def test_turns_that_cannot_begin_with_what_is_held(kind, cache):
         answer(other, blind(kind, longer), cache)
 
 
-def test_arguments_that_may_bring_media_of_their_own_are_let_through(cache):
+def test_precomputed_features_are_accepted_instead_of_media(cache):
     given = blind("llava", [BEFORE, A, AFTER])
     model = seeing("llava")
     with torch.no_grad():
@@ -278,8 +278,8 @@ def test_arguments_that_may_bring_media_of_their_own_are_let_through(cache):
     same(answer(model, ready, cache), answer(model, ready))
 
 
-def test_one_kind_of_media_does_not_answer_for_another(cache):
-    """A picture is passed, a film is not."""
+def test_images_do_not_satisfy_video_placeholders(cache):
+    """An image is passed, a video is not."""
     given = prompt("qwen2_5_vl", [BEFORE, A, AFTER])
     given["input_ids"][0, 2:6] = 198
     with pytest.raises(PromptError, match="placeholders of kind video, but no pixel_values_videos were passed"):
@@ -287,8 +287,8 @@ def test_one_kind_of_media_does_not_answer_for_another(cache):
 
 
 @pytest.mark.parametrize("kind", [k for k in BY_GRID if k != WITH_STATES])
-def test_types_of_a_shorter_prompt_go_on_with_words(kind, cache):
-    """Processors give types to words, too; the prompt of the next turn is longer than they are."""
+def test_token_types_of_a_shorter_prompt_are_extended_with_text(kind, cache):
+    """Processors return types for text, too. The prompt of the next turn is longer than these types."""
     first = prompt(kind, [BEFORE])
     said = new_words(first, answer(seeing(kind), first, cache))
     longer = {**prompt(kind, [BEFORE, said, AFTER]), "mm_token_type_ids": first["mm_token_type_ids"]}
@@ -298,7 +298,7 @@ def test_types_of_a_shorter_prompt_go_on_with_words(kind, cache):
 
 
 def loop(model, cache, ids, steps=5):
-    """Greedy decoding by hand, of words."""
+    """Greedy decoding by hand, of text tokens only."""
     report = cache.begin(model, ids)
     sequences, feed = ids, ids[:, cache.get_seq_length() :]
     with torch.no_grad():
@@ -308,11 +308,11 @@ def loop(model, cache, ids, steps=5):
     return sequences, report
 
 
-def test_loops_continue_what_the_cache_holds(kind, cache):
+def test_custom_loop_continues_a_conversation_with_media(kind, cache):
     row, silent = [BEFORE, A, AFTER], {"suppress_tokens": [0, *range(VOCABULARY, 200)]}
     said = asked(kind, prompt(kind, row), prompt(kind, row), cache, **silent)
     row = [*row, said, BETWEEN]
-    answer(seeing(kind), prompt(kind, [words(5, 20), B, C, AFTER]))  # what the model remembers is of another prompt
+    answer(seeing(kind), prompt(kind, [words(5, 20), B, C, AFTER]))  # the model remembers another prompt
     ids = blind(kind, row)["input_ids"]
     expected = answer(seeing(kind), prompt(kind, row), max_new_tokens=5, **silent).sequences
     answer(seeing(kind), prompt(kind, [words(5, 20), B, C, AFTER]))
@@ -325,7 +325,7 @@ def test_loops_continue_what_the_cache_holds(kind, cache):
     assert cache.last_turn.cached_tokens >= found.shape[1] - 1
 
 
-def test_loops_that_cannot_continue_hold_nothing(kind, cache):
+def test_begin_holds_nothing_if_the_media_are_unknown(kind, cache):
     ids = blind(kind, [BEFORE, A, AFTER])["input_ids"]
     report = cache.begin(seeing(kind), ids)
     assert "begin() is not told which" in report.miss_reason

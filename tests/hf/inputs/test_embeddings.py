@@ -1,4 +1,4 @@
-"""Prompts of vectors are known by their values, and by those of all vectors before."""
+"""Prompts of embeddings are matched by their values and those of all earlier vectors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kvtier import TieredCache
 from tests.support.media import answer, seeing, words
 from tests.support.upstream import CACHE
 
-PROOF = 4  # columns at the end of a match that only prove those before
+PROOF = 4  # last columns of a match: they only prove the columns before them
 
 
 @pytest.fixture
 def turn(model, cache):
-    """``turn(embeds, on=cache, **settings)``: equal to plain transformers; returns how much was reused."""
+    """``turn(embeds, on=cache, **settings)`` compares with plain transformers and returns the reused tokens."""
 
     def run(embeds, on=cache, seer=model, **settings):
         settings = {"max_new_tokens": 6, "do_sample": False, **settings}
@@ -31,7 +31,7 @@ def turn(model, cache):
 
 @pytest.fixture
 def vectors():
-    """``vectors(columns, rows, seed)``: no model knows words for them."""
+    """``vectors(columns, rows, seed)`` returns vectors that are no token's embedding."""
 
     def make(columns, rows=1, seed=0):
         return torch.randn(rows, columns, 64, generator=torch.Generator().manual_seed(seed))
@@ -39,7 +39,7 @@ def vectors():
     return make
 
 
-def test_same_vectors_are_reused(turn, vectors, store, tmp_path):
+def test_equal_embeddings_are_reused(turn, vectors, store, tmp_path):
     embeds = vectors(30)
     assert turn(embeds) == 0
     assert turn(embeds) == 30 - 1 - PROOF
@@ -55,7 +55,7 @@ def test_same_vectors_are_reused(turn, vectors, store, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [0, 3, 4, 5, 17, 29])
-def test_one_vector_changes(turn, vectors, changed):
+def test_change_of_one_vector_limits_reuse_to_earlier_vectors(turn, vectors, changed):
     embeds = vectors(30)
     turn(embeds)
     other = embeds.clone()
@@ -64,12 +64,12 @@ def test_one_vector_changes(turn, vectors, changed):
     assert turn(embeds) == 29 - PROOF
 
 
-def test_rows_of_vectors_with_padding(turn, vectors, cache):
+def test_padded_embeddings_are_reused_without_their_padding(turn, vectors, cache):
     embeds, mask = vectors(30, rows=2), torch.ones(2, 30, dtype=torch.long)
     mask[1, :11] = 0
     turn(embeds, attention_mask=mask)
     other = embeds.clone()
-    other[1, :11] = 7.0  # what stands in padding is nobody's
+    other[1, :11] = 7.0  # values in padding do not count
     assert turn(other, attention_mask=mask) == (29 - PROOF) + (29 - PROOF - 11)
     other[1, 20] = 7.0
     assert turn(other, attention_mask=mask) == (20 - PROOF) + (20 - PROOF - 11)
@@ -79,14 +79,14 @@ def test_rows_of_vectors_with_padding(turn, vectors, cache):
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_beams_and_samples(turn, vectors, settings):
+def test_beams_and_samples_reuse_embeddings(turn, vectors, settings):
     embeds = vectors(30)
     turn(embeds, **settings)
     assert turn(embeds, **settings) == 29 - PROOF
 
 
-def test_answers_are_kept_as_words(turn, vectors, model, cache):
-    """What was generated is fed as ids: vectors of the same words come after other vectors, and are computed again."""
+def test_answers_to_embeddings_are_kept_as_token_ids(turn, vectors, model, cache):
+    """The answer is fed as ids. Embeddings of the same tokens do not match these ids and are computed again."""
     embeds = vectors(30)
     said = model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert cache.last_turn.generated_tokens == 6
@@ -96,7 +96,7 @@ def test_answers_are_kept_as_words(turn, vectors, model, cache):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_models_that_see_take_vectors(turn, vectors, store, kind):
+def test_multimodal_models_reuse_embeddings(turn, vectors, store, kind):
     model = seeing(kind)
     embeds = vectors(30)
     turn(embeds, seer=model)
@@ -107,7 +107,7 @@ def test_models_that_see_take_vectors(turn, vectors, store, kind):
     assert turn(embeds, seer=model) == 29 - PROOF
 
 
-def test_vectors_and_pictures_at_once_are_off(vectors, cache):
+def test_embeddings_with_pixel_values_turn_reuse_off(vectors, cache):
     model = seeing("llava")
     given = {"inputs_embeds": vectors(8), "pixel_values": torch.randn(1, 3, 8, 8)}
     with pytest.raises(ValueError, match="tokens"):  # transformers looks for placeholders among the vectors
@@ -115,7 +115,7 @@ def test_vectors_and_pictures_at_once_are_off(vectors, cache):
     assert "embeddings and other inputs at once" in cache.last_turn.miss_reason
 
 
-def test_vectors_beside_ids_of_another_length_are_off(vectors, tokens, model, cache):
+def test_embeddings_beside_ids_of_another_length_turn_reuse_off(vectors, tokens, model, cache):
     given = {"inputs_embeds": vectors(8), "input_ids": tokens(5), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
     for _ in range(2):
         expected = answer(model, given).sequences

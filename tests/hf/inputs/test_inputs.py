@@ -1,4 +1,4 @@
-"""What of a call's inputs enters where, and what is left of them after a known prefix."""
+"""Inputs of a call: where each enters the chain, and which are left after a stored prefix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.not_reusable import NotReusable
 from tests.support.media import PLACE, Picture, prompt, seeing, words
 
-ABOVE = 2**40  # no vocabulary is as large
+ABOVE = 2**40  # larger than any vocabulary
 DIGESTS = [digest_of(bytes([i])) for i in range(3)]
 
 
 @pytest.fixture(autouse=True)
 def _in_every_version(monkeypatch):
-    """What enters where is the same in all versions of transformers."""
+    """Inputs are read alike in all versions of transformers."""
     monkeypatch.setattr("kvtier.hf.inputs.chain_inputs.MEDIA_CONTINUE", True)
 
 
@@ -34,7 +34,7 @@ def read(family, *rows, copies=1, **changed):
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8, 12])
-def test_ids_under_a_mark_are_those_of_no_word_and_no_other_mark(stop):
+def test_marked_ids_differ_from_tokens_and_from_other_marks(stop):
     ids = np.arange(20, dtype=np.int64)
     found = [marked(ids, [ContentId(2, stop, digest)]) for digest in DIGESTS]
     end = max(stop, 2 + WHOLE)
@@ -46,14 +46,14 @@ def test_ids_under_a_mark_are_those_of_no_word_and_no_other_mark(stop):
     assert not (found[0][2:end] == found[1][2:end]).any()
 
 
-def test_a_mark_leaves_the_ids_under_it_apart():
+def test_marked_ids_still_depend_on_the_original_token():
     ids, other = np.arange(20, dtype=np.int64), np.arange(20, dtype=np.int64)
     other[4] = 90
     same = marked(ids, [ContentId(2, 3, DIGESTS[0])]) == marked(other, [ContentId(2, 3, DIGESTS[0])])
     assert np.flatnonzero(~same).tolist() == [4]
 
 
-def test_marks_that_overlap_are_both_told():
+def test_overlapping_marks_both_change_the_ids():
     ids = np.arange(20, dtype=np.int64)
     one, two, other = ContentId(2, 3, DIGESTS[0]), ContentId(4, 5, DIGESTS[1]), ContentId(4, 5, DIGESTS[2])
     both = marked(ids, [one, two])
@@ -62,7 +62,7 @@ def test_marks_that_overlap_are_both_told():
     assert not (both[4:7] == marked(ids, [two])[4:7]).any()
 
 
-def test_a_mark_goes_on_in_ids_that_come_later():
+def test_mark_continues_into_generated_ids():
     ids = np.arange(20, dtype=np.int64)
     mark = ContentId(17, 18, DIGESTS[0])
     first = Prompt((marked(ids[:18], [mark]),), (0,), 18, marks=((mark,),))
@@ -70,7 +70,7 @@ def test_a_mark_goes_on_in_ids_that_come_later():
     assert not np.array_equal(first.continued(0, ids[18:])[18:], ids[18:])
 
 
-def test_ids_of_vectors_tell_all_vectors_before():
+def test_vector_ids_depend_on_all_earlier_vectors_and_the_dtype():
     vectors = torch.randn(9, 4)
     other = vectors.clone()
     other[3, 1] += 1e-6
@@ -86,15 +86,15 @@ def test_ids_of_vectors_tell_all_vectors_before():
     [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64],
     ids=str,
 )
-def test_vectors_of_any_type_lie_as_they_like(dtype):
-    """Strides, a gradient and a lazy sign are no part of a value; each value is."""
+def test_vector_ids_ignore_strides_and_lazy_negation(dtype):
+    """Strides and a lazily applied sign do not change an id. A changed value does."""
     plain = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
     strided = torch.stack([plain, plain], 2)[:, :, 0]
     assert not strided.is_contiguous()
     assert np.array_equal(vector_ids(strided), vector_ids(plain))
     assert digest_tensors([("a", strided)]) == digest_tensors([("a", plain)])
     if dtype is torch.complex64:
-        lazy = plain.conj().imag  # the sign of which is applied when it is read
+        lazy = plain.conj().imag  # its sign is applied when it is read
         assert lazy.is_neg()
         assert np.array_equal(vector_ids(lazy), vector_ids(lazy.resolve_neg()))
     other = plain.clone()
@@ -102,7 +102,7 @@ def test_vectors_of_any_type_lie_as_they_like(dtype):
     assert np.flatnonzero(vector_ids(plain) != vector_ids(other)).tolist() == [4, 5, 6, 7, 8]
 
 
-def test_digests_tell_names_types_shapes_and_bytes():
+def test_digest_depends_on_names_dtypes_shapes_and_bytes():
     ones = torch.ones(2, 3)
     all_of = [
         [("a", ones)],
@@ -120,26 +120,26 @@ def test_digests_tell_names_types_shapes_and_bytes():
     assert digest_tensors([("a", ones.T)]) == digest_tensors([("a", ones.T.contiguous())])
 
 
-# --- where a prefix may end -------------------------------------------------------------------------------------------
+# --- columns at which a prefix may end --------------------------------------------------------------------------------
 
 
-def test_no_prefix_ends_inside_something_whole():
+def test_cut_ends_before_indivisible_spans_and_unproven_columns():
     cut = Prompt((), (), 40, wholes=((5, 9), (8, 12), (20, 21), (30, 35))).cut
     assert [cut(n) for n in (4, 5, 6, 8, 9, 11, 12, 20, 21, 31, 35, 39)] == [4, 5, 5, 5, 5, 5, 12, 20, 21, 30, 35, 39]
     assert Prompt((), (), 40, unproven=4).cut(3) == 0
     assert Prompt((), (), 40, unproven=4, wholes=((5, 9),)).cut(12) == 5
 
 
-def test_states_are_not_taken_inside_something_whole():
+def test_admits_refuses_columns_inside_an_indivisible_span():
     admits = Prompt((), (), 40, wholes=((5, 9),)).admits
     assert [n for n in range(12) if not admits(n)] == [6, 7, 8]
 
 
-# --- which input enters where -----------------------------------------------------------------------------------------
+# --- media, positions and types in a prompt ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seer", ["qwen2_5_vl", "llava", "idefics3", "voxtral"])
-def test_each_picture_enters_at_its_placeholders_and_is_left_out_after_them(seer):
+def test_media_enter_at_their_placeholders_and_are_dropped_after_them(seer):
     row = [words(6), Picture(1), words(3), Picture(2, wide=True), words(4)]
     found, given = read(seer, row), prompt(seer, row)
     assert isinstance(found, Inputs)
@@ -157,11 +157,11 @@ def test_each_picture_enters_at_its_placeholders_and_is_left_out_after_them(seer
         assert torch.equal(found.after(given, columns)[name], given[name])
 
 
-def test_pictures_that_cannot_be_told_apart_are_one():
+def test_images_that_cannot_be_separated_form_one_span():
     row = [words(6), Picture(1), words(3), Picture(2), words(4)]
     sizes = torch.tensor([[8, 8], [8, 4]])
     found, given = read("llava", row, image_sizes=sizes), prompt("llava", row)
-    first, last = 7, 7 + 4 + 1 + 3 + 1 + 4 + 1  # four placeholders and an id tell a digest
+    first, last = 7, 7 + 4 + 1 + 3 + 1 + 4 + 1  # four placeholders and the next id identify a digest
     assert [found.prompt.cut(n) for n in (7, 8, 14, last - 1, last)] == [7, 7, 7, 7, last]
     changed = read("llava", [words(6), Picture(1), words(3), Picture(3), words(4)], image_sizes=sizes)
     differ = np.flatnonzero(found.prompt.rows[0] != changed.prompt.rows[0])
@@ -170,14 +170,14 @@ def test_pictures_that_cannot_be_told_apart_are_one():
     assert "image_sizes" not in found.after({**given, "image_sizes": sizes}, last)
 
 
-def test_pictures_that_are_pruned_are_one(monkeypatch):
+def test_pruned_images_form_one_span(monkeypatch):
     row = [words(6), Picture(1), words(3), Picture(2), words(4)]
     assert read("llava", row).prompt.cut(15) == 15
     monkeypatch.setattr(seeing("llava").config, "image_pruning_rate", 0.5, raising=False)
     assert read("llava", row).prompt.cut(15) == 7
 
 
-def test_a_picture_across_two_rows_is_not_one():
+def test_image_spanning_two_rows_marks_both_rows():
     given = prompt("llava", [words(3), Picture(1)], [words(3), Picture(2)])
     given["pixel_values"] = given["pixel_values"][:1]
     found = read_inputs(seeing("llava"), given, given["input_ids"], given["attention_mask"], 1)
@@ -187,7 +187,7 @@ def test_a_picture_across_two_rows_is_not_one():
     assert found.prompt.cut(given["input_ids"].shape[1] - 2) == 4
 
 
-def test_padding_of_rows_with_fewer_pictures_keeps_them_together():
+def test_images_form_one_span_when_rows_have_unequal_counts():
     rows = [[words(3), Picture(1), words(3), Picture(2), words(2)], [words(3), Picture(3), words(2)]]
     found = read("idefics3", *rows)
     columns = found.prompt.columns
@@ -195,7 +195,7 @@ def test_padding_of_rows_with_fewer_pictures_keeps_them_together():
     assert found.prompt.cut(columns - 2) == columns - 2
 
 
-def test_pictures_that_are_padding_are_not_counted():
+def test_zero_padding_images_join_all_images_into_one_span():
     row = [words(6), Picture(1), words(3), Picture(2), words(2)]
     given = prompt("idefics3", row)
     two = torch.zeros(1, 2, 3, 8, 8)
@@ -212,13 +212,13 @@ def media_of(family, ids, **tensors):
     return found
 
 
-def test_a_film_with_words_between_its_frames_is_whole():
+def test_video_with_text_between_frames_is_one_span():
     film = {"pixel_values_videos": torch.ones(32, 12), "video_grid_thw": torch.tensor([[2, 4, 4]])}
     ids = [*words(4), *[198] * 4, *words(3), *[198] * 4, *words(5)]
     assert media_of("qwen3_vl", ids, **film).wholes == [(4, 15)]
 
 
-def test_grids_that_do_not_fit_the_placeholders_tell_nothing():
+def test_grids_that_do_not_fit_the_placeholders_form_one_span():
     pictures = {"pixel_values": torch.ones(64, 12), "image_grid_thw": torch.tensor([[1, 4, 8], [1, 4, 8]])}
     fit, more = (
         media_of("qwen2_5_vl", [*words(4), *[PLACE] * n, *words(3), *[PLACE] * n, *words(5)], **pictures)
@@ -228,7 +228,7 @@ def test_grids_that_do_not_fit_the_placeholders_tell_nothing():
     assert more.wholes == [(4, 25)]
 
 
-def test_positions_in_a_picture_are_part_of_it():
+def test_position_change_inside_an_image_changes_its_ids():
     row = [words(6), Picture(1), words(3)]
     columns = prompt("llava", row)["input_ids"].shape[1]
     other = torch.arange(columns)[None].clone()
@@ -237,7 +237,7 @@ def test_positions_in_a_picture_are_part_of_it():
     assert np.flatnonzero(plain != moved).tolist() == [7, 8, 9, 10, 11]
 
 
-def test_positions_that_jump_are_marked_and_no_others():
+def test_only_position_jumps_mark_ids():
     model, ids = seeing("llava"), torch.tensor([words(12)])
     plain = read_inputs(model, {"position_ids": torch.arange(12)[None]}, ids, None, 1)
     assert np.array_equal(plain.prompt.rows[0], ids[0].numpy())
@@ -248,8 +248,8 @@ def test_positions_that_jump_are_marked_and_no_others():
     assert np.flatnonzero(ahead > ABOVE).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_positions_are_counted_as_for_an_empty_cache():
-    """What the model remembers of another prompt plays no part."""
+def test_positions_do_not_depend_on_earlier_prompts():
+    """Positions that the model remembers from another prompt have no effect."""
     model = seeing("qwen2_5_vl")
     row = [words(6), Picture(1), words(3)]
     fresh = read("qwen2_5_vl", row).arguments["position_ids"]
@@ -262,8 +262,8 @@ def test_positions_are_counted_as_for_an_empty_cache():
     assert np.array_equal(text.prompt.rows[0], np.array(words(9)))
 
 
-def test_words_of_a_type_are_a_run():
-    """They may attend to each other, whatever stands there."""
+def test_tokens_of_one_type_form_an_indivisible_span():
+    """Tokens of one type may attend to each other, whatever their ids."""
     ids, types = torch.tensor([words(20)]), torch.zeros(1, 20, dtype=torch.long)
     types[0, 5:12] = 1
     given = {"token_type_ids": types}
@@ -277,7 +277,7 @@ def test_words_of_a_type_are_a_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16])
-def test_types_and_positions_of_any_type(dtype):
+def test_types_and_positions_are_read_from_any_dtype(dtype):
     ids, types = torch.tensor([words(20)]), torch.zeros(1, 20, dtype=torch.long)
     types[0, 5:12] = 1
     plain, found = (
@@ -295,7 +295,7 @@ def test_types_and_positions_of_any_type(dtype):
         assert np.array_equal(plain.rows[0], found.rows[0])
 
 
-def test_types_go_on_where_a_shorter_prompt_ended_with_words():
+def test_token_types_of_a_shorter_prompt_are_extended_with_text():
     ids = torch.tensor([words(20)])
     types = torch.zeros(1, 14, dtype=torch.long)
     types[0, 5:12] = 1
@@ -308,7 +308,7 @@ def test_types_go_on_where_a_shorter_prompt_ended_with_words():
         found = read_inputs(seeing("gemma3"), {"token_type_ids": odd}, ids, None, 1)
         assert isinstance(found, NotReusable)
         assert "token_type_ids" in found.reason
-    seen = prompt("gemma3", [words(14), Picture(1)])  # a picture after the types is one of no type
+    seen = prompt("gemma3", [words(14), Picture(1)])  # an image after the end of the types has no type
     seen["token_type_ids"] = types
     found = read_inputs(seeing("gemma3"), seen, seen["input_ids"], None, 1)
     assert "another shape" in found.reason
@@ -318,28 +318,28 @@ def test_types_go_on_where_a_shorter_prompt_ended_with_words():
     ("kind", "types", "both_ways"),
     [
         ("gemma3", [0] * 20, False),
-        ("gemma3", [0] * 5 + [1] + [0] * 14, False),  # alone
+        ("gemma3", [0] * 5 + [1] + [0] * 14, False),  # a single token
         ("gemma3", [0] * 5 + [1, 1] + [0] * 13, True),
     ],
 )
-def test_tokens_that_may_attend_to_each_other_both_ways(kind, types, both_ways):
+def test_adjacent_tokens_of_one_type_may_attend_both_ways(kind, types, both_ways):
     given = {"token_type_ids": torch.tensor([types])}
     assert read_inputs(seeing(kind), given, torch.tensor([words(20)]), None, 1).both_ways is both_ways
 
 
 @pytest.mark.parametrize(("kind", "both_ways"), [("gemma3", True), ("qwen2_5_vl", False), ("llava", False)])
-def test_pictures_that_may_attend_both_ways(kind, both_ways):
-    """Where types count positions, or are none, attention looks back alone."""
+def test_only_gemma3_images_may_attend_both_ways(kind, both_ways):
+    """Where types only count positions, or where there are no types, attention is causal."""
     assert read(kind, [words(6), Picture(1), words(3)]).both_ways is both_ways
 
 
-def test_answers_that_repeat_a_type_are_not_kept():
+def test_answer_follows_is_false_directly_after_a_typed_image():
     row = [words(6), Picture(1, bare=True)]
     assert read("gemma3", row).prompt.answer_follows is False
     assert read("gemma3", [*row, words(2)]).prompt.answer_follows is True
 
 
-# --- what cannot be told ----------------------------------------------------------------------------------------------
+# --- inputs that turn reuse off ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,20 +354,20 @@ def test_answers_that_repeat_a_type_are_not_kept():
     ],
     ids=["nowhere", "a-list", "types", "positions", "positions-of-rows", "vectors"],
 )
-def test_reasons(row, changed, reason):
+def test_unreadable_inputs_give_a_reason(row, changed, reason):
     found = read("llava", row, **changed)
     assert isinstance(found, NotReusable)
     assert reason in found.reason
 
 
-def test_models_that_do_not_merge_inputs_take_none():
+def test_models_that_do_not_merge_inputs_are_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
     ids = torch.ones(1, 5, dtype=torch.long)
     found = read_inputs(model, {"token_type_ids": torch.zeros(1, 5)}, ids, None, 1)
     assert "inputs besides tokens may decide K and V: token_type_ids" in found.reason
 
 
-def test_models_whose_prompts_attend_to_what_comes_later_take_none():
+def test_models_whose_prompts_attend_ahead_refuse_media():
     text = {"vocab_size": 200, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
     eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -383,14 +383,14 @@ def test_models_whose_prompts_attend_to_what_comes_later_take_none():
     assert "inputs besides tokens may decide K and V: pixel_values" in found.reason
 
 
-def test_models_that_count_on_an_earlier_call_without_saying_how(monkeypatch):
+def test_positions_from_an_earlier_call_are_refused(monkeypatch):
     model = seeing("llava")
     monkeypatch.setattr(model.model, "rope_deltas", None, raising=False)
     assert "positions from an earlier call" in read("llava", [words(6)]).reason
 
 
 @pytest.mark.skipif(not MEDIA_CONTINUE, reason="this transformers gives beams each other's pictures")
-def test_beams_are_given_what_their_row_has_or_nothing_is_kept():
+def test_media_of_beams_are_accepted_joined_or_refused():
     one, two = [words(6), Picture(1), words(3)], [words(6), Picture(1), words(3), Picture(2), words(3)]
     assert isinstance(read("voxtral", one, one, copies=2), Inputs)
     assert "each beam or sample" in read("voxtral", two, copies=2).reason

@@ -1,4 +1,4 @@
-"""Pictures and sounds are part of the chain at the place where they enter: the same are reused, others never."""
+"""Images and sounds enter the chain at their placeholders: equal ones are reused, others never."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ A, B, C = Picture(10), Picture(11), Picture(12)
 
 
 def columns(kind, *row):
-    """Return how many columns the parts of a row have."""
+    """Return the number of columns of a row's parts."""
     return prompt(kind, row)["input_ids"].shape[1]
 
 
 @pytest.fixture(params=FAMILIES)
 def kind(request):
-    """A family that sees or hears."""
+    """A model family with image or audio input."""
     return request.param
 
 
 @pytest.fixture
 def turn(cache):
-    """``turn(kind, *rows, on=cache, **settings)``: equal to plain transformers; returns how much was reused."""
+    """``turn(kind, *rows, on=cache, **settings)`` compares with plain transformers and returns the reused tokens."""
 
     def run(kind, *rows, on=cache, **settings):
         given, model = prompt(kind, *rows), seeing(kind)
@@ -61,13 +61,13 @@ def turn(cache):
     return run
 
 
-def test_what_is_seen_decides_the_answer(kind):
+def test_other_media_change_the_logits_of_the_model(kind):
     model = seeing(kind)
     ours, other = (answer(model, prompt(kind, [BEFORE, p, AFTER])).logits[0] for p in (A, B))
     assert (ours - other).abs().max() > 0.1
 
 
-def test_same_picture_is_reused(kind, turn, store):
+def test_same_image_is_reused(kind, turn, store):
     row = [BEFORE, A, AFTER]
     known = columns(kind, *row) - 1
     assert turn(kind, row) == 0
@@ -77,15 +77,15 @@ def test_same_picture_is_reused(kind, turn, store):
         assert restored.last_turn.cached_by_tier["host"] == known
 
 
-def test_another_picture_reuses_the_words_before_it(kind, turn):
+def test_another_image_reuses_only_the_text_before_it(kind, turn):
     turn(kind, [BEFORE, A, AFTER])
-    assert turn(kind, [BEFORE, B, AFTER]) == 12 + 1  # the words, and the id that begins a picture
+    assert turn(kind, [BEFORE, B, AFTER]) == 12 + 1  # the text, and the id that begins an image
     assert turn(kind, [BEFORE, A, AFTER]) == columns(kind, BEFORE, A, AFTER) - 1
 
 
-def test_same_picture_and_other_words_after_it(kind, turn):
+def test_same_image_is_reused_before_other_text(kind, turn):
     turn(kind, [BEFORE, A, AFTER])
-    # Where positions go on after a picture, they are marked too, in the ids that follow.
+    # Where positions have a grid, the ids after an image are marked with their positions, too.
     ends = columns(kind, BEFORE, A) - (kind in BY_GRID)
     assert turn(kind, [BEFORE, A, words(9, 8)]) == ends
     assert turn(kind, [BEFORE, A, AFTER[:5], *[words(9, 8)]]) == columns(kind, BEFORE, A, AFTER[:5])
@@ -93,8 +93,8 @@ def test_same_picture_and_other_words_after_it(kind, turn):
 
 
 @pytest.mark.sample(4)  # of 7
-def test_a_conversation_about_pictures(kind, turn, store, tmp_path):
-    """A picture is added in each turn, and each turn is also restored elsewhere."""
+def test_conversation_with_images_is_reused_and_restored(kind, turn, store, tmp_path):
+    """Each turn adds an image and also runs on a disk store. The last prompt is restored from both stores."""
     row, known = [BEFORE], 0
     with TieredCache(tmp_path) as disk:
         for picture in (A, B, C):
@@ -113,15 +113,15 @@ def test_a_conversation_about_pictures(kind, turn, store, tmp_path):
         assert restored.last_turn.cached_by_tier["disk"] == known
 
 
-def test_second_of_two_pictures_changes(kind, turn):
+def test_change_of_the_second_image_keeps_the_first(kind, turn):
     turn(kind, [BEFORE, A, BETWEEN, B, AFTER])
     assert turn(kind, [BEFORE, A, BETWEEN, C, AFTER]) == columns(kind, BEFORE, A, BETWEEN) + 1
     assert turn(kind, [BEFORE, B, BETWEEN, A, AFTER]) == 12 + 1
     assert turn(kind, [BEFORE, A, BETWEEN, B, AFTER]) == columns(kind, BEFORE, A, BETWEEN, B, AFTER) - 1
 
 
-def test_another_conversation_in_between(kind, turn, store):
-    """Whatever a model remembers of its last call, such as how far positions are ahead, is of another prompt."""
+def test_reuse_survives_another_conversation_in_between(kind, turn, store):
+    """The model's memory of its last call, such as its position offset, then belongs to another prompt."""
     turn(kind, [BEFORE, A, AFTER])
     said = turn.said
     with TieredCache(store) as other:
@@ -133,7 +133,7 @@ def test_another_conversation_in_between(kind, turn, store):
     assert turn(kind, [BEFORE, A, AFTER, said, AFTER]) == columns(kind, BEFORE, A, AFTER, said, AFTER) - 1
 
 
-def test_words_alone_are_reused_whatever_was_seen_before(kind, turn, store):
+def test_text_is_reused_after_another_conversation_with_images(kind, turn, store):
     turn(kind, [BEFORE])
     said = turn.said
     with TieredCache(store) as other:
@@ -142,7 +142,7 @@ def test_words_alone_are_reused_whatever_was_seen_before(kind, turn, store):
     assert turn(kind, [BEFORE, said, AFTER, A, BETWEEN]) == 12 + len(said) + 7
 
 
-def test_rows_see_different_pictures(kind, turn, cache, store):
+def test_rows_with_different_images_are_reused_per_row(kind, turn, cache, store):
     rows = [[BEFORE, A, AFTER], [words(4, 5), B, AFTER]]
     assert turn(kind, *rows) == 0
     shorter = columns(kind, *rows[1])
@@ -156,14 +156,14 @@ def test_rows_see_different_pictures(kind, turn, cache, store):
         assert restored.last_turn.cached_tokens == shorter - 1
 
 
-def test_rows_swap_their_pictures(kind, turn):
+def test_rows_with_swapped_images_are_reused(kind, turn):
     turn(kind, [BEFORE, A, AFTER], [BEFORE, B, AFTER])
     known = columns(kind, BEFORE, A, AFTER) - 1
     assert turn(kind, [BEFORE, B, AFTER], [BEFORE, A, AFTER]) == 2 * known
     assert turn(kind, [BEFORE, A, AFTER], [BEFORE, A, AFTER]) == 2 * known
 
 
-def test_rows_with_and_without_pictures(kind, turn):
+def test_rows_with_unequal_image_counts_give_correct_answers(kind, turn):
     rows = [[BEFORE, A, BETWEEN, B, AFTER], [BEFORE, C, AFTER]]
     turn(kind, *rows)
     turn(kind, *rows)
@@ -171,7 +171,7 @@ def test_rows_with_and_without_pictures(kind, turn):
 
 
 @pytest.mark.parametrize("kind", [k for k in BY_GRID if k in FAMILIES])
-def test_pictures_of_different_sizes(turn, kind):
+def test_images_of_different_sizes_are_reused(turn, kind):
     wide = Picture(13, wide=True)
     row = [BEFORE, A, BETWEEN, wide, AFTER]
     turn(kind, row)
@@ -180,9 +180,9 @@ def test_pictures_of_different_sizes(turn, kind):
     assert turn(kind, [BEFORE, wide, BETWEEN, A, AFTER]) == 12 + 1
 
 
-@pytest.mark.parametrize("kind", [k for k in FAMILIES if k not in BY_GRID])  # where transformers can tell them apart
-def test_pictures_side_by_side(kind, turn):
-    """No word between them: they may attend to each other, and are one."""
+@pytest.mark.parametrize("kind", [k for k in FAMILIES if k not in BY_GRID])  # where transformers can separate them
+def test_adjacent_images_are_reused_only_together(kind, turn):
+    """Images without text between them may attend to each other, so they form one span."""
     left, right = Picture(10, bare=True), Picture(11, bare=True)
     known = columns(kind, BEFORE, left, right)
     turn(kind, [BEFORE, left, right, AFTER])
@@ -192,8 +192,8 @@ def test_pictures_side_by_side(kind, turn):
     assert turn(kind, [BEFORE, left, AFTER, right]) == 12
 
 
-def test_words_that_attend_to_each_other(cache):
-    """Types make a run of words that look at each other, as a picture's placeholders do."""
+def test_run_of_one_token_type_is_reused_only_whole(cache):
+    """Token types define a run of text tokens that attend to each other, like an image's placeholders."""
     model, types = seeing("gemma3"), torch.zeros(1, 30, dtype=torch.long)
     types[0, 6:20] = 1
     for changed, known in ((None, 0), (None, 29), (18, 6), (25, 25), (2, 2)):
@@ -208,34 +208,34 @@ def test_words_that_attend_to_each_other(cache):
         assert cache.last_turn.cached_tokens == known
 
 
-def test_answers_right_after_a_picture(kind, turn):
-    """Nobody knows what types the model gave them, where the prompt's last type is repeated."""
+def test_reuse_of_an_answer_directly_after_an_image_depends_on_family(kind, turn):
+    """Where the prompt's last type is repeated, the types of the answer are unknown."""
     row = [BEFORE, Picture(10, bare=True)]
     turn(kind, row)
     known = columns(kind, *row, turn.said) - 1
     if kind == "gemma3":
-        known = 12  # the picture alone, and an id too few to tell it
+        known = 12  # the image alone has one id too few to identify it
     elif kind in BY_GRID:
-        known = columns(kind, *row)  # there the positions of the answer are others than those of a prompt
+        known = columns(kind, *row)  # the answer has other positions than in a prompt
     assert turn(kind, [*row, turn.said, AFTER]) == known
 
 
 @pytest.mark.sample(6)  # of 14
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_beams_and_samples(kind, turn, cache, settings):
+def test_beams_and_samples_reuse_media(kind, turn, cache, settings):
     row = [BEFORE, A, AFTER]
     turn(kind, row, **settings)
     assert turn(kind, row, **settings) == columns(kind, *row) - 1
     two = [*row, B, BETWEEN]
-    turn(kind, two, **settings)  # fed together, or not at all
+    turn(kind, two, **settings)  # the media are fed together, or not at all
     assert cache.last_turn.cached_tokens == (0 if kind == "voxtral" else 13)
-    if kind == "voxtral":  # transformers gives beams each other's sounds
+    if kind == "voxtral":  # transformers gives a beam the sounds of other beams
         assert "each beam" in cache.last_turn.miss_reason
     assert turn(kind, two, **settings) == (0 if kind == "voxtral" else columns(kind, *two) - 1)
     assert turn(kind, [*two, C, AFTER]) >= columns(kind, *row)
 
 
-def test_loops_are_not_told_of_pictures(kind, cache):
+def test_begin_refuses_prompts_with_placeholders(kind, cache):
     model, given = seeing(kind), prompt(kind, [BEFORE, A, AFTER])
     report = cache.begin(model, given["input_ids"])
     assert "placeholders" in report.miss_reason
@@ -243,8 +243,8 @@ def test_loops_are_not_told_of_pictures(kind, cache):
     assert PLACE in given["input_ids"]
 
 
-def test_models_with_states_go_on_where_these_are_known(turn, cache, store):
-    """That is after a prompt and after an answer, never within a picture, and nothing is fed but by ``generate``."""
+def test_recurrent_models_continue_from_checkpoints(turn, cache, store):
+    """Checkpoints lie after a prompt and after an answer, never within an image. Only ``generate`` feeds tokens."""
     row = [BEFORE, A, BETWEEN]
     assert turn(WITH_STATES, row) == 0
     known = columns(WITH_STATES, *row)
@@ -256,20 +256,20 @@ def test_models_with_states_go_on_where_these_are_known(turn, cache, store):
         assert turn(WITH_STATES, [BEFORE, words(40, 7)], on=restored) == 0
         assert turn(WITH_STATES, [BEFORE, words(40, 7), AFTER], on=restored) == 12 + 40
     assert turn(WITH_STATES, [*row, C]) == columns(WITH_STATES, *row)
-    assert turn(WITH_STATES, [*row, C, AFTER]) == columns(WITH_STATES, *row)  # after C, five more ids must tell it
+    assert turn(WITH_STATES, [*row, C, AFTER]) == columns(WITH_STATES, *row)  # five ids must identify C
     assert turn(WITH_STATES, [BEFORE, C, BETWEEN]) == 0
-    for seed in (8, 9):  # states where these part are not got by feeding placeholders
+    for seed in (8, 9):  # no placeholders are fed to get a checkpoint where these prompts part
         assert turn(WITH_STATES, [BEFORE, A, words(9, seed)]) == 0
 
 
-def test_beams_go_on_from_states_before_or_after_all_pictures(turn, cache, store):
+def test_beams_do_not_continue_from_checkpoints_between_images(turn, cache, store):
     turn(WITH_STATES, [BEFORE, A, BETWEEN])
     row = [BEFORE, A, BETWEEN, turn.said, B, AFTER]
     with TieredCache(store) as other:
         turn(WITH_STATES, row, on=other)
-        assert turn(WITH_STATES, row, on=other, num_beams=2) == 0  # states are kept between the pictures
+        assert turn(WITH_STATES, row, on=other, num_beams=2) == 0  # the checkpoint lies between the images
     assert cache.get_seq_length() == columns(WITH_STATES, *row[:4]) - 1
-    assert turn(WITH_STATES, row, num_beams=2) == 0  # and the layers have them there
+    assert turn(WITH_STATES, row, num_beams=2) == 0  # the states in the layers lie there, too
 
 
 def loop(model, cache, ids, steps=5):
@@ -283,14 +283,14 @@ def loop(model, cache, ids, steps=5):
     return sequences, cache.commit(sequences)
 
 
-def test_loops_of_models_without_a_config(cache, tokens):
+def test_begin_refuses_models_without_a_config(cache, tokens):
     report = cache.begin(torch.nn.Linear(2, 2), tokens(5))
     assert report.miss_reason == "the model has no config"
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_loops_count_positions_of_their_own(turn, kind, store):
-    """The model remembers how far a prompt with pictures was ahead; the next loop has no pictures."""
+def test_custom_loop_ignores_positions_of_an_earlier_generate(turn, kind, store):
+    """The model remembers the position offset of a prompt with images. The next loop has no images."""
     model, ids = seeing(kind), torch.tensor([words(14)])
     said = list(range(VOCABULARY, 200))
     expected = model.generate(ids, max_new_tokens=10, do_sample=False, suppress_tokens=said)
@@ -303,8 +303,8 @@ def test_loops_count_positions_of_their_own(turn, kind, store):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_films(cache, kind):
-    """A film is hashed with all that belongs to it, and split by its grid."""
+def test_videos_are_reused_only_if_all_their_tensors_are_equal(cache, kind):
+    """A video is hashed with all tensors that belong to it, and split by its grid."""
     model, ids = seeing(kind), [*words(9), START, *[198] * 4, *words(3), *[198] * 4, END, *words(5, 1)]
     table = torch.tensor([ids])
     given = {
@@ -313,7 +313,7 @@ def test_films(cache, kind):
         "pixel_values_videos": torch.randn(32, 12, generator=torch.Generator().manual_seed(1)),
         "video_grid_thw": torch.tensor([[2, 4, 4]]),
     }
-    if kind == "qwen2_5_vl":  # its films have no words inside, and a pace
+    if kind == "qwen2_5_vl":  # its videos have no text inside, but a pace
         table = torch.tensor([[*words(9), START, *[198] * 8, END, *words(8, 1)]])
         given |= {"input_ids": table, "mm_token_type_ids": (table == 198).long() * 2}
         given["second_per_grid_ts"] = torch.tensor([1.0])
@@ -327,7 +327,7 @@ def test_films(cache, kind):
         assert cache.last_turn.cached_tokens == known
 
 
-def test_cold_layers(turn, store):
+def test_images_are_reused_with_cold_layers(turn, store):
     row = [BEFORE, A, BETWEEN]
     with TieredCache(store, device_budget=80_000) as cache:
         turn("llava", row, on=cache)
@@ -337,7 +337,7 @@ def test_cold_layers(turn, store):
         assert turn("llava", [*row, C, AFTER], on=cache) == columns("llava", *row)
 
 
-def test_older_transformers_lose_count(turn, cache, monkeypatch):
+def test_older_transformers_turn_reuse_of_images_off(turn, cache, monkeypatch):
     monkeypatch.setattr("kvtier.hf.inputs.chain_inputs.MEDIA_CONTINUE", False)
     turn("llava", [BEFORE, A, AFTER])
     assert turn("llava", [BEFORE, A, AFTER]) == 0
@@ -346,7 +346,7 @@ def test_older_transformers_lose_count(turn, cache, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [3, 8])
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "idefics3"])
-def test_prompts_in_chunks(turn, kind, chunk):
+def test_images_are_reused_with_chunked_prefill(turn, kind, chunk):
     row = [BEFORE, A, BETWEEN]
     turn(kind, row, prefill_chunk_size=chunk)
     known = columns(kind, *row) - 1
@@ -357,8 +357,8 @@ def test_prompts_in_chunks(turn, kind, chunk):
 
 @pytest.mark.sample(5)  # of 13
 @pytest.mark.parametrize("name", SEERS)
-def test_other_families(name, cache, store):
-    """A conversation about pictures, a change in its first picture, and another conversation on the same model."""
+def test_reuse_is_exact_for_other_model_families(name, cache, store):
+    """A conversation about images, a change of its first image, and another conversation on the same model."""
     model = make_seer(name)
 
     def ask(on, *row):
@@ -387,8 +387,8 @@ def test_other_families(name, cache, store):
 
 @pytest.mark.sample(5)  # of 14
 @pytest.mark.parametrize("hidden", ["whole", "part"])
-def test_pictures_that_the_mask_hides(kind, cache, hidden):
-    """Models fill all placeholders, hidden ones too: each picture stays with its own."""
+def test_images_hidden_by_the_mask_give_correct_answers(kind, cache, hidden):
+    """Models fill all placeholders, hidden ones too, so each image keeps its own placeholders."""
     row = [words(3, 4), A, BEFORE, B, AFTER]
     columns_hidden = columns(kind, *row[:2]) if hidden == "whole" else 6
     seen = columns(kind, *row[:4]) - columns_hidden
@@ -404,7 +404,7 @@ def test_pictures_that_the_mask_hides(kind, cache, hidden):
         try:
             expected = answer(seeing(kind), given)
         except RuntimeError:
-            assert hidden == "part" and kind in BY_GRID  # noqa: PT018 - positions of part of a picture
+            assert hidden == "part" and kind in BY_GRID  # noqa: PT018 - positions of part of an image
             with pytest.raises(RuntimeError):
                 answer(seeing(kind), given, cache)
             return
@@ -421,8 +421,8 @@ def test_pictures_that_the_mask_hides(kind, cache, hidden):
 @pytest.mark.sample(3)  # of 8
 @pytest.mark.parametrize("chunk", [3, 5, 8, 13])
 @pytest.mark.parametrize("what", ["words", "picture"])
-def test_chunks_that_cut_tokens_apart_that_attend_to_each_other(cache, what, chunk):
-    """They have other K and V then: what came of such a turn is no part of any other."""
+def test_chunks_that_split_a_bidirectional_run_are_not_reused(cache, what, chunk):
+    """Split tokens get other K and V, so no other turn reuses the result of such a turn."""
     model, types = seeing("gemma3"), torch.zeros(1, 30, dtype=torch.long)
     given = prompt("gemma3", [BEFORE, A, BETWEEN])
     if what == "words":
@@ -437,7 +437,7 @@ def test_chunks_that_cut_tokens_apart_that_attend_to_each_other(cache, what, chu
         if settings == {"prefill_chunk_size": chunk}:
             assert "attend to each other both ways" in cache.last_turn.miss_reason
     assert cache.last_turn.cached_tokens == given["input_ids"].shape[1] - 1
-    ids = torch.tensor([words(30, 5)])  # words alone attend to earlier ones
+    ids = torch.tensor([words(30, 5)])  # plain text attends only to earlier tokens
     for known in (0, 29):
         answer(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}, cache, prefill_chunk_size=chunk)
         assert cache.last_turn.cached_tokens == known

@@ -1,4 +1,4 @@
-"""Rows with padding: what is known of a prompt is reused beside other padding only where it does not depend on it."""
+"""A stored prefix is reused beside other padding only where its K and V do not depend on the padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prompt(columns, seed=0):
 
 
 def ask(model, ids, mask, cache):
-    """Return how many tokens of each row were reused for an answer that is the one of the model alone."""
+    """Check that the answer equals the one without a cache; return the number of reused tokens of each row."""
     settings = {**SETTINGS, "attention_mask": mask, "suppress_tokens": [0]}
     found, expected = model.generate(ids, past_key_values=cache, **settings), model.generate(ids, **settings)
     assert torch.equal(found.sequences, expected.sequences)
@@ -28,7 +28,7 @@ def ask(model, ids, mask, cache):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "mpt", "biogpt", "xglm", "falcon"])
-def test_a_prompt_is_reused_beside_other_padding(store, name):
+def test_prompt_is_reused_beside_other_padding(store, name):
     model, texts = tiny_model(name), [prompt(20), prompt(29, 2)]
     with TieredCache(store) as cache:
         for text in texts:
@@ -41,7 +41,7 @@ def test_a_prompt_is_reused_beside_other_padding(store, name):
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "roformer", "whisper", "trocr"])
-def test_where_positions_count_padding_only_prompts_without_it_are_reused(store, name):
+def test_only_unpadded_prompts_are_reused_if_positions_count_padding(store, name):
     model, text = tiny_model(name), prompt(20)
     if why_off(model) is not None:
         pytest.skip("this transformers continues it wrongly")
@@ -54,7 +54,7 @@ def test_where_positions_count_padding_only_prompts_without_it_are_reused(store,
 
 
 @pytest.mark.parametrize("name", ["git", "minimax_m3_vl_text"])
-def test_padded_rows_that_go_on_otherwise_are_not_reused(store, name):
+def test_padded_rows_are_not_reused_if_they_continue_differently(store, name):
     model, text = tiny_model(name), prompt(20)
     if why_off(model) is not None:
         pytest.skip("this transformers continues it wrongly")

@@ -1,4 +1,4 @@
-"""From a batch to its rows: padding goes, on both sides; holes and shapes that do not fit each other are refused."""
+"""A batch is read as rows without padding; masks with holes or another shape are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_without_a_mask_every_id_counts():
     assert (prompt.pads, prompt.columns) == ((0, 0), 3)
 
 
-def test_padding_is_what_the_mask_says_not_the_ids():
+def test_padding_follows_the_mask_not_the_ids():
     ids = torch.tensor([[5, 5, 0, 5], [5, 0, 0, 7], [1, 2, 3, 4]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
     prompt = read_prompt(ids, mask)
@@ -32,13 +32,13 @@ def test_padding_is_what_the_mask_says_not_the_ids():
     assert (prompt.pads, prompt.columns) == ((0, 2, 3), 4)
 
 
-def test_a_row_may_be_all_padding():
+def test_row_of_only_padding_is_empty():
     prompt = read_prompt(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 0], [1, 1]]))
     assert rows_of(prompt) == [[], [3, 4]]
     assert prompt.pads == (2, 0)
 
 
-def test_padding_may_be_on_either_side_and_on_both():
+def test_padding_on_either_or_both_sides_is_removed():
     ids = torch.tensor([[1, 2, 3, 4], [0, 5, 0, 0], [6, 7, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0]])
     prompt = read_prompt(ids, mask)
@@ -55,7 +55,7 @@ def test_nothing_is_padded_without_a_mask():
 
 
 @pytest.mark.parametrize("mask", [[1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1, 0]], ids=str)
-def test_holes_are_unreadable(mask):
+def test_mask_with_holes_is_not_reusable(mask):
     ids = torch.ones(2, len(mask), dtype=torch.long)
     found = read_prompt(ids, torch.tensor([[1] * len(mask), mask]))
     assert isinstance(found, NotReusable)
@@ -63,7 +63,7 @@ def test_holes_are_unreadable(mask):
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (1, 6), (2, 5), (0, 5), (5, 1)], ids=str)
-def test_a_mask_of_another_shape_is_an_error(shape):
+def test_mask_of_another_shape_raises_prompt_error(shape):
     with pytest.raises(PromptError) as error:
         read_prompt(torch.ones(1, 5, dtype=torch.long), torch.ones(shape))
     assert str(shape) in str(error.value)
@@ -72,7 +72,7 @@ def test_a_mask_of_another_shape_is_an_error(shape):
 
 
 @pytest.mark.parametrize("dimensions", [1, 3, 4])
-def test_other_dimensions_are_unreadable(dimensions):
+def test_ids_or_mask_with_wrong_dimensions_are_not_reusable(dimensions):
     odd = torch.ones([1] * (dimensions - 1) + [4], dtype=torch.long)
     found = read_prompt(odd, None)
     assert isinstance(found, NotReusable)
@@ -87,7 +87,7 @@ def test_other_dimensions_are_unreadable(dimensions):
     "mask_dtype",
     [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32],
 )
-def test_ids_and_masks_of_any_type(dtype, mask_dtype):
+def test_ids_and_masks_of_any_dtype_give_int64_rows(dtype, mask_dtype):
     ids, mask = torch.tensor([[9, 1, 2], [3, 4, 5]], dtype=dtype), torch.tensor([[0, 1, 1], [1, 1, 1]]).to(mask_dtype)
     prompt = read_prompt(ids, mask)
     assert rows_of(prompt) == [[1, 2], [3, 4, 5]]
@@ -95,8 +95,8 @@ def test_ids_and_masks_of_any_type(dtype, mask_dtype):
 
 
 @pytest.mark.parametrize("odd", [2.0, -1.0, 0.5, float("nan"), float("-inf")])
-def test_a_mask_that_is_no_yes_or_no_is_unreadable(odd):
-    """Models add masks up to positions: with 2 in it, these jump."""
+def test_mask_with_values_besides_0_and_1_is_not_reusable(odd):
+    """Models sum the mask to count positions, so a 2 in it makes positions jump."""
     found = read_prompt(torch.ones(1, 3, dtype=torch.long), torch.tensor([[1.0, odd, 1.0]]))
     assert isinstance(found, NotReusable)
     assert found.reason == "the attention mask has values besides 0 and 1"
@@ -107,8 +107,8 @@ def test_large_ids_keep_all_their_bits():
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 3)], ids=["no mask", "mask"])
-def test_rows_are_copies(mask):
-    """The caller may write into its tensor afterwards; what is known must not change with it."""
+def test_rows_are_copies_of_the_ids(mask):
+    """The caller may overwrite its tensor afterwards. The rows must not change."""
     ids = torch.tensor([[1, 2, 3]])
     prompt = read_prompt(ids, mask)
     ids.zero_()
@@ -116,7 +116,7 @@ def test_rows_are_copies(mask):
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 4), (0, 0)], ids=str)
-def test_empty_batches(shape):
+def test_empty_batches_give_empty_rows(shape):
     ids = torch.empty(shape, dtype=torch.long)
     for mask in (None, torch.empty(shape, dtype=torch.long)):
         prompt = read_prompt(ids, mask)
@@ -125,7 +125,7 @@ def test_empty_batches(shape):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 9), max_size=6)), min_size=1, max_size=4))
-def test_padding_and_reading_are_inverse(rows):
+def test_reading_a_padded_batch_restores_its_rows(rows):
     columns = max(left + len(row) for left, row in rows)
     padded = [[0] * left + row + [0] * (columns - left - len(row)) for left, row in rows]
     ids = torch.tensor(padded, dtype=torch.long).view(len(rows), columns)

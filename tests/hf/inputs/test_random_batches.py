@@ -1,7 +1,7 @@
-"""Batches of any rows, padded on any side, of sizes that change: right answers, and each row reuses what it can.
+"""Random batches of changing size, padded on any side: answers are right, and each row reuses all it can.
 
-Rows begin with one of a few prefixes, so that they share them with rows of the same batch, of the ones before and of
-other positions in them. What a row has cached is told from the sequences that were kept before, to the token.
+Rows begin with one of a few prefixes, so they share prefixes with rows of the same batch and of earlier batches, also
+at other positions. The expected number of cached tokens is computed exactly, from the sequences kept before.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PREFIXES: tuple[Tokens, ...] = (
     (2,),
 )
 rows = st.tuples(
-    st.sampled_from(range(len(PREFIXES) + 1)),  # the last one: a row of the batch before, as it ended
-    st.integers(1, 20),  # how much of the prefix
+    st.sampled_from(range(len(PREFIXES) + 1)),  # the last index: a row of the previous batch with its answer
+    st.integers(1, 20),  # number of tokens of the prefix
     st.lists(words, max_size=4).map(tuple),
     st.sampled_from(["left", "left", "right", "both"]),
     st.integers(0, 3),
@@ -50,7 +50,7 @@ def padded(sequences: list[Tokens], sides: list[str], extra: int) -> tuple[torch
 
 
 def expected_of(sequences: list[Tokens], pads: list[int], columns: int, kept: set[Tokens]) -> tuple[list[int], ...]:
-    """Return how much of each row is known, and how much of it can be used."""
+    """Return the number of known tokens and of usable tokens of each row."""
     known, limits = [], [columns - 1]
     for row, pad in zip(sequences, pads, strict=True):
         ends_early = pad + len(row) < columns
@@ -67,7 +67,7 @@ def expected_of(sequences: list[Tokens], pads: list[int], columns: int, kept: se
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @settings(max_examples=max(1, settings().max_examples // 8))
 @given(st.lists(turns, min_size=2, max_size=5), st.sampled_from([4, 8]))
-def test_batches(tmp_path_factory, kind, budgeted, batches, block_size):
+def test_random_batches_are_correct_and_reuse_all_usable_tokens(tmp_path_factory, kind, budgeted, batches, block_size):
     model = tiny(kind, 3)
     options = {"device_budget": 60_000, "spill_dir": tmp_path_factory.getbasetemp()} if budgeted else {}
     with PrefixStore(block_size=block_size) as store:
@@ -112,7 +112,7 @@ def test_batches(tmp_path_factory, kind, budgeted, batches, block_size):
                     new = new[: new.index(3) + 1]
                 ended.append(row + new)
                 if hidden or pad + len(row) < ids.shape[1]:
-                    kept.add(row)  # what was generated stands elsewhere, behind padding
+                    kept.add(row)  # generated tokens stand at other columns, behind padding
                 else:
                     kept.add((row + new)[: len(sequence) - 1 - pad])
         for cache in caches:

@@ -1,4 +1,4 @@
-"""However words and pictures of a prompt are edited: a turn answers as on a fresh ``DynamicCache``."""
+"""Random edits of text and images in a prompt: each turn answers as on a fresh ``DynamicCache``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.tiny import assert_same_answer
 
 words = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple)
 seeds, sizes = st.integers(1, 3), st.booleans()
-# Where positions have a grid, transformers cannot tell pictures apart that have no word between them.
+# Where positions have a grid, transformers cannot separate images without text between them.
 PARTS = {
     True: st.one_of(words, words, st.builds(Picture, seed=seeds, wide=sizes, bare=st.just(False))),
     False: st.one_of(words, words, st.builds(Picture, seed=seeds, wide=st.just(False), bare=st.booleans())),
@@ -24,7 +24,7 @@ modes = st.sampled_from([{}, {}, {}, {"num_beams": 2}, {"do_sample": True, "num_
 
 @st.composite
 def edited(draw, row, parts):
-    """A row after an edit: extended, shortened, or with parts that were changed, inserted, or that changed places."""
+    """Return a row after an edit: extended, shortened, unchanged, or with parts changed, inserted or swapped."""
     row = list(row)
     kind = draw(st.sampled_from(["extend", "cut", "change", "insert", "swap", "same"]))
     at = draw(st.integers(1, max(1, len(row) - 1)))
@@ -46,7 +46,7 @@ def edited(draw, row, parts):
 @pytest.mark.parametrize("seer", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "idefics3"])
 @settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(data=st.data())
-def test_no_edit_brings_a_wrong_word(seer, data):
+def test_random_edits_of_text_and_images_give_correct_answers(seer, data):
     model, parts = seeing(seer), PARTS[seer in BY_GRID]
     rows = st.lists(parts, min_size=1, max_size=4).map(lambda found: [(1, 2), *found])
     with PrefixStore(block_size=4) as store, TieredCache(store) as one, TieredCache(store) as other:
@@ -61,13 +61,13 @@ def test_no_edit_brings_a_wrong_word(seer, data):
             assert_same_answer(found, expected, exact=False)
             said = new_words(given_now, found)
             talk = [data.draw(edited([*row, said] if data.draw(st.booleans()) else row, parts)) for row in talk]
-            if data.draw(st.integers(0, 3)) == 0:  # another row comes, or all but one go
+            if data.draw(st.integers(0, 3)) == 0:  # add a row, or keep only the last one
                 talk = [talk[-1]] if len(talk) > 1 else [*talk, data.draw(st.one_of(rows, edited(talk[0], parts)))]
 
 
 @settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(data=st.data())
-def test_no_edit_of_vectors_brings_a_wrong_word(data):
+def test_random_embeddings_give_correct_answers(data):
     model = seeing(BY_GRID[1])
     table = model.get_input_embeddings().weight.detach()
     vectors = st.lists(st.integers(1, 3), min_size=1, max_size=14)
@@ -83,7 +83,7 @@ MASKS = st.sampled_from([torch.bool, torch.uint8, torch.int32, torch.int64, torc
 
 
 def left_out(given_now):
-    """The arguments of a turn without what is to be seen."""
+    """Return the arguments of a turn without its media."""
     kept = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     return {name: given_now[name] for name in kept if name in given_now}
 
@@ -92,12 +92,12 @@ def left_out(given_now):
 @pytest.mark.parametrize("seer", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "idefics3"])
 @settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(data=st.data())
-def test_pictures_may_be_left_out_hidden_and_cut_into_chunks(seer, data):
-    """What is left out comes from the cache, or an error says that it cannot; a turn that only goes on never fails."""
+def test_random_turns_may_omit_hide_or_chunk_images(seer, data):
+    """Omitted images come from the cache, or an error says that they cannot. A turn that only continues never fails."""
     model, parts = seeing(seer), PARTS[seer in BY_GRID]
     row = data.draw(st.lists(parts, min_size=1, max_size=3).map(lambda found: [(1, 2), *found, (3,)]))
     with PrefixStore(block_size=4) as store, TieredCache(store) as cache:
-        holds, held_columns = False, 0  # whether the cache holds all of the last turn's row, and how many columns
+        holds, held_columns = False, 0  # whether the cache holds the last turn's whole row; its columns
         for _ in range(data.draw(st.integers(2, 5))):
             given_now, mode = prompt(seer, row), {}
             columns = given_now["input_ids"].shape[1]
@@ -109,7 +109,7 @@ def test_pictures_may_be_left_out_hidden_and_cut_into_chunks(seer, data):
             given_now["attention_mask"] = given_now["attention_mask"].to(data.draw(MASKS))
             expected = answer(model, given_now, max_new_tokens=3, **mode)
             asked = left_out(given_now) if kind == "blind" else given_now
-            if kind == "blind" and data.draw(st.booleans()):  # as processors gave them for the prompt before
+            if kind == "blind" and data.draw(st.booleans()):  # as processors returned them for the previous prompt
                 for name in ("token_type_ids", "mm_token_type_ids"):
                     if name in asked and holds and not asked[name][0, -1:].any():
                         asked[name] = asked[name][:, : data.draw(st.integers(held_columns, columns))]

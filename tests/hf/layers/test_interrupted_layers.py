@@ -1,4 +1,4 @@
-"""An interrupt at any point of a forward pass, in every kind of layer: the next turn is right.
+"""The turn after an interrupt at any point of a forward pass is right, in every kind of layer.
 
 KVTIER_INTERRUPT_POINTS=1000000 tries every point instead of a few, on caches of every kind.
 """
@@ -52,7 +52,7 @@ cases = pytest.mark.parametrize(
 
 
 class InterruptedCache(TieredCache):
-    """Raises ``KeyboardInterrupt`` at point ``at``: each update of a layer has one before it and one after it."""
+    """Raises ``KeyboardInterrupt`` at point ``at``. Each update of a layer has a point before and a point after."""
 
     at: int | None = None
     points = 0
@@ -82,7 +82,7 @@ class InterruptedCache(TieredCache):
 
 
 class Scene:
-    """A model, a first turn, a prompt that continues it, and what may be asked once that was interrupted."""
+    """A model, a first turn, a prompt that continues it, and the prompts to try after an interrupt in that turn."""
 
     def __init__(self, name, tokens):
         self.model = families.build(name)
@@ -102,12 +102,12 @@ class Scene:
         return self.model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, **arguments)
 
     def play(self, start, then, interrupt):
-        """Interrupt a turn on a cache that is ``empty``, has the first turn on its ``device``, or in its ``store``.
+        """Interrupt a turn on a cache, and check later turns on it and on another cache.
 
         Args:
-            start: which.
-            then: what is asked next.
-            interrupt: runs ``turn()`` on a cache, and interrupts it.
+            start: where the first turn is: nowhere (``empty``), on the ``device`` of the cache, or in its ``store``.
+            then: the name of the next prompt in ``self.then``.
+            interrupt: a function of a cache and ``turn``; it runs ``turn()`` and interrupts it.
         """
         with PrefixStore(block_size=8) as store, InterruptedCache(store) as cache:
             if start != "empty":
@@ -130,14 +130,14 @@ def scene(name, tokens):
 
 
 def some(points):
-    """Return ``POINTS`` of them, spread evenly, the first and the last among them."""
+    """Return ``POINTS`` of ``points``, spread evenly, with the first and the last."""
     points = list(points)
     count = min(POINTS, len(points))
     return [points[i * (len(points) - 1) // max(1, count - 1)] for i in range(count)]
 
 
 def points_of(play):
-    """Return how many points the turn that ``play(interrupt)`` interrupts has."""
+    """Return the number of points in the turn that ``play(interrupt)`` interrupts."""
     seen = []
 
     def count(cache, turn):
@@ -151,10 +151,10 @@ def points_of(play):
 
 @pytest.mark.sample(3)  # of 17
 @cases
-def test_interrupt_before_and_after_each_update_of_a_layer(name, start, tokens):
+def test_turn_after_an_interrupt_around_a_layer_update_is_exact(name, start, tokens):
     played = scene(name, tokens)
     points = points_of(functools.partial(played.play, start, "again"))
-    assert points >= 2 * STEPS  # one layer at least in the prefill and each step: some states change behind our back
+    assert points >= 2 * STEPS  # at least one layer in the prefill and in each step: some states change unseen
 
     def interrupt(at, cache, turn):
         cache.points, cache.at = 0, at
@@ -173,10 +173,10 @@ HALL = {str(path) for path in Path(kvtier.hf.__file__).parent.glob("*.py")} | {c
 
 @pytest.mark.sample(3)  # of 17
 @cases
-def test_interrupt_at_lines_of_cache_and_model(name, start, tokens):
-    """In the middle of an update too: of states, of windows, of the turn's beginning and end.
+def test_turn_after_an_interrupt_at_a_line_of_cache_or_model_is_exact(name, start, tokens):
+    """Interrupts also come in the middle of updates: of states, of buffers, of the turn's begin and end.
 
-    The model's own lines are among them: some change a state in place, without a word to the cache.
+    The model's own lines are included: some change a state in place, and the cache is not told.
     """
     played = scene(name, tokens)
     files = HALL | {inspect.getsourcefile(type(played.model))}
@@ -206,8 +206,8 @@ def test_interrupt_at_lines_of_cache_and_model(name, start, tokens):
 
 @pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("on_disk", [False, True], ids=["ram", "disk"])
-def test_interrupts_while_layers_are_laid_out_lose_nothing(model, generate, tokens, tmp_path, on_disk):
-    """The next turn has layers for what the store knows, and finds all of it."""
+def test_interrupt_while_layers_are_built_loses_no_stored_prefix(model, generate, tokens, tmp_path, on_disk):
+    """The next turn has layers for the stored prefix, and finds all of it."""
     files = {kvtier.hf.layers.container.__file__, kvtier.hf.layers.build.__file__}
     ids = tokens(30)
     with PrefixStore(tmp_path if on_disk else None, block_size=8) as store:

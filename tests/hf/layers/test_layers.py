@@ -1,4 +1,4 @@
-"""Whatever is done to a layer, it holds the bytes that transformers' own layer holds, and moves none to append."""
+"""Attention layers hold the same bytes as transformers' own layers, and move none of them to append."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ repeats = st.tuples(st.just("repeat"), st.integers(1, 3))
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.lists(st.one_of(appends, appends, crops, orders, selections, masks, repeats), max_size=12),
 )
-def test_a_layer_follows_transformers(rows, dtype, steps):
+def test_attention_layer_matches_dynamic_layer_after_every_step(rows, dtype, steps):
     ours, theirs = AttentionLayer(), DynamicLayer()
     random = torch.Generator().manual_seed(0)
     for step, n in [("append", 3), *steps]:
@@ -34,7 +34,7 @@ def test_a_layer_follows_transformers(rows, dtype, steps):
             assert torch.equal(seen[0], expected[0])
             assert torch.equal(seen[1], expected[1])
         elif step == "crop":
-            n = min(n, ours.length - 1)  # cropped to nothing, transformers' layer keeps its number of rows
+            n = min(n, ours.length - 1)  # cropped to 0 tokens, transformers' layer keeps its number of rows
             ours.crop(-n)
             theirs.crop(-n)
         elif step == "reorder":
@@ -59,7 +59,7 @@ def test_a_layer_follows_transformers(rows, dtype, steps):
 
 
 @given(st.integers(1, 20), st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_a_sliding_layer_shows_what_its_mask_sizes_promise(window, appended):
+def test_sliding_layer_returns_the_columns_that_its_mask_sizes_announce(window, appended):
     layer = SlidingWindowLayer(window)
     everything = torch.zeros(1, 2, 0, 4)
     for n in appended:
@@ -73,7 +73,7 @@ def test_a_sliding_layer_shows_what_its_mask_sizes_promise(window, appended):
         assert torch.equal(layer.keys, everything)
 
 
-def test_appending_moves_nothing_but_when_the_window_grows():
+def test_append_moves_the_buffer_only_when_it_grows():
     layer = AttentionLayer()
     layer.update(torch.zeros(1, 1, 1000, 4), torch.zeros(1, 1, 1000, 4))
     moves, at = 0, layer.memory.k.data_ptr()
@@ -85,7 +85,7 @@ def test_appending_moves_nothing_but_when_the_window_grows():
     assert moves == 2  # 1000 → 1500 → 2250 → 3375
 
 
-def test_k_and_v_are_detached():
+def test_keys_returned_by_update_are_detached():
     k = torch.zeros(1, 1, 4, 4, requires_grad=True)
     seen, _ = AttentionLayer().update(k * 2, k * 3)
     assert not seen.requires_grad

@@ -1,4 +1,4 @@
-"""Models with states go on from where these are known: at the ends of prompts and turns, and where prompts part."""
+"""Models with states continue from checkpoints: at the ends of prompts and turns, and where prompts branch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sweep.models import tiny_model
 from tests.support import families
 from tests.support.upstream import CACHE, given
 
-# One of each way to keep states; mamba and jamba can only go on token by token, nemotron_h only from prompts.
+# A model for each way to keep states. mamba and jamba can continue only token by token, nemotron_h only from prompts.
 FREE = ["qwen3_next", "falcon_h1", "lfm2", "mamba2", "deepseek_v4"]
 TOKEN_BY_TOKEN = ["mamba", "jamba"]
 FROM_PROMPTS = ["nemotron_h", "zamba2"]
-CARRIED = ["rwkv", "xlstm", "minimax"]  # past any cache
+CARRIED = ["rwkv", "xlstm", "minimax"]  # states outside any cache
 EVERY = [*FREE, *TOKEN_BY_TOKEN, *FROM_PROMPTS, *CARRIED]
 
 
@@ -39,7 +39,7 @@ def built():
 
 @pytest.fixture
 def ask():
-    """``ask(model, ids, cache)``: the sequences, which are those of a fresh cache."""
+    """``ask(model, ids, cache)``: the sequences, compared with a fresh cache."""
 
     def run(model, ids, cache, **settings):
         settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids), **settings}
@@ -52,8 +52,8 @@ def ask():
 
 @pytest.mark.sample(4)  # of 12
 @pytest.mark.parametrize("name", EVERY)
-def test_a_conversation_goes_on(built, ask, tmp_path, name):
-    """On the same object, from RAM, and from disk: from the end of the answer, unless decoding has another formula."""
+def test_conversation_continues_on_the_same_cache_from_ram_and_from_disk(built, ask, tmp_path, name):
+    """Each turn continues from the end of the answer, or of the prompt if decoding has another formula than prefill."""
     model = built(name)
     kept = 5 if name not in FROM_PROMPTS else 0
     with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
@@ -74,7 +74,7 @@ def test_a_conversation_goes_on(built, ask, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_first_answer_is_computed_as_without_kvtier(built, store, name):
+def test_first_answer_has_the_logits_of_a_run_without_kvtier(built, store, name):
     model, ids = built(name), prompt(30)
     settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with TieredCache(store) as cache:
@@ -84,7 +84,7 @@ def test_the_first_answer_is_computed_as_without_kvtier(built, store, name):
 
 
 @pytest.mark.parametrize("argument", ["cache", "past_key_values", "cache_params"])
-def test_every_name_of_the_argument(built, store, argument):
+def test_every_argument_name_continues_from_states(built, store, argument):
     model, ids = built("mamba2"), prompt(30)
     settings = {"max_new_tokens": 6, "do_sample": False}
     with TieredCache(store) as cache:
@@ -100,7 +100,7 @@ def test_every_name_of_the_argument(built, store, argument):
 
 
 @pytest.mark.parametrize("name", [*FREE, *CARRIED])
-def test_where_two_prompts_part_a_third_one_goes_on(built, ask, store, name):
+def test_third_prompt_continues_where_two_earlier_prompts_branched(built, ask, store, name):
     model, system = built(name), prompt(24)
     with TieredCache(store) as cache:
         for turn, known in enumerate([0, 0, 24, 24]):
@@ -112,8 +112,8 @@ def test_where_two_prompts_part_a_third_one_goes_on(built, ask, store, name):
 
 @pytest.mark.sample(7)  # of 12
 @pytest.mark.parametrize("name", EVERY)
-def test_the_same_prompt_a_third_time(built, ask, store, name):
-    """The second time, all but the last token is fed first, so that there are states to go on from."""
+def test_same_prompt_is_reused_from_the_third_time_on(built, ask, store, name):
+    """The second time, all tokens except the last are fed first, so that there are states to continue from."""
     model, ids = built(name), prompt(30)
     with TieredCache(store) as cache:
         for known in (0, 0, 29, 29):
@@ -122,7 +122,7 @@ def test_the_same_prompt_a_third_time(built, ask, store, name):
 
 
 @pytest.mark.parametrize("name", [*FREE, *CARRIED])
-def test_an_edited_history_goes_on_from_before_the_edit(built, ask, store, name):
+def test_edited_history_continues_from_the_checkpoint_before_the_edit(built, ask, store, name):
     model = built(name)
     with TieredCache(store) as cache:
         first = ask(model, prompt(30), cache)
@@ -137,7 +137,7 @@ def test_an_edited_history_goes_on_from_before_the_edit(built, ask, store, name)
 
 
 @pytest.mark.parametrize("name", TOKEN_BY_TOKEN)
-def test_what_cannot_be_fed_at_once_is_fed_token_by_token_if_that_pays(built, ask, store, name):
+def test_token_by_token_models_reuse_a_prefix_only_if_it_pays(built, ask, store, name):
     model = built(name)
     with TieredCache(store) as cache:
         first = ask(model, prompt(30), cache)
@@ -153,7 +153,7 @@ def test_what_cannot_be_fed_at_once_is_fed_token_by_token_if_that_pays(built, as
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "samples"]
 )
-def test_rows_that_continue_one_prompt(built, store, name, settings):
+def test_beams_and_samples_continue_one_prompt_exactly(built, store, name, settings):
     model = built(name)
     ids = torch.cat([prompt(30), prompt(4, 1)], 1)
     settings = {"max_new_tokens": 5, "attention_mask": torch.ones_like(ids), **settings}
@@ -167,7 +167,7 @@ def test_rows_that_continue_one_prompt(built, store, name, settings):
             assert used.last_turn.cached_tokens == (30 if name != "jamba" else 0)
 
 
-def test_rows_of_a_batch_go_on_together(built, ask, store):
+def test_rows_of_a_batch_continue_from_their_states(built, ask, store):
     model = built("qwen3_next")
     ids = torch.cat([prompt(20), prompt(20, 1)])
     with TieredCache(store) as cache:
@@ -176,12 +176,12 @@ def test_rows_of_a_batch_go_on_together(built, ask, store):
         assert cache.last_turn.cached_tokens == 2 * 25
         swapped = torch.cat([more, prompt(3, 4).expand(2, 3)], 1).flip(0)
         ask(model, swapped, cache)
-        assert cache.last_turn.cached_by_tier["host"] == 0  # the windows have it; the states come from the store
+        assert cache.last_turn.cached_by_tier["host"] == 0  # the buffers hold K and V; the states come from the store
         assert cache.last_turn.cached_tokens == 2 * (more.shape[1] - 1)
 
 
 @pytest.mark.parametrize("name", [*FREE[:3], "deepseek_v4"])
-def test_padding_would_go_into_states(built, store, name):
+def test_padded_batch_of_a_model_with_states_is_not_reused(built, store, name):
     model = built(name)
     ids = torch.cat([prompt(20), prompt(20, 1)])
     ids[1, :5] = families.PADDING
@@ -195,8 +195,8 @@ def test_padding_would_go_into_states(built, store, name):
             ids = torch.cat([found, prompt(3, 2).expand(2, 3)], 1)
 
 
-def test_k_and_v_of_padded_rows_are_not_kept_either(built, ask, store):
-    """Pools of K and V begin with the padding, and what they are read for differs in all layers above."""
+def test_k_and_v_of_a_padded_batch_are_not_kept_with_pooled_k_and_v(built, ask, store):
+    """Pools of K and V begin with the padding, so the values read from them differ in all layers above."""
     model, text = built("deepseek_v4"), torch.ones(1, 12, dtype=torch.long)
     words = torch.tensor([[2, 5, 1]])
     with TieredCache(store) as cache:
@@ -212,7 +212,7 @@ def test_k_and_v_of_padded_rows_are_not_kept_either(built, ask, store):
 
 
 @pytest.mark.parametrize("name", [*FREE, *TOKEN_BY_TOKEN])
-def test_a_loop_of_ones_own(built, store, name):
+def test_custom_loop_on_a_model_with_states_matches_generate(built, store, name):
     model = built(name)
 
     def loop(cache, ids):
@@ -234,13 +234,13 @@ def test_a_loop_of_ones_own(built, store, name):
         longer = torch.cat([first, prompt(3, 1)], 1)
         for used in (cache, other):
             found, known = loop(used, longer)
-            assert known == (24 if name in FREE else 0)  # a loop may feed what follows at once
+            assert known == (24 if name in FREE else 0)  # a loop may feed all new tokens at once
             expected = model.generate(longer, max_new_tokens=5, do_sample=False)
             assert torch.equal(found, expected)
 
 
-def test_states_after_padding_behind_an_answer_are_not_kept(built, store):
-    """One row ends early: what the model is fed for it afterwards is no part of its sequence."""
+def test_states_after_the_end_of_a_row_are_not_kept(built, store):
+    """One row ends early. The tokens that the model is fed for it afterwards are not part of its sequence."""
     model = built("qwen3_next")
     ids = torch.cat([prompt(20), prompt(20, 1)])
     free = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -258,7 +258,7 @@ def test_states_after_padding_behind_an_answer_are_not_kept(built, store):
 
 
 @pytest.mark.parametrize("recording", [False, True])
-def test_a_crop_between_turns_loses_the_states(built, ask, store, recording):
+def test_turns_after_a_crop_are_exact_on_a_model_with_states(built, ask, store, recording):
     model = built("qwen3_next")
     with TieredCache(store) as cache:
         ids = ask(model, prompt(20), cache)
@@ -274,7 +274,7 @@ def test_a_crop_between_turns_loses_the_states(built, ask, store, recording):
         assert cache.last_turn.cached_tokens == 34
 
 
-def test_a_budget_streams_the_windows_of_a_hybrid_model(built, ask, tmp_path):
+def test_device_budget_offloads_layers_of_a_hybrid_model(built, ask, tmp_path):
     model = built("qwen3_next")
     with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store, device_budget="56KiB") as cache:
         ids = prompt(200)
@@ -284,7 +284,7 @@ def test_a_budget_streams_the_windows_of_a_hybrid_model(built, ask, tmp_path):
         assert cache.last_turn.cached_tokens == 205
 
 
-def test_states_are_as_their_own_cache_has_them(built, store):
+def test_states_equal_those_of_a_dynamic_cache(built, store):
     model, ids = built("falcon_h1"), prompt(30)
     reference = DynamicCache(config=model.config)
     settings = {"max_new_tokens": 4, "do_sample": False}

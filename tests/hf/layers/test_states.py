@@ -1,4 +1,4 @@
-"""States are read out row by row and put back to the bit; what is not of the layers is refused before it is used."""
+"""States are read row by row and put back bit for bit; data that does not fit the layers is refused before use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(a: LinearAttentionLayer, b: LinearAttentionLayer, a_row: int, b_row: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_comes_back_to_the_bit(dtype):
+def test_row_of_states_is_restored_bit_for_bit(dtype):
     layer, fresh = filled(), LinearAttentionLayer()
     move_rows(layer, lambda states: states.to(dtype))
     put_states({5: fresh}, [read_states({5: layer}, 1)], CPU)
@@ -43,22 +43,22 @@ def test_a_row_comes_back_to_the_bit(dtype):
         assert getattr(fresh, name) == getattr(layer, name), name
 
 
-def test_what_was_read_does_not_change_with_the_layer():
+def test_read_states_do_not_change_with_the_layer():
     layer, fresh = filled(), LinearAttentionLayer()
     before, kept = read_states({0: layer}, 0), layer.conv_states[0][0].clone()
-    layer.conv_states[0].zero_()  # as the kernels of one decoding step do: in place
+    layer.conv_states[0].zero_()  # in place, like the kernels of a decoding step
     put_states({0: fresh}, [before], CPU)
     assert torch.equal(fresh.conv_states[0][0], kept)
 
 
-def test_rows_are_repeated_next_to_each_other():
+def test_put_states_repeats_each_row_next_to_itself():
     layer, fresh = filled(), LinearAttentionLayer()
     put_states({0: fresh}, [read_states({0: layer}, row) for row in (1, 0)], CPU, repeats=3)
     assert rows_of(fresh) == 6
     assert all(same(fresh, layer, row, source) for row, source in enumerate([1, 1, 1, 0, 0, 0]))
 
 
-def test_a_layer_that_held_something_else_holds_only_what_was_put():
+def test_put_states_replaces_earlier_states_of_a_layer():
     layer, used = filled(rows=1), filled(rows=4, seed=9)
     put_states({0: used}, [read_states({0: layer}, 0)], CPU)
     assert rows_of(used) == 1
@@ -93,7 +93,7 @@ def _with_numbers(states: torch.Tensor, **numbers: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("number", ["0.update", "0.__class__", "0.conv_states.0.data", "0.has_previous_state.7"])
-def test_only_what_a_layer_has_is_set(number):
+def test_put_states_refuses_numbers_for_unknown_attributes(number):
     with pytest.raises(UnreadableError, match="has no"):
         put_states({0: LinearAttentionLayer()}, [_with_numbers(read_states({0: filled()}, 0), **{number: 1})], CPU)
 
@@ -110,21 +110,21 @@ def test_only_what_a_layer_has_is_set(number):
         lambda data: safetensors.torch.save({}, {"numbers": "{" * 100_000}),
     ],
 )
-def test_bytes_that_are_no_states_are_refused(damage):
+def test_put_states_refuses_damaged_bytes(damage):
     data = damage(read_states({0: filled()}, 0).numpy().tobytes())
     states = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     with pytest.raises(UnreadableError):
         put_states({0: LinearAttentionLayer()}, [states], CPU)
 
 
-def test_a_layer_whose_tensors_have_different_rows_is_not_read():
+def test_read_states_refuses_tensors_with_different_numbers_of_rows():
     layer = filled(rows=2)
     layer.recurrent_states[0] = layer.recurrent_states[0][:1]
     with pytest.raises(UnreadableError, match="rows"):
         read_states({0: layer}, 0)
 
 
-def test_a_layer_that_keeps_something_unknown_is_not_read():
+def test_read_states_refuses_a_layer_with_an_unknown_attribute():
     layer = build_layers(build("deepseek_v4").config)[0][0]
     assert has_states(layer)
     layer.something = object()
@@ -133,7 +133,7 @@ def test_a_layer_that_keeps_something_unknown_is_not_read():
 
 
 @pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "deepseek_v4", "lfm2"])
-def test_layers_of_a_model_go_on_from_what_was_read(name):
+def test_new_layers_of_a_model_have_states_without_rows(name):
     model = build(name)
     layers = build_layers(model.config)[0]
     reference = DynamicCache(config=model.config)
@@ -144,7 +144,7 @@ def test_layers_of_a_model_go_on_from_what_was_read(name):
         assert rows_of(layer) == 0
 
 
-def test_rows_of_a_hybrid_layer_move_with_its_window():
+def test_hybrid_layer_moves_rows_of_states_and_keys_together():
     layer = HybridLayer()
     layer.update_conv_state(torch.arange(3.0).view(3, 1, 1).expand(3, 2, 5), conv_kernel_size=4)
     layer.update(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 5, 2), torch.zeros(3, 1, 5, 2))

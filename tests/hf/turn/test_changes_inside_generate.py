@@ -1,4 +1,4 @@
-"""Whatever is done to a cache inside generate(): right tokens, or one of kvtier's errors that says what to do."""
+"""A change to a cache inside generate() gives right tokens, or a kvtier error that says what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build():
 
 
 class _AtStep(LogitsProcessor, StoppingCriteria):
-    """Does something at one step, as a streamer, a stopping criterion or a logits processor may."""
+    """Calls ``do`` at one step, as a streamer, a stopping criterion or a logits processor."""
 
     def __init__(self, step, do):
         self.left, self.do, self.result = step, do, None
@@ -114,7 +114,7 @@ NEEDS_WINDOWS = ("crop", "crop layers", "reset layers")
 @pytest.mark.parametrize("place", ["streamer", "stopping_criteria", "logits_processor"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", KINDS)
-def test_in_the_middle(build, store, name, change, place):
+def test_change_during_generate_gives_right_tokens_or_a_kvtier_error(build, store, name, change, place):
     model, ids = build(name), prompt(20)
     do, error = CHANGES[change]
     if change in NEEDS_WINDOWS and name not in ("llama", "gemma3"):
@@ -141,8 +141,8 @@ def test_in_the_middle(build, store, name, change, place):
 
 @pytest.mark.parametrize("change", ["close", "crop", "clear layers"])
 @pytest.mark.parametrize("name", KINDS)
-def test_after_the_last_token(build, store, name, change):
-    """Nothing is fed any more: the answer is right, and what is kept of it too."""
+def test_change_after_the_last_token_leaves_answer_and_next_turn_right(build, store, name, change):
+    """No more tokens are fed. The answer is right, and so are its kept tokens."""
     model, ids = build(name), prompt(20)
     if change == "crop" and name not in ("llama", "gemma3"):
         pytest.skip("transformers refuses it for states")
@@ -160,8 +160,8 @@ def test_after_the_last_token(build, store, name, change):
     assert torch.equal(found, model.generate(longer, max_new_tokens=5, do_sample=False))
 
 
-def test_layers_cannot_be_deleted(build, store):
-    """It is refused at once, and changes nothing."""
+def test_deleting_layers_raises_and_changes_nothing(build, store):
+    """The error comes at once."""
     model, ids = build("llama"), prompt(20)
     with TieredCache(store) as cache:
         found = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
@@ -171,8 +171,8 @@ def test_layers_cannot_be_deleted(build, store):
         assert cache.last_turn.cached_by_tier["device"] == 19
 
 
-def test_a_crop_of_ones_own_decoding_is_none_of_these(build, store):
-    """Assisted decoding takes drafts back."""
+def test_crop_by_assisted_decoding_is_allowed(build, store):
+    """Assisted decoding takes draft tokens back."""
     model, ids = build("llama"), prompt(20)
     with TieredCache(store) as cache:
         settings = {"max_new_tokens": 8, "do_sample": False, "prompt_lookup_num_tokens": 3}
@@ -183,7 +183,7 @@ def test_a_crop_of_ones_own_decoding_is_none_of_these(build, store):
 @pytest.mark.sample(8)  # of 15
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, TieredCache.fork])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_copy_is_a_fork(build, store, name, duplicate):
+def test_copy_and_deepcopy_continue_like_a_fork(build, store, name, duplicate):
     model, settings = build(name), {"max_new_tokens": 4, "do_sample": False}
     with TieredCache(store) as cache:
         ids = model.generate(prompt(20), past_key_values=cache, **settings)
@@ -197,8 +197,8 @@ def test_a_copy_is_a_fork(build, store, name, duplicate):
                     assert used.last_turn.cached_by_tier["device"] >= 20
 
 
-def test_states_in_a_graph_can_be_forked(build, store):
-    """A loop of one's own that forgot ``no_grad``."""
+def test_fork_detaches_states_from_the_autograd_graph(build, store):
+    """A custom loop forgot ``no_grad``."""
     model, ids = build("qwen3_next"), prompt(20)
     with TieredCache(store) as cache:
         cache.begin(model, ids)
@@ -209,6 +209,6 @@ def test_states_in_a_graph_can_be_forked(build, store):
             assert not any(state.requires_grad for state in states)
 
 
-def test_a_cache_cannot_be_pickled(cache):
+def test_pickling_a_cache_raises_type_error(cache):
     with pytest.raises(TypeError, match=r"TieredCache\(folder\)"):
         pickle.dumps(cache)

@@ -1,8 +1,8 @@
-"""Whatever becomes of a history between turns, the answer is that of a fresh cache: every kind of layer.
+"""A history edited between turns gets the answer of a fresh cache, with every kind of layer.
 
-A script plays two conversations of five words on one cache object: they are extended, edited, cut, spliced and taken
-up from each other, alone and together in a batch, on the same cache, on a new one over the same store, and through
-another store on the same folder.
+A script plays two conversations with a vocabulary of five words on one cache object. They are extended, edited, cut,
+spliced and continued from each other, alone and together in a batch, on the same cache, on a new cache over the same
+store, and through another store on the same folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.tiny import VOCABULARY, Tokens, answer, assert_same_answer, l
 
 NIGHTLY = settings().max_examples > 100
 EXAMPLES = 500 if NIGHTLY else 1
-LONGEST = 36  # more than twice the windows of these models
+LONGEST = 36  # more than twice the sliding windows of these models
 SAME = 1e-3
 
 FAMILIES = (
@@ -50,7 +50,7 @@ FAMILIES = (
     "qwen3_next",
     "lfm2",
 )
-ARGUMENTS = ("past_key_values", "cache")  # kvtier knows both with every transformers
+ARGUMENTS = ("past_key_values", "cache")  # kvtier accepts both with every version of transformers
 CARRIERS = ("rwkv", "xlstm", "minimax")  # they take no DynamicCache
 
 words = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=7).map(tuple)
@@ -62,15 +62,15 @@ class Step:
     """One turn.
 
     Attributes:
-        change: what becomes of the history before it is asked.
-        which: which of the two conversations.
-        at: where; modulo the history's length.
-        words: what comes in.
-        new: how many words are generated.
-        through: the cache that is asked: the ``same`` one, a ``new`` one over the same store, or one on a store that
-            was ``reopened``; in RAM, such a store knows nothing.
-        sampled: whether words are drawn.
-        argument: the name under which ``generate`` is given the cache.
+        change: the change to the history before the turn.
+        which: index of the conversation, of two.
+        at: place of the change, modulo the history's length.
+        words: words to put in.
+        new: number of words to generate.
+        through: the cache of the turn: the ``same`` cache, a ``new`` cache over the same store, or a cache over a store
+            that was ``reopened``; in RAM, such a store is empty.
+        sampled: whether words are sampled.
+        argument: the argument name under which ``generate`` gets the cache.
     """
 
     change: str
@@ -120,9 +120,9 @@ def is_indexed(name: str) -> bool:
 
 
 def by_chance(model: Any, ids: torch.Tensor, expected: Any, mode: dict[str, Any]) -> bool:
-    """Whether a fresh cache gives other logits, too, when it is fed in other chunks.
+    """Return whether a fresh cache gives other logits too when it is fed in other chunks.
 
-    An indexer that takes the best eight keys may take another one for the last bit of a score.
+    An indexer that takes the best eight keys may take another key because of the last bit of a score.
     """
     for chunk in (1, 2, 3, 5, 8, 13):
         control = answer(model, ids, prefill_chunk_size=chunk, **mode)
@@ -174,7 +174,7 @@ class Conversations:
             for tokens, row in zip(rows, report.rows, strict=True):
                 assert 0 <= row.cached_tokens <= len(tokens) - 1
         expected = answer(self.model, ids, **mode)
-        # A prompt whose states are kept where it leaves another one is computed in two pieces.
+        # A prompt is computed in two pieces if its states are kept where it branches from another prompt.
         has_states = self.name in CARRIERS or families.FAMILIES[self.name].has_states
         in_one_piece = report.cached_tokens == 0 and not has_states
         try:
@@ -192,9 +192,9 @@ def _step(change: str, which: int, at: int = 0, words: Tokens = (1, 4, 2, 3, 5),
     return Step(change, which, at, words, 2, through, False, ARGUMENTS[which])
 
 
-# What the cache holds of one conversation is as long as what is known of the other.
+# The cached tokens of one conversation are as many as the known tokens of the other.
 TAKING_TURNS = [_step("extend", which) for which in (0, 1, 0, 1, 0)]
-# It is shorter than what is known of the other, which goes on from a place that nobody kept the states of.
+# They are fewer than the known tokens of the other, which continues from a place without a checkpoint.
 EDITING_THE_LONGER = [_step("extend", 0), _step("extend", 1), _step("edit", 0, 24), _step("extend", 1)]
 GOING_BACK = [
     _step("extend", 0),
@@ -218,7 +218,7 @@ GOING_BACK = [
     script=st.lists(steps, min_size=3, max_size=7),
     on_disk=st.sampled_from([False, False, True]),
 )
-def test_edited_history(name, beginnings, script, on_disk):
+def test_edited_history_gets_the_answer_of_a_fresh_cache(name, beginnings, script, on_disk):
     folder = Path(tempfile.mkdtemp(prefix="kvtier-edited-")) if on_disk else None
     conversations = Conversations(name, beginnings, folder)
     try:

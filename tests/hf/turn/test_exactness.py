@@ -1,4 +1,4 @@
-"""Promise 1b: logits are bitwise those of ``DynamicCache`` for the same forward calls."""
+"""Promise 1b: logits are bitwise equal to those of ``DynamicCache`` for the same forward calls."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def assert_same(ours, theirs):
 
 @pytest.mark.sample(4)  # of 32
 @dtypes
-def test_every_turn_of_a_conversation(make_model, generate, tokens, tmp_path, family, attention, dtype):
-    """First turn, continued turn, restore from RAM, restore from disk: prompts of 40 tokens and more, windows of 16."""
+def test_every_turn_of_a_conversation_has_bitwise_equal_logits(
+    make_model, generate, tokens, tmp_path, family, attention, dtype
+):
+    """First turn, continued turn, restore from RAM, restore from disk: prompts of 40 or more tokens, windows of 16."""
     model = make_model(family, dtype, attention)
     reference = DynamicCache(config=model.config)
     with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
@@ -51,7 +53,9 @@ def test_every_turn_of_a_conversation(make_model, generate, tokens, tmp_path, fa
 
 @dtypes
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
-def test_disk_restore_in_every_codec(make_model, generate, tokens, tmp_path, dtype, compression):
+def test_disk_restore_has_bitwise_equal_logits_with_raw_and_zstd(
+    make_model, generate, tokens, tmp_path, dtype, compression
+):
     model = make_model("gemma3", dtype)
     reference, ids = DynamicCache(config=model.config), tokens(45)
     with PrefixStore(tmp_path, block_size=16, compression=compression) as store, TieredCache(store) as cache:
@@ -64,8 +68,10 @@ def test_disk_restore_in_every_codec(make_model, generate, tokens, tmp_path, dty
     assert_same(ours, generate(model, ids, reference))
 
 
-def test_a_window_that_fills_while_generating(make_model, generate, tokens, store, sliding_family):
-    """A prompt within the window, generation across its edge, and a continuation longer than the window."""
+def test_sliding_window_filled_by_generation_has_bitwise_equal_logits(
+    make_model, generate, tokens, store, sliding_family
+):
+    """The prompt fits the window, generation crosses its edge, and the continuation is longer than the window."""
     model = make_model(sliding_family)
     reference = DynamicCache(config=model.config)
     with TieredCache(store) as cache:
@@ -82,7 +88,7 @@ def test_a_window_that_fills_while_generating(make_model, generate, tokens, stor
 
 @pytest.mark.sample(9)  # of 18
 @dtypes
-def test_padded_batch(make_model, generate, tokens, store, family, dtype):
+def test_padded_batch_has_bitwise_equal_logits(make_model, generate, tokens, store, family, dtype):
     """Three rows of different lengths; the second turn continues all of them from RAM."""
     model = make_model(family, dtype)
     reference, ids = DynamicCache(config=model.config), tokens(40, rows=3)
@@ -95,11 +101,11 @@ def test_padded_batch(make_model, generate, tokens, store, family, dtype):
     with TieredCache(store) as restored:
         again = generate(model, more, restored)
         assert [row.cached_tokens for row in restored.last_turn.rows] == [47, 40, 24]
-    # What stands in padded columns is masked: zeros here, K and V of padding there.
+    # Padded columns are masked: they hold zeros here, and K and V of padding in the reference.
     assert_same(again, generate(model, more, reference))
 
 
-def test_windows_hold_the_bytes_of_dynamic_cache(make_model, generate, tokens, store):
+def test_restored_buffers_hold_the_bytes_of_dynamic_cache(make_model, generate, tokens, store):
     model = make_model("qwen3", torch.bfloat16)
     reference, ids = DynamicCache(config=model.config), tokens(40)
     with TieredCache(store) as cache:

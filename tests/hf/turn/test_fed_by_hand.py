@@ -1,4 +1,4 @@
-"""Layers that change without a turn that says so are noticed, by whatever way: neither reused nor kept as anything."""
+"""Changes to layers that no turn announced are noticed: the changed layers are neither reused nor kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build():
 
 
 def ask(model, ids, cache, **settings):
-    """The sequences, which are those of a fresh cache."""
+    """Return the sequences, compared with a fresh cache."""
     settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids), **settings}
     found = model.generate(ids, past_key_values=cache, **settings)
     assert torch.equal(found, model.generate(ids, **settings))
@@ -47,7 +47,7 @@ def ask(model, ids, cache, **settings):
 
 
 def feed(model, cache, ids):
-    """One forward pass over ``ids``, after what the cache holds."""
+    """Run a forward pass over ``ids``, after the cached tokens."""
     begin = cache.get_seq_length()
     positions = torch.arange(begin, begin + ids.shape[1])[None]
     more = {} if type(model).__name__.startswith("Mamba") else {"position_ids": positions}
@@ -82,7 +82,7 @@ def by_the_layer(model, cache):
             layer.update_recurrent_state(layer.recurrent_states[0] + 1)
         elif getattr(layer, "conv_states", None):
             layer.update_conv_state(layer.conv_states[0][..., -1:] + 1)
-        elif isinstance(layer, AttentionLayer):  # as long as before, to the eye
+        elif isinstance(layer, AttentionLayer):  # the length stays the same
             layer.crop(-3)
             layer.update(layer.keys[:, :, -3:] + 1, layer.values[:, :, -3:] + 1)
         else:
@@ -116,7 +116,7 @@ WAYS = [by_the_model, by_the_cache, by_the_layer, in_place, by_one_layer_that_fa
 
 
 def fail_in(model, layer, call):
-    """``call()`` with a model whose layer ``layer`` raises before it computes."""
+    """Run ``call()`` with a model whose layer number ``layer`` raises before it computes."""
 
     def fail(*_):
         raise InterruptedError
@@ -134,7 +134,7 @@ def fail_in(model, layer, call):
 @pytest.mark.sample(6)  # of 54
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", KINDS)
-def test_between_turns(build, store, name, way):
+def test_layers_changed_between_turns_are_not_reused(build, store, name, way):
     model = build(name)
     with TieredCache(store) as cache:
         ids = ask(model, prompt(30), cache)
@@ -148,8 +148,8 @@ def test_between_turns(build, store, name, way):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_without_any_turn(build, store, name):
-    """A cache that was only ever fed by hand; ``config`` says what its layers are."""
+def test_tokens_fed_without_any_turn_are_not_reused(build, store, name):
+    """The cache was only fed by hand. ``config`` gives its layers."""
     model = build(name)
     with TieredCache(store, config=model.config) as cache:
         feed(model, cache, prompt(20, seed=5))
@@ -159,7 +159,7 @@ def test_without_any_turn(build, store, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_untouched_layers_are_reused(build, store, name):
+def test_layers_that_are_only_read_are_reused(build, store, name):
     model = build(name)
     with TieredCache(store) as cache:
         ids = ask(model, prompt(30), cache)
@@ -176,8 +176,8 @@ def test_untouched_layers_are_reused(build, store, name):
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("when", ["prompt", "answer"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_pass_that_failed_and_was_tried_again(build, store, name, when, at):
-    """The layers before the one that failed have the tokens twice: what the others saw of them is of no use."""
+def test_turn_after_a_failed_and_repeated_forward_pass_is_exact(build, store, name, when, at):
+    """The layers before the failing layer have the tokens twice, so later layers computed useless K and V."""
     model, ids = build(name), prompt(24)
     with TieredCache(store) as cache:
         cache.begin(model, ids)
@@ -197,7 +197,7 @@ def test_a_pass_that_failed_and_was_tried_again(build, store, name, when, at):
 
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v32"])
-def test_tokens_that_were_taken_back_within_the_prompt(build, store, name, layerwise):
+def test_prompt_tokens_replaced_after_a_crop_are_not_kept(build, store, name, layerwise):
     model, ids, others = build(name), prompt(24), prompt(24, seed=1)
     with TieredCache(store) as cache:
         cache.begin(model, ids)
@@ -217,7 +217,7 @@ def test_tokens_that_were_taken_back_within_the_prompt(build, store, name, layer
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_tokens_beside_the_cache_are_not_those_of_the_prompt(build, store, name):
+def test_k_and_v_appended_to_layers_are_not_kept_as_prompt_tokens(build, store, name):
     model, ids = build(name), prompt(24)
     with TieredCache(store) as cache:
         cache.begin(model, ids)

@@ -1,4 +1,4 @@
-"""``fork``: one restore, many continuations, and no copy before it is needed."""
+"""``fork``: one load serves many continuations, and nothing is copied before the first write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def held(model, generate, tokens, cache):
 
 
 @pytest.mark.parametrize("fork", [TieredCache.fork, copy.deepcopy], ids=["fork", "deepcopy"])
-def test_a_fork_costs_no_copy_until_it_is_written(held, fork):
+def test_new_fork_shares_the_buffers_of_its_origin(held, fork):
     cache, _ = held
     twin = fork(cache)
     assert addresses(twin) == addresses(cache)
@@ -32,7 +32,7 @@ def test_a_fork_costs_no_copy_until_it_is_written(held, fork):
     assert twin.get_seq_length() == cache.get_seq_length() == 37
 
 
-def test_the_first_write_copies_one_layer_alone(held):
+def test_first_write_after_a_fork_copies_only_the_written_layer(held):
     cache, _ = held
     twin, before = cache.fork(), addresses(cache)
     k, v = (part[:, :, :1].clone() for part in (cache.layers[0].keys, cache.layers[0].values))
@@ -44,7 +44,7 @@ def test_the_first_write_copies_one_layer_alone(held):
     assert addresses(twin)[1:] == before[1:]
 
 
-def test_one_restore_serves_many_samples(model, generate, tokens, store, held):
+def test_forks_of_a_restored_prefix_sample_without_another_load(model, generate, tokens, store, held):
     _, ids = held
     with TieredCache(store) as first:
         generate(model, ids, first, max_new_tokens=1)
@@ -66,7 +66,7 @@ def test_one_restore_serves_many_samples(model, generate, tokens, store, held):
         assert first.last_turn.cached_by_tier["device"] == ids.shape[1] - 1
 
 
-def test_forks_outlive_what_they_were_forked_from(model, generate, tokens, tmp_path):
+def test_fork_stays_usable_after_its_origin_is_closed(model, generate, tokens, tmp_path):
     with TieredCache(tmp_path / "store") as cache:
         ids = generate(model, tokens(30), cache).sequences
         fork = cache.fork()
@@ -78,7 +78,7 @@ def test_forks_outlive_what_they_were_forked_from(model, generate, tokens, tmp_p
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-def test_a_fork_that_is_expanded_leaves_the_other_as_it_was(model, generate, held, settings):
+def test_beams_and_samples_on_a_fork_leave_its_origin_unchanged(model, generate, held, settings):
     cache, ids = held
     fork, kept = cache.fork(), [layer.keys.clone() for layer in cache.layers]
     torch.manual_seed(3)
@@ -90,7 +90,7 @@ def test_a_fork_that_is_expanded_leaves_the_other_as_it_was(model, generate, hel
 
 
 def sample(model, cache, sequences, steps, seed):
-    """Go on by hand in a turn that has begun."""
+    """Sample by hand in a turn that has begun."""
     feed, generator = sequences[:, cache.get_seq_length() :], torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(steps):
@@ -102,8 +102,8 @@ def sample(model, cache, sequences, steps, seed):
 
 @pytest.mark.parametrize("known", [False, True], ids=["cold", "restored"])
 @pytest.mark.parametrize("prefilled", [False, True], ids=["before-prefill", "after-prefill"])
-def test_a_turn_that_has_begun_goes_on_in_each_fork(model, generate, tokens, store, known, prefilled):
-    """A loop of one's own: begin once, compute the prompt once, go on many times, and each is kept."""
+def test_turn_begun_before_a_fork_continues_in_each_fork(model, generate, tokens, store, known, prefilled):
+    """A custom loop begins once, computes the prompt once and continues many times. Each continuation is kept."""
     ids = tokens(30)
     if known:
         with TieredCache(store) as before:
@@ -132,7 +132,7 @@ def test_a_turn_that_has_begun_goes_on_in_each_fork(model, generate, tokens, sto
             one.close()
 
 
-def test_forks_under_a_budget_have_their_own(make_model, generate, tokens, store, tmp_path):
+def test_forks_under_a_device_budget_continue_independently(make_model, generate, tokens, store, tmp_path):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
     settings = {"device_budget": 100_000, "spill_dir": tmp_path}
     with TieredCache(store, **settings) as cache:
@@ -178,8 +178,8 @@ def lfm2():
 
 @pytest.mark.parametrize("budgeted", [False, True], ids=["hot", "cold"])
 @pytest.mark.parametrize(("build", "budget"), [(falcon_h1, 75_000), (lfm2, 39_500)], ids=["falcon_h1", "lfm2"])
-def test_forks_of_models_with_states(build, generate, tokens, store, tmp_path, budget, budgeted):
-    """Each has states of its own, and what one computes leaves the other's as they are."""
+def test_forks_of_models_with_states_continue_independently(build, generate, tokens, store, tmp_path, budget, budgeted):
+    """Each fork has its own states. A turn on one leaves the states of the other unchanged."""
     torch.manual_seed(0)
     model = build().eval()
     with TieredCache(store, device_budget=budget if budgeted else None, spill_dir=tmp_path) as cache:

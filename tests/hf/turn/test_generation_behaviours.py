@@ -1,4 +1,4 @@
-"""What generation does for every model holds with a ``TieredCache`` as the cache.
+"""Every behaviour of generation, for every model, holds with a ``TieredCache`` as the cache.
 
 CI runs every behaviour on a few families and a few behaviours on all; KVTIER_BEHAVIOURS=all runs everything.
 """
@@ -15,7 +15,7 @@ from tests.support.behaviours import BEHAVIOURS
 from tests.support.subject import Subject
 
 EVERYTHING = os.environ.get("KVTIER_BEHAVIOURS") == "all"
-# One of each: full, windows, shared, indexed with latent K and V, states in layers of their own, states beside K and V.
+# One of each: full, sliding, shared, indexed with latent K and V, states in separate layers, states beside K and V.
 EVERY_BEHAVIOUR = ("llama", "gemma3n", "deepseek_v32", "qwen3_next", "falcon_h1")
 ON_EVERY_FAMILY = ("beams", "a_conversation_of_uneven_rows")
 
@@ -29,7 +29,7 @@ def _cases():
 
 @pytest.mark.sample(10)  # of 219
 @pytest.mark.parametrize(("name", "behaviour"), list(_cases()))
-def test_behaviour(name, behaviour, store):
+def test_generation_behaviour_holds_with_a_tiered_cache(name, behaviour, store):
     if name == "deepseek_v4" and "beams" in behaviour and INSTALLED < (5, 23):
         pytest.skip("this transformers mixes up the beams of the model; kvtier answers as without a cache")
     BEHAVIOURS[behaviour](Subject(name, store))

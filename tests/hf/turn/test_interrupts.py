@@ -1,4 +1,4 @@
-"""A turn that ends anywhere leaves a cache and a store that the next turn can trust."""
+"""An interrupted or abandoned turn leaves a cache and a store that the next turn can trust."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ LAYERS = 3
 @pytest.mark.parametrize("at_pass", [0, 1, 4], ids=["prefill", "first-token", "fifth-token"])
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("start", ["empty", "device", "ram", "disk"])
-def test_interrupted_turn(make_model, generate, tokens, tmp_path, kind, start, layer, at_pass, before):
+def test_turns_after_an_interrupt_in_any_layer_are_exact(
+    make_model, generate, tokens, tmp_path, kind, start, layer, at_pass, before
+):
     model = make_model(kind)
     path = tmp_path if start == "disk" else None
     ids = tokens(30)
@@ -50,7 +52,7 @@ def test_prompt_of_an_interrupted_turn_is_kept(model, generate, tokens, cache):
 
 
 @pytest.mark.parametrize("at_pass", [0, 2])
-def test_interrupted_beams(model, generate, tokens, cache, at_pass):
+def test_turn_after_interrupted_beam_search_is_exact(model, generate, tokens, cache, at_pass):
     ids = tokens(30, rows=2)
     generate(model, ids[:, :20], cache)
     with Interrupt(model.model.layers[1], at_pass, True), pytest.raises(KeyboardInterrupt):
@@ -58,7 +60,7 @@ def test_interrupted_beams(model, generate, tokens, cache, at_pass):
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
-def test_turn_abandoned_in_a_custom_loop(model, generate, tokens, cache):
+def test_turn_after_begin_without_commit_is_exact(model, generate, tokens, cache):
     """``begin`` without ``commit``, with and without a forward pass between."""
     ids = tokens(30)
     generate(model, ids[:, :20], cache)

@@ -1,4 +1,4 @@
-"""In which pieces prompts of models with states are fed, and where their states are kept."""
+"""The prefill plan of models with states: in which chunks a prompt is fed, and where its states are kept."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def planned(turn, *, token_by_token=False, may_feed=True):
     return list(found.chunks), set(found.checkpoint_columns)
 
 
-def test_an_ordinary_turn_is_fed_at_once():
+def test_ordinary_prompt_is_prefilled_at_once():
     assert planned(turn(100)) == ([], set())
     assert planned(turn(100, cached=60)) == ([], set())
 
 
-def test_what_was_known_without_states_gets_them():
+def test_prefix_known_without_states_gets_a_checkpoint():
     assert planned(turn(100, known=70)) == ([(0, 70)], {70})
     assert planned(turn(100, cached=40, known=70)) == ([(40, 70)], {70})
     assert planned(turn(100, cached=40, known=99)) == ([(40, 99)], {99})
 
 
-def test_a_few_tokens_are_not_worth_it():
+def test_checkpoint_is_skipped_if_it_saves_too_few_tokens():
     assert planned(turn(100, cached=40, known=40 + WORTH_A_SNAPSHOT_TOKENS - 1)) == ([], set())
     assert planned(turn(100, cached=40, known=40 + WORTH_A_SNAPSHOT_TOKENS))[1] == {40 + WORTH_A_SNAPSHOT_TOKENS}
 
 
-def test_long_prompts_are_fed_in_pieces():
+def test_long_prompt_is_prefilled_in_chunks_with_checkpoints():
     n = SPACING_TOKENS
     assert planned(turn(3 * n)) == ([(0, n), (n, 2 * n)], {n, 2 * n})
     assert planned(turn(3 * n, cached=n + 5)) == ([(n + 5, 2 * n)], {2 * n})
-    assert planned(turn(n + 9)) == ([], set())  # too little would be left
-    cut = 2 * n + 9  # takes the place of the one close to it
+    assert planned(turn(n + 9)) == ([], set())  # too few tokens would be left
+    cut = 2 * n + 9  # replaces the checkpoint close to it
     assert planned(turn(4 * n, known=cut)) == ([(0, n), (n, cut), (cut, 3 * n)], {n, cut, 3 * n})
 
 
 @pytest.mark.parametrize(
     ("columns", "cached", "known"), [(9000, 0, 0), (9000, 3000, 8000), (2500, 0, 2499), (50, 3, 3)]
 )
-def test_pieces_follow_each_other_and_leave_a_token(columns, cached, known):
+def test_prefill_chunks_are_contiguous_and_leave_at_least_one_token(columns, cached, known):
     pieces, checkpoints = planned(turn(columns, cached=cached, known=known))
     edge = cached
     for begin, end in pieces:
@@ -63,7 +63,7 @@ def test_pieces_follow_each_other_and_leave_a_token(columns, cached, known):
 
 
 def planned_token_by_token(turn, *, may_feed=True):
-    """Plan a turn on a model that takes what follows a prefix token by token, whose layers hold what is known."""
+    """Plan a turn on a model that continues a prefix token by token. Its layers hold the known prefix."""
     prompt, cached, known = turn
     resident = ResidentPrefix((np.arange(cached),), (0,), cached)
     row = RowCandidates(0, cached, PrefixMatch((), None))
@@ -71,7 +71,7 @@ def planned_token_by_token(turn, *, may_feed=True):
     return plan(prompt, candidates, Abilities(True, True, may_feed), COSTS)
 
 
-def test_token_by_token_only_if_that_pays():
+def test_token_by_token_prefill_is_planned_only_if_it_pays():
     short = planned_token_by_token(turn(100, cached=90))
     assert short.columns == 90
     assert short.prefill.chunks == tuple((column, column + 1) for column in range(90, 99))
@@ -81,7 +81,7 @@ def test_token_by_token_only_if_that_pays():
     assert "token by token" in long.reason
 
 
-def test_token_by_token_again_from_all_but_the_last_token():
+def test_token_by_token_model_feeds_a_known_prompt_up_to_the_last_token():
     assert planned(turn(100, known=99), token_by_token=True) == ([(0, 99)], {99})
     assert planned(turn(100, known=70), token_by_token=True)[0] == []
     one_left = planned_token_by_token(turn(100, cached=99))
@@ -89,12 +89,12 @@ def test_token_by_token_again_from_all_but_the_last_token():
     assert one_left.columns == 99
 
 
-def test_where_nothing_may_be_fed_nothing_is():
+def test_plan_has_no_chunks_if_no_feeding_is_allowed():
     assert planned(turn(100, known=70), may_feed=False) == ([], set())
     assert planned(turn(9000), may_feed=False) == ([], set())
     cannot = planned_token_by_token(turn(100, cached=95), may_feed=False)
     assert (cannot.columns, cannot.prefill.chunks) == (0, ())
 
 
-def test_padded_rows_are_fed_at_once():
+def test_padded_prompt_is_prefilled_at_once():
     assert planned(turn(9000, pad=3)) == ([], set())

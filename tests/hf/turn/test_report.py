@@ -1,4 +1,4 @@
-"""``TurnReport``: plain values that say nothing wrong when nothing happened."""
+"""``TurnReport``: plain immutable values, with right defaults for a turn in which nothing happened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvtier.report import Divergence, RowReport
 from tests.support.upstream import CACHE
 
 
-def test_a_turn_in_which_nothing_happened():
+def test_empty_report_has_zero_counts_and_no_reason():
     report = TurnReport()
     assert (report.prompt_tokens, report.cached_tokens, report.computed_tokens, report.generated_tokens) == (0, 0, 0, 0)
     assert (report.restored_bytes, report.restore_seconds) == (0, 0.0)
@@ -20,7 +20,7 @@ def test_a_turn_in_which_nothing_happened():
 
 
 @pytest.mark.parametrize("value", [TurnReport(), RowReport(3, 2), Divergence(1, 2, 3)], ids=lambda v: type(v).__name__)
-def test_a_report_cannot_be_changed(value):
+def test_report_values_are_immutable(value):
     for field in dataclasses.fields(value):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, field.name, 1)
@@ -28,7 +28,7 @@ def test_a_report_cannot_be_changed(value):
         value.something_else = 1
 
 
-def test_the_tiers_of_one_report_are_not_those_of_another():
+def test_cached_by_tier_is_read_only_and_zero_by_default():
     first, second = TurnReport(), TurnReport()
     with pytest.raises(TypeError):
         first.cached_by_tier["disk"] = 5
@@ -45,11 +45,11 @@ def test_reports_of_equal_turns_are_equal():
     assert "expected=1" in repr(report(1))
 
 
-# --- what the turns of a cache put into it ----------------------------------------------------------------------------
+# --- reports of a cache's turns ---------------------------------------------------------------------------------------
 
 
-def test_a_report_is_a_snapshot(model, generate, tokens, cache):
-    """What one turn reported does not change with the next one."""
+def test_report_does_not_change_with_the_next_turn(model, generate, tokens, cache):
+    """The next turn makes a new report."""
     generate(model, tokens(20), cache)
     first = cache.last_turn
     before = repr(first)
@@ -59,7 +59,7 @@ def test_a_report_is_a_snapshot(model, generate, tokens, cache):
     assert isinstance(first, TurnReport)
 
 
-def test_generated_tokens_are_known_only_at_the_end(model, tokens, cache):
+def test_begin_and_commit_each_set_the_report_of_the_last_turn(model, tokens, cache):
     ids = tokens(20)
     begun = cache.begin(model, ids)
     assert (begun.prompt_tokens, begun.computed_tokens, begun.generated_tokens) == (20, 20, 0)
@@ -70,7 +70,7 @@ def test_generated_tokens_are_known_only_at_the_end(model, tokens, cache):
     assert (ended.prompt_tokens, ended.generated_tokens) == (20, 0)
 
 
-def test_restored_bytes_are_those_of_the_tokens_that_came_from_the_store(model, generate, tokens, store, cache):
+def test_restored_bytes_count_only_tokens_loaded_from_the_store(model, generate, tokens, store, cache):
     from kvtier import TieredCache
 
     generate(model, tokens(20), cache)
@@ -86,7 +86,7 @@ def test_restored_bytes_are_those_of_the_tokens_that_came_from_the_store(model, 
         assert other.last_turn.restore_seconds > 0
 
 
-def test_the_divergence_is_that_of_the_first_row(model, generate, tokens, cache):
+def test_report_divergence_is_that_of_the_first_row(model, generate, tokens, cache):
     ids = tokens(20, rows=2)
     generate(model, ids, cache)
     changed = ids.clone()
@@ -100,7 +100,7 @@ def test_the_divergence_is_that_of_the_first_row(model, generate, tokens, cache)
     assert [row.cached_tokens for row in report.rows] == [7, 7]
 
 
-def test_nothing_diverges_where_a_prompt_goes_on(model, generate, tokens, cache):
+def test_prompt_that_is_a_prefix_of_the_cached_tokens_has_no_divergence(model, generate, tokens, cache):
     generate(model, tokens(20), cache)
     generate(model, tokens(20)[:, :15], cache)
     assert cache.last_turn.divergence is None

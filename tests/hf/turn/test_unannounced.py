@@ -1,4 +1,4 @@
-"""A generate() that kvtier does not see never takes what a cache holds for the beginning of its prompt."""
+"""A generate() that kvtier does not see never takes cached tokens for the start of its prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [0]}
 
 @pytest.fixture
 def taken(model):
-    """``generate`` as a script has it that takes it before it makes its cache."""
+    """``generate``, bound by a script before it makes its cache."""
     kvtier.uninstall()
     yield functools.partial(model.generate, **SETTINGS)
     with TieredCache(PrefixStore()):
@@ -32,7 +32,7 @@ def taken(model):
 
 @pytest.fixture
 def renamed(monkeypatch):
-    """A transformers in which the method is called otherwise by which kvtier notices such calls."""
+    """A transformers that renamed the method by which kvtier notices such calls."""
     kvtier.uninstall()
     original = getattr(GenerationMixin, PREPARE_CACHE)
     monkeypatch.setattr("kvtier.hf.generate.hook.PREPARE_CACHE", "_called_otherwise")
@@ -46,7 +46,7 @@ def any_model(request, make_model):
     return make_model(request.param)
 
 
-def test_a_generate_that_was_taken_before_begins_cold(taken, model, store, tokens):
+def test_generate_bound_before_the_cache_was_made_starts_cold(taken, model, store, tokens):
     with TieredCache(store) as cache:
         for seed in range(3):
             ids = tokens(20, seed=seed)
@@ -59,8 +59,8 @@ def test_a_generate_that_was_taken_before_begins_cold(taken, model, store, token
         assert cache.last_turn.cached_tokens == 20
 
 
-def test_it_does_not_end_a_turn_of_a_call_that_is_seen(taken, model, store, tokens):
-    """One that is called in the middle of another, with a cache of its own."""
+def test_unseen_generate_inside_a_seen_one_does_not_end_its_turn(taken, model, store, tokens):
+    """The unseen call has its own cache."""
 
     class Asking(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -76,8 +76,8 @@ def test_it_does_not_end_a_turn_of_a_call_that_is_seen(taken, model, store, toke
             assert cache.last_turn.cached_tokens == known
 
 
-def test_an_upstream_that_cannot_be_hooked_is_refused(renamed, any_model, tokens):
-    """The first call finds the cache empty and is right; the next one would be answered from it."""
+def test_generate_that_cannot_be_hooked_raises_on_a_filled_cache(renamed, any_model, tokens):
+    """The first call finds the cache empty and is right. The next call would be answered from stale tokens."""
     taken = functools.partial(any_model.generate, **SETTINGS)
     with PrefixStore(block_size=8) as store, TieredCache(store, config=any_model.config) as cache:
         ids = tokens(20)
@@ -95,7 +95,7 @@ def test_an_upstream_that_cannot_be_hooked_is_refused(renamed, any_model, tokens
         assert torch.equal(any_model.generate(ids, past_key_values=cache, **SETTINGS), found)
 
 
-def test_a_loop_of_ones_own_inside_of_another_generate_says_what_it_feeds(model, store, tokens):
+def test_custom_loop_inside_another_generate_must_announce_its_tokens(model, store, tokens):
     """Feeding a cache from inside a generate() looks like a generate() that kvtier did not see."""
 
     class Scoring(LogitsProcessor):
@@ -122,17 +122,17 @@ def test_a_loop_of_ones_own_inside_of_another_generate_says_what_it_feeds(model,
             model.generate(tokens(30), logits_processor=LogitsProcessorList([Scoring(cache, False)]), **SETTINGS)
 
 
-def test_a_loop_outside_of_generate_may_feed_without_a_turn(any_model, store, tokens):
+def test_loop_outside_generate_may_feed_a_cache_without_a_turn(any_model, store, tokens):
     with TieredCache(store, config=any_model.config) as cache:
         ids = tokens(12)
         with torch.no_grad():
             any_model(ids[:, :8], use_cache=True, **given(any_model, cache))
-            if why_off(any_model) is None:  # else nobody counts the tokens of states alone
+            if why_off(any_model) is None:  # otherwise the tokens of states alone are not counted
                 assert cache.get_seq_length() == 8
         assert running_generate() is None
 
 
-def test_the_running_call_is_found_whatever_wraps_it(model, tokens):
+def test_running_generate_returns_only_the_frame_of_a_models_call(model, tokens):
     seen = []
 
     class Looking(LogitsProcessor):
@@ -141,7 +141,7 @@ def test_the_running_call_is_found_whatever_wraps_it(model, tokens):
             return scores
 
     def generate(nothing):
-        """One that is no model's."""
+        """A function of that name that belongs to no model."""
         return running_generate()
 
     model.generate(tokens(5), logits_processor=LogitsProcessorList([Looking()]), **SETTINGS)
@@ -151,13 +151,13 @@ def test_the_running_call_is_found_whatever_wraps_it(model, tokens):
     assert generate(1) is None
 
 
-def test_calls_that_are_seen_keep_no_frame(model, cache, tokens):
+def test_seen_generate_leaves_no_frame_on_the_cache(model, cache, tokens):
     model.generate(tokens(12), past_key_values=cache, **SETTINGS)
     assert cache.turns._unseen_generate is None
 
 
-def test_a_cache_made_among_the_arguments_of_the_first_call(tmp_path):
-    """Python takes ``generate`` from the model before it makes the cache."""
+def test_cache_made_in_the_arguments_of_the_first_call_keeps_its_prompt(tmp_path):
+    """Python looks ``generate`` up on the model before it makes the cache."""
     script = f"""
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A second call on a cache waits for the first for ``wait_seconds``, and gives up with ``BusyError``."""
+"""A second call on a cache waits up to ``wait_seconds`` for the first, and then raises ``BusyError``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvtier.hf.turn.manager import TurnManager
 from tests.support.interrupts import InterruptAtLine
 from tests.support.upstream import CACHE
 
-LONG_SECONDS = 60.0  # no test waits as long, unless it fails
+LONG_SECONDS = 60.0  # no test waits this long, unless it fails
 
 
 class Pause(BaseStreamer, StoppingCriteria):
@@ -49,7 +49,7 @@ class Pause(BaseStreamer, StoppingCriteria):
 
 
 class Elsewhere(threading.Thread):
-    """Runs ``call`` on a thread of its own; ``outcome`` is what came of it."""
+    """Runs ``call`` on its own thread; ``outcome`` is the result or the error."""
 
     def __init__(self, call):
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class Elsewhere(threading.Thread):
 
 
 class AtCall:
-    """Does something when this thread comes to the function ``of``; a profiler sees it, nothing is replaced."""
+    """Calls ``do`` when this thread enters the function ``of``. A profiler sees it; nothing is replaced."""
 
     def __init__(self, of, do):
         self._code, self._do = of.__code__, do
@@ -86,7 +86,7 @@ class AtCall:
 
 
 def when_waiting(do, call):
-    """Run ``call``; once it waits, holding the lock that a leaving turn needs, ``do``."""
+    """Run ``call``. When it starts to wait, and holds the lock that an ending turn needs, call ``do``."""
     with AtCall(threading.Condition.wait, do):
         return call()
 
@@ -121,7 +121,7 @@ def after_reset(model, generate, cache, ids):
 
 
 def after_commit(model, generate, cache, ids):
-    with pytest.raises(PromptError, match="without begin"):  # the turn that it waited for has ended
+    with pytest.raises(PromptError, match="without begin"):  # the turn that commit() waited for has ended
         cache.commit(ids)
     return answer(model, generate, cache, ids)
 
@@ -132,7 +132,7 @@ ENDS = {"ends": {}, "stopped": {"stops": True}, "raises": {"error": RuntimeError
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("ask", ASKS)
-def test_the_second_waits_and_goes_on(model, generate, tokens, patient, ask, end):
+def test_second_call_waits_for_the_first_and_then_succeeds(model, generate, tokens, patient, ask, end):
     ids, pause = tokens(30), Pause(**ENDS[end])
     longer = torch.cat([ids, tokens(6, seed=1)], 1)
     expected = answer(model, generate, None, longer)
@@ -153,7 +153,7 @@ def test_the_second_waits_and_goes_on(model, generate, tokens, patient, ask, end
 
 @pytest.mark.parametrize("wait_seconds", [0, 0.01])
 @pytest.mark.parametrize("ask", ASKS)
-def test_a_wait_ends_with_an_error_that_names_the_setting(model, generate, tokens, store, ask, wait_seconds):
+def test_wait_timeout_raises_busy_error_that_names_wait_seconds(model, generate, tokens, store, ask, wait_seconds):
     ids, pause = tokens(30), Pause()
     expected = answer(model, generate, None, ids)
     with TieredCache(store, wait_seconds=wait_seconds) as cache:
@@ -173,7 +173,7 @@ def answer_with(model, generate, cache, ids, streamer):
 
 
 class Within(BaseStreamer):
-    """Does something inside of ``generate()``, on its thread."""
+    """Calls ``do`` inside ``generate()``, on its thread."""
 
     def __init__(self, do):
         self.do, self.puts = do, 0
@@ -188,7 +188,7 @@ class Within(BaseStreamer):
 
 
 @pytest.mark.parametrize("what", ["reset", "begin", "commit"])
-def test_the_same_thread_never_waits(model, generate, tokens, patient, what):
+def test_call_inside_generate_on_the_same_thread_raises_without_waiting(model, generate, tokens, patient, what):
     ids = tokens(30)
     asks = {"reset": patient.reset, "begin": lambda: patient.begin(model, ids), "commit": lambda: patient.commit(ids)}
     waits = []
@@ -203,8 +203,8 @@ def test_the_same_thread_never_waits(model, generate, tokens, patient, what):
     ("what", "of"),
     [("begin", TurnManager.begin), ("commit", TurnManager.commit), ("reset", TurnManager.start_over)],
 )
-def test_a_second_call_waits_for_begin_commit_and_reset_too(model, generate, tokens, patient, what, of):
-    """Otherwise what waited for one turn would come into the next one, which waited as well."""
+def test_generate_waits_for_begin_commit_and_reset_on_another_thread(model, generate, tokens, patient, what, of):
+    """Otherwise a call that waited for one turn would enter the next turn, which waited as well."""
     ids, pause = tokens(30), Pause()
     expected = answer(model, generate, None, ids)
     first_of = {
@@ -240,7 +240,7 @@ def test_a_second_call_waits_for_begin_commit_and_reset_too(model, generate, tok
 
 
 @pytest.mark.parametrize("what", ["begin", "commit"])
-def test_a_cache_that_is_closed_meanwhile(model, generate, tokens, patient, what):
+def test_closing_the_cache_ends_a_wait_with_closed_error(model, generate, tokens, patient, what):
     ids, pause = tokens(30), Pause()
     asks = {"begin": lambda: patient.begin(model, ids), "commit": lambda: patient.commit(ids)}
     first = Elsewhere(lambda: answer_with(model, generate, patient, ids, pause))
@@ -257,25 +257,25 @@ def test_a_cache_that_is_closed_meanwhile(model, generate, tokens, patient, what
 @pytest.mark.parametrize(
     "wrong", [-1, -0.001, float("nan"), float("inf"), -float("inf"), 10**400, True, False, "1", None, 1j, [1.0]]
 )
-def test_what_cannot_be_waited(store, wrong):
+def test_invalid_wait_seconds_raises_configuration_error(store, wrong):
     with pytest.raises(ConfigurationError, match=r"wait_seconds=.* must be a number of seconds"):
         TieredCache(store, wait_seconds=wrong)
 
 
 @pytest.mark.parametrize("seconds", [0, 3, 0.25, np.float64(2.5), threading.TIMEOUT_MAX])
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, TieredCache.fork])
-def test_copies_wait_as_long(store, duplicate, seconds):
+def test_copies_and_forks_inherit_wait_seconds(store, duplicate, seconds):
     with TieredCache(store, wait_seconds=seconds) as cache, duplicate(cache) as twin:
         assert cache.wait_seconds == twin.wait_seconds == seconds
 
 
-def test_by_default_nothing_waits(store):
+def test_wait_seconds_is_zero_by_default(store):
     with TieredCache(store) as cache:
         assert cache.wait_seconds == 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
-def test_an_interrupt_ends_the_wait(model, generate, tokens, patient):
+def test_keyboard_interrupt_ends_a_wait(model, generate, tokens, patient):
     ids, pause, over, came = tokens(30), Pause(), threading.Event(), []
     main = threading.get_ident()
 
@@ -303,7 +303,7 @@ def test_an_interrupt_ends_the_wait(model, generate, tokens, patient):
     assert torch.equal(answer(model, generate, patient, ids), found)
 
 
-def test_an_interrupt_at_any_line_frees_the_cache_and_wakes_others(store):
+def test_interrupt_at_any_line_frees_the_cache_and_wakes_waiting_calls(store):
     with TieredCache(store, wait_seconds=threading.TIMEOUT_MAX) as cache:
         others = []
 
@@ -321,14 +321,14 @@ def test_an_interrupt_at_any_line_frees_the_cache_and_wakes_others(store):
             with contextlib.suppress(KeyboardInterrupt), interrupt:
                 exclusive_use.exclusively(cache, "reset()", hold)
             came, at = interrupt.came, at + 1
-            while others:  # first: the next call would wake it
+            while others:  # first, because the next call would wake it
                 assert others.pop().result() is None
             assert Elsewhere(call).result() is None
         assert at > 8
 
 
-def test_a_signal_handler_may_use_another_cache(patient):
-    """It runs on the thread that is inside of the lock."""
+def test_signal_handler_may_use_another_cache(patient):
+    """The handler runs on the thread that holds the lock."""
     with TieredCache(patient.store) as other:
 
         def leave():
@@ -339,7 +339,7 @@ def test_a_signal_handler_may_use_another_cache(patient):
 
 
 def in_a_child(what):
-    """Return what ``what()`` raised in a child of a fork, as text."""
+    """Return the error of ``what()`` in a forked child process, as text."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -362,7 +362,7 @@ def in_a_child(what):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 class TestChildren:
     @pytest.mark.parametrize("what", ["reset", "begin", "commit", "generate"])
-    def test_a_child_never_waits_for_a_turn_of_its_parent(self, model, generate, tokens, patient, what):
+    def test_forked_child_raises_instead_of_waiting_for_its_parents_turn(self, model, generate, tokens, patient, what):
         ids, pause = tokens(30), Pause()
         asks = {
             "reset": patient.reset,
@@ -379,8 +379,8 @@ class TestChildren:
         assert torch.equal(first.result(), answer(model, generate, None, ids))
         assert torch.equal(answer(model, generate, patient, ids), first.result())
 
-    def test_a_child_is_not_locked_out_by_a_thread_it_does_not_have(self, patient):
-        """That thread is inside of the lock when the other one forks."""
+    def test_forked_child_is_not_blocked_by_a_lock_of_a_parent_thread(self, patient):
+        """A thread of the parent holds the lock when another thread forks."""
         locked, go_on = threading.Event(), threading.Event()
 
         def hold():
@@ -399,7 +399,7 @@ class TestChildren:
         assert found == "nothing"
         assert thread.result() is None
 
-    def test_a_turn_that_forks_goes_on_in_both(self, model, generate, tokens, patient):
+    def test_turn_that_forks_the_process_continues_in_parent_and_child(self, model, generate, tokens, patient):
         ids, sides = tokens(30), []
         expected = answer(model, generate, None, ids)
 
@@ -422,13 +422,13 @@ class TestChildren:
 
 
 class Plain:
-    """What may be used by one thread at a time, and nothing else."""
+    """An object to use exclusively, with nothing except ``wait_seconds``."""
 
     wait_seconds = LONG_SECONDS
 
 
 @given(st.lists(st.lists(st.sampled_from(["returns", "raises", "asks again"]), min_size=1, max_size=4), max_size=4))
-def test_one_thread_at_a_time(threads):
+def test_exclusive_use_admits_one_thread_at_a_time(threads):
     cache, inside, wrong, ended = Plain(), [], [], []
     gate = threading.Barrier(len(threads) or 1)
 
