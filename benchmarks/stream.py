@@ -39,6 +39,7 @@ PLAIN = "DynamicCache"
 _HOT = "TieredCache, all hot"
 _COLD = "TieredCache, a quarter"
 _DROPPED = "TieredCache, a quarter, page cache dropped"
+_ZSTD = "TieredCache, a quarter, zstd pages"
 _SHARE = 0.25
 _QUICK_SHARE = 0.4  # of a short context, unfinished pages alone are more than a quarter
 _CONTEXT = 7900
@@ -109,12 +110,15 @@ def _steps(
     states = keys_values(plain, known)
     with contextlib.ExitStack() as stack:
 
-        def tiered(name: str, budget_bytes: int | None) -> TieredCache:
+        def tiered(name: str, budget_bytes: int | None, page_compression: str = "raw") -> TieredCache:
             store = stack.enter_context(PrefixStore(host_budget=2**20))
-            cache = TieredCache(store, device_budget=budget_bytes, spill_dir=scratch / name)
+            cache = TieredCache(
+                store, device_budget=budget_bytes, spill_dir=scratch / name, page_compression=page_compression
+            )
             return stack.enter_context(seeded_cache(cache, chat, prompt, states))
 
         hot, cold, dropped = tiered("hot", None), tiered("cold", budget), tiered("dropped", budget)
+        compressed = tiered("compressed", budget, "zstd")
         files = page_files(scratch / "dropped")
         if not files:
             raise BenchmarkError("no layer went to page files")
@@ -122,6 +126,7 @@ def _steps(
             Competitor(PLAIN, lambda: _decode(chat, prompt, plain, lambda: None)),
             Competitor(_HOT, lambda: _decode(chat, prompt, hot, lambda: None)),
             Competitor(_COLD, lambda: _decode(chat, prompt, cold, lambda: None)),
+            Competitor(_ZSTD, lambda: _decode(chat, prompt, compressed, lambda: None)),
         ]
         if page_cache.can_drop():
             drop = partial(page_cache.drop, files)
@@ -138,6 +143,8 @@ def _steps(
             "cold_bytes": cold_bytes,
             "read_bytes_per_second": _read_speed(page_files(scratch / "cold")),
             "page_files": len(files),
+            "page_file_bytes": sum(path.stat().st_size for path in page_files(scratch / "cold")),
+            "zstd_page_file_bytes": sum(path.stat().st_size for path in page_files(scratch / "compressed")),
         }
     return make_case(
         f"a step after {len(prompt)} tokens",
@@ -158,7 +165,7 @@ def _layer_token_bytes(states: KeysValues) -> int:
 
 def page_files(folder: Path) -> list[Path]:
     """Return the page files below ``folder``."""
-    return sorted(folder.glob("*/*.safetensors"))
+    return sorted(path for path in folder.glob("*/*") if path.suffix in (".safetensors", ".pages"))
 
 
 def _bytes_up(cache: TieredCache | None) -> int:

@@ -54,7 +54,7 @@ def test_owner_whose_file_is_deleted_before_it_is_locked_takes_another_name(tmp_
 
 def _live_and_wait(folder, names):
     names.put(Owner(folder).name)
-    signal.backoff()
+    signal.pause()
 
 
 def test_owner_of_a_killed_process_is_dead(tmp_path):
@@ -63,6 +63,7 @@ def test_owner_of_a_killed_process_is_dead(tmp_path):
     process = context.Process(target=_live_and_wait, args=(tmp_path, names))
     process.start()
     name, owner = names.get(), Owner(tmp_path)
+    assert process.is_alive()
     assert owner.lives(name)
     process.kill()
     process.join()

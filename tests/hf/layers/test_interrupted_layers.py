@@ -168,7 +168,8 @@ def test_turn_after_an_interrupt_around_a_layer_update_is_exact(name, start, tok
             raise AssertionError(f"interrupted at point {at} of {points}, then {then}: {error}") from error
 
 
-HALL = {str(path) for path in Path(kvtier.hf.__file__).parent.glob("*.py")} | {cache_utils.__file__}
+OF_KVTIER = {str(path) for part in (kvtier.hf, kvtier.kv) for path in Path(part.__file__).parent.rglob("*.py")}
+FILES = OF_KVTIER | {cache_utils.__file__}
 
 
 @pytest.mark.sample(3)  # of 17
@@ -179,7 +180,7 @@ def test_turn_after_an_interrupt_at_a_line_of_cache_or_model_is_exact(name, star
     The model's own lines are included: some change a state in place, and the cache is not told.
     """
     played = scene(name, tokens)
-    files = HALL | {inspect.getsourcefile(type(played.model))}
+    files = FILES | {inspect.getsourcefile(type(played.model))}
     far = InterruptAtLine(10**9, files)
 
     def trace(cache, turn):
