@@ -70,6 +70,7 @@ class DeviceMemory:
         transfers: counts pages and waits.
         page_tokens: tokens of a page.
         total_layers: returns how many layers the model has.
+        layers_elsewhere: returns how many of them are on other devices, as far as they have been seen.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class DeviceMemory:
         transfers: TransferStats,
         page_tokens: int,
         total_layers: Callable[[], int],
+        layers_elsewhere: Callable[[], int] = int,
     ) -> None:
         self.device = device
         self.engine = engine
@@ -93,12 +95,18 @@ class DeviceMemory:
         self.final_columns = 0
         self._limit = limit
         self._total_layers = total_layers
+        self._layers_elsewhere = layers_elsewhere
         self._layers: dict[int, BudgetedLayer] = {}
         self._sorted: list[int] = []
         self._cold: set[int] = set()  # layers that are, or are to be, cold
 
     def _in_order(self) -> Sequence[BudgetedLayer]:
         return [self._layers[index] for index in self._sorted]
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers the device has."""
+        return len(self._layers)
 
     @property
     def cold_layers(self) -> int:
@@ -108,7 +116,7 @@ class DeviceMemory:
     @property
     def hot_layers(self) -> int:
         """How many layers are hot."""
-        return len(self._layers) - self.cold_layers
+        return self.layer_count - self.cold_layers
 
     def join(self, layer: BudgetedLayer) -> None:
         """Add a new layer.
@@ -225,8 +233,8 @@ class DeviceMemory:
         columns = max(self.final_columns, self.expected_columns, *(layer.wants for layer in layers.values()))
         movable = [layer.spec.token_bytes for layer in layers.values() if layer.may_be_cold]
         fixed = [layer for layer in layers.values() if not layer.may_be_cold]
-        # Layers that have not been seen yet count as the largest seen so far.
-        movable += [max(movable, default=0)] * (self._total_layers() - len(layers))
+        # Layers that have not been seen on any device yet count as the largest seen here so far.
+        movable += [max(movable, default=0)] * (self._total_layers() - len(layers) - self._layers_elsewhere())
         hot = sum(layer.token_bytes * 2 * round_up(columns + 1, self.page_tokens) for layer in fixed)
         smallest = smallest_budget_bytes(movable, rows, columns, self.page_tokens, hot)
         return BudgetError(

@@ -26,7 +26,7 @@ class StagingBuffer:
         self._host_pool = host_pool
         self._devices = devices
         self._piece_bytes = (
-            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, aligned_down(limit_bytes // _SHARE // devices))
+            _PIECE_BYTES if limit_bytes is None else min(_PIECE_BYTES, rounded_down(limit_bytes // _SHARE // devices))
         )
         self._pieces: list[torch.Tensor | None] = [None] * _PIECES
         self._users: list[Sequence[Fence]] = [()] * _PIECES
@@ -76,9 +76,9 @@ _FIRST_SLAB_BYTES = 2**20
 _ALIGNMENT = 256
 
 
-def aligned_down(nbytes: int) -> int:
-    """Return ``nbytes`` rounded down to the alignment of a slab, so that none are wasted."""
-    return nbytes // _ALIGNMENT * _ALIGNMENT
+def rounded_down(nbytes: int) -> int:
+    """Return ``nbytes`` rounded down to a power of two, so that an allocator of pinned memory wastes none."""
+    return 1 << nbytes.bit_length() - 1 if nbytes >= _ALIGNMENT else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -108,12 +108,18 @@ class HostPool:
     Args:
         make: returns the given number of bytes of host memory, pinned where that helps.
         ledger: counts and limits the bytes.
+        taken: returns how many bytes ``make`` takes from the machine for the given number.
     """
 
     def __init__(
-        self, make: Callable[[int], torch.Tensor], ledger: MemoryBudget, slab_bytes: int = _SLAB_BYTES
+        self,
+        make: Callable[[int], torch.Tensor],
+        ledger: MemoryBudget,
+        slab_bytes: int = _SLAB_BYTES,
+        taken: Callable[[int], int] = int,
     ) -> None:
         self._make = make
+        self._taken = taken
         self._ledger = ledger
         self._slab_bytes = slab_bytes
         self._host_pool: list[_Slab] = []
@@ -137,7 +143,8 @@ class HostPool:
     def _fresh(self, size: int, leave: int) -> _Slab | None:
         """Return a new slab, as large as all before it: few slabs for large needs, little memory for small needs."""
         held = sum(slab.memory.nbytes for slab in self._host_pool)
-        for nbytes in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
+        for wanted in (max(size, min(self._slab_bytes, max(held, _FIRST_SLAB_BYTES))), size):
+            nbytes = self._taken(wanted)
             if not self._ledger.fits(nbytes + leave):  # empty slabs are too small, or they would have been used
                 self._host_pool = [slab for slab in self._host_pool if slab.begin]
                 self._count()

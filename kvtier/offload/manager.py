@@ -86,6 +86,7 @@ class OffloadManager:
                 self.transfers,
                 self.page_tokens,
                 self._total_layers,
+                lambda: sum(other.layer_count for place, other in self._device_memories.items() if place != device),
             )
             device_memory.expected_columns, device_memory.final_columns = self._columns, self._final_columns
         return device_memory

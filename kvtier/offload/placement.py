@@ -150,7 +150,7 @@ class PagePlacement:
         self._host = host
         self._folder = folder
         self._transfers = transfers
-        self._host_pool = None if engine.device_is_host else HostPool(engine.host_empty, host)
+        self._host_pool = None if engine.device_is_host else HostPool(engine.host_empty, host, taken=engine.host_nbytes)
         self.staging = (
             StagingBuffer(self._host_pool, host.limit_bytes, devices) if self._host_pool is not None else None
         )

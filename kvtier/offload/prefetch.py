@@ -7,7 +7,7 @@ after a mark taken at that moment.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,15 @@ from typing import Protocol
 
 import torch
 
-from kvtier.errors import BudgetError, KvtierError
+from kvtier.errors import BudgetError
 from kvtier.kv.allocation import new_buffer
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import PREFETCH_DEPTH, MemoryBudget, TransferStats
 from kvtier.offload.extents import Part
 from kvtier.transfer import CopyEngine, Fence
+
+_log = logging.getLogger("kvtier.offload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +215,12 @@ class PrefetchRing:
         self._ledger.set(id(slot), 0)
 
     def _settle(self, fences: Sequence[Fence]) -> None:
-        """Wait for copies to end, and ignore their errors: their results are no longer needed."""
+        """Wait for copies to end, and only log their errors: their results are no longer needed."""
         for fence in fences:
-            with contextlib.suppress(KvtierError):
+            try:
                 self._engine.settle(fence)
+            except Exception:
+                _log.debug("a copy that is no longer needed failed", exc_info=True)
 
     def close(self) -> None:
         """Free all slots."""

@@ -159,6 +159,13 @@ class EngineChecks:
             memory = engine.host_empty(nbytes)
             assert (memory.shape, memory.dtype, memory.device.type) == ((nbytes,), torch.uint8, "cpu")
 
+    def test_host_memory_takes_at_least_its_size(self, engine: CopyEngine) -> None:
+        """What is taken from the machine is at least what was asked for, and asking for that takes no more."""
+        for nbytes in (0, 1, 255, 256, 4097):
+            taken = engine.host_nbytes(nbytes)
+            assert taken >= nbytes
+            assert engine.host_nbytes(taken) == taken
+
     def test_closing_twice_is_closing_once(self, engine: CopyEngine) -> None:
         """Results that were settled before stay."""
         ran: list[int] = []

@@ -18,6 +18,29 @@ _log = logging.getLogger("kvtier.transfer")
 _Event = torch.Event | None  # None: passed already
 
 
+class SideStream:
+    """A stream of a device that several threads may enter at once.
+
+    A ``torch.Stream`` notes on entering which stream was current, for leaving: in the object, not for each thread. One
+    object that two threads have entered would make the stream of one the current stream of the other.
+
+    Raises:
+        NotImplementedError: the device has no streams, or cannot note which memory a stream uses.
+        RuntimeError: the same.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.Stream(device)
+        torch.empty(1, device=device).record_stream(self.stream)
+
+    def entry(self) -> torch.Stream:
+        """Return another object for the same stream, to enter once."""
+        stream = self.stream
+        return torch.Stream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+        )
+
+
 class StreamEngine(CopyEngine):
     """One stream up, one stream down, ordered against the *current* stream of the thread that marks or waits.
 
@@ -25,6 +48,10 @@ class StreamEngine(CopyEngine):
     task is enqueued when that task is done. Only ``settle`` blocks the host, and ``wait`` until the host tasks before
     the copy have ended. Device memory that a side stream uses is recorded with that stream, so that it is not reused
     too early when freed.
+
+    Raises:
+        NotImplementedError: the device has no usable side streams.
+        RuntimeError: the same.
     """
 
     device_is_host = False
@@ -32,8 +59,8 @@ class StreamEngine(CopyEngine):
     def __init__(self, device: torch.device, threads: int = 2) -> None:
         # Tensors name their device with its index.
         self._device = torch.empty(0, device=device).device
-        self._up = torch.Stream(device)
-        self._down = torch.Stream(device)
+        self._up = SideStream(device)
+        self._down = SideStream(device)
         self._threads = Readers(threads)
         self._pinned = True
 
@@ -42,10 +69,10 @@ class StreamEngine(CopyEngine):
 
         The copy is enqueued now, or by a thread once the host tasks before it are done.
         """
-        stream = self._up if pairs[0][0].device == self._device else self._down
+        side = self._up if pairs[0][0].device == self._device else self._down
 
         def enqueue() -> _Event:
-            with stream, torch.inference_mode():  # which is per thread
+            with side.entry() as stream, torch.inference_mode():  # which is per thread
                 for fence in after:
                     before = fence.result()
                     if before is not None:
@@ -112,11 +139,18 @@ class StreamEngine(CopyEngine):
                 _log.warning("cannot pin host memory (%s); copies to and from %s will be slow", error, self._device)
         return new_buffer(nbytes, dtype=torch.uint8)
 
+    def host_nbytes(self, nbytes: int) -> int:
+        """Return ``nbytes`` rounded up to a power of two if it would be pinned, as PyTorch's allocator does.
+
+        Source: ``aten/src/ATen/core/CachingHostAllocator.h``.
+        """
+        return 1 << (nbytes - 1).bit_length() if self._pinned and nbytes else nbytes
+
     def close(self) -> None:
         """Join the threads, and wait until the copies have ended."""
         self._threads.close()
-        for stream in (self._up, self._down):
-            stream.synchronize()
+        for side in (self._up, self._down):
+            side.stream.synchronize()
 
     def _current(self) -> torch.Stream:
         return torch.accelerator.current_stream(self._device)

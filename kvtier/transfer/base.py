@@ -69,6 +69,10 @@ class CopyEngine(Protocol):
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Return ``nbytes`` of host memory that this device copies from and to at full speed."""
 
+    def host_nbytes(self, nbytes: int) -> int:
+        """Return how many bytes ``host_empty(nbytes)`` takes from the machine."""
+        return nbytes
+
     def close(self) -> None:
         """Finish running operations and release threads and streams. May be called more than once."""
 

@@ -10,14 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.errors import ConfigurationError
+from kvtier.errors import BudgetError, ConfigurationError
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats, cold_order, round_up, smallest_budget_bytes
 from kvtier.offload.extents import HostExtent
 from kvtier.offload.host_memory import HostPool, StagingBuffer
+from kvtier.offload.manager import OffloadManager
 from kvtier.offload.placement import PagePlacement
 from kvtier.offload.spill_folder import SpillFolder
 from kvtier.platform.memory import free_device_bytes
+from kvtier.testing import SimulatedEngine
 from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
 
 
@@ -91,6 +93,29 @@ def test_last_slab_of_a_budget_may_be_smaller():
     assert ledger.used_bytes == 1024, "what is empty and too small is given back to the system"
 
 
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=30), st.integers(2_000, 300_000))
+def test_host_pool_counts_what_the_machine_gives(sizes, limit):
+    """Allocators of pinned memory round up to powers of two: 333 MiB that are asked for are 512 that are taken."""
+    given, ledger = [], MemoryBudget(limit)
+
+    def make(nbytes):
+        given.append(next_power_of_two(nbytes))
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    host_pool = HostPool(make, ledger, slab_bytes=4096, taken=next_power_of_two)
+    staging = StagingBuffer(host_pool, limit)
+    pieces = [host_pool.take(size, leave=staging.reserve_bytes) for size in sizes]
+    for _ in range(3):
+        staging.next(1, 1, LayerSpec(1, 4, 1, 4, torch.float32))
+        staging.used([])
+    assert ledger.used_bytes == sum(given) <= limit
+    assert all(piece is None or piece.memory.nbytes == size for piece, size in zip(pieces, sizes, strict=True))
+
+
+def next_power_of_two(nbytes):
+    return 1 << (nbytes - 1).bit_length()
+
+
 def test_host_pool_slabs_grow_with_demand():
     host_pool, ledger = slabs_of(None, 64 * 2**20)
     held = []
@@ -136,6 +161,43 @@ def test_devices_sharing_a_host_budget_leave_each_other_staging_room(tmp_path):
     folder.close()
 
 
+def test_budget_error_counts_only_the_layers_of_its_device(tmp_path):
+    """The layers of other devices need no memory of this one."""
+    layers, page = 6, 4
+    offload = OffloadManager(9 * 2**10, None, tmp_path, page, lambda: layers, lambda device: InlineEngine())
+    memories = []
+    for index in range(layers):
+        k = torch.zeros(1, 1, page, 16, device="cpu" if index < 2 else "meta")
+        memories.append(offload.layer(index, k, k, None, may_be_cold=True))
+        memories[-1].append(0, k, k, 0)
+    more = torch.zeros(1, 1, 1000 - page, 16)
+    with pytest.raises(BudgetError) as raised:
+        memories[0].append(page, more, more, 0)
+    smallest = smallest_budget_bytes([128] * 2, rows=1, columns=1000, page_tokens=page)
+    assert f"on cpu, even with every layer cold: the prefetch ring and one page per layer need {smallest} bytes" in str(
+        raised.value
+    )
+    offload.close()
+
+
+def test_a_failed_copy_that_is_no_longer_needed_frees_its_slot(tmp_path):
+    """Whatever it failed with: the budget must not go on counting the slot."""
+
+    def fail(step, ordinal):
+        if step == "copy":
+            raise RuntimeError("the device failed")
+
+    engine = SimulatedEngine(lazy=True, fail=fail)
+    offload = OffloadManager(2**20, 2**20, tmp_path, 4, lambda: 1, lambda device: engine)
+    k = torch.zeros(1, 1, 4, 2)
+    layer = offload.layer(0, k, k, None, may_be_cold=True)
+    layer.turn_cold()
+    layer.append(0, k, k, 0)
+    ledger = offload.device_memory(torch.device("cpu")).ledger
+    layer.close()
+    assert ledger.used_bytes == 0
+
+
 def test_accelerator_without_streams_gets_the_inline_engine(monkeypatch):
     def no_streams(device):
         raise NotImplementedError("no streams")
@@ -159,7 +221,9 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_warns_once(monkeypatch, ca
 
     monkeypatch.setattr(torch, "empty", cannot_pin)
     with caplog.at_level(logging.WARNING):
+        assert engine.host_nbytes(333) == 512
         assert engine.host_empty(64).nbytes == 64
+        assert engine.host_nbytes(333) == 333
         assert engine.host_empty(32).nbytes == 32
     assert caplog.text.count("cannot pin") == 1
 

@@ -138,6 +138,10 @@ class SimulatedEngine:
             self._detector.owns(memory)
         return memory
 
+    def host_nbytes(self, nbytes: int) -> int:
+        """Return ``nbytes`` rounded up to a power of two, as for pinned memory."""
+        return nbytes if self.device_is_host or not nbytes else 1 << (nbytes - 1).bit_length()
+
     def close(self) -> None:
         """Run pending operations; errors stay in the fences."""
         while self._pending:

@@ -83,6 +83,10 @@ class Recorder:
         """Pass the call on."""
         return self._engine.host_empty(nbytes)
 
+    def host_nbytes(self, nbytes: int) -> int:
+        """Pass the call on."""
+        return self._engine.host_nbytes(nbytes)
+
     def close(self) -> None:
         """Pass the call on."""
         self._engine.close()
