@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +10,9 @@ import torch
 from kvtier.kv.allocation import empty_rows, new_buffer, writable_results
 from kvtier.kv.copy_on_write import CopyOnWrite
 from kvtier.kv.page import Page, PageView
+from kvtier.kv.room import ON_DEMAND, Room
 from kvtier.kv.spec import LayerSpec
 
-_GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
-_HEADROOM_TOKENS = 256
 _SELECTED_TOGETHER = 512
 
 
@@ -21,12 +21,22 @@ class KVBuffer:
 
     Owns both buffers, or shares them with its twins. A twin that writes columns that another twin reads takes a copy
     first. Memory beyond the written columns is only reserved: on the CPU it costs address space.
+
+    Args:
+        rows: sequences.
+        spec: spec of the layer.
+        capacity: columns to reserve now.
+        device: device of the buffers.
+        room: decides how many columns are reserved when more are needed.
     """
 
     _tenants: CopyOnWrite | None = None  # None: these buffers are not shared
 
-    def __init__(self, rows: int, spec: LayerSpec, capacity: int, device: torch.device | str) -> None:
+    def __init__(
+        self, rows: int, spec: LayerSpec, capacity: int, device: torch.device | str, room: Room = ON_DEMAND
+    ) -> None:
         self.spec = spec
+        self._growth = room
         g = spec
         self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
         self.v = new_buffer(rows, g.v_heads, capacity, g.v_dim, dtype=g.values_dtype, device=device)
@@ -37,20 +47,15 @@ class KVBuffer:
         """Return an empty buffer whose tensors lie in ``memory``, ``[bytes]``, which must be large enough."""
         g, k_bytes, v_bytes = spec, rows * capacity * spec.k_bytes, rows * capacity * spec.v_bytes
         buffer = cls.__new__(cls)
-        buffer.spec, buffer._room = spec, capacity
+        buffer.spec, buffer._growth, buffer._room = spec, ON_DEMAND, capacity
         buffer.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
         buffer.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
         return buffer
 
     @classmethod
-    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, capacity: int) -> KVBuffer:
-        """Return an empty buffer for K and V like these."""
-        return cls(k_bhtd.shape[0], LayerSpec.of(k_bhtd, v_bhtd), capacity, k_bhtd.device)
-
-    @staticmethod
-    def capacity_for(columns: int) -> int:
-        """Return the capacity to reserve for a buffer that needs ``columns`` now."""
-        return max(int(columns * _GROWTH), columns + _HEADROOM_TOKENS)
+    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, room: Room = ON_DEMAND) -> KVBuffer:
+        """Return an empty buffer for K and V like these, without memory yet."""
+        return cls(k_bhtd.shape[0], LayerSpec.of(k_bhtd, v_bhtd), 0, k_bhtd.device, room)
 
     @property
     def rows(self) -> int:
@@ -73,13 +78,14 @@ class KVBuffer:
             self.rows == k_bhtd.shape[0] and self.device == k_bhtd.device and self.spec == LayerSpec.of(k_bhtd, v_bhtd)
         )
 
-    def share(self, live: int) -> KVBuffer:
-        """Return a twin that holds the same ``live`` columns and no memory of its own yet.
+    def share(self, live: int, room: Room = ON_DEMAND) -> KVBuffer:
+        """Return a twin that holds the same ``live`` columns and no memory of its own yet; ``room`` is for its growth.
 
         Both may be written and grow independently. If both append, the first to append stays in place.
         """
         twin = KVBuffer.__new__(KVBuffer)
         twin.spec, twin.k, twin.v, twin._room = self.spec, self.k, self.v, self._room
+        twin._growth = room
         if self._tenants is None:
             self._tenants = CopyOnWrite()
         twin._tenants = self._tenants
@@ -88,22 +94,33 @@ class KVBuffer:
 
     def reserve(self, columns: int, live: int) -> None:
         """Make room for ``columns``; the first ``live`` keep their values."""
-        if columns > self._room:
-            self.grow(self.capacity_for(columns), live)
+        if columns <= self._room:
+            return
+        capacity = self._growth.capacity(columns, self.rows * self.spec.token_bytes, self.device)
+        try:
+            self.grow(capacity, live)
+        except torch.OutOfMemoryError:
+            if capacity == columns:
+                raise
+            self.grow(columns, live)
 
     def grow(self, capacity: int, live: int) -> None:
-        """Make room for ``capacity`` columns; the first ``live`` keep their values."""
-        grown = KVBuffer(self.rows, self.spec, capacity, self.device)
-        grown.k[:, :, :live] = self.k[:, :, :live]
-        grown.v[:, :, :live] = self.v[:, :, :live]
-        self._move_to(grown.k, grown.v)
+        """Make room for ``capacity`` columns; the first ``live`` keep their values.
 
-    def _move_to(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Replace the buffers by ``k`` and ``v``, which are not shared."""
-        # An interrupt may come between the two assignments too: the smaller buffer decides the capacity.
+        Raises:
+            OutOfMemoryError: the device has no room. The buffer still holds what it held.
+        """
+        self._replace(lambda buffer: _grown(buffer, capacity, live))
+
+    def _replace(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace K and V by ``make`` of each, which no twin shares. First K, so that only one of them exists twice."""
+        # An interrupt may come in between: the smaller buffer decides the capacity.
+        k = make(self.k)
         self._room = min(self._room, k.shape[2])
-        self.k, self.v = k, v
-        self._room = k.shape[2]
+        self.k = k
+        del k
+        self.v = make(self.v)
+        self._room = self.k.shape[2]
         if self._tenants is not None:  # only after the buffers were replaced
             self._tenants.leave(self)
             self._tenants = None
@@ -183,10 +200,12 @@ class KVBuffer:
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
         in_place = len(rows) == self.rows and (self._tenants is None or self._tenants.may_write(self, 0, self.capacity))
-        k, v = (_select(buffer, rows.to(buffer.device), live, in_place) for buffer in (self.k, self.v))
+        rows = rows.to(self.device)
         if in_place:
-            return
-        self._move_to(k, v)
+            for buffer in (self.k, self.v):
+                _select(buffer, rows, live, in_place)
+        else:
+            self._replace(lambda buffer: _select(buffer, rows, live, in_place))
 
     def close(self) -> None:
         """Leave shared buffers to the other twins."""
@@ -198,7 +217,15 @@ class KVBuffer:
         twin = KVBuffer.__new__(KVBuffer)
         with writable_results():
             twin.spec, twin.k, twin.v, twin._room = self.spec, self.k.clone(), self.v.clone(), self._room
+            twin._growth = self._growth
         return twin
+
+
+def _grown(buffer: torch.Tensor, capacity: int, live: int) -> torch.Tensor:
+    heads, dim = buffer.shape[1], buffer.shape[3]
+    grown = empty_rows(buffer, buffer.shape[0], (heads, capacity, dim))
+    grown[:, :, :live] = buffer[:, :, :live]
+    return grown
 
 
 def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, in_place: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from kvtier.transfer import InlineEngine, ThreadEngine
 class TestBuffer(LayerMemoryChecks):
     @pytest.fixture
     def make(self):
-        return lambda k, v: KVBuffer.like(k, v, 0)
+        return lambda k, v: KVBuffer.like(k, v)
 
 
 ENGINES = {

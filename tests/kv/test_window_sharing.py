@@ -125,7 +125,7 @@ def test_growing_a_shared_buffer_leaves_its_twin_in_place():
 
 def test_selecting_rows_of_a_shared_buffer_leaves_its_twin_unchanged():
     k, v = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2.0).view(2, 1, 1, 1)
-    buffer = KVBuffer.like(k, v, 4)
+    buffer = KVBuffer(2, LayerSpec.of(k, v), 4, "cpu")
     buffer.append(0, k, v, 0)
     twin = buffer.share(1)
     twin.select(torch.tensor([1, 0]), 1)

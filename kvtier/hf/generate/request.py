@@ -142,12 +142,21 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
         inputs=inputs,
         prompt=inputs.prompt if inputs is not None else None,
         eos_ids=tuple(_token_ids(setting("eos_token_id"))),
-        longest_answer=int(setting("max_new_tokens") or 0),
+        longest_answer=_longest_answer(setting("max_new_tokens"), setting("max_length"), ids),
         repeats=repeats,
         watched=custom or cold is not None or (setting("num_beams") or 1) > 1,
         custom=custom,
         missing=tuple(missing),
     )
+
+
+def _longest_answer(max_new_tokens: Any, max_length: Any, ids: Any) -> int:
+    """Return the most new tokens of a row; 0 if that is not known."""
+    if max_new_tokens is not None:
+        return int(max_new_tokens)
+    if max_length is not None and isinstance(ids, torch.Tensor) and ids.ndim == 2:
+        return max(0, int(max_length) - ids.shape[1])
+    return 0
 
 
 def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mask: torch.Tensor | None) -> Missing:

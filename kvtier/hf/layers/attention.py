@@ -17,7 +17,7 @@ from kvtier.offload.manager import OffloadManager
 
 def new_layer_buffer(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> KVBuffer:
     """Return an empty buffer for K and V like these, ``[batch, heads, tokens, dim]`` each."""
-    return KVBuffer.like(k_bhtd, v_bhtd, 0)
+    return KVBuffer.like(k_bhtd, v_bhtd)
 
 
 class AttentionLayer(DynamicLayer):

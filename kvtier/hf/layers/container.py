@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from kvtier.kv.allocation import writable_results
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
+from kvtier.kv.room import Room
 from kvtier.offload.manager import OffloadManager
 
 _log = logging.getLogger("kvtier.hf")
@@ -47,12 +49,14 @@ class LayerContainer:
         layers: the layers as in transformers: attention, states, both, or placeholders that keep nothing.
         config: config of the model that the layers are made for; None before the first turn and during ``lay_out``.
         offload: moves the pages of cold layers; None without a budget.
+        room: decides how many columns the buffers reserve, without a budget.
         no_reuse: why the content of these layers cannot be reused; None when it can.
         fed_columns: columns that were fed, used when no layer counts them.
     """
 
     def __init__(self, open_offload: OpenOffload) -> None:
         self.layers: list[Any] = []
+        self.room = Room(lambda: len(self.attention))
         self.offload = open_offload(lambda: len(self.attention))
         self.config: PreTrainedConfig | None = None
         self.no_reuse: str | None = None
@@ -66,8 +70,8 @@ class LayerContainer:
     # --- layout -----------------------------------------------------------------------------------------------------
 
     @property
-    def _make(self) -> MakeLayerMemory | None:
-        return self.offload.layer if self.offload is not None else None
+    def _make(self) -> MakeLayerMemory:
+        return self.offload.layer if self.offload is not None else partial(_make_buffer, self.room)
 
     def lay_out(self, config: PreTrainedConfig | None) -> None:
         """Drop all layers and make empty ones for a model."""
@@ -184,10 +188,23 @@ class LayerContainer:
         """Note that a model replaces a recurrent state."""
         self._calls["update_recurrent_state", index, state] += 1
 
-    def begin_counting(self, columns: int) -> None:
-        """Note that a turn begins after ``columns`` columns."""
+    def begin_turn(self, held_columns: int, prompt_columns: int, new_columns: int) -> None:
+        """Note that a turn begins.
+
+        Args:
+            held_columns: columns that the layers hold, or are about to load.
+            prompt_columns: columns of the prompt; 0 if not known.
+            new_columns: the most columns after the prompt; 0 if not known.
+        """
         self._calls.clear()
-        self.fed_columns = columns
+        self.fed_columns = held_columns
+        self.expect_columns(prompt_columns, new_columns)
+
+    def expect_columns(self, prompt_columns: int, new_columns: int) -> None:
+        """Note how many columns a turn will need, as far as that is known."""
+        self.room.begin_turn(prompt_columns, new_columns)
+        if self.offload is not None:
+            self.offload.begin_turn(prompt_columns, new_columns)
 
     def in_step(self, passes: int, *, ended: bool) -> bool:
         """Whether all layers with states saw the same forward passes of the turn: ``passes``, or 0 if not counted.
@@ -254,11 +271,12 @@ class LayerContainer:
         """
         twin.fed_columns, twin._calls = self.fed_columns, self._calls.copy()
         if twin.offload is None or self.offload is None:
+            memo[id(self.room)] = twin.room
             for layer in self.attention:
                 if isinstance(layer.memory, KVBuffer):
                     # A layer that waits for a prefix may still move the columns behind it.
                     live = layer.length if layer.complete else layer.memory.capacity
-                    memo[id(layer.memory)] = layer.memory.share(live)
+                    memo[id(layer.memory)] = layer.memory.share(live, twin.room)
             for layer in self.states.values():
                 clone_states(layer, memo)
             with writable_results():
@@ -271,6 +289,12 @@ class LayerContainer:
             ours.copy_to(theirs, twin.offload)
         for index, layer in self.states.items():
             copy_states(layer, twin.layers[index])
+
+
+def _make_buffer(
+    room: Room, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+) -> KVBuffer:
+    return KVBuffer.like(k_bhtd, v_bhtd, room)
 
 
 def host_pages(memories: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:

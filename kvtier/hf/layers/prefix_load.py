@@ -82,8 +82,14 @@ class PrefixLoad:
                 memory.reserve(columns, live=min(self.columns, memory.capacity))
                 self._landed.append(memory)
             else:
-                self._landed.append(KVBuffer(len(self.plans), spec, KVBuffer.capacity_for(columns), "cpu"))
+                self._landed.append(self._host_buffer(spec, columns))
         job.start(self._place)
+
+    def _host_buffer(self, spec: LayerSpec, columns: int) -> KVBuffer:
+        """Return a buffer for pages. On a CPU it becomes the layer's own, and has room for the rest of the prompt."""
+        buffer = KVBuffer(len(self.plans), spec, 0, "cpu")
+        buffer.reserve(columns if self.device.type == "cpu" else self.columns, live=0)
+        return buffer
 
     def check_fit(self, memories: Sequence[LayerMemory | None]) -> None:
         """Check that the blocks of the store have as many layers as the cache.
@@ -174,7 +180,10 @@ class PrefixLoad:
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
             memory = landed
         else:
-            memory = KVBuffer.like(k_bhtd, v_bhtd, KVBuffer.capacity_for(self.columns + k_bhtd.shape[2]))
+            made = make(k_bhtd, v_bhtd)
+            assert isinstance(made, KVBuffer)
+            memory = made
+            memory.reserve(self.columns + k_bhtd.shape[2], live=0)
         for row in range(memory.rows):
             source = row // repeats
             plan = self.plans[source]

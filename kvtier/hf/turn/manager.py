@@ -262,9 +262,11 @@ class TurnManager:
             start_load(turn, turn.prefix, self.layers, self._checkpoints, model, request.repeats)
         turn.is_strict = self._is_strict
         self._turn, self._marks = turn, None
-        self.layers.begin_counting(turn.prefix.columns if turn.prefix is not None else 0)
-        if self.layers.offload is not None:
-            self.layers.offload.begin_turn(turn.prompt.columns if turn.prompt is not None else 0, self._longest_answer)
+        self.layers.begin_turn(
+            turn.prefix.columns if turn.prefix is not None else 0,
+            turn.prompt.columns if turn.prompt is not None else 0,
+            self._longest_answer,
+        )
         self.last_turn = turn.report()
         return self.last_turn
 
@@ -394,11 +396,11 @@ class TurnManager:
 
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
         """Copy the content and the running turn to ``twin``, the manager of a second cache."""
-        turn, offload = self._turn, twin.layers.offload
+        turn = self._turn
         if turn is not None and turn.prefix is not None and self.layers.offload is None:
             turn.prefix.wait()  # loading pages land in buffers that are about to be shared
-        if offload is not None and turn is not None and turn.prompt is not None:
-            offload.begin_turn(turn.prompt.columns, self._longest_answer)
+        if turn is not None and turn.prompt is not None:
+            twin.layers.expect_columns(turn.prompt.columns, self._longest_answer)
         self.layers.copy_to(twin.layers, memo)
         if turn is not None:
             twin._turn = turn.twin(memo if self.can_start_again() else None)
