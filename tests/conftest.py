@@ -22,14 +22,17 @@ _ANY_TIME = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     "print_blob": True,
 }
-settings.register_profile("ci", max_examples=40, derandomize=True, **_ANY_TIME)
+settings.register_profile("ci", max_examples=25, derandomize=True, **_ANY_TIME)
 settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the ``sample`` marker."""
-    config.addinivalue_line("markers", "sample(n): a run takes n of its cases; see tests/support/samples.py")
+    config.addinivalue_line(
+        "markers",
+        "sample(n, of=None): a run takes n of its cases, or of all tests of that word; see tests/support/samples.py",
+    )
 
 
 def pytest_report_header() -> str:

@@ -11,8 +11,13 @@ from kvtier.platform.memory import free_device_bytes
 
 _GROWTH = 1.5  # geometric, so that appending n tokens one by one copies O(n)
 _HEADROOM_TOKENS = 256
-_DEVICE_GROWTH = 32  # a thirty-second: appending n tokens copies 32 n, where torch.cat copies n of them each time
+_DEVICE_GROWTH = 32  # appending n tokens one by one copies 32 n columns, where torch.cat copies n for each
 _SHARE_OF_FREE = 4  # of a device's free memory, the model's own tensors need some
+
+
+def with_slack(columns: int) -> int:
+    """Return ``columns`` and a thirty-second more, at most 256."""
+    return columns + min(_HEADROOM_TOKENS, columns // _DEVICE_GROWTH)
 
 
 class Room:
@@ -54,7 +59,7 @@ class Room:
         for step in self._steps:
             if columns <= step and not self._memory_is_short(step - columns, column_bytes, device):
                 return step
-        return columns + min(_HEADROOM_TOKENS, columns // _DEVICE_GROWTH)
+        return with_slack(columns)
 
     def _memory_is_short(self, columns_ahead: int, column_bytes: int, device: torch.device) -> bool:
         """Whether columns that no token has needed yet would take too much; the first answer holds for the turn."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from kvtier.errors import BudgetError
+from kvtier.kv.room import with_slack
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import (
     PREFETCH_DEPTH,
@@ -167,7 +168,7 @@ class DeviceMemory:
         limit = self._refresh()
         if limit is None:
             return
-        room = round_up(max(columns + self.page_tokens, columns + columns // 8), self.page_tokens)
+        room = with_slack(columns + 1)
         tails = sum(token_bytes.values()) * rows * self.page_tokens
         for index in (None, *cold_order(self._total_layers())):
             if index is not None:
@@ -175,7 +176,8 @@ class DeviceMemory:
             hot = sum(n for i, n in token_bytes.items() if i not in self._cold) * rows * room
             largest = max((n for i, n in token_bytes.items() if i in self._cold), default=0)
             ring = PREFETCH_DEPTH * largest * rows * round_up(columns + 1, self.page_tokens)
-            if hot + ring + tails <= limit:
+            growth = max((n for i, n in token_bytes.items() if i not in self._cold), default=0) * rows * room
+            if hot + growth + ring + tails <= limit:
                 return
 
     def keep_hot(self, layer: BudgetedLayer, nbytes: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from kvtier.kv.base import first_visible
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
+from kvtier.kv.room import with_slack
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import round_up
 from kvtier.offload.device import DeviceMemory
@@ -137,16 +138,18 @@ class OffloadedLayer:
         self.wants = end
         if self.is_cold or (self._buffer is not None and self._buffer.capacity >= end):
             return
-        # A buffer grows by an eighth only: under a budget, unused room is lost to other layers.
-        page = self._device_memory.page_tokens
-        capacity = round_up(max(end + page, end + end // 8), page)
-        if not self._device_memory.keep_hot(self, capacity * self.token_bytes):
+        expected = self._device_memory.expected_columns
+        capacity = max(with_slack(end), expected if end <= expected else 0)
+        k_bytes, v_bytes = (self._rows * capacity * each for each in (self.spec.k_bytes, self.spec.v_bytes))
+        held_k_bytes = self._buffer.k.nbytes if self._buffer is not None else 0
+        more = max(k_bytes, k_bytes + v_bytes - held_k_bytes)  # the buffer replaces K first, then V
+        if not self._device_memory.keep_hot(self, more):
             self.turn_cold()
             return
         if self._buffer is None:
             self._buffer = KVBuffer(self._rows, self.spec, capacity, self.device)
         else:
-            self._device_memory.count(self, capacity * self.token_bytes)
+            self._device_memory.count(self, more)
             self._buffer.grow(capacity, live=self.length)
         self._device_memory.count(self)
 

@@ -14,7 +14,7 @@ from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.device import DeviceMemory
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.placement import PagePlacement
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.platform.paths import user_cache_folder
 from kvtier.report import TurnReport

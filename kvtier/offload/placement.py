@@ -13,11 +13,11 @@ from kvtier.kv.codecs import Codec
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget, TransferStats
-from kvtier.offload.encoded_pages import EncodedPages, FilePayloads, HostPayloads
 from kvtier.offload.extents import HostExtent, PageStorage, Part, StagedExtent
 from kvtier.offload.host_memory import HostPool, StagingBuffer
-from kvtier.offload.page_file import PageFile
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.encoded_pages import EncodedPages, FilePayloads, HostPayloads
+from kvtier.offload.storage.page_file import PageFile
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.transfer import CopyEngine, Fence
 
 

@@ -15,7 +15,7 @@ from kvtier.kv.page import Page, PageView
 from kvtier.kv.safetensors_header import DTYPES
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.offload.accounting import MemoryBudget
-from kvtier.offload.encoded_pages import EncodedPages, HostPayloads
+from kvtier.offload.storage.encoded_pages import EncodedPages, HostPayloads
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile, encode_block

@@ -208,7 +208,7 @@ def cold_layers(cache) -> int:
 def test_step_loads_full_pages_of_cold_layers_and_writes_filled_pages(make_model, tokens, spill):
     model, prompt = make_model("llama", num_hidden_layers=8), tokens(61)
     token = token_bytes(model) // 8
-    budget = int(0.6 * everything(model, 90))
+    budget = int(0.5 * everything(model, 90))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
         cache.begin(model, prompt)
         ids, transfers = prompt, cache.turns.layers.offload.transfers
@@ -362,7 +362,7 @@ def test_budget_error_names_the_smallest_budget_that_works(make_model, generate,
 
 
 def half_cold(model, store, spill):
-    return TieredCache(store, device_budget=int(0.6 * everything(model, 90)), spill_dir=spill)
+    return TieredCache(store, device_budget=int(0.5 * everything(model, 90)), spill_dir=spill)
 
 
 def test_full_disk_is_reported_and_the_next_turn_works(make_model, generate, tokens, spill, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier import ConfigurationError, PrefixStore, StreamError, TieredCache
@@ -17,8 +17,8 @@ from kvtier.kv.codecs import ExponentZstd, Raw
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
-from kvtier.offload.encoded_pages import EncodedPages, FilePayloads, HostPayloads
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.encoded_pages import EncodedPages, FilePayloads, HostPayloads
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.transfer import InlineEngine
 from tests.support.int8_codec import Int8
 
@@ -64,6 +64,7 @@ def read_back(pages: EncodedPages, row: int, first: int, last: int) -> tuple[tor
     return k, v
 
 
+@settings(max_examples=max(1, settings().max_examples // 2))
 @given(
     codec=st.sampled_from([ExponentZstd(), Growing(), Int8()]),
     in_file=st.booleans(),

@@ -19,8 +19,8 @@ from kvtier.errors import StreamError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload import spill_folder
-from kvtier.offload.page_file import PageFile
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.page_file import PageFile
+from kvtier.offload.storage.spill_folder import SpillFolder
 
 ROWS, TOKENS = 2, 6
 

@@ -17,7 +17,7 @@ from kvtier.offload.extents import HostExtent
 from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.manager import OffloadManager
 from kvtier.offload.placement import PagePlacement
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.testing import SimulatedEngine
 from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for

@@ -10,8 +10,8 @@ import torch
 from kvtier.errors import GoneError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.page_file import PageFile
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.page_file import PageFile
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS, Descriptors, ReadFile
 
 

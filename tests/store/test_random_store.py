@@ -183,4 +183,4 @@ class Store(RuleBasedStateMachine):
 
 
 TestStore = Store.TestCase
-TestStore.settings = settings(stateful_step_count=40)
+TestStore.settings = settings(stateful_step_count=25)

@@ -434,4 +434,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed")(StoreMachine.TestCase)
-TestStoreMachine.settings = settings(stateful_step_count=30)
+TestStoreMachine.settings = settings(stateful_step_count=20)

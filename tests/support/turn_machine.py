@@ -413,4 +413,4 @@ class OffloadedTurns(Turns):
 
 
 # A tenth of the steps interrupts or damages something: shorter runs would seldom see the consequences.
-SETTINGS = settings(max_examples=max(1, settings().max_examples // 4), stateful_step_count=20)
+SETTINGS = settings(max_examples=max(1, settings().max_examples // 4), stateful_step_count=15)

@@ -1,7 +1,7 @@
 """Promise 4, call by call: each call of a store to its drive or to SQLite fails once, or from there on.
 
-A life makes several hundred calls. ``KVTIER_FAULT_STRIDE=1`` lets each of them fail; by default every 41st call
-fails, from a different first call in each test; 41 shares no divisor with the number of drive errors.
+A life makes several hundred calls. ``KVTIER_FAULT_STRIDE=1`` lets each of them fail; by default every 83rd call
+fails, from a different first call in each test; 83 shares no divisor with the number of drive errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.stores import (
     run_python,
 )
 
-STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "41"))
+STRIDE = int(os.environ.get("KVTIER_FAULT_STRIDE", "83"))
 SECONDS_A_POINT = 10
 
 

@@ -17,7 +17,7 @@ from tests.support import races
 from tests.support.stores import ROOT, commit, count, run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
-TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "15"))
+TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "8"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 
 

@@ -34,8 +34,8 @@ pytestmark = [
     ),
 ]
 
-FIRST, MORE, NEW = 600, 20, 5
-"""Tokens of the first prompt (more than two blocks of 256), of each addition to a later prompt, and of an answer."""
+FIRST, MORE, NEW = 300, 10, 3
+"""Tokens of the first prompt (more than two blocks of 128), of each addition to a later prompt, and of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def answer(model: PreTrainedModel, prompt: torch.Tensor, cache: Any) -> Answer:
 def answer_from_files(dtype: torch.dtype, folder: str, prompt: list[int], result: str) -> tuple[int, dict[str, int]]:
     """Answer ``prompt`` with the store in ``folder``; return the process id, and the cached tokens by tier."""
     torch.set_num_threads(1)
-    with PrefixStore(folder) as store, TieredCache(store) as cache:
+    with PrefixStore(folder, block_size=128) as store, TieredCache(store) as cache:
         said = answer(load(dtype), torch.tensor([prompt]), cache)
         save_file({"sequences": said.sequences, "logits": said.logits}, result)
         return os.getpid(), dict(cache.last_turn.cached_by_tier)
@@ -117,7 +117,7 @@ def assert_same(ours: Answer, theirs: Answer) -> None:
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 def test_every_turn_of_a_conversation_matches_dynamic_cache_bitwise(plain, tmp_path, compression):
     folder, result = tmp_path / "store", tmp_path / "answer.safetensors"
-    with PrefixStore(folder, compression=compression) as store:
+    with PrefixStore(folder, block_size=128, compression=compression) as store:
         with TieredCache(store) as cache:
             assert_same(answer(plain.model, plain.prompts[0], cache), plain.answers[0])
             assert cache.last_turn.cached_tokens == 0

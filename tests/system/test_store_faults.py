@@ -56,7 +56,7 @@ def works_again(folder: Path, ask, ids, settings) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(4)  # of 16
+@pytest.mark.sample(2)  # of 16
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=os.strerror)
 @pytest.mark.parametrize("name", ["fsync", "open", "replace", "mkdir"])
@@ -232,7 +232,7 @@ def test_blocks_folder_replaced_by_a_file_keeps_generation_exact(tmp_path, ask, 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(6)  # of 24
+@pytest.mark.sample(3)  # of 24
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("how", DAMAGES)
@@ -256,7 +256,7 @@ def test_block_damaged_between_turns_is_reported_and_recomputed(tmp_path, ask, w
     assert warned() == []
 
 
-@pytest.mark.sample(5)  # of 8
+@pytest.mark.sample(2)  # of 8
 @pytest.mark.parametrize("which", [0, 2], ids=["first", "middle"])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_block_damaged_while_the_store_is_closed_is_reported_and_recomputed(tmp_path, ask, warned, how, which):
@@ -334,7 +334,7 @@ def test_failing_read_during_a_turn_keeps_generation_exact(
     assert failed_at > 20
 
 
-@pytest.mark.sample(3)  # of 4
+@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("how", DAMAGES)
 def test_block_damaged_before_the_first_forward_pass_keeps_generation_exact(tmp_path, ask, warned, how):
     """Its pages may have been loaded or not; in both cases attention sees no wrong pages."""
@@ -357,7 +357,7 @@ def test_block_damaged_before_the_first_forward_pass_keeps_generation_exact(tmp_
 # --- the catalog ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)  # of 18
+@pytest.mark.sample(2)  # of 18
 @pytest.mark.parametrize("settings", [COLD, WARM], ids=["cold", "warm"])
 @pytest.mark.parametrize("files", [("",), ("-wal",), ("", "-wal", "-shm")], ids=lambda names: "+".join(names) or "main")
 @pytest.mark.parametrize("how", ["delete", "empty", "garbage"])

@@ -13,6 +13,8 @@ from sweep.models import tiny_model
 from sweep.outcome import CHECKS
 from sweep.turns import NAMES
 
+pytestmark = pytest.mark.sample(7, of="faults of the sweep")  # of 31
+
 
 @pytest.fixture
 def model():
@@ -84,7 +86,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.sample(2)  # of 10
 @pytest.mark.parametrize(
     ("fault", "kind", "verdict"),
     [*((fault, Perturbed, "wrong") for fault in FAULTS), ("reuses", Raising, "failed"), ("padded", Raising, "failed")],
@@ -126,7 +127,6 @@ def without_folder(path=None, **kwargs):
     return PrefixStore(**kwargs)
 
 
-@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize(
     ("make_cache", "make_store", "missing"),
     [

@@ -16,8 +16,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, passed
+from kvtier.kv.room import with_slack
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.accounting import round_up, smallest_budget_bytes
+from kvtier.offload.accounting import smallest_budget_bytes
 
 LAYERS = 6
 _VOCABULARY = 256
@@ -210,7 +211,7 @@ def budgets(model: Any, columns: int, page_tokens: int, rows: int = 1, steps: in
     )
     layer_bytes = [g.token_bytes] * config.num_hidden_layers
     least = smallest_budget_bytes(layer_bytes, rows, columns, page_tokens)
-    # Each hot buffer has room for an eighth more than it holds; one of them exists twice while it grows.
-    capacity = round_up(max(columns + page_tokens, columns + columns // 8), page_tokens)
+    # Each hot buffer has some room to grow; one of them exists twice while it grows.
+    capacity = with_slack(columns + 1)
     all_hot = rows * (sum(layer_bytes) * (capacity + page_tokens) + g.token_bytes * capacity)
     return [least + (all_hot - least) * step // (steps - 1) for step in range(steps)]

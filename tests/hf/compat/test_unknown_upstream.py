@@ -20,6 +20,7 @@ import transformers
 from tests.support.upstream import CACHE
 
 ROOT = Path(__file__).parents[3]
+taken = pytest.mark.sample(3, of="changed transformers")  # of 12: each starts processes with a copy of the package
 PACKAGE = Path(transformers.__file__).parent
 
 CONVERSATION = """
@@ -142,13 +143,14 @@ def outcomes(found, how=""):
     return {outcome for turn, outcome in found["outcomes"].items() if how in turn}
 
 
-@pytest.mark.sample(1)  # of 6
+@taken
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_transformers_never_gives_a_wrong_answer(converse, change):
     found = converse(change)
     assert "wrong" not in outcomes(found), found
 
 
+@taken
 def test_newer_version_without_changes_is_reused(converse):
     found = converse("nothing")
     assert found["reason"] is None
@@ -156,6 +158,7 @@ def test_newer_version_without_changes_is_reused(converse):
     assert outcomes(found, "past_key_values wrapped") == outcomes(found, "cache wrapped") == {"right"}
 
 
+@taken
 @pytest.mark.parametrize(
     "change", ["the argument and the field of the output", "the methods of generation", "what is left of a prompt"]
 )
@@ -166,6 +169,7 @@ def test_wrapped_calls_are_right_on_a_changed_transformers(converse, change):
     assert outcomes(found, "cache wrapped") == {"right"}, found
 
 
+@taken
 def test_canary_catches_a_change_that_the_guard_misses(converse):
     change = "what is left of a prompt"
     found = converse(change)
@@ -174,6 +178,7 @@ def test_canary_catches_a_change_that_the_guard_misses(converse):
     assert "wrong" in outcomes(converse(change, "canary"))
 
 
+@taken
 def test_guard_catches_a_change_that_the_canary_misses(converse):
     change = "the methods of generation"
     found = converse(change)

@@ -13,7 +13,7 @@ from kvtier.errors import StreamError
 from kvtier.kv.page import PageView
 from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 
 READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)

@@ -19,8 +19,8 @@ from kvtier.kv.codecs.base import Bytes
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
-from kvtier.offload.page_file import READ_FLAGS, WRITE_FLAGS, transfer_all
-from kvtier.offload.spill_folder import SpillFolder
+from kvtier.offload.storage.page_file import READ_FLAGS, WRITE_FLAGS, transfer_all
+from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 
 _RAW = Raw()
