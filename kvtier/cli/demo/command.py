@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,11 +31,7 @@ _LIGHTHOUSE_QUESTIONS = (
     "Who was the principal keeper when the great wave put out the light?",
     "What does the card in the museum say?",
 )
-_ANY_QUESTIONS = (
-    "What is this text about?",
-    "Which names does it mention?",
-    "How does it end?",
-)
+_ANY_QUESTIONS = ("What is this text about?", "Which names does it mention?", "How does it end?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +44,6 @@ class _TurnResult:
     computed_tokens: int
     cached_by_tier: Mapping[str, int]
     first_token_seconds: float
-    miss_reason: str | None
-
-    @classmethod
-    def from_json(cls, text: str) -> _TurnResult:
-        fields = json.loads(text)
-        fields["sequence"] = tuple(fields["sequence"])
-        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +122,7 @@ def _converse(
         rows.append(_Row(title, result, reference.cold(prompt), plain.sequence == result.sequence))
 
     prompt = chat.first_prompt(f"{text.strip()}\n\n{questions[0]}")
-    turns = _LocalTurns(chat, store, max_new_tokens)
-    try:
+    with closing(_LocalTurns(chat, store, max_new_tokens)) as turns:  # afterwards, only the files are left
         _ask(console, "1  this process, first time", questions[0])
         first = turns.run(prompt)
         check("1  first time", prompt, first)
@@ -143,8 +131,6 @@ def _converse(
         _ask(console, "2  this process, from memory", questions[1])
         second = turns.run(prompt)
         check("2  from memory", prompt, second)
-    finally:
-        turns.close()  # from here on, only the files are left
 
     prompt = chat.next_prompt(second.sequence, questions[2])
     _ask(console, "3  a new process, from disk", questions[2])
@@ -175,7 +161,6 @@ class _LocalTurns:
             computed_tokens=report.computed_tokens,
             cached_by_tier=dict(report.cached_by_tier),
             first_token_seconds=answer.first_token_seconds,
-            miss_reason=report.miss_reason,
         )
 
     def close(self) -> None:
@@ -195,18 +180,17 @@ def _run_in_new_process(
     done = subprocess.run([sys.executable, "-m", "kvtier", "demo", "--worker", str(task)], check=False)
     if done.returncode != 0:
         raise typer.Exit(done.returncode)
-    return _TurnResult.from_json(result.read_text(encoding="utf-8"))
+    fields = json.loads(result.read_text(encoding="utf-8"))
+    return _TurnResult(**fields | {"sequence": tuple(fields["sequence"])})
 
 
 def _run_worker(task: Path) -> None:
     from kvtier.cli.demo.conversation import ChatModel
 
     fields = json.loads(task.read_text(encoding="utf-8"))
-    turns = _LocalTurns(ChatModel(fields["model"]), Path(fields["store"]), fields["max_new_tokens"])
-    try:
+    chat = ChatModel(fields["model"])
+    with closing(_LocalTurns(chat, Path(fields["store"]), fields["max_new_tokens"])) as turns:
         result = turns.run(tuple(fields["prompt"]))
-    finally:
-        turns.close()
     Path(fields["result"]).write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 

@@ -80,9 +80,8 @@ def _space(folder: Path) -> Finding:
     }
     text = f"{folder} on {kind}, {gigabytes(usage.free)} of {gigabytes(usage.total)} free"
     if kind in _MEMORY_FILE_SYSTEMS:
-        return Finding(
-            "note", "spill folder", f"{text}. That is RAM: pages there save none. Name a folder on a disk", facts
-        )
+        text += ". That is RAM: pages there save none. Name a folder on a disk"
+        return Finding("note", "spill folder", text, facts)
     if usage.free < max(usage.total // 20, _TOO_LITTLE_BYTES):
         return Finding("note", "spill folder", f"{text}: nearly full. Make room, or name another folder", facts)
     return Finding("ok", "spill folder", text, facts)
@@ -93,7 +92,7 @@ def _speed(path: Path, folder: Path) -> Finding:
     room = shutil.disk_usage(folder).free // 4
     if room < _PIECE_BYTES:
         text = f"{folder} has no room for the {gigabytes(4 * _PIECE_BYTES)} that measuring it takes"
-        return Finding("problem", "disk", text, {})
+        return Finding("problem", "disk", text)
     piece = os.urandom(_PIECE_BYTES)  # a file system that compresses gains nothing
     written, write_seconds = _write(path, piece, min(_FILE_BYTES, room))
     warm_seconds, same = _read(path, piece)
