@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -73,10 +73,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def spinner(what: str) -> Iterator[None]:
     """Show a spinner on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(Text(plain(what))):  # a file name may look like markup
+    # A file name may look like markup.
+    with console.status(Text(plain(what))) if console.is_terminal else nullcontext():
         yield
 
 

@@ -89,8 +89,8 @@ def _list_names(names: Sequence[NamedPrefix], chains: Sequence[Chain], used: Sto
         console.print()
     if chains:
         without = f"{len(chains)} chain{'' if len(chains) == 1 else 's'} without a name"
-        free = size(used.unnamed_bytes)
-        print_line(console, f"{without}, {free} that no name uses; kvtier store ls --unnamed lists them.")
+        without += f", {size(used.unnamed_bytes)} that no name uses"
+        print_line(console, f"{without}; kvtier store ls --unnamed lists them.")
     elif names:
         print_line(console, "Everything here has a name.")
     else:

@@ -141,11 +141,10 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(plain(text), style=style), soft_wrap=True)
 
 
-def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Print facts, one line each."""
-    known = list(facts)
-    width = max(len(title) for title, _ in known)
-    for title, text in known:
+    width = max(len(title) for title, _ in facts)
+    for title, text in facts:
         console.print(Text.assemble((f"{title:<{width}}", "bold"), "  ", plain(text)), soft_wrap=True)
 
 
