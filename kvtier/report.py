@@ -35,10 +35,6 @@ class RowReport:
     known_tokens: int = 0
 
 
-def _no_tiers() -> Mapping[str, int]:
-    return MappingProxyType({"device": 0, "host": 0, "disk": 0})
-
-
 @dataclass(frozen=True, slots=True)
 class TurnReport:
     """One turn, summed over its rows.
@@ -71,7 +67,9 @@ class TurnReport:
     cached_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
-    cached_by_tier: Mapping[str, int] = field(default_factory=_no_tiers)
+    cached_by_tier: Mapping[str, int] = field(
+        default_factory=lambda: MappingProxyType({"device": 0, "host": 0, "disk": 0})
+    )
     restored_bytes: int = 0
     restore_seconds: float = 0.0
     miss_reason: str | None = None

@@ -6,18 +6,8 @@ import re
 
 from kvtier.errors import ConfigurationError
 
-_FACTORS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+_FACTORS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_FACTORS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -27,11 +17,9 @@ def parse_bytes(value: int | str, argument: str) -> int:
     Raises:
         ConfigurationError: ``value`` is not a byte count, or not positive; the message names ``argument``.
     """
-    if isinstance(value, str):
-        match = _PATTERN.fullmatch(value)
-        factor = _FACTORS.get(match[2].lower()) if match else None
-        if match is None or factor is None:
-            raise ConfigurationError(f'{argument}={value!r} is not a byte count; pass an int or e.g. "2GiB", "500MB".')
+    match = _PATTERN.fullmatch(value) if isinstance(value, str) else None
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match and factor:
         count = int(float(match[1]) * factor)
     elif isinstance(value, int) and not isinstance(value, bool):
         count = value

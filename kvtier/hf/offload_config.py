@@ -8,8 +8,8 @@ from typing import Any
 
 from kvtier.kv.codecs import Codec, Raw, chosen_codec
 from kvtier.offload.manager import AUTO, MakeEngine, OffloadManager, default_spill_folder
+from kvtier.platform.filesystem import folder_path
 from kvtier.platform.memory import host_memory_bytes
-from kvtier.platform.paths import folder_path
 from kvtier.store import PrefixStore
 from kvtier.units import parse_bytes
 

@@ -15,8 +15,8 @@ from kvtier.offload.device import DeviceMemory
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.placement import PagePlacement
 from kvtier.offload.storage.spill_folder import SpillFolder
+from kvtier.platform.filesystem import user_cache_folder
 from kvtier.platform.memory import free_device_bytes
-from kvtier.platform.paths import user_cache_folder
 from kvtier.report import TurnReport
 from kvtier.transfer import CopyEngine
 

@@ -2,6 +2,7 @@
 
 Errors of a real drive come from one of six system calls. ``SystemCalls`` holds them, so that a test can make any
 single call fail, be cut short, or be the last call of a process. ``mounts.py`` tells the type of a drive.
+Also here: folders that users name, as absolute paths, and the default folder.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
+from kvtier.errors import ConfigurationError
 from kvtier.platform.descriptors import OF_THIS_PROCESS
 from kvtier.platform.mounts import mounted_kind
 
@@ -28,66 +29,6 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
 # Temporary files of this process. A restarted container often has the process id of its predecessor: a temporary file
 # with our own id that is not in here was left by a dead process.
 _being_written: set[str] = set()
-
-
-class Filesystem(Protocol):
-    """The drive operations of a store. Thread-safe. Methods raise ``OSError`` as the system does."""
-
-    def make_folder(self, path: Path, *, durable: bool = False) -> None:
-        """Make a folder that only the user can enter (0700 whatever the umask), and its missing parents.
-
-        An existing folder is left as it is. With ``durable`` a new folder survives a power cut.
-
-        Raises:
-            NotADirectoryError: ``path`` exists and is not a folder.
-        """
-
-    def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
-        """Write a file with all bytes of ``pieces`` at ``path``, in place of any file there.
-
-        A reader sees the old file or the new one, never a part, also after this process was killed; with
-        ``durable`` also after a power cut. Only the user can read it (0600 whatever the umask).
-
-        Raises:
-            OSError: no temporary file stays behind unless it cannot be deleted either. ``path`` holds its old content,
-                or (if only the folder could not be made durable) the whole new file.
-        """
-
-    def delete(self, path: Path) -> bool:
-        """Delete a file; return whether it existed."""
-
-    def open_read(self, path: Path) -> int:
-        """Return a file descriptor for reading; the caller closes it.
-
-        Raises:
-            OSError: ``ELOOP`` where ``path`` is a symbolic link.
-        """
-
-    def allocated_bytes(self, folder: Path, nbytes: int) -> int:
-        """Return the bytes that a file of ``nbytes`` below ``folder`` takes, in whole allocation units of its drive."""
-
-    def used_bytes(self, path: Path) -> int:
-        """Return the bytes that the file at ``path`` takes on its drive: as reported, at least ``allocated_bytes``.
-
-        A drive reports more than ``allocated_bytes`` if it allocates larger pieces than it states; it reports less
-        while a file is not written out yet, or if it compresses.
-        """
-
-    def free_bytes(self, folder: Path) -> int:
-        """Return how many bytes a user without privileges may still write to the drive of ``folder``."""
-
-    def kind(self, folder: Path) -> str | None:
-        """Return the type of the filesystem of ``folder``, e.g. ``ext4``; None where the system does not tell."""
-
-    def refuse_links(self, folder: Path, path: Path) -> None:
-        """Check that no part of ``path`` below ``folder`` is a link; ``folder`` itself may be one.
-
-        A missing part is no link.
-
-        Raises:
-            OSError: ``ELOOP``: a part of ``path`` below ``folder`` is a symbolic link.
-            ValueError: ``path`` does not lie below ``folder``.
-        """
 
 
 class SystemCalls:
@@ -119,14 +60,24 @@ class SystemCalls:
 
 
 class LocalFilesystem:
-    """The ``Filesystem`` of this machine's drives."""
+    """The drive operations of a store. Thread-safe. Methods raise ``OSError`` as the system does.
+
+    Args:
+        calls: the system calls that change or open files and folders.
+    """
 
     def __init__(self, calls: SystemCalls | None = None) -> None:
         self._calls = calls or SystemCalls()
         self._allocation_units: dict[str, int] = {}
 
     def make_folder(self, path: Path, *, durable: bool = False) -> None:
-        """Make a folder and its missing parents, 0700."""
+        """Make a folder that only the user can enter (0700 whatever the umask), and its missing parents.
+
+        An existing folder is left as it is. With ``durable`` a new folder survives a power cut.
+
+        Raises:
+            NotADirectoryError: ``path`` exists and is not a folder.
+        """
         if path.is_dir():
             return
         if path.parent != path:
@@ -143,7 +94,15 @@ class LocalFilesystem:
             self._sync_folder(path.parent)
 
     def write_whole(self, path: Path, pieces: Sequence[memoryview], durable: bool) -> None:
-        """Write a temporary file beside ``path``, then rename it."""
+        """Write a file with all bytes of ``pieces`` at ``path``, in place of any file there.
+
+        A reader sees the old file or the new one, never a part, also after this process was killed; with
+        ``durable`` also after a power cut. Only the user can read it (0600 whatever the umask).
+
+        Raises:
+            OSError: no temporary file stays behind unless it cannot be deleted either. ``path`` holds its old content,
+                or (if only the folder could not be made durable) the whole new file.
+        """
         temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
         place = os.path.realpath(temporary)
         _being_written.add(place)
@@ -189,7 +148,7 @@ class LocalFilesystem:
             os.close(fd)
 
     def delete(self, path: Path) -> bool:
-        """Delete a file; return False if it is missing."""
+        """Delete a file; return whether it existed."""
         try:
             self._calls.unlink(path)
         except FileNotFoundError:
@@ -197,12 +156,15 @@ class LocalFilesystem:
         return True
 
     def open_read(self, path: Path) -> int:
-        """Open a file for reading, unless it is a link."""
-        # Without waiting: a pipe of that name would have no writer.
+        """Return a file descriptor for reading; the caller closes it.
+
+        Raises:
+            OSError: ``ELOOP`` where ``path`` is a symbolic link.
+        """
         return self._calls.open(path, READ_FLAGS)
 
     def allocated_bytes(self, folder: Path, nbytes: int) -> int:
-        """Round ``nbytes`` up to whole allocation units of the drive, which is asked once per folder."""
+        """Return the bytes that a file of ``nbytes`` below ``folder`` takes, in whole allocation units of its drive."""
         unit = self._allocation_units.get(str(folder))
         if unit is None:
             drive = os.statvfs(folder)
@@ -210,22 +172,33 @@ class LocalFilesystem:
         return -(-nbytes // unit) * unit
 
     def used_bytes(self, path: Path) -> int:
-        """Ask the drive."""
+        """Return the bytes that the file at ``path`` takes on its drive: as reported, at least ``allocated_bytes``.
+
+        A drive reports more than ``allocated_bytes`` if it allocates larger pieces than it states; it reports less
+        while a file is not written out yet, or if it compresses.
+        """
         found = path.lstat()
         told = getattr(found, "st_blocks", 0) * _STAT_BLOCK_BYTES
         return max(told, self.allocated_bytes(path.parent, found.st_size))
 
     def free_bytes(self, folder: Path) -> int:
-        """Ask the drive, leaving out its reserve for the administrator."""
+        """Return how many bytes a user without privileges may still write to the drive of ``folder``."""
         drive = os.statvfs(folder)
         return drive.f_bavail * (drive.f_frsize or drive.f_bsize)
 
     def kind(self, folder: Path) -> str | None:
-        """Ask the system's table of mounts."""
+        """Return the type of the filesystem of ``folder``, e.g. ``ext4``; None where the system does not tell."""
         return mounted_kind(folder)
 
     def refuse_links(self, folder: Path, path: Path) -> None:
-        """Check every part of ``path`` below ``folder``."""
+        """Check that no part of ``path`` below ``folder`` is a link; ``folder`` itself may be one.
+
+        A missing part is no link.
+
+        Raises:
+            OSError: ``ELOOP``: a part of ``path`` below ``folder`` is a symbolic link.
+            ValueError: ``path`` does not lie below ``folder``.
+        """
         parts = path.relative_to(folder).parts
         if ".." in parts:
             raise ValueError(f"{str(path)!r} does not lie below {str(folder)!r}")
@@ -233,11 +206,8 @@ class LocalFilesystem:
         for part in parts:
             place = place / part
             if place.is_symlink():
-                raise OSError(
-                    errno.ELOOP,
-                    "is a symbolic link inside a store, which could lead anywhere; delete the link",
-                    str(place),
-                )
+                text = "is a symbolic link inside a store, which could lead anywhere; delete the link"
+                raise OSError(errno.ELOOP, text, str(place))
 
 
 LOCAL = LocalFilesystem()
@@ -269,3 +239,35 @@ def is_alive(pid: int) -> bool:
     except PermissionError:  # another user's process
         return True
     return True
+
+
+def folder_path(value: str | os.PathLike[str], argument: str) -> Path:
+    """Return ``value`` as the absolute path of a folder, independent of later changes of the current folder.
+
+    Raises:
+        ConfigurationError: it is not a path; it is empty, which would be the current folder; or it begins with the
+            home of a user without one. The message names ``argument``.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ConfigurationError(f"{argument}={value!r} is not the path of a folder.")
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigurationError(f"{argument}={value!r}: {error}; set HOME, or pass an absolute path.") from error
+    except OSError as error:  # the current folder is gone
+        raise ConfigurationError(f"{argument}={value!r} is relative to a folder that is gone ({error}).") from error
+
+
+def user_cache_folder(argument: str) -> Path:
+    """Return the user's cache folder.
+
+    Raises:
+        ConfigurationError: the user has none; the message says to pass ``argument``.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return folder_path(base, "XDG_CACHE_HOME")
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigurationError(f"{error}; set HOME, or pass {argument}=….") from error

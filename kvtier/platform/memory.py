@@ -79,8 +79,7 @@ def _number(path: Path) -> int | None:
 
 def _entry(path: Path, name: str) -> int:
     try:
-        entries = dict(line.split() for line in path.read_text(encoding="ascii").splitlines())
-        return int(entries[name])
+        return int(dict(line.split() for line in path.read_text(encoding="ascii").splitlines())[name])
     except (OSError, ValueError, KeyError):
         return 0
 

@@ -7,7 +7,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 
-from kvtier.platform.paths import folder_path
+from kvtier.platform.filesystem import folder_path
 from kvtier.store.store import PrefixStore
 
 _IN_RAM = ""  # the name of the store without a folder; it lives as long as the process

@@ -28,10 +28,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, UnavailableError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
-from kvtier.platform.filesystem import LOCAL, Filesystem
+from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
-from kvtier.platform.paths import folder_path
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States
@@ -133,7 +132,7 @@ class PrefixStore:
         tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
         write_on: str = "first-use",
         lower_tiers: Sequence[Tier] = (),
-        filesystem: Filesystem = LOCAL,
+        filesystem: LocalFilesystem = LOCAL,
         connect: Connect = connect,
         clock: Callable[[], float] = time.time,
     ) -> None:

@@ -6,8 +6,7 @@ from kvtier.testing.layer_memory import LayerMemoryChecks
 from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
-from kvtier.testing.simulation.races import RaceError
-from kvtier.testing.simulation.sites import Site
+from kvtier.testing.simulation.races import RaceError, Site
 from kvtier.testing.tiers import TierChecks
 
 __all__ = [

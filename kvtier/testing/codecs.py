@@ -46,7 +46,7 @@ class CodecChecks:
                     found = codec.decode(payload.copy(), shape, dtype)
                     assert (tuple(found.shape), found.dtype) == (shape, dtype), name
                     if codec.is_lossless:
-                        assert np.array_equal(as_bytes(found.contiguous()), as_bytes(tensor.contiguous())), name
+                        _assert_same_bytes(found, tensor)
 
     def test_values_of_every_kind_come_back(self, codec: Codec) -> None:
         """Infinities, NaN and the sign of zero, if it is lossless; from one that is not, numbers stay near."""
@@ -54,11 +54,9 @@ class CodecChecks:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             tensor = special.to(dtype)
             if codec.is_lossless:
-                found = codec.decode(codec.encode(tensor).copy(), (1, 1, 8), dtype)
-                assert np.array_equal(as_bytes(found.contiguous()), as_bytes(tensor))
+                _assert_same_bytes(_round_trip(codec, tensor), tensor)
             usual = torch.linspace(-3, 3, 64).reshape(1, 8, 8).to(dtype)
-            found = codec.decode(codec.encode(usual).copy(), (1, 8, 8), dtype)
-            assert (found.float() - usual.float()).abs().max() <= 0.1
+            assert (_round_trip(codec, usual).float() - usual.float()).abs().max() <= 0.1
 
     def test_nothing_but_a_block_error_comes_of_other_payloads(self, codec: Codec) -> None:
         """Cut short, grown, or with other bytes in it: an error, or some tensor of the right shape."""
@@ -102,8 +100,7 @@ class CodecChecks:
             for layer, page in enumerate(pages):
                 found = file.page(layer)
                 for mine, theirs in ((found.k_htd, page.k_htd), (found.v_htd, page.v_htd)):
-                    expected = codec.decode(codec.encode(theirs).copy(), tuple(theirs.shape), theirs.dtype)
-                    assert np.array_equal(as_bytes(mine.contiguous()), as_bytes(expected.contiguous()))
+                    _assert_same_bytes(mine, _round_trip(codec, theirs))
         finally:
             file.close()
 
@@ -121,17 +118,10 @@ class CodecChecks:
                 pages.read(0, first, last, PageView.on(*found))
                 for mine, theirs in zip(found, (k, v), strict=True):
                     cut = [theirs[0, :, at : at + page_tokens] for at in range(0, columns, page_tokens)]
-                    expected = torch.cat([self._round_trip(codec, page) for page in cut], dim=1)
+                    expected = torch.cat([_cold_page(codec, page) for page in cut], dim=1)
                     assert torch.equal(mine, expected[:, first:last])
             del pages, payloads
         assert budget.used_bytes == 0
-
-    def _round_trip(self, codec: Codec, page_htd: torch.Tensor) -> torch.Tensor:
-        """Return what a cold page holds: the decoded payload, or the page itself where the payload is larger."""
-        payload = codec.encode(page_htd)
-        if payload.nbytes > page_htd.nbytes:
-            return page_htd
-        return codec.decode(payload.copy(), tuple(page_htd.shape), page_htd.dtype)
 
     def test_a_store_keeps_blocks_in_it(self, codec: Codec, tmp_path: Path) -> None:
         """Another store on the same folder reads them; one without the codec finds nothing, and deletes nothing."""
@@ -157,8 +147,7 @@ class CodecChecks:
             assert match.length == 8
             load = store.restore([match.spans])
             page = load.reader(match.spans[0].block.key).page(0)
-            expected = codec.decode(codec.encode(k[:, :4].contiguous()).copy(), (2, 4, 4), torch.float32)
-            assert torch.equal(page.k_htd, expected)
+            assert torch.equal(page.k_htd, _round_trip(codec, k[:, :4].contiguous()))
             load.close()
             assert store.verify().ok
 
@@ -167,3 +156,16 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return values as they are usual for K and V, the same each time."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(3), device="cpu")
     return values.to(dtype)
+
+
+def _round_trip(codec: Codec, tensor: torch.Tensor) -> torch.Tensor:
+    return codec.decode(codec.encode(tensor).copy(), tuple(tensor.shape), tensor.dtype)
+
+
+def _cold_page(codec: Codec, page_htd: torch.Tensor) -> torch.Tensor:
+    """Return what a cold page holds: the decoded payload, or the page itself where the payload is larger."""
+    return page_htd if codec.encode(page_htd).nbytes > page_htd.nbytes else _round_trip(codec, page_htd)
+
+
+def _assert_same_bytes(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert np.array_equal(as_bytes(mine.contiguous()), as_bytes(theirs.contiguous())), mine.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -53,11 +54,7 @@ class EngineChecks:
         """A host task fills a buffer, a copy takes it to the device, a kernel uses it."""
         host = self._host(engine, _LENGTH)
         there = torch.zeros(_LENGTH, device=self.device)
-
-        def read() -> None:
-            host.copy_(torch.arange(float(_LENGTH)))
-
-        filled = engine.call(read, writes=(host,))
+        filled = engine.call(_filling(host, torch.arange(float(_LENGTH))), writes=(host,))
         engine.wait(engine.copy(there, host, after=(filled, engine.mark())))
         assert torch.equal(there + 1, self._ramp(_LENGTH) + 1)
 
@@ -83,15 +80,15 @@ class EngineChecks:
         ran: list[int] = []
         fences = [engine.mark()]
         for number in range(20):
-            fences.append(engine.call(_appending(ran, number), after=fences[-1:]))
+            fences.append(engine.call(partial(ran.append, number), after=fences[-1:]))
         engine.settle(fences[-1])
         assert ran == list(range(20))
 
     def test_an_operation_comes_after_all_of_its_fences(self, engine: CopyEngine) -> None:
         """Many tasks in any order, then one."""
         ran: list[int] = []
-        before = [engine.call(_appending(ran, number)) for number in range(10)]
-        engine.settle(engine.call(_appending(ran, 10), after=before))
+        before = [engine.call(partial(ran.append, number)) for number in range(10)]
+        engine.settle(engine.call(partial(ran.append, 10), after=before))
         assert ran[-1] == 10
         assert sorted(ran) == list(range(11))
 
@@ -119,7 +116,7 @@ class EngineChecks:
         target = torch.zeros(_LENGTH, device=self.device)
         broken = engine.call(_raising(error))
         copied = engine.copy(target, self._ramp(_LENGTH), after=(broken, engine.mark()))
-        called = engine.call(_appending(ran, 1), after=(copied,))
+        called = engine.call(partial(ran.append, 1), after=(copied,))
         assert _raised(engine.settle, called) is error
         assert _raised(engine.settle, copied) is error
         assert ran == []
@@ -127,9 +124,9 @@ class EngineChecks:
     def test_a_failure_leaves_other_operations_alone(self, engine: CopyEngine) -> None:
         """Earlier operations and unrelated operations."""
         ran: list[int] = []
-        first = engine.call(_appending(ran, 1))
+        first = engine.call(partial(ran.append, 1))
         broken = engine.call(_raising(OSError("broken")), after=(first,))
-        other = engine.call(_appending(ran, 2))
+        other = engine.call(partial(ran.append, 2))
         engine.settle(first)
         engine.settle(other)
         assert _raised(engine.settle, broken) is not None
@@ -148,7 +145,7 @@ class EngineChecks:
         with torch.inference_mode():
             host = self._host(engine, _LENGTH)
             target = torch.zeros(_LENGTH, device=self.device)
-            filled = engine.call(_appending([], 0))
+            filled = engine.call(lambda: None)
             engine.settle(engine.copy(target, self._ramp(_LENGTH), after=(filled, engine.mark())))
             engine.settle(engine.copy(host, target))
             assert torch.equal(host, torch.arange(float(_LENGTH)))
@@ -169,7 +166,7 @@ class EngineChecks:
     def test_closing_twice_is_closing_once(self, engine: CopyEngine) -> None:
         """Results that were settled before stay."""
         ran: list[int] = []
-        engine.settle(engine.call(_appending(ran, 1)))
+        engine.settle(engine.call(partial(ran.append, 1)))
         engine.close()
         engine.close()
         assert ran == [1]
@@ -181,13 +178,9 @@ class EngineChecks:
         return torch.arange(float(length), device=self.device)
 
 
-def _appending(to: list[int], number: int) -> Callable[[], None]:
-    return lambda: to.append(number)
-
-
-def _filling(buffer: torch.Tensor, value: float) -> Callable[[], None]:
+def _filling(buffer: torch.Tensor, value: float | torch.Tensor) -> Callable[[], None]:
     def task() -> None:
-        buffer.fill_(value)
+        buffer[:] = value
 
     return task
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from kvtier.platform.filesystem import LocalFilesystem, SystemCalls
 
@@ -140,17 +140,16 @@ class Faults:
 
         class FaultyConnection(sqlite3.Connection):
             def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
-                return faults.meet("statement", sql, lambda _: super(FaultyConnection, self).execute(sql, *parameters))
+                do = super().execute
+                return faults.meet("statement", sql, lambda _: do(sql, *parameters))
 
             def executemany(self, sql: str, parameters: Iterable[Any]) -> sqlite3.Cursor:
-                return faults.meet(
-                    "statement", sql, lambda _: super(FaultyConnection, self).executemany(sql, parameters)
-                )
+                do = super().executemany
+                return faults.meet("statement", sql, lambda _: do(sql, parameters))
 
             def executescript(self, sql_script: str) -> sqlite3.Cursor:
-                return faults.meet(
-                    "statement", sql_script, lambda _: super(FaultyConnection, self).executescript(sql_script)
-                )
+                do = super().executescript
+                return faults.meet("statement", sql_script, lambda _: do(sql_script))
 
         return FaultyConnection
 
@@ -158,14 +157,11 @@ class Faults:
 def _bring_about(fault: Fault, call: str, subject: str) -> None:
     if fault.deed is Deed.KILL:
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault.deed is Deed.FAIL:
-        _fail(fault.error, call, subject)
-
-
-def _fail(code: int, call: str, subject: str) -> NoReturn:
+    if fault.deed is not Deed.FAIL:
+        return
     if call != "statement":
-        raise OSError(code, os.strerror(code), subject)
-    name, number, text = _SQLITE_ERRORS.get(code, _SQLITE_ERRORS[errno.EIO])
+        raise OSError(fault.error, os.strerror(fault.error), subject)
+    name, number, text = _SQLITE_ERRORS.get(fault.error, _SQLITE_ERRORS[errno.EIO])
     error = sqlite3.OperationalError(text)
     error.sqlite_errorname, error.sqlite_errorcode = name, number  # as SQLite's own have since Python 3.11
     raise error
@@ -213,8 +209,7 @@ class FaultyCalls(SystemCalls):
             self._inner.rename(old, new)
             with self._lock:
                 unsynced = old in self._unsynced
-                self._unsynced.discard(old)
-                self._unsynced.discard(new)
+                self._unsynced -= {old, new}
                 if unsynced:
                     self._unsynced.add(new)
             if unsynced and deed is Deed.LOSE:

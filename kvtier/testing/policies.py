@@ -49,7 +49,11 @@ class PolicyChecks:
         """In a new store, and after 10**12 turns: finite, and what it has learnt survives being written down."""
         for clock in (0, _LONG_AGO):
             for usage, state in _history(policy, clock):
-                _check_standing(policy, policy.standing(usage, state))
+                standing = policy.standing(usage, state)
+                assert 0 <= standing.queue < policy.queues
+                assert math.isfinite(standing.priority)
+                assert isinstance(standing.note, str)
+                assert len(standing.note) <= MOST_NOTE_CHARACTERS
                 for queue in range(policy.queues):
                     assert math.isfinite(policy.lead(queue, state))
                 assert state.learnt.keys() == policy.initial.keys()
@@ -78,7 +82,7 @@ class PolicyChecks:
             (gone,) = tier.shrink(tier.nbytes - 1)
             return gone.key
 
-        _play(policy, lambda block: tier.put(block), lambda keys: tier.touch(keys, {}), evict)
+        _play(policy, tier.put, lambda keys: tier.touch(keys, {}), evict)
 
     def test_files_are_evicted_in_its_order(self, policy: EvictionPolicy) -> None:
         """The same for the rows of files."""
@@ -95,13 +99,6 @@ class PolicyChecks:
                 return gone.key
 
             _play(policy, put, lambda keys: catalog.touch(keys, {}), evict)
-
-
-def _check_standing(policy: EvictionPolicy, standing: Standing) -> None:
-    assert 0 <= standing.queue < policy.queues
-    assert math.isfinite(standing.priority)
-    assert isinstance(standing.note, str)
-    assert len(standing.note) <= MOST_NOTE_CHARACTERS
 
 
 def _history(policy: EvictionPolicy, clock: int) -> Iterator[tuple[Usage, PolicyState]]:

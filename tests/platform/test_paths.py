@@ -8,7 +8,7 @@ import pwd
 import pytest
 
 from kvtier import ConfigurationError, PrefixStore, TieredCache
-from kvtier.platform.paths import folder_path, user_cache_folder
+from kvtier.platform.filesystem import folder_path, user_cache_folder
 from tests.support.stores import commit, count, restored_length
 
 

@@ -11,9 +11,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,35 +27,25 @@ from rich.table import Table
 if TYPE_CHECKING:
     from kvtier.cli.demo.conversation import ChatModel
 
+_Ids = tuple[int, ...]
 _LIGHTHOUSE_QUESTIONS = (
     "When was the lamp lit for the first time?",
     "Who was the principal keeper when the great wave put out the light?",
     "What does the card in the museum say?",
 )
-_ANY_QUESTIONS = (
-    "What is this text about?",
-    "Which names does it mention?",
-    "How does it end?",
-)
+_ANY_QUESTIONS = ("What is this text about?", "Which names does it mention?", "How does it end?")
 
 
 @dataclass(frozen=True, slots=True)
 class _TurnResult:
     """One turn on a TieredCache, as the new process reports it to its parent."""
 
-    sequence: tuple[int, ...]
+    sequence: _Ids
     prompt_tokens: int
     cached_tokens: int
     computed_tokens: int
     cached_by_tier: Mapping[str, int]
     first_token_seconds: float
-    miss_reason: str | None
-
-    @classmethod
-    def from_json(cls, text: str) -> _TurnResult:
-        fields = json.loads(text)
-        fields["sequence"] = tuple(fields["sequence"])
-        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,28 +119,22 @@ def _converse(
     reference = PlainReference(chat)
     rows: list[_Row] = []
 
-    def check(title: str, prompt: tuple[int, ...], result: _TurnResult) -> None:
+    def turn(title: str, row: str, question: str, prompt: _Ids, run: Callable[[_Ids], _TurnResult]) -> _Ids:
+        console.print(f"\n[bold]Turn {title}[/]\n[cyan]> {question}[/]")
+        result = run(prompt)
         plain = reference.answer(prompt, result.cached_tokens, max_new_tokens)
-        rows.append(_Row(title, result, reference.cold(prompt), plain.sequence == result.sequence))
+        rows.append(_Row(row, result, reference.cold(prompt), plain.sequence == result.sequence))
+        return result.sequence
 
     prompt = chat.first_prompt(f"{text.strip()}\n\n{questions[0]}")
-    turns = _LocalTurns(chat, store, max_new_tokens)
-    try:
-        _ask(console, "1  this process, first time", questions[0])
-        first = turns.run(prompt)
-        check("1  first time", prompt, first)
-
-        prompt = chat.next_prompt(first.sequence, questions[1])
-        _ask(console, "2  this process, from memory", questions[1])
-        second = turns.run(prompt)
-        check("2  from memory", prompt, second)
-    finally:
-        turns.close()  # from here on, only the files are left
-
-    prompt = chat.next_prompt(second.sequence, questions[2])
-    _ask(console, "3  a new process, from disk", questions[2])
-    third = _run_in_new_process(model_folder, store, scratch, prompt, max_new_tokens)
-    check("3  new process", prompt, third)
+    with closing(_LocalTurns(chat, store, max_new_tokens)) as turns:
+        said = turn("1  this process, first time", "1  first time", questions[0], prompt, turns.run)
+        prompt = chat.next_prompt(said, questions[1])
+        said = turn("2  this process, from memory", "2  from memory", questions[1], prompt, turns.run)
+    # From here on, only the files are left.
+    prompt = chat.next_prompt(said, questions[2])
+    in_new_process = partial(_run_in_new_process, model_folder, store, scratch, max_new_tokens)
+    turn("3  a new process, from disk", "3  new process", questions[2], prompt, in_new_process)
     return rows
 
 
@@ -164,8 +149,8 @@ class _LocalTurns:
         self._store = PrefixStore(store)
         self._cache = TieredCache(self._store)
 
-    def run(self, prompt: tuple[int, ...]) -> _TurnResult:
-        answer = self._chat.answer(prompt, self._cache, self._max_new_tokens, show=_print_now)
+    def run(self, prompt: _Ids) -> _TurnResult:
+        answer = self._chat.answer(prompt, self._cache, self._max_new_tokens, show=partial(typer.echo, nl=False))
         report = self._cache.last_turn
         assert report is not None
         return _TurnResult(
@@ -175,7 +160,6 @@ class _LocalTurns:
             computed_tokens=report.computed_tokens,
             cached_by_tier=dict(report.cached_by_tier),
             first_token_seconds=answer.first_token_seconds,
-            miss_reason=report.miss_reason,
         )
 
     def close(self) -> None:
@@ -186,7 +170,7 @@ class _LocalTurns:
 
 
 def _run_in_new_process(
-    model_folder: str, store: Path, scratch: Path, prompt: tuple[int, ...], max_new_tokens: int
+    model_folder: str, store: Path, scratch: Path, max_new_tokens: int, prompt: _Ids
 ) -> _TurnResult:
     task, result = scratch / "task.json", scratch / "result.json"
     fields = {"model": model_folder, "store": str(store), "prompt": prompt, "max_new_tokens": max_new_tokens}
@@ -195,28 +179,18 @@ def _run_in_new_process(
     done = subprocess.run([sys.executable, "-m", "kvtier", "demo", "--worker", str(task)], check=False)
     if done.returncode != 0:
         raise typer.Exit(done.returncode)
-    return _TurnResult.from_json(result.read_text(encoding="utf-8"))
+    fields = json.loads(result.read_text(encoding="utf-8"))
+    return _TurnResult(**fields | {"sequence": tuple(fields["sequence"])})
 
 
 def _run_worker(task: Path) -> None:
     from kvtier.cli.demo.conversation import ChatModel
 
     fields = json.loads(task.read_text(encoding="utf-8"))
-    turns = _LocalTurns(ChatModel(fields["model"]), Path(fields["store"]), fields["max_new_tokens"])
-    try:
+    chat = ChatModel(fields["model"])
+    with closing(_LocalTurns(chat, Path(fields["store"]), fields["max_new_tokens"])) as turns:
         result = turns.run(tuple(fields["prompt"]))
-    finally:
-        turns.close()
     Path(fields["result"]).write_text(json.dumps(asdict(result)), encoding="utf-8")
-
-
-def _ask(console: Console, title: str, question: str) -> None:
-    console.print(f"\n[bold]Turn {title}[/]\n[cyan]> {question}[/]")
-
-
-def _print_now(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _table(rows: list[_Row]) -> Table:

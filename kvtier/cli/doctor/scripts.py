@@ -201,17 +201,11 @@ def first_difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> str | 
 
 def budgets(model: Any, columns: int, page_tokens: int, rows: int = 1, steps: int = 4) -> list[int]:
     """Return device budgets in bytes for ``columns`` tokens: every layer cold, some hot, all hot."""
-    config = model.config
-    g = LayerSpec(
-        k_heads=config.num_key_value_heads,
-        k_dim=config.head_dim,
-        v_heads=config.num_key_value_heads,
-        v_dim=config.head_dim,
-        dtype=model.dtype,
-    )
-    layer_bytes = [g.token_bytes] * config.num_hidden_layers
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    token_bytes = LayerSpec(heads, dim, heads, dim, model.dtype).token_bytes
+    layer_bytes = [token_bytes] * model.config.num_hidden_layers
     least = smallest_budget_bytes(layer_bytes, rows, columns, page_tokens)
     # Each hot buffer has some room to grow; one of them exists twice while it grows.
     capacity = with_slack(columns + 1)
-    all_hot = rows * (sum(layer_bytes) * (capacity + page_tokens) + g.token_bytes * capacity)
+    all_hot = rows * (sum(layer_bytes) * (capacity + page_tokens) + token_bytes * capacity)
     return [least + (all_hot - least) * step // (steps - 1) for step in range(steps)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvtier.cli.doctor.findings import Finding
+from kvtier.cli.doctor.findings import Finding, Level
 from kvtier.cli.doctor.scripts import (
     LAYERS,
     Script,
@@ -149,30 +149,30 @@ class SelfTest:
         over = next((t for t in trials if t.report.peak_device_bytes > t.device_budget_bytes), None)
         wrong = next((t for t in trials if t.difference is not None and t.repeatable), None)
         vague = next((t for t in trials if t.difference is not None), None)
+        level: Level = "problem"
         if wrong is not None:
             text = (
-                f"{self.device}: {len(facts['differences'])} of {len(trials)} scripts go wrong, the first "
-                f"with {wrong.setting}: {wrong.difference}. Do not use device_budget here, and report this line."
+                f"{len(facts['differences'])} of {len(trials)} scripts go wrong, the first with {wrong.setting}: "
+                f"{wrong.difference}. Do not use device_budget here, and report this line."
             )
-            return Finding("problem", subject, text, facts)
-        if over is not None:
+        elif over is not None:
             text = (
-                f"{self.device}: {over.setting}: K and V took {over.report.peak_device_bytes} bytes. "
+                f"{over.setting}: K and V took {over.report.peak_device_bytes} bytes. "
                 "The budget is not kept; please report this line."
             )
-            return Finding("problem", subject, text, facts)
-        if subject == "exactness" and max(facts["cold_layers"]) < LAYERS:
-            text = f"{self.device}: not every layer turned cold under the smallest budget: nothing was tested."
-            return Finding("problem", subject, text, facts)
-        if vague is not None:
+        elif subject == "exactness" and max(facts["cold_layers"]) < LAYERS:
+            text = "not every layer turned cold under the smallest budget: nothing was tested."
+        elif vague is not None:
+            level = "note"
             text = (
-                f"{self.device}: cannot be judged: {vague.setting}: {vague.difference}, but plain transformers does "
+                f"cannot be judged: {vague.setting}: {vague.difference}, but plain transformers does "
                 "not repeat its own bits here either. Try torch.use_deterministic_algorithms(True)."
             )
-            return Finding("note", subject, text, facts)
-        same = f"{facts['turns']} turns of {len(trials)} scripts have the tokens and logits of DynamicCache"
-        beside = ", beside a busy load" if subject == "races" else ""
-        return Finding("ok", subject, f"{self.device}: {same}, bit for bit{beside}", facts)
+        else:
+            level = "ok"
+            same = f"{facts['turns']} turns of {len(trials)} scripts have the tokens and logits of DynamicCache"
+            text = f"{same}, bit for bit{', beside a busy load' if subject == 'races' else ''}"
+        return Finding(level, subject, f"{self.device}: {text}", facts)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ _PIECE_BYTES = 16 * 2**20
 _LONGEST_SECONDS = 4.0  # limit of writing: a slow disk shows in less data
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _TOO_LITTLE_BYTES = 2**30
-_UNKNOWN = "unknown"
 
 
 class Partition(Protocol):
@@ -66,7 +65,7 @@ def file_system(folder: Path, partitions: Sequence[Partition] | None = None) -> 
     above = [part for part in mounted if path.is_relative_to(part.mountpoint)]
     # Of several on one mount point, the last one mounted hides the others.
     deepest = max(enumerate(above), key=lambda it: (len(Path(it[1].mountpoint).parts), it[0]), default=None)
-    return deepest[1].fstype or _UNKNOWN if deepest is not None else _UNKNOWN
+    return (deepest and deepest[1].fstype) or "unknown"
 
 
 def _space(folder: Path) -> Finding:
@@ -80,9 +79,8 @@ def _space(folder: Path) -> Finding:
     }
     text = f"{folder} on {kind}, {gigabytes(usage.free)} of {gigabytes(usage.total)} free"
     if kind in _MEMORY_FILE_SYSTEMS:
-        return Finding(
-            "note", "spill folder", f"{text}. That is RAM: pages there save none. Name a folder on a disk", facts
-        )
+        text += ". That is RAM: pages there save none. Name a folder on a disk"
+        return Finding("note", "spill folder", text, facts)
     if usage.free < max(usage.total // 20, _TOO_LITTLE_BYTES):
         return Finding("note", "spill folder", f"{text}: nearly full. Make room, or name another folder", facts)
     return Finding("ok", "spill folder", text, facts)
@@ -93,7 +91,7 @@ def _speed(path: Path, folder: Path) -> Finding:
     room = shutil.disk_usage(folder).free // 4
     if room < _PIECE_BYTES:
         text = f"{folder} has no room for the {gigabytes(4 * _PIECE_BYTES)} that measuring it takes"
-        return Finding("problem", "disk", text, {})
+        return Finding("problem", "disk", text)
     piece = os.urandom(_PIECE_BYTES)  # a file system that compresses gains nothing
     written, write_seconds = _write(path, piece, min(_FILE_BYTES, room))
     warm_seconds, same = _read(path, piece)
@@ -107,7 +105,8 @@ def _speed(path: Path, folder: Path) -> Finding:
         f"reads {gigabytes(facts['cached_read_bytes_per_second'])}/s from the page cache"
     )
     if hasattr(os, "posix_fadvise") and file_system(folder) not in _MEMORY_FILE_SYSTEMS:
-        _drop(path)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         cold_seconds, still_same = _read(path, piece)
         same = same and still_same
         facts["dropped_read_bytes_per_second"] = written / cold_seconds
@@ -142,11 +141,3 @@ def _read(path: Path, piece: bytes) -> tuple[float, bool]:
             if not count:
                 return seconds, same
             same = same and count == len(piece) and buffer == piece
-
-
-def _drop(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

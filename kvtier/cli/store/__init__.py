@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvtier.cli.store import edit, inspect, remove, transfer, verify
+from kvtier.cli.store import edit, inspect, maintain, transfer
 
 app = typer.Typer(
     name="store",
@@ -24,9 +24,9 @@ for _command in (
     edit.pin,
     edit.unpin,
     transfer.export,
-    remove.rm,
-    remove.prune,
-    verify.verify,
+    maintain.rm,
+    maintain.prune,
+    maintain.verify,
 ):
     app.command()(_command)
 app.command(name="import")(transfer.import_)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -23,6 +23,17 @@ from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.names import NamedPrefix
 
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130
+DEFAULT_FOLDER = Path("~/.cache/kvtier")
+# Budgets belong to the programs that fill a store. No command may evict because of a smaller budget of its own.
+_NO_BUDGET = 2**62
+
+Folder = Annotated[
+    Path, typer.Option("--store", metavar="FOLDER", envvar="KVTIER_STORE", help="The folder of the store.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where standard input is no terminal.")]
 
 
@@ -62,25 +73,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def spinner(what: str) -> Iterator[None]:
     """Show a spinner on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    # A file name may look like markup.
+    with console.status(Text(plain(what))) if console.is_terminal else nullcontext():
         yield
-        return
-    with console.status(Text(plain(what))):  # a file name may look like markup
-        yield
-
-
-FAILED = 1
-WRONG_USAGE = 2
-INTERRUPTED = 130
-DEFAULT_FOLDER = Path("~/.cache/kvtier")
-# Budgets belong to the programs that fill a store. No command may evict because of a smaller budget of its own.
-_NO_BUDGET = 2**62
-
-Folder = Annotated[
-    Path,
-    typer.Option("--store", metavar="FOLDER", envvar="KVTIER_STORE", help="The folder of the store."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
 
 
 def fail(code: int, text: object) -> NoReturn:
@@ -112,23 +107,18 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
     """
     folder = folder.expanduser()
     with told():
-        if not create:
-            _require_store(folder)
+        try:
+            exists = create or (folder / "kvtier.json").is_file()
+        except OSError as error:
+            fail(FAILED, f"cannot look into {folder}: {error}")
+        if not exists:
+            fail(
+                WRONG_USAGE,
+                f"there is no store in {folder} (it has no kvtier.json); name its folder with --store or in the "
+                "environment variable KVTIER_STORE",
+            )
         with PrefixStore(folder, disk_budget=_NO_BUDGET) as store:
             yield store
-
-
-def _require_store(folder: Path) -> None:
-    try:
-        exists = (folder / "kvtier.json").is_file()
-    except OSError as error:
-        fail(FAILED, f"cannot look into {folder}: {error}")
-    if not exists:
-        fail(
-            WRONG_USAGE,
-            f"there is no store in {folder} (it has no kvtier.json); name its folder with --store or in the "
-            "environment variable KVTIER_STORE",
-        )
 
 
 def named(store: PrefixStore, name: str) -> NamedPrefix:
@@ -143,10 +133,6 @@ def chain(store: PrefixStore, key: str) -> Chain:
     """Return the one chain whose key begins with ``key``; end the command when there are none or several."""
     found = [each for each in store.chains() if each.key.startswith(key.lower())] if key else []
     if len(found) != 1:
-        fail(
-            WRONG_USAGE,
-            f"{len(found) or 'no'} chain{'s have keys' if len(found) > 1 else ' in the store has a key'} that "
-            f"begin{'' if len(found) > 1 else 's'} with {key!r:.80}; kvtier store ls --unnamed lists those without "
-            "a name",
-        )
+        known = f"{len(found)} chains have keys that begin" if found else "no chain in the store has a key that begins"
+        fail(WRONG_USAGE, f"{known} with {key!r:.80}; kvtier store ls --unnamed lists those without a name")
     return found[0]

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.store import records
 from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.output import make_console, parse_span, print_line, size
+from kvtier.cli.store.output import make_console, name_record, parse_span, print_json, print_line, print_result, size
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
 
@@ -34,7 +33,7 @@ def name(
         if not replace and any(each.name == new_name for each in open_store.names()):
             fail(WRONG_USAGE, f"{new_name!r:.80} is the name of something else already; pass --replace to take it")
         done = open_store.name_chain(found.key, new_name, pin=pin, ttl=seconds)
-    _tell(done, f"{done.name} now names {done.tokens} tokens, {size(done.nbytes)}.", as_json)
+    print_result(name_record(done), f"{done.name} now names {done.tokens} tokens, {size(done.nbytes)}.", as_json)
 
 
 def rename(
@@ -48,7 +47,7 @@ def rename(
         named(open_store, old)
         open_store.rename(old, new)
         done = open_store.named(new)
-    _tell(done, f"{old} is now called {new}.", as_json)
+    print_result(name_record(done), f"{old} is now called {new}.", as_json)
 
 
 def pin(
@@ -90,13 +89,7 @@ def _change(
             change(open_store, each)
         done = [open_store.named(each) for each in names]
     if as_json:
-        records.print_json({"names": [records.of_name(prefix) for prefix in done]})
-    for prefix in [] if as_json else done:
+        print_json({"names": [name_record(prefix) for prefix in done]})
+        return
+    for prefix in done:
         print_line(make_console(), words(prefix))
-
-
-def _tell(done: NamedPrefix, text: str, as_json: bool) -> None:
-    if as_json:
-        records.print_json(records.of_name(done))
-    else:
-        print_line(make_console(), text)

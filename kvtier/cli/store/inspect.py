@@ -11,9 +11,19 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.store import records
 from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder, named, opened
-from kvtier.cli.store.output import Column, make_console, moment, print_facts, print_line, print_table, size, span
+from kvtier.cli.store.output import (
+    Column,
+    make_console,
+    moment,
+    name_record,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    size,
+    span,
+)
 from kvtier.cli.store.roots import RootFile
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.manage.usage import StoreUsage
@@ -67,7 +77,7 @@ def ls(
         _list_chains(Path(folder), chains, as_json)
     elif as_json:
         without = {"chains": len(chains), "bytes": used.unnamed_bytes}
-        records.print_json({"store": folder, "names": [records.of_name(each) for each in names], "unnamed": without})
+        print_json({"store": folder, "names": [name_record(each) for each in names], "unnamed": without})
     else:
         _list_names(names, chains, used)
 
@@ -79,8 +89,8 @@ def _list_names(names: Sequence[NamedPrefix], chains: Sequence[Chain], used: Sto
         console.print()
     if chains:
         without = f"{len(chains)} chain{'' if len(chains) == 1 else 's'} without a name"
-        free = size(used.unnamed_bytes)
-        print_line(console, f"{without}, {free} that no name uses; kvtier store ls --unnamed lists them.")
+        without += f", {size(used.unnamed_bytes)} that no name uses"
+        print_line(console, f"{without}; kvtier store ls --unnamed lists them.")
     elif names:
         print_line(console, "Everything here has a name.")
     else:
@@ -104,7 +114,19 @@ def _name_row(each: NamedPrefix, now: float) -> Sequence[str]:
 
 def _list_chains(folder: Path, chains: Sequence[Chain], as_json: bool) -> None:
     if as_json:
-        records.print_json({"store": str(folder), "chains": [records.of_chain(chain) for chain in chains]})
+        records = [
+            {
+                "key": chain.key,
+                "root": chain.root,
+                "tokens": chain.tokens,
+                "bytes": chain.nbytes,
+                "used_unix_seconds": chain.used_at,
+                "hits": chain.hits,
+                "names": list(chain.names),
+            }
+            for chain in chains
+        ]
+        print_json({"store": str(folder), "chains": records})
         return
     console, now = make_console(), time.time()
     if not chains:
@@ -139,7 +161,7 @@ def show(
     file = RootFile.read(folder, prefix.root)
     if as_json:
         more = {"first_token_ids": first, "manifest": file.manifest, "manifest_problem": file.problem}
-        records.print_json({"store": str(folder), **records.of_name(prefix), **more})
+        print_json({"store": str(folder), **name_record(prefix), **more})
         return
     now = time.time()
     dropped = "" if prefix.kept_tokens == prefix.tokens else f", of which {prefix.kept_tokens} are still kept"
@@ -169,7 +191,16 @@ def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
         folder = Path(str(open_store.path))
     files = {root.root: RootFile.read(folder, root.root) for root in used.roots}
     if as_json:
-        roots = [records.of_root(root, files[root.root]) for root in used.roots]
+        roots = [
+            {
+                "root": root.root,
+                "title": files[root.root].title,
+                "blocks": root.blocks,
+                "bytes": root.nbytes,
+                "named_bytes": root.named_bytes,
+            }
+            for root in used.roots
+        ]
         by_name = [
             {
                 "name": each.name,
@@ -180,7 +211,7 @@ def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
             for each in names
         ]
         sums = {"bytes": used.nbytes, "unnamed_bytes": used.unnamed_bytes}
-        records.print_json({"store": str(folder), **sums, "roots": roots, "names": by_name})
+        print_json({"store": str(folder), **sums, "roots": roots, "names": by_name})
         return
     console = make_console()
     if used.roots:
@@ -222,7 +253,7 @@ def stats(
         return
     disk = next(tier for tier in found.tiers if tier.tier == "disk")
     if output is Format.JSON or as_json:
-        records.print_json(
+        print_json(
             {
                 "store": found.path,
                 "bytes": disk.nbytes,

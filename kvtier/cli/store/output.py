@@ -1,14 +1,19 @@
-"""Tables and lines for people. Columns that do not fit into the terminal are left out and named, not wrapped."""
+"""Output of the commands: tables and lines for people, JSON for programs.
+
+Columns that do not fit into the terminal are left out and named, not wrapped. JSON has stable keys, units in their
+names, and times as Unix seconds.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtier.errors import ConfigurationError
+from kvtier.store.names import NamedPrefix
 from kvtier.units import parse_bytes
 
 _SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
@@ -135,9 +141,38 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(plain(text), style=style), soft_wrap=True)
 
 
-def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Print facts, one line each."""
-    known = list(facts)
-    width = max(len(title) for title, _ in known)
-    for title, text in known:
+    width = max(len(title) for title, _ in facts)
+    for title, text in facts:
         console.print(Text.assemble((f"{title:<{width}}", "bold"), "  ", plain(text)), soft_wrap=True)
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print one object to standard output."""
+    sys.stdout.write(json.dumps(record, indent=1) + "\n")
+
+
+def print_result(record: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print ``record`` for programs, or one line for people."""
+    if as_json:
+        print_json(record)
+    else:
+        print_line(make_console(), text)
+
+
+def name_record(named: NamedPrefix) -> dict[str, Any]:
+    """Return a named prefix for programs."""
+    return {
+        "name": named.name,
+        "root": named.root,
+        "tokens": named.tokens,
+        "kept_tokens": named.kept_tokens,
+        "bytes": named.nbytes,
+        "own_bytes": named.own_bytes,
+        "created_unix_seconds": named.created_at,
+        "used_unix_seconds": named.used_at,
+        "expires_unix_seconds": named.expires_at,
+        "hits": named.hits,
+        "pinned": named.pinned,
+    }

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.store import records
 from kvtier.cli.store.common import (
     DEFAULT_FOLDER,
     WRONG_USAGE,
@@ -20,7 +19,7 @@ from kvtier.cli.store.common import (
     spinner,
     told,
 )
-from kvtier.cli.store.output import make_console, print_line, size
+from kvtier.cli.store.output import name_record, print_result, size
 from kvtier.errors import ConfigurationError
 from kvtier.store.format.archive import Archive
 
@@ -39,10 +38,8 @@ def export(
         prefix = named(open_store, name)
         with spinner(f"Writing {file} …"):
             nbytes = open_store.export(name, file, overwrite=overwrite)
-    if as_json:
-        records.print_json({"file": str(file), "file_bytes": nbytes, **records.of_name(prefix)})
-    else:
-        print_line(make_console(), f"Wrote {name}, {prefix.kept_tokens} tokens, to {file}: {size(nbytes)}.")
+    text = f"Wrote {name}, {prefix.kept_tokens} tokens, to {file}: {size(nbytes)}."
+    print_result({"file": str(file), "file_bytes": nbytes, **name_record(prefix)}, text, as_json)
 
 
 def import_(
@@ -69,7 +66,5 @@ def import_(
         except ConfigurationError as error:  # its message names Python arguments
             fail(WRONG_USAGE, f"{str(error).rstrip('.')} with --name")
         folder = open_store.path
-    if as_json:
-        records.print_json({"store": str(folder), **records.of_name(done)})
-    else:
-        print_line(make_console(), f"Took in {done.name}, {done.kept_tokens} tokens, {size(done.nbytes)}.")
+    text = f"Took in {done.name}, {done.kept_tokens} tokens, {size(done.nbytes)}."
+    print_result({"store": str(folder), **name_record(done)}, text, as_json)

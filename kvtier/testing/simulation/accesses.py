@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvtier.testing.simulation.regions import Region
+
+V = TypeVar("V")
 
 
 def weak(storage: torch.UntypedStorage) -> Any:
@@ -42,52 +44,67 @@ class Past(NamedTuple):
         return bool(self.operations >> number & 1)
 
 
-class KernelLog:
-    """Times at which kernels last read and wrote each region."""
+@dataclass(slots=True)
+class _Touched(Generic[V]):
+    """The regions of one storage, with the addresses that it spans."""
+
+    storage: Any
+    low: int
+    high: int
+    regions: dict[Region, V] = field(default_factory=dict)
+
+
+class _ByStorage(Generic[V]):
+    """What was done to each region of each storage. Storages that are gone are dropped as their number grows."""
 
     def __init__(self) -> None:
-        self._memory: dict[int, _Kernels] = {}
+        self._memory: dict[int, _Touched[V]] = {}
         self._purge_at = 256
 
-    def add(self, storage: torch.UntypedStorage, region: Region, time: int, kernel: str, *, writes: bool) -> None:
-        """Note that ``kernel`` touched ``region`` of ``storage``, later than any before it."""
+    def of(self, storage: torch.UntypedStorage) -> dict[Region, V]:
+        """Return the regions of ``storage``, to read and to change."""
         touched = self._memory.get(storage._cdata)
         if touched is None:
             if len(self._memory) >= self._purge_at:
                 self._memory = {key: one for key, one in self._memory.items() if not one.storage.expired()}
                 self._purge_at = 2 * len(self._memory) + 256
-            touched = self._memory[storage._cdata] = _Kernels(storage)
-        times = touched.writes if writes else touched.reads
+            touched = self._memory[storage._cdata] = _Touched(weak(storage), *Region.whole(storage).bounds())
+        return touched.regions
+
+    def near(self, region: Region) -> Iterator[dict[Region, V]]:
+        """Yield the regions of each storage, not gone, that may overlap ``region``."""
+        low, high = region.bounds()
+        for touched in self._memory.values():
+            if touched.low < high and low < touched.high and not touched.storage.expired():
+                yield touched.regions
+
+    def __iter__(self) -> Iterator[dict[Region, V]]:
+        return (touched.regions for touched in self._memory.values())
+
+
+class KernelLog:
+    """Times at which kernels last read and wrote each region; of each kind, the latest come last."""
+
+    def __init__(self) -> None:
+        self._reads = _ByStorage[tuple[int, str]]()
+        self._writes = _ByStorage[tuple[int, str]]()
+
+    def add(self, storage: torch.UntypedStorage, region: Region, time: int, kernel: str, *, writes: bool) -> None:
+        """Note that ``kernel`` touched ``region`` of ``storage``, later than any before it."""
+        times = (self._writes if writes else self._reads).of(storage)
         times.pop(region, None)
         times[region] = (time, kernel)
 
     def later(self, region: Region, time: int, *, writes: bool) -> tuple[str, str] | None:
         """Return name and access (``wrote``, ``read``) of a kernel after ``time`` that conflicts with ``region``."""
-        low, high = region.bounds()
-        for touched in self._memory.values():
-            if touched.low < high and low < touched.high:
-                kernel = touched.later(region, time, writes=writes)
-                if kernel is not None and not touched.storage.expired():
-                    return kernel
-        return None
-
-
-class _Kernels:
-    """The accesses to one storage; of each kind, the latest come last."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage = weak(storage)
-        self.low, self.high = Region.whole(storage).bounds()
-        self.reads: dict[Region, tuple[int, str]] = {}
-        self.writes: dict[Region, tuple[int, str]] = {}
-
-    def later(self, region: Region, time: int, *, writes: bool) -> tuple[str, str] | None:
-        for did, times in (("wrote", self.writes), ("read", self.reads)):
-            for touched, (then, kernel) in reversed(times.items()):
-                if then <= time or (did == "read" and not writes):
-                    break
-                if touched.overlaps(region):
-                    return kernel, did
+        conflicting = {"wrote": self._writes, "read": self._reads} if writes else {"wrote": self._writes}
+        for did, log in conflicting.items():
+            for times in log.near(region):
+                for touched, (then, kernel) in reversed(times.items()):
+                    if then <= time:
+                        break
+                    if touched.overlaps(region):
+                        return kernel, did
         return None
 
 
@@ -105,54 +122,35 @@ class OperationLog:
     """The accesses of operations, as far as later accesses may still race with them."""
 
     def __init__(self) -> None:
-        self._memory: dict[int, _Operations] = {}
-        self._purge_at = 256
+        self._accesses = _ByStorage[list[Access]]()
 
     def add(self, storage: torch.UntypedStorage, access: Access, before: Past) -> None:
         """Note an access of an operation with the past ``before``.
 
         It replaces earlier accesses that it comes after, where every access that races with them races with it too.
         """
-        touched = self._memory.get(storage._cdata)
-        if touched is None:
-            if len(self._memory) >= self._purge_at:
-                self._memory = {key: one for key, one in self._memory.items() if not one.storage.expired()}
-                self._purge_at = 2 * len(self._memory) + 256
-            touched = self._memory[storage._cdata] = _Operations(storage)
-        same = touched.accesses.get(access.region, [])
-        touched.accesses[access.region] = [
-            old for old in same if not before.has(old.number) or (old.writes and not access.writes)
+        touched = self._accesses.of(storage)
+        touched[access.region] = [
+            old
+            for old in touched.get(access.region, [])
+            if not before.has(old.number) or (old.writes and not access.writes)
         ] + [access]
 
     def unordered(self, region: Region, past: Past, *, writes: bool) -> Access | None:
         """Return a conflicting access of an operation that is not in ``past``."""
-        low, high = region.bounds()
-        for touched in self._memory.values():
-            if touched.low < high and low < touched.high and not touched.storage.expired():
-                for other, accesses in touched.accesses.items():
-                    for access in accesses:
-                        if (writes or access.writes) and not past.has(access.number) and other.overlaps(region):
-                            return access
+        for touched in self._accesses.near(region):
+            for other, accesses in touched.items():
+                for access in accesses:
+                    if (writes or access.writes) and not past.has(access.number) and other.overlaps(region):
+                        return access
         return None
 
     def forget(self, past: Past) -> None:
         """Drop the accesses that all later accesses come after."""
-        for touched in self._memory.values():
-            touched.forget(past)
-
-
-class _Operations:
-    """The accesses to one storage."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage = weak(storage)
-        self.low, self.high = Region.whole(storage).bounds()
-        self.accesses: dict[Region, list[Access]] = {}
-
-    def forget(self, past: Past) -> None:
-        for region, accesses in list(self.accesses.items()):
-            left = [access for access in accesses if not past.has(access.number)]
-            if left:
-                self.accesses[region] = left
-            else:
-                del self.accesses[region]
+        for touched in self._accesses:
+            for region, accesses in list(touched.items()):
+                left = [access for access in accesses if not past.has(access.number)]
+                if left:
+                    touched[region] = left
+                else:
+                    del touched[region]

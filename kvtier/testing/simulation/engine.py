@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvtier.testing.simulation.accesses import Past
 from kvtier.testing.simulation.kernels import Watch
-from kvtier.testing.simulation.races import Detector
+from kvtier.testing.simulation.races import Detector, Site
 from kvtier.testing.simulation.regions import Region
-from kvtier.testing.simulation.sites import Site
 from kvtier.transfer.base import Fence, Pair, Task, copy_pairs
 
 Fail = Callable[[str, int], None]
@@ -59,7 +59,7 @@ class SimulatedEngine:
         self.calls = 0
         self._choices = choices or random.Random(0)
         self._lazy = lazy
-        self._fail = fail or _never
+        self._fail = fail or (lambda step, ordinal: None)
         self._detector = Detector()
         self._steps = 0
         self._pending: list[_Operation] = []
@@ -168,7 +168,9 @@ class SimulatedEngine:
         name = f"{kind} #{ordinal} ({Site.of_caller()})"
         with self._unwatched():
             past = self._detector.enqueue(name, [fence.past for fence in fences], reads, writes)
-            operation = _Operation(self, kind, ordinal, task, reads, writes, fences, past)
+            sources, targets = [[Region.of(tensor) for tensor in tensors] for tensors in (reads, writes)]
+            before = [fence for fence in fences if isinstance(fence, _Operation)]
+            operation = _Operation(self, past, kind, ordinal, task, tuple(writes), sources, targets, before)
             self._pending.append(operation)
             self._poison()
         self._run_some()
@@ -223,40 +225,30 @@ class SimulatedEngine:
             self._busy = busy
 
 
+@dataclass(eq=False, repr=False)
 class _Mark:
     """A point on the compute stream."""
 
-    def __init__(self, engine: SimulatedEngine, past: Past) -> None:
-        self.engine = engine
-        self.past = past
+    engine: SimulatedEngine
+    past: Past
 
 
+@dataclass(eq=False, repr=False)
 class _Operation:
     """A copy or a task, and its fence."""
 
-    def __init__(
-        self,
-        engine: SimulatedEngine,
-        kind: str,
-        ordinal: int,
-        task: Task,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
-        after: Sequence[_Mark | _Operation],
-        past: Past,
-    ) -> None:
-        self.engine = engine
-        self.past = past
-        self.poisoned = False
-        self.ended = False
-        self.error: BaseException | None = None
-        self._kind = kind
-        self._ordinal = ordinal
-        self._task: Task | None = task
-        self._writes = tuple(writes)
-        self._after = [fence for fence in after if isinstance(fence, _Operation)]
-        self._sources = [Region.of(tensor) for tensor in reads]
-        self._targets = [Region.of(tensor) for tensor in writes]
+    engine: SimulatedEngine
+    past: Past
+    kind: str
+    ordinal: int
+    task: Task | None
+    writes: Sequence[torch.Tensor]
+    sources: Sequence[Region]
+    targets: Sequence[Region]
+    after: Sequence[_Operation]
+    poisoned: bool = False
+    ended: bool = False
+    error: BaseException | None = None
 
     @property
     def number_bit(self) -> int:
@@ -265,13 +257,13 @@ class _Operation:
 
     def is_ready(self) -> bool:
         """Whether it may run now, or fail because an operation before it has failed."""
-        return all(before.ended for before in self._after) or any(before.error is not None for before in self._after)
+        return all(before.ended for before in self.after) or any(before.error is not None for before in self.after)
 
     def unfinished(self) -> list[_Operation]:
         """Return the operations that must run before this one is done, itself included."""
         found, queue = {self: None}, [self]
         while queue:
-            for before in queue.pop()._after:
+            for before in queue.pop().after:
                 if before not in found:
                     found[before] = None
                     queue.append(before)
@@ -279,35 +271,31 @@ class _Operation:
 
     def shares_with(self, later: _Operation) -> bool:
         """Whether it uses memory that ``later`` writes."""
-        return any(ours.overlaps(target) for ours in (*self._sources, *self._targets) for target in later._targets)
+        return any(ours.overlaps(target) for ours in (*self.sources, *self.targets) for target in later.targets)
 
     def poison(self) -> None:
         """Fill the targets with ones, except targets that overlap sources."""
         self.poisoned = True
-        for tensor, target in zip(self._writes, self._targets, strict=True):
-            if not any(target.overlaps(source) for source in self._sources):
+        for tensor, target in zip(self.writes, self.targets, strict=True):
+            if not any(target.overlaps(source) for source in self.sources):
                 _poison(tensor)
 
     def run(self, fail: Fail) -> None:
         """Run the task, or fail like a failed operation before it; then drop the task and its tensors."""
-        task, self._task = self._task, None
+        task, self.task = self.task, None
         assert task is not None
-        errors = [before.error for before in self._after if before.error is not None]
+        errors = [before.error for before in self.after if before.error is not None]
         try:
             if errors:
                 raise errors[0]
-            fail(self._kind, self._ordinal)
+            fail(self.kind, self.ordinal)
             with torch.inference_mode(False), torch.enable_grad():  # as on another thread
                 task()
         except BaseException as error:
             self.error = error
         finally:
             self.ended = True
-            self._writes, self._after = (), []
-
-
-def _never(step: str, ordinal: int) -> None:
-    """Let nothing fail."""
+            self.writes, self.after = (), []
 
 
 def _poison(tensor: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvtier.testing.simulation.sites import Site
+from kvtier.testing.simulation.races import Site
 from kvtier.transfer.base import CopyEngine, Fence, Pair, Task
 
 

@@ -20,13 +20,37 @@ the host has settled come before everything that it enqueues later.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from kvtier.testing.simulation.accesses import Access, KernelLog, OperationLog, Past, weak
 from kvtier.testing.simulation.regions import Region
+
+_HERE = str(Path(__file__).parent)
+
+
+class Site(NamedTuple):
+    """A line that calls an engine. A call that spans lines has the line that the interpreter reports for it."""
+
+    file: str
+    line: int
+    function: str = ""
+
+    @classmethod
+    def of_caller(cls) -> Site:
+        """Return the innermost line that is being executed outside this package."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+            frame = frame.f_back
+        return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+    def __str__(self) -> str:
+        path = Path(self.file)
+        return f"{path.parent.name}/{path.name}:{self.line}"
 
 
 class RaceError(AssertionError):

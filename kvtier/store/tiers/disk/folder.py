@@ -25,7 +25,7 @@ from typing import Any
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.kv.codecs import BUILT_IN, Codec
-from kvtier.platform.filesystem import Filesystem, is_leftover, is_temporary
+from kvtier.platform.filesystem import LocalFilesystem, is_leftover, is_temporary
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
 from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
@@ -51,7 +51,7 @@ class StoreFolder:
     """
 
     def __init__(
-        self, path: Path, filesystem: Filesystem, durable: bool, codecs: Mapping[str, Codec] = BUILT_IN
+        self, path: Path, filesystem: LocalFilesystem, durable: bool, codecs: Mapping[str, Codec] = BUILT_IN
     ) -> None:
         self.path = path
         self._codecs = codecs

@@ -1,15 +1,17 @@
-"""The commands that delete, after asking: ``rm`` and ``prune``."""
+"""The commands that delete, after asking: ``rm``, ``prune`` and ``verify --repair``; ``verify`` alone only checks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from kvtier.cli.store import records
 from kvtier.cli.store.common import (
     DEFAULT_FOLDER,
+    FAILED,
     WRONG_USAGE,
     AsJson,
     Folder,
@@ -19,12 +21,25 @@ from kvtier.cli.store.common import (
     fail,
     named,
     opened,
+    progress_bar,
     spinner,
     told,
 )
-from kvtier.cli.store.output import make_console, parse_size, parse_span, plain, print_line, size
+from kvtier.cli.store.output import (
+    Column,
+    make_console,
+    parse_size,
+    parse_span,
+    plain,
+    print_json,
+    print_line,
+    print_result,
+    print_table,
+    size,
+)
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
+from kvtier.store.tiers.disk.verify import Problem, VerifyReport
 
 
 def rm(
@@ -120,8 +135,61 @@ def _disk_bytes(store: PrefixStore) -> int:
 
 
 def _tell(removed: Forgotten, as_json: bool) -> None:
+    text = f"Removed {removed.blocks} block{'' if removed.blocks == 1 else 's'}, {size(removed.nbytes)}."
+    print_result({"removed_blocks": removed.blocks, "removed_bytes": removed.nbytes}, text, as_json)
+
+
+def verify(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put right what can be; damaged blocks are deleted, and recomputed later.")
+    ] = False,
+    yes: Yes = False,
+    store: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Read every file and compare it with its checksum and with the catalog. Exit code 1 when something is wrong."""
+    with opened(store) as open_store:
+        if repair:
+            confirm("Delete what is damaged, and put right what can be?", yes)
+        with progress_bar("Verifying") as progress:
+            report = open_store.verify(repair=repair, progress=progress)
+        folder = str(open_store.path)
     if as_json:
-        records.print_json(records.of_removal(removed))
+        print_json(
+            {
+                "ok": report.ok,
+                "blocks": report.blocks,
+                "bytes": report.nbytes,
+                "seconds": report.seconds,
+                "problems": [asdict(problem) for problem in report.problems],
+            }
+        )
     else:
-        blocks = f"{removed.blocks} block{'' if removed.blocks == 1 else 's'}"
-        print_line(make_console(), f"Removed {blocks}, {size(removed.nbytes)}.")
+        _print_report(report, repair, folder)
+    raise typer.Exit(0 if report.ok else FAILED)
+
+
+def _print_report(report: VerifyReport, repair: bool, folder: str) -> None:
+    console = make_console()
+    if report.problems:
+        rows = [
+            (problem.kind, "repaired" if problem.repaired else "open", _what(problem, folder))
+            for problem in report.problems
+        ]
+        columns = (Column("problem", "left"), Column("state", "left"), Column("what", "left", folds=True))
+        print_table(console, columns, rows)
+        console.print()
+    found = f"{report.blocks} blocks, {size(report.nbytes)}, are whole ({report.seconds:.1f} s)."
+    open_problems = sum(not problem.repaired for problem in report.problems)
+    if not report.problems:
+        print_line(console, f"Nothing is wrong. {found}")
+    elif not open_problems:
+        print_line(console, f"All problems were repaired. {found}")
+    else:
+        hint = "" if repair else " kvtier store verify --repair puts right what can be."
+        print_line(console, f"{open_problems} problem{'' if open_problems == 1 else 's'} left. {found}{hint}")
+
+
+def _what(problem: Problem, folder: str) -> str:
+    text = problem.text if problem.subject in problem.text else f"{problem.subject}: {problem.text}"
+    return text.replace(f"{folder}{os.sep}", "")
