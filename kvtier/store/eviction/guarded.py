@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from kvtier.store.eviction.base import (
-    MOST_NOTE_CHARACTERS,
-    EvictionPolicy,
-    PolicyState,
-    Standing,
-    Usage,
-)
+from kvtier.store.eviction.base import MOST_NOTE_CHARACTERS, EvictionPolicy, PolicyState, Standing, Usage
 
 _log = logging.getLogger("kvtier.store")
 T = TypeVar("T")

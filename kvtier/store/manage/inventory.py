@@ -223,12 +223,7 @@ class Inventory:
         return sorted(gone, key=lambda key: -entries[key].depth_tokens)
 
     def _walk(
-        self,
-        root: str,
-        tokens: TokenIds,
-        entries: Mapping[str, Entry],
-        following: dict[str, list[str]],
-        gone: set[str],
+        self, root: str, tokens: TokenIds, entries: Mapping[str, Entry], following: dict[str, list[str]], gone: set[str]
     ) -> list[str]:
         """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first."""
         leading: list[str] = []

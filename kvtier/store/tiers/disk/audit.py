@@ -55,19 +55,11 @@ class Audit:
             if not self._owner.lives(owner):
                 path = self._path(place)
                 yield from self._leftovers(self._folder.leftovers_beside(path, pid_of(owner)))
-                yield Discrepancy(
-                    "leftover",
-                    str(path),
-                    "its writer is gone",
-                    partial(self._settle, place, owner),
-                )
+                yield Discrepancy("leftover", str(path), "its writer is gone", partial(self._settle, place, owner))
         for place, owner in self._catalog.moving(State.LEAVING):
             if not self._owner.lives(owner):
                 yield Discrepancy(
-                    "leftover",
-                    str(self._path(place)),
-                    "its deletion was interrupted",
-                    partial(self._delete, place),
+                    "leftover", str(self._path(place)), "its deletion was interrupted", partial(self._delete, place)
                 )
 
     def _settle(self, place: Place, owner: str) -> None:
@@ -116,12 +108,7 @@ class Audit:
         for key in files.keys() - rows.keys():
             if files[key].exists():  # otherwise it was deleted just now
                 path = files[key]
-                yield Discrepancy(
-                    "orphan",
-                    str(path),
-                    "the catalog does not know it",
-                    partial(self.adopt, path),
-                )
+                yield Discrepancy("orphan", str(path), "the catalog does not know it", partial(self.adopt, path))
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
@@ -129,10 +116,7 @@ class Audit:
             except FileNotFoundError:
                 if self._catalog.entry(key) is not None:
                     yield Discrepancy(
-                        "missing",
-                        str(path),
-                        "the catalog has it, the folder has not",
-                        partial(self.drop, key),
+                        "missing", str(path), "the catalog has it, the folder has not", partial(self.drop, key)
                     )
                 continue
             except OSError:  # it cannot be reached now
@@ -198,10 +182,7 @@ class Audit:
         """Make the rows of names agree with their files; yield unreadable files."""
         for path, what in self._names.sync():
             yield Discrepancy(
-                "name",
-                str(path),
-                f"cannot be read: {what}",
-                partial(self._folder.filesystem.delete, path),
+                "name", str(path), f"cannot be read: {what}", partial(self._folder.filesystem.delete, path)
             )
 
     def permissions(self) -> Iterator[Discrepancy]:
@@ -213,10 +194,7 @@ class Audit:
                 continue
             if mode & 0o077 and os.name == "posix":
                 yield Discrepancy(
-                    "permissions",
-                    str(path),
-                    f"others may use it (mode {mode:o})",
-                    partial(path.chmod, mode & 0o700),
+                    "permissions", str(path), f"others may use it (mode {mode:o})", partial(path.chmod, mode & 0o700)
                 )
 
     def _path(self, place: Place) -> Path:

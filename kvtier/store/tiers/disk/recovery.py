@@ -99,12 +99,7 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
 
 
 def _opened(
-    folder: StoreFolder,
-    owner: Owner,
-    policy: EvictionPolicy,
-    clock: Callable[[], float],
-    connect: Connect,
-    alone: bool,
+    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect, alone: bool
 ) -> Opened:
     with contextlib.suppress(FileExistsError):
         # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
@@ -193,10 +188,5 @@ def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
 def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
     """Yield ``blocks``; show their number once it takes long."""
     yield from tqdm(
-        blocks,
-        desc="kvtier: rebuilding the catalog",
-        unit=" blocks",
-        delay=_LONG_SECONDS,
-        mininterval=1.0,
-        leave=False,
+        blocks, desc="kvtier: rebuilding the catalog", unit=" blocks", delay=_LONG_SECONDS, mininterval=1.0, leave=False
     )

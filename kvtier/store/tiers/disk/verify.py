@@ -66,13 +66,7 @@ class VerifyReport:
 
 
 def verify(
-    folder: StoreFolder,
-    database: Database,
-    catalog: Catalog,
-    audit: Audit,
-    *,
-    repair: bool,
-    progress: Progress | None,
+    folder: StoreFolder, database: Database, catalog: Catalog, audit: Audit, *, repair: bool, progress: Progress | None
 ) -> VerifyReport:
     """Check everything in ``folder``; with ``repair`` fix problems where possible.
 

@@ -374,11 +374,7 @@ class Catalog:
         return bool(boot) and bool(before == boot)
 
 
-_OUTCOMES = {
-    State.READY: Prepared.PRESENT,
-    State.WRITING: Prepared.ELSEWHERE,
-    State.LEAVING: Prepared.LEAVING,
-}
+_OUTCOMES = {State.READY: Prepared.PRESENT, State.WRITING: Prepared.ELSEWHERE, State.LEAVING: Prepared.LEAVING}
 _ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0"
 
 

@@ -116,15 +116,7 @@ class Session:
             self._connection.execute(
                 "UPDATE blocks SET uses = ?, last_use = ?, queue = ?, priority = ?, note = ?, used_at = ? "
                 "WHERE key = ?",
-                (
-                    usage.uses,
-                    usage.last_use,
-                    standing.queue,
-                    standing.priority,
-                    standing.note,
-                    now,
-                    bytes.fromhex(key),
-                ),
+                (usage.uses, usage.last_use, standing.queue, standing.priority, standing.note, now, bytes.fromhex(key)),
             )
 
     def least(self) -> Valued | None:
