@@ -46,7 +46,7 @@ from kvtier.store.names import checked_ttl
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.tiers.disk.tier import DiskSettings
+from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import HostSettings, TierStack
 from kvtier.store.write_behind import WriteBehind

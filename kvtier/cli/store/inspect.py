@@ -16,7 +16,7 @@ from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder, named, opene
 from kvtier.cli.store.output import Column, make_console, moment, print_facts, print_line, print_table, size, span
 from kvtier.cli.store.roots import RootFile
 from kvtier.store.manage.inventory import Chain
-from kvtier.store.manage.usage import StoreUsage
+from kvtier.store.manage.stats import StoreUsage
 from kvtier.store.names import NamedPrefix
 from kvtier.store.prometheus import exposition
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from kvtier.cli.store.roots import RootFile
 from kvtier.store.manage.inventory import Chain, Forgotten
-from kvtier.store.manage.usage import RootUsage
+from kvtier.store.manage.stats import RootUsage
+from kvtier.store.manage.verify import VerifyReport
 from kvtier.store.names import NamedPrefix
-from kvtier.store.tiers.disk.verify import VerifyReport
 
 Record = dict[str, Any]
 

@@ -10,7 +10,7 @@ import typer
 from kvtier.cli.store import records
 from kvtier.cli.store.common import DEFAULT_FOLDER, FAILED, AsJson, Folder, Yes, confirm, opened, progress_bar
 from kvtier.cli.store.output import Column, make_console, print_line, print_table, size
-from kvtier.store.tiers.disk.verify import Problem, VerifyReport
+from kvtier.store.manage.verify import Problem, VerifyReport
 
 _COLUMNS = (
     Column("problem", "left"),

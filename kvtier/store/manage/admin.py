@@ -21,9 +21,9 @@ from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.commit import BlockWriter
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
-from kvtier.store.manage.usage import StoreUsage, measure
+from kvtier.store.manage.stats import StoreUsage, measure
+from kvtier.store.manage.verify import Progress, VerifyReport, verify
 from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
-from kvtier.store.tiers.disk.verify import Progress, VerifyReport
 from kvtier.store.tiers.stack import TierStack
 from kvtier.units import parse_bytes
 
@@ -429,4 +429,6 @@ class StoreAdmin:
         """
         self._flush()
         with self._asked():
-            return self._tiers.verify(repair=repair, progress=progress)
+            if self._tiers.opened is None:
+                return VerifyReport(len(self._tiers.host), self._tiers.host.nbytes, 0.0, ())
+            return verify(self._tiers.opened, repair=repair, progress=progress)

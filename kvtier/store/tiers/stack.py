@@ -26,9 +26,9 @@ from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.opened import OpenedFolder, open_folder
-from kvtier.store.tiers.disk.tier import DiskSettings
-from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
+from kvtier.store.tiers.disk.recovery import OpenedFolder, open_folder
+from kvtier.store.tiers.disk.tier import DiskTier
+from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
 
@@ -73,6 +73,7 @@ class TierStack:
         host: the RAM tier.
         names: names of chains.
         database: the rows behind names and files.
+        opened: the folder, open; None without one.
 
     Raises:
         StoreError: the folder cannot be used.
@@ -92,17 +93,20 @@ class TierStack:
         self.block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
         self._pinned: frozenset[str] = frozenset()  # used without a folder: files are pinned by their rows
-        self._folder: OpenedFolder | None = None
+        self.opened: OpenedFolder | None = None
+        self._disk: DiskTier | None = None
         if folder is None:
             self.database = Database(None)
             self.names = Names(self.database, None, clock)
         else:
-            self._folder = open_folder(folder, disk, policy, connect, clock)
-            self.database, self.names = self._folder.database, self._folder.names
+            self.opened = opened = open_folder(folder, policy, clock, connect)
+            self.database, self.names = opened.database, opened.names
+            self._disk = DiskTier(folder, opened.catalog, opened.owner, disk, clock)
+            self._disk.expire()
+            self._disk.trim()
         self.host = HostTier(
             host.budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, host.before_waiting
         )
-        self._disk = self._folder.tier if self._folder is not None else None
         self.tiers: tuple[OrderedTier, ...] = (self.host, self._disk) if self._disk is not None else (self.host,)
 
     @property
@@ -341,7 +345,7 @@ class TierStack:
         try:
             self._disk.ask(lambda: tell(self.names), None)
         except OSError as error:
-            self._disk.warn("names", f"cannot write the file of a name in {self._disk.folder.path} ({error})")
+            self._disk.failures.warn("names", f"cannot write the file of a name in {self._disk.folder.path} ({error})")
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -419,26 +423,18 @@ class TierStack:
     def warn_of_stall(self) -> None:
         """Count that the durable tier does not keep up, and warn once."""
         if self._disk is not None:
-            self._disk.count("errors.write")
-            self._disk.warn("stall", f"writing to {self._disk.folder.path} hangs; new blocks stay in RAM only")
-
-    def verify(self, *, repair: bool, progress: Progress | None) -> VerifyReport:
-        """Read every file, and compare files, catalog and accounting; with ``repair`` fix problems where possible."""
-        opened = self._folder
-        if opened is None:
-            return VerifyReport(len(self.host), self.host.nbytes, 0.0, ())
-        folder, catalog = opened.tier.folder, opened.tier.catalog
-        return verify(folder, self.database, catalog, opened.audit, repair=repair, progress=progress)
+            self._disk.failures.count("errors.write")
+            self._disk.failures.warn("stall", f"writing to {self._disk.folder.path} hangs; new blocks stay in RAM only")
 
     def close(self) -> None:
         """End leases, and release files."""
         for tier in self._lower:
             tier.close()
-        if self._folder is not None:
-            self._folder.tier.close()
+        if self._disk is not None:
+            self._disk.close()
         self.database.close()
-        if self._folder is not None:
-            self._folder.owner.close()
+        if self.opened is not None:
+            self.opened.owner.close()
 
 
 def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:

@@ -28,7 +28,7 @@ class Discrepancy:
     """One problem of a folder, and its repair.
 
     Attributes:
-        kind: as ``verify.Problem.kind``.
+        kind: as ``manage.verify.Problem.kind``.
         subject: the affected file, or another subject.
         text: description of the problem.
         mend: repairs it; may raise ``OSError``, ``sqlite3.Error`` or ``BlockError``.
@@ -84,13 +84,12 @@ class Audit:
             if owner not in left and not self._owner.lives(owner):
                 self._owner.bury(owner)
 
-    def leftovers(self) -> Iterator[Discrepancy]:
-        """Yield the temporary files of dead writers."""
-        yield from self._leftovers(self._folder.leftovers())
+    def leftovers(self, *, blocks: bool = True) -> Iterator[Discrepancy]:
+        """Yield the temporary files of dead writers.
 
-    def loose_ends(self) -> Iterator[Discrepancy]:
-        """Yield temporary files outside ``blocks/``: interrupted block writes have rows (``unfinished``)."""
-        yield from self._leftovers(self._folder.leftovers(blocks=False))
+        Without ``blocks``, only those outside ``blocks/``: interrupted block writes have rows (``unfinished``).
+        """
+        yield from self._leftovers(self._folder.leftovers(blocks=blocks))
 
     def _leftovers(self, found: Iterator[Path]) -> Iterator[Discrepancy]:
         for path in found:
@@ -112,7 +111,7 @@ class Audit:
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
-                nbytes = self._folder.used_bytes(path)
+                nbytes = self._folder.filesystem.used_bytes(path)
             except FileNotFoundError:
                 if self._catalog.entry(key) is not None:
                     yield Discrepancy(
@@ -163,7 +162,7 @@ class Audit:
             finally:
                 file.close()
             written_at = path.stat().st_mtime
-            nbytes = self._folder.used_bytes(path)
+            nbytes = self._folder.filesystem.used_bytes(path)
         except OSError as error:
             raise self._folder.unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):

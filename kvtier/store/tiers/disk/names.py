@@ -16,8 +16,7 @@ from kvtier.errors import ConfigurationError, UnknownNameError
 from kvtier.store.names import LONGEST_SECONDS, Name, checked_name, checked_ttl
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.tiers.disk.records import read_record
+from kvtier.store.tiers.disk.folder import StoreFolder, read_record
 
 _OF_NAME = itemgetter(slice(8))
 _MOST_TOKENS = 2**53

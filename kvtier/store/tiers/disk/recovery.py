@@ -43,18 +43,48 @@ _NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The catalog of a folder, which agrees with its files."""
+class OpenedFolder:
+    """The folder of a store, open: its catalog agrees with its files.
 
+    Attributes:
+        folder: the files.
+        owner: marks writes and deletions that this process has begun.
+        database: the rows behind files and names.
+        catalog: the rows of blocks.
+        names: names of chains.
+        audit: compares files and rows.
+    """
+
+    folder: StoreFolder
+    owner: Owner
     database: Database
     catalog: Catalog
     names: Names
     audit: Audit
 
 
+def open_folder(
+    folder: StoreFolder, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+) -> OpenedFolder:
+    """Open ``folder`` in any state.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    try:
+        owner = Owner(folder.owners)
+    except OSError as error:
+        raise StoreError(f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to") from error
+    try:
+        return open_catalog(folder, owner, policy, clock, connect)
+    except BaseException:
+        owner.close()
+        raise
+
+
 def open_catalog(
     folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
-) -> Opened:
+) -> OpenedFolder:
     """Open the catalog of ``folder``; rebuild it when it is missing or damaged.
 
     Raises:
@@ -100,7 +130,7 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
 
 def _opened(
     folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect, alone: bool
-) -> Opened:
+) -> OpenedFolder:
     with contextlib.suppress(FileExistsError):
         # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
         # process on it, those of another store too.
@@ -116,7 +146,7 @@ def _opened(
     except BaseException:
         database.close()
         raise
-    return Opened(database, catalog, names, audit)
+    return OpenedFolder(folder, owner, database, catalog, names, audit)
 
 
 def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
@@ -133,7 +163,7 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     if rebuilt is Rebuilt.ANEW:
         parts = [audit.unfinished(), audit.leftovers(), audit.names()]
     elif same_boot and rebuilt is Rebuilt.NOT:
-        parts = [audit.unfinished(), audit.loose_ends(), audit.names()]
+        parts = [audit.unfinished(), audit.leftovers(blocks=False), audit.names()]
     else:
         parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
     for discrepancies in parts:

@@ -10,7 +10,7 @@ from functools import partial
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import Standing, Usage
-from kvtier.store.tiers.host.leaves import Leaves
+from kvtier.store.tiers.host.ranking import Leaves
 from kvtier.store.tiers.host.siblings import Siblings
 
 

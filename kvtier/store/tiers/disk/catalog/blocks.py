@@ -19,7 +19,7 @@ from kvtier.store.tiers.disk.catalog.adoption import Adoption, Rebuilt
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.catalog.id_codes import decode_ids, encode_ids
-from kvtier.store.tiers.disk.catalog.ranking import Place, Valuation
+from kvtier.store.tiers.disk.catalog.ranking import Place, Session
 from kvtier.store.tiers.disk.catalog.rows import batches, bytes_up_to, depth_after, insert, is_filled, move
 from kvtier.store.tiers.disk.catalog.schema import RECOUNT
 
@@ -29,7 +29,8 @@ _FOREVER = float("-inf")
 _IDENTITY = "key, parent, root, ids"
 _BEFORE = "ids <= ? ORDER BY ids DESC"
 _AFTER = "ids > ? ORDER BY ids"
-_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR pins > 0)"
+_READY = f"state = {State.READY:d}"
+_FOUND = f"{_READY} AND (used_at >= ? OR pins > 0)"
 
 
 class Prepared(Enum):
@@ -58,23 +59,21 @@ class Catalog:
 
     def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._database = database
-        self._valuation = Valuation(policy)
+        self._policy = policy
         self._clock = clock
-        self._adoption = Adoption(database, self._valuation)
+        self._adoption = Adoption(database, policy)
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
     def contains(self, key: str, since: float = _FOREVER) -> bool:
         """Whether a block is ready, and was used at ``since`` (Unix time) or later, or is pinned."""
         with self._database.reading() as connection:
-            found = connection.execute(
-                f"SELECT 1 FROM blocks WHERE key = :key AND {_FOUND}", {"key": bytes.fromhex(key), "since": since}
-            ).fetchone()
-        return found is not None
+            found = connection.execute(f"SELECT 1 FROM blocks WHERE key = ? AND {_FOUND}", (bytes.fromhex(key), since))
+            return found.fetchone() is not None
 
     def ready(self, keys: Sequence[str], since: float = _FOREVER) -> set[str]:
         """Return the subset of ``keys`` for which ``contains`` is true."""
-        return self._having(keys, f"state = {State.READY:d} AND (used_at >= ? OR pins > 0)", since)
+        return self._having(keys, _FOUND, since)
 
     def absent(self, keys: Sequence[str]) -> list[str]:
         """Return the subset of ``keys`` neither ready nor being written."""
@@ -92,12 +91,11 @@ class Catalog:
                 found.update(row[0].hex() for row in rows)
         return found
 
-    def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
-        """Return the identity of a block for which ``contains`` is true; None otherwise."""
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a ready block."""
         with self._database.reading() as connection:
             row = connection.execute(
-                f"SELECT {_IDENTITY} FROM blocks WHERE key = :key AND {_FOUND}",
-                {"key": bytes.fromhex(key), "since": since},
+                f"SELECT {_IDENTITY} FROM blocks WHERE key = ? AND {_READY}", (bytes.fromhex(key),)
             ).fetchone()
             return _block_id(row) if row else None
 
@@ -125,8 +123,7 @@ class Catalog:
                 shared = common_run(block.tokens, tokens)
                 if shared == len(block.tokens):
                     rows = connection.execute(
-                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND state = {State.READY:d} "
-                        "LIMIT ?",
+                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND {_READY} LIMIT ?",
                         (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
                     )
                     found += map(_block_id, rows)  # a block, and a checkpoint of the same ids
@@ -136,25 +133,24 @@ class Catalog:
 
     def entry(self, key: str) -> Entry | None:
         """Return the entry of a ready block."""
-        with self._database.reading() as connection:
-            row = connection.execute(
-                f"SELECT {_ENTRY} FROM blocks WHERE key = ? AND state = {State.READY:d}", (bytes.fromhex(key),)
-            ).fetchone()
-        return _entry(row) if row else None
+        found = self._entries("AND key = ?", bytes.fromhex(key))
+        return found[0] if found else None
 
     def entries(self) -> list[Entry]:
         """Return the entries of all ready blocks."""
-        with self._database.reading(long=True) as connection:
-            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
-        return [_entry(row) for row in rows]
+        return self._entries("", long=True)
 
     def linked_entries(self) -> list[Entry]:
         """Return the entries of the ready blocks of all named chains."""
-        with self._database.reading(long=True) as connection:
-            rows = connection.execute(
-                f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d} AND key IN (SELECT key FROM links)"
-            ).fetchall()
-        return [_entry(row) for row in rows]
+        return self._entries("AND key IN (SELECT key FROM links)", long=True)
+
+    def _entries(self, condition: str, *values: object, long: bool = False) -> list[Entry]:
+        with self._database.reading(long=long) as connection:
+            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE {_READY} {condition}", values).fetchall()
+        return [
+            Entry(key.hex(), parent.hex(), root.hex(), *numbers, bool(pinned))
+            for key, parent, root, *numbers, pinned in rows
+        ]
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +166,7 @@ class Catalog:
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             if total + nbytes > budget_bytes:
                 return Prepared.NO_ROOM
-            session = self._valuation.session(connection)
+            session = Session(self._policy, connection)
             state = after(State.ABSENT, Move.PREPARE_STORE)
             insert(connection, session, block, depth, nbytes, state, owner, self._clock())
             session.end()
@@ -245,7 +241,7 @@ class Catalog:
         at_most: int,
         all_or_nothing: bool,
     ) -> list[Place]:
-        session = self._valuation.session(connection)
+        session = Session(self._policy, connection)
         gone: list[Place] = []
         staying: list[str] = []
         freed = 0
@@ -266,17 +262,12 @@ class Catalog:
             freed += place.nbytes
         if all_or_nothing and freed < nbytes:
             # A block stays while it has children: all ancestors of a block that stays, stay too.
-            left = self._evictable_bytes(connection) - bytes_up_to(connection, [*staying, *([keep] if keep else [])])
-            if left < nbytes - freed:
+            # Names pin whole chains.
+            (evictable,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
+            if evictable - bytes_up_to(connection, [*staying, *([keep] if keep else [])]) < nbytes - freed:
                 raise _NotEnoughError
         session.end()
         return gone
-
-    @staticmethod
-    def _evictable_bytes(connection: Statements) -> int:
-        """Return the bytes of all blocks that are ready and not pinned. Names pin whole chains."""
-        (nbytes,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
-        return int(nbytes)
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Mark ready blocks as leaving, for ``owner`` to delete their files; return the marked blocks."""
@@ -303,8 +294,7 @@ class Catalog:
         """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
         with self._database.reading(long=True) as connection:
             rows = connection.execute(
-                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND pins = 0 "
-                "ORDER BY depth DESC",
+                f"SELECT key FROM blocks WHERE used_at < ? AND {_READY} AND pins = 0 ORDER BY depth DESC",
                 (since,),
             ).fetchall()
         return [row[0].hex() for row in rows]
@@ -324,7 +314,7 @@ class Catalog:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
         with self._database.transaction() as connection:
-            session = self._valuation.session(connection)
+            session = Session(self._policy, connection)
             session.used(keys, self._clock())
             session.end()
             connection.executemany(
@@ -392,7 +382,3 @@ def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since
 
 def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
     return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), decode_ids(row[3]))
-
-
-def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:
-    return Entry(row[0].hex(), row[1].hex(), row[2].hex(), *row[3:10], pinned=bool(row[10]))
