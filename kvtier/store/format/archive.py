@@ -50,7 +50,7 @@ _BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_MANIFEST_BYTES = 128 * 2**10  # a model with adapters needs some 10 KiB
 _MAX_MANIFEST_DEPTH = 32
 _CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 
 def write_archive(
@@ -100,7 +100,7 @@ def write_archive(
     try:
         if not overwrite and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "exists already", str(target))
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(fd, "wb") as out:
                 nbytes = _write(out, blocks, spec, ids, states, metadata)

@@ -73,13 +73,12 @@ class Inventory:
             for key in name.keys:
                 by_key.setdefault(key, set()).add(name.name)
         linked = _Linked(self._tiers.linked(), by_key)
-        return tuple(self._described(*each, linked) for each in names)
+        return tuple(self.described(*each, linked) for each in names)
 
-    def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
+    def described(
+        self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None = None
+    ) -> NamedPrefix:
         """Return the details of a name."""
-        return self._described(name, used_at, expires_at, None)
-
-    def _described(self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None) -> NamedPrefix:
         kept: list[Entry] = []
         by_tier = {"host": 0, "disk": 0}
         tokens = 0
@@ -91,7 +90,7 @@ class Inventory:
             by_tier["host" if key in self._tiers.host else self._tiers.last.name] += counted
             tokens += counted
             kept.append(entry)
-        own = set(self._own([entry.key for entry in kept], {name.name}, linked))
+        own = set(self.own([entry.key for entry in kept], {name.name}, linked))
         return NamedPrefix(
             name=name.name,
             root=name.root,
@@ -107,11 +106,8 @@ class Inventory:
             expires_at=expires_at,
         )
 
-    def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
+    def own(self, keys: Sequence[str], names: set[str], linked: _Linked | None = None) -> list[str]:
         """Return the blocks of the chain ``keys`` that only this chain and ``names`` use, with their checkpoints."""
-        return self._own(keys, names, None)
-
-    def _own(self, keys: Sequence[str], names: set[str], linked: _Linked | None) -> list[str]:
         own: list[str] = []
         for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
             entries = self._entries_of(key, linked)

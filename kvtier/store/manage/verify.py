@@ -84,11 +84,15 @@ def verify(opened: OpenedFolder, *, repair: bool, progress: Progress | None) -> 
     note(audit.files())
     note(audit.names())
     blocks, nbytes = 0, 0
-    for size, damage in _read_all(opened, progress):
-        if damage is None:
+    for path, size, error in _read_all(opened, progress):
+        if error is None:
             blocks, nbytes = blocks + 1, nbytes + size
+        elif opened.catalog.entry(path.stem) is None:
+            pass  # it was evicted, or is being written
+        elif isinstance(error, UnavailableError):
+            note([Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))])
         else:
-            note([damage])
+            note([Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))])
     note(audit.total())
     note(audit.permissions())
     return VerifyReport(blocks, nbytes, time.perf_counter() - started, tuple(problems))
@@ -105,23 +109,18 @@ def _mended(discrepancy: Discrepancy) -> bool:
     return True
 
 
-def _read_all(opened: OpenedFolder, progress: Progress | None) -> Iterator[tuple[int, Discrepancy | None]]:
-    """Read every block file; yield its size and problem, if it has one."""
-    audit = opened.audit
+def _read_all(opened: OpenedFolder, progress: Progress | None) -> Iterator[tuple[Path, int, BlockError | None]]:
+    """Read every block file; yield its path, its size, and its error if it has one."""
     files = [(path, _size(path)) for path in opened.folder.block_files()]
     total, done = sum(size for _, size in files), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
         try:
-            for (path, size), error in zip(
-                files, pool.map(partial(_damage, audit), [p for p, _ in files]), strict=True
-            ):
+            errors = pool.map(partial(_damage, opened.audit), [path for path, _ in files])
+            for (path, size), error in zip(files, errors, strict=True):
                 done += size
                 if progress is not None:
                     progress(done, total)
-                if error is None:
-                    yield size, None
-                elif opened.catalog.entry(path.stem) is not None:  # otherwise it was evicted, or is being written
-                    yield size, _problem(audit, path, error)
+                yield path, size, error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -131,12 +130,6 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _problem(audit: Audit, path: Path, error: BlockError) -> Discrepancy:
-    if isinstance(error, UnavailableError):
-        return Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))
-    return Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))
 
 
 def _damage(audit: Audit, path: Path) -> BlockError | None:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -20,29 +19,18 @@ from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId
+from kvtier.store.format.block_file import BlockFile
 from kvtier.store.tiers.leases import BlockLease, Leases
 
 HELD_BYTES = 256 * 2**20
-
-
-class FileReader(BlockReader, Protocol):
-    """A block that is read from a file."""
-
-    def hold(self) -> None:
-        """Keep the block readable after its file is deleted.
-
-        Raises:
-            BlockError: the file is gone, or cannot be opened now.
-        """
 
 
 @dataclass(slots=True, eq=False)
 class _Load:
     """One open block, and the pages that some of its readers have and others still need."""
 
-    reader: FileReader
+    reader: BlockFile
     users: int = 0
     waiting: set[SharedReader] = field(default_factory=set)
     pages: dict[int, Future[Page]] = field(default_factory=dict)
@@ -78,7 +66,7 @@ class ReadCoalescer:
             self._loads = {}
         self._lock.release()
 
-    def open(self, block: BlockId, open_block: Callable[[], FileReader]) -> SharedReader:
+    def open(self, block: BlockId, open_block: Callable[[], BlockFile]) -> SharedReader:
         """Return a reader of ``block``; ``open_block`` opens it if it is not open.
 
         Raises:

@@ -38,11 +38,8 @@ class Names:
         """Give a chain a name; another chain that has the name loses it."""
         if self._folder is not None:
             self._folder.write_json(self._folder.name(name.name), asdict(name))
-        self._set_rows(name, self._clock() if used_at is None else used_at)
-
-    def _set_rows(self, name: Name, used_at: float) -> None:
         with self._database.transaction() as connection:
-            self._insert_rows(connection, name, used_at)
+            self._insert_rows(connection, name, self._clock() if used_at is None else used_at)
 
     def _insert_rows(self, connection: Statements, name: Name, used_at: float) -> None:
         keys = [bytes.fromhex(key) for key in name.keys]

@@ -147,10 +147,7 @@ class Catalog:
     def _entries(self, condition: str, *values: object, long: bool = False) -> list[Entry]:
         with self._database.reading(long=long) as connection:
             rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE {_READY} {condition}", values).fetchall()
-        return [
-            Entry(key.hex(), parent.hex(), root.hex(), *numbers, bool(pinned))
-            for key, parent, root, *numbers, pinned in rows
-        ]
+        return [_entry(row) for row in rows]
 
     # --- storing ----------------------------------------------------------------------------------------------------
 
@@ -382,3 +379,7 @@ def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since
 
 def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
     return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), decode_ids(row[3]))
+
+
+def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:
+    return Entry(row[0].hex(), row[1].hex(), row[2].hex(), *row[3:10], pinned=bool(row[10]))
