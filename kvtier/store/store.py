@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 import threading
 import time
@@ -26,7 +25,7 @@ from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, UnavailableError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, Filesystem
 from kvtier.platform.fork_safety import Rank, take_part
@@ -38,7 +37,7 @@ from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
-from kvtier.store.load import LoadJob, summary
+from kvtier.store.load import LoadJob, UnusableBlocks, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
@@ -53,13 +52,11 @@ from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
 
-_log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
-_UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often expired blocks are deleted; lookups skip them at once
 
 
@@ -175,9 +172,9 @@ class PrefixStore:
         )
         self._reading = Readers()
         self._expire_at = clock() + _EXPIRE_SECONDS
-        self._warned: set[str] = set()
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._unusable = UnusableBlocks(self._tiers, self._tally, self._lock)
         self._closed = False
         _open_stores.add(self)
         take_part(self, Rank.STORE)
@@ -280,7 +277,7 @@ class PrefixStore:
                 missing = unusable = dict.fromkeys(
                     odd, BlockError("its layers differ from those of the blocks beside it")
                 )
-            self._note_unusable(unusable)
+            self._unusable.note(unusable)
             if missing:
                 raise BlockError(summary(missing)) from next(iter(missing.values()))
         except BaseException:
@@ -290,44 +287,8 @@ class PrefixStore:
         self._block_writer.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return LoadJob(
-            rows, readers, self._reading, self._note_unusable, [checkpoint.key for checkpoint in checkpoints]
-        )
-
-    def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
-        """Discard damaged blocks and withhold blocks that cannot be read now; ``errors`` maps their keys to errors.
-
-        Warn once for each damaged block, and once in all for blocks that cannot be read.
-        """
-        if not errors:
-            return
-        gone = {key for key, error in errors.items() if isinstance(error, GoneError)}
-        unavailable = {
-            key: error for key, error in errors.items() if isinstance(error, UnavailableError) and key not in gone
-        }
-        damaged = {key: error for key, error in errors.items() if not isinstance(error, UnavailableError)}
-        self._tiers.withhold(unavailable)
-        self._tiers.discard(damaged)
-        with self._lock:
-            for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
-                if keys:
-                    self._tally[f"misses.{reason}"] += len(keys)
-            news = {key: error for key, error in damaged.items() if key not in self._warned}
-            self._warned.update(news)
-            is_first = bool(unavailable) and _UNAVAILABLE not in self._warned
-            self._warned.update([_UNAVAILABLE] * is_first)
-        if is_first:
-            _log.warning(
-                "stored blocks cannot be used now: %s; they stay, and their tokens are recomputed", summary(unavailable)
-            )
-        if len(news) == 1:
-            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
-        elif news:
-            _log.warning(
-                "%d stored blocks cannot be used and were removed: %s; their tokens are recomputed",
-                len(news),
-                summary(news),
-            )
+        keys = [checkpoint.key for checkpoint in checkpoints]
+        return LoadJob(rows, readers, self._reading, self._unusable.note, keys)
 
     def commit(
         self,

@@ -228,7 +228,7 @@ class Archive:
         nbytes: size of the file.
 
     Raises:
-        ArchiveError: the file cannot be read, or is not a whole archive of this format.
+        ArchiveError: the file cannot be read, or is not a whole archive of this format. All reading methods raise it.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
@@ -276,7 +276,6 @@ class Archive:
         """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
 
         Raises:
-            ArchiveError: they cannot be read.
             ConfigurationError: the prefix has no such tokens.
         """
         if not 0 <= start < stop <= len(self.tokens):
@@ -288,11 +287,7 @@ class Archive:
         return tuple(pages)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states after the last token, U8 ``[bytes]``; None for models without.
-
-        Raises:
-            ArchiveError: they cannot be read.
-        """
+        """Return the states after the last token, U8 ``[bytes]``; None for models without."""
         if not self._is_snapshot:
             return None
         states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
@@ -307,11 +302,9 @@ class Archive:
         for head in range(heads):
             self._fill(memoryview(part[head]), begin + (head * len(self.tokens) + start) * row_bytes)
         shape = (heads, stop - start, dim)
-        return (
-            torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
-            if part.size
-            else torch.empty(shape, dtype=dtype, device="cpu")
-        )
+        if not part.size:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:

@@ -195,30 +195,18 @@ class SharedReader:
         return self._load.reader.is_plain
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``, read only.
-
-        Raises:
-            BlockError: the bytes cannot be read, or differ from the written ones.
-        """
+        """Return the page of ``layer``, read only."""
         return self._loads.page(self._load, self, layer)
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``.
-
-        Raises:
-            BlockError: as ``page``.
-        """
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
         if self._loads.shared(self._load, self, layer):
             view.take(self.page(layer), first, last)
         else:
             self._load.reader.land(layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint; each restore reads them for itself.
-
-        Raises:
-            BlockError: as ``page``.
-        """
+        """Return the states of a checkpoint; each restore reads them for itself."""
         return self._load.reader.states()
 
     def detach(self) -> None:

@@ -105,8 +105,8 @@ class Audit:
         files = {path.stem: path for path in self._folder.block_files()}  # before rows: a writer makes its row first
         rows = self._catalog.files()
         for key in files.keys() - rows.keys():
-            if files[key].exists():  # otherwise it was deleted just now
-                path = files[key]
+            path = files[key]
+            if path.exists():  # otherwise it was deleted just now
                 yield Discrepancy("orphan", str(path), "the catalog does not know it", partial(self.adopt, path))
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
