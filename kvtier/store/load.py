@@ -81,7 +81,8 @@ class LoadJob:
     """Loads the pages of ``rows``, one task per layer, in layer order.
 
     Each page is read once, however many rows use it. Failed blocks are reported together through ``unusable``, by
-    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``wait`` raises.
+    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``states``, ``land``, ``check``
+    and ``wait`` raise ``RestoreError`` when something could not be read.
     """
 
     def __init__(
@@ -115,11 +116,7 @@ class LoadJob:
         return bool(self._checkpoints)
 
     def states(self, row: int) -> torch.Tensor:
-        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, read only.
-
-        Raises:
-            RestoreError: they could not be read.
-        """
+        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, read only."""
         key = self._checkpoints[row]
         try:
             states = self._readers[key].states()
@@ -157,9 +154,6 @@ class LoadJob:
             place: returns the view for a layer and row.
             begin: skip spans that start before this token of their sequence.
             end: skip spans that start at this token or later.
-
-        Raises:
-            RestoreError: a page could not be read.
         """
         if not self._land(layer, place, begin, end):
             raise self._lost()
@@ -191,11 +185,7 @@ class LoadJob:
         return complete
 
     def check(self) -> None:
-        """Read all pages once, to check that they can be read.
-
-        Raises:
-            RestoreError: a page could not be read.
-        """
+        """Read all pages once, to check that they can be read."""
         for key, reader in self._readers.items():
             try:
                 for layer in range(len(self.spec.layers)):

@@ -22,7 +22,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from kvtier.errors import BlockError, ClosedError, ConfigurationError
@@ -47,7 +46,7 @@ from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
-from kvtier.store.tiers.stack import HostSettings, TierStack
+from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
@@ -79,7 +78,8 @@ class PrefixStore:
 
     Guarantees: token ids are compared on every hit. RAM and disk stay within their budgets. A failing disk costs a
     warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
-    block being read is not evicted. Thread-safe. Several processes may use one folder at once.
+    block being read is not evicted. Thread-safe. Several processes may use one folder at once. Every method but
+    ``flush`` and ``close`` raises ``ClosedError`` when the store was closed.
 
     Attributes:
         lossy_codec: name of the codec of files if it is lossy, else None; a lossy codec is part of every root.
@@ -162,10 +162,8 @@ class PrefixStore:
         codecs = {**BUILT_IN, codec.name: codec}
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
-        host_settings = HostSettings(host_bytes, self._behind.hurry)
-        self._tiers = TierStack(
-            folder, host_settings, settings, guarded, connect, clock, checked_tiers(lower_tiers), block_size
-        )
+        lower, hurry = checked_tiers(lower_tiers), self._behind.hurry
+        self._tiers = TierStack(folder, host_bytes, settings, guarded, connect, clock, lower, block_size, hurry)
         self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(
             self.path, block_size, self._tiers, self._block_writer, self.flush, self._check_open, clock
@@ -217,11 +215,7 @@ class PrefixStore:
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def match(self, root: str, tokens: TokenIds, limit: int | None = None) -> PrefixMatch:
-        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
+        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens."""
         self._check_open()
         self.admin.forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
@@ -238,9 +232,6 @@ class PrefixStore:
 
         Each comes with the number of tokens after which its states are valid. With ``limit`` at ``len(tokens)``, a
         checkpoint of all tokens is found only if a full block ends there.
-
-        Raises:
-            ClosedError: the store was closed.
         """
         self._check_open()
         return checkpoints_of(self._tiers, root, tokens, limit, self.block_size)
@@ -254,7 +245,6 @@ class PrefixStore:
             BlockError: blocks cannot be used. All of them were found in this one call: damaged blocks are discarded,
                 and blocks that cannot be read now are withheld. A new ``match`` finds the remaining blocks, and one
                 ``commit`` stores the lost blocks again.
-            ClosedError: the store was closed.
         """
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
@@ -311,9 +301,6 @@ class PrefixStore:
 
         Returns:
             The number of newly stored tokens.
-
-        Raises:
-            ClosedError: the store was closed.
         """
         self._check_open()
         _drain_at_the_end()
@@ -336,16 +323,11 @@ class PrefixStore:
         self._tiers.flush_below()
 
     def stats(self) -> StoreStats:
-        """Return the contents of the store in numbers, and its counts since it was opened.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
+        """Return the contents of the store in numbers, and its counts since it was opened."""
         self._check_open()
         with self._lock:
             tally = Counter(self._tally)
-        path = str(self.path) if self.path is not None else None
-        return store_stats(path, self._tiers, tally, self._behind.queued)
+        return store_stats(self.path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------
 
@@ -382,9 +364,7 @@ class PrefixStore:
         self._check_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -1,7 +1,4 @@
-"""StoreAdmin: management of a store by its owner, between turns.
-
-Names, pins, expiry, forgetting, pruning, archives, verification. Unlike in a turn, a failing disk raises an error.
-"""
+"""StoreAdmin: management of a store by its owner, between turns. Unlike in a turn, a failing disk raises an error."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ class StoreAdmin:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Run a request of the owner: unlike in a turn, a failing disk raises ``StoreError``."""
+        """Run a request of the owner: a failing disk raises ``StoreError``."""
         self._check_open()
         try:
             yield
@@ -96,12 +93,8 @@ class StoreAdmin:
         """
         checked_name(name)
         for _ in range(_TRIES):
-            keys = []
             with self._asked():
-                for key in self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size):
-                    if key is None:
-                        break
-                    keys.append(key)
+                keys = self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size)
             if not keys or len(keys) * self._block_size < len(tokens):
                 raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
             named = self._set_name(name, root, keys, len(tokens), pin, ttl)
@@ -146,7 +139,8 @@ class StoreAdmin:
         Raises:
             UnknownNameError: the name does not exist.
         """
-        self._set_pinned(name, True)
+        with self._asked():
+            self._names.set_pinned(name, True)
 
     def unpin(self, name: str) -> None:
         """Treat the blocks of ``name`` like all other blocks again.
@@ -154,11 +148,8 @@ class StoreAdmin:
         Raises:
             UnknownNameError: the name does not exist.
         """
-        self._set_pinned(name, False)
-
-    def _set_pinned(self, name: str, pinned: bool) -> None:
         with self._asked():
-            self._names.set_pinned(name, pinned)
+            self._names.set_pinned(name, False)
 
     def rename(self, old: str, new: str) -> None:
         """Rename ``old`` to ``new``.
@@ -391,9 +382,9 @@ class StoreAdmin:
             )
             self._flush()
             keys = self._writer.chain_of(blocks, archive.block_size)
-            if None in keys:
+            if len(keys) < len(blocks):
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
-            return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
+            return self._set_name(name, archive.root, keys, len(archive.tokens), False, None)
 
     # --- care -------------------------------------------------------------------------------------------------------
 

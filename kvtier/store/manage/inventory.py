@@ -64,8 +64,6 @@ class Inventory:
         """Return the identity of a block."""
         return self._tiers.find(key)
 
-    # --- chains -----------------------------------------------------------------------------------------------------
-
     def described_all(self, names: Sequence[tuple[Name, float, float | None]]) -> tuple[NamedPrefix, ...]:
         """Return the details of all names; the entries of their blocks are read at once."""
         by_key: dict[str, set[str]] = {}
@@ -198,8 +196,6 @@ class Inventory:
         keys = _way_up(found[0], entries)
         keys.reverse()
         return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
-
-    # --- blocks with given ids --------------------------------------------------------------------------------------
 
     def holding(self, tokens: TokenIds) -> list[str]:
         """Return the keys of all blocks of chains that begin with ``tokens``, except blocks that other chains use.

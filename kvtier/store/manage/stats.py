@@ -6,6 +6,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 from kvtier.store.block import Entry
@@ -53,22 +54,15 @@ class StoreStats:
     names: int = 0
 
 
-def store_stats(path: str | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
-    """Return the numbers of a store.
-
-    Args:
-        path: its folder.
-        tiers: its tiers.
-        tally: the counts of the store itself: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
-        queued_writes: blocks waiting to be written.
-    """
+def store_stats(path: Path | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
+    """Return the numbers of a store; ``tally`` counts ``lookups``, ``hits.<tier>``, ``misses.<reason>`` and so on."""
     tier_stats = tiers.stats(tally)
     try:
         name_count = len(tiers.names)
     except sqlite3.Error:  # the tier has warned of it by now
         name_count = 0
     return StoreStats(
-        path=path,
+        path=str(path) if path is not None else None,
         tiers=tier_stats,
         lookups=tally.get("lookups", 0),
         lookup_tokens=tally.get("lookup_tokens", 0),

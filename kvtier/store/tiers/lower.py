@@ -48,8 +48,6 @@ class LowerTier:
         self._waited_until = time.monotonic()
         self._has_warned = False
 
-    # --- failures ---------------------------------------------------------------------------------------------------
-
     def _failed(self, what: str, error: BaseException, *, warn: bool = True) -> None:
         self.counts[f"errors.{self.name}"] += 1
         said = str(error).partition("\n")[0] or "no answer in time"
@@ -92,8 +90,6 @@ class LowerTier:
         finally:
             self._waited_until = time.monotonic()
             self._allowance_seconds -= self._waited_until - began
-
-    # --- in a turn --------------------------------------------------------------------------------------------------
 
     def presence(self, keys: Sequence[str]) -> Sequence[Presence]:
         """Say of each of ``keys``, in order, whether the block can be opened, in bounded time."""
@@ -172,8 +168,6 @@ class LowerTier:
         self.discard_all([key])
         return GoneError(f"the tier {self.name!r} had a damaged block, which was removed there: {error}")
 
-    # --- behind a turn ----------------------------------------------------------------------------------------------
-
     def put(self, block: Block) -> PutResult:
         """Keep ``block``."""
         return self._ask("keep a block", lambda: self._tier.put(block), PutResult.UNAVAILABLE)
@@ -185,8 +179,6 @@ class LowerTier:
     def flush(self) -> None:
         """Wait until all that was put outlives this process."""
         self._ask("flush", self._tier.flush, None)
-
-    # --- for the owner ----------------------------------------------------------------------------------------------
 
     def discard_all(self, keys: Sequence[str]) -> bool:
         """Forget blocks, whatever failed before; return whether the tier was told."""

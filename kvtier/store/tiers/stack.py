@@ -11,9 +11,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -33,22 +32,8 @@ from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
 
 _log = logging.getLogger("kvtier.store")
-T = TypeVar("T")
 _FIRST_BLOCKS = 4  # of a chain that are asked for first
 _MORE_BLOCKS = 8  # how many times as many are asked for next
-
-
-@dataclass(frozen=True, slots=True)
-class HostSettings:
-    """Settings of the RAM tier.
-
-    Attributes:
-        budget_bytes: upper limit for the bytes of all tensors.
-        before_waiting: called before a put waits for room; runs waiting writes soon.
-    """
-
-    budget_bytes: int
-    before_waiting: Callable[[], None]
 
 
 class TierStack:
@@ -60,17 +45,23 @@ class TierStack:
 
     Args:
         folder: holds the files; None keeps everything in RAM.
-        host: settings of the RAM tier.
+        host_budget_bytes: upper limit for the bytes of all tensors in RAM.
         disk: settings of the file tier.
         policy: decides which block is evicted first.
         connect: opens connections to the catalog.
         clock: Unix time.
         lower: custom tiers below, the nearest first.
         block_size: tokens of the blocks that ``lower`` tiers keep.
+        before_waiting: called before a put waits for room in RAM; runs waiting writes soon.
 
     Attributes:
         block_size: see above.
         host: the RAM tier.
+        tiers: the store's own tiers.
+        last: the last of them, to whose blocks names refer.
+        is_durable: whether there are files: names and blocks then outlive the process.
+        has_lower: whether there are tiers below the store's own.
+        writes_behind: whether there is a tier below RAM, which is written behind the caller.
         names: names of chains.
         database: the rows behind names and files.
         opened: the folder, open; None without one.
@@ -82,13 +73,14 @@ class TierStack:
     def __init__(
         self,
         folder: StoreFolder | None,
-        host: HostSettings,
+        host_budget_bytes: int,
         disk: DiskSettings,
         policy: EvictionPolicy,
         connect: Connect,
         clock: Callable[[], float],
-        lower: Sequence[Tier] = (),
-        block_size: int = 0,
+        lower: Sequence[Tier],
+        block_size: int,
+        before_waiting: Callable[[], None],
     ) -> None:
         self.block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
@@ -104,34 +96,12 @@ class TierStack:
             self._disk = DiskTier(folder, opened.catalog, opened.owner, disk, clock)
             self._disk.expire()
             self._disk.trim()
-        self.host = HostTier(
-            host.budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, host.before_waiting
-        )
+        self.host = HostTier(host_budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, before_waiting)
         self.tiers: tuple[OrderedTier, ...] = (self.host, self._disk) if self._disk is not None else (self.host,)
-
-    @property
-    def _all(self) -> tuple[OrderedTier | LowerTier, ...]:
-        return (*self.tiers, *self._lower)
-
-    @property
-    def is_durable(self) -> bool:
-        """Whether there are files: names and blocks then outlive the process."""
-        return self._disk is not None
-
-    @property
-    def has_lower(self) -> bool:
-        """Whether there are tiers below the store's own."""
-        return bool(self._lower)
-
-    @property
-    def writes_behind(self) -> bool:
-        """Whether there is a tier below RAM, which is written behind the caller."""
-        return self.is_durable or self.has_lower
-
-    @property
-    def last(self) -> OrderedTier:
-        """The last of the store's own tiers, to whose blocks names refer."""
-        return self.tiers[-1]
+        self._all: tuple[OrderedTier | LowerTier, ...] = (*self.tiers, *self._lower)
+        self.last = self.tiers[-1]
+        self.is_durable, self.has_lower = folder is not None, bool(lower)
+        self.writes_behind = self.is_durable or self.has_lower
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -191,11 +161,12 @@ class TierStack:
     def _present(self, keys: Sequence[str]) -> set[str]:
         """Return the subset of ``keys`` that some tier can open. Each tier is asked once."""
         found: set[str] = set()
-        for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
+        for tier in self._all:
             left = [key for key in keys if key not in found]
             if not left:
                 break
-            found.update(key for key, it in zip(left, answer(left), strict=True) if it is Presence.PRESENT)
+            answer = tier.presence(left) if isinstance(tier, LowerTier) else tier.presence(left).result()
+            found.update(key for key, it in zip(left, answer, strict=True) if it is Presence.PRESENT)
         return found
 
     def open(self, block: BlockId) -> BlockReader | None:
@@ -262,8 +233,8 @@ class TierStack:
             key: the key of the block.
             linked: the result of ``linked``, used instead of asking the last tier.
         """
-        found: list[Entry | None] = [tier.entry(key) for tier in reversed(self.tiers[:-1])]
-        return [self.last.entry(key) if linked is None else linked.get(key), *found]
+        last = self.last.entry(key) if linked is None else linked.get(key)
+        return [last, *(tier.entry(key) for tier in reversed(self.tiers[:-1]))]
 
     def linked(self) -> Mapping[str, Entry]:
         """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
@@ -435,8 +406,3 @@ class TierStack:
         self.database.close()
         if self.opened is not None:
             self.opened.owner.close()
-
-
-def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
-    """Return the presence query of a local tier, which answers at once."""
-    return lambda keys: tier.presence(keys).result()

@@ -64,13 +64,11 @@ class Audit:
 
     def _settle(self, place: Place, owner: str) -> None:
         """Keep the file of a dead writer if it is whole; otherwise delete it and abort the write."""
-        path = self._path(place)
         try:
-            self._catalog.adopt([self.look_at(path)])
+            self.adopt(self._path(place))
         except UnavailableError:
             raise
         except BlockError:
-            self._folder.filesystem.delete(path)
             self._catalog.abort_store(place.key, owner)
 
     def _delete(self, place: Place) -> None:

@@ -18,16 +18,7 @@ _BATCH = 64  # blocks evicted at once: each is claimed meanwhile
 
 
 class Eviction:
-    """Evicts the blocks of a folder, except blocks that any process is reading.
-
-    Args:
-        folder: the files.
-        catalog: the rows.
-        owner: marks deletions that this process has begun.
-        leases: leases of this process.
-        between: leases between processes.
-        failures: counts and warns.
-    """
+    """Evicts the blocks of a folder, except blocks that this process reads (``leases``) or others (``between``)."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ _MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
 class Names:
     """The names of one store. Thread-safe; processes that share a folder see each other's names.
 
-    Methods raise ``OSError`` and ``sqlite3.Error``; the store translates.
+    Methods raise ``OSError`` and ``sqlite3.Error``, which the store translates. All but ``find`` raise
+    ``UnknownNameError`` when the name that they are given does not exist.
     """
 
     def __init__(self, database: Database, folder: StoreFolder | None, clock: Callable[[], float]) -> None:
@@ -73,19 +74,11 @@ class Names:
         return found[0][0] if found else None
 
     def get(self, name: str) -> Name:
-        """Return the record of ``name``.
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Return the record of ``name``."""
         return self.details(name)[0]
 
     def details(self, name: str) -> tuple[Name, float, float | None]:
-        """Return the record of ``name``, with the Unix times of its last use and of its expiry (None for never).
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Return the record of ``name``, with the Unix times of its last use and of its expiry (None for never)."""
         found = self._rows("WHERE n.name = ?", (name,))
         if not found:
             raise UnknownNameError(f"nothing is called {name!r:.80} here; names() lists what has a name")
@@ -116,11 +109,7 @@ class Names:
         return int(count)
 
     def set_pinned(self, name: str, pinned: bool) -> None:
-        """Pin or unpin the chain of ``name``.
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Pin or unpin the chain of ``name``."""
         written, used_at, _ = self.details(name)
         self.assign(replace(written, pinned=pinned), used_at)
 

@@ -44,16 +44,7 @@ class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out
 
 
 class Writes:
-    """Writes the blocks of one owner, one at a time, within the limits of ``settings``.
-
-    Args:
-        folder: the files.
-        catalog: the rows.
-        owner: marks writes that this process has begun.
-        settings: limits.
-        eviction: makes room.
-        failures: counts.
-    """
+    """Writes the blocks of one owner, one at a time, within the limits of ``settings``; ``eviction`` makes room."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import Enum, auto
 
 from kvtier.store.block import Entry
@@ -220,51 +220,37 @@ class Catalog:
         Returns:
             The evicted blocks.
         """
-        try:
-            with self._database.transaction() as connection:
-                if not is_filled(connection):  # the children of a block may not be known yet
-                    return []
-                return self._evict(connection, nbytes, owner, keep, leased, at_most, all_or_nothing)
-        except _NotEnoughError:
-            return []
-
-    def _evict(
-        self,
-        connection: Statements,
-        nbytes: int,
-        owner: str,
-        keep: str,
-        leased: Callable[[Place], bool],
-        at_most: int,
-        all_or_nothing: bool,
-    ) -> list[Place]:
-        session = Session(self._policy, connection)
         gone: list[Place] = []
-        staying: list[str] = []
+        staying = [keep] if keep else []
         freed = 0
-        while freed < nbytes and len(gone) < at_most:
-            valued = session.least()
-            if valued is None:
-                if all_or_nothing:
+        with suppress(_NotEnoughError), self._database.transaction() as connection:
+            if not is_filled(connection):  # the children of a block may not be known yet
+                return []
+            session = Session(self._policy, connection)
+            while freed < nbytes and len(gone) < at_most:
+                valued = session.least()
+                if valued is None:
+                    if all_or_nothing:
+                        raise _NotEnoughError
+                    break
+                place = valued.place
+                if place.key == keep or leased(place):
+                    staying.append(place.key)
+                    continue
+                connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
+                move(connection, place.key, Move.EVICT)
+                session.evicted(valued)
+                gone.append(place)
+                freed += place.nbytes
+            if all_or_nothing and freed < nbytes:
+                # A block stays while it has children: all ancestors of a block that stays, stay too. Names pin whole
+                # chains.
+                (evictable,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
+                if evictable - bytes_up_to(connection, staying) < nbytes - freed:
                     raise _NotEnoughError
-                break
-            place = valued.place
-            if place.key == keep or leased(place):
-                staying.append(place.key)
-                continue
-            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
-            move(connection, place.key, Move.EVICT)
-            session.evicted(valued)
-            gone.append(place)
-            freed += place.nbytes
-        if all_or_nothing and freed < nbytes:
-            # A block stays while it has children: all ancestors of a block that stays, stay too.
-            # Names pin whole chains.
-            (evictable,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
-            if evictable - bytes_up_to(connection, [*staying, *([keep] if keep else [])]) < nbytes - freed:
-                raise _NotEnoughError
-        session.end()
-        return gone
+            session.end()
+            return gone
+        return []
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Mark ready blocks as leaving, for ``owner`` to delete their files; return the marked blocks."""
