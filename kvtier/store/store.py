@@ -79,7 +79,8 @@ class PrefixStore:
     Guarantees: token ids are compared on every hit. RAM and disk stay within their budgets. A failing disk costs a
     warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
     block being read is not evicted. Thread-safe. Several processes may use one folder at once. Every method but
-    ``flush`` and ``close`` raises ``ClosedError`` when the store was closed.
+    ``flush`` and ``close`` raises ``ClosedError`` when the store was closed. Between turns, methods raise
+    ``StoreError`` when the disk fails, and ``UnknownNameError`` when the name of a prefix does not exist.
 
     Attributes:
         lossy_codec: name of the codec of files if it is lossy, else None; a lossy codec is part of every root.
@@ -165,9 +166,7 @@ class PrefixStore:
         lower, hurry = checked_tiers(lower_tiers), self._behind.hurry
         self._tiers = TierStack(folder, host_bytes, settings, guarded, connect, clock, lower, block_size, hurry)
         self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
-        self.admin = StoreAdmin(
-            self.path, block_size, self._tiers, self._block_writer, self.flush, self._check_open, clock
-        )
+        self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
         self._reading = Readers()
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()

@@ -60,10 +60,6 @@ class Inventory:
         self._tiers = tiers
         self._names = tiers.names
 
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block."""
-        return self._tiers.find(key)
-
     def described_all(self, names: Sequence[tuple[Name, float, float | None]]) -> tuple[NamedPrefix, ...]:
         """Return the details of all names; the entries of their blocks are read at once."""
         by_key: dict[str, set[str]] = {}
@@ -122,7 +118,7 @@ class Inventory:
                 break
             own += [*beside, key]
         else:
-            if keys and (first := self.find(keys[0])) is not None:
+            if keys and (first := self._tiers.find(keys[0])) is not None:
                 own += self._snapshots_on_the_way(first.root, keys[0])
         return own
 
@@ -147,7 +143,7 @@ class Inventory:
 
     def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
         """Return the checkpoints after ``parent`` whose ids begin the block ``after``, the next one of a chain."""
-        block = self.find(after) if after is not None else None
+        block = self._tiers.find(after) if after is not None else None
         if block is None:
             return []
         tails = self._tiers.tails(parent, block.tokens)
@@ -232,7 +228,7 @@ class Inventory:
                 if key in seen:
                     continue
                 seen.add(key)
-                block = self.find(key) or self._tiers.find_below(entries[key])
+                block = self._tiers.find(key) or self._tiers.find_below(entries[key])
                 if block is None:
                     continue
                 shared = common_run(block.tokens, rest)

@@ -93,7 +93,6 @@ class LowerTier:
 
     def presence(self, keys: Sequence[str]) -> Sequence[Presence]:
         """Say of each of ``keys``, in order, whether the block can be opened, in bounded time."""
-        unavailable = [Presence.UNAVAILABLE] * len(keys)
         if not keys:
             return []
 
@@ -105,7 +104,7 @@ class LowerTier:
                 Presence.UNAVAILABLE if key in self._withheld else each for key, each in zip(keys, found, strict=True)
             ]
 
-        return self._ask("look up", call, unavailable)
+        return self._ask("look up", call, [Presence.UNAVAILABLE] * len(keys))
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks that could not be read again only after a while."""

@@ -51,7 +51,7 @@ class TierStack:
         connect: opens connections to the catalog.
         clock: Unix time.
         lower: custom tiers below, the nearest first.
-        block_size: tokens of the blocks that ``lower`` tiers keep.
+        block_size: tokens of a full block; ``lower`` tiers keep no others.
         before_waiting: called before a put waits for room in RAM; runs waiting writes soon.
 
     Attributes:
@@ -194,11 +194,12 @@ class TierStack:
             for tier in self._lower:
                 left = [block for block in blocks if not is_open(found[block.key])]
                 for block, outcome in zip(left, tier.open_all(left), strict=True):
-                    if is_open(outcome):
-                        self._leave_to(tier, block, found[block.key])
+                    here = found[block.key]
+                    if is_open(outcome) or here is None:
                         found[block.key] = outcome
-                    elif found[block.key] is None:
-                        found[block.key] = outcome
+                    if is_open(outcome) and isinstance(here, BlockError) and not isinstance(here, UnavailableError):
+                        _log.warning("a stored block was removed: %s; it is read from the tier %r", here, tier.name)
+                        self.discard([block.key])  # it is damaged here
         except BaseException:
             close_all(found.values())
             raise
@@ -217,12 +218,6 @@ class TierStack:
                 return BlockError(f"block {block.key[:12]} holds other tokens than its key says")
             return reader
         return None
-
-    def _leave_to(self, tier: LowerTier, block: BlockId, outcome: Outcome) -> None:
-        """Remove a block that is damaged here, and was opened in ``tier``."""
-        if isinstance(outcome, BlockError) and not isinstance(outcome, UnavailableError):
-            _log.warning("a stored block was removed: %s; it is read from the tier %r", outcome, tier.name)
-            self.discard([block.key])
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
