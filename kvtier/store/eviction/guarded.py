@@ -73,10 +73,6 @@ class GuardedPolicy:
         except Exception as error:  # of a stranger's code
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning(
-                    "the eviction policy %r fails (%s: %s); blocks it cannot rank go by their last use",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
+                text = "the eviction policy %r fails (%s: %s); blocks it cannot rank go by their last use"
+                _log.warning(text, self.name, type(error).__name__, error)
             return otherwise

@@ -55,13 +55,8 @@ class LowerTier:
         self._backoff.begin(f"{type(error).__name__}: {said}", told=False)
         if warn and not self._has_warned:
             self._has_warned = True
-            _log.warning(
-                "the tier %r cannot %s (%s: %s); its blocks are recomputed while that lasts",
-                self.name,
-                what,
-                type(error).__name__,
-                said,
-            )
+            text = "the tier %r cannot %s (%s: %s); its blocks are recomputed while that lasts"
+            _log.warning(text, self.name, what, type(error).__name__, said)
 
     def _worked(self, what: str) -> None:
         if what == self._failing:

@@ -222,12 +222,7 @@ class TierStack:
     # --- entries ----------------------------------------------------------------------------------------------------
 
     def entries_of(self, key: str, linked: Mapping[str, Entry] | None = None) -> list[Entry | None]:
-        """Return the entry of a block in each of the store's own tiers, the last tier first.
-
-        Args:
-            key: the key of the block.
-            linked: the result of ``linked``, used instead of asking the last tier.
-        """
+        """Return the entry of a block in each of the store's own tiers, the last first; ``linked`` answers for it."""
         last = self.last.entry(key) if linked is None else linked.get(key)
         return [last, *(tier.entry(key) for tier in reversed(self.tiers[:-1]))]
 

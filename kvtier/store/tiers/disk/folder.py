@@ -198,11 +198,7 @@ class StoreFolder:
         return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path), self._codecs)
 
     def _open(self, path: Path) -> int:
-        """Open a file for reading, if its path has no link; return its descriptor.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Open a file for reading, if its path has no link; return its descriptor."""
         if path.parent not in self._safe:
             self.filesystem.refuse_links(self.path, path.parent)
             self._safe.add(path.parent)

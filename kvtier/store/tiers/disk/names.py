@@ -143,9 +143,8 @@ class Names:
         found: set[str] = set()
         with self._database.reading() as connection:
             for key in keys:
-                found.update(
-                    n for (n,) in connection.execute("SELECT name FROM links WHERE key = ?", (bytes.fromhex(key),))
-                )
+                rows = connection.execute("SELECT name FROM links WHERE key = ?", (bytes.fromhex(key),))
+                found.update(name for (name,) in rows)
         return found
 
     def pinned_blocks(self) -> set[str]:

@@ -155,11 +155,8 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     rebuilt = catalog.rebuild(lambda: _shown(_whole_files(folder, catalog, audit, unavailable)))
     same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
     if unavailable:
-        _log.warning(
-            "%s (and %d more); left as it is, and looked at again at the next open",
-            unavailable[0],
-            len(unavailable) - 1,
-        )
+        text = "%s (and %d more); left as it is, and looked at again at the next open"
+        _log.warning(text, unavailable[0], len(unavailable) - 1)
     if rebuilt is Rebuilt.ANEW:
         parts = [audit.unfinished(), audit.leftovers(), audit.names()]
     elif same_boot and rebuilt is Rebuilt.NOT:

@@ -15,7 +15,7 @@ from kvtier.store.block import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.block_states import Move, State, after
-from kvtier.store.tiers.disk.catalog.adoption import Adoption, Rebuilt
+from kvtier.store.tiers.disk.catalog.adoption import Adoption
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.catalog.id_codes import decode_ids, encode_ids
@@ -55,13 +55,17 @@ class _NotEnoughError(Exception):
 
 
 class Catalog:
-    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``."""
+    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``.
+
+    ``adopt`` and ``rebuild`` are those of ``Adoption``.
+    """
 
     def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._database = database
         self._policy = policy
         self._clock = clock
-        self._adoption = Adoption(database, policy)
+        adoption = Adoption(database, policy)
+        self.adopt, self.rebuild = adoption.adopt, adoption.rebuild
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -186,14 +190,6 @@ class Catalog:
                 f"SELECT owner FROM blocks WHERE key = ? AND state = {State.WRITING:d}", (bytes.fromhex(key),)
             ).fetchone()
             return str(row[0]) if row else None
-
-    def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        """Add rows for whole files without any: identity, bytes, Unix time of last use. Returns how many were new."""
-        return self._adoption.adopt(found)
-
-    def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
-        """Fill new tables with the blocks ``found``, as ``Adoption.rebuild`` does."""
-        return self._adoption.rebuild(found)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
