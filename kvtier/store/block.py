@@ -64,7 +64,11 @@ class Entry:
 
 
 class BlockReader(Protocol):
-    """One block of a tier, opened for reading layer by layer. May be read by several threads at once."""
+    """One block of a tier, opened for reading layer by layer. May be read by several threads at once.
+
+    ``page``, ``land`` and ``states`` raise ``BlockError`` when the bytes cannot be read, or differ from the written
+    ones.
+    """
 
     id: BlockId
     tier: str
@@ -75,27 +79,17 @@ class BlockReader(Protocol):
         """Whether pages need no decoding: landing a page is a plain copy."""
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``.
-
-        Raises:
-            BlockError: the bytes cannot be read, or differ from the written ones.
-        """
+        """Return the page of ``layer``."""
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
         """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``, which has their size.
 
-        Without ``check`` the bytes are trusted: they were checked before.
-
-        Raises:
-            BlockError: as ``page``; ``view`` then holds undefined values.
+        Without ``check`` the bytes are trusted: they were checked before. After an error ``view`` holds undefined
+        values.
         """
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint, U8 ``[bytes]``, read only. None for other blocks.
-
-        Raises:
-            BlockError: as ``page``.
-        """
+        """Return the states of a checkpoint, U8 ``[bytes]``, read only. None for other blocks."""
 
     def detach(self) -> None:
         """Stay open for long: hold no memory for this reader."""

@@ -67,6 +67,7 @@ class BlockWriter:
             )
             if is_noted and not (self._tiers.is_durable and imported):
                 self._manifests[root] = manifest
+        keep_tails = states is not None
         new = 0
         keys: list[str] = []
         known: list[str] = []
@@ -80,19 +81,14 @@ class BlockWriter:
             if there is not None:
                 known.append(there)
             else:
-                self._write_what_disk_lacks(known, keep_tails=states is not None)  # first: these are its ancestors
+                self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
                 known = []
-                kept = self._keep(
-                    Block(block, read(start, stop), start),
-                    keep_tails=states is not None,
-                    is_tail=len(block.tokens) < block_size,
-                    imported=imported,
-                )
-                if not kept:
+                whole, is_tail = Block(block, read(start, stop), start), len(block.tokens) < block_size
+                if not self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported):
                     break  # its children could never be found
                 new += len(block.tokens)
             keys.append(block.key)
-        self._write_what_disk_lacks(known, keep_tails=states is not None)
+        self._write_what_disk_lacks(known, keep_tails=keep_tails)
         self._touch(keys)
         return new
 
@@ -162,16 +158,20 @@ class BlockWriter:
         self._tiers.touch_below(keys, hits)
         self._tiers.tell_names(lambda names: names.touched(keys))
 
-    def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str | None]:
-        """Return the key of a stored block that covers each of ``blocks``, a chain; None where there is none.
+    def chain_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str]:
+        """Return the key of a stored block that covers each of ``blocks``, a chain, up to the first that has none.
 
-        The last key is that of a checkpoint, if one is stored.
+        That of the last is the key of a checkpoint, if one is stored.
         """
-        keys = [self.stands_for(block, block_size) for block in blocks]
-        for end in blocks[-1:]:
-            checkpoint = BlockId.of(end.root, end.parent, end.tokens, checkpoint=True)
-            if checkpoint.key in self._tiers:
-                keys[-1] = checkpoint.key
+        keys: list[str] = []
+        for block in blocks:
+            key = self.stands_for(block, block_size)
+            if block is blocks[-1]:
+                checkpoint = BlockId.of(block.root, block.parent, block.tokens, checkpoint=True)
+                key = checkpoint.key if checkpoint.key in self._tiers else key
+            if key is None:
+                break
+            keys.append(key)
         return keys
 
     def stands_for(self, block: BlockId, block_size: int) -> str | None:

@@ -1,21 +1,27 @@
-"""LoadJob: copies the pages of matched blocks to their places, layer by layer."""
+"""LoadJob: copies the pages of matched blocks to their places, layer by layer. Handles blocks that cannot be used."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
 import torch
 
-from kvtier.errors import BlockError, RestoreError, UnavailableError
+from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
 from kvtier.store.block import BlockReader
 from kvtier.store.lookup import Span
+from kvtier.store.tiers.stack import TierStack
 from kvtier.transfer import Readers
 
+_log = logging.getLogger("kvtier.store")
+_UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks
 Place = Callable[[int, int], tuple[PageView, int]]
 """``(layer, row)`` → the view that takes K and V of that layer and row, and the row's token at its index 0."""
 
@@ -26,11 +32,57 @@ def summary(errors: Mapping[str, BlockError]) -> str:
     return f"{first} (and {len(others)} more)" if others else str(first)
 
 
+class UnusableBlocks:
+    """Blocks of one store that could not be used: damaged ones are discarded, ones that cannot be read now withheld.
+
+    Each damaged block is warned about once, and blocks that cannot be read once in all. Thread-safe.
+
+    Args:
+        tiers: the tiers of the store.
+        tally: counts of the store.
+        lock: held to change ``tally``.
+    """
+
+    def __init__(self, tiers: TierStack, tally: Counter[str], lock: threading.Lock) -> None:
+        self._tiers = tiers
+        self._tally = tally
+        self._lock = lock
+        self._warned: set[str] = set()
+
+    def note(self, errors: Mapping[str, BlockError]) -> None:
+        """Discard or withhold blocks; ``errors`` maps their keys to errors."""
+        if not errors:
+            return
+        damaged = {key: error for key, error in errors.items() if not isinstance(error, UnavailableError)}
+        gone = {key for key, error in errors.items() if isinstance(error, GoneError)}
+        unavailable = {key: error for key, error in errors.items() if key not in damaged and key not in gone}
+        self._tiers.withhold(unavailable)
+        self._tiers.discard(damaged)
+        with self._lock:
+            for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
+                if keys:
+                    self._tally[f"misses.{reason}"] += len(keys)
+            news = {key: error for key, error in damaged.items() if key not in self._warned}
+            self._warned.update(news)
+            is_first = bool(unavailable) and _UNAVAILABLE not in self._warned
+            self._warned.update([_UNAVAILABLE] * is_first)
+        if is_first:
+            _log.warning(
+                "stored blocks cannot be used now: %s; they stay, and their tokens are recomputed", summary(unavailable)
+            )
+        if len(news) == 1:
+            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
+        elif news:
+            text = "%d stored blocks cannot be used and were removed: %s; their tokens are recomputed"
+            _log.warning(text, len(news), summary(news))
+
+
 class LoadJob:
     """Loads the pages of ``rows``, one task per layer, in layer order.
 
     Each page is read once, however many rows use it. Failed blocks are reported together through ``unusable``, by
-    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``wait`` raises.
+    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``states``, ``land``, ``check``
+    and ``wait`` raise ``RestoreError`` when something could not be read.
     """
 
     def __init__(
@@ -64,11 +116,7 @@ class LoadJob:
         return bool(self._checkpoints)
 
     def states(self, row: int) -> torch.Tensor:
-        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, read only.
-
-        Raises:
-            RestoreError: they could not be read.
-        """
+        """Return the states of the checkpoint of ``row``, U8 ``[bytes]``, read only."""
         key = self._checkpoints[row]
         try:
             states = self._readers[key].states()
@@ -106,9 +154,6 @@ class LoadJob:
             place: returns the view for a layer and row.
             begin: skip spans that start before this token of their sequence.
             end: skip spans that start at this token or later.
-
-        Raises:
-            RestoreError: a page could not be read.
         """
         if not self._land(layer, place, begin, end):
             raise self._lost()
@@ -140,11 +185,7 @@ class LoadJob:
         return complete
 
     def check(self) -> None:
-        """Read all pages once, to check that they can be read.
-
-        Raises:
-            RestoreError: a page could not be read.
-        """
+        """Read all pages once, to check that they can be read."""
         for key, reader in self._readers.items():
             try:
                 for layer in range(len(self.spec.layers)):

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 from kvtier.report import Divergence
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run, each_of_chain
-
-
-class Lookup(Protocol):
-    """Where blocks are looked up: one tier, or several."""
-
-    def present_run(self, chain: Iterator[BlockId]) -> list[BlockId]:
-        """Return the blocks that ``chain`` begins with, up to the first that cannot be opened."""
-
-    def __contains__(self, key: str) -> bool:
-        """Whether the block can be opened."""
-
-    def nearest(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
-        """Return blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
-
-    def tails(self, parent: str, tokens: TokenIds) -> Iterable[BlockId]:
-        """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
+from kvtier.store.tiers.stack import TierStack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +53,7 @@ class PrefixMatch:
         return tuple(cut)
 
 
-def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
+def longest_match(tiers: TierStack, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
 
     Full blocks are found by their keys, many in one query. After the last of them, the block with the longest common
@@ -93,7 +77,7 @@ def longest_match(tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_
 
 
 def checkpoints_of(
-    tiers: Lookup, root: str, tokens: TokenIds, limit: int, block_size: int
+    tiers: TierStack, root: str, tokens: TokenIds, limit: int, block_size: int
 ) -> Iterator[tuple[int, BlockId]]:
     """Yield the stored checkpoints of prefixes of ``tokens`` of at most ``limit`` tokens, the longest first.
 
@@ -118,7 +102,7 @@ def checkpoints_of(
                 yield start, block
 
 
-def _nearest(tiers: Lookup, root: str, parent: str, expected: TokenIds) -> BlockId | None:
+def _nearest(tiers: TierStack, root: str, parent: str, expected: TokenIds) -> BlockId | None:
     """Return the block after ``parent`` with the longest common prefix with ``expected``."""
     best, best_run = None, -1
     for child in tiers.nearest(parent, expected):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvtier.store.manage.stats import StoreStats
-from kvtier.store.tiers.base import TierStats
 
 # Shown as 0 before they happen: a series that begins at 1 shows no increase.
 _MISS_REASONS = ("unknown", "diverged", "shorter", "damaged", "unavailable", "gone")
@@ -57,51 +56,39 @@ def exposition(stats: StoreStats, *, labels: _Labels | None = None, of_process: 
 
 
 def _metrics(stats: StoreStats) -> Iterator[_Metric]:
-    tiers = stats.tiers
-    for name, text, field in (
-        ("held_bytes", "Bytes that blocks take.", "nbytes"),
-        ("blocks", "Blocks that can be found.", "blocks"),
-        ("pinned_blocks", "Last blocks of pinned names.", "pinned_blocks"),
-    ):
-        yield _Metric(f"kvtier_store_{name}", "gauge", text, _by_tier(tiers, field), of_process=False)
-    yield _gauge("names", "Prefixes that have a name.", stats.names, of_process=False)
-    yield _Metric(
-        "kvtier_store_budget_bytes", "gauge", "What held bytes never exceed.", _by_tier(tiers, "budget_bytes")
-    )
-    yield _Metric("kvtier_store_leased_blocks", "gauge", "Blocks being read.", _by_tier(tiers, "leased_blocks"))
-    yield _gauge("queued_writes", "Blocks waiting to be written to disk.", stats.queued_writes)
-    yield _gauge("paused", "1 while nothing is written to disk, 0 otherwise.", int(stats.paused is not None))
-    yield _Metric("kvtier_store_hits_total", "counter", "Blocks that were restored.", _by_tier(tiers, "hits"))
-    yield _Metric(
-        "kvtier_store_evictions_total", "counter", "Blocks that went to make room.", _by_tier(tiers, "evictions")
-    )
-    yield _Metric(
-        "kvtier_store_expirations_total",
-        "counter",
-        "Blocks that went because nothing used them.",
-        _by_tier(tiers, "expirations"),
-    )
-    yield _counter("lookups", "Prompts that were matched.", stats.lookups)
-    yield _counter("lookup_tokens", "Tokens of prompts that were matched.", stats.lookup_tokens)
-    yield _counter("hit_tokens", "Of those, tokens that were found.", stats.hit_tokens)
-    yield _counter("committed_tokens", "Tokens that were new.", stats.committed_tokens)
-    yield _counter("written_bytes", "Bytes of block files that were written.", stats.written_bytes)
+    def by_tier(name: str, text: str, field: str, *, of_process: bool = True) -> _Metric:
+        values = tuple(({"tier": tier.tier}, getattr(tier, field)) for tier in stats.tiers)
+        return _metric(name, text, values, of_process=of_process)
+
+    yield by_tier("held_bytes", "Bytes that blocks take.", "nbytes", of_process=False)
+    yield by_tier("blocks", "Blocks that can be found.", "blocks", of_process=False)
+    yield by_tier("pinned_blocks", "Last blocks of pinned names.", "pinned_blocks", of_process=False)
+    yield _one("names", "Prefixes that have a name.", stats.names, of_process=False)
+    yield by_tier("budget_bytes", "What held bytes never exceed.", "budget_bytes")
+    yield by_tier("leased_blocks", "Blocks being read.", "leased_blocks")
+    yield _one("queued_writes", "Blocks waiting to be written to disk.", stats.queued_writes)
+    yield _one("paused", "1 while nothing is written to disk, 0 otherwise.", int(stats.paused is not None))
+    yield by_tier("hits_total", "Blocks that were restored.", "hits")
+    yield by_tier("evictions_total", "Blocks that went to make room.", "evictions")
+    yield by_tier("expirations_total", "Blocks that went because nothing used them.", "expirations")
+    yield _one("lookups_total", "Prompts that were matched.", stats.lookups)
+    yield _one("lookup_tokens_total", "Tokens of prompts that were matched.", stats.lookup_tokens)
+    yield _one("hit_tokens_total", "Of those, tokens that were found.", stats.hit_tokens)
+    yield _one("committed_tokens_total", "Tokens that were new.", stats.committed_tokens)
+    yield _one("written_bytes_total", "Bytes of block files that were written.", stats.written_bytes)
     misses = "Lookups that found less than all, and blocks that could not be restored."
-    yield _Metric("kvtier_store_misses_total", "counter", misses, _by_reason(stats.misses, _MISS_REASONS))
+    yield _metric("misses_total", misses, _by_reason(stats.misses, _MISS_REASONS))
     errors = "Failures of the disk tier that cost a recompute."
-    yield _Metric("kvtier_store_errors_total", "counter", errors, _by_reason(stats.errors, _ERROR_REASONS))
+    yield _metric("errors_total", errors, _by_reason(stats.errors, _ERROR_REASONS))
 
 
-def _gauge(name: str, text: str, value: int, *, of_process: bool = True) -> _Metric:
-    return _Metric(f"kvtier_store_{name}", "gauge", text, (({}, value),), of_process)
+def _metric(name: str, text: str, values: tuple[tuple[_Labels, int], ...], *, of_process: bool = True) -> _Metric:
+    kind: Literal["gauge", "counter"] = "counter" if name.endswith("_total") else "gauge"
+    return _Metric(f"kvtier_store_{name}", kind, text, values, of_process)
 
 
-def _counter(name: str, text: str, value: int) -> _Metric:
-    return _Metric(f"kvtier_store_{name}_total", "counter", text, (({}, value),))
-
-
-def _by_tier(tiers: Iterable[TierStats], field: str) -> tuple[tuple[_Labels, int], ...]:
-    return tuple(({"tier": tier.tier}, getattr(tier, field)) for tier in tiers)
+def _one(name: str, text: str, value: int, *, of_process: bool = True) -> _Metric:
+    return _metric(name, text, (({}, value),), of_process=of_process)
 
 
 def _by_reason(counts: Mapping[str, int], known: Iterable[str]) -> tuple[tuple[_Labels, int], ...]:

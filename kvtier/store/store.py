@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 import threading
 import time
@@ -23,10 +22,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.util import Finalize
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from kvtier.errors import BlockError, ClosedError, ConfigurationError, GoneError, UnavailableError
+from kvtier.errors import BlockError, ClosedError, ConfigurationError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
@@ -37,7 +35,7 @@ from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
-from kvtier.store.load import LoadJob, summary
+from kvtier.store.load import LoadJob, UnusableBlocks, summary
 from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
@@ -45,20 +43,18 @@ from kvtier.store.names import checked_ttl
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.tiers.disk.tier import DiskSettings
+from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
-from kvtier.store.tiers.stack import HostSettings, TierStack
+from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
 from kvtier.transfer import Readers
 from kvtier.units import parse_bytes
 
-_log = logging.getLogger("kvtier.store")
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
-_UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks
 _EXPIRE_SECONDS = 60.0  # how often expired blocks are deleted; lookups skip them at once
 
 
@@ -81,7 +77,9 @@ class PrefixStore:
 
     Guarantees: token ids are compared on every hit. RAM and disk stay within their budgets. A failing disk costs a
     warning and a recompute: ``match`` and ``commit`` do not raise for it, ``restore`` raises only ``BlockError``. A
-    block being read is not evicted. Thread-safe. Several processes may use one folder at once.
+    block being read is not evicted. Thread-safe. Several processes may use one folder at once. Every method but
+    ``flush`` and ``close`` raises ``ClosedError`` when the store was closed. Between turns, methods raise
+    ``StoreError`` when the disk fails, and ``UnknownNameError`` when the name of a prefix does not exist.
 
     Attributes:
         lossy_codec: name of the codec of files if it is lossy, else None; a lossy codec is part of every root.
@@ -164,19 +162,15 @@ class PrefixStore:
         codecs = {**BUILT_IN, codec.name: codec}
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
-        host_settings = HostSettings(host_bytes, self._behind.hurry)
-        self._tiers = TierStack(
-            folder, host_settings, settings, guarded, connect, clock, checked_tiers(lower_tiers), block_size
-        )
+        lower, hurry = checked_tiers(lower_tiers), self._behind.hurry
+        self._tiers = TierStack(folder, host_bytes, settings, guarded, connect, clock, lower, block_size, hurry)
         self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
-        self.admin = StoreAdmin(
-            self.path, block_size, self._tiers, self._block_writer, self.flush, self._check_open, clock
-        )
+        self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
         self._reading = Readers()
         self._expire_at = clock() + _EXPIRE_SECONDS
-        self._warned: set[str] = set()
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._unusable = UnusableBlocks(self._tiers, self._tally, self._lock)
         self._closed = False
         _open_stores.add(self)
         take_part(self, Rank.STORE)
@@ -219,11 +213,7 @@ class PrefixStore:
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def match(self, root: str, tokens: TokenIds, limit: int | None = None) -> PrefixMatch:
-        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
+        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens."""
         self._check_open()
         self.admin.forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
@@ -240,9 +230,6 @@ class PrefixStore:
 
         Each comes with the number of tokens after which its states are valid. With ``limit`` at ``len(tokens)``, a
         checkpoint of all tokens is found only if a full block ends there.
-
-        Raises:
-            ClosedError: the store was closed.
         """
         self._check_open()
         return checkpoints_of(self._tiers, root, tokens, limit, self.block_size)
@@ -256,7 +243,6 @@ class PrefixStore:
             BlockError: blocks cannot be used. All of them were found in this one call: damaged blocks are discarded,
                 and blocks that cannot be read now are withheld. A new ``match`` finds the remaining blocks, and one
                 ``commit`` stores the lost blocks again.
-            ClosedError: the store was closed.
         """
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
@@ -279,7 +265,7 @@ class PrefixStore:
                 missing = unusable = dict.fromkeys(
                     odd, BlockError("its layers differ from those of the blocks beside it")
                 )
-            self._note_unusable(unusable)
+            self._unusable.note(unusable)
             if missing:
                 raise BlockError(summary(missing)) from next(iter(missing.values()))
         except BaseException:
@@ -289,44 +275,8 @@ class PrefixStore:
         self._block_writer.hit(list(readers))
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
-        return LoadJob(
-            rows, readers, self._reading, self._note_unusable, [checkpoint.key for checkpoint in checkpoints]
-        )
-
-    def _note_unusable(self, errors: Mapping[str, BlockError]) -> None:
-        """Discard damaged blocks and withhold blocks that cannot be read now; ``errors`` maps their keys to errors.
-
-        Warn once for each damaged block, and once in all for blocks that cannot be read.
-        """
-        if not errors:
-            return
-        gone = {key for key, error in errors.items() if isinstance(error, GoneError)}
-        unavailable = {
-            key: error for key, error in errors.items() if isinstance(error, UnavailableError) and key not in gone
-        }
-        damaged = {key: error for key, error in errors.items() if not isinstance(error, UnavailableError)}
-        self._tiers.withhold(unavailable)
-        self._tiers.discard(damaged)
-        with self._lock:
-            for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
-                if keys:
-                    self._tally[f"misses.{reason}"] += len(keys)
-            news = {key: error for key, error in damaged.items() if key not in self._warned}
-            self._warned.update(news)
-            is_first = bool(unavailable) and _UNAVAILABLE not in self._warned
-            self._warned.update([_UNAVAILABLE] * is_first)
-        if is_first:
-            _log.warning(
-                "stored blocks cannot be used now: %s; they stay, and their tokens are recomputed", summary(unavailable)
-            )
-        if len(news) == 1:
-            _log.warning("a stored block cannot be used and was removed: %s; its tokens are recomputed", summary(news))
-        elif news:
-            _log.warning(
-                "%d stored blocks cannot be used and were removed: %s; their tokens are recomputed",
-                len(news),
-                summary(news),
-            )
+        keys = [checkpoint.key for checkpoint in checkpoints]
+        return LoadJob(rows, readers, self._reading, self._unusable.note, keys)
 
     def commit(
         self,
@@ -349,9 +299,6 @@ class PrefixStore:
 
         Returns:
             The number of newly stored tokens.
-
-        Raises:
-            ClosedError: the store was closed.
         """
         self._check_open()
         _drain_at_the_end()
@@ -374,16 +321,11 @@ class PrefixStore:
         self._tiers.flush_below()
 
     def stats(self) -> StoreStats:
-        """Return the contents of the store in numbers, and its counts since it was opened.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
+        """Return the contents of the store in numbers, and its counts since it was opened."""
         self._check_open()
         with self._lock:
             tally = Counter(self._tally)
-        path = str(self.path) if self.path is not None else None
-        return store_stats(path, self._tiers, tally, self._behind.queued)
+        return store_stats(self.path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------
 
@@ -420,9 +362,7 @@ class PrefixStore:
         self._check_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

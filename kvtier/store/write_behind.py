@@ -22,7 +22,8 @@ class WriteBehind:
 
     Args:
         rest_seconds: how long a conversation is idle before its tail is written; with 0 it is written at once.
-        stalled: called when the queue is full and a task is not queued.
+        stalled: called when the queue is full and a task is not queued, because the drive does not keep up; also
+            ``note_stall``.
         clock: monotonic seconds.
     """
 
@@ -30,7 +31,7 @@ class WriteBehind:
         self, rest_seconds: float, stalled: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._rest_seconds = rest_seconds
-        self._stalled = stalled
+        self.note_stall = stalled
         self._clock = clock
         self._since: dict[str, float] = {}  # waiting tails: when the first tail that each replaced came
         self._writer = Writer(clock=clock)
@@ -45,10 +46,6 @@ class WriteBehind:
         if not queued:
             self.note_stall()
         return queued
-
-    def note_stall(self) -> None:
-        """Report that a block is not written because the drive does not keep up."""
-        self._stalled()
 
     def submit_at_rest(self, key: str, task: Task, since: float | None) -> bool:
         """Queue ``task``, which writes the tail ``key``, to run when its conversation is idle.

@@ -16,7 +16,7 @@ from kvtier.cli.store import common
 from kvtier.errors import StoreError
 from kvtier.store import PrefixStore
 from kvtier.store.format.archive import write_archive
-from kvtier.store.tiers.disk.verify import VerifyReport
+from kvtier.store.manage.verify import VerifyReport
 from tests.support.stores import OTHER_ROOT, block_files, commit, count, damage, ids, restored_length
 
 FIRST = count(12)

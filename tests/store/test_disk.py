@@ -24,14 +24,14 @@ from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, encode_block
 from kvtier.store.names import Name
 from kvtier.store.tiers.base import PutResult
-from kvtier.store.tiers.disk import recovery
-from kvtier.store.tiers.disk import tier as disk
+from kvtier.store.tiers.disk import eviction, recovery
 from kvtier.store.tiers.disk.catalog.blocks import Prepared
 from kvtier.store.tiers.disk.catalog.connection import connect
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.owners import Owner
 from kvtier.store.tiers.disk.recovery import open_catalog
-from kvtier.store.tiers.disk.tier import DiskSettings, DiskTier
+from kvtier.store.tiers.disk.tier import DiskTier
+from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.shared_reads import HELD_BYTES
 from kvtier.testing.faults import Faults, FaultyFilesystem
 from tests.support.stores import ROOT, allocated, block, block_files, chain, count, leftovers, same_bits
@@ -435,7 +435,7 @@ def test_put_waits_while_another_store_writes_the_same_block(tmp_path, ending):
             else:
                 other.die()
 
-        tier._sleep = meanwhile
+        tier._writes._sleep = meanwhile
         assert tier.put(first)
         assert tier.put(second)
         assert len(waited) == 1
@@ -446,7 +446,7 @@ def test_put_waits_while_another_store_writes_the_same_block(tmp_path, ending):
 
 
 def test_put_gives_up_on_a_block_that_another_store_never_finishes(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvtier.store.tiers.disk.tier._ELSEWHERE_SECONDS", 0.0)
+    monkeypatch.setattr("kvtier.store.tiers.disk.writes._ELSEWHERE_SECONDS", 0.0)
     first = block(count(4))
     with opened(tmp_path) as tier, opened(tmp_path) as other:
         other.catalog.prepare_store(first.id, SIZE, ROOMY, other.owner.name)
@@ -535,7 +535,7 @@ def test_nothing_is_evicted_when_eviction_cannot_free_enough_space(tmp_path, mon
         def free_bytes(self, folder):
             return self.free
 
-    monkeypatch.setattr(disk, "_BATCH", 4)
+    monkeypatch.setattr(eviction, "_BATCH", 4)
     drive = Drive()
     with opened(tmp_path, filesystem=drive, floor_bytes=100 * SIZE) as tier:
         for each in chain(count(12), 4):

@@ -10,7 +10,7 @@ import pytest
 
 from kvtier import ConfigurationError, PrefixStore, StoreError
 from kvtier.store.tiers.disk import owners
-from kvtier.store.tiers.disk.records import read_record
+from kvtier.store.tiers.disk.folder import read_record
 from tests.support.stores import ROOT, commit, count, restored_length
 
 SETTINGS = {"block_size": 4, "host_budget": 1}
@@ -88,7 +88,7 @@ def test_owner_lock_that_cannot_be_opened_is_judged_by_its_process(folder, monke
     monkeypatch.setattr(owners.os, "open", refusing)
     with PrefixStore(folder, **SETTINGS) as store:
         assert restored_length(store, count(10)) == 10
-        assert [store._tiers._folder.owner.lives(name) for name in (dead, alive)] == [False, True]
+        assert [store._tiers.opened.owner.lives(name) for name in (dead, alive)] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import pytest
 
 from kvtier import PrefixStore
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
+from kvtier.store.tiers.disk.eviction import Eviction
+from kvtier.store.tiers.disk.failures import Failures
 from kvtier.store.tiers.disk.tier import DiskTier
-from kvtier.store.tiers.host.leaves import Leaves
-from kvtier.store.tiers.host.ranking import RamValuation
+from kvtier.store.tiers.disk.writes import Writes
+from kvtier.store.tiers.host.ranking import Leaves, RamValuation
 from kvtier.store.tiers.host.residents import Residents
 from kvtier.store.tiers.host.siblings import Siblings
 from kvtier.store.tiers.host.tier import HostTier
@@ -18,7 +20,8 @@ from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import bytes_in_ram, commit, count, leftovers, restored_length, truth
 
 BLOCK_BYTES = sum(page.nbytes for page in truth("ff" * 32, count(4), 0, 4))
-PARTS = (PrefixStore, HostTier, Residents, Leaves, Siblings, RamValuation, DiskTier, Catalog, Writer)
+DISK_PARTS = (DiskTier, Writes, Eviction, Failures, Catalog)
+PARTS = (PrefixStore, HostTier, Residents, Leaves, Siblings, RamValuation, *DISK_PARTS, Writer)
 FILES = {part.__init__.__code__.co_filename for part in PARTS}
 
 

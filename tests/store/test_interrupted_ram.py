@@ -6,13 +6,13 @@ import itertools
 import pytest
 
 from kvtier.store.eviction import LeastRecentlyUsed
-from kvtier.store.tiers.host import leaves, ranking, residents, siblings
+from kvtier.store.tiers.host import ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import ROOT, block, chain, count
 
-FILES = {module.__file__ for module in (host, leaves, ranking, residents, siblings)}
+FILES = {module.__file__ for module in (host, ranking, residents, siblings)}
 SIZE = block(count(4)).nbytes
 
 

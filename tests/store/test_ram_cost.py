@@ -15,7 +15,7 @@ from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction import Standing
 from kvtier.store.eviction.adaptive import Adaptive
-from kvtier.store.tiers.host.leaves import MOST_STALE, Leaves, Queue
+from kvtier.store.tiers.host.ranking import MOST_STALE, Leaves, Queue
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.stores import ROOT, ids
 

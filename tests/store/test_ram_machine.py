@@ -22,13 +22,13 @@ from kvtier.store.chain import BlockId, common_run
 from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
 from kvtier.store.eviction.base import Standing, Usage, fresh_state
 from kvtier.store.tiers.backoff import Withheld
-from kvtier.store.tiers.host import leaves, ranking, residents, siblings
+from kvtier.store.tiers.host import ranking, residents, siblings
 from kvtier.store.tiers.host import tier as host
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import ROOT, ids
 
-FILES = {module.__file__ for module in (host, leaves, ranking, residents, siblings)}
+FILES = {module.__file__ for module in (host, ranking, residents, siblings)}
 TTL = 20.0
 
 

@@ -26,7 +26,7 @@ from kvtier.cli.store.output import (
 )
 from kvtier.cli.store.roots import RootFile
 from kvtier.store.manage.inventory import Chain
-from kvtier.store.manage.usage import StoreUsage
+from kvtier.store.manage.stats import StoreUsage
 from kvtier.store.names import NamedPrefix
 from kvtier.store.prometheus import exposition
 

@@ -39,7 +39,7 @@ from kvtier.cli.store.output import (
 )
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
-from kvtier.store.tiers.disk.verify import Problem, VerifyReport
+from kvtier.store.manage.verify import Problem, VerifyReport
 
 
 def rm(

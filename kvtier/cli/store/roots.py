@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtier.store.tiers.disk.records import MANIFEST_BYTES, read_record
+from kvtier.store.tiers.disk.folder import MANIFEST_BYTES, read_record
 
 
 @dataclass(frozen=True, slots=True)

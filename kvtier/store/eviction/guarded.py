@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from kvtier.store.eviction.base import (
-    MOST_NOTE_CHARACTERS,
-    EvictionPolicy,
-    PolicyState,
-    Standing,
-    Usage,
-)
+from kvtier.store.eviction.base import MOST_NOTE_CHARACTERS, EvictionPolicy, PolicyState, Standing, Usage
 
 _log = logging.getLogger("kvtier.store")
 T = TypeVar("T")
@@ -79,10 +73,6 @@ class GuardedPolicy:
         except Exception as error:  # of a stranger's code
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning(
-                    "the eviction policy %r fails (%s: %s); blocks it cannot rank go by their last use",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
+                text = "the eviction policy %r fails (%s: %s); blocks it cannot rank go by their last use"
+                _log.warning(text, self.name, type(error).__name__, error)
             return otherwise

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -50,7 +49,7 @@ _BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_MANIFEST_BYTES = 128 * 2**10  # a model with adapters needs some 10 KiB
 _MAX_MANIFEST_DEPTH = 32
 _CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 
 def write_archive(
@@ -100,7 +99,7 @@ def write_archive(
     try:
         if not overwrite and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "exists already", str(target))
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(fd, "wb") as out:
                 nbytes = _write(out, blocks, spec, ids, states, metadata)
@@ -228,7 +227,7 @@ class Archive:
         nbytes: size of the file.
 
     Raises:
-        ArchiveError: the file cannot be read, or is not a whole archive of this format.
+        ArchiveError: the file cannot be read, or is not a whole archive of this format. All reading methods raise it.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
@@ -276,7 +275,6 @@ class Archive:
         """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
 
         Raises:
-            ArchiveError: they cannot be read.
             ConfigurationError: the prefix has no such tokens.
         """
         if not 0 <= start < stop <= len(self.tokens):
@@ -288,11 +286,7 @@ class Archive:
         return tuple(pages)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states after the last token, U8 ``[bytes]``; None for models without.
-
-        Raises:
-            ArchiveError: they cannot be read.
-        """
+        """Return the states after the last token, U8 ``[bytes]``; None for models without."""
         if not self._is_snapshot:
             return None
         states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
@@ -307,11 +301,9 @@ class Archive:
         for head in range(heads):
             self._fill(memoryview(part[head]), begin + (head * len(self.tokens) + start) * row_bytes)
         shape = (heads, stop - start, dim)
-        return (
-            torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
-            if part.size
-            else torch.empty(shape, dtype=dtype, device="cpu")
-        )
+        if not part.size:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:
@@ -349,9 +341,7 @@ class Archive:
     def __enter__(self) -> Archive:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

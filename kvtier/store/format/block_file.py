@@ -157,8 +157,8 @@ class BlockFile:
         codecs: the codecs that can be read, by name.
 
     Raises:
-        UnavailableError: the file cannot be read now, or has an unknown version or codec.
-        BlockError: it is not a whole block of this format.
+        UnavailableError: the file cannot be read now, or has an unknown version or codec. All reading methods raise it.
+        BlockError: it is not a whole block of this format. Reading methods raise it when a checksum differs.
     """
 
     tier = "disk"
@@ -243,12 +243,7 @@ class BlockFile:
         return payload
 
     def page(self, layer: int) -> Page:
-        """Read the page of ``layer``.
-
-        Raises:
-            UnavailableError: it cannot be read now.
-            BlockError: its checksum differs.
-        """
+        """Read the page of ``layer``."""
         g, tokens = self.spec.layers[layer], len(self.id.tokens)
         k, v = self._payload(_k(layer)), self._payload(_v(layer))
         try:
@@ -264,10 +259,8 @@ class BlockFile:
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
         """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where possible.
 
-        Without ``check``, checksums are compared only where the page must be read as a whole.
-
-        Raises:
-            BlockError: as ``page``; ``view`` then holds undefined values.
+        Without ``check``, checksums are compared only where the page must be read as a whole. After an error ``view``
+        holds undefined values.
         """
         whole = (first, last) == (0, len(self.id.tokens))
         if not (whole and self.is_plain and self._read_straight(layer, view, check)):
@@ -300,19 +293,11 @@ class BlockFile:
         return True
 
     def states(self) -> torch.Tensor | None:
-        """Read the states of a checkpoint.
-
-        Raises:
-            BlockError: they cannot be read, or their checksum differs.
-        """
+        """Read the states of a checkpoint."""
         return torch.from_numpy(self._payload(len(self._begins) - 1)) if self._is_snapshot else None
 
     def check(self) -> None:
-        """Read every byte once.
-
-        Raises:
-            BlockError: a checksum differs.
-        """
+        """Read every byte once."""
         for index in range(len(self._begins)):
             self._payload(index)
 

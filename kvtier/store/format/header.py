@@ -17,8 +17,6 @@ from itertools import accumulate, chain
 from math import prod
 from typing import Any, NoReturn
 
-import torch
-
 from kvtier.kv.safetensors_header import DTYPES
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.chain import TokenIds
@@ -279,7 +277,7 @@ def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: in
     """
     layers = []
     for i in range(0, len(shapes), 2):
-        dtype = _dtype(dtypes[i])
+        dtype = DTYPES.get(dtypes[i]) if isinstance(dtypes[i], str) else None
         if dtypes[i + 1] != dtypes[i] or dtype is None:
             raise ValueError(f"layer {i // 2} is not of one type that K and V can have")
         for shape in shapes[i : i + 2]:
@@ -292,10 +290,6 @@ def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: in
         (k_heads, _, k_dim), (v_heads, _, v_dim) = shapes[i], shapes[i + 1]
         layers.append(LayerSpec(k_heads, k_dim, v_heads, v_dim, dtype))
     return KVSpec(tuple(layers))
-
-
-def _dtype(name: object) -> torch.dtype | None:
-    return DTYPES.get(name) if isinstance(name, str) else None
 
 
 def read_checksums(text: str, names: Sequence[str]) -> list[int]:

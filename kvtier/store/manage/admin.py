@@ -1,7 +1,4 @@
-"""StoreAdmin: management of a store by its owner, between turns.
-
-Names, pins, expiry, forgetting, pruning, archives, verification. Unlike in a turn, a failing disk raises an error.
-"""
+"""StoreAdmin: management of a store by its owner, between turns. Unlike in a turn, a failing disk raises an error."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.commit import BlockWriter
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
-from kvtier.store.manage.usage import StoreUsage, measure
+from kvtier.store.manage.stats import StoreUsage, measure
+from kvtier.store.manage.verify import Progress, VerifyReport, verify
 from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
-from kvtier.store.tiers.disk.verify import Progress, VerifyReport
 from kvtier.store.tiers.stack import TierStack
 from kvtier.units import parse_bytes
 
@@ -34,12 +31,11 @@ _log = logging.getLogger("kvtier.store")
 class StoreAdmin:
     """Names, pins, expiry, forgetting, pruning, archives and verification of one store. Thread-safe.
 
-    Every method but ``forget_what_is_due`` raises ``ClosedError`` when the store was closed, and ``StoreError`` when
-    the disk fails.
+    Every method but ``forget_what_is_due`` raises ``ClosedError`` when the store was closed, ``StoreError`` when the
+    disk fails, and ``UnknownNameError`` when the name of a prefix does not exist.
 
     Args:
         path: the folder of the store; None for one in RAM.
-        block_size: tokens of a full block.
         tiers: the tiers of the store.
         writer: puts blocks into the tiers.
         flush: waits until everything committed so far is on disk.
@@ -50,7 +46,6 @@ class StoreAdmin:
     def __init__(
         self,
         path: Path | None,
-        block_size: int,
         tiers: TierStack,
         writer: BlockWriter,
         flush: Callable[[], None],
@@ -58,7 +53,7 @@ class StoreAdmin:
         clock: Callable[[], float],
     ) -> None:
         self._path = path
-        self._block_size = block_size
+        self._block_size = tiers.block_size
         self._tiers = tiers
         self._names = tiers.names
         self._inventory = Inventory(tiers)
@@ -69,7 +64,7 @@ class StoreAdmin:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Run a request of the owner: unlike in a turn, a failing disk raises ``StoreError``."""
+        """Run a request of the owner: a failing disk raises ``StoreError``."""
         self._check_open()
         try:
             yield
@@ -96,12 +91,8 @@ class StoreAdmin:
         """
         checked_name(name)
         for _ in range(_TRIES):
-            keys = []
             with self._asked():
-                for key in self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size):
-                    if key is None:
-                        break
-                    keys.append(key)
+                keys = self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size)
             if not keys or len(keys) * self._block_size < len(tokens):
                 raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
             named = self._set_name(name, root, keys, len(tokens), pin, ttl)
@@ -131,61 +122,38 @@ class StoreAdmin:
             return self._inventory.described_all(self._names.all())
 
     def named(self, name: str) -> NamedPrefix:
-        """Return the prefix ``name``.
-
-        Raises:
-            UnknownNameError: the name does not exist.
-        """
+        """Return the prefix ``name``."""
         self.forget_what_is_due()
         with self._asked():
             return self._inventory.described(*self._names.details(name))
 
     def pin(self, name: str) -> None:
-        """Never evict the blocks of ``name``, nor let them expire.
-
-        Raises:
-            UnknownNameError: the name does not exist.
-        """
-        self._set_pinned(name, True)
+        """Never evict the blocks of ``name``, nor let them expire."""
+        with self._asked():
+            self._names.set_pinned(name, True)
 
     def unpin(self, name: str) -> None:
-        """Treat the blocks of ``name`` like all other blocks again.
-
-        Raises:
-            UnknownNameError: the name does not exist.
-        """
-        self._set_pinned(name, False)
-
-    def _set_pinned(self, name: str, pinned: bool) -> None:
+        """Treat the blocks of ``name`` like all other blocks again."""
         with self._asked():
-            self._names.set_pinned(name, pinned)
+            self._names.set_pinned(name, False)
 
     def rename(self, old: str, new: str) -> None:
         """Rename ``old`` to ``new``.
 
         Raises:
-            UnknownNameError: ``old`` does not exist.
             ConfigurationError: ``new`` cannot be a name, or exists already.
         """
         with self._asked():
             self._names.rename(old, checked_name(new))
 
     def unname(self, name: str) -> None:
-        """Remove a name; its blocks are kept like all other blocks.
-
-        Raises:
-            UnknownNameError: the name does not exist.
-        """
+        """Remove a name; its blocks are kept like all other blocks."""
         with self._asked():
             self._names.get(name)
             self._names.remove(name)
 
     def tokens_of(self, name: str) -> TokenIds:
-        """Return the token ids of ``name``, as far as the store has them.
-
-        Raises:
-            UnknownNameError: the name does not exist.
-        """
+        """Return the token ids of ``name``, as far as the store has them."""
         with self._asked():
             written = self._names.get(name)
             blocks = self._kept_blocks(written)
@@ -195,7 +163,7 @@ class StoreAdmin:
     def _kept_blocks(self, name: Name) -> list[BlockId]:
         blocks: list[BlockId] = []
         for key in name.keys:
-            block = self._inventory.find(key)
+            block = self._tiers.find(key)
             if block is None:
                 break
             blocks.append(block)
@@ -236,7 +204,6 @@ class StoreAdmin:
             encode: turns ``what``, which is then a text, into ids, e.g. ``tokenizer.encode``.
 
         Raises:
-            UnknownNameError: the name does not exist.
             ConfigurationError: ``what`` is neither a name nor ids.
         """
         if isinstance(what, str) and encode is not None:
@@ -286,7 +253,7 @@ class StoreAdmin:
             sqlite3.Error: the catalog fails, or is locked.
         """
         sums = self._inventory.nbytes(keys)
-        below = [key for key in chain if self._inventory.find(key) is None and not self._names.of_blocks([key])]
+        below = [key for key in chain if self._tiers.find(key) is None and not self._names.of_blocks([key])]
         untold = self._tiers.remove(keys, below)
         if self._tiers.is_durable and keys:
             if in_a_turn:
@@ -324,7 +291,6 @@ class StoreAdmin:
         Raises:
             ArchiveError: the file exists already, or cannot be written.
             BlockError: a block is damaged.
-            UnknownNameError: the name does not exist.
             StoreError: the store no longer has all of it, or the disk fails.
         """
         self._flush()
@@ -391,9 +357,9 @@ class StoreAdmin:
             )
             self._flush()
             keys = self._writer.chain_of(blocks, archive.block_size)
-            if None in keys:
+            if len(keys) < len(blocks):
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
-            return self._set_name(name, archive.root, [key for key in keys if key], len(archive.tokens), False, None)
+            return self._set_name(name, archive.root, keys, len(archive.tokens), False, None)
 
     # --- care -------------------------------------------------------------------------------------------------------
 
@@ -429,4 +395,6 @@ class StoreAdmin:
         """
         self._flush()
         with self._asked():
-            return self._tiers.verify(repair=repair, progress=progress)
+            if self._tiers.opened is None:
+                return VerifyReport(len(self._tiers.host), self._tiers.host.nbytes, 0.0, ())
+            return verify(self._tiers.opened, repair=repair, progress=progress)

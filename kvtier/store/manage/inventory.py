@@ -60,12 +60,6 @@ class Inventory:
         self._tiers = tiers
         self._names = tiers.names
 
-    def find(self, key: str) -> BlockId | None:
-        """Return the identity of a block."""
-        return self._tiers.find(key)
-
-    # --- chains -----------------------------------------------------------------------------------------------------
-
     def described_all(self, names: Sequence[tuple[Name, float, float | None]]) -> tuple[NamedPrefix, ...]:
         """Return the details of all names; the entries of their blocks are read at once."""
         by_key: dict[str, set[str]] = {}
@@ -73,13 +67,12 @@ class Inventory:
             for key in name.keys:
                 by_key.setdefault(key, set()).add(name.name)
         linked = _Linked(self._tiers.linked(), by_key)
-        return tuple(self._described(*each, linked) for each in names)
+        return tuple(self.described(*each, linked) for each in names)
 
-    def described(self, name: Name, used_at: float, expires_at: float | None) -> NamedPrefix:
+    def described(
+        self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None = None
+    ) -> NamedPrefix:
         """Return the details of a name."""
-        return self._described(name, used_at, expires_at, None)
-
-    def _described(self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None) -> NamedPrefix:
         kept: list[Entry] = []
         by_tier = {"host": 0, "disk": 0}
         tokens = 0
@@ -91,7 +84,7 @@ class Inventory:
             by_tier["host" if key in self._tiers.host else self._tiers.last.name] += counted
             tokens += counted
             kept.append(entry)
-        own = set(self._own([entry.key for entry in kept], {name.name}, linked))
+        own = set(self.own([entry.key for entry in kept], {name.name}, linked))
         return NamedPrefix(
             name=name.name,
             root=name.root,
@@ -107,11 +100,8 @@ class Inventory:
             expires_at=expires_at,
         )
 
-    def own(self, keys: Sequence[str], names: set[str]) -> list[str]:
+    def own(self, keys: Sequence[str], names: set[str], linked: _Linked | None = None) -> list[str]:
         """Return the blocks of the chain ``keys`` that only this chain and ``names`` use, with their checkpoints."""
-        return self._own(keys, names, None)
-
-    def _own(self, keys: Sequence[str], names: set[str], linked: _Linked | None) -> list[str]:
         own: list[str] = []
         for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
             entries = self._entries_of(key, linked)
@@ -128,7 +118,7 @@ class Inventory:
                 break
             own += [*beside, key]
         else:
-            if keys and (first := self.find(keys[0])) is not None:
+            if keys and (first := self._tiers.find(keys[0])) is not None:
                 own += self._snapshots_on_the_way(first.root, keys[0])
         return own
 
@@ -153,7 +143,7 @@ class Inventory:
 
     def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
         """Return the checkpoints after ``parent`` whose ids begin the block ``after``, the next one of a chain."""
-        block = self.find(after) if after is not None else None
+        block = self._tiers.find(after) if after is not None else None
         if block is None:
             return []
         tails = self._tiers.tails(parent, block.tokens)
@@ -203,8 +193,6 @@ class Inventory:
         keys.reverse()
         return entries[keys[0]].root, keys, sum(entries[key].tokens for key in keys)
 
-    # --- blocks with given ids --------------------------------------------------------------------------------------
-
     def holding(self, tokens: TokenIds) -> list[str]:
         """Return the keys of all blocks of chains that begin with ``tokens``, except blocks that other chains use.
 
@@ -223,12 +211,7 @@ class Inventory:
         return sorted(gone, key=lambda key: -entries[key].depth_tokens)
 
     def _walk(
-        self,
-        root: str,
-        tokens: TokenIds,
-        entries: Mapping[str, Entry],
-        following: dict[str, list[str]],
-        gone: set[str],
+        self, root: str, tokens: TokenIds, entries: Mapping[str, Entry], following: dict[str, list[str]], gone: set[str]
     ) -> list[str]:
         """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first."""
         leading: list[str] = []
@@ -245,7 +228,7 @@ class Inventory:
                 if key in seen:
                     continue
                 seen.add(key)
-                block = self.find(key) or self._tiers.find_below(entries[key])
+                block = self._tiers.find(key) or self._tiers.find_below(entries[key])
                 if block is None:
                     continue
                 shared = common_run(block.tokens, rest)

@@ -1,12 +1,16 @@
-"""Statistics of a store, as one immutable value."""
+"""Statistics of a store, and its bytes by root, as immutable values."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
+from kvtier.store.block import Entry
+from kvtier.store.names import Name
 from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.stack import TierStack
 
@@ -50,22 +54,15 @@ class StoreStats:
     names: int = 0
 
 
-def store_stats(path: str | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
-    """Return the numbers of a store.
-
-    Args:
-        path: its folder.
-        tiers: its tiers.
-        tally: the counts of the store itself: ``lookups``, ``hits.<tier>``, ``misses.<reason>`` …
-        queued_writes: blocks waiting to be written.
-    """
+def store_stats(path: Path | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
+    """Return the numbers of a store; ``tally`` counts ``lookups``, ``hits.<tier>``, ``misses.<reason>`` and so on."""
     tier_stats = tiers.stats(tally)
     try:
         name_count = len(tiers.names)
     except sqlite3.Error:  # the tier has warned of it by now
         name_count = 0
     return StoreStats(
-        path=path,
+        path=str(path) if path is not None else None,
         tiers=tier_stats,
         lookups=tally.get("lookups", 0),
         lookup_tokens=tally.get("lookup_tokens", 0),
@@ -83,3 +80,56 @@ def store_stats(path: str | None, tiers: TierStack, tally: Mapping[str, int], qu
 def _by_reason(counts: Mapping[str, int], prefix: str) -> Mapping[str, int]:
     found = sorted(counts.items())
     return MappingProxyType({what.removeprefix(prefix): n for what, n in found if what.startswith(prefix)})
+
+
+@dataclass(frozen=True, slots=True)
+class RootUsage:
+    """The bytes of one root: a model, with everything else that decides K and V.
+
+    Attributes:
+        root: the root.
+        blocks: its blocks.
+        nbytes: their bytes.
+        named_bytes: of those, bytes of blocks that at least one name uses.
+    """
+
+    root: str
+    blocks: int
+    nbytes: int
+    named_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """The bytes of all blocks.
+
+    Attributes:
+        roots: usage by root, the largest first.
+    """
+
+    roots: tuple[RootUsage, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(root.nbytes for root in self.roots)
+
+    @property
+    def unnamed_bytes(self) -> int:
+        """Bytes of blocks that no name uses."""
+        return self.nbytes - sum(root.named_bytes for root in self.roots)
+
+
+def measure(entries: Iterable[Entry], names: Iterable[Name]) -> StoreUsage:
+    """Add up ``entries``, all blocks of a store; ``names`` are all its names."""
+    named = {key for name in names for key in name.keys}
+    blocks: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    named_bytes: Counter[str] = Counter()
+    for entry in entries:
+        blocks[entry.root] += 1
+        nbytes[entry.root] += entry.nbytes
+        if entry.key in named:
+            named_bytes[entry.root] += entry.nbytes
+    roots = (RootUsage(root, blocks[root], nbytes[root], named_bytes[root]) for root in blocks)
+    return StoreUsage(tuple(sorted(roots, key=lambda root: (-root.nbytes, root.root))))

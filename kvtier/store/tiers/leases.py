@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.tiers.block_states import State
@@ -80,7 +79,5 @@ class BlockLease:
     def __enter__(self) -> BlockLease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.end()

@@ -48,8 +48,6 @@ class LowerTier:
         self._waited_until = time.monotonic()
         self._has_warned = False
 
-    # --- failures ---------------------------------------------------------------------------------------------------
-
     def _failed(self, what: str, error: BaseException, *, warn: bool = True) -> None:
         self.counts[f"errors.{self.name}"] += 1
         said = str(error).partition("\n")[0] or "no answer in time"
@@ -57,13 +55,8 @@ class LowerTier:
         self._backoff.begin(f"{type(error).__name__}: {said}", told=False)
         if warn and not self._has_warned:
             self._has_warned = True
-            _log.warning(
-                "the tier %r cannot %s (%s: %s); its blocks are recomputed while that lasts",
-                self.name,
-                what,
-                type(error).__name__,
-                said,
-            )
+            text = "the tier %r cannot %s (%s: %s); its blocks are recomputed while that lasts"
+            _log.warning(text, self.name, what, type(error).__name__, said)
 
     def _worked(self, what: str) -> None:
         if what == self._failing:
@@ -93,11 +86,8 @@ class LowerTier:
             self._waited_until = time.monotonic()
             self._allowance_seconds -= self._waited_until - began
 
-    # --- in a turn --------------------------------------------------------------------------------------------------
-
     def presence(self, keys: Sequence[str]) -> Sequence[Presence]:
         """Say of each of ``keys``, in order, whether the block can be opened, in bounded time."""
-        unavailable = [Presence.UNAVAILABLE] * len(keys)
         if not keys:
             return []
 
@@ -109,7 +99,7 @@ class LowerTier:
                 Presence.UNAVAILABLE if key in self._withheld else each for key, each in zip(keys, found, strict=True)
             ]
 
-        return self._ask("look up", call, unavailable)
+        return self._ask("look up", call, [Presence.UNAVAILABLE] * len(keys))
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Find blocks that could not be read again only after a while."""
@@ -172,8 +162,6 @@ class LowerTier:
         self.discard_all([key])
         return GoneError(f"the tier {self.name!r} had a damaged block, which was removed there: {error}")
 
-    # --- behind a turn ----------------------------------------------------------------------------------------------
-
     def put(self, block: Block) -> PutResult:
         """Keep ``block``."""
         return self._ask("keep a block", lambda: self._tier.put(block), PutResult.UNAVAILABLE)
@@ -185,8 +173,6 @@ class LowerTier:
     def flush(self) -> None:
         """Wait until all that was put outlives this process."""
         self._ask("flush", self._tier.flush, None)
-
-    # --- for the owner ----------------------------------------------------------------------------------------------
 
     def discard_all(self, keys: Sequence[str]) -> bool:
         """Forget blocks, whatever failed before; return whether the tier was told."""

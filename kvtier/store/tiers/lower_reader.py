@@ -17,6 +17,8 @@ T = TypeVar("T")
 class LowerReader:
     """Reads as ``reader`` does. Damage is told to the tier; any other error means that the block is unavailable.
 
+    Every method but ``close`` raises ``UnavailableError`` when the bytes cannot be read, or were damaged and are gone.
+
     Args:
         reader: of the tier.
         tier: its name.
@@ -38,27 +40,15 @@ class LowerReader:
         self._failed = failed
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``.
-
-        Raises:
-            UnavailableError: the bytes cannot be read, or were damaged and are gone.
-        """
+        """Return the page of ``layer``."""
         return self._read(self._reader.page, layer)
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``.
-
-        Raises:
-            UnavailableError: as ``page``.
-        """
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
         self._read(self._reader.land, layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint.
-
-        Raises:
-            UnavailableError: as ``page``.
-        """
+        """Return the states of a checkpoint."""
         return self._read(self._reader.states)
 
     def _read(self, read: Callable[..., T], *args: Any, **more: Any) -> T:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -20,29 +19,18 @@ from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId
+from kvtier.store.format.block_file import BlockFile
 from kvtier.store.tiers.leases import BlockLease, Leases
 
 HELD_BYTES = 256 * 2**20
-
-
-class FileReader(BlockReader, Protocol):
-    """A block that is read from a file."""
-
-    def hold(self) -> None:
-        """Keep the block readable after its file is deleted.
-
-        Raises:
-            BlockError: the file is gone, or cannot be opened now.
-        """
 
 
 @dataclass(slots=True, eq=False)
 class _Load:
     """One open block, and the pages that some of its readers have and others still need."""
 
-    reader: FileReader
+    reader: BlockFile
     users: int = 0
     waiting: set[SharedReader] = field(default_factory=set)
     pages: dict[int, Future[Page]] = field(default_factory=dict)
@@ -78,7 +66,7 @@ class ReadCoalescer:
             self._loads = {}
         self._lock.release()
 
-    def open(self, block: BlockId, open_block: Callable[[], FileReader]) -> SharedReader:
+    def open(self, block: BlockId, open_block: Callable[[], BlockFile]) -> SharedReader:
         """Return a reader of ``block``; ``open_block`` opens it if it is not open.
 
         Raises:
@@ -207,30 +195,18 @@ class SharedReader:
         return self._load.reader.is_plain
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``, read only.
-
-        Raises:
-            BlockError: the bytes cannot be read, or differ from the written ones.
-        """
+        """Return the page of ``layer``, read only."""
         return self._loads.page(self._load, self, layer)
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``.
-
-        Raises:
-            BlockError: as ``page``.
-        """
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
         if self._loads.shared(self._load, self, layer):
             view.take(self.page(layer), first, last)
         else:
             self._load.reader.land(layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
-        """Return the states of a checkpoint; each restore reads them for itself.
-
-        Raises:
-            BlockError: as ``page``.
-        """
+        """Return the states of a checkpoint; each restore reads them for itself."""
         return self._load.reader.states()
 
     def detach(self) -> None:

@@ -11,9 +11,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,29 +25,15 @@ from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.names import Names
-from kvtier.store.tiers.disk.opened import OpenedFolder, open_folder
-from kvtier.store.tiers.disk.tier import DiskSettings
-from kvtier.store.tiers.disk.verify import Progress, VerifyReport, verify
+from kvtier.store.tiers.disk.recovery import OpenedFolder, open_folder
+from kvtier.store.tiers.disk.tier import DiskTier
+from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
 
 _log = logging.getLogger("kvtier.store")
-T = TypeVar("T")
 _FIRST_BLOCKS = 4  # of a chain that are asked for first
 _MORE_BLOCKS = 8  # how many times as many are asked for next
-
-
-@dataclass(frozen=True, slots=True)
-class HostSettings:
-    """Settings of the RAM tier.
-
-    Attributes:
-        budget_bytes: upper limit for the bytes of all tensors.
-        before_waiting: called before a put waits for room; runs waiting writes soon.
-    """
-
-    budget_bytes: int
-    before_waiting: Callable[[], None]
 
 
 class TierStack:
@@ -60,19 +45,26 @@ class TierStack:
 
     Args:
         folder: holds the files; None keeps everything in RAM.
-        host: settings of the RAM tier.
+        host_budget_bytes: upper limit for the bytes of all tensors in RAM.
         disk: settings of the file tier.
         policy: decides which block is evicted first.
         connect: opens connections to the catalog.
         clock: Unix time.
         lower: custom tiers below, the nearest first.
-        block_size: tokens of the blocks that ``lower`` tiers keep.
+        block_size: tokens of a full block; ``lower`` tiers keep no others.
+        before_waiting: called before a put waits for room in RAM; runs waiting writes soon.
 
     Attributes:
         block_size: see above.
         host: the RAM tier.
+        tiers: the store's own tiers.
+        last: the last of them, to whose blocks names refer.
+        is_durable: whether there are files: names and blocks then outlive the process.
+        has_lower: whether there are tiers below the store's own.
+        writes_behind: whether there is a tier below RAM, which is written behind the caller.
         names: names of chains.
         database: the rows behind names and files.
+        opened: the folder, open; None without one.
 
     Raises:
         StoreError: the folder cannot be used.
@@ -81,53 +73,35 @@ class TierStack:
     def __init__(
         self,
         folder: StoreFolder | None,
-        host: HostSettings,
+        host_budget_bytes: int,
         disk: DiskSettings,
         policy: EvictionPolicy,
         connect: Connect,
         clock: Callable[[], float],
-        lower: Sequence[Tier] = (),
-        block_size: int = 0,
+        lower: Sequence[Tier],
+        block_size: int,
+        before_waiting: Callable[[], None],
     ) -> None:
         self.block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
         self._pinned: frozenset[str] = frozenset()  # used without a folder: files are pinned by their rows
-        self._folder: OpenedFolder | None = None
+        self.opened: OpenedFolder | None = None
+        self._disk: DiskTier | None = None
         if folder is None:
             self.database = Database(None)
             self.names = Names(self.database, None, clock)
         else:
-            self._folder = open_folder(folder, disk, policy, connect, clock)
-            self.database, self.names = self._folder.database, self._folder.names
-        self.host = HostTier(
-            host.budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, host.before_waiting
-        )
-        self._disk = self._folder.tier if self._folder is not None else None
+            self.opened = opened = open_folder(folder, policy, clock, connect)
+            self.database, self.names = opened.database, opened.names
+            self._disk = DiskTier(folder, opened.catalog, opened.owner, disk, clock)
+            self._disk.expire()
+            self._disk.trim()
+        self.host = HostTier(host_budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, before_waiting)
         self.tiers: tuple[OrderedTier, ...] = (self.host, self._disk) if self._disk is not None else (self.host,)
-
-    @property
-    def _all(self) -> tuple[OrderedTier | LowerTier, ...]:
-        return (*self.tiers, *self._lower)
-
-    @property
-    def is_durable(self) -> bool:
-        """Whether there are files: names and blocks then outlive the process."""
-        return self._disk is not None
-
-    @property
-    def has_lower(self) -> bool:
-        """Whether there are tiers below the store's own."""
-        return bool(self._lower)
-
-    @property
-    def writes_behind(self) -> bool:
-        """Whether there is a tier below RAM, which is written behind the caller."""
-        return self.is_durable or self.has_lower
-
-    @property
-    def last(self) -> OrderedTier:
-        """The last of the store's own tiers, to whose blocks names refer."""
-        return self.tiers[-1]
+        self._all: tuple[OrderedTier | LowerTier, ...] = (*self.tiers, *self._lower)
+        self.last = self.tiers[-1]
+        self.is_durable, self.has_lower = folder is not None, bool(lower)
+        self.writes_behind = self.is_durable or self.has_lower
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -187,11 +161,12 @@ class TierStack:
     def _present(self, keys: Sequence[str]) -> set[str]:
         """Return the subset of ``keys`` that some tier can open. Each tier is asked once."""
         found: set[str] = set()
-        for answer in (*(_local(tier) for tier in self.tiers), *(tier.presence for tier in self._lower)):
+        for tier in self._all:
             left = [key for key in keys if key not in found]
             if not left:
                 break
-            found.update(key for key, it in zip(left, answer(left), strict=True) if it is Presence.PRESENT)
+            answer = tier.presence(left) if isinstance(tier, LowerTier) else tier.presence(left).result()
+            found.update(key for key, it in zip(left, answer, strict=True) if it is Presence.PRESENT)
         return found
 
     def open(self, block: BlockId) -> BlockReader | None:
@@ -219,11 +194,12 @@ class TierStack:
             for tier in self._lower:
                 left = [block for block in blocks if not is_open(found[block.key])]
                 for block, outcome in zip(left, tier.open_all(left), strict=True):
-                    if is_open(outcome):
-                        self._leave_to(tier, block, found[block.key])
+                    here = found[block.key]
+                    if is_open(outcome) or here is None:
                         found[block.key] = outcome
-                    elif found[block.key] is None:
-                        found[block.key] = outcome
+                    if is_open(outcome) and isinstance(here, BlockError) and not isinstance(here, UnavailableError):
+                        _log.warning("a stored block was removed: %s; it is read from the tier %r", here, tier.name)
+                        self.discard([block.key])  # it is damaged here
         except BaseException:
             close_all(found.values())
             raise
@@ -243,23 +219,12 @@ class TierStack:
             return reader
         return None
 
-    def _leave_to(self, tier: LowerTier, block: BlockId, outcome: Outcome) -> None:
-        """Remove a block that is damaged here, and was opened in ``tier``."""
-        if isinstance(outcome, BlockError) and not isinstance(outcome, UnavailableError):
-            _log.warning("a stored block was removed: %s; it is read from the tier %r", outcome, tier.name)
-            self.discard([block.key])
-
     # --- entries ----------------------------------------------------------------------------------------------------
 
     def entries_of(self, key: str, linked: Mapping[str, Entry] | None = None) -> list[Entry | None]:
-        """Return the entry of a block in each of the store's own tiers, the last tier first.
-
-        Args:
-            key: the key of the block.
-            linked: the result of ``linked``, used instead of asking the last tier.
-        """
-        found: list[Entry | None] = [tier.entry(key) for tier in reversed(self.tiers[:-1])]
-        return [self.last.entry(key) if linked is None else linked.get(key), *found]
+        """Return the entry of a block in each of the store's own tiers, the last first; ``linked`` answers for it."""
+        last = self.last.entry(key) if linked is None else linked.get(key)
+        return [last, *(tier.entry(key) for tier in reversed(self.tiers[:-1]))]
 
     def linked(self) -> Mapping[str, Entry]:
         """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
@@ -341,7 +306,7 @@ class TierStack:
         try:
             self._disk.ask(lambda: tell(self.names), None)
         except OSError as error:
-            self._disk.warn("names", f"cannot write the file of a name in {self._disk.folder.path} ({error})")
+            self._disk.failures.warn("names", f"cannot write the file of a name in {self._disk.folder.path} ({error})")
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -419,28 +384,15 @@ class TierStack:
     def warn_of_stall(self) -> None:
         """Count that the durable tier does not keep up, and warn once."""
         if self._disk is not None:
-            self._disk.count("errors.write")
-            self._disk.warn("stall", f"writing to {self._disk.folder.path} hangs; new blocks stay in RAM only")
-
-    def verify(self, *, repair: bool, progress: Progress | None) -> VerifyReport:
-        """Read every file, and compare files, catalog and accounting; with ``repair`` fix problems where possible."""
-        opened = self._folder
-        if opened is None:
-            return VerifyReport(len(self.host), self.host.nbytes, 0.0, ())
-        folder, catalog = opened.tier.folder, opened.tier.catalog
-        return verify(folder, self.database, catalog, opened.audit, repair=repair, progress=progress)
+            self._disk.failures.count("errors.write")
+            self._disk.failures.warn("stall", f"writing to {self._disk.folder.path} hangs; new blocks stay in RAM only")
 
     def close(self) -> None:
         """End leases, and release files."""
         for tier in self._lower:
             tier.close()
-        if self._folder is not None:
-            self._folder.tier.close()
+        if self._disk is not None:
+            self._disk.close()
         self.database.close()
-        if self._folder is not None:
-            self._folder.owner.close()
-
-
-def _local(tier: OrderedTier) -> Callable[[Sequence[str]], Sequence[Presence]]:
-    """Return the presence query of a local tier, which answers at once."""
-    return lambda keys: tier.presence(keys).result()
+        if self.opened is not None:
+            self.opened.owner.close()

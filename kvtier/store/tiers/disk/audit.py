@@ -28,7 +28,7 @@ class Discrepancy:
     """One problem of a folder, and its repair.
 
     Attributes:
-        kind: as ``verify.Problem.kind``.
+        kind: as ``manage.verify.Problem.kind``.
         subject: the affected file, or another subject.
         text: description of the problem.
         mend: repairs it; may raise ``OSError``, ``sqlite3.Error`` or ``BlockError``.
@@ -55,30 +55,20 @@ class Audit:
             if not self._owner.lives(owner):
                 path = self._path(place)
                 yield from self._leftovers(self._folder.leftovers_beside(path, pid_of(owner)))
-                yield Discrepancy(
-                    "leftover",
-                    str(path),
-                    "its writer is gone",
-                    partial(self._settle, place, owner),
-                )
+                yield Discrepancy("leftover", str(path), "its writer is gone", partial(self._settle, place, owner))
         for place, owner in self._catalog.moving(State.LEAVING):
             if not self._owner.lives(owner):
                 yield Discrepancy(
-                    "leftover",
-                    str(self._path(place)),
-                    "its deletion was interrupted",
-                    partial(self._delete, place),
+                    "leftover", str(self._path(place)), "its deletion was interrupted", partial(self._delete, place)
                 )
 
     def _settle(self, place: Place, owner: str) -> None:
         """Keep the file of a dead writer if it is whole; otherwise delete it and abort the write."""
-        path = self._path(place)
         try:
-            self._catalog.adopt([self.look_at(path)])
+            self.adopt(self._path(place))
         except UnavailableError:
             raise
         except BlockError:
-            self._folder.filesystem.delete(path)
             self._catalog.abort_store(place.key, owner)
 
     def _delete(self, place: Place) -> None:
@@ -92,13 +82,12 @@ class Audit:
             if owner not in left and not self._owner.lives(owner):
                 self._owner.bury(owner)
 
-    def leftovers(self) -> Iterator[Discrepancy]:
-        """Yield the temporary files of dead writers."""
-        yield from self._leftovers(self._folder.leftovers())
+    def leftovers(self, *, blocks: bool = True) -> Iterator[Discrepancy]:
+        """Yield the temporary files of dead writers.
 
-    def loose_ends(self) -> Iterator[Discrepancy]:
-        """Yield temporary files outside ``blocks/``: interrupted block writes have rows (``unfinished``)."""
-        yield from self._leftovers(self._folder.leftovers(blocks=False))
+        Without ``blocks``, only those outside ``blocks/``: interrupted block writes have rows (``unfinished``).
+        """
+        yield from self._leftovers(self._folder.leftovers(blocks=blocks))
 
     def _leftovers(self, found: Iterator[Path]) -> Iterator[Discrepancy]:
         for path in found:
@@ -114,25 +103,17 @@ class Audit:
         files = {path.stem: path for path in self._folder.block_files()}  # before rows: a writer makes its row first
         rows = self._catalog.files()
         for key in files.keys() - rows.keys():
-            if files[key].exists():  # otherwise it was deleted just now
-                path = files[key]
-                yield Discrepancy(
-                    "orphan",
-                    str(path),
-                    "the catalog does not know it",
-                    partial(self.adopt, path),
-                )
+            path = files[key]
+            if path.exists():  # otherwise it was deleted just now
+                yield Discrepancy("orphan", str(path), "the catalog does not know it", partial(self.adopt, path))
         for entry in self._catalog.entries():
             key, path = entry.key, self._folder.block(entry.key, entry.root)
             try:
-                nbytes = self._folder.used_bytes(path)
+                nbytes = self._folder.filesystem.used_bytes(path)
             except FileNotFoundError:
                 if self._catalog.entry(key) is not None:
                     yield Discrepancy(
-                        "missing",
-                        str(path),
-                        "the catalog has it, the folder has not",
-                        partial(self.drop, key),
+                        "missing", str(path), "the catalog has it, the folder has not", partial(self.drop, key)
                     )
                 continue
             except OSError:  # it cannot be reached now
@@ -179,7 +160,7 @@ class Audit:
             finally:
                 file.close()
             written_at = path.stat().st_mtime
-            nbytes = self._folder.used_bytes(path)
+            nbytes = self._folder.filesystem.used_bytes(path)
         except OSError as error:
             raise self._folder.unusable(path, error) from error
         if path != self._folder.block(file.id.key, file.id.root):
@@ -198,10 +179,7 @@ class Audit:
         """Make the rows of names agree with their files; yield unreadable files."""
         for path, what in self._names.sync():
             yield Discrepancy(
-                "name",
-                str(path),
-                f"cannot be read: {what}",
-                partial(self._folder.filesystem.delete, path),
+                "name", str(path), f"cannot be read: {what}", partial(self._folder.filesystem.delete, path)
             )
 
     def permissions(self) -> Iterator[Discrepancy]:
@@ -213,10 +191,7 @@ class Audit:
                 continue
             if mode & 0o077 and os.name == "posix":
                 yield Discrepancy(
-                    "permissions",
-                    str(path),
-                    f"others may use it (mode {mode:o})",
-                    partial(path.chmod, mode & 0o700),
+                    "permissions", str(path), f"others may use it (mode {mode:o})", partial(path.chmod, mode & 0o700)
                 )
 
     def _path(self, place: Place) -> Path:

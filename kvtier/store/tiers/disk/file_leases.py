@@ -17,15 +17,11 @@ import struct
 import threading
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 from kvtier.platform.fork_safety import Rank, take_part
 
-fcntl: ModuleType | None
-try:
+with contextlib.suppress(ImportError):  # Windows, where no folder can be opened
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _FLOCK = struct.Struct("hhqqi")  # type, whence, start, length, pid: ``struct flock``
@@ -81,7 +77,7 @@ class FileLeases:
 
     def _set(self, kind: str, place: int) -> bool:
         """Change the lock of a byte; return False if another lock is in the way."""
-        if fcntl is None or not hasattr(fcntl, "F_OFD_SETLK") or self._fd < 0:
+        if not hasattr(fcntl, "F_OFD_SETLK") or self._fd < 0:
             return True
         lock = _FLOCK.pack(getattr(fcntl, kind), os.SEEK_SET, place, 1, 0)
         try:

@@ -25,11 +25,12 @@ from typing import Any
 
 from kvtier.errors import BlockError, StoreError, StoreVersionError
 from kvtier.kv.codecs import BUILT_IN, Codec
-from kvtier.platform.filesystem import LocalFilesystem, is_leftover, is_temporary
+from kvtier.platform.filesystem import READ_FLAGS, LocalFilesystem, is_leftover, is_temporary
 from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_failed
-from kvtier.store.tiers.disk.records import MARKER_BYTES, read_record
 
 _log = logging.getLogger("kvtier.store.disk")
+MANIFEST_BYTES = 16 * 2**20  # of the description of a root
+_MARKER_BYTES = 4096
 _BLOCK_SUFFIX = ".safetensors"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
@@ -45,6 +46,12 @@ class StoreFolder:
         durable: whether written files survive a power cut.
         codecs: the codecs that block files may have, by name.
 
+    Attributes:
+        catalog: the database.
+        damage_mark: a file that marks the database as damaged: it is rebuilt at the next open.
+        leases: the file whose locks tell which blocks are being read.
+        owners: the folder of the owners' lock files.
+
     Raises:
         StoreError: the folder cannot be used.
         StoreVersionError: a newer kvtier wrote it.
@@ -54,20 +61,15 @@ class StoreFolder:
         self, path: Path, filesystem: LocalFilesystem, durable: bool, codecs: Mapping[str, Codec] = BUILT_IN
     ) -> None:
         self.path = path
+        self.catalog, self.damage_mark = path / "catalog.sqlite", path / "catalog.damaged"
+        self.leases, self.owners = path / "leases.lock", path / "owners"
         self._codecs = codecs
         self.filesystem = filesystem
         self._durable = durable
         self._safe: set[Path] = set()  # folders that exist, and are no links
         try:
             filesystem.make_folder(path, durable=durable)
-            for name in (
-                "kvtier.json",
-                "catalog.sqlite",
-                "catalog.sqlite-wal",
-                "catalog.sqlite-shm",
-                "leases.lock",
-                *_PARTS,
-            ):
+            for name in (*_FILES, "catalog.sqlite-wal", "catalog.sqlite-shm", *_PARTS):
                 filesystem.refuse_links(path, path / name)
             self._check_version()
             for name in _PARTS:
@@ -83,7 +85,7 @@ class StoreFolder:
     def _check_version(self) -> None:
         marker = self.path / "kvtier.json"
         try:
-            version = read_record(marker, MARKER_BYTES)["format_version"]
+            version = read_record(marker, _MARKER_BYTES)["format_version"]
             if type(version) is not int:
                 raise ValueError(f"format_version {version!r}")
         except FileNotFoundError:
@@ -120,26 +122,6 @@ class StoreFolder:
     def parts(self) -> list[Path]:
         """The files and folders that every store has."""
         return [self.path / name for name in (*_PARTS, *_FILES)]
-
-    @property
-    def catalog(self) -> Path:
-        """The database."""
-        return self.path / "catalog.sqlite"
-
-    @property
-    def damage_mark(self) -> Path:
-        """A file that marks the database as damaged: it is rebuilt at the next open."""
-        return self.path / "catalog.damaged"
-
-    @property
-    def leases(self) -> Path:
-        """The file whose locks tell which blocks are being read."""
-        return self.path / "leases.lock"
-
-    @property
-    def owners(self) -> Path:
-        """The folder of the owners' lock files."""
-        return self.path / "owners"
 
     def block(self, key: str, root: str) -> Path:
         """Return the file of a block."""
@@ -216,11 +198,7 @@ class StoreFolder:
         return BlockFile(str(path), lambda: self._open(path), partial(self.unusable, path), self._codecs)
 
     def _open(self, path: Path) -> int:
-        """Open a file for reading, if its path has no link; return its descriptor.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Open a file for reading, if its path has no link; return its descriptor."""
         if path.parent not in self._safe:
             self.filesystem.refuse_links(self.path, path.parent)
             self._safe.add(path.parent)
@@ -245,13 +223,29 @@ class StoreFolder:
         """Return how many bytes a file of ``nbytes`` takes on the drive."""
         return self.filesystem.allocated_bytes(self.path, nbytes)
 
-    def used_bytes(self, path: Path) -> int:
-        """Return how many bytes a file takes on the drive."""
-        return self.filesystem.used_bytes(path)
-
     def free_bytes(self) -> int:
         """Return how many bytes may still be written to the drive."""
         return self.filesystem.free_bytes(self.path)
+
+
+def read_record(path: Path, at_most_bytes: int) -> Any:
+    """Return the parsed JSON file ``path``, a record of a store.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is a link.
+        ValueError: it is not JSON, not a regular file (a pipe would never end), or larger than ``at_most_bytes``.
+        RecursionError: it is nested too deeply.
+    """
+    fd = os.open(path, READ_FLAGS)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no ordinary file")
+        data = file.read(at_most_bytes + 1)
+    if len(data) > at_most_bytes:
+        raise ValueError("it is too large")
+    return json.loads(data.decode("utf-8"))
 
 
 def _files(folder: Path, depth: int, unlisted: list[str] | None = None) -> Iterator[Path]:

@@ -16,8 +16,7 @@ from kvtier.errors import ConfigurationError, UnknownNameError
 from kvtier.store.names import LONGEST_SECONDS, Name, checked_name, checked_ttl
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.store.tiers.disk.folder import StoreFolder
-from kvtier.store.tiers.disk.records import read_record
+from kvtier.store.tiers.disk.folder import StoreFolder, read_record
 
 _OF_NAME = itemgetter(slice(8))
 _MOST_TOKENS = 2**53
@@ -27,7 +26,8 @@ _MAX_FILE_BYTES = 64 * 2**20  # the keys of a chain of a million blocks
 class Names:
     """The names of one store. Thread-safe; processes that share a folder see each other's names.
 
-    Methods raise ``OSError`` and ``sqlite3.Error``; the store translates.
+    Methods raise ``OSError`` and ``sqlite3.Error``, which the store translates. All but ``find`` raise
+    ``UnknownNameError`` when the name that they are given does not exist.
     """
 
     def __init__(self, database: Database, folder: StoreFolder | None, clock: Callable[[], float]) -> None:
@@ -39,11 +39,8 @@ class Names:
         """Give a chain a name; another chain that has the name loses it."""
         if self._folder is not None:
             self._folder.write_json(self._folder.name(name.name), asdict(name))
-        self._set_rows(name, self._clock() if used_at is None else used_at)
-
-    def _set_rows(self, name: Name, used_at: float) -> None:
         with self._database.transaction() as connection:
-            self._insert_rows(connection, name, used_at)
+            self._insert_rows(connection, name, self._clock() if used_at is None else used_at)
 
     def _insert_rows(self, connection: Statements, name: Name, used_at: float) -> None:
         keys = [bytes.fromhex(key) for key in name.keys]
@@ -77,19 +74,11 @@ class Names:
         return found[0][0] if found else None
 
     def get(self, name: str) -> Name:
-        """Return the record of ``name``.
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Return the record of ``name``."""
         return self.details(name)[0]
 
     def details(self, name: str) -> tuple[Name, float, float | None]:
-        """Return the record of ``name``, with the Unix times of its last use and of its expiry (None for never).
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Return the record of ``name``, with the Unix times of its last use and of its expiry (None for never)."""
         found = self._rows("WHERE n.name = ?", (name,))
         if not found:
             raise UnknownNameError(f"nothing is called {name!r:.80} here; names() lists what has a name")
@@ -120,11 +109,7 @@ class Names:
         return int(count)
 
     def set_pinned(self, name: str, pinned: bool) -> None:
-        """Pin or unpin the chain of ``name``.
-
-        Raises:
-            UnknownNameError: it does not exist.
-        """
+        """Pin or unpin the chain of ``name``."""
         written, used_at, _ = self.details(name)
         self.assign(replace(written, pinned=pinned), used_at)
 
@@ -158,9 +143,8 @@ class Names:
         found: set[str] = set()
         with self._database.reading() as connection:
             for key in keys:
-                found.update(
-                    n for (n,) in connection.execute("SELECT name FROM links WHERE key = ?", (bytes.fromhex(key),))
-                )
+                rows = connection.execute("SELECT name FROM links WHERE key = ?", (bytes.fromhex(key),))
+                found.update(name for (name,) in rows)
         return found
 
     def pinned_blocks(self) -> set[str]:

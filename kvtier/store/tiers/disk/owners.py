@@ -10,15 +10,11 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 
 from kvtier.platform.fork_safety import Rank, take_part
 
-fcntl: ModuleType | None
-try:
+with contextlib.suppress(ImportError):  # Windows, where no folder can be opened
     import fcntl
-except ImportError:  # Windows: the process id is used instead
-    fcntl = None
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NAME = re.compile(r"(\d{1,10})-[0-9a-f]{16}")
@@ -42,8 +38,6 @@ class Owner:
             self.name = f"{os.getpid()}-{os.urandom(8).hex()}"
             path = self._path(self.name)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o600)
-            if fcntl is None:
-                return
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
                 if path.stat().st_ino == os.fstat(self._fd).st_ino:
@@ -74,8 +68,6 @@ class Owner:
         match = _NAME.fullmatch(name)
         if match is None:
             return False
-        if fcntl is None:
-            return _runs(int(match[1])) and self._path(name).exists()
         try:
             fd = os.open(self._path(name), os.O_RDWR | _NOFOLLOW)
         except PermissionError:  # the file of another user, perhaps root: its lock cannot be tested
@@ -113,8 +105,6 @@ def pid_of(name: str) -> int:
 
 def _is_locked(fd: int) -> bool:
     """Whether another process or owner has the lock of an open file. If not, ``fd`` shares it until it is closed."""
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,8 +118,6 @@ def _runs(pid: int) -> bool:
     """Whether a process runs. Used where locks cannot be tested."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -43,18 +43,48 @@ _NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The catalog of a folder, which agrees with its files."""
+class OpenedFolder:
+    """The folder of a store, open: its catalog agrees with its files.
 
+    Attributes:
+        folder: the files.
+        owner: marks writes and deletions that this process has begun.
+        database: the rows behind files and names.
+        catalog: the rows of blocks.
+        names: names of chains.
+        audit: compares files and rows.
+    """
+
+    folder: StoreFolder
+    owner: Owner
     database: Database
     catalog: Catalog
     names: Names
     audit: Audit
 
 
+def open_folder(
+    folder: StoreFolder, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+) -> OpenedFolder:
+    """Open ``folder`` in any state.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    try:
+        owner = Owner(folder.owners)
+    except OSError as error:
+        raise StoreError(f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to") from error
+    try:
+        return open_catalog(folder, owner, policy, clock, connect)
+    except BaseException:
+        owner.close()
+        raise
+
+
 def open_catalog(
     folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
-) -> Opened:
+) -> OpenedFolder:
     """Open the catalog of ``folder``; rebuild it when it is missing or damaged.
 
     Raises:
@@ -99,13 +129,8 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
 
 
 def _opened(
-    folder: StoreFolder,
-    owner: Owner,
-    policy: EvictionPolicy,
-    clock: Callable[[], float],
-    connect: Connect,
-    alone: bool,
-) -> Opened:
+    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect, alone: bool
+) -> OpenedFolder:
     with contextlib.suppress(FileExistsError):
         # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
         # process on it, those of another store too.
@@ -121,7 +146,7 @@ def _opened(
     except BaseException:
         database.close()
         raise
-    return Opened(database, catalog, names, audit)
+    return OpenedFolder(folder, owner, database, catalog, names, audit)
 
 
 def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
@@ -130,15 +155,12 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
     rebuilt = catalog.rebuild(lambda: _shown(_whole_files(folder, catalog, audit, unavailable)))
     same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
     if unavailable:
-        _log.warning(
-            "%s (and %d more); left as it is, and looked at again at the next open",
-            unavailable[0],
-            len(unavailable) - 1,
-        )
+        text = "%s (and %d more); left as it is, and looked at again at the next open"
+        _log.warning(text, unavailable[0], len(unavailable) - 1)
     if rebuilt is Rebuilt.ANEW:
         parts = [audit.unfinished(), audit.leftovers(), audit.names()]
     elif same_boot and rebuilt is Rebuilt.NOT:
-        parts = [audit.unfinished(), audit.loose_ends(), audit.names()]
+        parts = [audit.unfinished(), audit.leftovers(blocks=False), audit.names()]
     else:
         parts = [audit.unfinished(), audit.leftovers(), audit.files(), audit.names()]
     for discrepancies in parts:
@@ -193,10 +215,5 @@ def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
 def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
     """Yield ``blocks``; show their number once it takes long."""
     yield from tqdm(
-        blocks,
-        desc="kvtier: rebuilding the catalog",
-        unit=" blocks",
-        delay=_LONG_SECONDS,
-        mininterval=1.0,
-        leave=False,
+        blocks, desc="kvtier: rebuilding the catalog", unit=" blocks", delay=_LONG_SECONDS, mininterval=1.0, leave=False
     )

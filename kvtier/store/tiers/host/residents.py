@@ -10,7 +10,7 @@ from functools import partial
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import Standing, Usage
-from kvtier.store.tiers.host.leaves import Leaves
+from kvtier.store.tiers.host.ranking import Leaves
 from kvtier.store.tiers.host.siblings import Siblings
 
 
@@ -74,8 +74,6 @@ class Residents(Mapping[str, Resident]):
         self._derive()
         return self._nbytes
 
-    # --- changing ---------------------------------------------------------------------------------------------------
-
     def add(self, block: Block, nbytes: int, usage: Usage, standing: Standing, used_at: float) -> None:
         """Add a block that is not stored."""
         self._derive()
@@ -133,8 +131,6 @@ class Residents(Mapping[str, Resident]):
             self._put_leaf(key, resident)
         self._in_order = False
         self._is_derived = True
-
-    # --- finding ----------------------------------------------------------------------------------------------------
 
     def children(self, key: str) -> int:
         """Return how many blocks follow ``key``."""

@@ -208,9 +208,7 @@ class HostTier:
         for key in keys:
             self.discard(key)
 
-    def discard_unread(self, keys: Iterable[str]) -> None:
-        """Forget blocks. Readers may finish: they hold the tensors, which are no longer counted here."""
-        self.discard_all(keys)
+    discard_unread = discard_all
 
     def withhold(self, keys: Iterable[str]) -> None:
         """Hide blocks from lookups for a while: they do not fit the layers of a turn."""
@@ -293,27 +291,11 @@ class HostTier:
     def _entry(self, key: str) -> Entry:
         resident = self._blocks[key]
         block, usage = resident.block.id, resident.usage
-        return Entry(
-            key,
-            block.parent,
-            block.root,
-            len(block.tokens),
-            usage.depth_tokens,
-            resident.block.nbytes,
-            self._blocks.children(key),
-            usage.uses,
-            resident.hits,
-            resident.used_at,
-            key in self._pinned(),
-        )
+        place = (key, block.parent, block.root, len(block.tokens), usage.depth_tokens, resident.block.nbytes)
+        uses = (self._blocks.children(key), usage.uses, resident.hits, resident.used_at)
+        return Entry(*place, *uses, pinned=key in self._pinned())
 
-    def linked_entries(self) -> list[Entry]:
-        """Return the entries of all blocks that can be opened, those of named chains among them."""
-        return self.entries()
-
-    def kept_entry(self, key: str) -> Entry | None:
-        """Return the entry of a block that can be opened."""
-        return self.entry(key)
+    linked_entries, kept_entry = entries, entry
 
     def stats(self, hits: int) -> TierStats:
         """Return the statistics of this tier; ``hits`` is the number of blocks restored from it."""

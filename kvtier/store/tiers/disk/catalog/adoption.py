@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
 from kvtier.store.chain import BlockId
+from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.block_states import Move, State, after
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.store.tiers.disk.catalog.ranking import Valuation
+from kvtier.store.tiers.disk.catalog.ranking import Session
 from kvtier.store.tiers.disk.catalog.rows import batches, depth_after, insert, is_filled, move, place_below, place_some
 from kvtier.store.tiers.disk.catalog.schema import SCHEMA_VERSION, UNPLACED
 
@@ -33,9 +34,9 @@ class Rebuilt(Enum):
 class Adoption:
     """Adopts files. Idempotent: a block that is known stays as it is."""
 
-    def __init__(self, database: Database, valuation: Valuation) -> None:
+    def __init__(self, database: Database, policy: EvictionPolicy) -> None:
         self._database = database
-        self._valuation = valuation
+        self._policy = policy
 
     def adopt(self, found: Iterable[Found]) -> int:
         """Add rows for whole files that have none; return how many were new."""
@@ -49,7 +50,7 @@ class Adoption:
         return new
 
     def _adopt(self, connection: Statements, found: Iterable[Found], orphan_depth: int) -> list[bytes]:
-        session = self._valuation.session(connection)
+        session = Session(self._policy, connection)
         new = []
         for block, nbytes, used_at in found:
             key = bytes.fromhex(block.key)
@@ -83,14 +84,12 @@ class Adoption:
                     return Rebuilt.NOT  # found files may have been evicted meanwhile
                 connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 self._adopt(connection, some, UNPLACED)
-        while self._place_some():
-            pass
+        unplaced = True
+        while unplaced:
+            with self._database.transaction() as connection:
+                unplaced = place_some(connection, _ROWS_AT_ONCE)
         with self._database.transaction() as connection:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("PRAGMA cache_size = -2000")  # SQLite's default
         self._database.truncate_log()
         return Rebuilt.RESUMED if is_begun else Rebuilt.ANEW
-
-    def _place_some(self) -> bool:
-        with self._database.transaction() as connection:
-            return place_some(connection, _ROWS_AT_ONCE)

@@ -8,18 +8,18 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import Enum, auto
 
 from kvtier.store.block import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
 from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.block_states import Move, State, after
-from kvtier.store.tiers.disk.catalog.adoption import Adoption, Rebuilt
+from kvtier.store.tiers.disk.catalog.adoption import Adoption
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.catalog.id_codes import decode_ids, encode_ids
-from kvtier.store.tiers.disk.catalog.ranking import Place, Valuation
+from kvtier.store.tiers.disk.catalog.ranking import Place, Session
 from kvtier.store.tiers.disk.catalog.rows import batches, bytes_up_to, depth_after, insert, is_filled, move
 from kvtier.store.tiers.disk.catalog.schema import RECOUNT
 
@@ -29,7 +29,8 @@ _FOREVER = float("-inf")
 _IDENTITY = "key, parent, root, ids"
 _BEFORE = "ids <= ? ORDER BY ids DESC"
 _AFTER = "ids > ? ORDER BY ids"
-_FOUND = f"state = {State.READY:d} AND (used_at >= :since OR pins > 0)"
+_READY = f"state = {State.READY:d}"
+_FOUND = f"{_READY} AND (used_at >= ? OR pins > 0)"
 
 
 class Prepared(Enum):
@@ -54,27 +55,29 @@ class _NotEnoughError(Exception):
 
 
 class Catalog:
-    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``."""
+    """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``.
+
+    ``adopt`` and ``rebuild`` are those of ``Adoption``.
+    """
 
     def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
         self._database = database
-        self._valuation = Valuation(policy)
+        self._policy = policy
         self._clock = clock
-        self._adoption = Adoption(database, self._valuation)
+        adoption = Adoption(database, policy)
+        self.adopt, self.rebuild = adoption.adopt, adoption.rebuild
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
     def contains(self, key: str, since: float = _FOREVER) -> bool:
         """Whether a block is ready, and was used at ``since`` (Unix time) or later, or is pinned."""
         with self._database.reading() as connection:
-            found = connection.execute(
-                f"SELECT 1 FROM blocks WHERE key = :key AND {_FOUND}", {"key": bytes.fromhex(key), "since": since}
-            ).fetchone()
-        return found is not None
+            found = connection.execute(f"SELECT 1 FROM blocks WHERE key = ? AND {_FOUND}", (bytes.fromhex(key), since))
+            return found.fetchone() is not None
 
     def ready(self, keys: Sequence[str], since: float = _FOREVER) -> set[str]:
         """Return the subset of ``keys`` for which ``contains`` is true."""
-        return self._having(keys, f"state = {State.READY:d} AND (used_at >= ? OR pins > 0)", since)
+        return self._having(keys, _FOUND, since)
 
     def absent(self, keys: Sequence[str]) -> list[str]:
         """Return the subset of ``keys`` neither ready nor being written."""
@@ -92,12 +95,11 @@ class Catalog:
                 found.update(row[0].hex() for row in rows)
         return found
 
-    def find(self, key: str, since: float = _FOREVER) -> BlockId | None:
-        """Return the identity of a block for which ``contains`` is true; None otherwise."""
+    def find(self, key: str) -> BlockId | None:
+        """Return the identity of a ready block."""
         with self._database.reading() as connection:
             row = connection.execute(
-                f"SELECT {_IDENTITY} FROM blocks WHERE key = :key AND {_FOUND}",
-                {"key": bytes.fromhex(key), "since": since},
+                f"SELECT {_IDENTITY} FROM blocks WHERE key = ? AND {_READY}", (bytes.fromhex(key),)
             ).fetchone()
             return _block_id(row) if row else None
 
@@ -125,8 +127,7 @@ class Catalog:
                 shared = common_run(block.tokens, tokens)
                 if shared == len(block.tokens):
                     rows = connection.execute(
-                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND state = {State.READY:d} "
-                        "LIMIT ?",
+                        f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND {_READY} LIMIT ?",
                         (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
                     )
                     found += map(_block_id, rows)  # a block, and a checkpoint of the same ids
@@ -136,24 +137,20 @@ class Catalog:
 
     def entry(self, key: str) -> Entry | None:
         """Return the entry of a ready block."""
-        with self._database.reading() as connection:
-            row = connection.execute(
-                f"SELECT {_ENTRY} FROM blocks WHERE key = ? AND state = {State.READY:d}", (bytes.fromhex(key),)
-            ).fetchone()
-        return _entry(row) if row else None
+        found = self._entries("AND key = ?", bytes.fromhex(key))
+        return found[0] if found else None
 
     def entries(self) -> list[Entry]:
         """Return the entries of all ready blocks."""
-        with self._database.reading(long=True) as connection:
-            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d}").fetchall()
-        return [_entry(row) for row in rows]
+        return self._entries("", long=True)
 
     def linked_entries(self) -> list[Entry]:
         """Return the entries of the ready blocks of all named chains."""
-        with self._database.reading(long=True) as connection:
-            rows = connection.execute(
-                f"SELECT {_ENTRY} FROM blocks WHERE state = {State.READY:d} AND key IN (SELECT key FROM links)"
-            ).fetchall()
+        return self._entries("AND key IN (SELECT key FROM links)", long=True)
+
+    def _entries(self, condition: str, *values: object, long: bool = False) -> list[Entry]:
+        with self._database.reading(long=long) as connection:
+            rows = connection.execute(f"SELECT {_ENTRY} FROM blocks WHERE {_READY} {condition}", values).fetchall()
         return [_entry(row) for row in rows]
 
     # --- storing ----------------------------------------------------------------------------------------------------
@@ -170,7 +167,7 @@ class Catalog:
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             if total + nbytes > budget_bytes:
                 return Prepared.NO_ROOM
-            session = self._valuation.session(connection)
+            session = Session(self._policy, connection)
             state = after(State.ABSENT, Move.PREPARE_STORE)
             insert(connection, session, block, depth, nbytes, state, owner, self._clock())
             session.end()
@@ -193,14 +190,6 @@ class Catalog:
                 f"SELECT owner FROM blocks WHERE key = ? AND state = {State.WRITING:d}", (bytes.fromhex(key),)
             ).fetchone()
             return str(row[0]) if row else None
-
-    def adopt(self, found: Iterable[tuple[BlockId, int, float]]) -> int:
-        """Add rows for whole files without any: identity, bytes, Unix time of last use. Returns how many were new."""
-        return self._adoption.adopt(found)
-
-    def rebuild(self, found: Callable[[], Iterable[tuple[BlockId, int, float]]]) -> Rebuilt:
-        """Fill new tables with the blocks ``found``, as ``Adoption.rebuild`` does."""
-        return self._adoption.rebuild(found)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -227,56 +216,37 @@ class Catalog:
         Returns:
             The evicted blocks.
         """
-        try:
-            with self._database.transaction() as connection:
-                if not is_filled(connection):  # the children of a block may not be known yet
-                    return []
-                return self._evict(connection, nbytes, owner, keep, leased, at_most, all_or_nothing)
-        except _NotEnoughError:
-            return []
-
-    def _evict(
-        self,
-        connection: Statements,
-        nbytes: int,
-        owner: str,
-        keep: str,
-        leased: Callable[[Place], bool],
-        at_most: int,
-        all_or_nothing: bool,
-    ) -> list[Place]:
-        session = self._valuation.session(connection)
         gone: list[Place] = []
-        staying: list[str] = []
+        staying = [keep] if keep else []
         freed = 0
-        while freed < nbytes and len(gone) < at_most:
-            valued = session.least()
-            if valued is None:
-                if all_or_nothing:
+        with suppress(_NotEnoughError), self._database.transaction() as connection:
+            if not is_filled(connection):  # the children of a block may not be known yet
+                return []
+            session = Session(self._policy, connection)
+            while freed < nbytes and len(gone) < at_most:
+                valued = session.least()
+                if valued is None:
+                    if all_or_nothing:
+                        raise _NotEnoughError
+                    break
+                place = valued.place
+                if place.key == keep or leased(place):
+                    staying.append(place.key)
+                    continue
+                connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
+                move(connection, place.key, Move.EVICT)
+                session.evicted(valued)
+                gone.append(place)
+                freed += place.nbytes
+            if all_or_nothing and freed < nbytes:
+                # A block stays while it has children: all ancestors of a block that stays, stay too. Names pin whole
+                # chains.
+                (evictable,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
+                if evictable - bytes_up_to(connection, staying) < nbytes - freed:
                     raise _NotEnoughError
-                break
-            place = valued.place
-            if place.key == keep or leased(place):
-                staying.append(place.key)
-                continue
-            connection.execute("UPDATE blocks SET owner = ? WHERE key = ?", (owner, bytes.fromhex(place.key)))
-            move(connection, place.key, Move.EVICT)
-            session.evicted(valued)
-            gone.append(place)
-            freed += place.nbytes
-        if all_or_nothing and freed < nbytes:
-            # A block stays while it has children: all ancestors of a block that stays, stay too.
-            left = self._evictable_bytes(connection) - bytes_up_to(connection, [*staying, *([keep] if keep else [])])
-            if left < nbytes - freed:
-                raise _NotEnoughError
-        session.end()
-        return gone
-
-    @staticmethod
-    def _evictable_bytes(connection: Statements) -> int:
-        """Return the bytes of all blocks that are ready and not pinned. Names pin whole chains."""
-        (nbytes,) = connection.execute("SELECT bytes - held_bytes FROM total").fetchone()
-        return int(nbytes)
+            session.end()
+            return gone
+        return []
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Mark ready blocks as leaving, for ``owner`` to delete their files; return the marked blocks."""
@@ -303,8 +273,7 @@ class Catalog:
         """Return the keys of ready blocks that were last used before ``since`` (Unix time) and are not pinned."""
         with self._database.reading(long=True) as connection:
             rows = connection.execute(
-                f"SELECT key FROM blocks WHERE used_at < ? AND state = {State.READY:d} AND pins = 0 "
-                "ORDER BY depth DESC",
+                f"SELECT key FROM blocks WHERE used_at < ? AND {_READY} AND pins = 0 ORDER BY depth DESC",
                 (since,),
             ).fetchall()
         return [row[0].hex() for row in rows]
@@ -324,7 +293,7 @@ class Catalog:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
         with self._database.transaction() as connection:
-            session = self._valuation.session(connection)
+            session = Session(self._policy, connection)
             session.used(keys, self._clock())
             session.end()
             connection.executemany(
@@ -374,11 +343,7 @@ class Catalog:
         return bool(boot) and bool(before == boot)
 
 
-_OUTCOMES = {
-    State.READY: Prepared.PRESENT,
-    State.WRITING: Prepared.ELSEWHERE,
-    State.LEAVING: Prepared.LEAVING,
-}
+_OUTCOMES = {State.READY: Prepared.PRESENT, State.WRITING: Prepared.ELSEWHERE, State.LEAVING: Prepared.LEAVING}
 _ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0"
 
 

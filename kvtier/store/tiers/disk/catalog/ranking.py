@@ -50,19 +50,8 @@ class Valued:
     usage: Usage
 
 
-class Valuation:
-    """The policy of one catalog."""
-
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self._policy = policy
-
-    def session(self, connection: Statements) -> Session:
-        """Return a session that ranks blocks within the open transaction of ``connection``."""
-        return Session(self._policy, connection)
-
-
 class Session:
-    """Ranks blocks within one transaction. ``end`` stores the state of the policy."""
+    """Ranks blocks within the open transaction of ``connection``. ``end`` stores the state of the policy."""
 
     def __init__(self, policy: EvictionPolicy, connection: Statements) -> None:
         self._policy = policy
@@ -116,15 +105,7 @@ class Session:
             self._connection.execute(
                 "UPDATE blocks SET uses = ?, last_use = ?, queue = ?, priority = ?, note = ?, used_at = ? "
                 "WHERE key = ?",
-                (
-                    usage.uses,
-                    usage.last_use,
-                    standing.queue,
-                    standing.priority,
-                    standing.note,
-                    now,
-                    bytes.fromhex(key),
-                ),
+                (usage.uses, usage.last_use, standing.queue, standing.priority, standing.note, now, bytes.fromhex(key)),
             )
 
     def least(self) -> Valued | None:
@@ -132,7 +113,11 @@ class Session:
 
         A block becomes a leaf when ``evicted`` is called for its last child.
         """
-        heads = [(row[0] + self._lead(queue), queue, row) for queue in self._queues() if (row := self._head(queue))]
+        heads = []
+        for queue in self._queues():
+            if row := self._head(queue):
+                lead = self._policy.lead(queue_among(self._policy, queue), self._state)
+                heads.append((row[0] + lead, queue, row))
         if not heads:
             return None
         _, queue, row = min(heads, key=lambda each: each[0])
@@ -144,9 +129,6 @@ class Session:
             self._passed[queue] = (priority, key)
         usage = Usage(uses, last_use, tokens, depth, nbytes, note)
         return Valued(Place(key.hex(), root.hex(), nbytes), parent.hex(), usage)
-
-    def _lead(self, queue: int) -> float:
-        return self._policy.lead(queue_among(self._policy, queue), self._state)
 
     def _queues(self) -> list[int]:
         """Return the queues that have leaves, also queues of another policy."""

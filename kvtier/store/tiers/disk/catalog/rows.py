@@ -27,8 +27,7 @@ def depth_after(connection: Statements, block: BlockId) -> int | None:
     if block.parent == block.root:
         return 0
     row = connection.execute(
-        f"SELECT depth, tokens FROM blocks WHERE key = ? AND state != {State.LEAVING:d}",
-        (bytes.fromhex(block.parent),),
+        f"SELECT depth, tokens FROM blocks WHERE key = ? AND state != {State.LEAVING:d}", (bytes.fromhex(block.parent),)
     ).fetchone()
     if row is None:
         return None

@@ -114,14 +114,12 @@ CREATE TRIGGER ghost_removed AFTER DELETE ON ghosts BEGIN
 END;
 """
 
-_WHOLE_NUMBERS = ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue")
+_NUMBERS = ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue")
 # Valid values, by the names of columns: flipped bits in the file can turn a value into anything.
 _SOUND: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("key", "parent", "root", "last"), lambda value: isinstance(value, bytes) and len(value) == 32),
     "link": lambda value: value is None or (isinstance(value, bytes) and len(value) == 32),
-    **dict.fromkeys(
-        ("tokens", "depth", "bytes", "children", "pins", "uses", "hits", "queue"), lambda value: type(value) is int
-    ),
+    **dict.fromkeys(_NUMBERS, lambda value: type(value) is int),
     **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
     "ids": lambda value: isinstance(value, bytes) and len(value) % 3 == 0,
     "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from kvtier.errors import BlockError, UnavailableError
 from kvtier.store.tiers.disk.audit import Audit, Discrepancy
-from kvtier.store.tiers.disk.catalog.blocks import Catalog
-from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.recovery import OpenedFolder
 
 _log = logging.getLogger("kvtier.store.disk")
 _READERS = 2
@@ -65,20 +63,12 @@ class VerifyReport:
         return all(problem.repaired for problem in self.problems)
 
 
-def verify(
-    folder: StoreFolder,
-    database: Database,
-    catalog: Catalog,
-    audit: Audit,
-    *,
-    repair: bool,
-    progress: Progress | None,
-) -> VerifyReport:
-    """Check everything in ``folder``; with ``repair`` fix problems where possible.
+def verify(opened: OpenedFolder, *, repair: bool, progress: Progress | None) -> VerifyReport:
+    """Check everything in a folder; with ``repair`` fix problems where possible.
 
     Blocks that other processes evict meanwhile are no problem.
     """
-    started = time.perf_counter()
+    folder, audit, started = opened.folder, opened.audit, time.perf_counter()
     problems: list[Problem] = []
 
     def note(found: Iterable[Discrepancy]) -> None:
@@ -86,7 +76,7 @@ def verify(
             repaired = repair and _mended(each)
             problems.append(Problem(each.kind, each.subject, each.text, repaired))
 
-    problems += [Problem("catalog", str(folder.catalog), text) for text in database.problems()]
+    problems += [Problem("catalog", str(folder.catalog), text) for text in opened.database.problems()]
     if problems and repair:
         folder.damage_mark.touch(0o600)
     note(audit.unfinished())
@@ -94,11 +84,15 @@ def verify(
     note(audit.files())
     note(audit.names())
     blocks, nbytes = 0, 0
-    for size, damage in _read_all(folder, catalog, audit, progress):
-        if damage is None:
+    for path, size, error in _read_all(opened, progress):
+        if error is None:
             blocks, nbytes = blocks + 1, nbytes + size
+        elif opened.catalog.entry(path.stem) is None:
+            pass  # it was evicted, or is being written
+        elif isinstance(error, UnavailableError):
+            note([Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))])
         else:
-            note([damage])
+            note([Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))])
     note(audit.total())
     note(audit.permissions())
     return VerifyReport(blocks, nbytes, time.perf_counter() - started, tuple(problems))
@@ -115,24 +109,18 @@ def _mended(discrepancy: Discrepancy) -> bool:
     return True
 
 
-def _read_all(
-    folder: StoreFolder, catalog: Catalog, audit: Audit, progress: Progress | None
-) -> Iterator[tuple[int, Discrepancy | None]]:
-    """Read every block file; yield its size and problem, if it has one."""
-    files = [(path, _size(path)) for path in folder.block_files()]
+def _read_all(opened: OpenedFolder, progress: Progress | None) -> Iterator[tuple[Path, int, BlockError | None]]:
+    """Read every block file; yield its path, its size, and its error if it has one."""
+    files = [(path, _size(path)) for path in opened.folder.block_files()]
     total, done = sum(size for _, size in files), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="kvtier-verify") as pool:
         try:
-            for (path, size), error in zip(
-                files, pool.map(partial(_damage, audit), [p for p, _ in files]), strict=True
-            ):
+            errors = pool.map(partial(_damage, opened.audit), [path for path, _ in files])
+            for (path, size), error in zip(files, errors, strict=True):
                 done += size
                 if progress is not None:
                     progress(done, total)
-                if error is None:
-                    yield size, None
-                elif catalog.entry(path.stem) is not None:  # otherwise it was evicted, or is being written
-                    yield size, _problem(audit, path, error)
+                yield path, size, error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -142,12 +130,6 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _problem(audit: Audit, path: Path, error: BlockError) -> Discrepancy:
-    if isinstance(error, UnavailableError):
-        return Discrepancy("unreadable", str(path), str(error), partial(audit.look_at, path, whole=True))
-    return Discrepancy("damaged", str(path), str(error), partial(audit.drop, path.stem))
 
 
 def _damage(audit: Audit, path: Path) -> BlockError | None:
