@@ -97,7 +97,7 @@ def _arguments(model: PreTrainedModel, turns: TurnManager, passed: Any, request:
     if request.inputs is None:
         return arguments
     arguments = request.inputs.after(arguments, turns.layers.columns)
-    if turns.has_states:
+    if turns.layers.states:
         end_of_prompt = PrefillDone(functools.partial(turns.prefilled, request.inputs.prompt.columns))
         criteria = request.arguments.get("stopping_criteria") or ()
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvtier.hf.inputs.content_ids import ContentId
-from kvtier.hf.inputs.prompt import Positions, Prompt
+from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.turn.resident import ResidentPrefix
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
-from kvtier.store.chain import BlockId, TokenIds, common_run
+from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.lookup import PrefixMatch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ResidentPrefix:
-    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` is in column ``pads[r] + j``.
-
-    ``marks`` and ``positions`` belong to each row's prompt; a prompt that continues it may leave out its media.
-    """
-
-    rows: tuple[TokenIds, ...]
-    pads: tuple[int, ...]
-    live: int | None = None
-    """The column after which the states of all rows are valid, in models that have states."""
-    marks: tuple[tuple[ContentId, ...], ...] = ()
-    positions: tuple[Positions, ...] = ()
-
-    def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
-        """Return the row with the most leading tokens of ``tokens``, and their number; ``preferred`` wins a tie."""
-        runs = [common_run(row, tokens) for row in self.rows]
-        best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
-        return best, runs[best]
-
-    def cut(self, columns: int) -> ResidentPrefix:
-        """Return the part within the first ``columns`` columns."""
-        rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
-        return replace(self, rows=rows, live=self.live if self.live == columns else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,15 +62,7 @@ class Candidates:
 def find_candidates(
     prompt: Prompt, root: str, resident: ResidentPrefix | None, store: PrefixStore, *, states: bool
 ) -> Candidates:
-    """Return the known prefixes of ``prompt``.
-
-    Args:
-        prompt: the prompt of the turn.
-        root: root of the model that will be called.
-        resident: the tokens that the buffers hold.
-        store: store of the prefixes.
-        states: whether the model can continue only from columns with known states.
-    """
+    """Return the known prefixes of ``prompt``; with ``states``, the model continues only from known states."""
     # A row followed by padding may be known as a whole: the padding is still fed.
     usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
     runs = [resident.best(tokens, row) if resident else (0, 0) for row, tokens in enumerate(prompt.rows)]

@@ -16,8 +16,8 @@ from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.prefix_load import PrefixLoad
-from kvtier.hf.turn.candidates import ResidentPrefix
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
+from kvtier.hf.turn.resident import ResidentPrefix
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import Divergence, RowReport, TurnReport
 from kvtier.store.chain import TokenIds
@@ -81,15 +81,7 @@ class Turn:
     def planned(
         cls, prompt: Prompt, identity: Identity, prefix: PrefixLoad | None, plan: TurnPlan, job: LoadJob | None
     ) -> Turn:
-        """Return the turn that a plan describes.
-
-        Args:
-            prompt: the prompt of the turn.
-            identity: identity of the model.
-            prefix: the reused prefix; None for none.
-            plan: the plan of the turn.
-            job: the load from the store; None for none.
-        """
+        """Return the turn that a plan describes, with the reused ``prefix`` and the ``job`` that loads it, if any."""
         by_tier: dict[str, int] = {}
         if prefix is not None:
             by_tier["device"] = plan.device_tokens()
@@ -126,7 +118,7 @@ class Turn:
             return
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        before = self.row_of or self._expanded(held_rows)
+        before = self.prompt_rows(held_rows)
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
         if self.trace is not None:
@@ -140,7 +132,7 @@ class Turn:
         """
         ends = self.ends
         resident = ends.get(layer)
-        expected, last_pass = resident if resident is not None else (self._known_columns, 0)
+        expected, last_pass = resident if resident is not None else (self.reused_columns, 0)
         if begin != expected:
             self._changed(layer, begin, expected)
         if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
@@ -156,7 +148,8 @@ class Turn:
             self.trace.appended(begin, columns)
 
     @property
-    def _known_columns(self) -> int:
+    def reused_columns(self) -> int:
+        """Columns of the known prefix that the turn begins with; 0 for none."""
         return self.prefix.columns if self.prefix is not None else 0
 
     def _changed(self, layer: int, begin: int, expected: int) -> None:
@@ -178,14 +171,10 @@ class Turn:
             self.trace.cut(columns)
 
     def prompt_rows(self, held_rows: int) -> list[int]:
-        """Return the prompt row that each of ``held_rows`` cache rows continues."""
-        return self.row_of or self._expanded(held_rows)
-
-    def _expanded(self, held_rows: int) -> list[int]:
-        """Return the prompt row of each of ``held_rows`` cache rows as ``generate`` expands them."""
+        """Return the prompt row that each of ``held_rows`` cache rows continues; ``generate`` expands them in order."""
         assert self.prompt is not None
         repeats = max(1, held_rows // len(self.prompt.rows))
-        return [row // repeats for row in range(held_rows)]
+        return self.row_of or [row // repeats for row in range(held_rows)]
 
     def named(
         self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
@@ -269,7 +258,7 @@ class Turn:
         rows = []
         repeats = max(1, len(generated) // len(self.prompt.rows))
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
-            cached = min(len(tokens), max(0, self.prefix.columns - pad)) if self.prefix else 0
+            cached = min(len(tokens), max(0, self.reused_columns - pad))
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
             divergence = self.divergences[r] if self.divergences else None
             rows.append(RowReport(len(tokens), cached, made, divergence, self.known[r] if self.known else 0))
