@@ -117,7 +117,7 @@ MEMBERS = [
     ),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate/run.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate/run.py", "(self)"),
-    Reliance("transformers.PreTrainedConfig.to_dict", "hf/identity/stable_repr.py", "(self)"),
+    Reliance("transformers.PreTrainedConfig.to_dict", "hf/identity/contents.py", "(self)"),
     Reliance(
         "transformers.PreTrainedConfig.get_text_config", "hf/layers/build.py", "(self, decoder=None, encoder=None)"
     ),

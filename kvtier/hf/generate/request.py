@@ -33,11 +33,7 @@ def read_loop_request(
 ) -> GenerateRequest:
     """Return the request of ``begin``, for a custom loop that feeds ``input_ids`` itself.
 
-    Args:
-        model: the model that will be called.
-        input_ids: ``[batch, columns]``.
-        attention_mask: ``[batch, columns]``.
-        resident: the tokens that the cache holds.
+    ``input_ids`` and ``attention_mask`` are ``[batch, columns]``; the cache holds the tokens ``resident``.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -61,14 +57,7 @@ def read_loop_request(
 def parse_request(
     model: PreTrainedModel, name: str, past: Any, given: Mapping[str, Any], resident: Resident
 ) -> GenerateRequest:
-    """Return the request of a ``generate`` call.
-
-    Args:
-        model: the model that will be called.
-        name: name of the argument with the cache.
-        past: value of that argument.
-        given: all arguments, by name.
-        resident: returns the tokens that the cache holds.
+    """Return the request of a ``generate`` call with all arguments ``given``, the cache ``past`` under ``name``.
 
     Raises:
         PromptError: the mask has more columns than the prompt, or media are missing that the cache does not hold.
@@ -119,7 +108,10 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)
     missing = _missing(model, arguments, ids, mask)
-    off = _why_off(model, arguments, setting, ids, repeats)
+    unsound = why_unsound_call(arguments, setting)
+    off = unsound.reason if unsound is not None else None
+    if off is None and ids is not None:
+        off = why_not_carried(model, len(ids), repeats)
     inputs: Inputs | NotReusable | None = None
     if off is None:
         inputs = read_inputs(model, arguments, ids, mask, repeats, missing, resident() if missing else None)
@@ -160,19 +152,6 @@ def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mas
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         real = torch.ne(mask, 0).to("cpu")
     return missing_media(model, arguments, ids.detach().to("cpu", torch.int64).numpy(), real.numpy())
-
-
-def _why_off(
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    setting: Callable[[str], Any],
-    ids: torch.Tensor | None,
-    repeats: int,
-) -> str | None:
-    unsound = why_unsound_call(arguments, setting)
-    if unsound is not None:
-        return unsound.reason
-    return why_not_carried(model, len(ids), repeats) if ids is not None else None
 
 
 def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -8,12 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.errors import RestoreError, StreamError
@@ -30,13 +25,7 @@ Generate = Callable[..., Any]
 
 
 def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest) -> Any:
-    """Run ``generate`` as a turn, and return what it returns.
-
-    Args:
-        original: transformers' own ``generate``.
-        model: the model of the call.
-        turns: turn manager of the cache that was passed.
-        request: the request of the call.
+    """Run ``generate`` as a turn of the passed cache, and return what it returns.
 
     Raises:
         PromptError: media are missing that the cache does not hold.

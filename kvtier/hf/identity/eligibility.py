@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvtier.hf.identity.attribute_reads import reads_of_class
-from kvtier.hf.identity.code import Origin, behind, origin_of_class, package_of
+from kvtier.hf.identity.code import Origin, behind, closed_over, origin_of_class, package_of
+from kvtier.hf.identity.contents import NOT_FORWARD
 from kvtier.hf.identity.module_walk import ModelWalk, ModuleInfo
-from kvtier.hf.identity.stable_repr import NOT_FORWARD
 from kvtier.hf.not_reusable import NotReusable
 
 # Hooks and patches of these packages move weights and record outputs; torch's own compute weights from parameters.
@@ -97,7 +97,7 @@ def _handed(function: Any, seen: set[int]) -> Iterable[Any]:
     elif isinstance(function, types.FunctionType):
         yield function
         inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        inside += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        inside += closed_over(function)
     elif callable(function):
         yield function
     for part in inside:
@@ -128,12 +128,9 @@ def _global_hooks() -> Iterable[str]:
 def _accelerate_hooks(part: ModuleInfo) -> Iterable[str]:
     hook = part.attributes["_hf_hook"]
     for one in getattr(hook, "hooks", (hook,)):
-        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, _methods_set_on(one))):
+        methods = [value for value in vars(one).values() if isinstance(value, types.FunctionType | types.MethodType)]
+        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, methods)):
             yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
-
-
-def _methods_set_on(hook: Any) -> list[Any]:
-    return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
 
 
 def _patches(walk: ModelWalk) -> Iterable[str]:

@@ -165,24 +165,19 @@ class LayerContainer:
 
     # --- layers with states -----------------------------------------------------------------------------------------
 
-    # These layers do not count tokens. A forward pass asks the first of them for its state once, and gives it all new
-    # tokens, unless there is only one.
+    def calling(self, method: str, index: int, state: int, *, fed: int = 0) -> None:
+        """Note a model's call of ``method`` for a state, and ``fed`` further columns.
 
-    def asked_for_conv_state(self, index: int, state: int) -> None:
-        """Note that a model asks for a convolution state."""
-        self._calls["get_conv_state", index, state] += 1
+        These layers do not count tokens. A forward pass asks the first of them for its state once, and gives it all new
+        tokens, unless there is only one.
+
+        Raises:
+            ConfigurationError: there is no such layer with states.
+        """
+        self.check_has_states(index)
+        self._calls[method, index, state] += 1
         if state == 0 and index == self._first_linear:
-            self.fed_columns += 1
-
-    def updating_conv_state(self, index: int, state: int, columns: int) -> None:
-        """Note that a model gives ``columns`` new tokens to a convolution."""
-        self._calls["update_conv_state", index, state] += 1
-        if state == 0 and index == self._first_linear:
-            self.fed_columns += columns - 1
-
-    def updating_recurrent_state(self, index: int, state: int) -> None:
-        """Note that a model replaces a recurrent state."""
-        self._calls["update_recurrent_state", index, state] += 1
+            self.fed_columns += fed
 
     def begin_counting(self, columns: int) -> None:
         """Note that a turn begins after ``columns`` columns."""
