@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
 from kvtier.hf.generate.request import _infer_mask
-from kvtier.hf.inputs.arguments import DROPPED
+from kvtier.hf.inputs.request import DROPPED
 from tests.support.upstream import CACHE
 
 

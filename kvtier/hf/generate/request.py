@@ -17,11 +17,10 @@ from kvtier.hf.compat.external_state import why_not_carried
 from kvtier.hf.compat.model_profiles import profile_of, why_no_cache
 from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.identity.eligibility import ENCODER_DECODER
-from kvtier.hf.inputs.arguments import is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.inputs.chain_inputs import Inputs, Missing, read_inputs, why_not_begin
 from kvtier.hf.inputs.continued import ResidentRows, media_error, missing_media
 from kvtier.hf.inputs.prompt import read_prompt
-from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.inputs.request import GenerateRequest, is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
 
 Resident = Callable[[], ResidentRows | None]

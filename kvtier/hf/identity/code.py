@@ -188,8 +188,10 @@ class CodeFacts:
     @functools.cached_property
     def fragments(self) -> frozenset[str]:
         """String pieces from which it may build attribute names."""
-        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names) and _joins(one))
-        return frozenset(piece for one in dynamic for piece in _fragments(one))
+        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names))
+        # Looking for an instruction that joins strings is cheaper than decoding all instructions.
+        joining = (one for one in dynamic if not _JOINING.isdisjoint(one.co_code[::2]))
+        return frozenset(piece for one in joining for piece in _fragments(one))
 
 
 # Ways to reach an attribute whose name is not a constant.
@@ -216,11 +218,6 @@ def facts_of(code: types.CodeType) -> CodeFacts:
             _facts.clear()
         found = _facts[id(code)] = CodeFacts(code)
     return found
-
-
-def _joins(code: types.CodeType) -> bool:
-    """Whether a code object has an instruction that joins strings: cheaper than decoding all instructions."""
-    return not _JOINING.isdisjoint(code.co_code[::2])
 
 
 def _fragments(code: types.CodeType) -> Iterator[str]:

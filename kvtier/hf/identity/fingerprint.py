@@ -76,9 +76,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _identify(
-    model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[str, object]
-) -> Identity | NotReusable:
+def _identify(model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[str, object]) -> Identity | NotReusable:
     walk = ModelWalk(model)
     unsound = why_unsound(model, walk)
     if unsound is not None:

@@ -70,16 +70,9 @@ def takes_media(model: torch.nn.Module) -> bool:
 def missing_media(
     model: PreTrainedModel, arguments: Mapping[str, Any], ids: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return the kinds of media that have placeholders in a prompt, but no tensors in ``arguments``.
+    """Return the kinds of media that have placeholders in ``ids [rows, columns]``, but no tensors in ``arguments``.
 
-    Args:
-        model: the model that will be called.
-        arguments: arguments of the call.
-        ids: ``[rows, columns]``.
-        real: ``[rows, columns]``, false for padding.
-
-    Returns:
-        kind → ``[rows, columns]``, true for its placeholders.
+    ``real [rows, columns]`` is false for padding. The result is kind → ``[rows, columns]``, true for its placeholders.
     """
     config = getattr(model, "config", None)
     if not takes_media(model) or getattr(config, "is_encoder_decoder", False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,15 +148,8 @@ def placeholder_id(config: Any, kind: str) -> int | None:
 def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.int64]) -> Media | str | None:
     """Return the media that enter at placeholders of ``ids [rows, columns]``; None when there are none.
 
-    Models ignore the mask when they count placeholders: masked placeholders are filled like all others.
-
-    Args:
-        arguments: arguments of the call.
-        config: config of the model.
-        ids: the prompt, including masked ids.
-
-    Returns:
-        The reason as text, if it is not known where an input enters.
+    Models ignore the mask when they count placeholders: masked placeholders are filled like all others. Returned text
+    is the reason why it is not known where an input enters.
     """
     kinds, places = [], np.zeros(ids.shape, np.bool_)
     for kind, names in KINDS.items():
@@ -177,7 +170,9 @@ def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.in
 def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Columns) -> _Kind:
     """Split the tensors of one kind into items; without items if the split is not certain."""
     where = np.argwhere(own)
-    split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own) or _alike(kind, tensors, len(where))
+    split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own)
+    if split is None:
+        split = _equal(kind, {name: torch.split(tensor, 1) for name, tensor in tensors.items()}, 0, len(where))
     whole = _Kind(tensors, (), {}, {})
     if split is None or getattr(config, f"{kind}_pruning_rate", None):  # pruning depends on the content
         return whole
@@ -225,11 +220,6 @@ def _by_row(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Co
     return _equal(kind, {name: torch.split(tensor, 1, 1) for name, tensor in tensors.items()}, 1, int(own.sum()))
 
 
-def _alike(kind: str, tensors: Mapping[str, torch.Tensor], places: int) -> _Split | None:
-    """Split along the first dimension."""
-    return _equal(kind, {name: torch.split(tensor, 1) for name, tensor in tensors.items()}, 0, places)
-
-
 def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split | None:
     """Give each part the same number of placeholders: all parts have one shape, and equal size tensors."""
     main = KINDS[kind][0]
@@ -237,13 +227,10 @@ def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split
     if main not in parts or len(counts) != 1 or f"{kind}_grid_thw" in parts:
         return None
     n = counts.pop()
-    if not n or places % n or not all(_same(part) for name, part in parts.items() if name != main):
+    if not n or places % n:
+        return None
+    if not all(torch.equal(one, part[0]) for name, part in parts.items() if name != main for one in part):
         return None
     if dim == 1 and not all(bool(one.any()) for one in parts[main]):
         return None  # these models treat all-zero images as padding
     return parts, dict.fromkeys(parts, dim), [places // n] * n
-
-
-def _same(parts: Iterable[torch.Tensor]) -> bool:
-    first, *others = parts
-    return all(torch.equal(first, other) for other in others)

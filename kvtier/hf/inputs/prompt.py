@@ -70,6 +70,14 @@ class Prompt:
         """Whether padding follows the tokens of ``row``: generated tokens are then not adjacent to them."""
         return self.pads[row] + len(self.rows[row]) < self.columns
 
+    def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return the ids ``[rows, columns]``, 0 for padding, and which of the columns are no padding."""
+        ids = np.zeros((len(self.rows), self.columns), np.int64)
+        real = np.zeros(ids.shape, np.bool_)
+        for row, (tokens, pad) in enumerate(zip(self.rows, self.pads, strict=True)):
+            ids[row, pad : pad + len(tokens)], real[row, pad : pad + len(tokens)] = tokens, True
+        return ids, real
+
     def begins(self, sequences: torch.Tensor) -> bool:
         """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""
         rows = sequences.shape[0]

@@ -40,9 +40,6 @@ OpenOffload = Callable[[Callable[[], int]], OffloadManager | None]
 class LayerContainer:
     """The layers of one cache.
 
-    Args:
-        open_offload: opens the offload manager of the cold layers.
-
     Attributes:
         layers: the layers as in transformers: attention, states, both, or placeholders that keep nothing.
         config: config of the model that the layers are made for; None before the first turn and during ``lay_out``.
@@ -233,8 +230,9 @@ class LayerContainer:
                 f"{which} of this TieredCache was asked for {what}, but it does not know the model's layers yet: pass "
                 "config=model.config to TieredCache(), or call begin(model, input_ids) before the model"
             )
-        there = layer_idx is not None and layer_idx < len(self.layers)
-        found = f"a {type(self.layers[layer_idx]).__name__}" if there and layer_idx is not None else "no such layer"
+        found = "no such layer"
+        if layer_idx is not None and layer_idx < len(self.layers):
+            found = f"a {type(self.layers[layer_idx]).__name__}"
         return ConfigurationError(
             f"{which} of this TieredCache was asked for {what}, but the config it was given lays out {found} "
             "there: pass the config of the model that is called, or call begin(model, input_ids) first"

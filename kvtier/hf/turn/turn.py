@@ -19,7 +19,7 @@ from kvtier.hf.layers.prefix_load import PrefixLoad
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.resident import ResidentPrefix
 from kvtier.hf.turn.token_trace import TokenTrace
-from kvtier.report import Divergence, RowReport, TurnReport
+from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
 from kvtier.store.load import LoadJob
 
@@ -43,11 +43,8 @@ class Turn:
         trace: the tokens fed, recorded for decoding modes whose returned sequences do not show them.
         custom: whether only a trace can show the tokens fed: even the prompt may not have been fed.
         match_seconds: time spent finding the prefix.
-        divergences: where each row differs from the known prefix.
+        plan: the plan of the turn; None when nothing of it was looked up.
         cached_by_tier: tokens of the prefix by source tier.
-        known: tokens of each row whose K and V are known, as if the row were alone.
-        limit: the column up to which every row is known.
-        prefill: chunks of the prompt, and checkpoint columns besides the ends of prompt and turn.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
 
@@ -65,11 +62,8 @@ class Turn:
     trace: TokenTrace | None = None
     custom: bool = False
     match_seconds: float = 0.0
-    divergences: Sequence[Divergence | None] = ()
+    plan: TurnPlan | None = None
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
-    known: Sequence[int] = ()
-    limit: int = 0
-    prefill: Prefill = NO_PREFILL
     keeps_answer_states: bool = True
 
     @classmethod
@@ -89,17 +83,12 @@ class Turn:
             for span in (span for spans in plan.spans for span in spans):
                 tier = job.tier(span.block.key)
                 by_tier[tier] = by_tier.get(tier, 0) + span.tokens
-        return cls(
-            prompt,
-            identity,
-            prefix,
-            plan.reason,
-            divergences=plan.divergences,
-            cached_by_tier=by_tier,
-            known=plan.known,
-            limit=plan.limit,
-            prefill=plan.prefill,
-        )
+        return cls(prompt, identity, prefix, plan.reason, plan=plan, cached_by_tier=by_tier)
+
+    @property
+    def prefill(self) -> Prefill:
+        """Chunks of the prompt, and checkpoint columns besides the ends of prompt and turn."""
+        return self.plan.prefill if self.plan is not None else NO_PREFILL
 
     def twin(self, memo: dict[int, Any] | None) -> Turn:
         """Return the same turn for a copy of the cache.
@@ -239,15 +228,15 @@ class Turn:
 
     def _cut_short(self) -> str | None:
         """Return, in words, the tokens lost by cutting all rows at one column; None when none were lost."""
-        if self.prompt is None or not self.known:
+        if self.prompt is None or self.plan is None:
             return None
-        ends = [pad + n for pad, n in zip(self.prompt.pads, self.known, strict=True)]
-        lost = [n - min(n, max(0, self.limit - pad)) for n, pad in zip(self.known, self.prompt.pads, strict=True)]
+        limit, known = self.plan.limit, self.plan.known
+        lost = [n - min(n, max(0, limit - pad)) for n, pad in zip(known, self.prompt.pads, strict=True)]
         if not any(lost):
             return None
-        row = ends.index(self.limit)
+        row = [pad + n for n, pad in zip(known, self.prompt.pads, strict=True)].index(limit)
         return (
-            f"rows are cut at one column, {self.limit}, where row {row} stops being known: {sum(lost)} known "
+            f"rows are cut at one column, {limit}, where row {row} stops being known: {sum(lost)} known "
             "tokens of other rows are computed again"
         )
 
@@ -260,8 +249,8 @@ class Turn:
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
             cached = min(len(tokens), max(0, self.reused_columns - pad))
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
-            divergence = self.divergences[r] if self.divergences else None
-            rows.append(RowReport(len(tokens), cached, made, divergence, self.known[r] if self.known else 0))
+            divergence, known = (self.plan.divergences[r], self.plan.known[r]) if self.plan else (None, 0)
+            rows.append(RowReport(len(tokens), cached, made, divergence, known))
         prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
         return TurnReport(
             prompt_tokens=prompt_tokens,
