@@ -18,17 +18,20 @@ from kvtier.hf.compat.model_profiles import profile_of, why_no_cache
 from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.identity.eligibility import ENCODER_DECODER
 from kvtier.hf.inputs.chain_inputs import Inputs, Missing, read_inputs, why_not_begin
-from kvtier.hf.inputs.continued import ResidentRows, media_error, missing_media
-from kvtier.hf.inputs.prompt import read_prompt
+from kvtier.hf.inputs.continued import media_error, missing_media
+from kvtier.hf.inputs.prompt import ResidentPrefix, read_prompt
 from kvtier.hf.inputs.request import GenerateRequest, is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
 
-Resident = Callable[[], ResidentRows | None]
+Resident = Callable[[], ResidentPrefix | None]
 """Returns the known tokens that a cache holds; None when there are none."""
 
 
 def read_loop_request(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, resident: ResidentRows | None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    resident: ResidentPrefix | None,
 ) -> GenerateRequest:
     """Return the request of ``begin``, for a custom loop that feeds ``input_ids`` itself.
 

@@ -232,16 +232,17 @@ class ModelWalk:
             self.callables.append((part, key, value))
         start = len(self._found)
         self.text.append(f"{dot}{key}={self.describer.describe(value, dot + key)}")
-        for path, inner in self._found[start:]:
-            self._add_found(path, inner, offloaded)
+        self._add_found(start, offloaded)
 
-    def _add_found(self, path: str, inner: Any, offloaded: _Offloaded | None) -> None:
-        if isinstance(inner, torch.Tensor):
-            self._add_tensor(path, inner, None)
-        elif isinstance(inner, torch.nn.Module):
-            self._waiting.append((path, inner, offloaded))
-        else:
-            self.unreadable.append(path)
+    def _add_found(self, start: int, offloaded: _Offloaded | None) -> None:
+        """Add the tensors, modules and script objects that were found inside values since ``start``."""
+        for path, inner in self._found[start:]:
+            if isinstance(inner, torch.Tensor):
+                self._add_tensor(path, inner, None)
+            elif isinstance(inner, torch.nn.Module):
+                self._waiting.append((path, inner, offloaded))
+            else:
+                self.unreadable.append(path)
 
     def _look_again(self) -> bool:
         """Describe the code of new classes, then the attributes that it reads; return whether anything was added."""
@@ -258,8 +259,7 @@ class ModelWalk:
         before = len(self.text)
         for part, key in unread:
             self._read(part, key, f"{part.name}." if part.name else "", None)
-        for path, inner in self._found[start:]:
-            self._add_found(path, inner, None)
+        self._add_found(start, None)
         return bool(self._waiting) or len(self.text) > before
 
     def _describe_hooks(self, part: ModuleInfo) -> None:

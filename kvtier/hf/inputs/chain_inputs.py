@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.compat.names import MEDIA_CONTINUE
 from kvtier.hf.inputs.content_ids import WHOLE, ContentId, digest_of, marked, vector_ids
-from kvtier.hf.inputs.continued import KnownRow, ResidentRows, known_rows
+from kvtier.hf.inputs.continued import KnownRow, known_rows
 from kvtier.hf.inputs.multimodal import KINDS, Columns, Media, read_media
 from kvtier.hf.inputs.positions import (
     TYPES,
@@ -29,7 +29,7 @@ from kvtier.hf.inputs.positions import (
     positions_of,
     read_types,
 )
-from kvtier.hf.inputs.prompt import Positions, Prompt, read_prompt
+from kvtier.hf.inputs.prompt import Positions, Prompt, ResidentPrefix, read_prompt
 from kvtier.hf.not_reusable import NotReusable
 
 _MEDIA = frozenset(name for names in KINDS.values() for name in names)
@@ -72,7 +72,7 @@ def read_inputs(
     attention_mask: torch.Tensor | None,
     copies: int,
     missing: Missing | None = None,
-    resident: ResidentRows | None = None,
+    resident: ResidentPrefix | None = None,
 ) -> Inputs | NotReusable:
     """Return the inputs of a ``generate`` call, or why they cannot be told apart from other inputs.
 
@@ -164,7 +164,7 @@ def why_not_begin(model: PreTrainedModel) -> str | None:
 def _why_not(model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     if counts_on_earlier_calls(model) and own_positions(model) is None:
         return "the model derives positions from an earlier call"
-    if "inputs_embeds" in given and len(given) > 1 and not given.keys() <= {"inputs_embeds", "position_ids"}:
+    if "inputs_embeds" in given and not given.keys() <= {"inputs_embeds", "position_ids"}:
         return f"embeddings and other inputs at once: {', '.join(sorted(given))}"
     others = sorted(given.keys() & (_MEDIA | set(TYPES)))
     if others:
@@ -200,7 +200,7 @@ def _vectors(
 
 
 def _known(
-    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentRows | None
+    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentPrefix | None
 ) -> Sequence[KnownRow | None] | str:
     """Return the cached part of each row with media that were not passed; or, as text, why it cannot be taken."""
     also = sorted(given.keys() & (_MEDIA | {"position_ids"}))

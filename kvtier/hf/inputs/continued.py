@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvtier.errors import PromptError
 from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
-from kvtier.hf.inputs.prompt import Positions
+from kvtier.hf.inputs.prompt import Positions, ResidentPrefix
 from kvtier.store.chain import TokenIds, common_run
 
 # Arguments that carry media, KINDS included: a model that takes one of them takes media.
@@ -27,22 +27,6 @@ _CARRIES_MEDIA = frozenset(name for names in KINDS.values() for name in names) |
     "input_values",
     "pixel_values_images",
 }
-
-
-class ResidentRows(Protocol):
-    """The tokens whose K and V a cache holds."""
-
-    @property
-    def rows(self) -> tuple[TokenIds, ...]:
-        """The ids of each row, with the ids under marks replaced."""
-
-    @property
-    def marks(self) -> tuple[tuple[ContentId, ...], ...]:
-        """The marks of each row; empty when no row has marks."""
-
-    @property
-    def positions(self) -> tuple[Positions, ...]:
-        """``[axes, tokens]`` of each row's prompt; empty when the order of tokens gives their positions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +70,7 @@ def missing_media(
 
 
 def known_rows(
-    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentRows | None, *, counts: bool
+    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentPrefix | None, *, counts: bool
 ) -> tuple[KnownRow | None, ...] | str:
     """Return the cached part of each row with placeholders; None for other rows.
 
@@ -110,7 +94,7 @@ def known_rows(
     return tuple(found)
 
 
-def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRows, counts: bool) -> KnownRow | None:
+def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentPrefix, counts: bool) -> KnownRow | None:
     """Return the longest part of ``ids`` that a cached row holds; None if no row holds all of its media."""
     best: KnownRow | None = None
     for at, row in enumerate(resident.rows):

@@ -5,12 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.turn.resident import ResidentPrefix
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
+from kvtier.hf.layers.container import LayerContainer
+from kvtier.hf.layers.states import same_marks, state_marks
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.lookup import PrefixMatch
+
+
+class HeldPrefix:
+    """A resident prefix, for as long as the layers are unchanged.
+
+    Every change counts: through the cache, through a layer, or in place in a state tensor. Only a crop of buffers does
+    not count, because their length shows it. Replaced state tensors live as long as this object.
+
+    Args:
+        prefix: the tokens that ``layers`` hold now.
+        layers: layers of the cache.
+    """
+
+    def __init__(self, prefix: ResidentPrefix, layers: LayerContainer) -> None:
+        self.prefix = prefix
+        self._attention = [(layer, layer.changes) for layer in layers.attention]
+        self._states = [(layer, state_marks(layer)) for layer in layers.states.values()]
+
+    def is_in(self, layers: LayerContainer) -> bool:
+        """Whether ``layers`` are the same, and unchanged."""
+        attention, states = layers.attention, layers.states.values()
+        return (
+            len(attention) == len(self._attention)
+            and len(states) == len(self._states)
+            and all(a is b and a.changes == n for a, (b, n) in zip(attention, self._attention, strict=True))
+            and all(a is b and same_marks(state_marks(a), m) for a, (b, m) in zip(states, self._states, strict=True))
+        )
+
+    def now(self, layers: LayerContainer) -> ResidentPrefix | None:
+        """Return the tokens that all buffers still hold, cut to their length: a crop between turns shortens it.
+
+        None when any other change of a layer has happened since.
+        """
+        if not layers.layers or not self.is_in(layers):
+            return None
+        if not layers.attention:
+            return self.prefix
+        lengths = {layer.length for layer in layers.filled}
+        if len(lengths) != 1 or not all(layer.complete for layer in layers.filled):
+            return None
+        return self.prefix.cut(lengths.pop())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from kvtier.errors import ClosedError, StreamError
+from kvtier.hf.inputs.prompt import ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer, host_pages
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
-from kvtier.hf.turn.resident import ResidentPrefix
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore
 

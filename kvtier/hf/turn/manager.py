@@ -17,15 +17,15 @@ from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.inputs.continued import media_error
-from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
+from kvtier.hf.turn.candidates import HeldPrefix
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep
 from kvtier.hf.turn.plan import COSTS
-from kvtier.hf.turn.resident import HeldPrefix, ResidentPrefix
 from kvtier.hf.turn.start import admit, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
@@ -272,9 +272,8 @@ class TurnManager:
         turn = self.turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
-        if (column == turn.prompt.columns or column in turn.prefill.checkpoint_columns) and self.layers.in_step(
-            turn.passes, ended=True
-        ):
+        is_kept = column == turn.prompt.columns or column in turn.prefill.checkpoint_columns
+        if is_kept and self.layers.in_step(turn.passes, ended=True):
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
 
     def can_start_again(self) -> bool:
@@ -314,12 +313,9 @@ class TurnManager:
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
             named = turn.named(generated, self.layers.row_count, self.layers.common_columns, list(eos_ids))
-            ended = whole and is_serving(self)  # in a custom loop, the last pass may have been interrupted
-            if (
-                self.layers.states
-                and (whole or not is_serving(self))
-                and not self.layers.in_step(turn.passes, ended=ended)
-            ):
+            serving = is_serving(self)
+            ended = whole and serving  # in a custom loop, the last pass may have been interrupted
+            if self.layers.states and (whole or not serving) and not self.layers.in_step(turn.passes, ended=ended):
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
                 self.lay_out(self.layers.config)
             elif self.layers.has_grown:

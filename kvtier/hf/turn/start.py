@@ -12,7 +12,7 @@ from kvtier.errors import BlockError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.identity.fingerprint import Identity
-from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.attention import SlidingWindowLayer
 from kvtier.hf.layers.container import LayerContainer
@@ -23,7 +23,6 @@ from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import find_candidates
 from kvtier.hf.turn.plan import Abilities, Costs, plan
-from kvtier.hf.turn.resident import ResidentPrefix
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore
