@@ -126,14 +126,12 @@ class _MiniMaxFront(ExternalState):
         return self._cache
 
     @property
-    def layers(self) -> list[Any]:
-        layers: list[Any] = self._cache.layers
-        return layers
+    def layers(self) -> Any:
+        return self._cache.layers
 
     @property
-    def is_linear(self) -> list[bool]:
-        linear: list[bool] = self._cache.is_linear
-        return linear
+    def is_linear(self) -> Any:
+        return self._cache.is_linear
 
     def __len__(self) -> int:
         return len(self._cache.layers)
@@ -147,10 +145,9 @@ class _MiniMaxFront(ExternalState):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(*args, **kwargs)
 
-    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+    def get_linear_cache(self, layer_idx: int) -> Any:
         states = self._cache.layers[layer_idx].recurrent_states
-        state: torch.Tensor | None = states[0] if isinstance(states, dict) else states
-        return state
+        return states[0] if isinstance(states, dict) else states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
         self._cache.update_recurrent_state(linear_cache, layer_idx)

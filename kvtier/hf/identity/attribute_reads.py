@@ -77,9 +77,7 @@ def reads_of_class(kind: type) -> Reads:
     """Return the names that the methods of a class and of its bases may read."""
     found = _released.get(kind)
     if found is None:
-        reader = _Reader()
-        reader.follow(kind)
-        found = reader.reads()
+        found = _Reader().read(kind)
         if origin_of_class(kind) is Origin.RELEASED:
             _released[kind] = found
     return found
@@ -93,10 +91,8 @@ class _Reader:
         self._anything = False
         self._unknown = False
 
-    def reads(self) -> Reads:
-        return Reads(frozenset(self._names), frozenset(self._fragments), self._anything, self._unknown)
-
-    def follow(self, first: Any) -> None:
+    def read(self, first: Any) -> Reads:
+        """Return the names that ``first``, and all code that it may run, may read."""
         waiting = [first]
         while waiting:
             value = waiting.pop()
@@ -104,6 +100,7 @@ class _Reader:
                 continue
             self._seen.add(id(value))
             waiting.extend(self._inside(value))
+        return Reads(frozenset(self._names), frozenset(self._fragments), self._anything, self._unknown)
 
     def _inside(self, value: Any) -> Iterator[Any]:
         """Record the names in ``value``; yield the code that it may run."""

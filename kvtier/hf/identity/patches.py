@@ -45,9 +45,6 @@ class _Seen(NamedTuple):
     calls: frozenset[str]
     """Names of model modules whose functions it holds."""
 
-    def is_same(self, state: list[Any]) -> bool:
-        return len(state) == len(self.state) and all(map(operator.is_, state, self.state))
-
 
 _classes: weakref.WeakKeyDictionary[type, _Seen] = weakref.WeakKeyDictionary()
 _modules: dict[str, _Seen] = {}
@@ -99,7 +96,7 @@ def _words(
         functions = [value for value in state if type(value) is types.FunctionType]
         state += [part for function in functions for part in (function.__code__, function.__defaults__)]
     seen = memory.get(key)
-    if seen is None or not seen.is_same(state):
+    if seen is None or len(state) != len(seen.state) or not all(map(operator.is_, state, seen.state)):
         found = list(entries(owner))
         fixed = sorted(f"{entry}={words}" for entry, _, words in found if words is not None)
         again = [(entry, value) for entry, value, words in found if words is None]

@@ -183,14 +183,11 @@ class Describer:
         if type(value) is not np.ndarray and isinstance(value, np.ndarray) and type(value) is not np.memmap:
             raise Undescribable(path, type(value).__qualname__)
         words = f"{np.dtype(value.dtype).descr} {value.shape}"
-        if value.dtype.char in "gGV" or value.dtype.hasobject:  # its bytes include padding or addresses
-            return f"{words} {self._numbers(value, path)}"
+        if value.dtype.char in "gG":  # its bytes include padding
+            return f"{words} {[repr(number) for number in np.ravel(value)]}"
+        if value.dtype.char == "V" or value.dtype.hasobject:  # its bytes include padding or addresses
+            return f"{words} {self.describe(value.tolist(), path)}"
         return f"{words} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
-
-    def _numbers(self, value: Any, path: str) -> str:
-        if value.dtype.char in "gG":
-            return str([repr(number) for number in np.ravel(value)])
-        return self.describe(value.tolist(), path)
 
     def _named(self, value: Any, path: str) -> str:
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is not value:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import PreTrainedModel
 
 from kvtier.errors import PromptError
@@ -46,11 +45,6 @@ class KnownRow:
         return max((mark.stop for mark in self.marks if not mark.is_position), default=0)
 
 
-def takes_media(model: torch.nn.Module) -> bool:
-    """Whether the model's forward pass takes images, videos or sounds."""
-    return not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
-
-
 def missing_media(
     model: PreTrainedModel, arguments: Mapping[str, Any], ids: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
 ) -> dict[str, npt.NDArray[np.bool_]]:
@@ -59,7 +53,8 @@ def missing_media(
     ``real [rows, columns]`` is false for padding. The result is kind → ``[rows, columns]``, true for its placeholders.
     """
     config = getattr(model, "config", None)
-    if not takes_media(model) or getattr(config, "is_encoder_decoder", False):
+    takes_media = not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
+    if not takes_media or getattr(config, "is_encoder_decoder", False):
         return {}
     # Tensors that belong to the main one, such as its grid, may be passed without it.
     passed = {kind for kind, names in KINDS.items() if arguments.get(names[0]) is not None}

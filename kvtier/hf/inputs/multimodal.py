@@ -52,12 +52,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
-    """All inputs of one kind.
+    """All inputs of one kind, whose ``name`` is in ``KINDS``.
 
     ``items`` are in the order of the tensors, and empty when they cannot be told apart. ``parts`` are the tensors,
     split along ``dims`` into one part per item.
     """
 
+    name: str
     tensors: Mapping[str, torch.Tensor]
     items: tuple[Item, ...]
     parts: Mapping[str, _Parts]
@@ -123,17 +124,12 @@ class Media:
         """Whether ``generate`` passes each beam and sample of a row the inputs of that row, in order."""
         ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         rows = list(range(len(self.places)))
-        for name, kind in ((self._name(kind), kind) for kind in self._kinds):
+        for kind in self._kinds:
             one_each = [item.row for item in kind.items] == rows
-            if not (ahead and name != "audio") and not (
-                one_each and all(len(tensor) == len(rows) for tensor in kind.tensors.values())
-            ):
+            by_row = one_each and all(len(tensor) == len(rows) for tensor in kind.tensors.values())
+            if not by_row and not (ahead and kind.name != "audio"):
                 return False
         return True
-
-    @staticmethod
-    def _name(kind: _Kind) -> str:
-        return next(name for name, tensors in KINDS.items() if not kind.tensors.keys().isdisjoint(tensors))
 
 
 def placeholder_id(config: Any, kind: str) -> int | None:
@@ -173,7 +169,7 @@ def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Colu
     split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own)
     if split is None:
         split = _equal(kind, {name: torch.split(tensor, 1) for name, tensor in tensors.items()}, 0, len(where))
-    whole = _Kind(tensors, (), {}, {})
+    whole = _Kind(kind, tensors, (), {}, {})
     if split is None or getattr(config, f"{kind}_pruning_rate", None):  # pruning depends on the content
         return whole
     parts, dims, counts = split
@@ -186,7 +182,7 @@ def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Colu
             return whole
         digest = digest_tensors([(name, parts[name][index]) for name in tensors])
         items.append(Item(int(mine[0][0]), int(mine[0][1]), int(mine[-1][1]) + 1, digest))
-    return _Kind(tensors, tuple(items), parts, dims)
+    return _Kind(kind, tensors, tuple(items), parts, dims)
 
 
 _Split = tuple[dict[str, _Parts], dict[str, int], list[int]]

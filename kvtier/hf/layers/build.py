@@ -121,14 +121,14 @@ def build_layers(
 
 def describe_layers(upstream: Iterable[Any]) -> list[tuple[type, dict[str, Any]]]:
     """Return the class and the plain values of each empty layer: equal for configs with equal layers."""
+    plain = (bool, int, float, str, dict, type(None))
     return [
-        (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if _is_plain(v)})
+        (
+            type(layer),
+            {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if isinstance(v, plain)},
+        )
         for layer in upstream
     ]
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, dict, type(None)))
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:

@@ -19,10 +19,6 @@ class HeldPrefix:
 
     Every change counts: through the cache, through a layer, or in place in a state tensor. Only a crop of buffers does
     not count, because their length shows it. Replaced state tensors live as long as this object.
-
-    Args:
-        prefix: the tokens that ``layers`` hold now.
-        layers: layers of the cache.
     """
 
     def __init__(self, prefix: ResidentPrefix, layers: LayerContainer) -> None:

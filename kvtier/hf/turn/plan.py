@@ -13,7 +13,6 @@ from itertools import pairwise
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.prefix_load import RowPlan
 from kvtier.hf.turn.candidates import Candidates
-from kvtier.report import Divergence
 from kvtier.store.chain import BlockId
 from kvtier.store.lookup import Span
 
@@ -106,9 +105,7 @@ class TurnPlan:
         rows: source of the first tokens of each row.
         spans: spans that each row loads from the store.
         checkpoints: block of each row whose states are loaded; empty when the layers already have the states.
-        divergences: where each row differs from the known prefix.
-        known: tokens of each row whose K and V are known, as if the row were alone.
-        limit: the column up to which every row is known.
+        candidates: the known prefixes of the prompt.
         prefill: chunks and checkpoint columns of the rest.
         reason: why no more tokens are reused.
     """
@@ -117,9 +114,7 @@ class TurnPlan:
     rows: tuple[RowPlan, ...]
     spans: tuple[tuple[Span, ...], ...]
     checkpoints: tuple[BlockId, ...]
-    divergences: tuple[Divergence | None, ...]
-    known: tuple[int, ...]
-    limit: int
+    candidates: Candidates
     prefill: Prefill
     reason: str | None
 
@@ -127,10 +122,6 @@ class TurnPlan:
     def needs_store(self) -> bool:
         """Whether anything is loaded from the store."""
         return bool(self.checkpoints) or any(self.spans)
-
-    def device_tokens(self) -> int:
-        """Return the number of reused tokens that the buffers hold already."""
-        return sum(min(row.device_tokens, max(0, self.columns - row.pad)) for row in self.rows)
 
 
 def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
@@ -160,9 +151,7 @@ def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Co
         rows,
         spans,
         checkpoints,
-        tuple(candidates.divergence(row, tokens) for row, tokens in enumerate(prompt.rows)),
-        candidates.known,
-        candidates.limit,
+        candidates,
         plan_prefill(prompt, columns, candidates.columns, abilities, costs) if abilities.states else NO_PREFILL,
         reason,
     )

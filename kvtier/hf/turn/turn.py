@@ -77,7 +77,7 @@ class Turn:
         """Return the turn that a plan describes, with the reused ``prefix`` and the ``job`` that loads it, if any."""
         by_tier: dict[str, int] = {}
         if prefix is not None:
-            by_tier["device"] = plan.device_tokens()
+            by_tier["device"] = sum(min(row.device_tokens, max(0, plan.columns - row.pad)) for row in plan.rows)
         if job is not None:
             for span in (span for spans in plan.spans for span in spans):
                 tier = job.tier(span.block.key)
@@ -229,7 +229,7 @@ class Turn:
         """Return, in words, the tokens lost by cutting all rows at one column; None when none were lost."""
         if self.prompt is None or self.plan is None:
             return None
-        limit, known = self.plan.limit, self.plan.known
+        limit, known = self.plan.candidates.limit, self.plan.candidates.known
         lost = [n - min(n, max(0, limit - pad)) for n, pad in zip(known, self.prompt.pads, strict=True)]
         if not any(lost):
             return None
@@ -245,10 +245,11 @@ class Turn:
             return TurnReport(miss_reason=self.reason)
         rows = []
         repeats = max(1, len(generated) // len(self.prompt.rows))
+        found = self.plan.candidates if self.plan is not None else None
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
             cached = min(len(tokens), max(0, self.reused_columns - pad))
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
-            divergence, known = (self.plan.divergences[r], self.plan.known[r]) if self.plan else (None, 0)
+            divergence, known = (found.divergence(r, tokens), found.known[r]) if found is not None else (None, 0)
             rows.append(RowReport(len(tokens), cached, made, divergence, known))
         prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
         return TurnReport(

@@ -48,9 +48,7 @@ class Unread:
 
 
 class _UnreadError(Exception):
-    def __init__(self, unread: Unread) -> None:
-        super().__init__(unread.error)
-        self.unread = unread
+    """Its arguments are those of an ``Unread``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +179,7 @@ def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLik
                 with _lock:
                     _models[model] = known
         except _UnreadError as error:
-            return error.unread
+            return Unread(*error.args)
         return known.digest
 
 
@@ -238,7 +236,7 @@ def _read(model: torch.nn.Module, known: _Model | None, present: _Present, token
     for name, tensor in zip(present.names, present.tensors, strict=True):
         why = why_unreadable(tensor)
         if why is not None:
-            raise _UnreadError(Unread(name, why))
+            raise _UnreadError(name, why)
     sampler = Sampler(present.tensors)
     samples = _read_samples(sampler, present)
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -291,4 +289,4 @@ def _unread(name: str, tensor: torch.Tensor, error: Exception) -> _UnreadError:
         why = why_unreadable(tensor)
     except Exception:  # ``error`` says more
         why = None
-    return _UnreadError(Unread(name, why or str(error).partition("\n")[0]))
+    return _UnreadError(name, why or str(error).partition("\n")[0])
