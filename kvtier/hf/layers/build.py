@@ -121,12 +121,9 @@ def build_layers(
 
 def describe_layers(upstream: Iterable[Any]) -> list[tuple[type, dict[str, Any]]]:
     """Return the class and the plain values of each empty layer: equal for configs with equal layers."""
-    plain = (bool, int, float, str, dict, type(None))
+    kept = (bool, int, float, str, dict, type(None))
     return [
-        (
-            type(layer),
-            {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if isinstance(v, plain)},
-        )
+        (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if isinstance(v, kept)})
         for layer in upstream
     ]
 
