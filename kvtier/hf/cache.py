@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
-from kvtier.hf.generate.loop import begin_loop, commit_loop
+from kvtier.hf.generate.run import begin_loop, commit_loop
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.exclusive_use import exclusively
