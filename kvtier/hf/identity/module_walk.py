@@ -314,7 +314,8 @@ def _configs(config: Any, name: str) -> Iterator[tuple[str, PreTrainedConfig]]:
     if isinstance(config, PreTrainedConfig):
         yield name, config
         for key, value in vars(config).items():
-            yield from _configs(value, f"{name}.{key}")
+            if isinstance(value, PreTrainedConfig):
+                yield from _configs(value, f"{name}.{key}")
 
 
 _NOTHING = object()
