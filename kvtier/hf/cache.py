@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvtier.errors import BlockError, ConfigurationError, PromptError
+from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.canary import try_upstream
-from kvtier.hf.compat.model_profiles import forget_notes
 from kvtier.hf.generate.hook import install
-from kvtier.hf.generate.request import read_loop_request
-from kvtier.hf.inputs.positions import remember_positions
+from kvtier.hf.generate.run import begin_loop, commit_loop
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.exclusive_use import exclusively
@@ -90,7 +87,7 @@ class TieredCache(DynamicCache):
         self.turns = TurnManager(self._container, store, wait_seconds, self._offload_config.lossy_codec)
         Cache.__init__(self, layers=[])
         install()
-        try_upstream(_cache_in_ram)
+        try_upstream(lambda: TieredCache(PrefixStore()))
         self.turns.lay_out(config)
 
     @property
@@ -153,8 +150,7 @@ class TieredCache(DynamicCache):
             ConfigurationError: the cache has no such layer with states.
         """
         self.turns.changing_states()
-        self._container.check_has_states(layer_idx)
-        self._container.asked_for_conv_state(layer_idx, state_idx)
+        self._container.calling("get_conv_state", layer_idx, state_idx, fed=1)
         state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
 
@@ -168,8 +164,7 @@ class TieredCache(DynamicCache):
             ConfigurationError: the cache has no such layer with states.
         """
         self.turns.changing_states()
-        self._container.check_has_states(layer_idx)
-        self._container.updating_conv_state(layer_idx, state_idx, conv_states.shape[-1])
+        self._container.calling("update_conv_state", layer_idx, state_idx, fed=conv_states.shape[-1] - 1)
         with writable_results():
             seen: torch.Tensor = super().update_conv_state(conv_states.detach(), layer_idx, state_idx, **kwargs)
         return seen
@@ -194,8 +189,7 @@ class TieredCache(DynamicCache):
             ConfigurationError: the cache has no such layer with states.
         """
         self.turns.changing_states()
-        self._container.check_has_states(layer_idx)
-        self._container.updating_recurrent_state(layer_idx, state_idx)
+        self._container.calling("update_recurrent_state", layer_idx, state_idx)
         with writable_results():
             state: torch.Tensor = super().update_recurrent_state(
                 recurrent_states.detach(), layer_idx, state_idx, **kwargs
@@ -298,24 +292,7 @@ class TieredCache(DynamicCache):
             PromptError: ``attention_mask`` does not fit ``input_ids``.
         """
         self.turns.check_open()
-        return exclusively(self.turns, "begin()", partial(self._begin_loop, model, input_ids, attention_mask))
-
-    def _begin_loop(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> TurnReport:
-        forget_notes(model, self)
-        request = read_loop_request(model, input_ids, attention_mask, self.turns.resident())
-        while True:
-            report = self.turns.begin(model, request)
-            try:
-                if self.turns.turn is not None and self.turns.turn.prefix is not None:
-                    self.turns.turn.prefix.wait()
-            except BlockError:
-                self.turns.start_over()  # later lookups skip the failed block: begin with the other blocks
-                continue
-            if self.turns.turn is not None and self.turns.turn.prompt is not None:
-                remember_positions(model, self.turns.turn.prompt)
-            return report
+        return exclusively(self.turns, "begin()", partial(begin_loop, self, model, input_ids, attention_mask))
 
     def commit(
         self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | None = None
@@ -336,21 +313,14 @@ class TieredCache(DynamicCache):
             StoreError: the name cannot be kept; the turn has ended nevertheless.
         """
         self.turns.check_open()
-        return exclusively(self.turns, "commit()", partial(self._commit_loop, sequences, name, pin, ttl))
+        return exclusively(self.turns, "commit()", partial(self._commit, sequences, name, pin, ttl))
 
-    def _commit_loop(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
+    def _commit(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
         self.turns.check_open()  # again: the cache may have been closed while this call waited
         if name is not None:
             checked_name(name)
             checked_ttl(ttl)
-        if self.turns.turn is None:
-            raise PromptError("commit() without begin(): call begin(model, input_ids, attention_mask) first")
-        if sequences.ndim != 2:
-            raise PromptError(f"sequences must be [rows, columns], not {sequences.ndim}-dimensional")
-        prompt = self.turns.turn.prompt
-        if prompt is not None and not prompt.begins(sequences):
-            raise PromptError("sequences do not begin with the prompt that begin() was given")
-        report = self.turns.commit(sequences)
+        report = commit_loop(self.turns, sequences)
         if name is not None:
             self.name(name, pin=pin, ttl=ttl)
         return report
@@ -405,9 +375,7 @@ class TieredCache(DynamicCache):
         self.turns.check_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def fork(self) -> TieredCache:
@@ -423,16 +391,10 @@ class TieredCache(DynamicCache):
         """
         return copy.deepcopy(self)
 
-    def __copy__(self) -> TieredCache:
-        """Do as ``fork`` does: two caches with the same layers would overwrite each other's tokens."""
-        return copy.deepcopy(self)
+    __copy__ = fork  # two caches with the same layers would overwrite each other's tokens
 
     def __reduce__(self) -> Any:
-        """Refuse to be pickled.
-
-        Raises:
-            TypeError: always.
-        """
+        """Refuse to be pickled, with a ``TypeError``."""
         raise TypeError(
             "a TieredCache cannot be pickled: what it knows is in its store. Open the store's folder in the other "
             "process, TieredCache(folder), and call generate() with the same tokens"
@@ -441,26 +403,11 @@ class TieredCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
         self.turns.check_open()
-        twin = TieredCache(
-            self.store,
-            config=self._container.config,
-            wait_seconds=self.wait_seconds,
-            **self._offload_config.arguments,
-        )
+        arguments = self._offload_config.arguments
+        twin = TieredCache(self.store, config=self._container.config, wait_seconds=self.wait_seconds, **arguments)
         twin._handle = self._handle.twin() if self._handle is not None else None
         self.turns.copy_to(twin.turns, memo)
         return twin
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def _cache_in_ram() -> TieredCache:
-    """Return a cache over its own store in RAM."""
-    return TieredCache(PrefixStore())
 
 
 install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call

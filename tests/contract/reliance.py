@@ -63,7 +63,7 @@ IMPORTS = [
     Reliance("transformers.GenerationMixin", "hf/generate/hook.py"),
     Reliance("transformers.EncoderDecoderCache", "hf/generate/run.py"),
     Reliance("transformers.DynamicCache", "hf/layers/build.py"),
-    Reliance("transformers.GenerationConfig", "hf/inputs/arguments.py"),
+    Reliance("transformers.GenerationConfig", "hf/inputs/request.py"),
     Reliance("transformers.PreTrainedConfig", "hf/identity/stable_repr.py"),
     Reliance("transformers.PreTrainedModel", "hf/generate/run.py"),
     Reliance("transformers.Cache", "hf/generate/prefill.py"),
@@ -117,7 +117,7 @@ MEMBERS = [
     ),
     Reliance("transformers.generation.streamers.BaseStreamer.put", "hf/generate/run.py", "(self, value)"),
     Reliance("transformers.generation.streamers.BaseStreamer.end", "hf/generate/run.py", "(self)"),
-    Reliance("transformers.PreTrainedConfig.to_dict", "hf/identity/stable_repr.py", "(self)"),
+    Reliance("transformers.PreTrainedConfig.to_dict", "hf/identity/contents.py", "(self)"),
     Reliance(
         "transformers.PreTrainedConfig.get_text_config", "hf/layers/build.py", "(self, decoder=None, encoder=None)"
     ),
@@ -374,7 +374,7 @@ NOT_KEPT = {"reference_sliding_attention"}
 ROPE_TYPES_BY_LENGTH = {"dynamic", "longrope"}
 ROPE_TYPES = ROPE_TYPES_BY_LENGTH | {"linear", "yarn", "llama3", "proportional"}
 
-# Settings of generate(). hf/inputs/arguments.py names the settings that affect K and V; it assumes that the others only
+# Settings of generate(). hf/inputs/request.py names the settings that affect K and V; it assumes that the others only
 # affect the choice of tokens. A new setting may decide which tokens are fed, how often, or in which form.
 _SETTINGS = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids

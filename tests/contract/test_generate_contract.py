@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtier.hf.compat.names import CHUNKS_CONTINUE, forward_argument
 from kvtier.hf.generate.request import _infer_mask
-from kvtier.hf.inputs.arguments import DROPPED
+from kvtier.hf.inputs.request import DROPPED
 from tests.support.upstream import CACHE
 
 
@@ -186,14 +186,14 @@ def test_dropped_arguments_do_not_reach_the_forward_pass(model, tokens, name):
     ids = tokens(10)
     prepared = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: 10, "position_ids": None})
     assert "input_ids" in prepared
-    assert name not in prepared, relied_on("hf/inputs/arguments.py: DROPPED")
+    assert name not in prepared, relied_on("hf/inputs/request.py: DROPPED")
 
 
 def test_generate_drops_no_other_arguments():
     """kvtier must know any further argument that ``prepare_inputs_for_generation`` withholds."""
     source = inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
     (listed,) = re.findall(r"kwargs_to_avoid_forwarding = \((.*?)\)", source)
-    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/inputs/arguments.py: DROPPED")
+    assert set(re.findall(r'"(\w+)"', listed)) == DROPPED, relied_on("hf/inputs/request.py: DROPPED")
 
 
 def test_labels_and_their_count_leave_tokens_and_kv_unchanged(model, tokens, fed):
@@ -202,10 +202,10 @@ def test_labels_and_their_count_leave_tokens_and_kv_unchanged(model, tokens, fed
     fed.clear()
     found = model.generate(ids, **{CACHE: labelled}, labels=ids, num_items_in_batch=torch.tensor(3), **GREEDY)
     assert torch.equal(found, expected)
-    assert all("labels" not in call for call in fed), relied_on("hf/inputs/arguments.py: DROPPED")
+    assert all("labels" not in call for call in fed), relied_on("hf/inputs/request.py: DROPPED")
     for ours, theirs in zip(labelled.layers, bare.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/inputs/arguments.py")
-        assert torch.equal(ours.values, theirs.values), relied_on("hf/inputs/arguments.py")
+        assert torch.equal(ours.keys, theirs.keys), relied_on("hf/inputs/request.py")
+        assert torch.equal(ours.values, theirs.values), relied_on("hf/inputs/request.py")
 
 
 def test_streamer_receives_the_prompt_first(model, tokens):

@@ -216,7 +216,7 @@ def test_transformers_has_no_unknown_rope_type():
 def test_generate_has_no_unknown_setting():
     for name in sorted(vars(GenerationConfig())):
         if not name.startswith("_"):
-            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/inputs/arguments.py")
+            assert name in SETTINGS, changed(f"the generation setting {name}", "is new", "hf/inputs/request.py")
 
 
 ASKED = (
@@ -229,10 +229,10 @@ ASKED = (
 def test_generation_settings_that_kvtier_reads_exist(name):
     """A renamed setting would always read as None."""
     assert hasattr(GenerationConfig(), name), changed(
-        f"the generation setting {name}", "is gone", "hf/inputs/arguments.py"
+        f"the generation setting {name}", "is gone", "hf/inputs/request.py"
     )
     assert any(
-        f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("inputs/arguments.py", "generate/request.py")
+        f'"{name}"' in (PACKAGE / "hf" / file).read_text() for file in ("inputs/request.py", "generate/request.py")
     )
 
 

@@ -79,7 +79,7 @@ def test_expanding_rows_fails_because_the_cache_is_not_expanded(prefilled, setti
 def test_assisted_decoding_is_wrong_on_a_cached_prefix(prefilled):
     model, ids, cache = prefilled
     wrong = differs(model, ids, cache, prompt_lookup_num_tokens=3)
-    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/inputs/arguments.py: why_cold")
+    still_wrong(wrong, "assisted decoding feeds a known prefix again", "hf/inputs/request.py: why_cold")
 
 
 def test_assisted_decoding_is_right_without_a_cached_prefix(prefilled):

@@ -105,7 +105,7 @@ def _rwkv_state(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
 def _xlstm_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
     """Return the model's own object, with tensors that the model overwrites."""
     embedding = model.get_input_embeddings().weight
-    made: Any = _own(model, "xLSTMCache", _Counted)(
+    made: Any = _own(type(model).__module__, "xLSTMCache", _Counted)(
         config=model.config, max_batch_size=rows, dtype=embedding.dtype, device=embedding.device
     )
     held = iter(cache.layers[0].hold(state for states in made.rnn_state.values() for state in states))
@@ -126,14 +126,12 @@ class _MiniMaxFront(ExternalState):
         return self._cache
 
     @property
-    def layers(self) -> list[Any]:
-        layers: list[Any] = self._cache.layers
-        return layers
+    def layers(self) -> Any:
+        return self._cache.layers
 
     @property
-    def is_linear(self) -> list[bool]:
-        linear: list[bool] = self._cache.is_linear
-        return linear
+    def is_linear(self) -> Any:
+        return self._cache.is_linear
 
     def __len__(self) -> int:
         return len(self._cache.layers)
@@ -147,30 +145,25 @@ class _MiniMaxFront(ExternalState):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(*args, **kwargs)
 
-    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+    def get_linear_cache(self, layer_idx: int) -> Any:
         states = self._cache.layers[layer_idx].recurrent_states
-        state: torch.Tensor | None = states[0] if isinstance(states, dict) else states
-        return state
+        return states[0] if isinstance(states, dict) else states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
         self._cache.update_recurrent_state(linear_cache, layer_idx)
 
 
 def _minimax_cache(model: PreTrainedModel, cache: Any, rows: int) -> ExternalState:
-    kind: Any = _own(model, "MiniMaxCache", _MiniMaxFront)
+    kind: Any = _own(type(model).__module__, "MiniMaxCache", _MiniMaxFront)
     made: ExternalState = kind.__new__(kind)  # without __init__: its layers are those of the cache
     made._cache = cache  # type: ignore[attr-defined]
     return made
 
 
-def _own(model: PreTrainedModel, name: str, front: type) -> type:
-    """Return a subclass of ``front`` and of the class ``name`` from the model's own code."""
-    return _joined(getattr(sys.modules[type(model).__module__], name), front)
-
-
 @functools.cache
-def _joined(own: type, front: type) -> type:
-    return type(f"Carried{own.__name__}", (front, own), {})
+def _own(module: str, name: str, front: type) -> type:
+    """Return a subclass of ``front`` and of the class ``name`` from the ``module`` of a model."""
+    return type(f"Carried{name}", (front, getattr(sys.modules[module], name)), {})
 
 
 _CARRIERS: dict[str, Callable[[PreTrainedModel, Any, int], ExternalState]] = {

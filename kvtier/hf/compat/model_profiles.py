@@ -154,16 +154,13 @@ def why_off(model: Any) -> str | None:
 def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -> str | None:
     """Return why nothing may be reused for a prompt of this shape; None when reuse is allowed.
 
-    Args:
-        model: the model.
-        columns: columns of the prompt.
-        is_padded: whether any of its rows is padded.
-        longest_answer: the most new tokens; 0 if not known.
+    ``longest_answer``: the most new tokens; 0 if not known.
     """
     profile = profile_of(model)
     if is_padded and profile.not_padded:
         return "transformers continues padded rows of this model to other K and V than it computes at once"
-    if is_padded and _counts_columns(model):
+    parameters = inspect.signature(type(model).forward).parameters if is_padded and not profile.by_distance else None
+    if parameters is not None and "position_ids" not in parameters:  # the model counts columns
         return "the positions of this model count padding too: reuse would hold for the same padding only"
     if profile.within is None:
         return None
@@ -174,9 +171,3 @@ def why_not_so(model: Any, columns: int, is_padded: bool, longest_answer: int) -
         f"beyond {window} tokens (its {profile.within}), transformers continues this model from a cache otherwise than "
         "it computes all at once; set max_new_tokens to stay within"
     )
-
-
-def _counts_columns(model: Any) -> bool:
-    """Whether the model takes no positions, and counts columns, padding included."""
-    told = "position_ids" in inspect.signature(type(model).forward).parameters
-    return not told and not profile_of(model).by_distance

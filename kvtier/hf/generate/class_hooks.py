@@ -78,8 +78,7 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**{str(position): value for position, value in enumerate(args)}, **kwargs}
-        managers = [turns for turns in map(turns_of, given.values()) if turns is not None]
+        managers = [turns for turns in map(turns_of, (*args, *kwargs.values())) if turns is not None]
         for name in managed_among(kwargs):
             is_ours = name in CACHE_ARGUMENTS and name not in parameters
             if is_ours and CACHE_ARGUMENT is not None and CACHE_ARGUMENT not in kwargs:

@@ -8,10 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
@@ -22,7 +19,7 @@ from kvtier.hf.generate.request import parse_request
 from kvtier.hf.generate.run import run_turn
 from kvtier.hf.identity.weights.digest import forget_models
 from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving, note_wrapped
-from kvtier.hf.turn.manager import TurnManager, managed_among, turns_of
+from kvtier.hf.turn.manager import managed_among, turns_of
 
 _TAKEN_BEFORE = (
     "generate() was taken from the model before kvtier was imported, as functools.partial(model.generate) does, or "
@@ -84,21 +81,13 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             if name in CACHE_ARGUMENTS:
                 given[cache_argument(self) or name] = given.pop(name)
             return original(self, **given)
-        return exclusively(turns, GENERATE, functools.partial(_take, original, self, turns, name, past, given))
+        return exclusively(
+            turns,
+            GENERATE,
+            lambda: run_turn(original, self, turns, parse_request(self, name, past, given, turns.resident)),
+        )
 
     return generate
-
-
-def _take(
-    original: Callable[..., Any],
-    model: PreTrainedModel,
-    turns: TurnManager,
-    name: str,
-    past: Any,
-    given: dict[str, Any],
-) -> Any:
-    """Run ``generate`` as a turn of the cache ``past``, which was ``given`` under ``name``."""
-    return run_turn(original, model, turns, parse_request(model, name, past, given, turns.resident))
 
 
 def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:

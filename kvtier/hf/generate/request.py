@@ -17,27 +17,25 @@ from kvtier.hf.compat.external_state import why_not_carried
 from kvtier.hf.compat.model_profiles import profile_of, why_no_cache
 from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.identity.eligibility import ENCODER_DECODER
-from kvtier.hf.inputs.arguments import is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.inputs.chain_inputs import Inputs, Missing, read_inputs, why_not_begin
-from kvtier.hf.inputs.continued import ResidentRows, media_error, missing_media
-from kvtier.hf.inputs.prompt import read_prompt
-from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.inputs.continued import media_error, missing_media
+from kvtier.hf.inputs.prompt import ResidentPrefix, read_prompt
+from kvtier.hf.inputs.request import GenerateRequest, is_custom, unknown_arguments, why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
 
-Resident = Callable[[], ResidentRows | None]
+Resident = Callable[[], ResidentPrefix | None]
 """Returns the known tokens that a cache holds; None when there are none."""
 
 
 def read_loop_request(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, resident: ResidentRows | None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    resident: ResidentPrefix | None,
 ) -> GenerateRequest:
     """Return the request of ``begin``, for a custom loop that feeds ``input_ids`` itself.
 
-    Args:
-        model: the model that will be called.
-        input_ids: ``[batch, columns]``.
-        attention_mask: ``[batch, columns]``.
-        resident: the tokens that the cache holds.
+    ``input_ids`` and ``attention_mask`` are ``[batch, columns]``; the cache holds the tokens ``resident``.
 
     Raises:
         PromptError: the mask has another shape than the ids.
@@ -61,14 +59,7 @@ def read_loop_request(
 def parse_request(
     model: PreTrainedModel, name: str, past: Any, given: Mapping[str, Any], resident: Resident
 ) -> GenerateRequest:
-    """Return the request of a ``generate`` call.
-
-    Args:
-        model: the model that will be called.
-        name: name of the argument with the cache.
-        past: value of that argument.
-        given: all arguments, by name.
-        resident: returns the tokens that the cache holds.
+    """Return the request of a ``generate`` call with all arguments ``given``, the cache ``past`` under ``name``.
 
     Raises:
         PromptError: the mask has more columns than the prompt, or media are missing that the cache does not hold.
@@ -119,7 +110,10 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
     repeats = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     cold, custom = why_cold(arguments, setting), is_custom(arguments, setting)
     missing = _missing(model, arguments, ids, mask)
-    off = _why_off(model, arguments, setting, ids, repeats)
+    unsound = why_unsound_call(arguments, setting)
+    off = unsound.reason if unsound is not None else None
+    if off is None and ids is not None:
+        off = why_not_carried(model, len(ids), repeats)
     inputs: Inputs | NotReusable | None = None
     if off is None:
         inputs = read_inputs(model, arguments, ids, mask, repeats, missing, resident() if missing else None)
@@ -169,19 +163,6 @@ def _missing(model: PreTrainedModel, arguments: Mapping[str, Any], ids: Any, mas
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         real = torch.ne(mask, 0).to("cpu")
     return missing_media(model, arguments, ids.detach().to("cpu", torch.int64).numpy(), real.numpy())
-
-
-def _why_off(
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    setting: Callable[[str], Any],
-    ids: torch.Tensor | None,
-    repeats: int,
-) -> str | None:
-    unsound = why_unsound_call(arguments, setting)
-    if unsound is not None:
-        return unsound.reason
-    return why_not_carried(model, len(ids), repeats) if ids is not None else None
 
 
 def _checked_mask(model: PreTrainedModel, ids: Any, arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""One ``generate()`` call as a turn of a cache: begin, prefill, generate, commit."""
+"""Turns of a cache: one ``generate()`` call each, or a custom loop between its two ends."""
 
 from __future__ import annotations
 
@@ -8,35 +8,27 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import RestoreError, StreamError
+from kvtier.errors import BlockError, PromptError, RestoreError, StreamError
 from kvtier.hf.compat.external_state import carry, settle
 from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
 from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.generate.prefill import PrefillDone, patch_prepare_inputs, prefill_chunk
+from kvtier.hf.generate.request import read_loop_request
+from kvtier.hf.inputs.positions import remember_positions
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.turn.manager import TurnManager
 from kvtier.hf.turn.token_trace import watching
+from kvtier.report import TurnReport
 
 Generate = Callable[..., Any]
 """transformers' own ``generate``, unbound."""
 
 
 def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, request: GenerateRequest) -> Any:
-    """Run ``generate`` as a turn, and return what it returns.
-
-    Args:
-        original: transformers' own ``generate``.
-        model: the model of the call.
-        turns: turn manager of the cache that was passed.
-        request: the request of the call.
+    """Run ``generate`` as a turn of the passed cache, and return what it returns.
 
     Raises:
         PromptError: media are missing that the cache does not hold.
@@ -97,7 +89,7 @@ def _arguments(model: PreTrainedModel, turns: TurnManager, passed: Any, request:
     if request.inputs is None:
         return arguments
     arguments = request.inputs.after(arguments, turns.layers.columns)
-    if turns.has_states:
+    if turns.layers.states:
         end_of_prompt = PrefillDone(functools.partial(turns.prefilled, request.inputs.prompt.columns))
         criteria = request.arguments.get("stopping_criteria") or ()
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, end_of_prompt])
@@ -154,3 +146,47 @@ class _WithoutPrompt(BaseStreamer):
     def end(self) -> None:
         """Pass on the end."""
         self._streamer.end()
+
+
+# --- custom loops -----------------------------------------------------------------------------------------------------
+
+
+def begin_loop(
+    cache: Any, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> TurnReport:
+    """Begin a turn of ``cache`` with the prompt ``input_ids [batch, columns]``; its prefix has loaded on return.
+
+    Raises:
+        ClosedError: the cache was closed.
+        PromptError: ``attention_mask [batch, columns]`` does not fit ``input_ids``.
+    """
+    turns: TurnManager = cache.turns
+    forget_notes(model, cache)
+    request = read_loop_request(model, input_ids, attention_mask, turns.resident())
+    while True:
+        report = turns.begin(model, request)
+        try:
+            if turns.turn is not None and turns.turn.prefix is not None:
+                turns.turn.prefix.wait()
+        except BlockError:
+            turns.start_over()  # later lookups skip the failed block: begin with the other blocks
+            continue
+        if turns.turn is not None and turns.turn.prompt is not None:
+            remember_positions(model, turns.turn.prompt)
+        return report
+
+
+def commit_loop(turns: TurnManager, sequences: torch.Tensor) -> TurnReport:
+    """End a turn: keep the tokens of ``sequences [rows, columns]``, its prompt and all tokens after it.
+
+    Raises:
+        PromptError: no turn has begun, or ``sequences`` do not begin with its prompt.
+    """
+    if turns.turn is None:
+        raise PromptError("commit() without begin(): call begin(model, input_ids, attention_mask) first")
+    if sequences.ndim != 2:
+        raise PromptError(f"sequences must be [rows, columns], not {sequences.ndim}-dimensional")
+    prompt = turns.turn.prompt
+    if prompt is not None and not prompt.begins(sequences):
+        raise PromptError("sequences do not begin with the prompt that begin() was given")
+    return turns.commit(sequences)

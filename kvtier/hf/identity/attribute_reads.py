@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvtier.hf.identity.code import READS_ANYTHING, Origin, behind, facts_of, origin_of_class, origin_of_function
+from kvtier.hf.identity.code import (
+    READS_ANYTHING,
+    Origin,
+    behind,
+    closed_over,
+    facts_of,
+    origin_of_class,
+    origin_of_function,
+)
 
 # Modules of released code that computes with nn.Modules. Other released code receives tensors and configs: for base
 # classes of a model and functions that a model calls, the names in them count, but their calls are not followed.
@@ -69,9 +77,7 @@ def reads_of_class(kind: type) -> Reads:
     """Return the names that the methods of a class and of its bases may read."""
     found = _released.get(kind)
     if found is None:
-        reader = _Reader()
-        reader.follow(kind)
-        found = reader.reads()
+        found = _Reader().read(kind)
         if origin_of_class(kind) is Origin.RELEASED:
             _released[kind] = found
     return found
@@ -85,10 +91,8 @@ class _Reader:
         self._anything = False
         self._unknown = False
 
-    def reads(self) -> Reads:
-        return Reads(frozenset(self._names), frozenset(self._fragments), self._anything, self._unknown)
-
-    def follow(self, first: Any) -> None:
+    def read(self, first: Any) -> Reads:
+        """Return the names that ``first``, and all code that it may run, may read."""
         waiting = [first]
         while waiting:
             value = waiting.pop()
@@ -96,6 +100,7 @@ class _Reader:
                 continue
             self._seen.add(id(value))
             waiting.extend(self._inside(value))
+        return Reads(frozenset(self._names), frozenset(self._fragments), self._anything, self._unknown)
 
     def _inside(self, value: Any) -> Iterator[Any]:
         """Record the names in ``value``; yield the code that it may run."""
@@ -124,7 +129,8 @@ class _Reader:
             yield type(value)
 
     def _inside_class(self, kind: type) -> Iterator[Any]:
-        if kind in _BASES or not (issubclass(kind, torch.nn.Module) or self._is_followed(kind.__module__, kind)):
+        is_computing = issubclass(kind, torch.nn.Module) or kind.__module__.startswith(COMPUTING)
+        if kind in _BASES or (not is_computing and origin_of_class(kind) is Origin.RELEASED):
             return
         for base in kind.__mro__:
             if base not in _BASES:
@@ -138,11 +144,7 @@ class _Reader:
         if origin is Origin.OWN:
             self._unknown = True
             self._anything = self._anything or not READS_ANYTHING.isdisjoint(facts.names)
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:
-                continue
+        yield from closed_over(function)
         if origin is Origin.RELEASED and not str(function.__globals__.get("__name__")).startswith(COMPUTING):
             return
         for name in facts.globals_read:
@@ -152,6 +154,28 @@ class _Reader:
             elif origin is Origin.OWN:
                 yield from (inside for key, inside in vars(value).items() if key in facts.names)
 
-    @staticmethod
-    def _is_followed(module: str, kind: type) -> bool:
-        return module.startswith(COMPUTING) or origin_of_class(kind) is not Origin.RELEASED
+
+class Met:
+    """Names in the described functions. User code may build names at run time, and pass modules to other code.
+
+    Attributes:
+        modules: names of the modules that define the functions.
+    """
+
+    def __init__(self) -> None:
+        self.modules: set[str] = set()
+        self._names: set[str] = set()
+        self._anything = False
+
+    def add(self, function: types.FunctionType, is_own: bool) -> None:
+        """Record the names in a function. With ``is_own``, installed code and dynamic access may read any name."""
+        names = facts_of(function.__code__).names
+        self._names |= names
+        self.modules.add(str(function.__globals__.get("__name__")))
+        if is_own:
+            installed = origin_of_function(function) is Origin.INSTALLED
+            self._anything = self._anything or installed or not READS_ANYTHING.isdisjoint(names)
+
+    def may_read(self, name: str) -> bool:
+        """Whether one of the functions may read an attribute of this name."""
+        return self._anything or name in self._names

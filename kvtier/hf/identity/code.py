@@ -15,6 +15,14 @@ from typing import Any
 
 # Packages whose version stands for their code.
 RELEASED = frozenset({"transformers", "torch", "peft", "accelerate", "kernels", "numpy", "kvtier"})
+WRITTEN_IN_C = (
+    types.BuiltinFunctionType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
 _STDLIB_FOLDER = str(Path(os.__file__).parent)
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
 # Opcode of a name lookup → bits by which its index is shifted: since Python 3.11, one opcode also holds a flag.
@@ -85,10 +93,14 @@ def origin_of_class(kind: type) -> Origin:
     for part in kind.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(part)
     if found is not kind:
-        is_heap = kind.__flags__ & (1 << 9)  # Py_TPFLAGS_HEAPTYPE: the others are written in C
         is_bound = type(kind).__name__ == "pybind11_type" and top_package(kind.__module__) in RELEASED
-        return Origin.RELEASED if is_bound or not is_heap else Origin.OWN
+        return Origin.RELEASED if is_bound or not is_heap(kind) else Origin.OWN
     return origin_of_module(module)
+
+
+def is_heap(kind: type) -> bool:
+    """Whether a class is not written in C."""
+    return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE
 
 
 def origin_of_module(module: types.ModuleType | None) -> Origin:
@@ -135,6 +147,15 @@ def package_of(function: Any) -> str:
     return top_package(kind.__module__) if origin_of_class(kind) is Origin.RELEASED else ""
 
 
+def closed_over(function: types.FunctionType) -> Iterator[Any]:
+    """Yield the values of a function's closure variables, except variables that have no value yet."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            continue
+
+
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
     """Yield a code object and all code objects defined inside it."""
     yield code
@@ -167,8 +188,10 @@ class CodeFacts:
     @functools.cached_property
     def fragments(self) -> frozenset[str]:
         """String pieces from which it may build attribute names."""
-        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names) and _joins(one))
-        return frozenset(piece for one in dynamic for piece in _fragments(one))
+        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names))
+        # Looking for an instruction that joins strings is cheaper than decoding all instructions.
+        joining = (one for one in dynamic if not _JOINING.isdisjoint(one.co_code[::2]))
+        return frozenset(piece for one in joining for piece in _fragments(one))
 
 
 # Ways to reach an attribute whose name is not a constant.
@@ -195,11 +218,6 @@ def facts_of(code: types.CodeType) -> CodeFacts:
             _facts.clear()
         found = _facts[id(code)] = CodeFacts(code)
     return found
-
-
-def _joins(code: types.CodeType) -> bool:
-    """Whether a code object has an instruction that joins strings: cheaper than decoding all instructions."""
-    return not _JOINING.isdisjoint(code.co_code[::2])
 
 
 def _fragments(code: types.CodeType) -> Iterator[str]:

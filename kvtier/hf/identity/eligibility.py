@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvtier.hf.identity.attribute_reads import reads_of_class
-from kvtier.hf.identity.code import Origin, behind, origin_of_class, package_of
+from kvtier.hf.identity.code import Origin, behind, closed_over, origin_of_class, package_of
+from kvtier.hf.identity.contents import NOT_FORWARD
 from kvtier.hf.identity.module_walk import ModelWalk, ModuleInfo
-from kvtier.hf.identity.stable_repr import NOT_FORWARD
 from kvtier.hf.not_reusable import NotReusable
 
 # Hooks and patches of these packages move weights and record outputs; torch's own compute weights from parameters.
@@ -41,19 +41,22 @@ def _reasons(model: torch.nn.Module, walk: ModelWalk) -> Iterable[str]:
     prompt_learning = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if prompt_learning and not getattr(model, "_adapters_disabled", False):
         yield "prompt learning feeds virtual tokens that no prompt names"
-    yield from _global_hooks()
+    everywhere = torch.nn.modules.module
+    yield from _hooks("all modules", everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
     for part in walk.examined:
         if part.module.training and _minds_training(type(part.module)):
             yield f"{_called(part)} is in training mode (call model.eval())"
         hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
         if hooks[0] or hooks[1]:
-            yield from _hooks(part, hooks)
+            yield from _hooks(_called(part), *hooks)
         if "_hf_hook" in part.attributes:
             yield from _accelerate_hooks(part)
         if "rope_type" in part.attributes:
             yield from _lengths(part.attributes["rope_type"])
-        if type(part.module).__module__.startswith("bitsandbytes."):
-            yield from _columns_of_all_tokens(part)
+        is_8_bit = type(part.module).__module__.startswith("bitsandbytes.")
+        if is_8_bit and getattr(getattr(part.module, "state", None), "threshold", False):
+            # It computes a column differently if any fed token is large in it.
+            yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
     yield from _patches(walk)
     yield from _config_reasons(getattr(model, "config", None))
 
@@ -97,7 +100,7 @@ def _handed(function: Any, seen: set[int]) -> Iterable[Any]:
     elif isinstance(function, types.FunctionType):
         yield function
         inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        inside += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        inside += closed_over(function)
     elif callable(function):
         yield function
     for part in inside:
@@ -110,30 +113,19 @@ def _hook_name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
-def _hooks(part: ModuleInfo, hooks: Iterable[Mapping[int, Any]]) -> Iterable[str]:
+def _hooks(where: str, *hooks: Mapping[int, Any]) -> Iterable[str]:
     for registered in hooks:
         for hook in list(registered.values()):  # another thread's turn may add hooks
             if not _trusted(hook):
-                yield f"the hook {_hook_name(hook)} on {_called(part)} may change K and V"
-
-
-def _global_hooks() -> Iterable[str]:
-    where = torch.nn.modules.module
-    for registered in (where._global_forward_pre_hooks, where._global_forward_hooks):
-        for hook in registered.values():
-            if not _trusted(hook):
-                yield f"the hook {_hook_name(hook)} on all modules may change K and V"
+                yield f"the hook {_hook_name(hook)} on {where} may change K and V"
 
 
 def _accelerate_hooks(part: ModuleInfo) -> Iterable[str]:
     hook = part.attributes["_hf_hook"]
     for one in getattr(hook, "hooks", (hook,)):
-        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, _methods_set_on(one))):
+        methods = [value for value in vars(one).values() if isinstance(value, types.FunctionType | types.MethodType)]
+        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, methods)):
             yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
-
-
-def _methods_set_on(hook: Any) -> list[Any]:
-    return [value for key, value in vars(hook).items() if isinstance(value, types.FunctionType | types.MethodType)]
 
 
 def _patches(walk: ModelWalk) -> Iterable[str]:
@@ -145,12 +137,6 @@ def _patches(walk: ModelWalk) -> Iterable[str]:
             continue
         if behind(value) is not behind(own) and not _trusted(value) and not _calls_compiled(part, method):
             yield f"{method} of {_called(part)} was replaced by {_hook_name(value)}, which may change K and V"
-
-
-def _columns_of_all_tokens(part: ModuleInfo) -> Iterable[str]:
-    """Find bitsandbytes layers that compute a column differently if any fed token is large in it."""
-    if getattr(getattr(part.module, "state", None), "threshold", 0):
-        yield f"in 8 bits, {_called(part)} computes each token with regard to the tokens that are fed with it"
 
 
 def _calls_compiled(part: ModuleInfo, method: str) -> bool:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import transformers
 from transformers import PreTrainedModel
 
+from kvtier.hf.identity.contents import config_values
 from kvtier.hf.identity.eligibility import why_unsound
 from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.numerics import settings
-from kvtier.hf.identity.stable_repr import Undescribable, config_values, describe
+from kvtier.hf.identity.stable_repr import Undescribable, describe
 from kvtier.hf.identity.weights.digest import Unread, digest_weights
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.store.format.block_file import FORMAT_VERSION
@@ -56,8 +57,10 @@ def identify(
     (``patches.py``). Attributes that no code of the model names are not covered (``attribute_reads.py``). A value
     without a description, and any exception from the model's code, is a reason not to reuse.
     """
+    codecs = {"codec": lossy_codec, "page_codec": lossy_page_codec}
+    of_cache = {"namespace": namespace, "block_size": block_size, **{k: v for k, v in codecs.items() if v is not None}}
     try:
-        return _identify(model, namespace, block_size, tokens, lossy_codec, lossy_page_codec)
+        return _identify(model, tokens, of_cache)
     except Undescribable as reason:
         return NotReusable(f"what the model computes with is not known: {reason}")
     except Exception as error:  # from any code that the model holds: it must not end a generate()
@@ -73,14 +76,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _identify(
-    model: PreTrainedModel,
-    namespace: str,
-    block_size: int,
-    tokens: npt.ArrayLike,
-    lossy_codec: str | None,
-    lossy_page_codec: str | None,
-) -> Identity | NotReusable:
+def _identify(model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[str, object]) -> Identity | NotReusable:
     walk = ModelWalk(model)
     unsound = why_unsound(model, walk)
     if unsound is not None:
@@ -100,10 +96,7 @@ def _identify(
         "adapters": _adapters(walk),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "torch": settings(),
-        "namespace": namespace,
-        "block_size": block_size,
-        **({"codec": lossy_codec} if lossy_codec is not None else {}),
-        **({"page_codec": lossy_page_codec} if lossy_page_codec is not None else {}),
+        **of_cache,
     }
     text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))

@@ -14,8 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtier.hf.identity.attribute_reads import Reads, join, reads_of_class
 from kvtier.hf.identity.code import Origin, origin_of_class, package_of
+from kvtier.hf.identity.contents import class_name
 from kvtier.hf.identity.patches import describe_patches
-from kvtier.hf.identity.stable_repr import PLAIN, Describer, Found, class_name
+from kvtier.hf.identity.stable_repr import PLAIN, Describer, Found
 
 # Attributes that every module has, and bookkeeping that no forward pass reads.
 _SKIPPED = frozenset(vars(torch.nn.Module())) | {
@@ -110,9 +111,11 @@ class ModelWalk:
         self.text: list[str] = []
         self._found: Found = []
         self.describer = Describer(self._found)
+        configs = list(_configs(getattr(model, "config", None), ""))
         self._configs: dict[int, str] = {}
-        self._kept: list[PreTrainedConfig] = []
-        self._note_configs(getattr(model, "config", None), "config")
+        """Names of the model's config and of the configs inside it, whose values the manifest holds."""
+        for name, config in configs:
+            self._configs.setdefault(id(config), f"config{name}")
         self._kinds: dict[type, int] = {}
         self._scripts: set[type] = set()
         self._unread: list[tuple[ModuleInfo, str]] = []
@@ -123,21 +126,11 @@ class ModelWalk:
         self._seen: set[int] = set()
         self._waiting: list[tuple[str, torch.nn.Module, _Offloaded | None]] = [("", model, None)]
         self._described: set[type] = set()
-        self.attention = dict(self._implementations(getattr(model, "config", None), ""))
+        self.attention = {name: self._implementations(config, name) for name, config in configs}
         self._walk()
         while self._look_again():
             self._walk()
-        _last[model] = _Last(self._configs, self._kept, self._lines)
-
-    def _note_configs(self, config: Any, name: str) -> None:
-        """Name the model's config and the configs inside it: the manifest holds their values."""
-        if not isinstance(config, PreTrainedConfig) or id(config) in self._configs:
-            return
-        self._configs[id(config)] = name
-        self._kept.append(config)
-        for key, value in vars(config).items():
-            if isinstance(value, PreTrainedConfig):
-                self._note_configs(value, f"{name}.{key}")
+        _last[model] = _Last(self._configs, [config for _, config in configs], self._lines)
 
     def _walk(self) -> None:
         seen, waiting, numbers, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
@@ -239,16 +232,17 @@ class ModelWalk:
             self.callables.append((part, key, value))
         start = len(self._found)
         self.text.append(f"{dot}{key}={self.describer.describe(value, dot + key)}")
-        for path, inner in self._found[start:]:
-            self._add_found(path, inner, offloaded)
+        self._add_found(start, offloaded)
 
-    def _add_found(self, path: str, inner: Any, offloaded: _Offloaded | None) -> None:
-        if isinstance(inner, torch.Tensor):
-            self._add_tensor(path, inner, None)
-        elif isinstance(inner, torch.nn.Module):
-            self._waiting.append((path, inner, offloaded))
-        else:
-            self.unreadable.append(path)
+    def _add_found(self, start: int, offloaded: _Offloaded | None) -> None:
+        """Add the tensors, modules and script objects that were found inside values since ``start``."""
+        for path, inner in self._found[start:]:
+            if isinstance(inner, torch.Tensor):
+                self._add_tensor(path, inner, None)
+            elif isinstance(inner, torch.nn.Module):
+                self._waiting.append((path, inner, offloaded))
+            else:
+                self.unreadable.append(path)
 
     def _look_again(self) -> bool:
         """Describe the code of new classes, then the attributes that it reads; return whether anything was added."""
@@ -265,8 +259,7 @@ class ModelWalk:
         before = len(self.text)
         for part, key in unread:
             self._read(part, key, f"{part.name}." if part.name else "", None)
-        for path, inner in self._found[start:]:
-            self._add_found(path, inner, None)
+        self._add_found(start, None)
         return bool(self._waiting) or len(self.text) > before
 
     def _describe_hooks(self, part: ModuleInfo) -> None:
@@ -276,18 +269,13 @@ class ModelWalk:
                 if package_of(hook) == "torch":
                     self.text.append(f"{part.name}: {self.describer.describe(hook, part.name)}")
 
-    def _implementations(self, config: Any, name: str) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the attention and expert implementation of each config; describe the attention functions."""
-        if not isinstance(config, PreTrainedConfig):
-            return
+    def _implementations(self, config: PreTrainedConfig, name: str) -> list[Any]:
+        """Return the attention and expert implementation of a config; describe the attention functions."""
         attention = getattr(config, "_attn_implementation", None)
         for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
             if attention in registry:
                 self.text.append(f"{name}: {self.describer.describe(registry[attention], f'{attention} attention')}")
-        yield name, [attention, getattr(config, "_experts_implementation", None)]
-        for key, value in vars(config).items():
-            if isinstance(value, PreTrainedConfig):
-                yield from self._implementations(value, f"{name}.{key}")
+        return [attention, getattr(config, "_experts_implementation", None)]
 
     def _add_tensor(self, name: str, tensor: torch.Tensor, offloaded: _Offloaded | None) -> None:
         if tensor.is_meta:
@@ -319,6 +307,15 @@ class ModelWalk:
         mesh = tensor.device_mesh
         self.processes = max(self.processes, int(mesh.size()))
         self.text.append(f"{name}: {tensor.placements} of {tuple(mesh.shape)} at {mesh.get_coordinate()}")
+
+
+def _configs(config: Any, name: str) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield a model's config and the configs inside it, each with the path to it."""
+    if isinstance(config, PreTrainedConfig):
+        yield name, config
+        for key, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                yield from _configs(value, f"{name}.{key}")
 
 
 _NOTHING = object()

@@ -82,15 +82,10 @@ def settings() -> dict[str, str]:
     for name, value in found.items():
         if name.endswith("fp32_precision") and value == "none":
             found[name] = "ieee"  # "none" was never set; resetting an older setting leaves "ieee" behind
-    found["autocast"] = str(sorted(autocast().items()))
-    return {name: value for name, value in found.items() if value}
-
-
-def autocast() -> dict[str, str]:
-    """Return the autocast dtype of each device type on which autocast is on."""
     accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu", accelerator.type} if accelerator is not None else {"cpu"}
-    return {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)}
+    kinds = sorted({"cpu", accelerator.type}) if accelerator is not None else ["cpu"]
+    found["autocast"] = str([(k, str(torch.get_autocast_dtype(k))) for k in kinds if torch.is_autocast_enabled(k)])
+    return {name: value for name, value in found.items() if value}
 
 
 def _find(owner: Any, path: str) -> Any:

@@ -8,13 +8,24 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kvtier.hf.identity.attribute_reads import COMPUTING
-from kvtier.hf.identity.code import RELEASED, Origin, behind, facts_of, origin_of_class, origin_of_function, top_package
-from kvtier.hf.identity.stable_repr import NOT_FORWARD, PLAIN, Describer, class_content, class_name, installed_version
+from kvtier.hf.identity.code import (
+    RELEASED,
+    WRITTEN_IN_C,
+    Origin,
+    behind,
+    closed_over,
+    facts_of,
+    origin_of_class,
+    origin_of_function,
+    top_package,
+)
+from kvtier.hf.identity.contents import NOT_FORWARD, class_content, class_name, class_words, installed_version
+from kvtier.hf.identity.stable_repr import PLAIN, Describer
 
 # Functions that any model calls.
 _ALWAYS: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor)
@@ -22,23 +33,17 @@ _COMPUTING = (*COMPUTING, "torch.nn.modules.")
 _SCALARS = PLAIN | {torch.dtype, torch.device}
 
 
-class _Seen:
-    """Contents of a class or module at the last look.
+class _Seen(NamedTuple):
+    """Contents of a class or module at the last look."""
 
-    Attributes:
-        state: its values; for each function, also the parts that can be edited in place.
-        words: description of the entries that stay fixed while ``state`` is the same.
-        again: entries to describe in every turn.
-        calls: names of model modules whose functions it holds.
-    """
-
-    __slots__ = ("again", "calls", "state", "words")
-
-    def __init__(self, state: list[Any], words: str, again: list[tuple[str, Any]], calls: frozenset[str]) -> None:
-        self.state, self.words, self.again, self.calls = state, words, again, calls
-
-    def is_same(self, state: list[Any]) -> bool:
-        return len(state) == len(self.state) and all(map(operator.is_, state, self.state))
+    state: list[Any]
+    """Its values; for each function, also the parts that can be edited in place."""
+    words: str
+    """Description of the entries that stay fixed while ``state`` is the same."""
+    again: list[tuple[str, Any]]
+    """Entries to describe in every turn."""
+    calls: frozenset[str]
+    """Names of model modules whose functions it holds."""
 
 
 _classes: weakref.WeakKeyDictionary[type, _Seen] = weakref.WeakKeyDictionary()
@@ -91,7 +96,7 @@ def _words(
         functions = [value for value in state if type(value) is types.FunctionType]
         state += [part for function in functions for part in (function.__code__, function.__defaults__)]
     seen = memory.get(key)
-    if seen is None or not seen.is_same(state):
+    if seen is None or len(state) != len(seen.state) or not all(map(operator.is_, state, seen.state)):
         found = list(entries(owner))
         fixed = sorted(f"{entry}={words}" for entry, _, words in found if words is not None)
         again = [(entry, value) for entry, value, words in found if words is None]
@@ -143,8 +148,8 @@ def _class_content_in_words(kind: type) -> Iterator[_Entry]:
             if words is None or words != f"{class_name(kind)}.{key}":
                 yield key, below, words
         elif isinstance(value, type):
-            yield key, value, _class_words(value)
-        elif not isinstance(value, _WRITTEN_IN_C):
+            yield key, value, class_words(value)
+        elif not isinstance(value, WRITTEN_IN_C):
             yield key, value, None
 
 
@@ -177,7 +182,7 @@ def _named_code(module: Any) -> Iterator[_Entry]:
         if key.startswith("__") and not isinstance(module, type):
             continue
         if isinstance(value, type):
-            yield key, value, _class_words(value)
+            yield key, value, class_words(value)
         elif isinstance(value, types.FunctionType):
             yield key, value, _released_words(value)
         elif isinstance(value, types.BuiltinFunctionType):
@@ -185,14 +190,6 @@ def _named_code(module: Any) -> Iterator[_Entry]:
 
 
 _CONTAINERS = frozenset({list, dict, tuple, set, frozenset})
-_WRITTEN_IN_C = (
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-    types.BuiltinFunctionType,
-    types.WrapperDescriptorType,
-    types.MethodDescriptorType,
-    types.ClassMethodDescriptorType,
-)
 
 
 def _released_words(value: Any, seen: frozenset[int] = frozenset()) -> str | None:
@@ -208,7 +205,7 @@ def _released_words(value: Any, seen: frozenset[int] = frozenset()) -> str | Non
         inside: list[Any] = [value.func, *value.args] if isinstance(value, functools.partial) else [value.__func__]
         return _joined(inside, "", seen)
     if isinstance(value, type):
-        return _class_words(value)
+        return class_words(value)
     if not isinstance(value, types.FunctionType):
         return repr(value) if type(value) in _SCALARS else class_name(type(value))
     code, module = value.__code__, value.__globals__.get("__name__")
@@ -217,21 +214,10 @@ def _released_words(value: Any, seen: frozenset[int] = frozenset()) -> str | Non
     origin = origin_of_function(value)
     if origin is Origin.OWN:
         return None
-    inside = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    inside = [part for part in inside if callable(part)]
-    for cell in value.__closure__ or ():
-        try:
-            inside.append(cell.cell_contents)
-        except ValueError:
-            continue
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    inside = [*filter(callable, defaults), *closed_over(value)]
     version = f" {installed_version(top_package(module))}" if origin is Origin.INSTALLED else ""
     return _joined(inside, f"{module}.{getattr(code, 'co_qualname', code.co_name)}{version}", seen)
-
-
-def _class_words(kind: type) -> str | None:
-    origin = origin_of_class(kind)
-    version = f" {installed_version(top_package(kind.__module__))}" if origin is Origin.INSTALLED else ""
-    return None if origin is Origin.OWN else class_name(kind) + version
 
 
 def _joined(inside: list[Any], name: str, seen: frozenset[int]) -> str | None:

@@ -7,7 +7,6 @@ import enum
 import functools
 import hashlib
 import logging
-import sys
 import types
 import weakref
 from collections import OrderedDict
@@ -18,41 +17,32 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from kvtier.hf.identity.attribute_reads import Met
 from kvtier.hf.identity.code import (
-    READS_ANYTHING,
+    WRITTEN_IN_C,
     Origin,
     facts_of,
     is_compiled,
+    is_heap,
     origin_of_class,
     origin_of_function,
     origin_of_module,
     package_of_function,
-    top_package,
+)
+from kvtier.hf.identity.contents import (
+    attributes_of,
+    class_content,
+    class_name,
+    class_words,
+    config_values,
+    installed_version,
+    reduction,
 )
 
 # Types whose repr is complete.
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _REPRS = PLAIN | {types.EllipsisType, types.NotImplementedType, torch.dtype, torch.layout, torch.memory_format}
 _NUMBERS = (int, float, complex, str, bytes, bytearray)
-_BUILTINS = (
-    types.BuiltinFunctionType,
-    types.WrapperDescriptorType,
-    types.MethodDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-)
-# Entries of classes that no computation reads.
-_NO_CONTENT = frozenset(
-    {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate__"}
-    | {"__annotate_func__", "__annotations_cache__", "__static_attributes__", "__firstlineno__", "__slots__"}
-    | {"__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__dataclass_fields__"}
-    | {"__dataclass_params__", "__match_args__", "__signature__", "__hash__", "__slotnames__"}
-)
-# Methods that may be replaced without changing what a forward pass computes.
-NOT_FORWARD = frozenset(
-    {"extra_repr", "generate", "load_state_dict", "push_to_hub", "save_pretrained", "state_dict"}  # torchao: extra_repr
-)
 _BUILT_IN_OPERATORS = frozenset({"aten", "prims", "prim", "higher_order", "mkldnn", "quantized", "inductor", "_c10d"})
 
 _LONGEST = 200
@@ -87,32 +77,6 @@ def describe_code(function: Any) -> str:
         Undescribable: it reads a value without a stable description.
     """
     return Describer([]).describe(function, "")
-
-
-class Met:
-    """Names in the described functions. User code may build names at run time, and pass modules to other code.
-
-    Attributes:
-        modules: names of the modules that define the functions.
-    """
-
-    def __init__(self) -> None:
-        self.modules: set[str] = set()
-        self._names: set[str] = set()
-        self._anything = False
-
-    def add(self, function: types.FunctionType, is_own: bool) -> None:
-        """Record the names in a function. With ``is_own``, installed code and dynamic access may read any name."""
-        names = facts_of(function.__code__).names
-        self._names |= names
-        self.modules.add(str(function.__globals__.get("__name__")))
-        if is_own:
-            installed = origin_of_function(function) is Origin.INSTALLED
-            self._anything = self._anything or installed or not READS_ANYTHING.isdisjoint(names)
-
-    def may_read(self, name: str) -> bool:
-        """Whether one of the functions may read an attribute of this name."""
-        return self._anything or name in self._names
 
 
 class Describer:
@@ -219,14 +183,11 @@ class Describer:
         if type(value) is not np.ndarray and isinstance(value, np.ndarray) and type(value) is not np.memmap:
             raise Undescribable(path, type(value).__qualname__)
         words = f"{np.dtype(value.dtype).descr} {value.shape}"
-        if value.dtype.char in "gGV" or value.dtype.hasobject:  # its bytes include padding or addresses
-            return f"{words} {self._numbers(value, path)}"
+        if value.dtype.char in "gG":  # its bytes include padding
+            return f"{words} {[repr(number) for number in np.ravel(value)]}"
+        if value.dtype.char == "V" or value.dtype.hasobject:  # its bytes include padding or addresses
+            return f"{words} {self.describe(value.tolist(), path)}"
         return f"{words} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
-
-    def _numbers(self, value: Any, path: str) -> str:
-        if value.dtype.char in "gG":
-            return str([repr(number) for number in np.ravel(value)])
-        return self.describe(value.tolist(), path)
 
     def _named(self, value: Any, path: str) -> str:
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is not value:
@@ -250,7 +211,7 @@ class Describer:
             return self._subclass(value, path, f"partial {self.describe(parts, path)}", (functools.partial,))
         if type(value).__name__ == "instancemethod":  # of a pybind11 class, which is named beside it
             return f"instancemethod {value.__name__}"
-        if isinstance(value, _BUILTINS):
+        if isinstance(value, WRITTEN_IN_C):
             owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
             if isinstance(owner, types.ModuleType) or owner is None:
                 return f"{getattr(owner, '__name__', None) or value.__module__}.{value.__qualname__}"
@@ -348,9 +309,9 @@ class Describer:
 
     def _class(self, kind: type, path: str) -> str:
         self.classes.add(kind)
-        name, origin = class_name(kind), origin_of_class(kind)
-        if origin is not Origin.OWN:
-            return name if origin is Origin.RELEASED else f"{name} {installed_version(top_package(kind.__module__))}"
+        words = class_words(kind)
+        if words is not None:
+            return words
         self._in_own_code += 1
         try:
             digest = hashlib.sha256()
@@ -360,12 +321,12 @@ class Describer:
                 digest.update(f"{key}={self.describe(value, f'{path}.{kind.__qualname__}.{key}')};".encode())
         finally:
             self._in_own_code -= 1
-        return f"{name} {digest.hexdigest()}"
+        return f"{class_name(kind)} {digest.hexdigest()}"
 
     def _object(self, value: Any, kind: type, path: str) -> str:
         """Describe an object by its class and its attributes; objects of other code, by how pickle rebuilds them."""
-        words, method = self.describe(kind, path), _reduction(kind)
-        if method == "attributes" and any(not _is_heap(base) for base in kind.__mro__[:-1]):
+        words, method = self.describe(kind, path), reduction(kind)
+        if method == "attributes" and any(not is_heap(base) for base in kind.__mro__[:-1]):
             raise Undescribable(path, kind.__qualname__)
         if method != "attributes":
             try:
@@ -382,41 +343,8 @@ class Describer:
         return words + self._content(value, path)
 
     def _content(self, value: Any, path: str) -> str:
-        """Describe the attributes of an object, those in slots included."""
-        inside = dict(getattr(value, "__dict__", None) or {})
-        for base in type(value).__mro__:
-            slots = base.__dict__.get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                mangled = f"_{base.__name__.lstrip('_')}{slot}" if slot[:2] == "__" != slot[-2:] else slot
-                member = base.__dict__.get(mangled)
-                if isinstance(member, types.MemberDescriptorType):
-                    try:
-                        inside[slot] = member.__get__(value)
-                    except AttributeError:  # a slot without a value
-                        continue
+        inside = attributes_of(value)
         return self.describe(inside, path) if inside else ""
-
-
-def _is_heap(kind: type) -> bool:
-    return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE: other types are written in C
-
-
-def _reduction(kind: type) -> str:
-    """Return how to read the content of an object of a class.
-
-    ``default``: by its attributes, if it holds nothing else, which Python checks. ``pickle``: by the pickle methods of
-    C code or a released package. ``attributes``: by its attributes, since its own pickle methods might leave something
-    out. ``table``: by the function registered for pickle.
-    """
-    if kind in copyreg.dispatch_table:
-        return "table"
-    methods = [kind.__reduce_ex__, kind.__reduce__, getattr(kind, "__getstate__", None)]
-    plain = [object.__reduce_ex__, object.__reduce__, getattr(object, "__getstate__", None)]
-    if methods == plain:
-        return "default"
-    if any(isinstance(method, types.FunctionType) for method in methods) and origin_of_class(kind) is Origin.OWN:
-        return "attributes"
-    return "pickle"
 
 
 def _is_released(value: Any) -> bool:
@@ -425,49 +353,8 @@ def _is_released(value: Any) -> bool:
         return origin_of_class(value) is Origin.RELEASED
     if isinstance(value, types.FunctionType):
         return not value.__closure__ and origin_of_function(value) is Origin.RELEASED
-    return isinstance(value, _BUILTINS)
+    return isinstance(value, WRITTEN_IN_C)
 
 
 def _key(key: Any) -> str:
     return key if type(key) is str else type(key).__name__
-
-
-def class_name(kind: type) -> str:
-    """Return a class's module and name."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def class_content(kind: type) -> Iterable[tuple[str, Any]]:
-    """Yield the entries of a class in a fixed order, except entries that no computation reads."""
-    inside = dict(vars(kind))
-    for key in sorted(inside):
-        value = inside[key]
-        own_slot = isinstance(value, types.MemberDescriptorType)
-        is_member = isinstance(value, kind) and issubclass(kind, enum.Enum)
-        if key not in _NO_CONTENT and not own_slot and not is_member and not key.endswith("_map_"):
-            yield key, value
-
-
-@functools.lru_cache(maxsize=256)
-def installed_version(package: str) -> str:
-    """Return the version of a loaded package, or an empty string."""
-    return str(getattr(sys.modules.get(package), "__version__", ""))
-
-
-# Config values about files, tokens and defaults, not about the computation.
-_VOLATILE = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-    }
-)
-
-
-def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values of ``config`` that affect the computation."""
-    return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}

@@ -14,20 +14,22 @@ from transformers import PreTrainedModel
 from kvtier.hf.compat.model_profiles import profile_of
 from kvtier.hf.compat.names import MEDIA_CONTINUE
 from kvtier.hf.inputs.content_ids import WHOLE, ContentId, digest_of, marked, vector_ids
-from kvtier.hf.inputs.continued import KnownRow, ResidentRows, known_rows
+from kvtier.hf.inputs.continued import KnownRow, known_rows
 from kvtier.hf.inputs.multimodal import KINDS, Columns, Media, read_media
 from kvtier.hf.inputs.positions import (
+    TYPES,
     counts_on_earlier_calls,
     forget_positions,
+    may_attend_both_ways,
     merging_parts,
     own_positions,
     per_column,
     position_jumps,
     positions_going_on,
     positions_of,
+    read_types,
 )
-from kvtier.hf.inputs.prompt import Positions, Prompt, read_prompt
-from kvtier.hf.inputs.token_types import TYPES, may_attend_both_ways, read_types
+from kvtier.hf.inputs.prompt import Positions, Prompt, ResidentPrefix, read_prompt
 from kvtier.hf.not_reusable import NotReusable
 
 _MEDIA = frozenset(name for names in KINDS.values() for name in names)
@@ -70,7 +72,7 @@ def read_inputs(
     attention_mask: torch.Tensor | None,
     copies: int,
     missing: Missing | None = None,
-    resident: ResidentRows | None = None,
+    resident: ResidentPrefix | None = None,
 ) -> Inputs | NotReusable:
     """Return the inputs of a ``generate`` call, or why they cannot be told apart from other inputs.
 
@@ -92,7 +94,12 @@ def read_inputs(
     if reason is not None:
         return NotReusable(reason)
     embeds = given.get("inputs_embeds")
-    prompt = _ids(input_ids, attention_mask) if embeds is None else _vectors(embeds, input_ids, attention_mask)
+    if embeds is not None:
+        prompt = _vectors(embeds, input_ids, attention_mask)
+    elif input_ids is None:
+        return NotReusable("no input_ids were given")
+    else:
+        prompt = read_prompt(input_ids, attention_mask)
     if isinstance(prompt, NotReusable):
         return prompt
     if prompt.columns == 0 or not prompt.rows:
@@ -100,7 +107,7 @@ def read_inputs(
     ends_early = any(prompt.ends_early(row) for row in range(len(prompt.rows)))
     if ends_early and given:
         return NotReusable(_ENDS_EARLY)
-    ids = _table(prompt)
+    ids, _ = prompt.table()
     behind = input_ids.detach().to("cpu", torch.int64).numpy() if embeds is None and input_ids is not None else ids
     media = read_media(given, model.config, behind)
     if isinstance(media, str):
@@ -157,7 +164,7 @@ def why_not_begin(model: PreTrainedModel) -> str | None:
 def _why_not(model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     if counts_on_earlier_calls(model) and own_positions(model) is None:
         return "the model derives positions from an earlier call"
-    if "inputs_embeds" in given and len(given) > 1 and not given.keys() <= {"inputs_embeds", "position_ids"}:
+    if "inputs_embeds" in given and not given.keys() <= {"inputs_embeds", "position_ids"}:
         return f"embeddings and other inputs at once: {', '.join(sorted(given))}"
     others = sorted(given.keys() & (_MEDIA | set(TYPES)))
     if others:
@@ -170,10 +177,6 @@ def _why_not(model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _ids(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> Prompt | NotReusable:
-    return NotReusable("no input_ids were given") if input_ids is None else read_prompt(input_ids, attention_mask)
 
 
 def _vectors(
@@ -193,19 +196,11 @@ def _vectors(
     return replace(prompt, rows=rows, returned=returned, unproven=WHOLE - 1, plain=False)
 
 
-def _table(prompt: Prompt) -> npt.NDArray[np.int64]:
-    """Return the ids ``[rows, columns]``, 0 for padding."""
-    ids = np.zeros((len(prompt.rows), prompt.columns), np.int64)
-    for row, (own, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
-        ids[row, pad : pad + len(own)] = own
-    return ids
-
-
 # --- media that were not passed again ---------------------------------------------------------------------------------
 
 
 def _known(
-    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentRows | None
+    model: PreTrainedModel, prompt: Prompt, given: Mapping[str, Any], missing: Missing, resident: ResidentPrefix | None
 ) -> Sequence[KnownRow | None] | str:
     """Return the cached part of each row with media that were not passed; or, as text, why it cannot be taken."""
     also = sorted(given.keys() & (_MEDIA | {"position_ids"}))

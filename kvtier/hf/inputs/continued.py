@@ -8,17 +8,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import PreTrainedModel
 
 from kvtier.errors import PromptError
 from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.inputs.multimodal import KINDS, placeholder_id
-from kvtier.hf.inputs.prompt import Positions
+from kvtier.hf.inputs.prompt import Positions, ResidentPrefix
 from kvtier.store.chain import TokenIds, common_run
 
 # Arguments that carry media, KINDS included: a model that takes one of them takes media.
@@ -27,22 +26,6 @@ _CARRIES_MEDIA = frozenset(name for names in KINDS.values() for name in names) |
     "input_values",
     "pixel_values_images",
 }
-
-
-class ResidentRows(Protocol):
-    """The tokens whose K and V a cache holds."""
-
-    @property
-    def rows(self) -> tuple[TokenIds, ...]:
-        """The ids of each row, with the ids under marks replaced."""
-
-    @property
-    def marks(self) -> tuple[tuple[ContentId, ...], ...]:
-        """The marks of each row; empty when no row has marks."""
-
-    @property
-    def positions(self) -> tuple[Positions, ...]:
-        """``[axes, tokens]`` of each row's prompt; empty when the order of tokens gives their positions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,27 +45,16 @@ class KnownRow:
         return max((mark.stop for mark in self.marks if not mark.is_position), default=0)
 
 
-def takes_media(model: torch.nn.Module) -> bool:
-    """Whether the model's forward pass takes images, videos or sounds."""
-    return not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
-
-
 def missing_media(
     model: PreTrainedModel, arguments: Mapping[str, Any], ids: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return the kinds of media that have placeholders in a prompt, but no tensors in ``arguments``.
+    """Return the kinds of media that have placeholders in ``ids [rows, columns]``, but no tensors in ``arguments``.
 
-    Args:
-        model: the model that will be called.
-        arguments: arguments of the call.
-        ids: ``[rows, columns]``.
-        real: ``[rows, columns]``, false for padding.
-
-    Returns:
-        kind → ``[rows, columns]``, true for its placeholders.
+    ``real [rows, columns]`` is false for padding. The result is kind → ``[rows, columns]``, true for its placeholders.
     """
     config = getattr(model, "config", None)
-    if not takes_media(model) or getattr(config, "is_encoder_decoder", False):
+    takes_media = not _CARRIES_MEDIA.isdisjoint(inspect.signature(model.forward).parameters)
+    if not takes_media or getattr(config, "is_encoder_decoder", False):
         return {}
     # Tensors that belong to the main one, such as its grid, may be passed without it.
     passed = {kind for kind, names in KINDS.items() if arguments.get(names[0]) is not None}
@@ -93,7 +65,7 @@ def missing_media(
 
 
 def known_rows(
-    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentRows | None, *, counts: bool
+    rows: Sequence[TokenIds], places: Sequence[npt.NDArray[np.bool_]], resident: ResidentPrefix | None, *, counts: bool
 ) -> tuple[KnownRow | None, ...] | str:
     """Return the cached part of each row with placeholders; None for other rows.
 
@@ -117,7 +89,7 @@ def known_rows(
     return tuple(found)
 
 
-def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentRows, counts: bool) -> KnownRow | None:
+def _known_row(ids: TokenIds, where: npt.NDArray[np.bool_], resident: ResidentPrefix, counts: bool) -> KnownRow | None:
     """Return the longest part of ``ids`` that a cached row holds; None if no row holds all of its media."""
     best: KnownRow | None = None
     for at, row in enumerate(resident.rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,13 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kind:
-    """All inputs of one kind.
+    """All inputs of one kind, whose ``name`` is in ``KINDS``.
 
     ``items`` are in the order of the tensors, and empty when they cannot be told apart. ``parts`` are the tensors,
     split along ``dims`` into one part per item.
     """
 
+    name: str
     tensors: Mapping[str, torch.Tensor]
     items: tuple[Item, ...]
     parts: Mapping[str, _Parts]
@@ -123,17 +124,12 @@ class Media:
         """Whether ``generate`` passes each beam and sample of a row the inputs of that row, in order."""
         ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         rows = list(range(len(self.places)))
-        for name, kind in ((self._name(kind), kind) for kind in self._kinds):
+        for kind in self._kinds:
             one_each = [item.row for item in kind.items] == rows
-            if not (ahead and name != "audio") and not (
-                one_each and all(len(tensor) == len(rows) for tensor in kind.tensors.values())
-            ):
+            by_row = one_each and all(len(tensor) == len(rows) for tensor in kind.tensors.values())
+            if not by_row and not (ahead and kind.name != "audio"):
                 return False
         return True
-
-    @staticmethod
-    def _name(kind: _Kind) -> str:
-        return next(name for name, tensors in KINDS.items() if not kind.tensors.keys().isdisjoint(tensors))
 
 
 def placeholder_id(config: Any, kind: str) -> int | None:
@@ -148,15 +144,8 @@ def placeholder_id(config: Any, kind: str) -> int | None:
 def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.int64]) -> Media | str | None:
     """Return the media that enter at placeholders of ``ids [rows, columns]``; None when there are none.
 
-    Models ignore the mask when they count placeholders: masked placeholders are filled like all others.
-
-    Args:
-        arguments: arguments of the call.
-        config: config of the model.
-        ids: the prompt, including masked ids.
-
-    Returns:
-        The reason as text, if it is not known where an input enters.
+    Models ignore the mask when they count placeholders: masked placeholders are filled like all others. Returned text
+    is the reason why it is not known where an input enters.
     """
     kinds, places = [], np.zeros(ids.shape, np.bool_)
     for kind, names in KINDS.items():
@@ -177,8 +166,10 @@ def read_media(arguments: Mapping[str, Any], config: Any, ids: npt.NDArray[np.in
 def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Columns) -> _Kind:
     """Split the tensors of one kind into items; without items if the split is not certain."""
     where = np.argwhere(own)
-    split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own) or _alike(kind, tensors, len(where))
-    whole = _Kind(tensors, (), {}, {})
+    split = _by_grid(kind, tensors, config) or _by_row(kind, tensors, config, own)
+    if split is None:
+        split = _equal(kind, {name: torch.split(tensor, 1) for name, tensor in tensors.items()}, 0, len(where))
+    whole = _Kind(kind, tensors, (), {}, {})
     if split is None or getattr(config, f"{kind}_pruning_rate", None):  # pruning depends on the content
         return whole
     parts, dims, counts = split
@@ -191,7 +182,7 @@ def _kind(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Colu
             return whole
         digest = digest_tensors([(name, parts[name][index]) for name in tensors])
         items.append(Item(int(mine[0][0]), int(mine[0][1]), int(mine[-1][1]) + 1, digest))
-    return _Kind(tensors, tuple(items), parts, dims)
+    return _Kind(kind, tensors, tuple(items), parts, dims)
 
 
 _Split = tuple[dict[str, _Parts], dict[str, int], list[int]]
@@ -225,11 +216,6 @@ def _by_row(kind: str, tensors: Mapping[str, torch.Tensor], config: Any, own: Co
     return _equal(kind, {name: torch.split(tensor, 1, 1) for name, tensor in tensors.items()}, 1, int(own.sum()))
 
 
-def _alike(kind: str, tensors: Mapping[str, torch.Tensor], places: int) -> _Split | None:
-    """Split along the first dimension."""
-    return _equal(kind, {name: torch.split(tensor, 1) for name, tensor in tensors.items()}, 0, places)
-
-
 def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split | None:
     """Give each part the same number of placeholders: all parts have one shape, and equal size tensors."""
     main = KINDS[kind][0]
@@ -237,13 +223,10 @@ def _equal(kind: str, parts: dict[str, _Parts], dim: int, places: int) -> _Split
     if main not in parts or len(counts) != 1 or f"{kind}_grid_thw" in parts:
         return None
     n = counts.pop()
-    if not n or places % n or not all(_same(part) for name, part in parts.items() if name != main):
+    if not n or places % n:
+        return None
+    if not all(torch.equal(one, part[0]) for name, part in parts.items() if name != main for one in part):
         return None
     if dim == 1 and not all(bool(one.any()) for one in parts[main]):
         return None  # these models treat all-zero images as padding
     return parts, dict.fromkeys(parts, dim), [places // n] * n
-
-
-def _same(parts: Iterable[torch.Tensor]) -> bool:
-    first, *others = parts
-    return all(torch.equal(first, other) for other in others)

@@ -1,8 +1,8 @@
-"""Prompt: token ids and mask as one row of tokens per sequence, padding removed."""
+"""Prompts, and the tokens that a cache holds: one row of tokens per sequence, without padding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from kvtier.errors import PromptError
 from kvtier.hf.inputs.content_ids import ContentId, marked
 from kvtier.hf.not_reusable import NotReusable
-from kvtier.store.chain import TokenIds
+from kvtier.store.chain import TokenIds, common_run
 
 Positions = npt.NDArray[np.int64]
 
@@ -70,6 +70,14 @@ class Prompt:
         """Whether padding follows the tokens of ``row``: generated tokens are then not adjacent to them."""
         return self.pads[row] + len(self.rows[row]) < self.columns
 
+    def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return the ids ``[rows, columns]``, 0 for padding, and which of the columns are no padding."""
+        ids = np.zeros((len(self.rows), self.columns), np.int64)
+        real = np.zeros(ids.shape, np.bool_)
+        for row, (tokens, pad) in enumerate(zip(self.rows, self.pads, strict=True)):
+            ids[row, pad : pad + len(tokens)], real[row, pad : pad + len(tokens)] = tokens, True
+        return ids, real
+
     def begins(self, sequences: torch.Tensor) -> bool:
         """Whether ``sequences [rows, columns]`` begin with this prompt, each row of it repeated equally often."""
         rows = sequences.shape[0]
@@ -80,6 +88,32 @@ class Prompt:
         own = self.ids or self.rows
         places = [slice(pad, pad + len(tokens)) for tokens, pad in zip(own, self.pads, strict=True)]
         return all(np.array_equal(ids[r, places[r // repeats]], own[r // repeats]) for r in range(rows))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentPrefix:
+    """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` is in column ``pads[r] + j``.
+
+    ``marks`` and ``positions`` belong to each row's prompt; a prompt that continues it may leave out its media.
+    """
+
+    rows: tuple[TokenIds, ...]
+    pads: tuple[int, ...]
+    live: int | None = None
+    """The column after which the states of all rows are valid, in models that have states."""
+    marks: tuple[tuple[ContentId, ...], ...] = ()
+    positions: tuple[Positions, ...] = ()
+
+    def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
+        """Return the row with the most leading tokens of ``tokens``, and their number; ``preferred`` wins a tie."""
+        runs = [common_run(row, tokens) for row in self.rows]
+        best = max(range(len(runs)), key=lambda r: (runs[r], r == preferred))
+        return best, runs[best]
+
+    def cut(self, columns: int) -> ResidentPrefix:
+        """Return the part within the first ``columns`` columns."""
+        rows = tuple(row[: max(0, columns - p)] for row, p in zip(self.rows, self.pads, strict=True))
+        return replace(self, rows=rows, live=self.live if self.live == columns else None)
 
 
 def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt | NotReusable:

@@ -1,16 +1,20 @@
-"""GenerateRequest: the request of one call to a turn, read once from its arguments."""
+"""GenerateRequest: the request of one call to a turn; and the arguments of calls that forbid reuse or a warm start."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from kvtier.hf.inputs.chain_inputs import Inputs
+from kvtier.hf.compat.names import CHUNKS_CONTINUE, POSITIONAL
+from kvtier.hf.inputs.chain_inputs import CHAINED, Inputs
 from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.not_reusable import NotReusable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,3 +56,66 @@ class GenerateRequest:
     watched: bool = False
     custom: bool = False
     missing: tuple[str, ...] = ()
+
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+Setting = Callable[[str], Any]
+"""Name → the value of a generation setting, as ``generate`` will resolve it."""
+
+
+def why_cold(arguments: Mapping[str, Any], setting: Setting) -> str | None:
+    """Return why a call with these arguments cannot start from a stored prefix; None when it can."""
+    if any(setting(name) for name in _ASSISTED):
+        return "assisted decoding starts cold"
+    if setting("prefill_chunk_size") and not CHUNKS_CONTINUE:
+        return "prefill in chunks starts cold in this version of transformers"
+    if is_custom(arguments, setting):  # contrastive search, for example, needs the hidden states of every token
+        return "a custom generate may want what the model says of the whole prompt"
+    return None
+
+
+DROPPED = frozenset({"labels", "next_sequence_length"})
+"""Arguments that ``generate`` accepts, but passes to no forward pass."""
+
+# The above, arguments that generate() keeps for itself, and model arguments that do not change K and V.
+_HARMLESS = (
+    frozenset(POSITIONAL)
+    | DROPPED
+    | {
+        "input_ids",
+        "tokenizer",
+        "assistant_tokenizer",
+        "trust_remote_code",
+        "attention_mask",
+        "use_cache",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_router_logits",
+        "return_dict",
+        "debug_io",
+    }
+)
+_SETTINGS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+
+
+def why_unsound_call(arguments: Mapping[str, Any], setting: Setting) -> NotReusable | None:
+    """Return why the arguments of a ``generate`` call forbid reuse, besides the reasons that ``read_inputs`` finds."""
+    others = unknown_arguments(arguments)
+    if others:
+        return NotReusable(f"inputs besides tokens may decide K and V: {', '.join(others)}")
+    if setting("token_healing"):
+        return NotReusable("token healing rewrites the prompt")
+    return None
+
+
+def unknown_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of ``arguments`` of a ``generate`` call that may affect K and V in an unknown way."""
+    custom = arguments.get("custom_generate")  # generate() passes it these arguments, not the model
+    told = _HARMLESS | _SETTINGS | CHAINED | set(inspect.signature(custom).parameters if callable(custom) else ())
+    return sorted(name for name, value in arguments.items() if value is not None and name not in told)
+
+
+def is_custom(arguments: Mapping[str, Any], setting: Setting) -> bool:
+    """Whether code other than transformers' own decides which tokens are fed: a function, or code from the hub."""
+    moved = ("custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+    return any(setting(name) for name in moved) or (setting("num_beam_groups") or 1) > 1

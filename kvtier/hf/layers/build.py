@@ -95,7 +95,8 @@ def build_layers(
     others = sorted({type(layer).__name__ for layer in own} - {type(layer).__name__ for layer in places})
     if others:
         return upstream, f"layers of kind {', '.join(others)} are not kept"
-    shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    text = config.get_text_config(decoder=True)
+    shared = getattr(text, "num_kv_shared_layers", 0)
     read_by_others = _last_of_each_kind(upstream) if places or shared else set()
     numbers = count()
     layers: list[Any] = []
@@ -110,28 +111,21 @@ def build_layers(
             for name in ("make_indexer", "make_positions"):
                 arguments[name] = _memory(make, next(numbers), None, may_be_cold=False)
         layers.append(kind(**arguments))
-    return layers, _why_not_reused(config.get_text_config(decoder=True))
-
-
-def _why_not_reused(text: Any) -> str | None:
     if text.model_type == "dory" and text.recurrent_kv_cache_mode == "last_loop":
-        return (
+        return layers, (
             'with recurrent_kv_cache_mode="last_loop", early loops of this model see other K and V of a cached prefix '
             "than of one that is computed at once"
         )
-    return None
+    return layers, None
 
 
 def describe_layers(upstream: Iterable[Any]) -> list[tuple[type, dict[str, Any]]]:
     """Return the class and the plain values of each empty layer: equal for configs with equal layers."""
+    kept = (bool, int, float, str, dict, type(None))
     return [
-        (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if _is_plain(v)})
+        (type(layer), {k: list(v) if isinstance(v, dict) else v for k, v in vars(layer).items() if isinstance(v, kept)})
         for layer in upstream
     ]
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, dict, type(None)))
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:

@@ -42,9 +42,6 @@ OpenOffload = Callable[[Callable[[], int]], OffloadManager | None]
 class LayerContainer:
     """The layers of one cache.
 
-    Args:
-        open_offload: opens the offload manager of the cold layers.
-
     Attributes:
         layers: the layers as in transformers: attention, states, both, or placeholders that keep nothing.
         config: config of the model that the layers are made for; None before the first turn and during ``lay_out``.
@@ -169,24 +166,19 @@ class LayerContainer:
 
     # --- layers with states -----------------------------------------------------------------------------------------
 
-    # These layers do not count tokens. A forward pass asks the first of them for its state once, and gives it all new
-    # tokens, unless there is only one.
+    def calling(self, method: str, index: int, state: int, *, fed: int = 0) -> None:
+        """Note a model's call of ``method`` for a state, and ``fed`` further columns.
 
-    def asked_for_conv_state(self, index: int, state: int) -> None:
-        """Note that a model asks for a convolution state."""
-        self._calls["get_conv_state", index, state] += 1
+        These layers do not count tokens. A forward pass asks the first of them for its state once, and gives it all new
+        tokens, unless there is only one.
+
+        Raises:
+            ConfigurationError: there is no such layer with states.
+        """
+        self.check_has_states(index)
+        self._calls[method, index, state] += 1
         if state == 0 and index == self._first_linear:
-            self.fed_columns += 1
-
-    def updating_conv_state(self, index: int, state: int, columns: int) -> None:
-        """Note that a model gives ``columns`` new tokens to a convolution."""
-        self._calls["update_conv_state", index, state] += 1
-        if state == 0 and index == self._first_linear:
-            self.fed_columns += columns - 1
-
-    def updating_recurrent_state(self, index: int, state: int) -> None:
-        """Note that a model replaces a recurrent state."""
-        self._calls["update_recurrent_state", index, state] += 1
+            self.fed_columns += fed
 
     def begin_turn(self, held_columns: int, prompt_columns: int, new_columns: int) -> None:
         """Note that a turn begins.
@@ -255,8 +247,9 @@ class LayerContainer:
                 f"{which} of this TieredCache was asked for {what}, but it does not know the model's layers yet: pass "
                 "config=model.config to TieredCache(), or call begin(model, input_ids) before the model"
             )
-        there = layer_idx is not None and layer_idx < len(self.layers)
-        found = f"a {type(self.layers[layer_idx]).__name__}" if there and layer_idx is not None else "no such layer"
+        found = "no such layer"
+        if layer_idx is not None and layer_idx < len(self.layers):
+            found = f"a {type(self.layers[layer_idx]).__name__}"
         return ConfigurationError(
             f"{which} of this TieredCache was asked for {what}, but the config it was given lays out {found} "
             "there: pass the config of the model that is called, or call begin(model, input_ids) first"
@@ -271,7 +264,6 @@ class LayerContainer:
         """
         twin.fed_columns, twin._calls = self.fed_columns, self._calls.copy()
         if twin.offload is None or self.offload is None:
-            memo[id(self.room)] = twin.room
             for layer in self.attention:
                 if isinstance(layer.memory, KVBuffer):
                     # A layer that waits for a prefix may still move the columns behind it.

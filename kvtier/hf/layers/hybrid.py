@@ -24,7 +24,6 @@ class _Hybrid(AttentionLayer):
     is_croppable: Any = LinearAttentionCacheLayerMixin.is_croppable  # a property; the buffer is always croppable
 
     def reset(self) -> None:
-        """Drop all content."""
         LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
         AttentionLayer.reset(self)
 
@@ -43,16 +42,13 @@ class _Hybrid(AttentionLayer):
         AttentionLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes the former row ``beam_idx[i]``."""
         _Hybrid.batch_select_indices(self, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
         move_rows(self, lambda states: states[indices.to(states.device)])
         AttentionLayer.batch_select_indices(self, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, copies next to each other."""
         move_rows(self, lambda states: states.repeat_interleave(repeats, 0))
         AttentionLayer.batch_repeat_interleave(self, repeats)
 

@@ -158,18 +158,15 @@ def _number(value: Any) -> Any:
 
 def _set(layer: Any, path: Sequence[str], value: Any) -> None:
     """Set the value at ``path``, an attribute and then keys of nested dicts. The path must exist already."""
-    holder = vars(layer)
+    holder: Any = vars(layer)
     holder.setdefault("dtype", None)  # some layers get it with their first token
     for depth, part in enumerate(path):
-        key = next((key for key in holder if str(key) == part), None)
+        key = next((key for key in holder if str(key) == part), None) if isinstance(holder, dict) else None
         if key is None:
             raise UnreadableError(f"a {type(layer).__name__} has no {'.'.join(path)}")
         if depth == len(path) - 1:
             holder[key] = value
-        elif isinstance(holder[key], dict):
-            holder = holder[key]
-        else:
-            raise UnreadableError(f"a {type(layer).__name__} has no {'.'.join(path)}")
+        holder = holder[key]
 
 
 def _forget(layer: Any) -> None:

@@ -22,15 +22,11 @@ GENERATE = "generate()"
 
 @dataclass(slots=True, eq=False)
 class _Use:
-    """A call that is using a cache.
-
-    Attributes:
-        what: the method, as messages name it.
-        thread: id of its thread; None when it runs in the parent process of a fork.
-    """
+    """A call that is using a cache."""
 
     what: str
     thread: int | None
+    """The id of its thread; None when it runs in the parent process of a fork."""
 
 
 _uses: WeakKeyDictionary[Any, _Use] = WeakKeyDictionary()
@@ -57,12 +53,8 @@ def exclusively(cache: Any, what: str, call: Callable[[], Result]) -> Result:
     """Run ``call`` with exclusive use of ``cache``, and return its result.
 
     A call on another thread is waited for, up to ``cache.wait_seconds``. There is no wait for an outer call on this
-    thread, which cannot end before this one, nor for a call in the parent process of a fork.
-
-    Args:
-        cache: the cache that ``call`` reads and changes.
-        what: the calling method, as messages name it; ``GENERATE`` makes ``is_serving`` true.
-        call: the function to run.
+    thread, which cannot end before this one, nor for a call in the parent process of a fork. ``what`` is the calling
+    method, as messages name it; ``GENERATE`` makes ``is_serving`` true.
 
     Raises:
         BusyError: another call is using ``cache``.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from kvtier.errors import ClosedError, StreamError
+from kvtier.hf.inputs.prompt import ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer, host_pages
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
-from kvtier.hf.turn.candidates import ResidentPrefix
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore
 
@@ -30,14 +29,9 @@ def keep(
 ) -> ResidentPrefix | None:
     """Commit the tokens whose K and V every buffer holds, and return them; None where the layers must be emptied.
 
-    Args:
-        named: the tokens in the rows of the layers.
-        turn: the turn that ends.
-        layers: layers of the cache.
-        checkpoints: state checkpoints of the cache.
-        store: store of the prefixes.
-        whole: whether no forward pass was interrupted.
+    ``named`` are the tokens in the rows of the layers. ``whole``: no forward pass of the turn was interrupted.
     """
+    assert turn.identity is not None
     filled = layers.filled
     if not all(layer.complete and layer.rows == len(named.rows) for layer in filled):
         return None
@@ -46,8 +40,14 @@ def keep(
         layer.length = length
     resident = named.cut(length)
     states = _states_of_rows(layers, checkpoints, resident, turn, length, whole) if layers.states else None
+    memories = [layer.memory for layer in layers.attention]
     try:
-        _store_rows(store, layers, resident, turn, states)
+        if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
+            _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
+        else:
+            for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
+                read = partial(host_pages, memories, row, pad)
+                store.commit(turn.identity.root, tokens, read, turn.identity.manifest, states[row] if states else None)
     except StreamError as error:
         _log.warning("this turn is not kept: %s", error)
         return None
@@ -55,24 +55,6 @@ def keep(
         # The answer exists: failing to store the turn must not lose it.
         _log.warning("this turn is not kept in the store: %s", error)
     return replace(resident, live=checkpoints.live)
-
-
-def _store_rows(
-    store: PrefixStore,
-    layers: LayerContainer,
-    resident: ResidentPrefix,
-    turn: Turn,
-    states: Sequence[Mapping[int, torch.Tensor]] | None,
-) -> None:
-    assert turn.identity is not None
-    root, manifest = turn.identity.root, turn.identity.manifest
-    memories = [layer.memory for layer in layers.attention]
-    if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
-        _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
-        return
-    for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
-        read = partial(host_pages, memories, row, pad)
-        store.commit(root, tokens, read, manifest, None if states is None else states[row])
 
 
 def _states_of_rows(

@@ -17,18 +17,16 @@ from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.inputs.continued import media_error
-from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.container import LayerContainer
-from kvtier.hf.layers.layer_marks import LayerMarks
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
-from kvtier.hf.turn.admission import admit, why_cold
-from kvtier.hf.turn.candidates import ResidentPrefix
-from kvtier.hf.turn.cost import COSTS
+from kvtier.hf.turn.candidates import HeldPrefix
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep
-from kvtier.hf.turn.start import planned_turn, start_load
+from kvtier.hf.turn.plan import COSTS
+from kvtier.hf.turn.start import admit, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.report import TurnReport
@@ -50,16 +48,12 @@ class TurnManager:
     Guarantees: a turn begins with a prefix of its own prompt, or with nothing. However a turn ends, the layers then
     hold known tokens, or nothing.
 
-    Args:
-        layers: layers of the cache.
-        store: store of the prefixes.
-        wait_seconds: how long a call waits for a call on another thread that is using the cache.
-
     Attributes:
         layers: layers of the cache.
         store: store of the prefixes.
-        wait_seconds: see above.
+        wait_seconds: how long a call waits for a call on another thread that is using the cache.
         costs: costs that plans compare.
+        turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
         closed: whether the cache was closed.
 
@@ -77,11 +71,10 @@ class TurnManager:
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.closed = False
-        self._turn: Turn | None = None
-        self._resident: ResidentPrefix | None = None
+        self.turn: Turn | None = None
+        self._resident: HeldPrefix | None = None
         self._checkpoints = StateCheckpoints()
         self._root: str | None = None
-        self._marks: LayerMarks | None = None
         self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
         self._longest_answer = 0
@@ -103,7 +96,7 @@ class TurnManager:
             UnannouncedError: no turn has begun, kvtier did not see the running ``generate()``, the cache holds tokens.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
-        turn = self._turn
+        turn = self.turn
         if turn is None:
             self._feed_unannounced()
         else:
@@ -117,7 +110,7 @@ class TurnManager:
             UnannouncedError: no turn has begun, kvtier did not see the running ``generate()``, the cache holds tokens.
             UninstalledError: ``uninstall()`` was called, and no turn has begun.
         """
-        if self._turn is None:
+        if self.turn is None:
             self._feed_unannounced()
 
     def _feed_unannounced(self) -> None:
@@ -147,17 +140,17 @@ class TurnManager:
 
     def cropped(self) -> None:
         """Note that every layer was cropped."""
-        if self._turn is not None:
-            ends = {index: self.layers.layers[index].get_seq_length() for index in self._turn.ends}
-            self._turn.cropped(self.layers.columns, ends)
+        if self.turn is not None:
+            ends = {index: self.layers.layers[index].get_seq_length() for index in self.turn.ends}
+            self.turn.cropped(self.layers.columns, ends)
 
     def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Replace row ``i`` of every layer by former row ``rows[i]``; ``move`` does so in one layer with K and V."""
-        before, turn = self.layers.row_count, self._turn
+        before, turn = self.layers.row_count, self.turn
         # Until every layer has moved, an interrupt leaves different rows in different layers: nothing can be kept then.
-        self._turn, self._resident = (Turn.off("rows were being moved") if turn else None), None
+        self.turn, self._resident = (Turn.off("rows were being moved") if turn else None), None
         self.layers.move_rows(rows, move)
-        self._turn = turn
+        self.turn = turn
         if turn is not None:
             turn.rows_moved(rows, before)
 
@@ -201,7 +194,7 @@ class TurnManager:
             if changed and turn.prefix is None:
                 turn.reason = "the model is not the one that filled this cache"
             try:
-                return self._start(request, turn, model)
+                return self._start(request, turn)
             except BlockError:
                 continue  # the blocks do not fit the model and are withheld: plan without them
 
@@ -222,25 +215,9 @@ class TurnManager:
         return self._resident_now()
 
     def _resident_now(self) -> ResidentPrefix | None:
-        """Return the tokens that all buffers hold, cut to the length of the buffers: a crop between turns shortens it.
+        return self._resident.now(self.layers) if self._resident is not None else None
 
-        None when any other change of a layer has happened since.
-        """
-        if (
-            self._resident is None
-            or not self.layers.layers
-            or self._marks is None
-            or not self._marks.still_hold(self.layers.layers)
-        ):
-            return None
-        if not self.layers.attention:
-            return self._resident
-        lengths = {layer.length for layer in self.layers.filled}
-        if len(lengths) != 1 or not all(layer.complete for layer in self.layers.filled):
-            return None
-        return self._resident.cut(lengths.pop())
-
-    def _start(self, request: GenerateRequest, turn: Turn, model: PreTrainedModel | None = None) -> TurnReport:
+    def _start(self, request: GenerateRequest, turn: Turn) -> TurnReport:
         """Start the ``turn`` of a ``request``.
 
         Raises:
@@ -248,7 +225,7 @@ class TurnManager:
             PromptError: media of the call's prompt were not passed, and the reused prefix does not contain them.
         """
         needed = request.prompt.needed if request.prompt is not None else 0
-        if needed > (turn.prefix.columns if turn.prefix is not None else 0):
+        if needed > turn.reused_columns:
             reason = turn.reason or "the turn would begin before the last of it entered"
             if turn.prefix is not None:
                 turn.prefix.close()
@@ -256,17 +233,14 @@ class TurnManager:
                 raise media_error(request.missing, reason)
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
+        columns = turn.prompt.columns if turn.prompt is not None else 0
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
-            start_load(turn, turn.prefix, self.layers, self._checkpoints, model, request.repeats)
+            start_load(turn.prefix, columns, self.layers, self._checkpoints)
         turn.is_strict = self._is_strict
-        self._turn, self._marks = turn, None
-        self.layers.begin_turn(
-            turn.prefix.columns if turn.prefix is not None else 0,
-            turn.prompt.columns if turn.prompt is not None else 0,
-            self._longest_answer,
-        )
+        self.turn = turn
+        self.layers.begin_turn(turn.reused_columns, columns, self._longest_answer)
         self.last_turn = turn.report()
         return self.last_turn
 
@@ -283,32 +257,21 @@ class TurnManager:
         self.last_turn = Turn.off(reason).report()
 
     @property
-    def turn(self) -> Turn | None:
-        """The turn that has begun and is not committed."""
-        return self._turn
-
-    @property
-    def has_states(self) -> bool:
-        """Whether any layer keeps states, which are valid after one token only."""
-        return bool(self.layers.states)
-
-    @property
     def trace(self) -> TokenTrace | None:
         """The trace of this turn; None when generated tokens are known without it."""
-        return self._turn.trace if self._turn is not None else None
+        return self.turn.trace if self.turn is not None else None
 
     def prefill_chunks(self) -> Sequence[tuple[int, int]]:
         """Return the columns ``(begin, end)`` of each chunk to be fed, in order, before the rest of the prompt."""
-        return self._turn.prefill.chunks if self._turn is not None else ()
+        return self.turn.prefill.chunks if self.turn is not None else ()
 
     def prefilled(self, column: int) -> None:
         """Note that completed forward passes have fed the model exactly the first ``column`` columns."""
-        turn = self._turn
+        turn = self.turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
-        if (column == turn.prompt.columns or column in turn.prefill.checkpoint_columns) and self.layers.in_step(
-            turn.passes, ended=True
-        ):
+        is_kept = column == turn.prompt.columns or column in turn.prefill.checkpoint_columns
+        if is_kept and self.layers.in_step(turn.passes, ended=True):
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
 
     def can_start_again(self) -> bool:
@@ -321,10 +284,10 @@ class TurnManager:
         Raises:
             PromptError: the last turn kept nothing, or has no such row.
         """
-        if self._resident is None or self._root is None or not 0 <= row < len(self._resident.rows):
+        if self._resident is None or self._root is None or not 0 <= row < len(self._resident.prefix.rows):
             reason = self.last_turn.miss_reason if self.last_turn is not None else "there was none"
             raise PromptError(f"row {row} of the last turn cannot be named: nothing of it was kept ({reason})")
-        return self._root, self._resident.rows[row]
+        return self._root, self._resident.prefix.rows[row]
 
     def commit(self, sequences: Any, eos_ids: Iterable[int] = (), *, whole: bool = True) -> TurnReport:
         """End the turn: keep prompt and generated tokens.
@@ -336,7 +299,7 @@ class TurnManager:
             eos_ids: ids that end a sequence.
             whole: whether no forward pass was interrupted.
         """
-        turn, self._turn = self._turn, None
+        turn, self.turn = self.turn, None
         if turn is None:  # the cache was closed inside generate(); the answer is still right
             self.last_turn = Turn.off("the cache was closed before the turn ended").report()
             return self.last_turn
@@ -348,22 +311,19 @@ class TurnManager:
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
             named = turn.named(generated, self.layers.row_count, self.layers.common_columns, list(eos_ids))
-            ended = whole and is_serving(self)  # in a custom loop, the last pass may have been interrupted
-            if (
-                self.layers.states
-                and (whole or not is_serving(self))
-                and not self.layers.in_step(turn.passes, ended=ended)
-            ):
+            serving = is_serving(self)
+            ended = whole and serving  # in a custom loop, the last pass may have been interrupted
+            if self.layers.states and (whole or not serving) and not self.layers.in_step(turn.passes, ended=ended):
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
                 self.lay_out(self.layers.config)
             elif self.layers.has_grown:
                 turn.reason = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
-                self._resident = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole)
-                if self._resident is None:
+                kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole)
+                if kept is None:
                     self.lay_out(self.layers.config)
                 else:
-                    self._marks = LayerMarks(self.layers.layers)
+                    self._resident = HeldPrefix(kept, self.layers)
         except Exception as error:
             # The answer exists: failing to keep the turn must not lose it.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
@@ -377,7 +337,7 @@ class TurnManager:
 
     def abort(self) -> None:
         """End an interrupted turn: keep the part of its prompt that every layer has."""
-        turn = self._turn
+        turn = self.turn
         if turn is None:
             return
         attention = self.layers.attention
@@ -390,22 +350,22 @@ class TurnManager:
             self.start_over()
 
     def _end_turn(self) -> None:
-        turn, self._turn = self._turn, None
+        turn, self.turn = self.turn, None
         if turn is not None and turn.prefix is not None:
             turn.prefix.close()
 
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
         """Copy the content and the running turn to ``twin``, the manager of a second cache."""
-        turn = self._turn
+        turn = self.turn
         if turn is not None and turn.prefix is not None and self.layers.offload is None:
             turn.prefix.wait()  # loading pages land in buffers that are about to be shared
         if turn is not None and turn.prompt is not None:
             twin.layers.expect_columns(turn.prompt.columns, self._longest_answer)
         self.layers.copy_to(twin.layers, memo)
         if turn is not None:
-            twin._turn = turn.twin(memo if self.can_start_again() else None)
-        if self._resident is not None and self._marks is not None and self._marks.still_hold(self.layers.layers):
-            twin._resident, twin._marks = self._resident, LayerMarks(twin.layers.layers)
+            twin.turn = turn.twin(memo if self.can_start_again() else None)
+        if self._resident is not None and self._resident.is_in(self.layers):
+            twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
 
     def close(self) -> None:

@@ -1,18 +1,44 @@
-"""The plan of a turn, a pure function of its candidates: how much is reused, from where, and how the rest is fed."""
+"""The plan of a turn, a pure function of its candidates: how much is reused, from where, and how the rest is fed.
+
+What a plan compares are constants, with units in their names. Eviction has two more in ``store/eviction/adaptive.py``,
+because the store knows no model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.prefix_load import RowPlan
 from kvtier.hf.turn.candidates import Candidates
-from kvtier.hf.turn.cost import Costs
-from kvtier.report import Divergence
 from kvtier.store.chain import BlockId
 from kvtier.store.lookup import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The costs that a plan compares.
+
+    Attributes:
+        single_pass_tokens: cost of a forward pass of one token, in tokens of a long prefill.
+        checkpoint_worth_tokens: tokens that a checkpoint must save the next prompt that branches at the same place: it
+            costs one more forward pass.
+        checkpoint_spacing_tokens: distance between checkpoints of a long prompt: an edit recomputes half of it on
+            average (``benchmarks/checkpoints.py``).
+        overlap_bytes_per_second: pages that load faster than this are waited for before the first layer computes. When
+            compute threads leave no core to reading threads, each slows the other down by more than the overlap
+            gains. Slow drives do not reach this rate.
+    """
+
+    single_pass_tokens: int = 4
+    checkpoint_worth_tokens: int = 16
+    checkpoint_spacing_tokens: int = 2048
+    overlap_bytes_per_second: float = 1e9
+
+
+COSTS = Costs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +74,10 @@ NO_PREFILL = Prefill()
 
 
 def plan_prefill(prompt: Prompt, begin: int, cut: int, abilities: Abilities, costs: Costs) -> Prefill:
-    """Return how the prompt of a model with states is fed.
+    """Return how the prompt of a model with states is fed, after ``begin`` reused columns.
 
-    Prompts tend to branch at the same place: if K and V but no states are known up to a branch, states are kept there.
-    (Marconi, MLSys 2025, keeps the states of hybrid models at such branches.)
-
-    Args:
-        prompt: the prompt of the turn.
-        begin: number of reused columns.
-        cut: number of columns whose K and V are known.
-        abilities: abilities of the model.
-        costs: costs to compare.
+    Prompts tend to branch at the same place: if K and V but no states are known up to the column ``cut``, states are
+    kept there. (Marconi, MLSys 2025, keeps the states of hybrid models at such branches.)
     """
     if not abilities.may_feed or prompt.is_padded:
         return NO_PREFILL
@@ -86,10 +105,7 @@ class TurnPlan:
         rows: source of the first tokens of each row.
         spans: spans that each row loads from the store.
         checkpoints: block of each row whose states are loaded; empty when the layers already have the states.
-        divergences: where each row differs from the known prefix.
-        known: tokens of each row whose K and V are known, as if the row were alone.
-        limit: the column up to which every row is known.
-        known_columns: columns whose K and V are known; with states, fewer may be reusable.
+        candidates: the known prefixes of the prompt.
         prefill: chunks and checkpoint columns of the rest.
         reason: why no more tokens are reused.
     """
@@ -98,21 +114,14 @@ class TurnPlan:
     rows: tuple[RowPlan, ...]
     spans: tuple[tuple[Span, ...], ...]
     checkpoints: tuple[BlockId, ...]
-    divergences: tuple[Divergence | None, ...]
-    known: tuple[int, ...]
-    limit: int
-    known_columns: int
-    prefill: Prefill = NO_PREFILL
-    reason: str | None = None
+    candidates: Candidates
+    prefill: Prefill
+    reason: str | None
 
     @property
     def needs_store(self) -> bool:
         """Whether anything is loaded from the store."""
         return bool(self.checkpoints) or any(self.spans)
-
-    def device_tokens(self) -> int:
-        """Return the number of reused tokens that the buffers hold already."""
-        return sum(min(row.device_tokens, max(0, self.columns - row.pad)) for row in self.rows)
 
 
 def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
@@ -137,20 +146,15 @@ def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Co
         found.match.between(row.device_tokens, columns - row.pad) if columns else ()
         for found, row in zip(candidates.rows, rows, strict=True)
     )
-    planned = TurnPlan(
+    return TurnPlan(
         columns,
         rows,
         spans,
         checkpoints,
-        tuple(candidates.divergence(row, tokens) for row, tokens in enumerate(prompt.rows)),
-        candidates.known,
-        candidates.limit,
-        candidates.columns,
-        reason=reason,
+        candidates,
+        plan_prefill(prompt, columns, candidates.columns, abilities, costs) if abilities.states else NO_PREFILL,
+        reason,
     )
-    if not abilities.states:
-        return planned
-    return replace(planned, prefill=plan_prefill(prompt, planned.columns, candidates.columns, abilities, costs))
 
 
 def _row_plans(prompt: Prompt, candidates: Candidates) -> tuple[RowPlan, ...]:

@@ -1,29 +1,76 @@
-"""The start of a turn: its plan, the opened blocks, and the layers that wait for their parts of the prefix."""
+"""The start of a turn: its admission, its plan, the opened blocks, and the layers that wait for their parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtier.errors import BlockError
-from kvtier.hf.compat.model_profiles import profile_of
+from kvtier.hf.compat.canary import why_untrusted
+from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
 from kvtier.hf.identity.fingerprint import Identity
-from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.layers.attention import SlidingWindowLayer
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
 from kvtier.hf.layers.prefix_load import PrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
-from kvtier.hf.turn.admission import is_spread
-from kvtier.hf.turn.candidates import ResidentPrefix, find_candidates
-from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.plan import Abilities, plan
+from kvtier.hf.not_reusable import NotReusable
+from kvtier.hf.turn.candidates import find_candidates
+from kvtier.hf.turn.plan import Abilities, Costs, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore
+
+
+def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContainer) -> Prompt | NotReusable:
+    """Return the prompt of a turn that may reuse and be kept, otherwise the reason against both.
+
+    ``layers`` are laid out for the model.
+    """
+    prompt, states = request.prompt, bool(layers.states)
+    reason = why_untrusted() or request.off
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        reason = reason or "the model has no config"
+    else:
+        reason = reason or layers.no_reuse or why_off(model)
+    if prompt is not None and not reason and states and prompt.is_padded:  # K and V then depend on the padding too
+        reason = "padding would go into the states of this model"
+    if prompt is not None and not reason:
+        reason = why_not_so(model, prompt.columns, prompt.is_padded, request.longest_answer)
+    if prompt is None or reason or prompt.columns == 0 or not prompt.rows:
+        return NotReusable(reason or "the prompt is empty")
+    if states and is_spread(model):
+        return NotReusable("states of layers on several devices are not restored")
+    return prompt
+
+
+def why_cold(prompt: Prompt, request: GenerateRequest, layers: LayerContainer) -> str | None:
+    """Return why a turn must not start from a known prefix, though its tokens may be kept; None when it may."""
+    if request.cold is None and _hides_rows(prompt, layers):
+        return "right padding fills the whole sliding window, so that a row's last tokens are not visible"
+    return request.cold
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Return whether the layers of ``model`` are on several devices."""
+    devices: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    return len(set(devices.values())) > 1
+
+
+def _hides_rows(prompt: Prompt, layers: LayerContainer) -> bool:
+    """Whether right padding may hide all tokens of a row from the last column: the answer then depends on chunking."""
+    trailing = max(prompt.columns - pad - len(row) for row, pad in zip(prompt.rows, prompt.pads, strict=True))
+    if trailing <= 0:
+        return False
+    text = layers.config.get_text_config(decoder=True) if layers.config is not None else None
+    widths = [layer.sliding_window for layer in layers.attention if isinstance(layer, SlidingWindowLayer)]
+    return bool(widths) and (trailing >= min(widths) or bool(getattr(text, "attention_chunk_size", None)))
 
 
 def planned_turn(
@@ -36,18 +83,7 @@ def planned_turn(
     store: PrefixStore,
     costs: Costs,
 ) -> Turn:
-    """Return the turn that reuses the longest known prefix that can be opened now.
-
-    Args:
-        model: the model of the turn.
-        prompt: the prompt of the turn.
-        identity: identity of the model.
-        request: the request of the call.
-        resident: the tokens that the layers hold.
-        layers: layers of the cache.
-        store: store of the prefixes.
-        costs: costs that the plan compares.
-    """
+    """Return the turn that reuses the longest known prefix that can be opened now."""
     profile, states = profile_of(model), bool(layers.states)
     abilities = Abilities(states, profile.token_by_token, request.feeds and request.repeats == 1 and prompt.plain)
     while True:
@@ -60,8 +96,11 @@ def planned_turn(
         break
     prefix = None
     if planned.columns:
-        held_rows = len(resident.rows) if resident else 0
-        prefix = _prefix_kind(model, layers)(planned.columns, planned.rows, job, held_rows)
+        kind: Callable[..., PrefixLoad] = PrefixLoad
+        if layers.offload is not None:
+            kind = partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
+        prefix = kind(planned.columns, planned.rows, job, len(resident.rows) if resident else 0)
+        prefix.repeats, prefix.device = request.repeats, model.device
         prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
     turn = Turn.planned(prompt, identity, prefix, planned, job)
     turn.keeps_answer_states = not (states and profile.decodes_otherwise)
@@ -70,55 +109,29 @@ def planned_turn(
     return turn
 
 
-def _prefix_kind(model: PreTrainedModel, layers: LayerContainer) -> Callable[..., PrefixLoad]:
-    if layers.offload is None:
-        return PrefixLoad
-    return partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
-
-
-def start_load(
-    turn: Turn,
-    prefix: PrefixLoad,
-    layers: LayerContainer,
-    checkpoints: StateCheckpoints,
-    model: PreTrainedModel | None,
-    repeats: int,
-) -> None:
-    """Start loading a prefix; each layer waits for its own pages in its next update.
-
-    Args:
-        turn: the turn that begins.
-        prefix: the prefix that the turn reuses.
-        layers: layers of the cache.
-        checkpoints: state checkpoints of the cache.
-        model: the model of the turn.
-        repeats: how many rows of the cache continue each row of the prompt.
+def start_load(prefix: PrefixLoad, columns: int, layers: LayerContainer, checkpoints: StateCheckpoints) -> None:
+    """Start loading a prefix of a prompt of ``columns``; each layer waits for its own pages in its next update.
 
     Raises:
         BlockError: blocks do not fit the layers; later lookups skip them.
     """
     attention = layers.attention
-    assert turn.prompt is not None
     try:
-        if model is not None:
-            prefix.repeats, prefix.device = repeats, model.device
-        prefix.start([layer.memory for layer in attention], turn.prompt.columns)
+        prefix.start([layer.memory for layer in attention], columns)
         for index, layer in enumerate(attention):
             layer.expect(prefix, index)
-        if layers.states and model is not None:
-            _start_states(prefix, layers, checkpoints, model, repeats)
+        if layers.states:
+            _start_states(prefix, layers, checkpoints)
     except BaseException:
         prefix.close()
         raise
 
 
-def _start_states(
-    prefix: PrefixLoad, layers: LayerContainer, checkpoints: StateCheckpoints, model: PreTrainedModel, repeats: int
-) -> None:
+def _start_states(prefix: PrefixLoad, layers: LayerContainer, checkpoints: StateCheckpoints) -> None:
     if not prefix.has_states:
-        checkpoints.go_on(layers.states, repeats)
+        checkpoints.go_on(layers.states, prefix.repeats)
         return
     try:
-        checkpoints.put(layers.states, prefix.states(), model.device, repeats)
+        checkpoints.put(layers.states, prefix.states(), prefix.device, prefix.repeats)
     except UnreadableError as error:
         raise prefix.reject(f"the states of a checkpoint cannot be used: {error}") from error

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvtier.hf.compat.names import CACHE_ARGUMENTS
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.store.chain import TokenIds
 
-# Arguments of a forward pass that change no K and V, besides the checked ones.
+_CHECKED = frozenset({"input_ids", "attention_mask", "position_ids"})
+# Arguments of a forward pass that change no K and V.
 _HARMLESS = frozenset({*CACHE_ARGUMENTS, "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict"})
 # Arguments of ``generate`` that a custom generate function may pass on to the model.
 _OF_GENERATE = frozenset({"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"})
+_EXPECTED = _CHECKED | _HARMLESS | _OF_GENERATE
 
 
 class TokenTrace:
@@ -34,10 +35,7 @@ class TokenTrace:
     def __init__(self, prompt: Prompt, columns: int = 0) -> None:
         self._prompt = prompt
         self._row_of: torch.Tensor | None = None
-        ids = np.zeros((len(prompt.rows), prompt.columns), np.int64)
-        real = np.zeros(ids.shape, np.bool_)
-        for row, (tokens, pad) in enumerate(zip(prompt.rows, prompt.pads, strict=True)):
-            ids[row, pad : pad + len(tokens)], real[row, pad : pad + len(tokens)] = tokens, True
+        ids, real = prompt.table()
         self._real = torch.from_numpy(real)
         self._pads = torch.tensor(prompt.pads, device="cpu")
         self._early = torch.tensor([prompt.ends_early(row) for row in range(len(prompt.rows))], device="cpu")
@@ -52,10 +50,7 @@ class TokenTrace:
         others = [
             name
             for name, value in arguments.items()
-            if value is not None
-            and name not in _HARMLESS | _OF_GENERATE
-            and not name.startswith("output_")
-            and name not in ("input_ids", "attention_mask", "position_ids")
+            if value is not None and name not in _EXPECTED and not name.startswith("output_")
         ]
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or others:
             self._doubt(f"it was fed {', '.join(sorted(others)) or 'no ids'}")
@@ -136,9 +131,7 @@ class TokenTrace:
     def rows(self, row_of: Sequence[int], columns: int) -> list[TokenIds] | None:
         """Return the tokens of each row within the first ``columns`` columns; None when they are not known.
 
-        Args:
-            row_of: the prompt row that each row of the cache continues.
-            columns: columns that the cache holds.
+        ``row_of``: the prompt row that each row of the cache continues.
         """
         if self.trouble is None and self._checks and not all(bool(check) for check in self._checks):
             self._doubt("masks or positions do not fit a prompt")

@@ -14,12 +14,11 @@ import torch
 
 from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
-from kvtier.hf.inputs.prompt import Prompt
+from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.layers.prefix_load import PrefixLoad
-from kvtier.hf.turn.candidates import ResidentPrefix
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
-from kvtier.report import Divergence, RowReport, TurnReport
+from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
 from kvtier.store.load import LoadJob
 
@@ -43,11 +42,8 @@ class Turn:
         trace: the tokens fed, recorded for decoding modes whose returned sequences do not show them.
         custom: whether only a trace can show the tokens fed: even the prompt may not have been fed.
         match_seconds: time spent finding the prefix.
-        divergences: where each row differs from the known prefix.
+        plan: the plan of the turn; None when nothing of it was looked up.
         cached_by_tier: tokens of the prefix by source tier.
-        known: tokens of each row whose K and V are known, as if the row were alone.
-        limit: the column up to which every row is known.
-        prefill: chunks of the prompt, and checkpoint columns besides the ends of prompt and turn.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
 
@@ -65,11 +61,8 @@ class Turn:
     trace: TokenTrace | None = None
     custom: bool = False
     match_seconds: float = 0.0
-    divergences: Sequence[Divergence | None] = ()
+    plan: TurnPlan | None = None
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
-    known: Sequence[int] = ()
-    limit: int = 0
-    prefill: Prefill = NO_PREFILL
     keeps_answer_states: bool = True
 
     @classmethod
@@ -81,33 +74,20 @@ class Turn:
     def planned(
         cls, prompt: Prompt, identity: Identity, prefix: PrefixLoad | None, plan: TurnPlan, job: LoadJob | None
     ) -> Turn:
-        """Return the turn that a plan describes.
-
-        Args:
-            prompt: the prompt of the turn.
-            identity: identity of the model.
-            prefix: the reused prefix; None for none.
-            plan: the plan of the turn.
-            job: the load from the store; None for none.
-        """
+        """Return the turn that a plan describes, with the reused ``prefix`` and the ``job`` that loads it, if any."""
         by_tier: dict[str, int] = {}
         if prefix is not None:
-            by_tier["device"] = plan.device_tokens()
+            by_tier["device"] = sum(min(row.device_tokens, max(0, plan.columns - row.pad)) for row in plan.rows)
         if job is not None:
             for span in (span for spans in plan.spans for span in spans):
                 tier = job.tier(span.block.key)
                 by_tier[tier] = by_tier.get(tier, 0) + span.tokens
-        return cls(
-            prompt,
-            identity,
-            prefix,
-            plan.reason,
-            divergences=plan.divergences,
-            cached_by_tier=by_tier,
-            known=plan.known,
-            limit=plan.limit,
-            prefill=plan.prefill,
-        )
+        return cls(prompt, identity, prefix, plan.reason, plan=plan, cached_by_tier=by_tier)
+
+    @property
+    def prefill(self) -> Prefill:
+        """Chunks of the prompt, and checkpoint columns besides the ends of prompt and turn."""
+        return self.plan.prefill if self.plan is not None else NO_PREFILL
 
     def twin(self, memo: dict[int, Any] | None) -> Turn:
         """Return the same turn for a copy of the cache.
@@ -126,7 +106,7 @@ class Turn:
             return
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
-        before = self.row_of or self._expanded(held_rows)
+        before = self.prompt_rows(held_rows)
         self.row_of = [before[int(r)] for r in rows.tolist()]
         self.prompt_only = True
         if self.trace is not None:
@@ -140,7 +120,7 @@ class Turn:
         """
         ends = self.ends
         resident = ends.get(layer)
-        expected, last_pass = resident if resident is not None else (self._known_columns, 0)
+        expected, last_pass = resident if resident is not None else (self.reused_columns, 0)
         if begin != expected:
             self._changed(layer, begin, expected)
         if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
@@ -156,7 +136,8 @@ class Turn:
             self.trace.appended(begin, columns)
 
     @property
-    def _known_columns(self) -> int:
+    def reused_columns(self) -> int:
+        """Columns of the known prefix that the turn begins with; 0 for none."""
         return self.prefix.columns if self.prefix is not None else 0
 
     def _changed(self, layer: int, begin: int, expected: int) -> None:
@@ -178,14 +159,10 @@ class Turn:
             self.trace.cut(columns)
 
     def prompt_rows(self, held_rows: int) -> list[int]:
-        """Return the prompt row that each of ``held_rows`` cache rows continues."""
-        return self.row_of or self._expanded(held_rows)
-
-    def _expanded(self, held_rows: int) -> list[int]:
-        """Return the prompt row of each of ``held_rows`` cache rows as ``generate`` expands them."""
+        """Return the prompt row that each of ``held_rows`` cache rows continues; ``generate`` expands them in order."""
         assert self.prompt is not None
         repeats = max(1, held_rows // len(self.prompt.rows))
-        return [row // repeats for row in range(held_rows)]
+        return self.row_of or [row // repeats for row in range(held_rows)]
 
     def named(
         self, generated: Sequence[TokenIds], held_rows: int, columns: int, ends: Sequence[int]
@@ -250,15 +227,15 @@ class Turn:
 
     def _cut_short(self) -> str | None:
         """Return, in words, the tokens lost by cutting all rows at one column; None when none were lost."""
-        if self.prompt is None or not self.known:
+        if self.prompt is None or self.plan is None:
             return None
-        ends = [pad + n for pad, n in zip(self.prompt.pads, self.known, strict=True)]
-        lost = [n - min(n, max(0, self.limit - pad)) for n, pad in zip(self.known, self.prompt.pads, strict=True)]
+        limit, known = self.plan.candidates.limit, self.plan.candidates.known
+        lost = [n - min(n, max(0, limit - pad)) for n, pad in zip(known, self.prompt.pads, strict=True)]
         if not any(lost):
             return None
-        row = ends.index(self.limit)
+        row = [pad + n for n, pad in zip(known, self.prompt.pads, strict=True)].index(limit)
         return (
-            f"rows are cut at one column, {self.limit}, where row {row} stops being known: {sum(lost)} known "
+            f"rows are cut at one column, {limit}, where row {row} stops being known: {sum(lost)} known "
             "tokens of other rows are computed again"
         )
 
@@ -268,11 +245,12 @@ class Turn:
             return TurnReport(miss_reason=self.reason)
         rows = []
         repeats = max(1, len(generated) // len(self.prompt.rows))
+        found = self.plan.candidates if self.plan is not None else None
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
-            cached = min(len(tokens), max(0, self.prefix.columns - pad)) if self.prefix else 0
+            cached = min(len(tokens), max(0, self.reused_columns - pad))
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
-            divergence = self.divergences[r] if self.divergences else None
-            rows.append(RowReport(len(tokens), cached, made, divergence, self.known[r] if self.known else 0))
+            divergence, known = (found.divergence(r, tokens), found.known[r]) if found is not None else (None, 0)
+            rows.append(RowReport(len(tokens), cached, made, divergence, known))
         prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
         return TurnReport(
             prompt_tokens=prompt_tokens,

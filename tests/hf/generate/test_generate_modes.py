@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvtier
 from kvtier import BusyError, PrefixStore, PromptError, TieredCache, UninstalledError
-from kvtier.hf.inputs.arguments import DROPPED
+from kvtier.hf.inputs.request import DROPPED
 from tests.support.upstream import CACHE
 
 

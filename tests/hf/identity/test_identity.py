@@ -19,7 +19,7 @@ from kvtier.hf.identity.eligibility import why_unsound
 from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.stable_repr import describe, describe_code
-from kvtier.hf.inputs.arguments import why_cold, why_unsound_call
+from kvtier.hf.inputs.request import why_cold, why_unsound_call
 from kvtier.hf.not_reusable import NotReusable
 
 # --- descriptions -----------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from kvtier.hf.identity.weights import digest as weights
 from kvtier.hf.identity.weights import tensor_values
-from kvtier.hf.identity.weights.digest import Unread, digest_weights, forget_models
-from kvtier.hf.identity.weights.optimizer_steps import OptimizerSteps
+from kvtier.hf.identity.weights.digest import OptimizerSteps, Unread, digest_weights, forget_models
 from kvtier.hf.identity.weights.samples import SAMPLES, Sampler, _word_positions
 from kvtier.hf.identity.weights.tensor_values import BLOCK_BYTES, read_values, rows_differ
 

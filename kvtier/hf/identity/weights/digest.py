@@ -23,12 +23,14 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from kvtier.hf.identity.weights.optimizer_steps import OptimizerSteps
 from kvtier.hf.identity.weights.samples import Sampler, Samples, UnsampledError
 from kvtier.hf.identity.weights.tensor_values import Values, read_values, rows_differ, why_unreadable
 
@@ -46,9 +48,7 @@ class Unread:
 
 
 class _UnreadError(Exception):
-    def __init__(self, unread: Unread) -> None:
-        super().__init__(unread.error)
-        self.unread = unread
+    """Its arguments are those of an ``Unread``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,49 @@ class _Present:
     """Optimizer steps before the reading: a step during the reading shows in the next turn."""
 
 
+class OptimizerSteps:
+    """A count that grows before and after every step of any optimizer, from ``watch`` on.
+
+    Fused optimizers write weights without counting a version. The count does not say which tensors a step wrote:
+    optimizers with flat buffers or master weights write other tensors than they were given. It costs the same for every
+    model, and holds neither an optimizer nor a tensor.
+
+    A reading of weights is out of date when the count differs from the count *before* the reading. A step that fails
+    half way has written some weights: it was counted at its beginning.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._handles: tuple[RemovableHandle, ...] = ()
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """A number that was never returned before the last step began."""
+        return self._count
+
+    def watch(self) -> None:
+        """Count from now on. Called again, it does nothing."""
+        with self._lock:
+            if not self._handles:
+                self._count += 1  # steps may have been made unseen
+                self._handles = (
+                    register_optimizer_step_pre_hook(self._note),
+                    register_optimizer_step_post_hook(self._note),
+                )
+
+    def unwatch(self) -> None:
+        """Remove the hooks. Called again, it does nothing."""
+        with self._lock:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = ()
+
+    def _note(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        with self._lock:  # += of two threads could count once, and the second would end unseen
+            self._count += 1
+
+
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Model] = weakref.WeakKeyDictionary()
 _reading: weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 """One lock per model, held while its tensors are read."""
@@ -136,7 +179,7 @@ def digest_weights(model: torch.nn.Module, tensors: _Named, tokens: npt.ArrayLik
                 with _lock:
                     _models[model] = known
         except _UnreadError as error:
-            return error.unread
+            return Unread(*error.args)
         return known.digest
 
 
@@ -193,7 +236,7 @@ def _read(model: torch.nn.Module, known: _Model | None, present: _Present, token
     for name, tensor in zip(present.names, present.tensors, strict=True):
         why = why_unreadable(tensor)
         if why is not None:
-            raise _UnreadError(Unread(name, why))
+            raise _UnreadError(name, why)
     sampler = Sampler(present.tensors)
     samples = _read_samples(sampler, present)
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -246,4 +289,4 @@ def _unread(name: str, tensor: torch.Tensor, error: Exception) -> _UnreadError:
         why = why_unreadable(tensor)
     except Exception:  # ``error`` says more
         why = None
-    return _UnreadError(Unread(name, why or str(error).partition("\n")[0]))
+    return _UnreadError(name, why or str(error).partition("\n")[0])
