@@ -19,8 +19,7 @@ from benchmarks.workload import KeysValues, reported, timed_turn
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.demo.model import demo_model_folder
 from kvtier.cli.doctor.devices import accelerators, link
-from kvtier.offload.manager import MakeEngine
-from kvtier.transfer import engine_for
+from kvtier.transfer import MakeEngine, engine_for
 
 PLAIN = "DynamicCache"
 OFFLOADED = "DynamicCache, offloading"

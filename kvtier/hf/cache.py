@@ -22,12 +22,11 @@ from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.codecs import Codec
 from kvtier.offload.accounting import TransferStats
-from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
-from kvtier.transfer import engine_for
+from kvtier.transfer import MakeEngine, engine_for
 
 
 class TieredCache(DynamicCache):
@@ -83,7 +82,7 @@ class TieredCache(DynamicCache):
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
             )
-        self._container = LayerContainer(partial(self._offload_config.open, store))
+        self._container = LayerContainer(partial(self._offload_config.open, store), engine)
         self.turns = TurnManager(self._container, store, wait_seconds, self._offload_config.lossy_codec)
         Cache.__init__(self, layers=[])
         install()
@@ -364,8 +363,7 @@ class TieredCache(DynamicCache):
         if self.turns.closed:
             return
         self.turns.close()
-        if self._container.offload is not None:
-            self._container.offload.close()
+        self._container.close()
         if not self.store.closed:
             self.store.flush()
         if self._handle is not None:

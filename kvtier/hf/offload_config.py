@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtier.kv.codecs import Codec, Raw, chosen_codec
-from kvtier.offload.manager import AUTO, MakeEngine, OffloadManager, default_spill_folder
+from kvtier.offload.manager import AUTO, OffloadManager, default_spill_folder
 from kvtier.platform.filesystem import folder_path
 from kvtier.platform.memory import host_memory_bytes
 from kvtier.store import PrefixStore
+from kvtier.transfer import MakeEngine
 from kvtier.units import parse_bytes
 
 

@@ -187,6 +187,11 @@ class KVBuffer:
         self._make_writable(begin, self.capacity)
         return PageView.on(self.k[row, :, begin:], self.v[row, :, begin:])
 
+    def columns(self, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V ``[heads, tokens, dim]`` of the columns ``[begin, end)`` of ``row``, as views to write to."""
+        self._make_writable(begin, end)
+        return self.k[row, :, begin:end], self.v[row, :, begin:end]
+
     def page(self, row: int, begin: int, end: int) -> Page:
         """Return a host copy of the columns ``[begin, end)`` of ``row``."""
         k, v = (buffer[row, :, begin:end].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))

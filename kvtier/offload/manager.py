@@ -18,9 +18,8 @@ from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.filesystem import user_cache_folder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.report import TurnReport
-from kvtier.transfer import CopyEngine
+from kvtier.transfer import MakeEngine
 
-MakeEngine = Callable[[torch.device], CopyEngine]
 AUTO = "auto"
 
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from kvtier.cli.doctor import devices, spill
 from kvtier.cli.doctor.findings import Finding, as_json, has_problem, print_finding
 from kvtier.cli.doctor.selftest import SelfTest
-from kvtier.offload.manager import MakeEngine, default_spill_folder
-from kvtier.transfer import engine_for
+from kvtier.offload.manager import default_spill_folder
+from kvtier.transfer import MakeEngine, engine_for
 
 Check = Callable[[], Finding | Iterable[Finding]]
 

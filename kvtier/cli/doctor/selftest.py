@@ -27,10 +27,9 @@ from kvtier.cli.doctor.scripts import (
     tiny_model,
 )
 from kvtier.hf.cache import TieredCache
-from kvtier.offload.manager import MakeEngine
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
-from kvtier.transfer import CopyEngine, Readers, engine_for
+from kvtier.transfer import CopyEngine, MakeEngine, Readers, engine_for
 
 _log = logging.getLogger("kvtier.cli")
 

@@ -32,6 +32,7 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
 from kvtier.kv.room import Room
 from kvtier.offload.manager import OffloadManager
+from kvtier.transfer import Engines, MakeEngine
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -47,12 +48,14 @@ class LayerContainer:
         config: config of the model that the layers are made for; None before the first turn and during ``lay_out``.
         offload: moves the pages of cold layers; None without a budget.
         room: decides how many columns the buffers reserve, without a budget.
+        engines: copy between the host and devices, without a budget.
         no_reuse: why the content of these layers cannot be reused; None when it can.
         fed_columns: columns that were fed, used when no layer counts them.
     """
 
-    def __init__(self, open_offload: OpenOffload) -> None:
+    def __init__(self, open_offload: OpenOffload, make_engine: MakeEngine) -> None:
         self.layers: list[Any] = []
+        self.engines = Engines(make_engine)
         self.room = Room(lambda: len(self.attention))
         self.offload = open_offload(lambda: len(self.attention))
         self.config: PreTrainedConfig | None = None
@@ -100,6 +103,12 @@ class LayerContainer:
     def has_grown(self) -> bool:
         """Whether there are more or fewer layers than the config lays out: a model may append its own."""
         return self.config is not None and len(self.layers) != len(self._laid_out)
+
+    def close(self) -> None:
+        """Release threads, streams, host memory and page files. May be called more than once."""
+        self.engines.close()
+        if self.offload is not None:
+            self.offload.close()
 
     def let_go(self) -> None:
         """Drop all layers and release their buffers."""
@@ -180,20 +189,13 @@ class LayerContainer:
         if state == 0 and index == self._first_linear:
             self.fed_columns += fed
 
-    def begin_turn(self, held_columns: int, prompt_columns: int, new_columns: int) -> None:
-        """Note that a turn begins.
-
-        Args:
-            held_columns: columns that the layers hold, or are about to load.
-            prompt_columns: columns of the prompt; 0 if not known.
-            new_columns: the most columns after the prompt; 0 if not known.
-        """
+    def begin_counting(self, columns: int) -> None:
+        """Note that a turn begins after ``columns`` columns."""
         self._calls.clear()
-        self.fed_columns = held_columns
-        self.expect_columns(prompt_columns, new_columns)
+        self.fed_columns = columns
 
     def expect_columns(self, prompt_columns: int, new_columns: int) -> None:
-        """Note how many columns a turn will need, as far as that is known."""
+        """Note how many columns the prompt of a turn has, and the most that follow it; 0 where that is not known."""
         self.room.begin_turn(prompt_columns, new_columns)
         if self.offload is not None:
             self.offload.begin_turn(prompt_columns, new_columns)

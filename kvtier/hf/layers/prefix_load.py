@@ -102,6 +102,12 @@ class PrefixLoad:
             raise job.reject(f"blocks of {len(job.spec.layers)} layers do not fit {len(memories)}")
         self._left = {i for i, memory in enumerate(memories) if memory is not None or self.brings(i)}
 
+    def loaded_columns(self, row: int) -> tuple[int, int]:
+        """Return the columns ``[begin, end)`` of ``row`` that come from the store."""
+        plan = self.plans[row]
+        held = max(plan.pad, plan.pad + plan.device_tokens)
+        return min(held, self.columns), min(plan.end, self.columns)
+
     def brings(self, layer: int) -> bool:
         """Whether the store has K or V of buffer ``layer``. It has none of a buffer that no forward pass fills."""
         return self.job is not None and self.job.spec.layers[layer].token_bytes > 0
@@ -187,14 +193,14 @@ class PrefixLoad:
         for row in range(memory.rows):
             source = row // repeats
             plan = self.plans[source]
-            begin, end = min(plan.pad, self.columns), min(plan.end, self.columns)
-            held = max(begin, min(plan.pad + plan.device_tokens, self.columns))
+            begin = min(plan.pad, self.columns)
+            held, end = self.loaded_columns(source)
             if memory is not old:
                 memory.clear(row, 0, begin)
                 if old is not None:
                     memory.copy(row, begin, held, old, plan.source_row, plan.source_pad)
             if landed is not None and landed is not memory:
-                memory.copy(row, held, end, landed, source, held)
+                memory.copy(row, held, end, landed, source * landed.rows // self.rows, held)
             if end < self.columns:
                 memory.clear(row, end, self.columns)
         return memory

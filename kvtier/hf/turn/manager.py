@@ -234,13 +234,14 @@ class TurnManager:
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
         columns = turn.prompt.columns if turn.prompt is not None else 0
+        self.layers.expect_columns(columns, self._longest_answer)
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
             start_load(turn.prefix, columns, self.layers, self._checkpoints)
         turn.is_strict = self._is_strict
         self.turn = turn
-        self.layers.begin_turn(turn.reused_columns, columns, self._longest_answer)
+        self.layers.begin_counting(turn.reused_columns)
         self.last_turn = turn.report()
         return self.last_turn
 

@@ -18,6 +18,7 @@ from kvtier.hf.layers.attention import SlidingWindowLayer
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
 from kvtier.hf.layers.prefix_load import PrefixLoad
+from kvtier.hf.layers.staged_load import StagedPrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
@@ -26,6 +27,7 @@ from kvtier.hf.turn.plan import Abilities, Costs, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore
+from kvtier.transfer import CopyEngine
 
 
 def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContainer) -> Prompt | NotReusable:
@@ -99,6 +101,8 @@ def planned_turn(
         kind: Callable[..., PrefixLoad] = PrefixLoad
         if layers.offload is not None:
             kind = partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
+        elif (engine := _engine(model, layers)) is not None:
+            kind = partial(StagedPrefixLoad, engine, layers.room)
         prefix = kind(planned.columns, planned.rows, job, len(resident.rows) if resident else 0)
         prefix.repeats, prefix.device = request.repeats, model.device
         prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
@@ -107,6 +111,14 @@ def planned_turn(
     if request.watched and prompt.plain:
         turn.trace = TokenTrace(prompt, planned.columns)
     return turn
+
+
+def _engine(model: PreTrainedModel, layers: LayerContainer) -> CopyEngine | None:
+    """Return the engine that loads pages to the model's device; None where they are read into the buffers directly."""
+    if is_spread(model) or model.device.type == "meta":
+        return None
+    engine = layers.engines.on(model.device)
+    return None if engine.device_is_host else engine
 
 
 def start_load(prefix: PrefixLoad, columns: int, layers: LayerContainer, checkpoints: StateCheckpoints) -> None:
