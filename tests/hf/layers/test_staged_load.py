@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kvtier.hf.generate.request import read_loop_request
 from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.hf.layers.staged_load import StagedPrefixLoad
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
+from kvtier.transfer import InlineEngine
 from tests.support.places import StandIn
 from tests.support.stores import block_files, damage
 from tests.support.tiny import answer, assert_same_answer, left_padded, tiny, with_columns_of
@@ -192,3 +194,24 @@ def test_closing_a_load_waits_for_the_page_that_is_being_read(monkeypatch):
         go_on.set()
         closing.join(30)
         assert closed.is_set()
+
+
+def test_a_batch_without_the_expected_copies_gets_its_own_rows():
+    """The buffers were made for two samples of each row, and the model is fed one."""
+    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3), (5, 4, 3, 3, 1, 1, 2, 5, 4)])
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store) as plain:
+        answer(model, ids, plain)
+        with TieredCache(store, engine=lambda device: InlineEngine()) as cache, torch.no_grad():
+            request = replace(read_loop_request(model, ids, None, cache.turns.resident()), repeats=2)
+            known = cache.turns.begin(model, request).cached_tokens // len(ids)
+            logits = model(ids[:, known:], **{CACHE: cache}).logits
+            fed_alike = with_columns_of(cache, known, model)
+            assert known > PAGE
+            assert torch.equal(logits, model(ids[:, known:], **{CACHE: fed_alike}).logits)
+            assert_same_rows(fed_alike, plain, known)
+
+
+def assert_same_rows(cache, other, columns):
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(ours.keys[:, :, :columns], theirs.keys[:, :, :columns])
+        assert torch.equal(ours.values[:, :, :columns], theirs.values[:, :, :columns])
