@@ -353,6 +353,7 @@ class TieredCache(DynamicCache):
     def flush(self) -> None:
         """Wait until all committed blocks are on disk."""
         self.turns.check_open()
+        self._container.settle()
         self.store.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,10 @@ import torch
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec
 from kvtier.store.chain import BlockId
+
+
+def arrived() -> None:
+    """Return at once: pages that were copied before they were passed on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +30,9 @@ class Block:
     depth_tokens: int = 0
     """Tokens before it in its chain."""
     states: torch.Tensor | None = None
+    arrive: Callable[[], None] = arrived
+    """Blocks until the pages hold their bytes, which may still be on their way from a device. Raises
+    ``UnavailableError`` if they do not come."""
 
     @property
     def nbytes(self) -> int:

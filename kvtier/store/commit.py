@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvtier.kv.page import Page
-from kvtier.store.block import Block
+from kvtier.store.block import Block, arrived
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
 from kvtier.store.tiers.base import OrderedTier
 from kvtier.store.tiers.disk.names import Names
@@ -53,12 +53,14 @@ class BlockWriter:
         block_size: int,
         states: States | None = None,
         *,
+        arrive: Callable[[], None] = arrived,
         imported: bool = False,
     ) -> int:
         """Store the K and V of ``tokens`` as ``PrefixStore.commit`` does; return how many are new, without checkpoints.
 
-        ``imported`` tokens come from an archive. Their ``manifest`` is untrusted, and used only where the root has none
-        yet. All imported blocks are written to disk, even without a second use.
+        ``arrive`` blocks until the pages that ``read`` returned hold their bytes. ``imported`` tokens come from an
+        archive. Their ``manifest`` is untrusted, and used only where the root has none yet. All imported blocks are
+        written to disk, even without a second use.
         """
         if manifest is not None and root not in self._manifests:
             writes_behind = self._tiers.writes_behind
@@ -74,7 +76,7 @@ class BlockWriter:
         for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
             stop = start + len(block.tokens)
             if states is not None:
-                keys += self._keep_snapshots(block, start, read, states)
+                keys += self._keep_snapshots(block, start, read, states, arrive)
                 if len(block.tokens) < block_size:
                     break  # no turn could continue from it
             there = self.stands_for(block, block_size)
@@ -83,7 +85,8 @@ class BlockWriter:
             else:
                 self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
                 known = []
-                whole, is_tail = Block(block, read(start, stop), start), len(block.tokens) < block_size
+                whole = Block(block, read(start, stop), start, arrive=arrive)
+                is_tail = len(block.tokens) < block_size
                 if not self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported):
                     break  # its children could never be found
                 new += len(block.tokens)
@@ -117,7 +120,9 @@ class BlockWriter:
 
         self._behind.submit(write)
 
-    def _keep_snapshots(self, block: BlockId, start: int, read: Read, states: States) -> list[str]:
+    def _keep_snapshots(
+        self, block: BlockId, start: int, read: Read, states: States, arrive: Callable[[], None]
+    ) -> list[str]:
         """Store the checkpoints of prefixes that end in ``block``, whose first token is ``start``; return their keys.
 
         Besides the states, each holds its own K and V: a longer block does not stand in for a checkpoint.
@@ -127,7 +132,7 @@ class BlockWriter:
             ids = block.tokens[: position - start].copy()
             checkpoint = BlockId.of(block.root, block.parent, ids, checkpoint=True)
             kept = checkpoint.key in self._tiers or self._keep(
-                Block(checkpoint, read(start, position), start, states[position]), keep_tails=True
+                Block(checkpoint, read(start, position), start, states[position], arrive), keep_tails=True
             )
             if kept:
                 keys.append(checkpoint.key)

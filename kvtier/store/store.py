@@ -29,7 +29,7 @@ from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
-from kvtier.store.block import BlockReader
+from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States
 from kvtier.store.eviction.adaptive import Adaptive
@@ -285,6 +285,7 @@ class PrefixStore:
         read: Read,
         manifest: Mapping[str, Any] | None = None,
         states: States | None = None,
+        arrive: Callable[[], None] = arrived,
     ) -> int:
         """Store the K and V of ``tokens``; only new blocks are read.
 
@@ -296,13 +297,15 @@ class PrefixStore:
             states: for a model with states: the states to store, by the number of tokens after which they are valid.
                 Tokens after the last full block that have no states are not stored: no turn could continue from there.
                 None for models without states.
+            arrive: blocks until the pages hold their bytes. Raises ``UnavailableError`` if they do not come. By default
+                they hold them when ``read`` returns.
 
         Returns:
             The number of newly stored tokens.
         """
         self._check_open()
         _drain_at_the_end()
-        new = self._block_writer.commit(root, tokens, read, manifest, self.block_size, states)
+        new = self._block_writer.commit(root, tokens, read, manifest, self.block_size, states, arrive=arrive)
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from kvtier.errors import StreamError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
-from kvtier.offload import spill_folder
+from kvtier.offload.storage import spill_folder
 from kvtier.offload.storage.page_file import PageFile
 from kvtier.offload.storage.spill_folder import SpillFolder
 

@@ -10,9 +10,9 @@ from tests.support import samples
 
 
 class Case:
-    def __init__(self, nodeid, count=None):
+    def __init__(self, nodeid, count=None, **words):
         self.nodeid = nodeid
-        self._marker = SimpleNamespace(args=(count,)) if count is not None else None
+        self._marker = SimpleNamespace(args=(count,), kwargs=words) if count is not None else None
 
     def get_closest_marker(self, name):
         return self._marker
@@ -51,3 +51,19 @@ def test_seed_determines_the_sample_and_seeds_together_cover_all_cases(monkeypat
 )
 def test_all_cases_run_when_asked_for(monkeypatch, seed, more):
     assert len(taken(monkeypatch, seed, CASES, **more)) == 25
+
+
+def test_tests_with_one_word_share_a_sample(monkeypatch):
+    cases = [Case(f"a.py::{name}[{n}]", 4, of="both") for n in range(5) for name in ("one", "two")]
+    assert len(taken(monkeypatch, "first", cases)) == 4
+
+
+def test_some_of_a_population_is_the_same_each_time(monkeypatch):
+    monkeypatch.setenv(samples.VARIABLE, "first")
+    assert (
+        samples.some(range(50), 5, "things") == samples.some(range(50), 5, "things") != samples.some(range(50), 5, "x")
+    )
+    assert len(samples.some(range(50), 5, "things")) == 5
+    assert samples.some(range(3), 5, "things") == [0, 1, 2]
+    monkeypatch.setenv(samples.VARIABLE, "all")
+    assert samples.some(range(50), 5, "things") == list(range(50))

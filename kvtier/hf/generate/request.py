@@ -136,7 +136,8 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
         inputs=inputs,
         prompt=inputs.prompt if inputs is not None else None,
         eos_ids=tuple(_token_ids(setting("eos_token_id"))),
-        longest_answer=_longest_answer(setting("max_new_tokens"), setting("max_length"), ids),
+        longest_answer=int(setting("max_new_tokens") or 0),
+        new_columns=_new_columns(setting("max_new_tokens"), setting("max_length"), ids),
         repeats=repeats,
         watched=custom or cold is not None or (setting("num_beams") or 1) > 1,
         custom=custom,
@@ -144,8 +145,8 @@ def _parse(model: PreTrainedModel, past: Any, arguments: dict[str, Any], residen
     )
 
 
-def _longest_answer(max_new_tokens: Any, max_length: Any, ids: Any) -> int:
-    """Return the most new tokens of a row; 0 if that is not known."""
+def _new_columns(max_new_tokens: Any, max_length: Any, ids: Any) -> int:
+    """Return how many columns may follow the prompt; 0 if that is not known."""
     if max_new_tokens is not None:
         return int(max_new_tokens)
     if max_length is not None and isinstance(ids, torch.Tensor) and ids.ndim == 2:

@@ -33,6 +33,7 @@ class GenerateRequest:
         prompt: the inputs as rows of ids.
         eos_ids: ids that end a sequence.
         longest_answer: the most new tokens; 0 if not known.
+        new_columns: for how many columns after the prompt memory is reserved; 0 if not known.
         repeats: how many rows of the cache continue each row of the prompt.
         feeds: whether the prompt can be fed in pieces.
         watched: whether to record fed tokens, because returned sequences do not tell which row holds which tokens.
@@ -51,6 +52,7 @@ class GenerateRequest:
     prompt: Prompt | None = None
     eos_ids: tuple[int, ...] = ()
     longest_answer: int = 0
+    new_columns: int = 0
     repeats: int = 1
     feeds: bool = True
     watched: bool = False

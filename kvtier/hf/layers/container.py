@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from kvtier.errors import ConfigurationError
+from kvtier.errors import ConfigurationError, UnavailableError
 from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.hf.layers.build import (
     MakeLayerMemory,
@@ -24,6 +25,7 @@ from kvtier.hf.layers.build import (
     describe_layers,
     upstream_layers,
 )
+from kvtier.hf.layers.gather import Gather
 from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
 from kvtier.hf.layers.states import clone_states, copy_states, has_states, move_rows, rows_of, state_marks
 from kvtier.kv.allocation import writable_results
@@ -56,6 +58,7 @@ class LayerContainer:
     def __init__(self, open_offload: OpenOffload, make_engine: MakeEngine) -> None:
         self.layers: list[Any] = []
         self.engines = Engines(make_engine)
+        self._gathers: list[Gather] = []
         self.room = Room(lambda: len(self.attention))
         self.offload = open_offload(lambda: len(self.attention))
         self.config: PreTrainedConfig | None = None
@@ -106,6 +109,7 @@ class LayerContainer:
 
     def close(self) -> None:
         """Release threads, streams, host memory and page files. May be called more than once."""
+        self.settle()
         self.engines.close()
         if self.offload is not None:
             self.offload.close()
@@ -164,6 +168,30 @@ class LayerContainer:
     def common_columns(self) -> int:
         """Columns that every layer has."""
         return min((layer.length for layer in self.filled), default=self.columns)
+
+    def gather(self, memories: Sequence[LayerMemory | None]) -> Gather | None:
+        """Return the copies of a commit beside the computation; None where pages are copied at once."""
+        buffers = [memory for memory in memories if memory is not None]
+        if not buffers or not all(isinstance(memory, KVBuffer) for memory in buffers):
+            return None
+        devices = {memory.device for memory in buffers}
+        engine = self.engines.on(buffers[0].device)
+        if len(devices) > 1 or engine.device_is_host:
+            return None
+        self._gathers = [gather for gather in self._gathers if not gather.is_done]
+        self._gathers.append(Gather(engine, memories))
+        return self._gathers[-1]
+
+    def before_writing(self) -> None:
+        """Make kernels from now on wait for copies of committed columns, which they may overwrite."""
+        for gather in self._gathers:
+            gather.before_writing()
+
+    def settle(self) -> None:
+        """Block until committed pages are on the host."""
+        while self._gathers:
+            with contextlib.suppress(UnavailableError):  # the store says which blocks that costs
+                self._gathers.pop().settle()
 
     def move_rows(self, rows: torch.Tensor, move: Callable[[Any], None]) -> None:
         """Replace row ``i`` of every layer by former row ``rows[i]``; ``move`` does so in one layer with K and V."""

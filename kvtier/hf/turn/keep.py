@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from kvtier.errors import ClosedError, StreamError
+from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer, host_pages
+from kvtier.hf.layers.gather import Gather
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.turn.turn import Turn
+from kvtier.kv.base import LayerMemory
 from kvtier.store import PrefixStore
+from kvtier.store.block import arrived
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -45,9 +50,7 @@ def keep(
         if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
             _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
         else:
-            for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
-                read = partial(host_pages, memories, row, pad)
-                store.commit(turn.identity.root, tokens, read, turn.identity.manifest, states[row] if states else None)
+            _commit(resident, turn.identity, memories, states, layers.gather(memories), store)
     except StreamError as error:
         _log.warning("this turn is not kept: %s", error)
         return None
@@ -55,6 +58,25 @@ def keep(
         # The answer exists: failing to store the turn must not lose it.
         _log.warning("this turn is not kept in the store: %s", error)
     return replace(resident, live=checkpoints.live)
+
+
+def _commit(
+    resident: ResidentPrefix,
+    identity: Identity,
+    memories: Sequence[LayerMemory | None],
+    states: Sequence[dict[int, torch.Tensor]] | None,
+    gather: Gather | None,
+    store: PrefixStore,
+) -> None:
+    """Commit each row; with a ``gather``, pages arrive later."""
+    try:
+        for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
+            read = partial(host_pages, memories, row, pad) if gather is None else partial(gather.read, row, pad)
+            arrive = arrived if gather is None else gather.wait
+            store.commit(identity.root, tokens, read, identity.manifest, states[row] if states else None, arrive)
+    finally:
+        if gather is not None:
+            gather.launch()
 
 
 def _states_of_rows(

@@ -77,7 +77,7 @@ class TurnManager:
         self._root: str | None = None
         self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
-        self._longest_answer = 0
+        self._new_columns = 0
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
@@ -127,6 +127,7 @@ class TurnManager:
             raise UnannouncedError(_UNANNOUNCED)
         self._unseen_generate = running
         self._resident = None  # the ids of the new tokens are not known
+        self.layers.before_writing()
 
     def start_over(self) -> None:
         """Drop all content and the turn."""
@@ -149,6 +150,7 @@ class TurnManager:
         before, turn = self.layers.row_count, self.turn
         # Until every layer has moved, an interrupt leaves different rows in different layers: nothing can be kept then.
         self.turn, self._resident = (Turn.off("rows were being moved") if turn else None), None
+        self.layers.before_writing()
         self.layers.move_rows(rows, move)
         self.turn = turn
         if turn is not None:
@@ -164,7 +166,7 @@ class TurnManager:
             PromptError: media of the prompt were not passed, and the reused prefix does not contain them.
         """
         self.check_open()
-        self._longest_answer = request.longest_answer
+        self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
@@ -234,7 +236,8 @@ class TurnManager:
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
         columns = turn.prompt.columns if turn.prompt is not None else 0
-        self.layers.expect_columns(columns, self._longest_answer)
+        self.layers.before_writing()
+        self.layers.expect_columns(columns, self._new_columns)
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
@@ -361,7 +364,7 @@ class TurnManager:
         if turn is not None and turn.prefix is not None and self.layers.offload is None:
             turn.prefix.wait()  # loading pages land in buffers that are about to be shared
         if turn is not None and turn.prompt is not None:
-            twin.layers.expect_columns(turn.prompt.columns, self._longest_answer)
+            twin.layers.expect_columns(turn.prompt.columns, self._new_columns)
         self.layers.copy_to(twin.layers, memo)
         if turn is not None:
             twin.turn = turn.twin(memo if self.can_start_again() else None)

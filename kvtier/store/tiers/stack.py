@@ -267,6 +267,11 @@ class TierStack:
 
         Returns whether a tier that outlives RAM has it, or RAM where there is no disk.
         """
+        try:
+            block.arrive()
+        except UnavailableError as error:
+            _log.warning("a block is not written: %s", error)
+            return False
         kept = [bool(self._disk.put(block))] if self._disk is not None else [block.id.key in self.host]
         below = [bool(tier.put(block)) for tier in self._lower] if self._goes_below(block) else []
         return any(kept) or (self._disk is None and any(below))

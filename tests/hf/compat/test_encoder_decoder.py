@@ -211,7 +211,7 @@ def test_custom_loop_of_an_encoder_decoder_starts_from_nothing(cache):
 def test_encoder_decoder_is_correct_with_cold_layers(store):
     """The decoder has cold layers. Its cross-attention offloads nothing."""
     model, given = make("t5"), inputs("t5", 0)
-    with TieredCache(store, device_budget="72KiB") as cache:
+    with TieredCache(store, device_budget="64KiB") as cache:
         for _ in range(2):
             assert torch.equal(answer(model, given, cache, max_new_tokens=50), answer(model, given, max_new_tokens=50))
         assert cache.last_turn.cold_layers > 0

@@ -39,11 +39,21 @@ class HostReader:
         self._lease = lease
 
     def page(self, layer: int) -> Page:
-        """Return the page of ``layer``, without a copy."""
+        """Return the page of ``layer``, without a copy.
+
+        Raises:
+            UnavailableError: its bytes do not arrive from the device.
+        """
+        self._block.arrive()
         return self._block.pages[layer]
 
     def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Copy tokens ``[first, last)`` of the page of ``layer``."""
+        """Copy tokens ``[first, last)`` of the page of ``layer``.
+
+        Raises:
+            UnavailableError: its bytes do not arrive from the device.
+        """
+        self._block.arrive()
         view.take(self._block.pages[layer], first, last)
 
     def states(self) -> torch.Tensor | None:
