@@ -101,6 +101,7 @@ def play(engine):
             answer(model, ids, each)
             each.crop(-9)
             answer(model, ids.flip(1), each)
+            each.crop(-7)
             with torch.no_grad():
                 model(ids[:, :3], **{CACHE: each})  # tokens outside of a turn
             answer(model, ids, each, num_beams=2)
