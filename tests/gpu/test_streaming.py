@@ -29,8 +29,9 @@ from kvtier.transfer import StreamEngine
 from tests.support.places import Place
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-# Allocators round each tensor up. There are a few small tensors besides buffers, tails and slots.
-ALLOWANCE_BYTES = 512 * 2**10
+# Allocators round each tensor up, some to whole MiB. Each layer has K and V in a buffer or tail, beside two slots and
+# the K and V that are fed.
+ALLOWANCE_BYTES = (4 * LAYERS + 4) * 2**20
 
 
 def conversation(seed=0, prompt=120, new_tokens=16, chunk=None):
@@ -203,7 +204,7 @@ def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: i
 
 @pytest.mark.parametrize("part", [0.4, 0.6, 1.5])
 def test_device_memory_stays_within_the_budget(place, tmp_path, part):
-    tokens, chunk = 1024, 64
+    tokens, chunk = (16_384, 512) if place.real else (1024, 64)  # what allocators round up is small beside the budget
     all_bytes = LAYERS * tokens * 4096
     budget = int(part * all_bytes)
     model = tiny_model(place.device, torch.float32)

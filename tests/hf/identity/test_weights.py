@@ -117,7 +117,32 @@ def test_digest_stays_the_same_as_in_existing_stores():
 
 def test_device_sums_equal_host_sums():
     data = torch.randint(-(2**63), 2**63 - 1, (40, tensor_values.BLOCK_WORDS)).view(torch.uint8).view(-1)
-    assert np.array_equal(tensor_values._host_sums(data.numpy()), tensor_values._device_sums(data))
+    assert np.array_equal(tensor_values._host_sums(data.numpy()), tensor_values._device_sums(data).numpy())
+
+
+@pytest.mark.parametrize("fetched_bytes", [1, 20_000, 2**26], ids=["each", "some", "all"])
+def test_values_from_a_device_equal_those_of_the_host_and_come_in_few_transfers(monkeypatch, fetched_bytes):
+    """Small tensors, tensors with and without a tail, views that are not contiguous, and none at all."""
+    tensors = [torch.arange(n, dtype=torch.int16) for n in (0, 1, 300, 9_000, 8_192 * 3, 50_001)]
+    tensors += [numbers(300, 300).t(), numbers(64, 512)[:, ::2], torch.ones(5_000, dtype=torch.uint8)[3:]]
+    expected, transfers = read_values(tensors), []
+    fetch = torch.Tensor.cpu
+
+    def counted(tensor):
+        transfers.append(tensor.nbytes)
+        return fetch(tensor)
+
+    monkeypatch.setattr(tensor_values, "is_host", lambda device: False)
+    monkeypatch.setattr(tensor_values, "_FETCHED_BYTES", fetched_bytes)
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    for ours, theirs in zip(read_values(tensors), expected, strict=True):
+        assert ours.digest == theirs.digest
+        assert np.array_equal(ours.sums, theirs.sums)
+        assert ours.tail == theirs.tail
+    assert {1: 8, 20_000: 4, 2**26: 1}[fetched_bytes] >= len(transfers) > 0
+    tensor_values._factors_on(torch.device("cpu"))
+    assert tensor_values._factors_on(torch.device("cpu")) is tensor_values._factors_on(torch.device("cpu"))
+    assert read_values([]) == []
 
 
 # --- tensors of every kind --------------------------------------------------------------------------------------------
@@ -408,7 +433,7 @@ def test_write_in_inference_mode_to_a_normal_tensor_is_noticed():
 @pytest.mark.parametrize("rows", [5, 1000])
 def test_rows_differ_notices_an_edit_of_a_given_row(rows, width):
     table = numbers(rows, width)
-    values = read_values(table)
+    (values,) = read_values([table])
     for row in {0, 1, rows // 2, rows - 1}:
         for column in {0, width // 2, width - 1}:
             table[row, column] += 1
@@ -418,7 +443,7 @@ def test_rows_differ_notices_an_edit_of_a_given_row(rows, width):
     table = numbers(rows, width)
     assert not rows_differ(table, values, range(-1, rows + 1))
     assert not rows_differ(table, values, [])
-    assert not rows_differ(table[:, :0], read_values(table[:, :0]), [1])
+    assert not rows_differ(table[:, :0], read_values([table[:, :0]])[0], [1])
 
 
 def test_embedding_edit_is_noticed_only_if_a_token_looks_the_row_up():
@@ -513,18 +538,17 @@ def test_edit_after_a_reading_inside_a_step_is_noticed():
 
 
 def test_step_on_another_thread_during_a_reading_is_noticed(monkeypatch):
-    """The step ends after the tensor was read and before the whole reading ends."""
+    """The step ends after the tensors were read and before the whole reading ends."""
     known = Remembered(torch.nn.Parameter(numbers(300, 300)))
     other = torch.nn.Parameter(numbers(300, 300))
     optimizer = Own([known.tensor], 0.1)
     read = weights.read_values
 
-    def read_and_step(tensor):
-        values = read(tensor)
-        if tensor is other:
-            step = threading.Thread(target=optimizer.step)
-            step.start()
-            step.join()
+    def read_and_step(tensors):
+        values = read(tensors)
+        step = threading.Thread(target=optimizer.step)
+        step.start()
+        step.join()
         return values
 
     monkeypatch.setattr(weights, "read_values", read_and_step)

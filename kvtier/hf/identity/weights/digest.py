@@ -32,7 +32,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from kvtier.hf.identity.weights.samples import Sampler, Samples, UnsampledError
-from kvtier.hf.identity.weights.tensor_values import Values, read_values, rows_differ, why_unreadable
+from kvtier.hf.identity.weights.tensor_values import (
+    UnreadableError,
+    Values,
+    read_values,
+    rows_differ,
+    why_unreadable,
+)
 
 _Named = Sequence[tuple[str, torch.Tensor]]
 _Place = tuple[int, int, int, int, int, torch.Size, tuple[int, ...], torch.dtype]
@@ -241,7 +247,7 @@ def _read(model: torch.nn.Module, known: _Model | None, present: _Present, token
     samples = _read_samples(sampler, present)
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     before = {} if known is None else {name: index for index, name in enumerate(known.names)}
-    reads: list[_Read] = []
+    reads: dict[int, _Read] = {}
     tables: list[int] = []
     whole = hashlib.sha256()
     for index, (name, tensor, place) in enumerate(zip(present.names, present.tensors, present.places, strict=True)):
@@ -259,17 +265,22 @@ def _read(model: torch.nn.Module, known: _Model | None, present: _Present, token
             and (known.reads[old].table is not None) == is_table
             and not _rows_differ(known.reads[old], tensor, tokens)
         ):
-            reads.append(known.reads[old])
-            continue
-        try:
-            values = read_values(tensor)
-        except Exception as error:  # of any kind: tensors may be subclasses
-            raise _unread(name, tensor, error) from error
+            reads[index] = known.reads[old]
+    unread = [index for index in range(len(present.tensors)) if index not in reads]
+    try:
+        found = read_values([present.tensors[index] for index in unread])
+    except UnreadableError as error:
+        index = unread[error.index]
+        raise _unread(present.names[index], present.tensors[index], error.cause) from error
+    for index, values in zip(unread, found, strict=True):
         storage = StorageWeakRef(present.storages[index])  # type: ignore[no-untyped-call]
-        reads.append(_Read(storage, values.digest, values if is_table else None))
-    for name, tensor, read in sorted(zip(present.names, present.tensors, reads, strict=True), key=lambda one: one[0]):
+        reads[index] = _Read(storage, values.digest, values if index in tables else None)
+    in_order = [reads[index] for index in range(len(present.tensors))]
+    for name, tensor, read in sorted(
+        zip(present.names, present.tensors, in_order, strict=True), key=lambda one: one[0]
+    ):
         whole.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode() + read.digest)
-    return _Model(present.names, present.places, reads, tables, sampler, samples, present.steps, whole.hexdigest())
+    return _Model(present.names, present.places, in_order, tables, sampler, samples, present.steps, whole.hexdigest())
 
 
 def _read_samples(sampler: Sampler, present: _Present) -> Samples:

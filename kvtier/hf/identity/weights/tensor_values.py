@@ -6,7 +6,9 @@ other tensors, before a PyTorch operation can fail on them or crash the process.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,8 @@ _SMALL_BYTES = 16 * 1024
 _REPEATED_BYTES = 64 * 1024 * 1024
 # On an accelerator, the products of so many blocks exist at a time.
 _DEVICE_BLOCKS_AT_ONCE = 64 * 1024 * 1024 // BLOCK_BYTES
+# Sums and tails that are fetched from an accelerator together.
+_FETCHED_BYTES = 64 * 1024 * 1024
 # On a CPU, gathered blocks stay in the cache until they are summed up.
 _BLOCKS_AT_ONCE = 256
 
@@ -60,24 +64,74 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def read_values(tensor: torch.Tensor) -> Values:
-    """Read all bytes of a readable tensor, in the order of its elements.
+class UnreadableError(Exception):
+    """The tensor at ``index`` does not offer its bytes, for the reason ``cause``."""
+
+    def __init__(self, index: int, cause: Exception) -> None:
+        super().__init__(index, cause)
+        self.index, self.cause = index, cause
+
+
+def read_values(tensors: Sequence[torch.Tensor]) -> list[Values]:
+    """Read all bytes of readable tensors, in the order of their elements.
+
+    Sums of tensors on an accelerator are fetched together: a transfer for each would wait for the device each time.
 
     Raises:
-        Exception: of any kind, from subclasses of tensors that do not offer their bytes.
+        UnreadableError: an error of any kind, from a subclass of tensors.
     """
-    data = byte_view(tensor)
-    done = data.numel() // BLOCK_BYTES * BLOCK_BYTES if data.numel() > _SMALL_BYTES else 0
-    if data.device.type == "cpu":
-        host = memory(data.data_ptr(), data.numel())
-        aligned = host if data.data_ptr() % WORD_BYTES == 0 else host.copy()
-        sums, tail = _host_sums(aligned[:done]), host[done:].tobytes()
-    else:
-        aligned_data = data if data.data_ptr() % WORD_BYTES == 0 else data.clone()
-        sums, tail = _device_sums(aligned_data[:done]), data[done:].cpu().numpy().tobytes()
+    found: list[Values | None] = [None] * len(tensors)
+    waiting: dict[torch.device, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    for index, tensor in enumerate(tensors):
+        try:
+            data = byte_view(tensor)
+            if is_host(data.device):
+                found[index] = _host_values(data)
+                continue
+            done = _summed_bytes(data)
+            aligned = data if data.data_ptr() % WORD_BYTES == 0 else data.clone()
+            of_device = waiting.setdefault(data.device, [])
+            of_device.append((index, _device_sums(aligned[:done]), data[done:]))
+            if sum(sums.nbytes + tail.numel() for _, sums, tail in of_device) > _FETCHED_BYTES:
+                _fetch(waiting.pop(data.device), found)
+        except Exception as error:
+            raise UnreadableError(index, error) from error
+    for of_device in waiting.values():
+        _fetch(of_device, found)
+    return [values for values in found if values is not None]
+
+
+def _fetch(waiting: Sequence[tuple[int, torch.Tensor, torch.Tensor]], found: list[Values | None]) -> None:
+    """Fetch the sums and tails of tensors of one device with one transfer."""
+    parts = [part for _, sums, tail in waiting for part in (sums.view(torch.uint8), tail)]
+    fetched = torch.cat(parts).cpu().numpy()
+    at = 0
+    for index, sums, tail in waiting:
+        middle, end = at + sums.nbytes, at + sums.nbytes + tail.numel()
+        found[index] = _values(fetched[at:middle].copy().view(np.int64), fetched[middle:end].tobytes())
+        at = end
+
+
+def _host_values(data: torch.Tensor) -> Values:
+    done = _summed_bytes(data)
+    host = memory(data.data_ptr(), data.numel())
+    aligned = host if data.data_ptr() % WORD_BYTES == 0 else host.copy()
+    return _values(_host_sums(aligned[:done]), host[done:].tobytes())
+
+
+def _summed_bytes(data: torch.Tensor) -> int:
+    return data.numel() // BLOCK_BYTES * BLOCK_BYTES if data.numel() > _SMALL_BYTES else 0
+
+
+def _values(sums: Sums, tail: bytes) -> Values:
     digest = hashlib.sha256(sums)
     digest.update(tail)
     return Values(digest.digest(), sums, tail)
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether tensors of ``device`` lie in main memory."""
+    return device.type == "cpu"
 
 
 def memory(address: int, size_bytes: int) -> npt.NDArray[np.uint8]:
@@ -136,7 +190,7 @@ def rows_differ(table: torch.Tensor, values: Values, rows: npt.ArrayLike) -> boo
     if len(whole) < len(blocks) and data[done:].cpu().numpy().tobytes() != values.tail:
         return True
     gathered = data[:done].view(-1, BLOCK_BYTES).index_select(0, torch.from_numpy(whole).to(data.device))
-    return bool((_device_sums(gathered) != values.sums[whole]).any())
+    return bool((_device_sums(gathered).cpu().numpy() != values.sums[whole]).any())
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
@@ -157,11 +211,15 @@ def _host_sums(data: npt.NDArray[np.uint8]) -> Sums:
     return sums
 
 
-def _device_sums(data: torch.Tensor) -> Sums:
-    """Return the same sums for bytes on an accelerator, or on any device."""
+@functools.lru_cache(maxsize=64)
+def _factors_on(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(_FACTORS).to(device)
+
+
+def _device_sums(data: torch.Tensor) -> torch.Tensor:
+    """Return the same sums for bytes on an accelerator, or on any device, where they stay."""
     blocks = data.view(torch.int64).view(-1, BLOCK_WORDS)
-    factors = torch.from_numpy(_FACTORS).to(blocks.device)
+    factors = _factors_on(blocks.device)
     begins = range(0, len(blocks), _DEVICE_BLOCKS_AT_ONCE)
     parts = [(blocks[begin : begin + _DEVICE_BLOCKS_AT_ONCE] * factors).sum(dim=1) for begin in begins]
-    sums: Sums = torch.cat([blocks.new_empty(0), *parts]).cpu().numpy()
-    return sums
+    return torch.cat([blocks.new_empty(0), *parts])

@@ -1,62 +1,13 @@
-"""Built-in and custom codecs; prefixes stored with a lossy codec never match those of another codec."""
+"""A store with a lossy codec never takes its prefixes for exact ones, and files of unknown codecs stay."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
-import torch
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.errors import BlockError, ConfigurationError
-from kvtier.kv.codecs import ExponentZstd, Raw
-from kvtier.testing import CodecChecks
+from tests.support.int8_codec import Int8
 from tests.support.stores import block, count
-
-
-class TestRaw(CodecChecks):
-    @pytest.fixture
-    def codec(self):
-        return Raw()
-
-
-class TestExponentZstd(CodecChecks):
-    @pytest.fixture
-    def codec(self):
-        return ExponentZstd()
-
-
-class Int8:
-    """Stores each head of each token as 8-bit integers and a scale."""
-
-    name = "int8/1"
-    is_lossless = False
-
-    def encoded_nbytes(self, shape, dtype):
-        return math.prod(shape[:-1]) * (shape[-1] + 4)
-
-    def encode(self, tensor):
-        values = tensor.float().nan_to_num()
-        scale = values.abs().amax(-1, keepdim=True) / 127 if values.numel() else values.new_zeros(*values.shape[:-1], 1)
-        whole = (values / scale.clamp_min(1e-30)).round().to(torch.int8)
-        parts = (scale, whole)
-        return np.concatenate([part.contiguous().reshape(-1).view(torch.uint8).numpy() for part in parts])
-
-    def decode(self, payload, shape, dtype):
-        if payload.nbytes != self.encoded_nbytes(shape, dtype):
-            raise BlockError(
-                f"payload has {payload.nbytes} bytes where {shape} takes {self.encoded_nbytes(shape, dtype)}"
-            )
-        rows = math.prod(shape[:-1])
-        scale = torch.from_numpy(payload[: 4 * rows].view(np.float32).reshape(*shape[:-1], 1))
-        return (torch.from_numpy(payload[4 * rows :].view(np.int8).reshape(shape)) * scale).to(dtype)
-
-
-class TestInt8(CodecChecks):
-    @pytest.fixture
-    def codec(self):
-        return Int8()
 
 
 def test_prefixes_of_a_lossy_codec_are_reused_only_with_that_codec(make_model, generate, tokens, tmp_path):
