@@ -27,7 +27,10 @@ from tests.support.stores import (
     restored_length_at_last,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here"),
+    pytest.mark.sample(6, of="processes"),  # of 19
+]
 
 
 # --- code that runs in other processes: importable, and without fixtures ----------------------------------------------
@@ -91,7 +94,6 @@ script = partial(stores.run_python, options=("-W", "error::ResourceWarning"))
 # --- at the same time -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("settings", [{}, {"host_budget": 1}, {"compression": "zstd"}], ids=["warm", "cold", "zstd"])
 def test_two_processes_commit_and_read_at_the_same_time(tmp_path, others, settings):
     settings = {"block_size": 4, **settings}
@@ -170,7 +172,6 @@ commit(store, count(400))  # a hundred blocks: most are still to be written when
 """
 
 
-@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize(
     ("ending", "code"),
     [("", 0), ("raise RuntimeError('the end')", 1)],
@@ -227,7 +228,6 @@ assert os.waitpid(pid, 0)[1] == 0
 """
 
 
-@pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
 @pytest.mark.parametrize("fork", [BY_MULTIPROCESSING, BY_OS], ids=["multiprocessing", "os.fork"])
 def test_forked_child_that_ends_without_close_loses_no_blocks_and_writes_none_twice(tmp_path, fork, whose):
@@ -289,7 +289,6 @@ assert os.waitpid(pid, 0)[1] == 0
 """
 
 
-@pytest.mark.sample(1)  # of 3
 @pytest.mark.parametrize("what", ["a transaction", "the start of a writer", "the making of a shared store"])
 def test_child_forked_while_a_thread_is_busy_can_commit(tmp_path, what):
     done = script(BUSY, tmp_path, what)
@@ -334,7 +333,6 @@ with PrefixStore(sys.argv[1], block_size=4) as store:
 """
 
 
-@pytest.mark.sample(1)  # of 2
 @pytest.mark.parametrize("whose", ["its own", "its parent's"])
 def test_forked_child_keeps_committing_after_its_parent_closes_the_store(tmp_path, whose):
     done = script(OUTLIVED, tmp_path, whose)

@@ -113,7 +113,7 @@ def assert_same(ours: Answer, theirs: Answer) -> None:
     assert torch.equal(ours.logits, theirs.logits), f"up to {(ours.logits - theirs.logits).abs().max()} apart"
 
 
-@pytest.mark.sample(1)  # of 4
+@pytest.mark.sample(1, of="real model")  # of 10
 @pytest.mark.parametrize("compression", ["raw", "zstd"])
 def test_every_turn_of_a_conversation_matches_dynamic_cache_bitwise(plain, tmp_path, compression):
     folder, result = tmp_path / "store", tmp_path / "answer.safetensors"
@@ -141,7 +141,7 @@ def codec_of(file: Path) -> str:
         return opened.metadata()["codec"]
 
 
-@pytest.mark.sample(1)  # of 6
+@pytest.mark.sample(1, of="real model")  # of 10
 @pytest.mark.parametrize("share", [0.12, 0.3, 0.6])
 def test_turns_under_a_device_budget_match_dynamic_cache_bitwise(plain, tmp_path, share):
     """Nearly all layers, most or some are cold. Turns continue; the last turn's cold layers borrow pages from files."""

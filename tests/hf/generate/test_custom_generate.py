@@ -8,6 +8,8 @@ import torch
 from kvtier import BusyError, TieredCache
 from tests.support.upstream import CACHE
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture
 def used(model, generate, tokens, cache):

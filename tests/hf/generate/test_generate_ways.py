@@ -19,6 +19,8 @@ from transformers import (
 
 from kvtier import PrefixStore, TieredCache
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture
 def used(model, generate, tokens, cache):

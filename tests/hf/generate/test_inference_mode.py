@@ -17,6 +17,8 @@ from sweep.models import tiny_model
 from tests.support import families
 
 # K and V, sliding K and V, indexer keys, all kinds of states, pools, K and V that layers share, states outside a cache.
+pytestmark = pytest.mark.sample(2)
+
 KINDS = [
     *[
         "llama",

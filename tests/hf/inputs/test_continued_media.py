@@ -26,7 +26,10 @@ from tests.support.media import (
 )
 from tests.support.upstream import CACHE
 
-pytestmark = pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers")
+pytestmark = [
+    pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers"),
+    pytest.mark.sample(2),
+]
 
 BEFORE, BETWEEN, AFTER = words(12, 1), words(9, 2), words(7, 3)
 A, B, C = Picture(10), Picture(11), Picture(12)
@@ -70,7 +73,7 @@ def asked(kind, given, against, on, **settings):
     return new_words(given, found)
 
 
-@pytest.mark.sample(8)  # of 24
+@pytest.mark.sample(3)  # of 24
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
 @pytest.mark.parametrize("kind", [*FAMILIES, WITH_STATES])
 def test_turns_without_media_continue_like_a_dynamic_cache(kind, cache, types):
@@ -89,7 +92,7 @@ def test_turns_without_media_continue_like_a_dynamic_cache(kind, cache, types):
         row = [*row, new_words(given, found)]
 
 
-@pytest.mark.sample(11)  # of 21
+@pytest.mark.sample(3)  # of 21
 @pytest.mark.parametrize("types", ["none", "whole", "before"])
 def test_omitted_media_raise_an_error_if_the_cache_lacks_them(kind, cache, types):
     """The store may hold the conversation, but only the cache that computed it knows its media."""
@@ -162,7 +165,7 @@ def test_changed_text_before_an_omitted_image_raises_an_error(kind, cache):
         asked(kind, blind(kind, [BEFORE, A, BETWEEN]), prompt(kind, [BEFORE, A, BETWEEN]), cache)  # cache still holds A
 
 
-@pytest.mark.sample(4)  # of 7
+@pytest.mark.sample(3)  # of 7
 def test_text_may_replace_a_later_image(kind, cache):
     """Positions after the first image differ from those after both."""
     row = [BEFORE, A, BETWEEN, B, AFTER]

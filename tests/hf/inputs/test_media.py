@@ -25,7 +25,10 @@ from tests.support.media import (
 from tests.support.media_families import SEERS, make_seer, seer_prompt
 from tests.support.upstream import CACHE
 
-pytestmark = pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers")
+pytestmark = [
+    pytest.mark.skipif(not MEDIA_CONTINUE, reason="such inputs turn reuse off in this transformers"),
+    pytest.mark.sample(2),
+]
 
 BEFORE, BETWEEN, AFTER = words(12, 1), words(9, 2), words(7, 3)
 A, B, C = Picture(10), Picture(11), Picture(12)
@@ -92,7 +95,7 @@ def test_same_image_is_reused_before_other_text(kind, turn):
     assert turn(kind, [words(12, 9), A, AFTER]) == 0
 
 
-@pytest.mark.sample(4)  # of 7
+@pytest.mark.sample(3)  # of 7
 def test_conversation_with_images_is_reused_and_restored(kind, turn, store, tmp_path):
     """Each turn adds an image and also runs on a disk store. The last prompt is restored from both stores."""
     row, known = [BEFORE], 0
@@ -220,7 +223,7 @@ def test_reuse_of_an_answer_directly_after_an_image_depends_on_family(kind, turn
     assert turn(kind, [*row, turn.said, AFTER]) == known
 
 
-@pytest.mark.sample(6)  # of 14
+@pytest.mark.sample(3)  # of 14
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_beams_and_samples_reuse_media(kind, turn, cache, settings):
     row = [BEFORE, A, AFTER]
@@ -355,7 +358,7 @@ def test_images_are_reused_with_chunked_prefill(turn, kind, chunk):
     assert turn(kind, [*row, B, AFTER]) == columns(kind, *row, B, AFTER) - 1
 
 
-@pytest.mark.sample(5)  # of 13
+@pytest.mark.sample(3)  # of 13
 @pytest.mark.parametrize("name", SEERS)
 def test_reuse_is_exact_for_other_model_families(name, cache, store):
     """A conversation about images, a change of its first image, and another conversation on the same model."""
@@ -385,7 +388,7 @@ def test_reuse_is_exact_for_other_model_families(name, cache, store):
     assert cache.last_turn.miss_reason is None
 
 
-@pytest.mark.sample(5)  # of 14
+@pytest.mark.sample(3)  # of 14
 @pytest.mark.parametrize("hidden", ["whole", "part"])
 def test_images_hidden_by_the_mask_give_correct_answers(kind, cache, hidden):
     """Models fill all placeholders, hidden ones too, so each image keeps its own placeholders."""

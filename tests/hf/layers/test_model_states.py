@@ -12,6 +12,8 @@ from tests.support import families
 from tests.support.upstream import CACHE, given
 
 # A model for each way to keep states. mamba and jamba can continue only token by token, nemotron_h only from prompts.
+pytestmark = pytest.mark.sample(2)
+
 FREE = ["qwen3_next", "falcon_h1", "lfm2", "mamba2", "deepseek_v4"]
 TOKEN_BY_TOKEN = ["mamba", "jamba"]
 FROM_PROMPTS = ["nemotron_h", "zamba2"]

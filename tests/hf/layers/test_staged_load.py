@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
@@ -46,6 +46,7 @@ def check_turn(model, ids, cache, **settings):
     return found
 
 
+@settings(max_examples=max(1, settings().max_examples // 3))
 @given(
     family=st.sampled_from(["llama", "gemma3"]),
     prompts=rows,

@@ -15,6 +15,8 @@ from kvtier.hf.layers.attention import AttentionLayer, IndexedLayer
 from kvtier.hf.layers.states import has_states
 from tests.support import families
 
+pytestmark = pytest.mark.sample(2)
+
 KINDS = ["llama", "gemma3", "deepseek_v32", "qwen3_next", "falcon_h1", "lfm2", "mamba2", "jamba", "deepseek_v4"]
 
 

@@ -9,6 +9,8 @@ from transformers import DynamicCache
 from kvtier import PrefixStore, TieredCache
 from tests.support.upstream import CACHE
 
+pytestmark = pytest.mark.sample(2)
+
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 

@@ -11,6 +11,8 @@ import transformers
 from kvtier import ClosedError, TieredCache
 from tests.support.upstream import CACHE
 
+pytestmark = pytest.mark.sample(2)
+
 
 def addresses(cache):
     return [(layer.memory.k.data_ptr(), layer.memory.v.data_ptr()) for layer in cache.layers]

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier import PrefixStore, TieredCache
@@ -49,6 +49,7 @@ def assert_same_blocks(store, other):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@settings(max_examples=max(1, settings().max_examples // 3))
 @given(
     family=st.sampled_from(["llama", "gemma3"]),
     prompts=rows,
