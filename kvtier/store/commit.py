@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvtier.errors import UnavailableError
 from kvtier.kv.page import Page
 from kvtier.store.block import Block, arrived
 from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
@@ -43,6 +45,7 @@ class BlockWriter:
         self._manifests: dict[str, Mapping[str, Any]] = {}
         self._hits: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._committing = threading.local()
 
     def commit(
         self,
@@ -62,6 +65,24 @@ class BlockWriter:
         archive. Their ``manifest`` is untrusted, and used only where the root has none yet. All imported blocks are
         written to disk, even without a second use.
         """
+        self._committing.arrive = arrive
+        try:
+            return self._commit(root, tokens, read, manifest, block_size, states, arrive, imported=imported)
+        finally:
+            del self._committing.arrive
+
+    def _commit(
+        self,
+        root: str,
+        tokens: TokenIds,
+        read: Read,
+        manifest: Mapping[str, Any] | None,
+        block_size: int,
+        states: States | None,
+        arrive: Callable[[], None],
+        *,
+        imported: bool,
+    ) -> int:
         if manifest is not None and root not in self._manifests:
             writes_behind = self._tiers.writes_behind
             is_noted = not writes_behind or self._behind.submit(
@@ -94,6 +115,12 @@ class BlockWriter:
         self._write_what_disk_lacks(known, keep_tails=keep_tails)
         self._touch(keys)
         return new
+
+    def hurry(self) -> None:
+        """Run waiting writes soon: this thread is about to wait for room. First, pages that they wait for arrive."""
+        self._behind.hurry()
+        with contextlib.suppress(UnavailableError):  # the writes fail for it
+            getattr(self._committing, "arrive", arrived)()
 
     def write_down(self, keys: Sequence[str]) -> None:
         """Write the blocks that disk lacks of a chain to be named, behind the caller: it must outlive this process."""

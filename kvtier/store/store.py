@@ -162,9 +162,11 @@ class PrefixStore:
         codecs = {**BUILT_IN, codec.name: codec}
         folder = StoreFolder(self.path, filesystem, durability == "full", codecs) if self.path is not None else None
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
-        lower, hurry = checked_tiers(lower_tiers), self._behind.hurry
-        self._tiers = TierStack(folder, host_bytes, settings, guarded, connect, clock, lower, block_size, hurry)
-        self._block_writer = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
+        lower = checked_tiers(lower_tiers)
+        self._tiers: TierStack = TierStack(
+            folder, host_bytes, settings, guarded, connect, clock, lower, block_size, lambda: self._block_writer.hurry()
+        )
+        self._block_writer: BlockWriter = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
         self._reading = Readers()
         self._expire_at = clock() + _EXPIRE_SECONDS

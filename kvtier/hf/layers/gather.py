@@ -51,10 +51,10 @@ class Gather:
         self._ready = engine.mark()  # the kernels of the turn have written the columns
         self._wanted: list[_Wanted] = []
         self._cuts: list[Fence] = []
-        self._left = 0
-        self._lock = threading.Lock()
-        self._is_launched = False
-        self._done = threading.Event()
+        self._left = 0  # layers whose pages have not arrived
+        self._reads = self._launched = self._landed = 0
+        self._lock = threading.Condition()
+        self._is_complete = False
         self._failed = False
         self._owner = (os.getpid(), threading.get_ident())
 
@@ -65,6 +65,7 @@ class Gather:
         """
         pages = tuple(_empty_page(memory, stop - start) for memory in self._memories)
         self._wanted.append(_Wanted(row, pad + start, pad + stop, pages))
+        self._reads += 1
         return pages
 
     def launch(self, *, is_last: bool = True) -> None:
@@ -73,6 +74,7 @@ class Gather:
         held = [(i, memory) for i, memory in enumerate(self._memories) if isinstance(memory, KVBuffer) and wanted]
         with self._lock:
             self._left += len(held)
+            self._launched = self._reads
         columns = _columns(wanted)
         tokens = sum(end - begin for begin, end in columns.values())
         layer_bytes = max((memory.spec.token_bytes * tokens for _, memory in held), default=0)
@@ -86,17 +88,21 @@ class Gather:
             cuts.append(self._engine.call(partial(self._cut, cut), reads=reads, after=[copied]))
             self._overwriting.append(copied)
         self._cuts += cuts
-        with self._lock:
-            self._is_launched = self._is_launched or is_last
-            if self._is_launched and not self._left:
-                self._done.set()
+        if is_last:
+            self._is_complete, self._memories = True, ()  # stored blocks keep this object: it must not keep buffers
+        if not held:
+            self._note_landed(0)
 
     def _cut(self, pairs: Sequence[Pair]) -> None:
         copy_pairs(pairs)
+        self._note_landed(1)
+
+    def _note_landed(self, layers: int) -> None:
         with self._lock:
-            self._left -= 1
-            if self._is_launched and not self._left:
-                self._done.set()
+            self._left -= layers
+            if not self._left:
+                self._landed = self._launched
+                self._lock.notify_all()
 
     def wait(self) -> None:
         """Block until the pages that were read so far hold their bytes; at most ten seconds on another thread.
@@ -104,14 +110,19 @@ class Gather:
         Raises:
             UnavailableError: they do not arrive: the device failed, or this is a forked process.
         """
-        if self._done.is_set():
+        if self._landed == self._reads:
             return
         if (os.getpid(), threading.get_ident()) == self._owner:
             self.launch(is_last=False)
             self.settle()
-        elif self._failed or not self._done.wait(_LONGEST_WAIT_SECONDS):
+        elif self._failed or not self._has_landed():
             self._failed = True  # the next one does not wait
             raise UnavailableError("K and V of a committed block did not arrive from the device")
+
+    def _has_landed(self) -> bool:
+        with self._lock:
+            needed = self._reads
+            return self._lock.wait_for(lambda: self._landed >= needed, _LONGEST_WAIT_SECONDS)
 
     def settle(self) -> None:
         """Block until all launched pages hold their bytes.
@@ -134,7 +145,8 @@ class Gather:
     @property
     def is_done(self) -> bool:
         """Whether all pages hold their bytes and kernels may write to the buffers, or the device has failed."""
-        return self._failed or (self._done.is_set() and not self._overwriting)
+        is_landed = self._is_complete and self._landed == self._reads
+        return self._failed or (is_landed and not self._overwriting)
 
 
 def _empty_page(memory: LayerMemory | None, tokens: int) -> Page:

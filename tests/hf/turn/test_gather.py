@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -253,3 +255,31 @@ def test_a_gather_is_done_when_nothing_is_left(pages):
     gather.before_writing()
     assert gather.is_done
     gather.wait()
+
+
+def test_small_ram_makes_pages_arrive_while_the_commit_goes_on(tmp_path):
+    """RAM has room for one block, whose write waits for its pages: the next block must not wait for that in vain."""
+    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 2])
+    engine = SimulatedEngine(random.Random(0), lazy=True)
+    with PrefixStore(block_size=PAGE) as plain_store, TieredCache(plain_store) as plain:
+        answer(model, ids, plain)
+        one_block = max(entry.nbytes for entry in plain_store._tiers.host.entries())
+    with PrefixStore(tmp_path, block_size=PAGE, host_budget=one_block + 1) as store:
+        with TieredCache(store, engine=lambda device: engine) as cache:
+            answer(model, ids, cache)
+            cache.flush()
+        with TieredCache(store) as other:
+            answer(model, ids, other)
+            assert other.last_turn.cached_tokens == ids.shape[1] - 1
+
+
+def test_stored_blocks_keep_no_buffer_alive():
+    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 2])
+    with PrefixStore(block_size=PAGE) as store, TieredCache(store, engine=lambda device: StandIn()) as cache:
+        answer(model, ids, cache)
+        buffers = [weakref.ref(layer.memory) for layer in cache.layers]
+        cache.reset()
+        cache.flush()
+        gc.collect()
+        assert [buffer() for buffer in buffers] == [None] * LAYERS
+        assert list(store._tiers.host.entries())
