@@ -15,7 +15,7 @@ from benchmarks.result import Result, make_case
 from benchmarks.workload import reported
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.compat.names import passed
-from kvtier.hf.turn.plan import COSTS
+from kvtier.hf.turn.cost import COSTS
 
 _NONE = "at the end only"
 _SPACINGS = (2048, 1024, 512)

@@ -23,7 +23,8 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import find_candidates
-from kvtier.hf.turn.plan import Abilities, Costs, plan
+from kvtier.hf.turn.cost import Costs
+from kvtier.hf.turn.plan import Abilities, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.store import PrefixStore

@@ -1,0 +1,33 @@
+"""Costs for planning a turn: computing tokens, and loading them.
+
+The costs are constants, with units in their names. Eviction has two more in ``store/eviction/adaptive.py``, because the
+store knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The costs that a plan compares.
+
+    Attributes:
+        single_pass_tokens: cost of a forward pass of one token, in tokens of a long prefill.
+        checkpoint_worth_tokens: tokens that a checkpoint must save the next prompt that branches at the same place: it
+            costs one more forward pass.
+        checkpoint_spacing_tokens: distance between checkpoints of a long prompt: an edit recomputes half of it on
+            average (``benchmarks/checkpoints.py``).
+        overlap_bytes_per_second: pages that load faster than this are waited for before the first layer computes. When
+            compute threads leave no core to reading threads, each slows the other down by more than the overlap
+            gains. Slow drives do not reach this rate.
+    """
+
+    single_pass_tokens: int = 4
+    checkpoint_worth_tokens: int = 16
+    checkpoint_spacing_tokens: int = 2048
+    overlap_bytes_per_second: float = 1e9
+
+
+COSTS = Costs()
