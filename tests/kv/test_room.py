@@ -9,6 +9,8 @@ from transformers import DynamicCache
 from kvtier.errors import ConfigurationError
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.room import Room
+from kvtier.offload.manager import OffloadManager
+from kvtier.transfer import InlineEngine
 from tests.support.counted_memory import CountedMemory
 
 META = torch.device("meta")
@@ -85,6 +87,32 @@ def test_device_memory_is_as_tight_as_dynamic_cache_with_beams(length):
     for (held, peak), (their_held, their_peak) in memory_of([(length, 12)], rows=4, beams=True):
         assert held <= 1.05 * their_held
         assert peak <= their_peak
+
+
+class OffloadedBuffers(Buffers):
+    """The same under a budget in which all layers stay hot."""
+
+    def __init__(self, layers, offload):
+        super().__init__(layers, None)
+        self.offload = offload
+
+    def update(self, k, v, layer):
+        if self.memories[layer] is None:
+            self.memories[layer] = self.offload.layer(layer, k, v, None, may_be_cold=True)
+        return super().update(k, v, layer)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_hot_layers_under_a_budget_take_little_more_than_dynamic_cache(length, tmp_path):
+    """They grow in small steps also where the end is known: what an answer may need is left to other layers."""
+    layers, turns = 2, [(length, 16), (100, 40), (7, 8)]
+    offload = OffloadManager(2**40, None, tmp_path, 256, lambda: layers, lambda device: InlineEngine())
+    ours = play(OffloadedBuffers(layers, offload), layers, turns, before_turn=offload.begin_turn)
+    theirs = play(DynamicCache(), layers, turns)
+    for (held, peak), (their_held, their_peak) in zip(ours, theirs, strict=True):
+        assert held <= 1.05 * their_held
+        assert peak <= 1.05 * their_peak
+    offload.close()
 
 
 @pytest.mark.parametrize("length", LENGTHS)
