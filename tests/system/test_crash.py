@@ -14,7 +14,7 @@ from tests.support import crashes
 from tests.support.stores import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
-KILLS = int(os.environ.get("KVTIER_KILLS", "16"))
+KILLS = int(os.environ.get("KVTIER_KILLS", "20"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 SECONDS_A_KILL = 20
 

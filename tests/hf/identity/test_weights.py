@@ -371,12 +371,13 @@ def test_unversioned_edit_of_one_unsampled_element_is_missed():
 def test_new_tensor_with_reused_id_and_address_is_read_again():
     """Python and the allocator may reuse both. The address of a weakly held storage is not reused."""
     memory = torch.zeros(300 * 300)
+    array = memory.numpy()
     for _ in range(1000):
-        known = Remembered(torch.frombuffer(memory.numpy(), dtype=torch.float32))
+        known = Remembered(torch.frombuffer(array, dtype=torch.float32))
         place = id(known.tensor), known.tensor.data_ptr(), known.tensor._version
-        known.tensor = None
         edit_unseen(memory)
-        known.tensor = torch.frombuffer(memory.numpy(), dtype=torch.float32)
+        known.tensor = None  # nothing else is made before the next line, which may take the place
+        known.tensor = torch.frombuffer(array, dtype=torch.float32)
         assert known.noticed()
         if place == (id(known.tensor), known.tensor.data_ptr(), known.tensor._version):
             return
