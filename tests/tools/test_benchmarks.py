@@ -333,6 +333,7 @@ def test_running_text_repeats_a_short_document(model):
 # --- benchmarks on a tiny model ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2, of="benchmarks")
 def test_decode_benchmark_gets_equal_tokens(model):
     case = decode._measure(Chat(model), 64, 2, Options())
     assert [row.name for row in case.rows] == [decode.PLAIN, decode.TIERED]
@@ -355,6 +356,7 @@ def streaming_setup(make_model, monkeypatch):
     return gpu.set_up("tiny", model, torch.device("cpu"), 512, lambda device: InlineEngine())
 
 
+@pytest.mark.sample(2, of="benchmarks")
 def test_offloaded_and_plain_decoding_give_equal_tokens(streaming_setup):
     setup = streaming_setup
     case = gpu.measure(setup, 2, Options(), offloading=False)
@@ -368,6 +370,7 @@ def test_offloaded_and_plain_decoding_give_equal_tokens(streaming_setup):
     assert len(gpu._movements(case)) == 2
 
 
+@pytest.mark.sample(2, of="benchmarks")
 def test_budget_that_keeps_all_layers_hot_is_refused(streaming_setup, monkeypatch):
     monkeypatch.setattr(gpu, "_FRACTIONS", {"half": 9.0})
     with pytest.raises(BenchmarkError, match="0 layers were cold"):
@@ -382,6 +385,7 @@ def test_benchmark_that_cannot_run_here_is_skipped(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample(2, of="benchmarks")
 def test_first_turns_are_cold_and_give_equal_tokens(model):
     turn, first_token = first_turn._measure(Chat(model), 32, 2, Options())
     for case in (turn, first_token):
@@ -417,7 +421,7 @@ def restore_bench(model, known, tmp_path):
     return restore._Bench(Chat(model), *known, folders)
 
 
-@pytest.mark.sample(1)  # of 2
+@pytest.mark.sample(2, of="benchmarks")
 @pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=[needs_dropping])])
 def test_restore_benchmark_gets_equal_bytes_from_every_source(restore_bench, dropped):
     case = restore_bench.case(2, Options(), dropped=dropped)
@@ -494,6 +498,7 @@ def test_replaced_finds_changed_added_and_deleted_attributes():
     assert replaced(before, Owner) == ["Owner.gone", "Owner.new", "Owner.other"]
 
 
+@pytest.mark.sample(3, of="new processes")
 def test_importing_kvtier_wraps_only_the_declared_names_and_starts_no_thread():
     command = [sys.executable, "-m", "benchmarks.import_probe", "kvtier"]
     seen = json.loads(subprocess.run(command, cwd=CHECKOUT, capture_output=True, check=True).stdout)

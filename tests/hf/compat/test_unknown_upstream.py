@@ -20,7 +20,7 @@ import transformers
 from tests.support.upstream import CACHE
 
 ROOT = Path(__file__).parents[3]
-taken = pytest.mark.sample(2, of="changed transformers")  # of 12: each starts processes with a copy of the package
+taken = pytest.mark.sample(1, of="changed transformers")  # of 12: each starts processes with a copy of the package
 PACKAGE = Path(transformers.__file__).parent
 
 CONVERSATION = """

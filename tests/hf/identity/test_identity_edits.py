@@ -36,7 +36,7 @@ def test_values_that_decide_kv_change_the_root_or_turn_reuse_off(make, name, is_
     assert say(small()) == say(small())
 
 
-@pytest.mark.sample(1)  # of 2
+@pytest.mark.sample(3, of="new processes")
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_roots_and_reasons_are_equal_in_every_process(seed):
     """Other processes order sets differently and have other addresses."""
