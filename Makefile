@@ -7,8 +7,8 @@ DOCS_STAMP := $(VENV)/.installed-docs
 NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
 FUZZ_STAMP := $(VENV)/.installed-fuzz
 FUZZ_SECONDS ?= 60
-# A file's tests stay together: they share what is made once.
-ON_ALL_CORES := --numprocesses auto --dist loadfile
+# A file's tests stay together: they share what is made once. tests/conftest.py has the order of the files.
+ON_ALL_CORES := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # Versions of transformers besides the newest one, which constraints.txt pins.
 LOWEST_TRANSFORMERS := 5.17
 PREVIOUS_TRANSFORMERS := 5.23
