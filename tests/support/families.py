@@ -6,6 +6,7 @@ earlier tokens decide the next word. Sliding windows and chunks have at most 16 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -267,7 +268,9 @@ def build(
 ) -> PreTrainedModel:
     """Return a new tiny model; the same arguments give the same weights."""
     family = FAMILIES[name]
-    settings = getattr(transformers, family.config)(**{**_SHAPE, **family.different, **config})
+    # Copied: tests edit lists of a config in place, and all families share these.
+    values = copy.deepcopy({**_SHAPE, **family.different, **config})
+    settings = getattr(transformers, family.config)(**values)
     settings._attn_implementation = attention
     with torch.random.fork_rng():
         torch.manual_seed(seed)
