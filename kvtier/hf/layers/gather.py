@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from kvtier.kv.page import Page
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair, copy_pairs
 
+_log = logging.getLogger("kvtier.hf")
 _STAGE_BYTES = 256 * 2**20  # pinned memory for a commit; more would be slow to pin
 _LEAST_STAGES = 3
 _LONGEST_WAIT_SECONDS = 10.0
@@ -140,7 +142,11 @@ class Gather:
     def before_writing(self) -> None:
         """Make kernels from now on run after the copies from the buffers."""
         while self._overwriting:
-            self._engine.wait(self._overwriting.pop())
+            try:
+                self._engine.wait(self._overwriting.pop())
+            except Exception:  # the blocks are unavailable for it; the next turn must not fail
+                self._failed = True
+                _log.debug("a copy of committed pages failed", exc_info=True)
 
     @property
     def is_done(self) -> bool:

@@ -6,13 +6,10 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from kvtier.errors import RestoreError
 from kvtier.hf.layers.prefix_load import PrefixLoad, RowPlan
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
-from kvtier.kv.page import PageView
 from kvtier.kv.room import Room
 from kvtier.kv.spec import LayerSpec
 from kvtier.store.load import LoadJob
@@ -52,7 +49,6 @@ class StagedPrefixLoad(PrefixLoad):
         self._engine = engine
         self._room = room
         self._arriving: dict[int, Fence] = {}
-        self._stages: list[torch.Tensor] = []
         self._stopped = False
 
     def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
@@ -68,9 +64,9 @@ class StagedPrefixLoad(PrefixLoad):
         specs = job.spec.layers
         self._landed = [self._target(memory, spec) for memory, spec in zip(memories, specs, strict=True)]
         largest = max(spec.token_bytes for spec in specs) * len(self.plans) * self.columns
-        self._stages = [self._engine.host_empty(largest) for _ in range(min(_STAGES, len(specs)))]
+        memory = [self._engine.host_empty(largest) for _ in range(min(_STAGES, len(specs)))]
         stages = [
-            KVBuffer.on_bytes(self._stages[layer % _STAGES], len(self.plans), spec, self.columns)
+            KVBuffer.on_bytes(memory[layer % _STAGES], len(self.plans), spec, self.columns)
             for layer, spec in enumerate(specs)
         ]
         all_pairs = [self._pairs(layer, stage) for layer, stage in enumerate(stages)]
@@ -111,10 +107,7 @@ class StagedPrefixLoad(PrefixLoad):
         if self._stopped:
             raise RestoreError("the turn was given up")
         assert self.job is not None
-        self.job.land(layer, lambda _, row: (self._view(stage, row), 0))
-
-    def _view(self, stage: KVBuffer, row: int) -> PageView:
-        return stage.view(row, self.plans[row].pad)
+        self.job.land(layer, lambda _, row: (stage.view(row, self.plans[row].pad), 0))
 
     def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
         if not self._landed:
@@ -144,5 +137,4 @@ class StagedPrefixLoad(PrefixLoad):
             with contextlib.suppress(Exception):  # the pages are no longer needed, and the job reports failed blocks
                 self._engine.settle(fence)
         self._arriving.clear()
-        self._stages.clear()
         super().close()

@@ -216,6 +216,7 @@ def test_pages_that_do_not_arrive_are_a_miss(monkeypatch):
     with PrefixStore(block_size=PAGE) as store:
         with TieredCache(store, engine=lambda device: engine) as cache:
             first = answer(model, ids, cache)
+            assert_same_answer(answer(model, ids, cache), first, exact=False)  # the next turn on the device goes on
         with TieredCache(store) as other:
             assert_same_answer(answer(model, ids, other), first, exact=False)
             assert other.last_turn.cached_tokens == 0
