@@ -150,15 +150,20 @@ def one_turn(store: PrefixStore, tokens: list[int]) -> None:
 
 
 def lock_now_and_then(folder: Path, seed: int, parent: int) -> None:
-    """Lock the catalog for a while, repeatedly, like a process that is stopped while it writes."""
+    """Lock the catalog for a while, repeatedly, like a process that is stopped while it writes.
+
+    The first lock waits for the first block on disk: in a short race, the workers might write none otherwise.
+    """
     dice = random.Random(seed)
     uri = f"{(folder / 'catalog.sqlite').as_uri()}?mode=rw"
+    has_blocks = False
     while os.getppid() == parent:
         # The file does not exist yet, or another process has it locked.
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(uri, uri=True)) as held:
             held.execute("BEGIN IMMEDIATE")
-            time.sleep(dice.random() * 2 * BOUND_SECONDS)
-        time.sleep(dice.random() * BOUND_SECONDS)
+            has_blocks = has_blocks or held.execute("SELECT ready FROM total").fetchone()[0] > 0
+            time.sleep(dice.random() * 2 * BOUND_SECONDS if has_blocks else 0)
+        time.sleep(dice.random() * BOUND_SECONDS if has_blocks else 0.01)
 
 
 def work_in_threads(folder: Path, seed: int, threads: int, turns: int) -> None:
