@@ -56,6 +56,7 @@ class Entry:
         hits: how often it was restored.
         used_at: Unix time of its last use.
         pinned: whether it is never evicted.
+        is_window: whether it is a window block (``BlockId.is_window``).
     """
 
     key: str
@@ -69,6 +70,7 @@ class Entry:
     hits: int
     used_at: float
     pinned: bool
+    is_window: bool = False
 
 
 class BlockReader(Protocol):

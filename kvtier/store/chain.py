@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,26 @@ import numpy.typing as npt
 TokenIds = npt.NDArray[np.int64]
 
 
-def block_key(parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> str:
+class BlockKind(Enum):
+    """Kinds of blocks for the same ids. The value is the word that the key hashes after the ids; None for no word."""
+
+    PAGES = None
+    """A block of a chain: other blocks may follow it."""
+    CHECKPOINT = -1
+    """It holds states, besides K and V. No block follows it."""
+    WINDOW = -2
+    """It holds K and V of the layers with sliding attention alone. No block follows it."""
+
+
+def block_key(parent: str, tokens: TokenIds, kind: BlockKind = BlockKind.PAGES) -> str:
     """Return SHA-256 of the parent's key and the ids (little-endian int64), as hex.
 
-    A ``checkpoint`` has another key than the block without states for the same ids: one more word, -1, which is no id,
-    is hashed at the end.
+    Blocks of different kinds for the same ids have different keys: one more word, which is no id, is hashed at the end.
     """
     digest = hashlib.sha256(bytes.fromhex(parent))
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
-    if checkpoint:
-        digest.update(np.array([-1], dtype="<i8").tobytes())
+    if kind.value is not None:
+        digest.update(np.array([kind.value], dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -42,14 +53,33 @@ class BlockId:
     tokens: TokenIds
 
     @classmethod
-    def of(cls, root: str, parent: str, tokens: TokenIds, *, checkpoint: bool = False) -> BlockId:
+    def of(cls, root: str, parent: str, tokens: TokenIds, kind: BlockKind = BlockKind.PAGES) -> BlockId:
         """Return the identity of the block of ``tokens`` after ``parent``."""
-        return cls(block_key(parent, tokens, checkpoint=checkpoint), parent, root, tokens)
+        return cls(block_key(parent, tokens, kind), parent, root, tokens)
+
+    def is_a(self, kind: BlockKind) -> bool:
+        """Whether the block is of ``kind``, by its key."""
+        return self.key == block_key(self.parent, self.tokens, kind)
 
     @property
     def is_checkpoint(self) -> bool:
         """Whether the block holds states, besides K and V. No block follows a checkpoint."""
-        return self.key == block_key(self.parent, self.tokens, checkpoint=True)
+        return self.is_a(BlockKind.CHECKPOINT)
+
+    @property
+    def is_window(self) -> bool:
+        """Whether the block holds K and V of layers with sliding attention alone. No block follows a window block."""
+        return self.is_a(BlockKind.WINDOW)
+
+    @property
+    def checkpoint(self) -> BlockId:
+        """The identity of the checkpoint beside it: same parent, same ids."""
+        return self.of(self.root, self.parent, self.tokens, BlockKind.CHECKPOINT)
+
+    @property
+    def window(self) -> BlockId:
+        """The identity of the window block beside it: same parent, same ids."""
+        return self.of(self.root, self.parent, self.tokens, BlockKind.WINDOW)
 
 
 def chain_keys(root: str, tokens: TokenIds, block_size: int) -> list[BlockId]:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from kvtier.errors import UnavailableError
 from kvtier.kv.page import Page
 from kvtier.store.block import Block, arrived
-from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
+from kvtier.store.chain import BlockId, BlockKind, TokenIds, chain_keys, common_run
 from kvtier.store.tiers.base import OrderedTier
 from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.stack import TierStack
@@ -26,6 +27,24 @@ Read = Callable[[int, int], tuple[Page, ...]]
 
 States = Mapping[int, torch.Tensor]
 """Number of tokens of a sequence → states valid after them, U8 ``[bytes]``; the store owns them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """K and V of the layers with sliding attention, which buffers hold for some tokens of a sequence only.
+
+    Attributes:
+        spans: those tokens, as ranges ``[start, stop)``.
+        read: returns the pages of all layers for tokens within one of the spans; empty ones for layers that do not
+            slide.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    read: Read
+
+    def cover(self, start: int, stop: int) -> bool:
+        """Whether one of the spans has all tokens ``[start, stop)``."""
+        return any(first <= start and stop <= last for first, last in self.spans)
 
 
 class BlockWriter:
@@ -56,10 +75,13 @@ class BlockWriter:
         block_size: int,
         states: States | None = None,
         *,
+        windows: Windows | None = None,
         arrive: Callable[[], None] = arrived,
         imported: bool = False,
     ) -> int:
-        """Store the K and V of ``tokens`` as ``PrefixStore.commit`` does; return how many are new, without checkpoints.
+        """Store the K and V of ``tokens`` as ``PrefixStore.commit`` does; return how many are new.
+
+        Checkpoints and window blocks do not count.
 
         ``arrive`` blocks until the pages that ``read`` returned hold their bytes. ``imported`` tokens come from an
         archive. Their ``manifest`` is untrusted, and used only where the root has none yet. All imported blocks are
@@ -67,7 +89,7 @@ class BlockWriter:
         """
         self._committing.arrive = arrive
         try:
-            return self._commit(root, tokens, read, manifest, block_size, states, arrive, imported=imported)
+            return self._commit(root, tokens, read, manifest, block_size, states, windows, arrive, imported=imported)
         finally:
             del self._committing.arrive
 
@@ -79,6 +101,7 @@ class BlockWriter:
         manifest: Mapping[str, Any] | None,
         block_size: int,
         states: States | None,
+        windows: Windows | None,
         arrive: Callable[[], None],
         *,
         imported: bool,
@@ -96,25 +119,57 @@ class BlockWriter:
         known: list[str] = []
         for start, block in zip(range(0, len(tokens), block_size), chain_keys(root, tokens, block_size), strict=True):
             stop = start + len(block.tokens)
+            is_tail = len(block.tokens) < block_size
+            ends: list[BlockId] = []  # blocks whose window blocks are kept
             if states is not None:
-                keys += self._keep_snapshots(block, start, read, states, arrive)
-                if len(block.tokens) < block_size:
-                    break  # no turn could continue from it
-            there = self.stands_for(block, block_size)
-            if there is not None:
-                known.append(there)
-            else:
-                self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
-                known = []
-                whole = Block(block, read(start, stop), start, arrive=arrive)
-                is_tail = len(block.tokens) < block_size
-                if not self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported):
-                    break  # its children could never be found
-                new += len(block.tokens)
-            keys.append(block.key)
+                ends += self._keep_snapshots(block, start, read, states, arrive)
+                keys += [checkpoint.key for checkpoint in ends]
+            is_kept = True
+            if states is None or not is_tail:  # otherwise no turn could continue from it
+                there = self.stands_for(block, block_size)
+                if there is not None:
+                    known.append(there)
+                else:
+                    self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
+                    known = []
+                    whole = Block(block, read(start, stop), start, arrive=arrive)
+                    is_kept = self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported)
+                    new += len(block.tokens) * is_kept
+                if is_kept:
+                    keys.append(block.key)
+                    ends.append(block)
+            for end in reversed(ends):  # the longest first: it covers the others
+                if windows is None or not windows.cover(start, start + len(end.tokens)):
+                    continue
+                there = self.stands_for(end.window, block_size, windows=True)
+                if there is None:
+                    self._write_what_disk_lacks(known, keep_tails=keep_tails)
+                    known = []
+                    there = self._keep_window(end.window, start, windows, block_size, arrive, imported=imported)
+                else:
+                    known.append(there)
+                if there is not None:
+                    keys.append(there)
+            if not is_kept:
+                break  # its children could never be found
         self._write_what_disk_lacks(known, keep_tails=keep_tails)
-        self._touch(keys)
+        self._touch(list(dict.fromkeys(keys)))
         return new
+
+    def _keep_window(
+        self,
+        window: BlockId,
+        start: int,
+        windows: Windows,
+        block_size: int,
+        arrive: Callable[[], None],
+        *,
+        imported: bool,
+    ) -> str | None:
+        """Store a window block, whose first token is ``start``; return its key, or None if no tier keeps it."""
+        block = Block(window, windows.read(start, start + len(window.tokens)), start, arrive=arrive)
+        is_tail = len(window.tokens) < block_size
+        return window.key if self._keep(block, keep_tails=False, is_tail=is_tail, imported=imported) else None
 
     def hurry(self) -> None:
         """Run waiting writes soon: this thread is about to wait for room. First, pages that they wait for arrive."""
@@ -142,28 +197,29 @@ class BlockWriter:
         def write() -> None:
             for key in self._tiers.absent_below(in_ram):
                 block = self._host.block(key)
-                if block is None or not self._put_below(block, keep_tails):
+                is_kept = block is not None and self._put_below(block, keep_tails)
+                if not is_kept and (block is None or not block.id.is_window):
                     break  # later blocks would be orphans
 
         self._behind.submit(write)
 
     def _keep_snapshots(
         self, block: BlockId, start: int, read: Read, states: States, arrive: Callable[[], None]
-    ) -> list[str]:
-        """Store the checkpoints of prefixes that end in ``block``, whose first token is ``start``; return their keys.
+    ) -> list[BlockId]:
+        """Store the checkpoints of prefixes that end in ``block``, whose first token is ``start``; return kept ones.
 
         Besides the states, each holds its own K and V: a longer block does not stand in for a checkpoint.
         """
-        keys = []
+        checkpoints = []
         for position in sorted(p for p in states if start < p <= start + len(block.tokens)):
             ids = block.tokens[: position - start].copy()
-            checkpoint = BlockId.of(block.root, block.parent, ids, checkpoint=True)
+            checkpoint = BlockId.of(block.root, block.parent, ids, BlockKind.CHECKPOINT)
             kept = checkpoint.key in self._tiers or self._keep(
                 Block(checkpoint, read(start, position), start, states[position], arrive), keep_tails=True
             )
             if kept:
-                keys.append(checkpoint.key)
-        return keys
+                checkpoints.append(checkpoint)
+        return checkpoints
 
     def manifest(self, root: str) -> Mapping[str, Any]:
         """Return the description of ``root``; empty when it is not known."""
@@ -199,22 +255,35 @@ class BlockWriter:
         for block in blocks:
             key = self.stands_for(block, block_size)
             if block is blocks[-1]:
-                checkpoint = BlockId.of(block.root, block.parent, block.tokens, checkpoint=True)
-                key = checkpoint.key if checkpoint.key in self._tiers else key
+                key = block.checkpoint.key if block.checkpoint.key in self._tiers else key
             if key is None:
                 break
             keys.append(key)
         return keys
 
-    def stands_for(self, block: BlockId, block_size: int) -> str | None:
+    def windows_of(self, blocks: Sequence[BlockId], block_size: int) -> list[str]:
+        """Return the keys of stored window blocks that cover the last of ``blocks``, a chain, without a hole between.
+
+        The list ends with the key that covers the last block; it is empty when none does.
+        """
+        keys: list[str] = []
+        for block in reversed(blocks):
+            key = self.stands_for(block.window, block_size, windows=True)
+            if key is None:
+                break
+            keys.append(key)
+        return keys[::-1]
+
+    def stands_for(self, block: BlockId, block_size: int, *, windows: bool = False) -> str | None:
         """Return the key of a stored block that covers ``block``: itself, or a longer one with the same first tokens.
 
-        None when no tier has either.
+        None when no tier has either. A window block covers window blocks alone, which are asked for with ``windows``,
+        and another block covers none.
         """
         if block.key in self._tiers:
             return block.key
         if len(block.tokens) < block_size:
-            for child in self._tiers.nearest(block.parent, block.tokens):
+            for child in self._tiers.nearest(block.parent, block.tokens, windows=windows):
                 if child.root == block.root and common_run(child.tokens, block.tokens) == len(block.tokens):
                     return child.key
         return None
@@ -260,18 +329,21 @@ class BlockWriter:
 
     def _put_below(self, block: Block, keep_tails: bool) -> bool:
         kept = self._tiers.put_below(block)
-        if kept and not keep_tails:
+        if kept and (not keep_tails or block.id.is_window):
             self._drop_shorter(self._tiers.last, block.id)
         return kept
 
     def _drop_shorter(self, tier: OrderedTier, block: BlockId) -> float | None:
-        """Forget tails that are a prefix of ``block``, which covers them now that the tier has it.
+        """Forget tails of the same kind that are a prefix of ``block``, which covers them now that the tier has it.
 
         Returns:
             When the first of them began to wait to be written; None if none waited.
         """
         waited = []
+        kind = BlockKind.WINDOW if block.is_window else BlockKind.PAGES
         for tail in tier.tails(block.parent, block.tokens):
+            if not tail.is_a(kind):
+                continue
             if tier is self._tiers.last:  # chains that end in the tail now end in this block
                 self._tiers.tell_names(partial(_replace, tail.key, block.key))
             # No named chain ends in a waiting tail: ``write_down`` writes waiting tails.

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch
 
 from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
+from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.lookup import Span
 from kvtier.store.tiers.stack import TierStack
@@ -22,6 +23,8 @@ from kvtier.transfer import Readers
 
 _log = logging.getLogger("kvtier.store")
 _UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks
+_Uses = Mapping[str, Sequence[tuple[int, Span]]]
+"""Key of a block → the rows that use it, each with its span."""
 Place = Callable[[int, int], tuple[PageView, int]]
 """``(layer, row)`` → the view that takes K and V of that layer and row, and the row's token at its index 0."""
 
@@ -77,12 +80,29 @@ class UnusableBlocks:
             _log.warning(text, len(news), summary(news))
 
 
-class LoadJob:
-    """Loads the pages of ``rows``, one task per layer, in layer order.
+def odd_ones(readers: Mapping[str, BlockReader], windows: Container[str]) -> list[str]:
+    """Return the keys of open blocks whose layers differ from those of most others of their kind.
 
-    Each page is read once, however many rows use it. Failed blocks are reported together through ``unusable``, by
-    ``wait`` or at the latest by ``close``. Their bytes are never used as K and V, since ``states``, ``land``, ``check``
-    and ``wait`` raise ``RestoreError`` when something could not be read.
+    ``windows`` has the keys of window blocks. If these have another number of layers than the others, all are odd.
+    """
+    odd: list[str] = []
+    usual: list[KVSpec] = []
+    for is_window in (False, True):
+        some = {key: reader.spec for key, reader in readers.items() if (key in windows) == is_window}
+        if some:
+            ((spec, _),) = Counter(some.values()).most_common(1)
+            usual.append(spec)
+            odd += [key for key in some if some[key] != spec or len(spec.layers) != len(usual[0].layers)]
+    return odd
+
+
+class LoadJob:
+    """Loads the pages of ``rows`` and ``windows``, one task per layer, in layer order.
+
+    A layer that the blocks of ``rows`` have no bytes of comes from the window blocks. Each page is read once, however
+    many rows use it. Failed blocks are reported together through ``unusable``, by ``wait`` or at the latest by
+    ``close``. Their bytes are never used as K and V, since ``states``, ``land``, ``check`` and ``wait`` raise
+    ``RestoreError`` when something could not be read.
     """
 
     def __init__(
@@ -92,16 +112,16 @@ class LoadJob:
         reading: Readers,
         unusable: Callable[[Mapping[str, BlockError]], None],
         checkpoints: Sequence[str] = (),
+        windows: Sequence[Sequence[Span]] = (),
     ) -> None:
-        self.spec = next(iter(readers.values())).spec
+        of_chain, of_windows = _uses_of(rows), _uses_of(windows)
+        specs = {key in of_windows: reader.spec for key, reader in readers.items()}  # equal for blocks of one kind
+        kinds = [(specs[of], uses) for of, uses in ((False, of_chain), (True, of_windows)) if of in specs]
+        self.spec, self._uses = _united(kinds)
         self._readers = readers
         self._reading = reading
         self._note_unusable = unusable
         self._checkpoints = tuple(checkpoints)
-        self._uses: dict[str, list[tuple[int, Span]]] = {}
-        for row, spans in enumerate(rows):
-            for span in spans:
-                self._uses.setdefault(span.block.key, []).append((row, span))
         self._layers: list[Future[bool]] = []
         self._failed: dict[str, BlockError] = {}
         self._reported: set[str] = set()
@@ -130,7 +150,10 @@ class LoadJob:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V of all rows."""
-        return self.spec.token_bytes * sum(span.tokens for uses in self._uses.values() for _, span in uses)
+        return sum(
+            spec.token_bytes * sum(span.tokens for uses in all_uses.values() for _, span in uses)
+            for spec, all_uses in zip(self.spec.layers, self._uses, strict=True)
+        )
 
     def tier(self, key: str) -> str:
         """Return the name of the tier that a block is read from, e.g. ``host`` or ``disk``."""
@@ -160,10 +183,10 @@ class LoadJob:
 
     def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
         """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
-        rows = {row for uses in self._uses.values() for row, _ in uses}
+        rows = {row for uses in self._uses[layer].values() for row, _ in uses}
         views = {row: place(layer, row) for row in rows}
         complete = True
-        for key, all_uses in self._uses.items():
+        for key, all_uses in self._uses[layer].items():
             uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
             if not uses:
                 continue
@@ -188,16 +211,17 @@ class LoadJob:
         """Read all pages once, to check that they can be read."""
         for key, reader in self._readers.items():
             try:
-                for layer in range(len(self.spec.layers)):
-                    reader.page(layer)
+                for layer, spec in enumerate(reader.spec.layers):
+                    if spec.token_bytes:
+                        reader.page(layer)
             except BlockError as error:
                 self._failed[key] = error
         if self._failed:
             raise self._lost()
 
-    def spans(self, row: int) -> list[Span]:
-        """Return the spans of ``row``, in order."""
-        return [span for uses in self._uses.values() for r, span in uses if r == row]
+    def spans(self, row: int, layer: int) -> list[Span]:
+        """Return the spans that ``layer`` of ``row`` is read from, in order."""
+        return [span for uses in self._uses[layer].values() for r, span in uses if r == row]
 
     def reader(self, key: str) -> BlockReader:
         """Return the open block ``key``."""
@@ -272,6 +296,28 @@ class LoadJob:
             if key not in self._lent:
                 reader.close()
         self._report()
+
+
+def _uses_of(rows: Sequence[Sequence[Span]]) -> _Uses:
+    found: dict[str, list[tuple[int, Span]]] = {}
+    for row, spans in enumerate(rows):
+        for span in spans:
+            found.setdefault(span.block.key, []).append((row, span))
+    return found
+
+
+def _united(kinds: Sequence[tuple[KVSpec, _Uses]]) -> tuple[KVSpec, list[_Uses]]:
+    """Return the layers of a load, and the uses that each is read from: the first of ``kinds`` that has bytes of it.
+
+    A layer that no kind has bytes of is not read.
+    """
+    layers: list[LayerSpec] = []
+    uses: list[_Uses] = []
+    for specs in zip(*(spec.layers for spec, _ in kinds), strict=True):
+        found = next((index for index, spec in enumerate(specs) if spec.token_bytes), None)
+        layers.append(specs[found or 0])
+        uses.append({} if found is None else kinds[found][1])
+    return KVSpec(tuple(layers)), uses
 
 
 def _at(place: tuple[PageView, int], span: Span) -> PageView:

@@ -65,7 +65,7 @@ def longest_match(tiers: TierStack, root: str, tokens: TokenIds, limit: int, blo
     spans = [Span(block, start, 0, min(block_size, limit - start)) for start, block in zip(starts, run, strict=False)]
     position, parent = (spans[-1].stop, run[-1].key) if run else (0, root)
     expected = tokens[position : position + block_size]
-    block = _nearest(tiers, root, parent, expected) if position < limit else None
+    block = nearest_block(tiers, root, parent, expected) if position < limit else None
     if block is None:
         return PrefixMatch(tuple(spans), None)
     common = common_run(block.tokens, expected)
@@ -97,15 +97,44 @@ def checkpoints_of(
             yield start + length, found[length]
         if index:  # a checkpoint as long as a block
             last = whole[index - 1]
-            block = BlockId.of(root, last.parent, last.tokens, checkpoint=True)
-            if block.key in tiers:
-                yield start, block
+            if last.checkpoint.key in tiers:
+                yield start, last.checkpoint
 
 
-def _nearest(tiers: TierStack, root: str, parent: str, expected: TokenIds) -> BlockId | None:
-    """Return the block after ``parent`` with the longest common prefix with ``expected``."""
+def windows_of(tiers: TierStack, root: str, tokens: TokenIds, match: PrefixMatch, block_size: int) -> tuple[Span, ...]:
+    """Return the stored window blocks of the tokens that ``match`` found, as spans in order, cut to its length.
+
+    There may be holes between them. Window blocks beside full blocks are found by their keys, in one query. After the
+    last full block that is matched whole, the window block with the longest common prefix counts up to the first
+    difference.
+    """
+    full = [span for span in match.spans if span.tokens == block_size]
+    windows = [span.block.window for span in full]
+    present = tiers.present([window.key for window in windows])
+    spans = [
+        Span(window, span.start, 0, span.tokens)
+        for span, window in zip(full, windows, strict=True)
+        if window.key in present
+    ]
+    if len(full) < len(match.spans):
+        last = match.spans[-1]
+        expected = tokens[last.start : last.stop]
+        window = nearest_block(tiers, root, last.block.parent, expected, windows=True)
+        common = common_run(window.tokens, expected) if window is not None else 0
+        if window is not None and common:
+            spans.append(Span(window, last.start, 0, common))
+    return tuple(spans)
+
+
+def nearest_block(
+    tiers: TierStack, root: str, parent: str, expected: TokenIds, *, windows: bool = False
+) -> BlockId | None:
+    """Return the block after ``parent`` with the longest common prefix with ``expected``.
+
+    Only window blocks count with ``windows``, and all others without.
+    """
     best, best_run = None, -1
-    for child in tiers.nearest(parent, expected):
+    for child in tiers.nearest(parent, expected, windows=windows):
         run = common_run(child.tokens, expected)
         if child.root == root and run > best_run:
             best, best_run = child, run

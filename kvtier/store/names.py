@@ -54,6 +54,7 @@ class Name:
         name: the name of the chain.
         root: the root of the chain.
         keys: the keys of its blocks, in order.
+        windows: the keys of the window blocks that end it, in order and without a hole between them.
         tokens: how many tokens it has; its last block may have more.
         pinned: whether its blocks are never evicted.
         ttl_seconds: time without use after which it is forgotten; None for never.
@@ -67,6 +68,7 @@ class Name:
     pinned: bool
     ttl_seconds: float | None
     created_at: float
+    windows: tuple[str, ...] = ()
 
 
 def checked_name(name: object) -> str:

@@ -31,12 +31,12 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.commit import BlockWriter, Read, States
+from kvtier.store.commit import BlockWriter, Read, States, Windows
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
-from kvtier.store.load import LoadJob, UnusableBlocks, summary
-from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match
+from kvtier.store.load import LoadJob, UnusableBlocks, odd_ones, summary
+from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match, windows_of
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
 from kvtier.store.names import checked_ttl
@@ -236,10 +236,35 @@ class PrefixStore:
         self._check_open()
         return checkpoints_of(self._tiers, root, tokens, limit, self.block_size)
 
-    def restore(self, rows: Sequence[Sequence[Span]], checkpoints: Sequence[BlockId] = ()) -> LoadJob:
-        """Open the blocks of ``rows`` and ``checkpoints``; ``LoadJob.start`` then copies their pages.
+    def windows(self, root: str, tokens: TokenIds, match: PrefixMatch) -> tuple[Span, ...]:
+        """Return the stored window blocks of the matched tokens, in order and cut to the length of ``match``.
 
-        At least one block is required. ``checkpoints`` has one block for each row; only its states are read.
+        A window block has K and V of layers with sliding attention for some tokens. There may be holes between the
+        spans. A prompt can go on after ``c`` tokens if they cover the last ``window - 1`` tokens before, or all ``c``.
+
+        Args:
+            root: the root of ``match``.
+            tokens: the ids of ``match``.
+            match: the result of ``match`` for them.
+        """
+        self._check_open()
+        return windows_of(self._tiers, root, tokens, match, self.block_size)
+
+    def restore(
+        self,
+        rows: Sequence[Sequence[Span]],
+        checkpoints: Sequence[BlockId] = (),
+        windows: Sequence[Sequence[Span]] = (),
+    ) -> LoadJob:
+        """Open blocks; ``LoadJob.start`` then copies their pages.
+
+        At least one block is required.
+
+        Args:
+            rows: the spans of each row.
+            checkpoints: one block for each row; only its states are read. Empty for models without states.
+            windows: the spans of window blocks of each row, which hold the layers that the blocks of ``rows`` lack.
+                Empty for models without sliding layers.
 
         Raises:
             BlockError: blocks cannot be used. All of them were found in this one call: damaged blocks are discarded,
@@ -249,11 +274,12 @@ class PrefixStore:
         self._check_open()
         blocks = {span.block.key: span.block for spans in rows for span in spans}
         blocks |= {checkpoint.key: checkpoint for checkpoint in checkpoints}
+        of_windows = {span.block.key: span.block for spans in windows for span in spans}
         readers: dict[str, BlockReader] = {}
         missing: dict[str, BlockError] = {}
         unusable: dict[str, BlockError] = {}
         try:
-            for key, found in self._tiers.open_all(list(blocks.values())).items():
+            for key, found in self._tiers.open_all([*blocks.values(), *of_windows.values()]).items():
                 if found is None:  # evicted since it was matched
                     missing[key] = BlockError(f"block {key[:12]} is gone")
                     self._count("misses.gone")
@@ -261,9 +287,8 @@ class PrefixStore:
                     missing[key] = unusable[key] = found
                 else:
                     readers[key] = found
-            if not missing and len(specs := Counter(reader.spec for reader in readers.values())) > 1:
-                ((usual, _),) = specs.most_common(1)
-                odd = [key for key, reader in readers.items() if reader.spec != usual]
+            if not missing:
+                odd = odd_ones(readers, of_windows)
                 missing = unusable = dict.fromkeys(
                     odd, BlockError("its layers differ from those of the blocks beside it")
                 )
@@ -278,7 +303,7 @@ class PrefixStore:
         with self._lock:
             self._tally.update(f"hits.{reader.tier}" for reader in readers.values())
         keys = [checkpoint.key for checkpoint in checkpoints]
-        return LoadJob(rows, readers, self._reading, self._unusable.note, keys)
+        return LoadJob(rows, readers, self._reading, self._unusable.note, keys, windows)
 
     def commit(
         self,
@@ -288,6 +313,7 @@ class PrefixStore:
         manifest: Mapping[str, Any] | None = None,
         states: States | None = None,
         arrive: Callable[[], None] = arrived,
+        windows: Windows | None = None,
     ) -> int:
         """Store the K and V of ``tokens``; only new blocks are read.
 
@@ -301,13 +327,17 @@ class PrefixStore:
                 None for models without states.
             arrive: blocks until the pages hold their bytes. Raises ``UnavailableError`` if they do not come. By default
                 they hold them when ``read`` returns.
+            windows: for a model with sliding layers, whose pages from ``read`` are empty: their K and V, for some
+                tokens. Blocks, and checkpoints, whose tokens lie within one span get a window block beside them.
 
         Returns:
-            The number of newly stored tokens.
+            The number of newly stored tokens. Window blocks do not count.
         """
         self._check_open()
         _drain_at_the_end()
-        new = self._block_writer.commit(root, tokens, read, manifest, self.block_size, states, arrive=arrive)
+        new = self._block_writer.commit(
+            root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive
+        )
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
             self._expire_at = self._clock() + _EXPIRE_SECONDS

@@ -150,9 +150,11 @@ def test_damaged_checkpoint_is_detected_and_removed(tmp_path, caplog):
 def test_block_file_whose_key_contradicts_its_states_is_refused(tmp_path):
     """A checkpoint cannot pass for a block without states, nor such a block for a checkpoint."""
     pages = truth(ROOT, count(3), 0, 3)
-    plain, checkpoint = (BlockId.of(ROOT, ROOT, count(3), checkpoint=s) for s in (False, True))
-    assert (plain.is_checkpoint, checkpoint.is_checkpoint) == (False, True)
-    for block in (Block(plain, pages, 0, states(1)), Block(checkpoint, pages)):
+    plain = BlockId.of(ROOT, ROOT, count(3))
+    assert (plain.is_checkpoint, plain.checkpoint.is_checkpoint) == (False, True)
+    for block in (
+        Block(plain, pages, 0, states(1)), Block(plain.window, pages, 0, states(1)), Block(plain.checkpoint, pages)
+    ):  # fmt: skip
         path = tmp_path / "block"
         path.write_bytes(b"".join(encode_block(block)))
         with pytest.raises(BlockError, match="ids do not give its key"):

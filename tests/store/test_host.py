@@ -2,12 +2,13 @@
 
 import gc
 import threading
+from itertools import permutations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.store.block import Block
-from kvtier.store.chain import BlockId
+from kvtier.store.chain import BlockId, BlockKind
 from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.base import PutResult
 from kvtier.store.tiers.host.tier import HostTier
@@ -300,18 +301,19 @@ def test_operations_on_a_missing_block_find_and_change_nothing():
     assert len(tier) == tier.nbytes == 0
 
 
-def test_block_and_checkpoint_with_the_same_ids_are_kept_apart():
+def test_blocks_of_all_kinds_with_the_same_ids_are_kept_apart():
     tier = new_tier(9 * SIZE)
     pages = block(count(4)).pages
-    twins = [Block(BlockId.of(ROOT, ROOT, count(4), checkpoint=checkpoint), pages) for checkpoint in (False, True)]
-    for first, second in (twins, twins[::-1]):
-        for gone, left in ((first, second), (second, first)):
-            for each in (first, second):
-                tier.put(each)
-            assert {each.key for each in tier.tails(ROOT, count(5))} == {each.id.key for each in twins}
-            tier.discard(gone.id.key)
-            assert [each.key for each in tier.tails(ROOT, count(5))] == [left.id.key]
-            tier.discard(left.id.key)
+    twins = [Block(BlockId.of(ROOT, ROOT, count(4), kind), pages) for kind in BlockKind]
+    for put in permutations(twins):
+        for discarded in permutations(twins):
+            for each in put:
+                assert tier.put(each)
+            left = {each.id.key for each in twins}
+            for each in discarded:
+                assert {tail.key for tail in tier.tails(ROOT, count(5))} == left
+                tier.discard(each.id.key)
+                left.remove(each.id.key)
             assert tier.tails(ROOT, count(5)) == []
 
 

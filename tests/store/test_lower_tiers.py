@@ -86,7 +86,7 @@ def test_restore_continues_a_prefix_from_the_lower_tier(tmp_path, tier):
         store.flush()
         del tier.requests[:]
         load = store.restore([store.match(ROOT, tokens).spans])
-        assert [load.tier(span.block.key) for span in load.spans(0)] == ["host", "host", "dict", "dict"]
+        assert [load.tier(span.block.key) for span in load.spans(0, 1)] == ["host", "host", "dict", "dict"]
         load.close()
         assert tier.requests == [("presence", 2), ("open_all", 2)]
 
@@ -332,7 +332,7 @@ def test_block_damaged_on_disk_is_read_from_the_lower_tier_and_kept_there(tmp_pa
     assert "it is read from the tier 'dict'" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["parent", "checkpoint"])
+@pytest.mark.parametrize("what", ["parent", "checkpoint", "window"])
 def test_lower_tier_block_of_another_chain_or_kind_is_refused(new_store, tier, what):
     """The same token ids at another place have different K and V."""
     tokens = count(8)
@@ -341,11 +341,7 @@ def test_lower_tier_block_of_another_chain_or_kind_is_refused(new_store, tier, w
     first.flush()
     second_key, (_, second) = list(tier.blocks)[1], tier.blocks.values()
     identity = second.id
-    other = (
-        BlockId.of(ROOT, "77" * 32, identity.tokens)
-        if what == "parent"
-        else BlockId.of(ROOT, identity.parent, identity.tokens, checkpoint=True)
-    )
+    other = BlockId.of(ROOT, "77" * 32, identity.tokens) if what == "parent" else getattr(identity, what)
     tier.blocks[second_key] = Block(other, second.pages, second.depth_tokens)
     store = new_store()
     with pytest.raises(BlockError, match="holds other tokens"):

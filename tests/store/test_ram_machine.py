@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier.store.block import Block, Entry
-from kvtier.store.chain import BlockId, common_run
+from kvtier.store.chain import BlockId, BlockKind, common_run
 from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
 from kvtier.store.eviction.base import Standing, Usage, fresh_state
 from kvtier.store.tiers.backoff import Withheld
@@ -172,8 +172,9 @@ class Model:
             known.block.id for k, known in self.blocks.items() if known.block.id.parent == parent and self.is_found(k)
         ]
 
-    def longest_run(self, parent, tokens):
-        return max((common_run(block.tokens, tokens) for block in self.following(parent)), default=None)
+    def longest_run(self, parent, tokens, windows):
+        blocks = [block for block in self.following(parent) if block.is_window == windows]
+        return max((common_run(block.tokens, tokens) for block in blocks), default=None)
 
     def tails(self, parent, tokens):
         return {
@@ -196,6 +197,7 @@ class Model:
                 known.hits,
                 known.used_at,
                 key in self.pinned,
+                known.block.id.is_window,
             )
             for key, known in self.blocks.items()
             if self.is_found(key)
@@ -231,25 +233,25 @@ class RamMachine(RuleBasedStateMachine):
             self.put_and_touch(list(self.made)[parent] if parent < len(self.made) else ROOT, turns)
 
     def put_and_touch(self, parent, turns):
-        block = self.made_block(parent, ids(len(self.made)), 1, is_checkpoint=False)
+        block = self.made_block(parent, ids(len(self.made)), 1, BlockKind.PAGES)
         assert bool(self.tier.put(block)) == self.model.put(block, False)
         for _ in range(turns):
             self.tier.touch([block.id.key], {})
             self.model.touch([block.id.key], {})
 
-    def made_block(self, parent, tokens, size, *, is_checkpoint):
-        identity = BlockId.of(ROOT, parent, tokens, checkpoint=is_checkpoint)
+    def made_block(self, parent, tokens, size, kind):
+        identity = BlockId.of(ROOT, parent, tokens, kind)
         before = self.made.get(parent)
         depth = before.depth_tokens + len(before.id.tokens) if before is not None else 0
         return self.made.setdefault(identity.key, Block(identity, (), depth, torch.zeros(size, dtype=torch.uint8)))
 
     def draw_block(self, data):
         """Return a new block after the root or after any block ever made, or one of those blocks."""
-        parents = [ROOT, *(key for key, block in self.made.items() if not block.id.is_checkpoint)]
+        parents = [ROOT, *(key for key, block in self.made.items() if block.id.is_a(BlockKind.PAGES))]
         parent = data.draw(st.sampled_from(parents), label="parent")
         tokens = ids(*data.draw(TOKENS, label="tokens"))
         size = data.draw(st.integers(1, 4), label="bytes")
-        return self.made_block(parent, tokens, size, is_checkpoint=data.draw(st.booleans(), label="checkpoint"))
+        return self.made_block(parent, tokens, size, data.draw(st.sampled_from(BlockKind), label="kind"))
 
     def draw_key(self, data):
         """Return the key of a stored block; if none is stored, the key of a former one."""
@@ -411,14 +413,15 @@ class RamMachine(RuleBasedStateMachine):
         held = {key for key, n in self.model.leases.items() if n} | self.model.writing
         assert {key for key in (*self.made, *held) if key in self.tier.leases} == held
 
-    @rule(data=st.data(), tokens=TOKENS)
-    def both_find_the_same(self, data, tokens):
+    @rule(data=st.data(), tokens=TOKENS, windows=st.booleans())
+    def both_find_the_same(self, data, tokens, windows):
         parent = data.draw(st.sampled_from([ROOT, *sorted(self.made)]), label="parent")
-        found = self.tier.nearest(parent, ids(*tokens))
+        found = self.tier.nearest(parent, ids(*tokens), windows=windows)
         assert [common_run(block.tokens, ids(*tokens)) for block in found[:1]] == [
-            run for run in [self.model.longest_run(parent, ids(*tokens))] if run is not None
+            run for run in [self.model.longest_run(parent, ids(*tokens), windows)] if run is not None
         ]
         assert all(block.parent == parent and self.model.is_found(block.key) for block in found)
+        assert all(block.is_window == windows for block in found)
         tails = [block.key for block in self.tier.tails(parent, ids(*tokens))]
         assert len(tails) == len(set(tails))
         assert set(tails) == self.model.tails(parent, ids(*tokens))

@@ -120,7 +120,7 @@ def test_forgotten_block_is_deleted_at_once_and_open_readers_finish(tmp_path, mo
         restore = store.restore([store.match(ROOT, count(8)).spans])
         assert store.forget(count(8)).blocks == 2
         assert tails_of(tmp_path) == set()
-        pages = [restore.reader(span.block.key).page(1) for span in restore.spans(0)]
+        pages = [restore.reader(span.block.key).page(1) for span in restore.spans(0, 1)]
         assert [page.k_htd.tolist() for page in pages] == [
             truth(ROOT, count(8), start, start + 4)[1].k_htd.tolist() for start in (0, 4)
         ]

@@ -91,7 +91,7 @@ class DictTier:
             return [
                 Entry(
                     key, block.id.parent, block.id.root, len(block.id.tokens), block.depth_tokens, block.nbytes,
-                    children=0, uses=0, hits=0, used_at=0.0, pinned=False,
+                    children=0, uses=0, hits=0, used_at=0.0, pinned=False, is_window=block.id.is_window,
                 )
                 for key, block in self.blocks.items()
             ]  # fmt: skip

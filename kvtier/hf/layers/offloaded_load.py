@@ -123,7 +123,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         ]
         memory.crop(begin)
         filled = begin
-        for span in self._whole_pages(memory):
+        for span in self._whole_pages(layer, memory):
             if span.start < filled or span.start % self._offload.page_tokens:
                 continue
             if filled < span.start:
@@ -138,14 +138,14 @@ class OffloadedPrefixLoad(PrefixLoad):
         if filled < self.columns:
             self._fill_columns(layer, memory, old, kept, filled, self.columns, repeats)
 
-    def _whole_pages(self, memory: OffloadedLayer) -> list[Span]:
+    def _whole_pages(self, layer: int, memory: OffloadedLayer) -> list[Span]:
         """Return the spans that ``memory`` can borrow as whole pages."""
         if self.job is None or len(self.plans) > 1 or self.plans[0].pad or not memory.is_cold:
             return []
         page, tiers = self._offload.page_tokens, ("disk",) if memory.kernels_read_host else ("disk", "host")
         return [
             span
-            for span in self.job.spans(0)
+            for span in self.job.spans(0, layer)
             if (span.first, span.last) == (0, page)
             and self.job.reader(span.block.key).is_plain
             and self.job.tier(span.block.key) in tiers

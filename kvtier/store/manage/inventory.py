@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from kvtier.errors import UnknownNameError
 from kvtier.store.block import Entry
-from kvtier.store.chain import BlockId, TokenIds, chain_keys, common_run
+from kvtier.store.chain import TokenIds, chain_keys, common_run
 from kvtier.store.names import Name, NamedPrefix
 from kvtier.store.tiers.stack import TierStack
 
@@ -148,9 +148,8 @@ class Inventory:
             return []
         tails = self._tiers.tails(parent, block.tokens)
         found = {tail.key for tail in tails if tail.is_checkpoint}
-        whole = BlockId.of(block.root, block.parent, block.tokens, checkpoint=True)
-        if whole.key in self._tiers:
-            found.add(whole.key)
+        if block.checkpoint.key in self._tiers:
+            found.add(block.checkpoint.key)
         return sorted(found - {block.key})
 
     def chains(self) -> tuple[Chain, ...]:

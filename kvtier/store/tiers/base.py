@@ -139,11 +139,15 @@ class OrderedTier(Tier, Protocol):
     def __contains__(self, key: str) -> bool:
         """Whether the block can be opened."""
 
-    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``."""
+    def nearest(self, parent: str, tokens: TokenIds, *, windows: bool = False) -> Sequence[BlockId]:
+        """Return blocks that follow ``parent``, among them one that shares the longest run with ``tokens``.
+
+        With ``windows`` only window blocks count. Without, window blocks are skipped: one with the same ids as a block
+        of the chain never hides it.
+        """
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return the blocks after ``parent`` that ``tokens`` begin with, and go beyond."""
+        """Return the blocks of all kinds after ``parent`` that ``tokens`` begin with, and go beyond."""
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a block that lives here."""

@@ -109,13 +109,16 @@ class TierStack:
         """Whether one of the store's own tiers has a block that can be opened."""
         return any(key in tier for tier in self.tiers)
 
-    def nearest(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
-        """Yield blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
+    def nearest(self, parent: str, tokens: TokenIds, *, windows: bool = False) -> Iterator[BlockId]:
+        """Yield blocks after ``parent``, among them one with the longest common prefix with ``tokens``.
+
+        Only window blocks count with ``windows``, and all others without.
+        """
         for tier in self.tiers:
-            yield from tier.nearest(parent, tokens)
+            yield from tier.nearest(parent, tokens, windows=windows)
 
     def tails(self, parent: str, tokens: TokenIds) -> Iterator[BlockId]:
-        """Yield the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
+        """Yield the blocks of all kinds after ``parent`` whose ids are a proper prefix of ``tokens``."""
         for tier in self.tiers:
             yield from tier.tails(parent, tokens)
 
@@ -151,14 +154,14 @@ class TierStack:
             piece = list(islice(chain, size))
             if not piece:
                 break
-            present = self._present([block.key for block in piece])
+            present = self.present([block.key for block in piece])
             for block in piece:
                 if block.key not in present:
                     return run
                 run.append(block)
         return run
 
-    def _present(self, keys: Sequence[str]) -> set[str]:
+    def present(self, keys: Sequence[str]) -> set[str]:
         """Return the subset of ``keys`` that some tier can open. Each tier is asked once."""
         found: set[str] = set()
         for tier in self._all:

@@ -43,9 +43,11 @@ class Names:
             self._insert_rows(connection, name, self._clock() if used_at is None else used_at)
 
     def _insert_rows(self, connection: Statements, name: Name, used_at: float) -> None:
-        keys = [bytes.fromhex(key) for key in name.keys]
-        links = [(key, int(name.pinned)) for key in keys]
-        old = connection.execute("SELECT key, pinned FROM links WHERE name = ? ORDER BY place", (name.name,)).fetchall()
+        links = [(bytes.fromhex(key), int(name.pinned), 0) for key in name.keys]
+        links += [(bytes.fromhex(key), int(name.pinned), 1) for key in name.windows]
+        old = connection.execute(
+            "SELECT key, pinned, is_window FROM links WHERE name = ? ORDER BY place", (name.name,)
+        ).fetchall()
         # A conversation is named again after each turn: rows of the unchanged start of its chain stay.
         kept = next((i for i, (a, b) in enumerate(zip(old, links, strict=False)) if a != b), min(len(old), len(links)))
         self._remove_rows(connection, name.name, kept)
@@ -64,7 +66,7 @@ class Names:
             ),
         )
         connection.executemany(
-            "INSERT INTO links VALUES (?, ?, ?, ?)",
+            "INSERT INTO links VALUES (?, ?, ?, ?, ?)",
             [(name.name, place, *links[place]) for place in range(kept, len(links))],
         )
 
@@ -92,14 +94,19 @@ class Names:
         with self._database.reading(long=True) as connection:
             rows = connection.execute(
                 "SELECT n.name, n.root, n.tokens, n.pinned, n.ttl, n.created_at, n.used_at, n.expires_at, "
-                f"l.key AS link FROM names AS n LEFT JOIN links AS l ON l.name = n.name {which} "
+                "l.key AS link, l.is_window AS of_window "
+                f"FROM names AS n LEFT JOIN links AS l ON l.name = n.name {which} "
                 "ORDER BY n.name, l.place",
                 values,
             ).fetchall()
             found = []
             for (name, root, tokens, pinned, ttl, created_at, used_at, expires_at), links in groupby(rows, _OF_NAME):
-                keys = tuple(link.hex() for *_, link in links if link is not None)
-                written = Name(name, root.hex(), keys, tokens, bool(pinned), ttl, created_at)
+                keys: tuple[list[str], list[str]] = ([], [])  # of the chain, and of window blocks
+                for *_, link, of_window in links:
+                    if link is not None:
+                        keys[bool(of_window)].append(link.hex())
+                chain, windows = map(tuple, keys)
+                written = Name(name, root.hex(), chain, tokens, bool(pinned), ttl, created_at, windows)
                 found.append((written, used_at, expires_at))
         return found
 
@@ -139,7 +146,7 @@ class Names:
         connection.execute("DELETE FROM links WHERE name = ? AND place >= ?", (name, kept_links))
 
     def of_blocks(self, keys: Iterable[str]) -> set[str]:
-        """Return the names whose chains contain one of the blocks ``keys``."""
+        """Return the names whose chains, with the window blocks that end them, contain one of the blocks ``keys``."""
         found: set[str] = set()
         with self._database.reading() as connection:
             for key in keys:
@@ -167,8 +174,10 @@ class Names:
         """Replace block ``old`` by the longer block ``new``, which covers it, in the chains of all names."""
         for name in self.of_blocks([old]):
             for written, used_at, _ in self._rows("WHERE n.name = ?", (name,)):
-                keys = tuple(new if key == old else key for key in written.keys)
-                self.assign(replace(written, keys=keys), used_at)
+                keys, windows = (
+                    tuple(new if key == old else key for key in part) for part in (written.keys, written.windows)
+                )
+                self.assign(replace(written, keys=keys, windows=windows), used_at)
 
     def due(self) -> list[str]:
         """Return the expired names."""
@@ -233,10 +242,12 @@ def _read(path: Path) -> Name:
             values["pinned"],
             checked_ttl(values["ttl_seconds"]),
             values["created_at"],
+            tuple(values.get("windows", ())),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"it is no file of a name ({error!r})") from error
-    keys_are_keys = all(isinstance(key, str) and len(bytes.fromhex(key)) == 32 for key in (name.root, *name.keys))
+    keys = (name.root, *name.keys, *name.windows)
+    keys_are_keys = all(isinstance(key, str) and len(bytes.fromhex(key)) == 32 for key in keys)
     is_time = type(name.created_at) in (int, float) and abs(name.created_at) < LONGEST_SECONDS  # NaN is not
     numbers = type(name.tokens) is int and 0 < name.tokens < _MOST_TOKENS and is_time
     if not (keys_are_keys and numbers and isinstance(name.pinned, bool)):

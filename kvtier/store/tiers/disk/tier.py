@@ -244,9 +244,12 @@ class DiskTier:
         """Return the subset of ``keys`` neither stored nor being written; none when the catalog fails."""
         return self.ask(lambda: self.catalog.absent(keys), list[str]())
 
-    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return blocks after ``parent``, among them one with the longest common prefix with ``tokens``."""
-        found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since), list[BlockId]())
+    def nearest(self, parent: str, tokens: TokenIds, *, windows: bool = False) -> Sequence[BlockId]:
+        """Return blocks after ``parent``, among them one with the longest common prefix with ``tokens``.
+
+        Only window blocks count with ``windows``, and all others without.
+        """
+        found = self.ask(lambda: self.catalog.nearest(parent, tokens, self._since, windows=windows), list[BlockId]())
         return [block for block in found if self._is_found(block.key)]
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:

@@ -137,13 +137,16 @@ class Residents(Mapping[str, Resident]):
         self._derive()
         return self._siblings.count(key)
 
-    def nearest(self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool]) -> BlockId | None:
+    def nearest(
+        self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool], *, windows: bool
+    ) -> BlockId | None:
         """Return a block after ``parent`` with the longest common prefix with ``tokens``; None when there is none.
 
-        Only blocks whose key passes ``is_found`` count.
+        Only blocks whose key passes ``is_found`` count; of them window blocks alone with ``windows``, and all others
+        without.
         """
         self._derive()
-        return self._siblings.nearest(parent, tokens, is_found)
+        return self._siblings.nearest(parent, tokens, is_found, windows=windows)
 
     def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
         """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""

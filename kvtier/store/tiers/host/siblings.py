@@ -20,13 +20,20 @@ class Siblings:
 
     def __init__(self, blocks: Iterable[BlockId] = ()) -> None:
         self._after: dict[str, list[BlockId]] = {}
+        self._windows: set[str] = set()  # keys of window blocks
         for block in blocks:
+            self._note(block)
             self._after.setdefault(block.parent, []).append(block)
         for siblings in self._after.values():
             siblings.sort(key=_bytes_of)
 
+    def _note(self, block: BlockId) -> None:
+        if block.is_window:
+            self._windows.add(block.key)
+
     def add(self, block: BlockId) -> None:
         """Add a new block."""
+        self._note(block)
         siblings = self._after.setdefault(block.parent, [])
         siblings.insert(bisect_right(siblings, _bytes_of(block), key=_bytes_of), block)
 
@@ -34,9 +41,10 @@ class Siblings:
         """Remove a block, which must be present."""
         siblings = self._after[block.parent]
         index = bisect_left(siblings, _bytes_of(block), key=_bytes_of)
-        while siblings[index].key != block.key:  # a checkpoint and a block may have the same ids
+        while siblings[index].key != block.key:  # blocks of different kinds may have the same ids
             index += 1
         del siblings[index]
+        self._windows.discard(block.key)
         if not siblings:
             del self._after[block.parent]
 
@@ -44,15 +52,22 @@ class Siblings:
         """Return how many blocks follow ``parent``."""
         return len(self._after.get(parent, ()))
 
-    def nearest(self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool]) -> BlockId | None:
+    def nearest(
+        self, parent: str, tokens: TokenIds, is_found: Callable[[str], bool], *, windows: bool = False
+    ) -> BlockId | None:
         """Return a block after ``parent`` with the longest common prefix with ``tokens``; None when there is none.
 
-        Only blocks whose key passes ``is_found`` count. Others beside ``tokens`` are skipped one by one.
+        Only blocks whose key passes ``is_found`` count; of them window blocks alone with ``windows``, and all others
+        without. The rest beside ``tokens`` is skipped one by one.
         """
         siblings = self._after.get(parent, [])
         index = bisect_right(siblings, _as_bytes(tokens), key=_bytes_of)
         beside = (range(index - 1, -1, -1), range(index, len(siblings)))
-        sides = (next((siblings[i] for i in side if is_found(siblings[i].key)), None) for side in beside)
+
+        def counts(block: BlockId) -> bool:
+            return (block.key in self._windows) == windows and is_found(block.key)
+
+        sides = (next((siblings[i] for i in side if counts(siblings[i])), None) for side in beside)
         found = [block for block in sides if block is not None]
         return max(found, key=lambda block: common_run(block.tokens, tokens), default=None)
 
@@ -69,7 +84,7 @@ class Siblings:
             shared = common_run(siblings[index].tokens, tokens)
             if shared == length:
                 first = bisect_left(siblings, _as_bytes(tokens[:length]), key=_bytes_of)
-                yield from siblings[first : index + 1]  # a block, and a checkpoint of the same ids
+                yield from siblings[first : index + 1]  # blocks of all kinds of the same ids
                 shared -= 1
 
 

@@ -277,10 +277,13 @@ class HostTier:
         with self._lock:
             return self._blocks.nbytes
 
-    def nearest(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
-        """Return the block after ``parent`` with the longest common prefix with ``tokens``."""
+    def nearest(self, parent: str, tokens: TokenIds, *, windows: bool = False) -> Sequence[BlockId]:
+        """Return the block after ``parent`` with the longest common prefix with ``tokens``.
+
+        Only window blocks count with ``windows``, and all others without.
+        """
         with self._lock:
-            found = self._blocks.nearest(parent, tokens, self.__contains__)
+            found = self._blocks.nearest(parent, tokens, self.__contains__, windows=windows)
         return [found] if found is not None else []
 
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
@@ -303,7 +306,7 @@ class HostTier:
         block, usage = resident.block.id, resident.usage
         place = (key, block.parent, block.root, len(block.tokens), usage.depth_tokens, resident.block.nbytes)
         uses = (self._blocks.children(key), usage.uses, resident.hits, resident.used_at)
-        return Entry(*place, *uses, pinned=key in self._pinned())
+        return Entry(*place, *uses, pinned=key in self._pinned(), is_window=block.is_window)
 
     linked_entries, kept_entry = entries, entry
 

@@ -27,8 +27,7 @@ _KEYS_AT_ONCE = 500  # SQLite takes at least 999 values in a statement, and a tr
 _PASSED_MOST = 64  # limit of unusable siblings between a sequence and its neighbour
 _FOREVER = float("-inf")
 _IDENTITY = "key, parent, root, ids"
-_BEFORE = "ids <= ? ORDER BY ids DESC"
-_AFTER = "ids > ? ORDER BY ids"
+_BEFORE, _AFTER = ("ids <= ?", "ids DESC"), ("ids > ?", "ids")  # which siblings, in which order
 _READY = f"state = {State.READY:d}"
 _FOUND = f"{_READY} AND (used_at >= ? OR pins > 0)"
 
@@ -103,15 +102,18 @@ class Catalog:
             ).fetchone()
             return _block_id(row) if row else None
 
-    def nearest(self, parent: str, tokens: TokenIds, since: float = _FOREVER) -> list[BlockId]:
+    def nearest(
+        self, parent: str, tokens: TokenIds, since: float = _FOREVER, *, windows: bool = False
+    ) -> list[BlockId]:
         """Return the two blocks after ``parent`` that are beside ``tokens`` in the order of ids.
 
-        One of them has the longest common prefix with ``tokens`` of all: in that order, the common prefix of two
-        sequences can only shrink with the distance between them. Unusable blocks are skipped, up to a limit.
+        Only window blocks count with ``windows``, and all others without. One of the two has the longest common prefix
+        with ``tokens`` of all: in that order, the common prefix of two sequences can only shrink with the distance
+        between them. Unusable blocks are skipped, up to a limit.
         """
         ids = encode_ids(tokens)
         with self._database.reading() as connection:
-            found = [_neighbour(connection, parent, side, ids, since) for side in (_BEFORE, _AFTER)]
+            found = [_neighbour(connection, parent, side, ids, since, windows) for side in (_BEFORE, _AFTER)]
         return [block for block in found if block is not None]
 
     def tails(self, parent: str, tokens: TokenIds) -> list[BlockId]:
@@ -130,7 +132,7 @@ class Catalog:
                         f"SELECT {_IDENTITY} FROM blocks WHERE parent = ? AND ids = ? AND {_READY} LIMIT ?",
                         (bytes.fromhex(parent), encode_ids(block.tokens), _PASSED_MOST),
                     )
-                    found += map(_block_id, rows)  # a block, and a checkpoint of the same ids
+                    found += map(_block_id, rows)  # blocks of all kinds of the same ids
                     shared -= 1
                 longest = min(shared, longest - 1)
         return found
@@ -344,24 +346,38 @@ class Catalog:
 
 
 _OUTCOMES = {State.READY: Prepared.PRESENT, State.WRITING: Prepared.ELSEWHERE, State.LEAVING: Prepared.LEAVING}
-_ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0"
+_ENTRY = "key, parent, root, tokens, depth, bytes, children, uses, hits, used_at, pins > 0, is_window"
 
 
-def _neighbour(connection: Statements, parent: str, side: str, ids: bytes, since: float) -> BlockId | None:
-    """Return the first usable block after ``parent`` on one side of ``ids``."""
+def _neighbour(
+    connection: Statements, parent: str, side: tuple[str, str], ids: bytes, since: float, windows: bool | None = None
+) -> BlockId | None:
+    """Return the first usable block after ``parent`` on one side of ``ids``.
+
+    Only window blocks count if ``windows``, all others if not; blocks of all kinds with None.
+    """
+    which, order = side
+    if windows is not None:
+        which += f" AND is_window = {windows:d}"
     rows = connection.execute(
         f"SELECT {_IDENTITY}, state, used_at >= ? OR pins > 0 FROM blocks INDEXED BY siblings "
-        f"WHERE parent = ? AND {side} LIMIT ?",
+        f"WHERE parent = ? AND {which} ORDER BY {order} LIMIT ?",
         (since, bytes.fromhex(parent), ids, _PASSED_MOST),
     )
     with closing(rows):
         found = next((row for row in rows if row[4] == State.READY and row[5]), None)
-    return _block_id(found[:4]) if found is not None else None
+    if found is None:
+        return None
+    block = _block_id(found[:4])
+    if windows is not None and block.is_window != windows:
+        raise ValueError(f"the row of block {block.key[:12]} is of another kind than its key")
+    return block
 
 
 def _block_id(row: tuple[bytes, bytes, bytes, bytes]) -> BlockId:
     return BlockId(row[0].hex(), row[1].hex(), row[2].hex(), decode_ids(row[3]))
 
 
-def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int]) -> Entry:
-    return Entry(row[0].hex(), row[1].hex(), row[2].hex(), *row[3:10], pinned=bool(row[10]))
+def _entry(row: tuple[bytes, bytes, bytes, int, int, int, int, int, int, float, int, int]) -> Entry:
+    key, parent, root = row[0].hex(), row[1].hex(), row[2].hex()
+    return Entry(key, parent, root, *row[3:10], pinned=bool(row[10]), is_window=bool(row[11]))

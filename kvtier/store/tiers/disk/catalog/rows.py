@@ -51,7 +51,7 @@ def insert(
         "INSERT INTO blocks SELECT :key, :parent, :root, :state, :owner, :tokens, :depth, :bytes, "
         f"(SELECT COUNT(*) FROM blocks AS c WHERE c.parent = :key AND c.state != {State.LEAVING:d}), "
         "(SELECT COUNT(*) FROM links WHERE links.key = :key AND links.pinned), "
-        ":uses, 0, :last_use, :queue, :priority, :note, :used_at, :ids",
+        ":uses, 0, :last_use, :queue, :priority, :note, :used_at, :is_window, :ids",
         {
             "key": key,
             "parent": bytes.fromhex(block.parent),
@@ -67,6 +67,7 @@ def insert(
             "priority": standing.priority,
             "note": standing.note,
             "used_at": used_at,
+            "is_window": block.is_window,
             "ids": encode_ids(block.tokens),
         },
     )

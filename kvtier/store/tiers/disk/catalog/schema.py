@@ -1,9 +1,9 @@
 """Tables of the catalog, and checks of the values of rows.
 
 ``blocks`` has a row for each block: its state is one of ``block_states.State``, its ids are encoded by ``id_codes``, in
-whose order siblings with the longest common prefix are neighbours. ``names`` and ``links`` hold named and pinned
-chains, ``ghosts`` recently evicted blocks. ``total`` is one row of sums, which triggers keep, so that no query of a
-turn counts rows. All tables can be rebuilt from the files.
+whose order siblings with the longest common prefix are neighbours; window blocks are marked. ``names`` and ``links``
+hold named and pinned chains, ``ghosts`` recently evicted blocks. ``total`` is one row of sums, which triggers keep, so
+that no query of a turn counts rows. All tables can be rebuilt from the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.connection import Statements
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 UNPLACED = -1
 """The depth of a block whose ancestors do not all have rows yet, during a rebuild."""
 _HERE = f"({State.WRITING:d}, {State.READY:d})"  # states of blocks whose parent must stay
@@ -52,9 +52,10 @@ CREATE TABLE blocks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, state INTEGER NOT NULL, owner TEXT NOT NULL,
     tokens INTEGER NOT NULL, depth INTEGER NOT NULL, bytes INTEGER NOT NULL, children INTEGER NOT NULL,
     pins INTEGER NOT NULL, uses INTEGER NOT NULL, hits INTEGER NOT NULL, last_use INTEGER NOT NULL,
-    queue INTEGER NOT NULL, priority REAL NOT NULL, note TEXT NOT NULL, used_at REAL NOT NULL, ids BLOB NOT NULL
+    queue INTEGER NOT NULL, priority REAL NOT NULL, note TEXT NOT NULL, used_at REAL NOT NULL,
+    is_window INTEGER NOT NULL, ids BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX siblings ON blocks (parent, ids);
+CREATE INDEX siblings ON blocks (parent, ids, is_window);
 CREATE INDEX leaves ON blocks (queue, priority, key) WHERE {_READY} AND children = 0 AND pins = 0;
 CREATE INDEX moving ON blocks (state) WHERE state != {State.READY:d};
 CREATE INDEX by_use ON blocks (used_at) WHERE {_READY} AND pins = 0;
@@ -66,7 +67,8 @@ CREATE TABLE names (
 CREATE INDEX names_last ON names (last);
 CREATE INDEX names_expire ON names (expires_at) WHERE expires_at IS NOT NULL;
 CREATE TABLE links (
-    name TEXT NOT NULL, place INTEGER NOT NULL, key BLOB NOT NULL, pinned INTEGER NOT NULL, PRIMARY KEY (name, place)
+    name TEXT NOT NULL, place INTEGER NOT NULL, key BLOB NOT NULL, pinned INTEGER NOT NULL, is_window INTEGER NOT NULL,
+    PRIMARY KEY (name, place)
 ) WITHOUT ROWID;
 CREATE INDEX links_key ON links (key);
 CREATE INDEX pins ON links (key) WHERE pinned;
@@ -122,6 +124,7 @@ _SOUND: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(_NUMBERS, lambda value: type(value) is int),
     **dict.fromkeys(("used_at", "created_at"), lambda value: isinstance(value, (int, float))),
     "ids": lambda value: isinstance(value, bytes) and len(value) % 3 == 0,
+    "is_window": lambda value: value in {0, 1},
     "state": lambda value: value in {State.WRITING, State.READY, State.LEAVING},
     **dict.fromkeys(("name", "note"), lambda value: isinstance(value, str)),
     "priority": lambda value: isinstance(value, float),
