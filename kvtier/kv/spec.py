@@ -61,3 +61,11 @@ class KVSpec:
     def token_bytes(self) -> int:
         """Bytes of K and V for one token in all layers."""
         return sum(layer.token_bytes for layer in self.layers)
+
+    def is_like(self, other: KVSpec) -> bool:
+        """Whether both have the same layers; of layers without bytes the dtype and sizes do not count."""
+        if self == other:
+            return True
+        pairs = list(zip(self.layers, other.layers, strict=False))
+        same = len(self.layers) == len(other.layers)
+        return same and all(a == b or a.token_bytes == b.token_bytes == 0 for a, b in pairs)

@@ -92,7 +92,10 @@ def odd_ones(readers: Mapping[str, BlockReader], windows: Container[str]) -> lis
         if some:
             ((spec, _),) = Counter(some.values()).most_common(1)
             usual.append(spec)
-            odd += [key for key in some if some[key] != spec or len(spec.layers) != len(usual[0].layers)]
+            is_like = {
+                each: each.is_like(spec) and len(spec.layers) == len(usual[0].layers) for each in {*some.values()}
+            }
+            odd += [key for key in some if not is_like[some[key]]]
     return odd
 
 

@@ -557,3 +557,12 @@ def test_listing_names_takes_a_constant_number_of_queries(tmp_path):
     assert len(names) == 9
     assert all(0 < name.own_bytes < name.nbytes for name in names)
     assert asked[-1] == asked[1]
+
+
+def test_pinned_chain_in_ram_stays_when_its_tail_becomes_longer():
+    with PrefixStore(block_size=4) as store:
+        commit(store, count(6))
+        store.name("chat", ROOT, count(6), pin=True)
+        commit(store, count(7))
+        store.prune(to_bytes=0)
+        assert store.named("chat").kept_tokens == 6

@@ -79,7 +79,7 @@ def check_restored(
     store: PrefixStore, match: PrefixMatch, windows: Sequence[Span], tokens: TokenIds, root: str = ROOT, slides=SLIDING
 ) -> None:
     """Restore the match with ``windows``; compare every byte of every layer, also of the places between."""
-    assert not any(span.block.is_window or span.block.is_checkpoint for span in match.spans)
+    assert not any(span.block.is_window for span in match.spans)
     buffers = [tuple(torch.zeros(HEADS, match.length + 3, DIM) for _ in "kv") for _ in range(LAYERS)]
     job = store.restore([match.spans], windows=[windows])
     try:

@@ -3,6 +3,9 @@
 ``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; for
 a model with states also ``states`` (U8), valid after the last token. The metadata hold ``format``, ``root``,
 ``manifest`` (description of the root, as JSON), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
+
+A sliding layer has the last tokens alone, ``[heads, n - start, dim]``, or none, ``[0, n, 0]``. The metadata hold
+``windows``, as JSON, if there are some: ``start``, and ``layers``, the indices of the layers that begin there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +39,7 @@ from kvtier.store.format.header import (
     check_hash,
     check_ids,
     fill,
+    json_object,
     layers_of,
     open_header,
     read_checksums,
@@ -57,6 +62,7 @@ def write_archive(
     blocks: Sequence[BlockReader],
     tokens: int,
     *,
+    windows: Sequence[BlockReader] = (),
     root: str,
     manifest: Mapping[str, Any],
     block_size: int,
@@ -71,6 +77,7 @@ def write_archive(
         file: the path, in an existing folder.
         blocks: the chain, open for reading, the first block first.
         tokens: length of the prefix; it may end within the last block.
+        windows: window blocks, open for reading: one for each of the last blocks.
         root: the root of the chain.
         manifest: description of the root; values that JSON does not know are written as strings.
         block_size: tokens of a full block in the store it comes from.
@@ -94,6 +101,10 @@ def write_archive(
     if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
         raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
     spec, ids = _one_sequence(target, blocks, tokens)
+    start = sum(len(block.id.tokens) for block in blocks[: len(blocks) - len(windows)])
+    layers = _layers(target, blocks, windows, start, spec)
+    if sliding := [index for index, layer in enumerate(layers) if layer.blocks is windows]:
+        metadata["windows"] = json.dumps({"start": start, "layers": sliding})
     states = blocks[-1].states() if sum(len(block.id.tokens) for block in blocks) == tokens else None
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
@@ -102,7 +113,7 @@ def write_archive(
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(fd, "wb") as out:
-                nbytes = _write(out, blocks, spec, ids, states, metadata)
+                nbytes = _write(out, layers, ids, states, metadata)
                 out.flush()
                 os.fsync(out.fileno())
             _give_name(temporary, target, overwrite)
@@ -126,7 +137,7 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
     if not known < tokens <= len(ids):
         raise ArchiveError(f"cannot write {target}: the blocks have {len(ids)} tokens where the prefix has {tokens}")
     spec = blocks[0].spec
-    if any(block.spec != spec for block in blocks) or len(spec.layers) > MAX_LAYERS:
+    if not all(block.spec.is_like(spec) for block in blocks) or len(spec.layers) > MAX_LAYERS:
         raise ArchiveError(f"cannot write {target}: the blocks are not of the layers of one model")
     try:
         check_ids(ids[:tokens])
@@ -135,22 +146,48 @@ def _one_sequence(target: Path, blocks: Sequence[BlockReader], tokens: int) -> t
     return spec, ids[:tokens]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of an archive: the blocks that have its pages, and the index of their first token."""
+
+    spec: LayerSpec
+    blocks: Sequence[BlockReader]
+    start: int
+
+
+def _layers(
+    target: Path, blocks: Sequence[BlockReader], windows: Sequence[BlockReader], start: int, spec: KVSpec
+) -> list[_Layer]:
+    """Return the layers of a chain; those of which it has no bytes are read from its ``windows``, from ``start`` on.
+
+    Raises:
+        ArchiveError: the window blocks are not of the layers of the chain.
+    """
+    of_windows = windows[0].spec if windows else spec
+    if not all(w.spec.is_like(of_windows) for w in windows) or len(of_windows.layers) != len(spec.layers):
+        raise ArchiveError(f"cannot write {target}: the blocks are not of the layers of one model")
+    return [
+        _Layer(w, windows, start) if not g.token_bytes and w.token_bytes else _Layer(g, blocks, 0)
+        for g, w in zip(spec.layers, of_windows.layers, strict=True)
+    ]
+
+
 def _write(
     out: BinaryIO,
-    blocks: Sequence[BlockReader],
-    spec: KVSpec,
+    layers: Sequence[_Layer],
     ids: TokenIds,
     states: torch.Tensor | None,
     metadata: Mapping[str, str],
 ) -> int:
     tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
-    for i, g in enumerate(spec.layers):
+    for i, layer in enumerate(layers):
+        g, tokens = layer.spec, len(ids) - layer.start
         dtype = DTYPE_NAMES.get(g.dtype)
         if dtype is None:
             raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
-        tensors.append((f"k.{i}", dtype, [g.k_heads, len(ids), g.k_dim], g.k_bytes * len(ids)))
-        tensors.append((f"v.{i}", dtype, [g.v_heads, len(ids), g.v_dim], g.v_bytes * len(ids)))
-    payloads = _payloads(blocks, spec, ids)
+        tensors.append((f"k.{i}", dtype, [g.k_heads, tokens, g.k_dim], g.k_bytes * tokens))
+        tensors.append((f"v.{i}", dtype, [g.v_heads, tokens, g.v_dim], g.v_bytes * tokens))
+    payloads = _payloads(layers, ids)
     if states is not None:
         tensors.append((STATES, "U8", [states.nbytes], states.nbytes))
         payloads = chain(payloads, [memoryview(states.numpy())])
@@ -167,21 +204,22 @@ def _write(
     return nbytes
 
 
-def _payloads(blocks: Sequence[BlockReader], spec: KVSpec, ids: TokenIds) -> Iterator[memoryview]:
+def _payloads(layers: Sequence[_Layer], ids: TokenIds) -> Iterator[memoryview]:
     """Yield the bytes of each tensor in turn. They are valid until the next tensor is requested."""
     yield memoryview(np.ascontiguousarray(ids, dtype="<i8").view(np.uint8))
-    places: dict[LayerSpec, PageView] = {}
-    for layer, g in enumerate(spec.layers):
-        if g not in places:
+    places: dict[tuple[LayerSpec, int], PageView] = {}
+    for index, layer in enumerate(layers):
+        g, tokens = layer.spec, len(ids) - layer.start
+        if (g, tokens) not in places:
             places.clear()  # one layer at a time; memory written before is faster
             item_bytes = g.dtype.itemsize
-            k = np.empty((g.k_heads, len(ids), g.k_dim * item_bytes), dtype=np.uint8)
-            v = np.empty((g.v_heads, len(ids), g.v_dim * item_bytes), dtype=np.uint8)
-            places[g] = PageView(k, v)
-        view, start = places[g], 0
-        for block in blocks:
-            stop = min(start + len(block.id.tokens), len(ids))
-            block.land(layer, 0, stop - start, view.cut(start, stop))
+            k = np.empty((g.k_heads, tokens, g.k_dim * item_bytes), dtype=np.uint8)
+            v = np.empty((g.v_heads, tokens, g.v_dim * item_bytes), dtype=np.uint8)
+            places[g, tokens] = PageView(k, v)
+        view, start = places[g, tokens], 0
+        for block in layer.blocks if g.token_bytes else ():
+            stop = min(start + len(block.id.tokens), tokens)
+            block.land(index, 0, stop - start, view.cut(start, stop))
             start = stop
         for part in (view.k_htb, view.v_htb):
             yield memoryview(part.reshape(-1))
@@ -224,6 +262,7 @@ class Archive:
         tokens: its token ids.
         name: its name; None if it has none, or an invalid one.
         spec: its layers.
+        window_start: index of the first token of layers that have the last tokens alone; ``len(tokens)`` without such.
         nbytes: size of the file.
 
     Raises:
@@ -257,7 +296,10 @@ class Archive:
         self._crc32 = read_checksums(metadata["crc32"], layout.names)
         self.root = check_hash(metadata["root"], "root")
         pages = slice(1, 1 + 2 * opened.layers)
-        self.spec = layers_of(layout.dtypes[pages], layout.shapes[pages], opened.tokens)
+        self.window_start, self._sliding = _read_windows(metadata.get("windows"), opened.layers, opened.tokens)
+        starts = [self.window_start if layer in self._sliding else 0 for layer in range(opened.layers)]
+        tokens_of_layers = [opened.tokens - start for start in starts]
+        self.spec = layers_of(layout.dtypes[pages], layout.shapes[pages], tokens_of_layers)
         self._is_snapshot = opened.is_checkpoint
         if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
             raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
@@ -274,15 +316,35 @@ class Archive:
     def pages(self, start: int, stop: int) -> tuple[Page, ...]:
         """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
 
+        The pages of layers that have the last tokens alone are empty.
+
         Raises:
             ConfigurationError: the prefix has no such tokens.
         """
-        if not 0 <= start < stop <= len(self.tokens):
-            raise ConfigurationError(f"start={start} and stop={stop} are not within the {len(self.tokens)} tokens.")
+        return self._pages(start, stop, 0, windows=False)
+
+    def window_pages(self, start: int, stop: int) -> tuple[Page, ...]:
+        """Return the same of the layers that have the last tokens alone; the pages of all others are empty.
+
+        Raises:
+            ConfigurationError: these layers have no such tokens.
+        """
+        return self._pages(start, stop, self.window_start, windows=True)
+
+    def _pages(self, start: int, stop: int, begin: int, *, windows: bool) -> tuple[Page, ...]:
+        """Return the pages of layers whose first token is ``begin``."""
+        if not begin <= start < stop <= len(self.tokens):
+            raise ConfigurationError(
+                f"start={start} and stop={stop} are not within the {len(self.tokens) - begin} tokens from {begin} on."
+            )
+        nothing = torch.empty(0, stop - start, 0, dtype=torch.float32, device="cpu")
         pages = []
         for i, g in enumerate(self.spec.layers):
-            k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start, stop)
-            pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start, stop)))
+            if (i in self._sliding) == windows:
+                k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start - begin, stop - begin)
+                pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start - begin, stop - begin)))
+            else:
+                pages.append(Page(nothing, nothing))
         return tuple(pages)
 
     def states(self) -> torch.Tensor | None:
@@ -294,12 +356,13 @@ class Archive:
         return states
 
     def _cut(self, index: int, heads: int, dim: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        """Return the tokens ``[start, stop)`` of tensor ``index``."""
+        """Return the tokens ``[start, stop)`` of tensor ``index``, counted from its own first token."""
         row_bytes = dim * dtype.itemsize
+        tokens = len(self.tokens) - (self.window_start if (index - 1) // 2 in self._sliding else 0)
         part = np.empty((heads, (stop - start) * row_bytes), dtype=np.uint8)
         begin = self._data_start + self._begins[index]
         for head in range(heads):
-            self._fill(memoryview(part[head]), begin + (head * len(self.tokens) + start) * row_bytes)
+            self._fill(memoryview(part[head]), begin + (head * tokens + start) * row_bytes)
         shape = (heads, stop - start, dim)
         if not part.size:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -343,6 +406,24 @@ class Archive:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _read_windows(text: str | None, layers: int, tokens: int) -> tuple[int, frozenset[int]]:
+    """Return the first token of layers that have the last tokens alone, and their indices.
+
+    Raises:
+        ValueError: it is no JSON object with both, or ``layers`` and ``tokens`` contradict it.
+        RecursionError: it is nested too deeply to be parsed.
+    """
+    if text is None:
+        return tokens, frozenset()
+    found = json_object(text)
+    start, sliding = found.get("start"), found.get("layers")
+    if set(found) != {"start", "layers"} or type(start) is not int or not 0 <= start < tokens:
+        raise ValueError("its windows do not begin within its tokens")
+    if not isinstance(sliding, list) or not sliding or not all(type(i) is int and 0 <= i < layers for i in sliding):
+        raise ValueError("its windows are not of its layers")
+    return start, frozenset(sliding)
 
 
 def _read_manifest(text: str) -> dict[str, Any]:

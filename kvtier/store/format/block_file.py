@@ -112,7 +112,7 @@ def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> 
     told = [shapes[name] for name in names]
     if not all(type(shape) is list for shape in told):
         raise ValueError("a shape is no shape")
-    spec = layers_of([dtypes[name] for name in names], told, tokens)
+    spec = layers_of([dtypes[name] for name in names], told, [tokens] * layers)
     return spec, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
 
 

@@ -268,12 +268,13 @@ def tensor_names(layers: int, *, checkpoint: bool = False) -> tuple[str, ...]:
     return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * checkpoint)
 
 
-def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: int) -> KVSpec:
+def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: Sequence[int]) -> KVSpec:
     """Return the layers with these dtypes and shapes ``[heads, tokens, dim]``, given for K and V of each in turn.
 
+    ``tokens`` has the number of tokens of each layer.
+
     Raises:
-        ValueError: K and V do not belong together, do not have ``tokens`` tokens, or are larger than those of any
-            model.
+        ValueError: K and V do not belong together, do not have as many tokens, or are larger than those of any model.
     """
     layers = []
     for i in range(0, len(shapes), 2):
@@ -281,8 +282,8 @@ def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: in
         if dtypes[i + 1] != dtypes[i] or dtype is None:
             raise ValueError(f"layer {i // 2} is not of one type that K and V can have")
         for shape in shapes[i : i + 2]:
-            if len(shape) != 3 or not all(type(size) is int for size in shape) or shape[1] != tokens:
-                raise ValueError(f"layer {i // 2} does not fit the {tokens} tokens")
+            if len(shape) != 3 or not all(type(size) is int for size in shape) or shape[1] != tokens[i // 2]:
+                raise ValueError(f"layer {i // 2} does not fit the {tokens[i // 2]} tokens")
             if not (0 <= shape[0] <= _MAX_HEADS and 0 <= shape[2] <= _MAX_DIM):
                 raise ValueError(f"layer {i // 2} has more heads or larger ones than any model")
             if shape[0] * shape[2] * dtype.itemsize > _MAX_TOKEN_BYTES:

@@ -15,7 +15,7 @@ import numpy as np
 from kvtier.errors import ConfigurationError, StoreError
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds, chain_keys
-from kvtier.store.commit import BlockWriter
+from kvtier.store.commit import BlockWriter, Windows
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.stats import StoreUsage, measure
@@ -90,18 +90,27 @@ class StoreAdmin:
             StoreError: the store lacks a part of the chain, or the disk fails.
         """
         checked_name(name)
+        blocks = chain_keys(root, tokens, self._block_size)
         for _ in range(_TRIES):
             with self._asked():
-                keys = self._writer.chain_of(chain_keys(root, tokens, self._block_size), self._block_size)
+                keys = self._writer.chain_of(blocks, self._block_size)
+                windows = self._writer.windows_of(blocks, self._block_size)
             if not keys or len(keys) * self._block_size < len(tokens):
                 raise StoreError(f"{name!r:.80} cannot name {len(tokens)} tokens of which the store does not have all")
-            named = self._set_name(name, root, keys, len(tokens), pin, ttl)
-            if named.kept_tokens == len(tokens):
+            named = self._set_name(name, root, keys, windows, len(tokens), pin, ttl)
+            if named.kept_tokens == len(tokens) and all(key in self._tiers for key in windows):
                 break  # else a turn of another thread has replaced its tail block meanwhile
         return named
 
     def _set_name(
-        self, name: str, root: str, keys: Sequence[str], tokens: int, pin: bool, ttl: float | None
+        self,
+        name: str,
+        root: str,
+        keys: Sequence[str],
+        windows: Sequence[str],
+        tokens: int,
+        pin: bool,
+        ttl: float | None,
     ) -> NamedPrefix:
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
@@ -110,9 +119,10 @@ class StoreAdmin:
             if before is not None:  # a conversation is named again after each turn
                 pin = pin or before.pinned
                 ttl_seconds = before.ttl_seconds if ttl_seconds is None else ttl_seconds
-            self._writer.write_down(keys)
+            self._writer.write_down([*keys, *windows])
             self._flush()  # a name refers to blocks on disk
-            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, self._clock()))
+            now = self._clock()
+            self._names.assign(Name(name, root, tuple(keys), tokens, bool(pin), ttl_seconds, now, tuple(windows)))
         return self.named(name)
 
     def names(self) -> tuple[NamedPrefix, ...]:
@@ -156,13 +166,14 @@ class StoreAdmin:
         """Return the token ids of ``name``, as far as the store has them."""
         with self._asked():
             written = self._names.get(name)
-            blocks = self._kept_blocks(written)
+            blocks = self._blocks(written.keys)
         ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
         return ids[: written.tokens]
 
-    def _kept_blocks(self, name: Name) -> list[BlockId]:
+    def _blocks(self, keys: Sequence[str]) -> list[BlockId]:
+        """Return the blocks ``keys`` of a chain, up to the first that is gone."""
         blocks: list[BlockId] = []
-        for key in name.keys:
+        for key in keys:
             block = self._tiers.find(key)
             if block is None:
                 break
@@ -188,7 +199,8 @@ class StoreAdmin:
         """
         with self._asked():
             root, keys, tokens = self._inventory.keys_to(key_prefix)
-        return self._set_name(name, root, keys, tokens, pin, ttl)
+            windows = self._writer.windows_of(self._blocks(keys), self._block_size)
+        return self._set_name(name, root, keys, windows, tokens, pin, ttl)
 
     def forget(
         self, what: str | Sequence[int] | TokenIds, *, encode: Callable[[str], Sequence[int]] | None = None
@@ -233,27 +245,36 @@ class StoreAdmin:
         """
         self._flush()
         with self._asked():
-            _, keys, _ = self._inventory.keys_to(key_prefix)
-            return self._remove(self._inventory.own(keys, set()), keys)
+            root, keys, _ = self._inventory.keys_to(key_prefix)
+            return self._remove(self._inventory.own(keys, set()), root, keys)
 
     def _forget_name(self, name: str, *, in_a_turn: bool = False) -> Forgotten:
         written = self._names.get(name)
-        keys = self._inventory.own([block.key for block in self._kept_blocks(written)], {name})
+        keys = self._inventory.own([block.key for block in self._blocks(written.keys)], {name})
         self._names.remove(name)
-        return self._remove(keys, written.keys, in_a_turn=in_a_turn)
+        return self._remove(keys, written.root, written.keys, in_a_turn=in_a_turn)
 
-    def _remove(self, keys: Sequence[str], chain: Sequence[str] = (), *, in_a_turn: bool = False) -> Forgotten:
+    def _remove(
+        self, keys: Sequence[str], root: str = "", chain: Sequence[str] = (), *, in_a_turn: bool = False
+    ) -> Forgotten:
         """Remove blocks, and overwrite their rows; in a turn, overwriting is left for later, since it takes long.
 
-        Of ``chain``, blocks that only lower tiers still have are removed there, except those of other names.
+        Of ``chain`` after ``root``, blocks that only lower tiers still have are removed there, except those of other
+        names. So are window blocks beside removed blocks.
 
         Raises:
-            StoreError: a lower tier could not be told.
+            StoreError: a lower tier could not be told, or asked for the ids of its blocks.
             OSError: the folder fails.
             sqlite3.Error: the catalog fails, or is locked.
         """
         sums = self._inventory.nbytes(keys)
         below = [key for key in chain if self._tiers.find(key) is None and not self._names.of_blocks([key])]
+        unread: StoreError | None = None
+        try:
+            windows = self._inventory.windows_below(root, chain, {*keys, *below})
+            below += [key for key in windows if not self._names.of_blocks([key])]
+        except StoreError as error:
+            unread = error
         untold = self._tiers.remove(keys, below)
         if self._tiers.is_durable and keys:
             if in_a_turn:
@@ -267,6 +288,8 @@ class StoreAdmin:
                 )
         if untold:
             raise StoreError(f"the tier {untold[0]!r} could not be told to forget; its copies stay. Try again later.")
+        if unread is not None:
+            raise unread
         return Forgotten(sums["blocks"], sums["bytes"])
 
     def forget_what_is_due(self) -> None:
@@ -297,7 +320,7 @@ class StoreAdmin:
         with self._asked(), ExitStack() as open_blocks:
             written = self._names.get(name)
             readers: list[BlockReader] = []
-            for block in self._kept_blocks(written):
+            for block in self._blocks(written.keys):
                 reader = self._tiers.open(block)
                 if reader is None:
                     break
@@ -308,10 +331,21 @@ class StoreAdmin:
                 raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
             manifest = self._writer.manifest(written.root)
             block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self._block_size)
+            ids = np.concatenate([reader.id.tokens for reader in readers])[: written.tokens]
+            windows: list[BlockReader] = []
+            for key in reversed(self._writer.windows_of(chain_keys(written.root, ids, block_size), block_size)):
+                window = self._tiers.find(key)
+                reader = self._tiers.open(window) if window is not None else None
+                if reader is None:
+                    break
+                open_blocks.callback(reader.close)
+                reader.detach()
+                windows.insert(0, reader)
             return write_archive(
                 file,
                 readers,
                 written.tokens,
+                windows=windows,
                 root=written.root,
                 manifest=manifest,
                 block_size=block_size,
@@ -353,13 +387,18 @@ class StoreAdmin:
                 archive.manifest,
                 archive.block_size,
                 None if states is None else {len(archive.tokens): states},
+                windows=Windows(((archive.window_start, len(archive.tokens)),), archive.window_pages),
                 imported=True,
             )
             self._flush()
             keys = self._writer.chain_of(blocks, archive.block_size)
-            if len(keys) < len(blocks):
+            windows = self._writer.windows_of(blocks, archive.block_size)
+            window_blocks = sum(
+                start >= archive.window_start for start in range(0, len(archive.tokens), archive.block_size)
+            )
+            if len(keys) < len(blocks) or len(windows) < window_blocks:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
-            return self._set_name(name, archive.root, keys, len(archive.tokens), False, None)
+            return self._set_name(name, archive.root, keys, windows, len(archive.tokens), False, None)
 
     # --- care -------------------------------------------------------------------------------------------------------
 

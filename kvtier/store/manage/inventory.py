@@ -7,9 +7,11 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from kvtier.errors import UnknownNameError
 from kvtier.store.block import Entry
-from kvtier.store.chain import TokenIds, chain_keys, common_run
+from kvtier.store.chain import BlockId, BlockKind, TokenIds, chain_keys, common_run
 from kvtier.store.names import Name, NamedPrefix
 from kvtier.store.tiers.stack import TierStack
 
@@ -64,7 +66,7 @@ class Inventory:
         """Return the details of all names; the entries of their blocks are read at once."""
         by_key: dict[str, set[str]] = {}
         for name, *_ in names:
-            for key in name.keys:
+            for key in (*name.keys, *name.windows):
                 by_key.setdefault(key, set()).add(name.name)
         linked = _Linked(self._tiers.linked(), by_key)
         return tuple(self.described(*each, linked) for each in names)
@@ -85,13 +87,20 @@ class Inventory:
             tokens += counted
             kept.append(entry)
         own = set(self.own([entry.key for entry in kept], {name.name}, linked))
+        windows: list[Entry] = []
+        for key, beside in zip(reversed(name.windows), reversed(name.keys), strict=False):
+            entry = self._entries_of(key, linked)[0]
+            if entry is not None:
+                windows.append(entry)
+                if beside in own and not self._names_of([key], linked) - {name.name}:
+                    own.add(key)
         return NamedPrefix(
             name=name.name,
             root=name.root,
             tokens=name.tokens,
             kept_tokens=tokens,
-            nbytes=sum(entry.nbytes for entry in kept),
-            own_bytes=sum(entry.nbytes for entry in kept if entry.key in own),
+            nbytes=sum(entry.nbytes for entry in (*kept, *windows)),
+            own_bytes=sum(entry.nbytes for entry in (*kept, *windows) if entry.key in own),
             tokens_by_tier=MappingProxyType(by_tier),
             created_at=name.created_at,
             used_at=used_at,
@@ -101,25 +110,31 @@ class Inventory:
         )
 
     def own(self, keys: Sequence[str], names: set[str], linked: _Linked | None = None) -> list[str]:
-        """Return the blocks of the chain ``keys`` that only this chain and ``names`` use, with their checkpoints."""
+        """Return the blocks of the chain ``keys`` that only this chain and ``names`` use.
+
+        The checkpoints and window blocks beside them are part of it, except where other names use them. With
+        ``linked``, for listings, window blocks beside shared blocks may lack.
+        """
         own: list[str] = []
         for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
             entries = self._entries_of(key, linked)
             if not any(entries):
                 continue
-            if self._names_of([key], linked) - names:
-                break
+            is_shared = bool(self._names_of([key], linked) - names)
             is_followed = bool(own) and own[-1] == after
-            beside: list[str] = []
-            if self._has_others(entries, after, linked):
-                beside = self._snapshots_on_the_way(key, after)
+            beside: list[BlockId] = []
+            if (linked is None or not is_shared) and self._has_others(entries, after, linked):
+                beside = self._beside(key, after)
+            unnamed = [each for each in beside if not self._names_of([each.key], linked) - names]
             children = max(entry.children for entry in entries if entry is not None)
-            if children > len(beside) + is_followed or self._names_of(beside, linked) - names:
+            if is_shared or children > len(beside) + is_followed or len(unnamed) < len(beside):
+                own += [each.key for each in unnamed if each.is_window and is_followed]
                 break
-            own += [*beside, key]
+            own += [*(each.key for each in beside), key]
         else:
             if keys and (first := self._tiers.find(keys[0])) is not None:
-                own += self._snapshots_on_the_way(first.root, keys[0])
+                beside = self._beside(first.root, keys[0])
+                own += [each.key for each in beside if not self._names_of([each.key], linked) - names]
         return own
 
     def _entries_of(self, key: str, linked: _Linked | None) -> list[Entry | None]:
@@ -141,20 +156,39 @@ class Inventory:
             return self._names.of_blocks(keys)
         return set[str]().union(*(linked.names.get(key, ()) for key in keys))
 
-    def _snapshots_on_the_way(self, parent: str, after: str | None) -> list[str]:
-        """Return the checkpoints after ``parent`` whose ids begin the block ``after``, the next one of a chain."""
+    def _beside(self, parent: str, after: str | None) -> list[BlockId]:
+        """Return checkpoints and window blocks after ``parent`` whose ids begin the block ``after``, the next one."""
         block = self._tiers.find(after) if after is not None else None
         if block is None:
             return []
-        tails = self._tiers.tails(parent, block.tokens)
-        found = {tail.key for tail in tails if tail.is_checkpoint}
-        if block.checkpoint.key in self._tiers:
-            found.add(block.checkpoint.key)
-        return sorted(found - {block.key})
+        found = {tail.key: tail for tail in self._tiers.tails(parent, block.tokens) if not tail.is_a(BlockKind.PAGES)}
+        found |= {each.key: each for each in (block.checkpoint, block.window) if each.key in self._tiers}
+        found.pop(block.key, None)
+        return [found[key] for key in sorted(found)]
+
+    def windows_below(self, root: str, chain: Sequence[str], gone: Container[str]) -> list[str]:
+        """Return the keys of window blocks that lower tiers alone may have, beside the blocks ``gone`` of a chain.
+
+        Raises:
+            StoreError: a lower tier cannot read now which ids its blocks have.
+        """
+        found: list[str] = []
+        if self._tiers.has_lower:
+            for parent, key in zip([root, *chain], chain, strict=False):
+                if key in gone:
+                    asked = BlockId(key, parent, root, np.empty(0, dtype=np.int64))
+                    block = self._tiers.find(key) or self._tiers.find_below(asked)
+                    if block is not None and self._tiers.find(block.window.key) is None:
+                        found.append(block.window.key)
+        return found
 
     def chains(self) -> tuple[Chain, ...]:
-        """Return every chain that is not part of a longer one, the last used first."""
+        """Return every chain that is not part of a longer one, the last used first.
+
+        The bytes of a window block are those of the block beside it.
+        """
         entries = {entry.key: entry for entry in self._tiers.entries()}
+        windows = self._windows_beside(entries)
         followed = {entry.parent for entry in entries.values()}
         sums: dict[str, tuple[int, int]] = {}
 
@@ -162,18 +196,30 @@ class Inventory:
             path = _way_up(key, entries, sums)
             tokens, nbytes = sums.get(entries[path[-1]].parent, (0, 0))
             for each in reversed(path):
-                tokens, nbytes = tokens + entries[each].tokens, nbytes + entries[each].nbytes
+                tokens, nbytes = tokens + entries[each].tokens, nbytes + entries[each].nbytes + windows[each]
                 sums[each] = tokens, nbytes
             return tokens, nbytes
 
         chains = []
         for entry in entries.values():
-            if entry.key in followed:
+            if entry.key in followed or entry.is_window:
                 continue
             tokens, nbytes = sum_up(entry.key)
             names = tuple(sorted(self._names.of_blocks([entry.key])))
             chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
+
+    def _windows_beside(self, entries: Mapping[str, Entry]) -> Counter[str]:
+        """Return the bytes of window blocks, by the key of a block beside each."""
+        nbytes: Counter[str] = Counter()
+        for entry in entries.values():
+            if not entry.is_window:
+                continue
+            window = self._tiers.find(entry.key)  # those in lower tiers alone are not asked for
+            if window is not None:
+                beside = (BlockId.of(window.root, window.parent, window.tokens), window.checkpoint)
+                nbytes[next((each.key for each in beside if each.key in entries), "")] += entry.nbytes
+        return nbytes
 
     def keys_to(self, key_prefix: str) -> tuple[str, list[str], int]:
         """Return root, keys and number of tokens of the chain whose last block's key begins with ``key_prefix``.
@@ -182,7 +228,8 @@ class Inventory:
             UnknownNameError: no key begins with it, or several do.
         """
         entries = {entry.key: entry for entry in self._tiers.entries()}
-        found = [key for key in entries if key.startswith(key_prefix)] if key_prefix else []
+        found = [key for key, entry in entries.items() if key.startswith(key_prefix) and not entry.is_window]
+        found = found if key_prefix else []
         if len(found) != 1:
             raise UnknownNameError(
                 f"{len(found) or 'no'} block{'s have keys' if len(found) > 1 else ' has a key'} that "
@@ -204,16 +251,20 @@ class Inventory:
         gone: set[str] = set()
         for root in {entry.root for entry in entries.values()}:
             leading = self._walk(root, tokens, entries, following, gone)
-            for key in reversed(leading):
-                if not set(following.get(key, ())) - gone:
+            for key, users in reversed(leading):
+                if not set(users) - gone:
                     gone.add(key)
         return sorted(gone, key=lambda key: -entries[key].depth_tokens)
 
     def _walk(
         self, root: str, tokens: TokenIds, entries: Mapping[str, Entry], following: dict[str, list[str]], gone: set[str]
-    ) -> list[str]:
-        """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first."""
-        leading: list[str] = []
+    ) -> list[tuple[str, Sequence[str]]]:
+        """Add to ``gone`` the blocks of chains that hold all of ``tokens``; return the blocks before, parents first.
+
+        Each comes with the blocks that use it: those that follow it, or, of a window block, those that begin with its
+        ids. Window blocks come before the blocks beside them.
+        """
+        leading: list[tuple[str, Sequence[str]]] = []
         places: list[tuple[str, int]] = [(root, 0)]
         if self._tiers.has_lower:  # where the beginning of a chain may be lost: its keys follow from the ids
             size = self._tiers.block_size
@@ -223,6 +274,9 @@ class Inventory:
         while places:
             parent, start = places.pop()
             rest = tokens[start:]
+            shared: dict[str, int] = {}  # how many ids each block that is no window block shares with ``rest``
+            before: dict[str, int] = {}  # how many ids the blocks have that ``rest`` goes beyond
+            windows: dict[str, int] = {}
             for key in following.get(parent, ()):
                 if key in seen:
                     continue
@@ -230,12 +284,16 @@ class Inventory:
                 block = self._tiers.find(key) or self._tiers.find_below(entries[key])
                 if block is None:
                     continue
-                shared = common_run(block.tokens, rest)
-                if shared == len(rest):
+                common = common_run(block.tokens, rest)
+                if not block.is_window:
+                    shared[key] = common
+                if common == len(rest):
                     gone.update(self._with_all_below(key, following))
-                elif shared == len(block.tokens):
-                    leading.append(key)
-                    places.append((key, start + shared))
+                elif common == len(block.tokens):
+                    (windows if block.is_window else before)[key] = common
+            leading += [(key, [each for each in shared if shared[each] >= length]) for key, length in windows.items()]
+            leading += [(key, following.get(key, ())) for key in before]
+            places += [(key, start + length) for key, length in before.items()]
         return leading
 
     @staticmethod

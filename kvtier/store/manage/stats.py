@@ -122,7 +122,7 @@ class StoreUsage:
 
 def measure(entries: Iterable[Entry], names: Iterable[Name]) -> StoreUsage:
     """Add up ``entries``, all blocks of a store; ``names`` are all its names."""
-    named = {key for name in names for key in name.keys}
+    named = {key for name in names for key in (*name.keys, *name.windows)}
     blocks: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     named_bytes: Counter[str] = Counter()

@@ -126,13 +126,13 @@ class TierStack:
         """Return the identity of a block of the store's own tiers."""
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
 
-    def find_below(self, entry: Entry) -> BlockId | None:
-        """Return the identity of a block that a lower tier has listed; it is opened to read its ids.
+    def find_below(self, block: Entry | BlockId) -> BlockId | None:
+        """Return the identity of a block of the lower tiers; it is opened to read its ids.
 
         Raises:
             StoreError: it cannot be opened now.
         """
-        block = BlockId(entry.key, entry.parent, entry.root, np.empty(0, dtype=np.int64))
+        block = BlockId(block.key, block.parent, block.root, np.empty(0, dtype=np.int64))
         for tier in self._lower:
             (outcome,) = tier.open_all([block])
             if isinstance(outcome, UnavailableError) and not isinstance(outcome, GoneError):
@@ -310,6 +310,7 @@ class TierStack:
         """Change names in a turn; where they have files, a failure is warned about once."""
         if self._disk is None:
             tell(self.names)
+            self.refresh_pins()
             return
         try:
             self._disk.ask(lambda: tell(self.names), None)
@@ -368,7 +369,9 @@ class TierStack:
     def refresh_pins(self) -> None:
         """Pass the pinned blocks to the RAM tier; with a disk tier, its rows hold the pins."""
         if self._disk is None:
-            self._pinned = frozenset(self.names.pinned_blocks())
+            pinned = frozenset(self.names.pinned_blocks()) if len(self.names) else frozenset[str]()
+            if pinned != self._pinned:
+                self._pinned = pinned
 
     # --- care -------------------------------------------------------------------------------------------------------
 
