@@ -7,7 +7,7 @@ from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
 from kvtier.testing.simulation.races import RaceError, Site
-from kvtier.testing.tiers import TierChecks
+from kvtier.testing.tiers import OrderedTierChecks, TierChecks
 
 __all__ = [
     "CodecChecks",
@@ -15,6 +15,7 @@ __all__ = [
     "EngineChecks",
     "LayerMemoryChecks",
     "Mutant",
+    "OrderedTierChecks",
     "PolicyChecks",
     "RaceError",
     "Recorder",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import numpy as np
 import torch
 
 from kvtier.kv.page import Page, PageView
 from kvtier.store.block import Block, BlockReader
-from kvtier.store.chain import BlockId, chain_keys
-from kvtier.store.tiers.base import Presence, PutResult, Tier
+from kvtier.store.chain import BlockId, BlockKind, TokenIds, chain_keys, common_run
+from kvtier.store.tiers.base import OrderedTier, Presence, PutResult, Tier
 
 _ROOT = "00" * 32
 _BLOCK_TOKENS = 4
@@ -110,6 +111,39 @@ class TierChecks:
         assert stats.nbytes >= sum(entry.nbytes for entry in found.values())
         assert not stats.budget_bytes or stats.nbytes <= stats.budget_bytes
 
+    def test_entries_tell_window_blocks(self, tier: Tier) -> None:
+        """A block and its window block have the same ids, and are two blocks."""
+        (block,) = _chain(1)
+        window = Block(block.id.window, block.pages)
+        tier.put(block)
+        tier.put(window)
+        assert {entry.key: entry.is_window for entry in tier.entries()} == {block.id.key: False, window.id.key: True}
+
+    def test_blocks_may_have_empty_pages(self, tier: Tier) -> None:
+        """Of all layers, or of some: sliding layers have none in a block of the chain, and alone have some beside."""
+        first, second = _chain(2)
+        empty = torch.empty(0, _BLOCK_TOKENS, 0, device="cpu")
+        nothing = Page(empty, empty)
+        blocks = [
+            Block(first.id, (nothing, nothing)),
+            Block(first.id.window, first.pages),
+            Block(second.id, (nothing, second.pages[1]), second.depth_tokens),
+            Block(second.id.window, (second.pages[0], nothing), second.depth_tokens),
+        ]
+        for block in blocks:
+            assert tier.put(block) is PutResult.KEPT
+        for block, reader in zip(blocks, _open_all(tier, blocks), strict=True):
+            assert reader is not None
+            assert [layer.token_bytes for layer in reader.spec.layers] == [
+                page.nbytes // _BLOCK_TOKENS for page in block.pages
+            ]
+            for layer, page in enumerate(block.pages):
+                _assert_same(reader.page(layer), page)
+                k, v = (torch.zeros_like(part) for part in (page.k_htd, page.v_htd))
+                reader.land(layer, 0, _BLOCK_TOKENS, PageView.on(k, v))
+                _assert_same(Page(k, v), page)
+            reader.close()
+
     def test_it_shrinks_to_what_is_asked(self, tier: Tier) -> None:
         """To half, to nothing; what is left is whole chains from their beginning, as far as the tier knows chains."""
         blocks = _chain(6)
@@ -148,6 +182,56 @@ class TierChecks:
         tier.close()
 
 
+class OrderedTierChecks(TierChecks):
+    """The checks of a tier that also finds prefixes to the token. Use it like ``TierChecks``."""
+
+    def test_nearest_is_a_block_with_the_longest_common_run(self, tier: OrderedTier) -> None:
+        """Of siblings that share 0 to 3 ids with what is asked for."""
+        siblings = [_sibling(*ids) for ids in ((9, 1, 2, 3), (0, 9, 2, 3), (0, 1, 9, 3), (0, 1, 2, 9))]
+        asked = np.arange(4, dtype=np.int64)
+        assert list(tier.nearest(_ROOT, asked)) == []
+        for shared, block in enumerate(siblings):
+            tier.put(block)
+            assert max(common_run(found.tokens, asked) for found in tier.nearest(_ROOT, asked)) == shared
+
+    def test_no_kind_of_block_hides_another(self, tier: OrderedTier) -> None:
+        """A window block with the same ids, or closer ones, is never taken for a block of the chain, nor the reverse.
+
+        Each kind is put, and forgotten, before and after the others.
+        """
+        (plain,) = _chain(1)
+        closer = _sibling(*plain.id.tokens.tolist(), 70)
+        asked = np.concatenate([plain.id.tokens, np.array([70, 71])])
+        for kinds in permutations(BlockKind):
+            here: list[Block] = []
+            for block in (plain, closer):
+                for kind in kinds:
+                    here.append(Block(_of_kind(block.id, kind), block.pages))
+                    assert tier.put(here[-1])
+                    _check_found(tier, here, asked)
+            while here:
+                tier.discard(here.pop(0).id.key)
+                _check_found(tier, here, asked)
+
+
+def _sibling(*ids: int) -> Block:
+    return _block(BlockId.of(_ROOT, _ROOT, np.array(ids, dtype=np.int64)), 0)
+
+
+def _of_kind(block: BlockId, kind: BlockKind) -> BlockId:
+    return BlockId.of(block.root, block.parent, block.tokens, kind)
+
+
+def _check_found(tier: OrderedTier, here: Sequence[Block], asked: TokenIds) -> None:
+    """Check what ``tier``, which holds the blocks ``here``, finds for ``asked``."""
+    assert {tail.key for tail in tier.tails(_ROOT, asked)} == {block.id.key for block in here}
+    for windows in (False, True):
+        best = max((len(block.id.tokens) for block in here if block.id.is_window == windows), default=0)
+        found = list(tier.nearest(_ROOT, asked, windows=windows))
+        assert all(block.is_window == windows for block in found)
+        assert max((common_run(block.tokens, asked) for block in found), default=0) == best
+
+
 def _chain(count: int, first: int = 0) -> list[Block]:
     """Return ``count`` blocks of two layers, each after the one before."""
     tokens = np.arange(first, first + count * _BLOCK_TOKENS, dtype=np.int64)
@@ -158,7 +242,8 @@ def _block(identity: BlockId, depth_tokens: int) -> Block:
     drawn = torch.Generator().manual_seed(int(identity.tokens[0]))
 
     def page(heads: int, dim: int, dtype: torch.dtype) -> Page:
-        k, v = (torch.randn(heads, _BLOCK_TOKENS, size, generator=drawn, device="cpu") for size in (dim, dim // 2))
+        tokens = len(identity.tokens)
+        k, v = (torch.randn(heads, tokens, size, generator=drawn, device="cpu") for size in (dim, dim // 2))
         return Page(k.to(dtype), v.to(dtype))
 
     return Block(identity, (page(2, 8, torch.float32), page(1, 4, torch.bfloat16)), depth_tokens)

@@ -1,4 +1,7 @@
-"""``TierChecks``, which every tier passes, for the host tier, the disk tier and a custom tier with latency."""
+"""``TierChecks``, which every tier passes, for the host tier, the disk tier and a custom tier with latency.
+
+The first two also pass ``OrderedTierChecks``.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import pytest
 
 from kvtier.store.eviction import Adaptive
 from kvtier.store.tiers.host.tier import HostTier
-from kvtier.testing import TierChecks
+from kvtier.testing import OrderedTierChecks, TierChecks
 from tests.store.test_disk import opened
 from tests.support.dict_tier import DictTier
 
 
-class TestHostTier(TierChecks):
+class TestHostTier(OrderedTierChecks):
     @pytest.fixture
     def tier(self):
         return HostTier(2**20, Adaptive(), lambda: 0.0)
 
 
-class TestDiskTier(TierChecks):
+class TestDiskTier(OrderedTierChecks):
     @pytest.fixture
     def tier(self, tmp_path):
         with opened(tmp_path) as tier:
