@@ -329,7 +329,7 @@ class BlockWriter:
 
     def _put_below(self, block: Block, keep_tails: bool) -> bool:
         kept = self._tiers.put_below(block)
-        if kept and (not keep_tails or block.id.is_window):
+        if kept and not keep_tails:
             self._drop_shorter(self._tiers.last, block.id)
         return kept
 

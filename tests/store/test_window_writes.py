@@ -65,8 +65,9 @@ def test_window_that_disk_has_no_room_for_stops_no_block_of_the_chain(tmp_path):
 
 
 def test_block_without_room_has_no_window():
-    with PrefixStore(block_size=SIZE, host_budget=1) as store:
-        assert keep(store, count(8), (0, 8)) == 0
+    """Nor where the window block, of one layer, would have room."""
+    with PrefixStore(block_size=SIZE, host_budget=SIZE * 64 + 1) as store:
+        assert keep(store, count(8), (0, 8), slides=(2,)) == 0
         assert list(store._tiers.entries()) == []
 
 
@@ -78,6 +79,24 @@ def test_windows_are_touched_with_their_blocks(tmp_path):
         for tier in store._tiers.tiers:
             uses = {(entry.is_window, entry.depth_tokens): entry.uses for entry in tier.entries()}
             assert uses == {(False, 0): 2, (False, 4): 2, (False, 8): 2, (True, 0): 2, (True, 8): 1}
+
+
+def test_window_of_a_block_and_its_checkpoints_is_read_and_touched_once():
+    """The longest covers the others."""
+    read: list[tuple[int, int]] = []
+
+    def read_window(start, stop):
+        read.append((start, stop))
+        return pages(ROOT, count(8), start, stop, window=True)
+
+    states = {position: torch.zeros(8, dtype=torch.uint8) for position in (1, 3, 4, 6, 7)}
+    with PrefixStore(block_size=SIZE) as store:
+        store.commit(
+            ROOT, count(7), lambda a, b: pages(ROOT, count(7), a, b, window=False), {}, states,
+            windows=Windows(((0, 7),), read_window),
+        )  # fmt: skip
+        assert read == [(0, 4), (4, 7)]
+        assert [entry.uses for entry in store._tiers.entries() if entry.is_window] == [1, 1]
 
 
 def test_windows_are_written_on_second_use(tmp_path):
