@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -70,6 +70,16 @@ class BlockId:
     def is_window(self) -> bool:
         """Whether the block holds K and V of layers with sliding attention alone. No block follows a window block."""
         return self.is_a(BlockKind.WINDOW)
+
+    def stays(self, is_stored: Callable[[str], bool]) -> str:
+        """Return the key of the block that may not be evicted to make room for this one.
+
+        That is its parent; for a window block, the block or checkpoint beside it, if it is stored.
+        """
+        if self.is_window:
+            beside = (self.of(self.root, self.parent, self.tokens).key, self.checkpoint.key)
+            return next(filter(is_stored, beside), self.parent)
+        return self.parent
 
     @property
     def checkpoint(self) -> BlockId:

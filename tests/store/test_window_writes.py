@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kvtier import PrefixStore
-from kvtier.errors import BlockError, RestoreError, StoreError
+from kvtier.errors import ArchiveError, BlockError, RestoreError, StoreError
 from kvtier.kv.page import Page, PageView
 from kvtier.store.commit import Windows
+from kvtier.store.format.archive import Archive
 from tests.support.dict_tier import DictTier
 from tests.support.stores import DIM, HEADS, ROOT, block_files, count, damage, ids, same_bits
 from tests.support.windows import check_restored, found, keep, pages, united
@@ -81,6 +82,19 @@ def test_windows_are_touched_with_their_blocks(tmp_path):
             assert uses == {(False, 0): 2, (False, 4): 2, (False, 8): 2, (True, 0): 2, (True, 8): 1}
 
 
+@pytest.mark.parametrize("budget", [{"host_budget": 400}, {"disk_budget": 4096, "host_budget": 1}])
+@pytest.mark.parametrize("with_states", [False, True])
+def test_window_never_takes_the_room_of_its_block(tmp_path, budget, with_states):
+    states = {3: torch.zeros(8, dtype=torch.uint8)} if with_states else None
+    with PrefixStore(
+        tmp_path if "disk_budget" in budget else None, block_size=SIZE, free_space_floor=0, **budget
+    ) as store:
+        keep(store, count(3), (0, 3), states=states)
+        store.flush()
+        assert store.match(ROOT, count(4)).length == 3
+        assert found(store, count(4)) == []
+
+
 def test_window_of_a_block_and_its_checkpoints_is_read_and_touched_once():
     """The longest covers the others."""
     read: list[tuple[int, int]] = []
@@ -107,6 +121,14 @@ def test_windows_are_written_on_second_use(tmp_path):
             assert len(block_files(tmp_path)) == blocks
     with PrefixStore(tmp_path, block_size=SIZE) as store:
         assert found(store, count(10)) == [(0, 4), (8, 10)]
+
+
+def test_naming_writes_windows_that_are_in_ram_alone(tmp_path):
+    with PrefixStore(tmp_path, block_size=SIZE, write_on="second-use") as store:
+        keep(store, count(10), (0, 4), (4, 8), (8, 10))
+        store.name("chat", ROOT, count(10))
+    with PrefixStore(tmp_path, block_size=SIZE) as store:
+        assert found(store, count(10)) == [(0, 10)]
 
 
 def test_window_tail_of_a_running_conversation_is_written_once(tmp_path):
@@ -268,3 +290,31 @@ def test_import_without_room_for_the_windows_is_refused(tmp_path):
         pytest.raises(StoreError, match="no room"),
     ):
         store.import_(tmp_path / "chat")
+
+
+@pytest.mark.parametrize(
+    ("windows", "shape"),
+    [
+        ('{"start":-4,"layers":[1,2]}', [0, 12, 0]),
+        ('{"start":8,"layers":[1,2]}', [0, 0, 0]),
+        ('{"start":4,"layers":[1,2,3]}', [0, 4, 0]),
+        ('{"start":4,"layers":[]}', [0, 8, 0]),
+    ],
+)
+def test_archive_whose_empty_layers_fit_unsound_windows_is_refused(tmp_path, windows, shape):
+    file = tmp_path / "chat"
+    with PrefixStore(block_size=SIZE) as store:
+        keep(store, count(8))
+        store.name("chat", ROOT, count(8))
+        store.export("chat", file)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"]["windows"] = windows
+    for layer in (1, 2):
+        assert header[f"k.{layer}"]["shape"] == [0, 8, 0]
+        header[f"k.{layer}"]["shape"] = header[f"v.{layer}"]["shape"] = shape
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
+    with pytest.raises(ArchiveError, match="windows"):
+        Archive(file)

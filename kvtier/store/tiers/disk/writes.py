@@ -114,11 +114,13 @@ class Writes:
                 continue
             if prepared is not Prepared.NO_ROOM:
                 break
-            if not self._eviction.make_room(self._catalog.total_bytes + size - budget, block.parent):
+            if not self._eviction.make_room(
+                self._catalog.total_bytes + size - budget, block.stays(self._catalog.contains)
+            ):
                 raise NoRoom(f"disk_budget={budget} has no room for a block of {size} bytes after those it follows")
         if prepared is Prepared.RESERVED:
             short = size + floor - self._folder.free_bytes()
-            if not self._eviction.make_room(short, block.parent):
+            if not self._eviction.make_room(short, block.stays(self._catalog.contains)):
                 raise NoRoom(f"free_space_floor={floor} leaves no room on the drive for a block of {size} bytes")
         return prepared
 
@@ -135,7 +137,7 @@ class Writes:
         try:
             self._folder.write(path, pieces)
         except OSError as error:
-            if not is_full(error) or not self._eviction.make_room(size, block.parent):
+            if not is_full(error) or not self._eviction.make_room(size, block.stays(self._catalog.contains)):
                 raise
             self._folder.write(path, pieces)
 
@@ -152,7 +154,7 @@ class Writes:
         self._excess_bytes += excess  # the next file will take as much more
         self._catalog.set_bytes(block.key, reserved + excess)
         budget = self._settings.budget_bytes
-        if not self._eviction.make_room(self._catalog.total_bytes - budget, block.parent):
+        if not self._eviction.make_room(self._catalog.total_bytes - budget, block.stays(self._catalog.contains)):
             raise NoRoom(f"disk_budget={budget} has no room for a block that takes {reserved + excess} bytes there")
 
     def _abort(self, block: BlockId) -> None:

@@ -164,12 +164,13 @@ class HostTier:
         return True
 
     def _make_room(self, block: Block, size: int, may_wait: bool) -> bool:
-        """Evict blocks, but never its parent, until ``block`` fits; return whether it does."""
+        """Evict blocks, but not the one that it needs, until ``block`` fits; return whether it does."""
         if size > self.budget_bytes:
             return False
         wait_until: float | None = None
+        keep = block.id.stays(self._blocks.__contains__)
         while self._blocks.nbytes + size > self.budget_bytes:
-            victim = self._least_valued(block.id.parent)
+            victim = self._least_valued(keep)
             if victim is not None:
                 self._evict(victim)
                 continue
