@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.testing import SimulatedEngine
+from kvtier.testing.device import DEVICE_TYPE, install
 from tests.support import families, samples
 from tests.support.places import StandIn
 from tests.support.upstream import CACHE
@@ -84,6 +86,27 @@ def _beside_an_accelerator() -> Iterator[None]:
         if "KVTIER_ENGINE" in os.environ:
             patched.setattr("kvtier.transfer.accelerator.ThreadEngine", ENGINES[os.environ["KVTIER_ENGINE"]])
         yield
+
+
+# The test device, if the tests run on it: everything that names no device is then on it.
+MACHINE = install() if "KVTIER_DEVICE" in os.environ else None
+if MACHINE is not None:
+    torch.set_default_device(DEVICE_TYPE)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_test_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``KVTIER_DEVICE=test``, run the test on the test device, with a schedule of its own; fail if copies raced.
+
+    ``KVTIER_DEVICE=lazy``: all copies as late as permitted.
+    """
+    if MACHINE is None:
+        yield
+        return
+    seed = zlib.crc32(f"{samples.seed()} {request.node.nodeid}".encode())
+    MACHINE.restart(seed, lazy=os.environ["KVTIER_DEVICE"] == "lazy" or seed % 4 == 0)
+    yield
+    assert not MACHINE.races, MACHINE.races[0]
 
 
 _SLOW = {"system", "tools", "offload", "inputs", "identity"}  # folders of tests

@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
         return result
 
 
-class _Operator:
+class Operator:
     """Accesses of an operator to its arguments, as in its schema."""
 
     def __init__(self, func: Any) -> None:
@@ -73,7 +73,7 @@ class _Operator:
         return reads, writes, viewed
 
 
-_operator = lru_cache(maxsize=None)(_Operator)
+_operator = lru_cache(maxsize=None)(Operator)
 
 
 def _new(result: Any, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:

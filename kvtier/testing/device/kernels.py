@@ -1,0 +1,183 @@
+"""Kernels of the test device: the CPU's, run on the memory of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kvtier.testing.device.machine import Machine
+from kvtier.testing.simulation.kernels import Operator
+
+_aten: Any = torch.ops.aten
+_dispatch: Any = torch._C
+_CPU = _dispatch.DispatchKeySet(_dispatch.DispatchKey.CPU)
+_COPIES = {_aten._copy_from.default, _aten._copy_from_and_resize.default}
+_ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_strided.default}
+_new_empty = torch.empty  # as it was before the device replaced it
+_ATTENTION_AS_MATH = 0  # SDPBackend::math: the fused kernels are chosen by device
+# Tensors of these may lie on the CPU.
+_ANY_DEVICE = ("aten::index", "aten::_index_put_impl_", "aten::index_put", "aten::set_")
+
+
+class Kernels:
+    """Runs every operator of PyTorch whose tensors are on the device.
+
+    Args:
+        machine: the device.
+        device: its name.
+    """
+
+    def __init__(self, machine: Machine, device: torch.device) -> None:
+        self._machine = machine
+        self._device = device
+
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run ``op``."""
+        with self._machine.streams.lock:
+            if op in _COPIES:
+                return self._copy(*args, **kwargs)
+            if op in _ALLOCATIONS:
+                return self._allocate(op, args, kwargs)
+            if _returns_views(op):
+                return op.redispatch(_CPU, *args, **kwargs)
+            if op is _aten.record_stream.default:
+                return self._record_stream(*args)
+            if op is _aten.resize_.default:
+                return self._resize(*args)
+            if op is _aten._fused_sdp_choice.default:
+                return _ATTENTION_AS_MATH
+            if op is _aten.histc.default and not args[0].is_floating_point():
+                return self._run(op, (args[0].double(), *args[1:]), kwargs).to(args[0].dtype)
+            return self._run(op, args, kwargs)
+
+    def _run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``op`` on the CPU, on aliases of its arguments; move its results to the device."""
+        ours: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def alias(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                if value.device.type == self._device.type:
+                    ours.append((value, self._alias(value)))
+                    return ours[-1][1]
+                if value.dim() and not op._schema.name.startswith(_ANY_DEVICE):
+                    raise RuntimeError(f"{op}: a tensor is on {value.device}, others on {self._device}")
+            elif isinstance(value, torch.device) and value.type == self._device.type:
+                return torch.device("cpu")
+            elif type(value) in (list, tuple):
+                return type(value)([alias(one) for one in value])
+            return value
+
+        args, kwargs = tuple(map(alias, args)), {name: alias(value) for name, value in kwargs.items()}
+        operator = _operator(op)
+        reads, writes, viewed = operator.tensors(args, kwargs)
+        aliases = {id(mine) for _, mine in ours}
+        reads, writes = ([x for x in some if id(x) in aliases] for some in ((*reads, *viewed), writes))
+        self._machine.streams.launch(operator.name, reads, writes)
+        result = op(*args, **kwargs)
+        for tensor, mine in ours:
+            if mine.size() != tensor.size():  # an output was resized
+                self._become(tensor, mine)
+        if _returns_numbers(op):
+            self._machine.blocks()
+        if isinstance(result, torch.Tensor):
+            return self._result(result, ours)
+        if isinstance(result, (list, tuple)):
+            return type(result)([self._result(value, ours) for value in result])
+        return result
+
+    def _result(self, value: Any, ours: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        for tensor, mine in ours:
+            if value is mine:
+                return tensor
+        for tensor, mine in ours:
+            if value.numel() and value.untyped_storage()._cdata == mine.untyped_storage()._cdata:
+                return _strided(tensor, value.dtype, value)
+        return self._moved(value)
+
+    def _moved(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a result, which a kernel has left on the host, as it lies on the device."""
+        value = value.resolve_conj().resolve_neg()
+        moved = self._new(value.dtype, value)
+        if value.numel():
+            target = self._alias(moved)
+            target.copy_(value)
+            self._machine.streams.detector.produced("result", [target], on_host=False)
+        return moved
+
+    def _alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a CPU tensor over the memory of a tensor of the device."""
+        mine = _new_empty(0, dtype=tensor.dtype, device="cpu")
+        if not tensor.numel():
+            return mine.resize_(tensor.size())
+        storage = self._machine.memory.block(tensor).storage
+        mine.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+        if tensor.is_conj():
+            mine = torch._conj(mine)
+        return torch._neg_view(mine) if tensor.is_neg() else mine
+
+    def _allocate(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        layout = op(*args, **{**kwargs, "device": "meta", "pin_memory": None})
+        return self._new(layout.dtype, layout)
+
+    def _new(self, dtype: torch.dtype, layout: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialized tensor with the sizes and strides of ``layout``."""
+        items = 1 + sum((size - 1) * stride for size, stride in zip(layout.size(), layout.stride(), strict=True))
+        nbytes = items * dtype.itemsize if layout.numel() else 0
+        new = _strided(self._machine.memory.bytes(nbytes, self._machine.streams.current), dtype, layout, offset=0)
+        return new
+
+    def _become(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        moved = self._moved(value)
+        arguments = (moved.untyped_storage(), 0, moved.size(), moved.stride())
+        _aten.set_.source_Storage_storage_offset.redispatch(_CPU, tensor, *arguments)
+
+    def _resize(self, tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        kept = self._alias(tensor).clone()
+        self._become(tensor, kept.resize_(size))
+        return tensor
+
+    def _copy(self, src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        is_up, is_down = (x.device.type != self._device.type for x in (src, dst))
+        if src.numel():
+            source, target = src if is_up else self._alias(src), dst if is_down else self._alias(dst)
+            host = source if is_up else target if is_down else None
+            self._machine.copy(target, source, host, non_blocking)
+        return dst
+
+    def _record_stream(self, tensor: torch.Tensor, stream: torch.Stream) -> None:
+        if tensor.numel():
+            block = self._machine.memory.block(tensor)
+            if stream.stream_id != block.stream:
+                block.used_by.add(stream.stream_id)
+
+
+def _strided(tensor: torch.Tensor, dtype: torch.dtype, like: torch.Tensor, offset: int | None = None) -> torch.Tensor:
+    """Return a tensor of ``dtype`` on the storage of ``tensor``, with the layout of ``like``."""
+    if tensor.dtype != dtype:
+        tensor = _aten.view.dtype.redispatch(_CPU, tensor, dtype)
+    at = like.storage_offset() if offset is None else offset
+    strided: torch.Tensor = _aten.as_strided.default.redispatch(_CPU, tensor, like.size(), like.stride(), at)
+    return strided
+
+
+_operator = lru_cache(maxsize=None)(Operator)
+
+
+@lru_cache(maxsize=None)
+def _returns_views(op: Any) -> bool:
+    """Whether all results share the memory of an argument, unwritten."""
+    aliases = [result.alias_info for result in op._schema.returns]
+    is_set = op._schema.name in ("aten::set_", "aten::resize_as_")
+    return is_set or bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+@lru_cache(maxsize=None)
+def _returns_numbers(op: Any) -> bool:
+    """Whether the host waits for a value: ``item``, ``equal``, or a size that depends on values."""
+    kinds = {str(result.type) for result in op._schema.returns}
+    return not kinds <= {"Tensor", "List[Tensor]"} or torch.Tag.dynamic_output_shape in op.tags
