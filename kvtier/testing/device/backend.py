@@ -31,9 +31,8 @@ def install() -> Machine:
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(DEVICE_TYPE, backend_module=_Module(machine))
     device = torch.device(DEVICE_TYPE, 0)
-    _libraries.append(torch.library.Library("_", "IMPL"))
-    _libraries[-1].fallback(Kernels(machine, device), "PrivateUse1")
-    _libraries.append(torch.library.Library("aten", "IMPL"))
+    _libraries.extend(torch.library.Library(namespace, "IMPL") for namespace in ("_", "aten"))
+    Kernels(machine, device).register(*_libraries)
     _libraries[-1].impl("is_pinned", lambda tensor, device=None: machine.is_pinned(tensor), "CPU")
     _libraries[-1].impl("_pin_memory", lambda tensor, device=None: _pinned_copy(machine, tensor), "CPU")
     names.replace(machine)

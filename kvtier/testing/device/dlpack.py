@@ -67,7 +67,7 @@ def bytes_at(address: int, nbytes: int, freed: Callable[[], None]) -> torch.Tens
 
     Args:
         address: host memory that stays valid until ``freed`` is called.
-        nbytes: at least 1.
+        nbytes: its size.
         freed: called once no tensor uses the memory any more, on any thread, perhaps during garbage collection.
     """
     shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)

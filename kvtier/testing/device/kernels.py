@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from kvtier.testing.simulation.kernels import Operator
 _aten: Any = torch.ops.aten
 _dispatch: Any = torch._C
 _CPU = _dispatch.DispatchKeySet(_dispatch.DispatchKey.CPU)
-_COPIES = {_aten._copy_from.default, _aten._copy_from_and_resize.default}
-_ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_strided.default}
+_VIEWS = (_aten.as_strided.default, _aten.view.default, _aten._reshape_alias.default)
+_ALLOCATIONS = (_aten.empty.memory_format, _aten.empty_strided.default)
 _new_empty = torch.empty  # as it was before the device replaced it
 _ATTENTION_AS_MATH = 0  # SDPBackend::math: the fused kernels are chosen by device
 # Tensors of these may lie on the CPU.
@@ -34,27 +34,45 @@ class Kernels:
         self._machine = machine
         self._device = device
 
-    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run ``op``."""
-        with self._machine.streams.lock:
-            if op in _COPIES:
-                return self._copy(*args, **kwargs)
-            if op in _ALLOCATIONS:
-                return self._allocate(op, args, kwargs)
-            if _returns_views(op):
-                return op.redispatch(_CPU, *args, **kwargs)
-            if op is _aten.record_stream.default:
-                return self._record_stream(*args)
-            if op is _aten.resize_.default:
-                return self._resize(*args)
-            if op is _aten._fused_sdp_choice.default:
-                return _ATTENTION_AS_MATH
-            if op is _aten.histc.default and not args[0].is_floating_point():
-                return self._run(op, (args[0].double(), *args[1:]), kwargs).to(args[0].dtype)
-            return self._run(op, args, kwargs)
+    def register(self, fallback: torch.library.Library, operators: torch.library.Library) -> None:
+        """Register the kernels for as long as the libraries live."""
+        fallback.fallback(self._fall_back, "PrivateUse1")
+        for op in _VIEWS:  # the most frequent operators
+            operators.impl(op, partial(op.redispatch, _CPU), "PrivateUse1")
+        for op in _ALLOCATIONS:
+            operators.impl(op, partial(self._allocate, op), "PrivateUse1")
+        own: dict[Any, Callable[..., Any]] = {
+            _aten._copy_from.default: self._copy,
+            _aten._copy_from_and_resize.default: self._copy,
+            _aten.record_stream.default: self._record_stream,
+            _aten.resize_.default: self._resize,
+            _aten.convolution_overrideable.default: self._convolve,
+            _aten.histc.default: self._count,
+            _aten._fused_sdp_choice.default: lambda *args, **kwargs: _ATTENTION_AS_MATH,
+        }
+        for op, kernel in own.items():
+            operators.impl(op, kernel, "PrivateUse1")
+
+    def _fall_back(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        if _returns_views(op):
+            return op.redispatch(_CPU, *args, **kwargs)
+        return self._run(op, args, kwargs)
+
+    def _convolve(self, *args: Any) -> Any:
+        return self._run(_aten.convolution.default, args, {})
+
+    def _count(self, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Count integers too, as accelerators do and CPUs do not."""
+        if values.is_floating_point():
+            return self._run(_aten.histc.default, (values, *args), kwargs)
+        return self._run(_aten.histc.default, (values.double(), *args), kwargs).to(values.dtype)
 
     def _run(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``op`` on the CPU, on aliases of its arguments; move its results to the device."""
+        with self._machine.streams.lock:
+            return self._run_alone(op, args, kwargs)
+
+    def _run_alone(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def alias(value: Any) -> Any:
@@ -72,6 +90,10 @@ class Kernels:
 
         args, kwargs = tuple(map(alias, args)), {name: alias(value) for name, value in kwargs.items()}
         operator = _operator(op)
+        for position in operator.positions if _refuses_numbers(op) else ():
+            if position < len(args) and isinstance(args[position], (bool, int, float)):
+                number = torch.tensor(args[position], device="cpu")
+                args = (*args[:position], number, *args[position + 1 :])
         reads, writes, viewed = operator.tensors(args, kwargs)
         aliases = {id(mine) for _, mine in ours}
         reads, writes = ([x for x in some if id(x) in aliases] for some in ((*reads, *viewed), writes))
@@ -120,33 +142,35 @@ class Kernels:
             mine = torch._conj(mine)
         return torch._neg_view(mine) if tensor.is_neg() else mine
 
-    def _allocate(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def _allocate(self, op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         layout = op(*args, **{**kwargs, "device": "meta", "pin_memory": None})
-        return self._new(layout.dtype, layout)
+        with self._machine.streams.lock:
+            return self._new(layout.dtype, layout)
 
     def _new(self, dtype: torch.dtype, layout: torch.Tensor) -> torch.Tensor:
         """Return an uninitialized tensor with the sizes and strides of ``layout``."""
         items = 1 + sum((size - 1) * stride for size, stride in zip(layout.size(), layout.stride(), strict=True))
         nbytes = items * dtype.itemsize if layout.numel() else 0
-        new = _strided(self._machine.memory.bytes(nbytes, self._machine.streams.current), dtype, layout, offset=0)
-        return new
+        return _strided(self._machine.memory.bytes(nbytes, self._machine.streams.current), dtype, layout, offset=0)
 
     def _become(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         moved = self._moved(value)
         arguments = (moved.untyped_storage(), 0, moved.size(), moved.stride())
         _aten.set_.source_Storage_storage_offset.redispatch(_CPU, tensor, *arguments)
 
-    def _resize(self, tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        kept = self._alias(tensor).clone()
-        self._become(tensor, kept.resize_(size))
-        return tensor
+    def _resize(self, tensor: torch.Tensor, size: Sequence[int], **_: Any) -> torch.Tensor:
+        with self._machine.streams.lock:
+            kept = self._alias(tensor).clone()
+            self._become(tensor, kept.resize_(size))
+            return tensor
 
     def _copy(self, src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         is_up, is_down = (x.device.type != self._device.type for x in (src, dst))
         if src.numel():
             source, target = src if is_up else self._alias(src), dst if is_down else self._alias(dst)
             host = source if is_up else target if is_down else None
-            self._machine.copy(target, source, host, non_blocking)
+            with self._machine.streams.lock:
+                self._machine.copy(target, source, host, non_blocking)
         return dst
 
     def _record_stream(self, tensor: torch.Tensor, stream: torch.Stream) -> None:
@@ -181,3 +205,10 @@ def _returns_numbers(op: Any) -> bool:
     """Whether the host waits for a value: ``item``, ``equal``, or a size that depends on values."""
     kinds = {str(result.type) for result in op._schema.returns}
     return not kinds <= {"Tensor", "List[Tensor]"} or torch.Tag.dynamic_output_shape in op.tags
+
+
+@lru_cache(maxsize=None)
+def _refuses_numbers(op: Any) -> bool:
+    """Whether ``op`` takes no Python number in place of a tensor, as which numbers arrive here."""
+    allow: Any = torch._C._should_allow_numbers_as_tensors
+    return not allow(op._opname)

@@ -78,7 +78,7 @@ class Allocator:
         self.peak = self.held
 
     def bytes(self, nbytes: int, stream: int) -> torch.Tensor:
-        """Return poisoned bytes on the device, at least ``nbytes``, as ``[nbytes]`` of ``uint8``."""
+        """Return poisoned bytes on the device, as ``[nbytes]`` of ``uint8``."""
         self._take_freed()
         rounded = max(1, -(-nbytes // _ROUND_BYTES)) * _ROUND_BYTES
         cached = self._cached[rounded, stream]
@@ -93,7 +93,7 @@ class Allocator:
         self._live[address] = Block(memory, storage, stream)
         self._held += rounded
         self.peak = max(self.peak, self._held)
-        return bytes_at(address, rounded, partial(self._freed.append, address))
+        return bytes_at(address, nbytes, partial(self._freed.append, address))
 
     def block(self, tensor: torch.Tensor) -> Block:
         """Return the block of a tensor of the device that has bytes."""

@@ -1,4 +1,4 @@
-"""Names of ``torch`` that the test device replaces: streams, events and pinned memory.
+"""Names of ``torch`` that the test device replaces: streams, events, pinned memory, and copies of storages.
 
 They are classes and functions of a module, without closures: kvtier reads the code that ``torch`` holds to tell whether
 a model computes as it did.
@@ -18,14 +18,18 @@ DEVICE_TYPE = "testdevice"
 _PRIVATE_USE_1 = 20  # c10::DeviceType::PrivateUse1
 _released_stream: Any = torch.Stream
 _released_empty = torch.empty
+_released_clone: Any = torch.UntypedStorage.clone
 _machines: list[Machine] = []
 
 
 def replace(machine: Machine) -> None:
     """Replace them for the rest of the process."""
     _machines.append(machine)
+    constructors: Any = torch.utils._device._device_constructors
+    constructors()  # cached: for these functions, ``torch.set_default_device`` fills in the device
     names: Any = torch
     names.Stream, names.empty = Stream, empty
+    names.UntypedStorage.clone = clone
     names.accelerator.current_stream = current_stream
     names.accelerator.set_stream = set_stream
     names.accelerator.synchronize = synchronize
@@ -125,3 +129,10 @@ def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
         return _released_empty(*args, **kwargs)
     layout = _released_empty(*args, **{**kwargs, "device": "meta"})
     return _machines[0].pinned(layout.nbytes).view(layout.dtype).view(layout.shape)
+
+
+def clone(storage: Any) -> Any:
+    """Return a copy of ``storage``. The released method asks for an allocator written in C++, which does not exist."""
+    if storage.device.type != DEVICE_TYPE:
+        return _released_clone(storage)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()

@@ -49,7 +49,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives 
 
 
 class Operator:
-    """Accesses of an operator to its arguments, as in its schema."""
+    """Accesses of an operator to its arguments, as in its schema.
+
+    Attributes:
+        name: with its overload.
+        is_no_access: whether it changes sizes and strides alone.
+        positions: positions of the arguments that are tensors whose values it uses.
+    """
 
     def __init__(self, func: Any) -> None:
         self.name = str(func)
@@ -59,6 +65,7 @@ class Operator:
             for position, argument in enumerate(func._schema.arguments)
             if "Tensor" in str(argument.type) and not func._opname.startswith(_SHAPE_ONLY)
         ]
+        self.positions = [position for position, _, _ in self._arguments]
 
     def tensors(
         self, args: Sequence[Any], kwargs: dict[str, Any]
