@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.testing import SimulatedEngine
-from kvtier.testing.device import DEVICE_TYPE, install
+from kvtier.testing.device import DEVICE_TYPE, Machine, install
 from tests.support import families, samples
 from tests.support.places import StandIn
 from tests.support.upstream import CACHE
@@ -107,6 +107,14 @@ def _on_the_test_device(request: pytest.FixtureRequest) -> Iterator[None]:
     MACHINE.restart(seed, lazy=os.environ["KVTIER_DEVICE"] == "lazy" or seed % 4 == 0)
     yield
     assert not MACHINE.races, MACHINE.races[0]
+
+
+@pytest.fixture(scope="session")
+def machine() -> Machine:
+    """The test device."""
+    if MACHINE is None:
+        pytest.skip("KVTIER_DEVICE=test runs it")
+    return MACHINE
 
 
 _SLOW = {"system", "tools", "offload", "inputs", "identity"}  # folders of tests

@@ -52,6 +52,8 @@ class Kernels:
         }
         for op, kernel in own.items():
             operators.impl(op, kernel, "PrivateUse1")
+        for key in ("Conjugate", "Negative"):  # a conjugated source would be copied before each copy, for ever
+            operators.impl(_aten._copy_from.default, torch.library.fallthrough_kernel, key)
 
     def _fall_back(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         if _returns_views(op):
@@ -74,21 +76,9 @@ class Kernels:
 
     def _run_alone(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def alias(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                if value.device.type == self._device.type:
-                    ours.append((value, self._alias(value)))
-                    return ours[-1][1]
-                if value.dim() and not op._schema.name.startswith(_ANY_DEVICE):
-                    raise RuntimeError(f"{op}: a tensor is on {value.device}, others on {self._device}")
-            elif isinstance(value, torch.device) and value.type == self._device.type:
-                return torch.device("cpu")
-            elif type(value) in (list, tuple):
-                return type(value)([alias(one) for one in value])
-            return value
-
-        args, kwargs = tuple(map(alias, args)), {name: alias(value) for name, value in kwargs.items()}
+        allows_host = op._schema.name.startswith(_ANY_DEVICE)
+        args = self._aliases(args, ours, allows_host)
+        kwargs = {name: self._aliases(value, ours, allows_host) for name, value in kwargs.items()}
         operator = _operator(op)
         for position in operator.positions if _refuses_numbers(op) else ():
             if position < len(args) and isinstance(args[position], (bool, int, float)):
@@ -109,6 +99,21 @@ class Kernels:
         if isinstance(result, (list, tuple)):
             return type(result)([self._result(value, ours) for value in result])
         return result
+
+    # No function inside: it would keep tensors alive, in a cycle.
+    def _aliases(self, value: Any, ours: list[tuple[torch.Tensor, torch.Tensor]], allows_host: bool) -> Any:
+        """Return ``value`` with CPU tensors in place of tensors of the device, and add both to ``ours``."""
+        if isinstance(value, torch.Tensor):
+            if value.device.type == self._device.type:
+                ours.append((value, self._alias(value)))
+                return ours[-1][1]
+            if value.dim() and not allows_host:
+                raise RuntimeError(f"a tensor is on {value.device}, others on {self._device}")
+        elif isinstance(value, torch.device) and value.type == self._device.type:
+            return torch.device("cpu")
+        elif type(value) in (list, tuple):
+            return type(value)([self._aliases(one, ours, allows_host) for one in value])
+        return value
 
     def _result(self, value: Any, ours: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         if not isinstance(value, torch.Tensor):
