@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,11 +50,16 @@ class Scheduler:
     Args:
         choices: decides what runs early.
         lazy: run nothing early.
+
+    Attributes:
+        lock: held by whatever runs on the device.
+        host_waits: how often a thread has waited for a point, by its name.
+        detector: judges the order of copies and kernels.
     """
 
     def __init__(self, choices: random.Random, *, lazy: bool) -> None:
         self.lock = threading.RLock()
-        self.host_waits = 0
+        self.host_waits: Counter[str] = Counter()
         self._numbers = 0
         self._queues: dict[int, Queue] = {}
         self._current = threading.local()
@@ -146,7 +151,7 @@ class Scheduler:
     def settle(self, point: Point) -> None:
         """Block the host until ``point`` is passed."""
         with self.lock:
-            self.host_waits += 1
+            self.host_waits[threading.current_thread().name] += 1
             self._finish(point)
             self.detector.settled(self._past(point))
 

@@ -133,7 +133,7 @@ class SimulatedEngine:
     def host_empty(self, nbytes: int) -> torch.Tensor:
         """Return memory of the host, poisoned."""
         with self._unwatched():
-            memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+            memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device="cpu")
         if not self.device_is_host:
             self._detector.owns(memory)
         return memory
