@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +13,8 @@ from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.testing import SimulatedEngine
 from kvtier.testing.device import DEVICE_TYPE, Machine, install
 from tests.support import families, samples
-from tests.support.places import StandIn
 from tests.support.upstream import CACHE
 
 # CI tries the same examples every time: a change must not fail because of an older bug. To look for new examples, run
@@ -67,25 +64,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-ENGINES = {
-    "stand-in": StandIn,
-    "simulated": lambda: SimulatedEngine(random.Random(7)),
-    "lazy": lambda: SimulatedEngine(random.Random(7), lazy=True),
-}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _beside_an_accelerator() -> Iterator[None]:
-    """With ``KVTIER_ENGINE``, treat the CPU's memory as a device's wherever a test does not choose an engine.
-
-    ``stand-in``: copies run on threads. ``simulated``: in a random permitted order. ``lazy``: as late as permitted.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        if "KVTIER_ENGINE" in os.environ:
-            patched.setattr("kvtier.transfer.accelerator.ThreadEngine", ENGINES[os.environ["KVTIER_ENGINE"]])
-        yield
 
 
 # The test device, if the tests run on it: everything that names no device is then on it.

@@ -25,13 +25,13 @@ class EngineChecks:
         """Host to device to host, for floating point and other types."""
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
             host = self._host(engine, _LENGTH, dtype)
-            host.copy_(torch.arange(_LENGTH).to(dtype))
+            host.copy_(torch.arange(_LENGTH, device="cpu").to(dtype))
             there = torch.empty(_LENGTH, dtype=dtype, device=self.device)
             back = self._host(engine, _LENGTH, dtype)
             up = engine.copy(there, host, after=(engine.mark(),))
             down = engine.copy(back, there, after=(up,))
             engine.settle(down)
-            assert torch.equal(back, torch.arange(_LENGTH).to(dtype))
+            assert torch.equal(back, torch.arange(_LENGTH, device="cpu").to(dtype))
 
     def test_a_copy_into_a_part_leaves_the_rest_alone(self, engine: CopyEngine) -> None:
         """Strided targets and sources."""
@@ -54,7 +54,7 @@ class EngineChecks:
         """A host task fills a buffer, a copy takes it to the device, a kernel uses it."""
         host = self._host(engine, _LENGTH)
         there = torch.zeros(_LENGTH, device=self.device)
-        filled = engine.call(_filling(host, torch.arange(float(_LENGTH))), writes=(host,))
+        filled = engine.call(_filling(host, torch.arange(float(_LENGTH), device="cpu")), writes=(host,))
         engine.wait(engine.copy(there, host, after=(filled, engine.mark())))
         assert torch.equal(there + 1, self._ramp(_LENGTH) + 1)
 
@@ -148,7 +148,7 @@ class EngineChecks:
             filled = engine.call(lambda: None)
             engine.settle(engine.copy(target, self._ramp(_LENGTH), after=(filled, engine.mark())))
             engine.settle(engine.copy(host, target))
-            assert torch.equal(host, torch.arange(float(_LENGTH)))
+            assert torch.equal(host, torch.arange(float(_LENGTH), device="cpu"))
 
     def test_host_memory_has_the_size_asked_for(self, engine: CopyEngine) -> None:
         """Zero bytes included."""

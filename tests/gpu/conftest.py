@@ -1,4 +1,4 @@
-"""Fixtures for tests on an accelerator: without one, tests are skipped or use a CPU in its place."""
+"""Fixtures for tests on an accelerator: real hardware, or the test device with ``KVTIER_DEVICE=test``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ def accelerator() -> torch.device:
     """The current accelerator."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
-        pytest.skip("no accelerator")
+        pytest.skip("no accelerator; KVTIER_DEVICE=test runs this on the test device")
     return device
 
 
-@pytest.fixture(params=[pytest.param("accelerator", marks=pytest.mark.gpu), "stand-in"])
-def place(request: pytest.FixtureRequest) -> Place:
-    """The current accelerator, and a CPU in its place."""
-    if request.param == "stand-in":
-        return Place(torch.device("cpu"), real=False)
-    return Place.on(request.getfixturevalue("accelerator"))
+@pytest.fixture
+def place(accelerator: torch.device) -> Place:
+    """The current accelerator, and its engines."""
+    return Place.on(accelerator)

@@ -1,6 +1,6 @@
 """Offloading on an accelerator gives the bits of ``DynamicCache`` and keeps its budget.
 
-Tests that do not depend on accelerator features also run with a CPU in its place.
+On the test device they run with fewer tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def conversation(seed=0, prompt=120, new_tokens=16, chunk=None):
 
 
 def new_tokens(place):
-    """Fewer tokens suffice with a CPU in place of the accelerator: its copies are never late."""
+    """Fewer tokens suffice on the test device: its copies are late more often."""
     return 16 if place.real else 4
 
 
@@ -108,7 +108,7 @@ def test_offloading_is_exact_for_model_families_and_attention_kernels(
 
 def test_offloading_is_exact_for_a_long_answer_with_small_pages(place, tmp_path):
     """Every step fetches all pages of every layer, and every fourth step writes a page to the host."""
-    steps = 150 if place.real else 20
+    steps = 150 if place.real else 6
     model, script = tiny_model(place.device, torch.float32), conversation(prompt=40, new_tokens=steps)
     least, *_ = budgets(model, longest_sequence(script), 4)
     difference, report = compare(place, model, script, tmp_path, page_tokens=4, device_budget=least)
@@ -122,7 +122,7 @@ def test_offloading_is_exact_under_random_load(place, tmp_path):
     """Random turns, budgets, pages and batches, while another thread keeps the device and its links busy."""
     model, wrong = tiny_model(place.device, torch.float32), {}
     with busy(place.engine(place.device), place.device):
-        for seed in range(100 if place.real else 4):
+        for seed in range(100 if place.real else 2):
             chance = random.Random(seed)
             rows, page_tokens = chance.choice((1, 1, 3)), chance.choice((2, 4, 8))
             script = random_script(chance, 200, rows)
@@ -191,7 +191,7 @@ def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: i
     No model runs in between: all device memory goes to the cache.
     """
     chance = torch.Generator().manual_seed(seed)
-    whole = [tuple(torch.randn(1, 4, tokens, 128, generator=chance) for _ in range(2)) for _ in range(LAYERS)]
+    whole = [tuple(torch.randn(1, 4, tokens, 128, generator=chance, device="cpu") for _ in range(2)) for _ in range(LAYERS)]
     for first in range(0, tokens, chunk):
         for layer, (k, v) in enumerate(whole):
             new = [part[:, :, first : first + chunk].to(place.device) for part in (k, v)]
@@ -204,7 +204,7 @@ def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: i
 
 @pytest.mark.parametrize("part", [0.4, 0.6, 1.5])
 def test_device_memory_stays_within_the_budget(place, tmp_path, part):
-    tokens, chunk = (16_384, 512) if place.real else (1024, 64)  # what allocators round up is small beside the budget
+    tokens, chunk = (16_384, 512) if place.real else (1024, 256)  # what allocators round up is small beside the budget
     all_bytes = LAYERS * tokens * 4096
     budget = int(part * all_bytes)
     model = tiny_model(place.device, torch.float32)
@@ -241,8 +241,7 @@ def test_host_memory_is_reused_across_rounds(place, tmp_path):
     assert asked[0] > 0
     assert len(set(asked[4:])) == 1
     assert asked[-1] < asked[0] + 12 * 20 * 2**20
-    if place.real:
-        assert all(memory.is_pinned() for memory in place.host_memory)
+    assert all(memory.is_pinned() for memory in place.host_memory)
 
 
 # --- accelerator only -------------------------------------------------------------------------------------------------

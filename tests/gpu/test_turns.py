@@ -1,7 +1,4 @@
-"""Turns on an accelerator give the bits of ``DynamicCache``: loads and commits run beside the computation.
-
-They also run with a CPU in its place, whose memory counts as the memory of a device.
-"""
+"""Turns on an accelerator give the bits of ``DynamicCache``: loads and commits run beside the computation."""
 
 from __future__ import annotations
 

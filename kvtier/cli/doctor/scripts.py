@@ -161,7 +161,7 @@ def run_plain(model: Any, script: Script, known: Sequence[int]) -> list[Answer]:
 
 
 def _prompt(model: Any, answers: Sequence[Answer], turn: ScriptedTurn) -> torch.Tensor:
-    new = torch.tensor(turn.prompt)
+    new = torch.tensor(turn.prompt, device="cpu")
     if answers:
         before = answers[-1].sequences
         new = torch.cat([before[:, : before.shape[1] - turn.cut], new], 1)

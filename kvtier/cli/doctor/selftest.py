@@ -188,7 +188,7 @@ def busy(engine: CopyEngine, device: torch.device) -> Iterator[None]:
         factor = torch.zeros(256, 256, device=device)
         host.zero_()
         while True:
-            up = engine.copy(there, host)
+            up = engine.copy(there, host, after=[engine.mark()])
             factor = factor @ factor
             engine.settle(engine.copy(host, there, after=[up, engine.mark()]))
             if stop:

@@ -31,7 +31,8 @@ def install() -> Machine:
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(DEVICE_TYPE, backend_module=_Module(machine))
     device = torch.device(DEVICE_TYPE, 0)
-    _libraries.extend(torch.library.Library(namespace, "IMPL") for namespace in ("_", "aten"))
+    library: Any = torch.library.Library
+    _libraries.extend(library(namespace, "IMPL") for namespace in ("_", "aten"))
     Kernels(machine, device).register(*_libraries)
     _libraries[-1].impl("is_pinned", lambda tensor, device=None: machine.is_pinned(tensor), "CPU")
     _libraries[-1].impl("_pin_memory", lambda tensor, device=None: _pinned_copy(machine, tensor), "CPU")
@@ -39,7 +40,7 @@ def install() -> Machine:
     return machine
 
 
-_libraries: list[torch.library.Library] = []  # what they register lives as long as they do
+_libraries: list[Any] = []  # what they register lives as long as they do
 
 
 class _Module:
@@ -92,6 +93,9 @@ class _Module:
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         self._machine.memory.reset_peak()
+
+    def host_memory_stats(self) -> dict[str, int]:
+        return {"allocated_bytes.current": self._machine.pinned_bytes}
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return max(0, _FREE_BYTES - self._machine.memory.reserved), _FREE_BYTES

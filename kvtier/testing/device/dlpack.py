@@ -14,7 +14,7 @@ import torch
 
 _EXTENSION_DEVICE = 12  # kDLExtDev
 _UNSIGNED = 1  # kDLUInt
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Deleter: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _Device(ctypes.Structure):
@@ -48,10 +48,12 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _live: dict[int, tuple[_Managed, Any, Callable[[], None]]] = {}  # by the address of the structure
 
 
-@_Deleter
 def _delete(address: int) -> None:
     _, _, freed = _live.pop(address)
     freed()
+
+
+_deleter = _Deleter(_delete)
 
 
 @atexit.register
@@ -72,7 +74,7 @@ def bytes_at(address: int, nbytes: int, freed: Callable[[], None]) -> torch.Tens
     """
     shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
     tensor = _Tensor(address, _Device(_EXTENSION_DEVICE, 0), 1, _DataType(_UNSIGNED, 8, 1), shape, strides, 0)
-    managed = _Managed(tensor, None, _delete)
+    managed = _Managed(tensor, None, _deleter)
     key = ctypes.addressof(managed)
     _live[key] = (managed, (shape, strides), freed)
     return torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))

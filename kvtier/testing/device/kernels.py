@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Kernels:
         self._machine = machine
         self._device = device
 
-    def register(self, fallback: torch.library.Library, operators: torch.library.Library) -> None:
-        """Register the kernels for as long as the libraries live."""
+    def register(self, fallback: Any, operators: Any) -> None:
+        """Register the kernels in two ``torch.library.Library``, for as long as these live."""
         fallback.fallback(self._fall_back, "PrivateUse1")
         for op in _VIEWS:  # the most frequent operators
             operators.impl(op, partial(op.redispatch, _CPU), "PrivateUse1")
@@ -197,22 +197,22 @@ def _strided(tensor: torch.Tensor, dtype: torch.dtype, like: torch.Tensor, offse
 _operator = lru_cache(maxsize=None)(Operator)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _returns_views(op: Any) -> bool:
     """Whether all results share the memory of an argument, unwritten."""
     aliases = [result.alias_info for result in op._schema.returns]
     is_set = op._schema.name in ("aten::set_", "aten::resize_as_")
-    return is_set or bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    return is_set or (bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _returns_numbers(op: Any) -> bool:
     """Whether the host waits for a value: ``item``, ``equal``, or a size that depends on values."""
     kinds = {str(result.type) for result in op._schema.returns}
     return not kinds <= {"Tensor", "List[Tensor]"} or torch.Tag.dynamic_output_shape in op.tags
 
 
-@lru_cache(maxsize=None)
+@cache
 def _refuses_numbers(op: Any) -> bool:
     """Whether ``op`` takes no Python number in place of a tensor, as which numbers arrive here."""
     allow: Any = torch._C._should_allow_numbers_as_tensors

@@ -33,7 +33,7 @@ class Machine:
         self.memory = Allocator(self._fence)
         self.blocking: Counter[str] = Counter()
         self.queued = 0
-        self._pinned: dict[int, Callable[[], bool]] = {}
+        self._pinned: dict[int, tuple[Callable[[], bool], int]] = {}  # by address: whether it is gone, and its bytes
 
     def restart(self, seed: int = 0, *, lazy: bool = False) -> None:
         """Run what is queued; then begin with other schedules and without races.
@@ -92,25 +92,27 @@ class Machine:
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return poisoned pinned memory."""
         memory = poisoned(max(1, nbytes))[:nbytes]
-        self._pinned = {address: is_gone for address, is_gone in self._pinned.items() if not is_gone()}
         storage = memory.untyped_storage()
-        self._pinned[storage.data_ptr()] = _gone(storage)
+        self._pinned[storage.data_ptr()] = weak(storage).expired, 1 << (nbytes - 1).bit_length() if nbytes else 0
         return memory
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned memory, each piece rounded up to a power of two."""
+        self._pinned = {address: (is_gone, nbytes) for address, (is_gone, nbytes) in self._pinned.items() if not is_gone()}
+        return sum(nbytes for _, nbytes in self._pinned.values())
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether a host tensor is in pinned memory."""
-        is_gone = self._pinned.get(tensor.untyped_storage().data_ptr())
-        return is_gone is not None and not is_gone()
+        known = self._pinned.get(tensor.untyped_storage().data_ptr())
+        return known is not None and not known[0]()
 
     def _fence(self, numbers: Sequence[int]) -> Passed:
         points = [self.streams.record(number) for number in numbers]
-        return lambda: all([self.streams.has_passed(point) for point in points])
+        return lambda: all(self.streams.has_passed(point) for point in points)
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     with torch.inference_mode():
         dst.copy_(src)
 
-
-def _gone(storage: torch.UntypedStorage) -> Callable[[], bool]:
-    return weak(storage).expired  # type: ignore[no-any-return]

@@ -126,7 +126,10 @@ class Scheduler:
             queue = self.queue(number)
             past = self.detector.mark() if queue.computes else queue.past
             point = Point(queue, past, self.detector)
-            queue.work.append(("pass", point))
+            if queue.work:
+                queue.work.append(("pass", point))
+            else:
+                point.passed = True
             self._run_some()
             return point
 

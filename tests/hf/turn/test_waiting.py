@@ -45,7 +45,7 @@ class Pause(BaseStreamer, StoppingCriteria):
         pass
 
     def __call__(self, input_ids, scores, **_):
-        return torch.full((len(input_ids),), self.stops and self.go_on.is_set())
+        return torch.full((len(input_ids),), self.stops and self.go_on.is_set(), device=input_ids.device)
 
 
 class Elsewhere(threading.Thread):

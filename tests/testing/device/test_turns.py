@@ -182,7 +182,10 @@ LINES = {
     "a copy waits for the kernels before it": ("stream.wait_event(before)", "pass"),
     "kernels wait for a copy": ("self._current().wait_event(event)", "pass"),
     "the host waits for a copy": ("event.synchronize()", "pass"),
-    "a host task waits for the copies before it": ("self.settle(fence)\n            task()", "pass\n            task()"),
+    "a host task waits for the copies before it": (
+        "self.settle(fence)\n            task()",
+        "pass\n            task()",
+    ),
     "memory is recorded with the stream that uses it": ("tensor.record_stream(stream)", "pass"),
     "a mark is a new event": ("marked.set_result(self._current().record_event())", "marked.set_result(None)"),
     "a copy has an event": ("return stream.record_event()", "return None"),
