@@ -18,6 +18,9 @@ BESIDE_$(LOWEST_TRANSFORMERS) := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
 # What must hold on each of them in every change: what kvtier relies on, every mode of generate(), edited histories.
 ON_EACH := tests/contract tests/hf/generate/test_generate_modes.py tests/hf/generate/test_argument_names.py \
     tests/hf/turn/test_edited_history.py
+# What `make test` runs on the test device: its own tests, and a sample of turns. CONTRIBUTING.md says how to run the rest.
+ON_THE_TEST_DEVICE := tests/testing/device/test_machine.py tests/transfer/test_engines.py tests/gpu/test_turns.py \
+    tests/gpu/test_beside.py tests/hf/turn/test_report.py
 NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
@@ -46,8 +49,9 @@ $(FUZZ_STAMP): $(STAMP)
 demo: $(STAMP)  ## three turns on a long document, the last one in a new process
 	$(BIN)/kvtier demo
 
-test: $(STAMP)
+test: $(STAMP)  ## all tests; and those that need an accelerator, on the test device
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
+	KVTIER_DEVICE=test $(BIN)/python -m pytest -q $(ON_ALL_CORES) $(ON_THE_TEST_DEVICE)
 
 # The same tests with other examples every time, hours of them: faults at every point, kills and races at full length.
 test-all: $(STAMP)  ## all tests at length

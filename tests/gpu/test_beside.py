@@ -78,6 +78,7 @@ def bytes_of_turns(place, model, ids, cache, turns=2, **settings):
     return counts
 
 
+@pytest.mark.sample(2)  # of 9
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 @pytest.mark.parametrize(
     ("rows", "settings"), [(1, {}), (4, {}), (1, {"num_beams": 3})], ids=["one row", "batch", "beams"]
@@ -86,7 +87,9 @@ def bytes_of_turns(place, model, ids, cache, turns=2, **settings):
 def test_device_memory_is_as_tight_as_dynamic_cache(place, length, rows, settings):
     if length > 1_024 and not place.real:
         pytest.skip("hardware only: it takes minutes")
-    model = build("llama", attention="sdpa", vocab_size=200, head_dim=64, num_key_value_heads=4, max_position_embeddings=2**14)
+    model = build(
+        "llama", attention="sdpa", vocab_size=200, head_dim=64, num_key_value_heads=4, max_position_embeddings=2**14
+    )
     model, settings = model.to(place.device), {"max_new_tokens": 4, "do_sample": False, **settings}
     ids = torch.randint(1, 90, (rows, length), generator=torch.Generator().manual_seed(0), device="cpu")
     ids = ids.to(place.device)

@@ -191,7 +191,9 @@ def synthetic(place: Place, cache: TieredCache, tokens: int, chunk: int, seed: i
     No model runs in between: all device memory goes to the cache.
     """
     chance = torch.Generator().manual_seed(seed)
-    whole = [tuple(torch.randn(1, 4, tokens, 128, generator=chance, device="cpu") for _ in range(2)) for _ in range(LAYERS)]
+    whole = [
+        tuple(torch.randn(1, 4, tokens, 128, generator=chance, device="cpu") for _ in range(2)) for _ in range(LAYERS)
+    ]
     for first in range(0, tokens, chunk):
         for layer, (k, v) in enumerate(whole):
             new = [part[:, :, first : first + chunk].to(place.device) for part in (k, v)]

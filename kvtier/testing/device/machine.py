@@ -99,7 +99,9 @@ class Machine:
     @property
     def pinned_bytes(self) -> int:
         """Bytes of pinned memory, each piece rounded up to a power of two."""
-        self._pinned = {address: (is_gone, nbytes) for address, (is_gone, nbytes) in self._pinned.items() if not is_gone()}
+        self._pinned = {
+            address: (is_gone, nbytes) for address, (is_gone, nbytes) in self._pinned.items() if not is_gone()
+        }
         return sum(nbytes for _, nbytes in self._pinned.values())
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
@@ -115,4 +117,3 @@ class Machine:
 def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
     with torch.inference_mode():
         dst.copy_(src)
-

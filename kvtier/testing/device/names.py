@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils import _device as default_device
 
 from kvtier.testing.device.machine import Machine
 from kvtier.testing.device.streams import Point
@@ -25,7 +26,7 @@ _machines: list[Machine] = []
 def replace(machine: Machine) -> None:
     """Replace them for the rest of the process."""
     _machines.append(machine)
-    constructors: Any = torch.utils._device._device_constructors
+    constructors: Any = default_device._device_constructors
     constructors()  # cached: for these functions, ``torch.set_default_device`` fills in the device
     names: Any = torch
     names.Stream, names.empty = Stream, empty
