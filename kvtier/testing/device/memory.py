@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
-from kvtier.testing.device.dlpack import bytes_at
+from kvtier.testing.device.dlpack import Capsules
 
 _ROUND_BYTES = 512  # as CUDA's caching allocator rounds
 _CACHED_BYTES = 2**26  # free blocks beyond this are given back
@@ -56,7 +55,7 @@ class Allocator:
         self.peak = 0
         self._fence = fence
         self._live: dict[int, Block] = {}  # by address
-        self._freed: deque[int] = deque()  # addresses; appended by the garbage collector at any moment
+        self._capsules = Capsules()
         self._waiting: list[tuple[Block, Passed]] = []
         self._cached: defaultdict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)  # by size and stream
         self._cached_bytes = 0
@@ -93,15 +92,15 @@ class Allocator:
         self._live[address] = Block(memory, storage, stream)
         self._held += rounded
         self.peak = max(self.peak, self._held)
-        return bytes_at(address, nbytes, partial(self._freed.append, address))
+        return self._capsules.bytes_at(address, nbytes)
 
     def block(self, tensor: torch.Tensor) -> Block:
         """Return the block of a tensor of the device that has bytes."""
         return self._live[tensor.untyped_storage().data_ptr()]
 
     def _take_freed(self) -> None:
-        while self._freed:
-            block = self._live.pop(self._freed.popleft())
+        for address in self._capsules.gone():
+            block = self._live.pop(address)
             if block.used_by:
                 self._waiting.append((block, self._fence(sorted(block.used_by))))
             else:
