@@ -19,7 +19,7 @@ BESIDE_$(LOWEST_TRANSFORMERS) := 'huggingface_hub<2' 'httpx<1' 'httpcore<2'
 ON_EACH := tests/contract tests/hf/generate/test_generate_modes.py tests/hf/generate/test_argument_names.py \
     tests/hf/turn/test_edited_history.py
 # What `make test` runs on the test device: its own tests, and a sample of turns. CONTRIBUTING.md says how to run the rest.
-ON_THE_TEST_DEVICE := tests/testing/device/test_machine.py tests/transfer/test_engines.py tests/gpu/test_turns.py \
+ON_THE_TEST_DEVICE := tests/testing/device/test_device_machine.py tests/transfer/test_engines.py tests/gpu/test_turns.py \
     tests/gpu/test_beside.py tests/hf/turn/test_report.py
 NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt

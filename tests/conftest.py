@@ -30,11 +30,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the ``sample`` marker."""
+    """Register the markers ``sample`` and ``cpu_only``."""
     config.addinivalue_line(
         "markers",
         "sample(n, of=None): a run takes n of its cases, or of all tests of that word; see tests/support/samples.py",
     )
+    config.addinivalue_line("markers", "cpu_only(reason): makes no sense on the test device")
 
 
 def pytest_report_header() -> str:
@@ -45,6 +46,10 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases that are not in the sample. Slow files come first: a last one would keep one core busy alone."""
     samples.take_samples(config, items)
+    for item in items:
+        mark = item.get_closest_marker("cpu_only") if MACHINE is not None else None
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=mark.args[0]))
     items.sort(key=lambda item: item.path.parent.name not in _SLOW)
 
 

@@ -333,6 +333,7 @@ def test_invalid_budget_is_rejected(argument, value):
         TieredCache(**{"device_budget": 10**9, argument: value})
 
 
+@pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
 def test_spill_dir_that_is_a_file_raises_stream_error(make_model, generate, tokens, tmp_path):
     (tmp_path / "file").write_text("")
     model = make_model("llama", num_hidden_layers=6)
@@ -365,6 +366,7 @@ def half_cold(model, store, spill):
     return TieredCache(store, device_budget=int(0.5 * everything(model, 90)), spill_dir=spill)
 
 
+@pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
 def test_full_disk_is_reported_and_the_next_turn_works(make_model, generate, tokens, spill, monkeypatch):
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
 
@@ -379,6 +381,7 @@ def test_full_disk_is_reported_and_the_next_turn_works(make_model, generate, tok
         assert_same(generate(model, ids, cache), generate(model, ids))
 
 
+@pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
 @pytest.mark.parametrize("how", ["cut", "delete", "unreadable"])
 def test_page_file_lost_during_a_turn_raises_and_the_cache_works_afterwards(
     make_model, tokens, generate, spill, monkeypatch, how
@@ -402,6 +405,7 @@ def test_page_file_lost_during_a_turn_raises_and_the_cache_works_afterwards(
         assert_same_tokens(model, generate, ids, cache)
 
 
+@pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
 def test_lost_page_files_of_known_tokens_are_replaced_from_the_store(make_model, generate, tokens, spill):
     """Before the first new token all tokens are known, so the turn starts again."""
     model, ids = make_model("llama", num_hidden_layers=6), tokens(60)
@@ -458,6 +462,7 @@ def assert_same_tokens(model, generate, ids, cache):
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
+@pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
 def test_full_disk_in_one_cache_leaves_other_caches_intact(make_model, generate, tokens, spill, monkeypatch):
     model, ids, other_ids = make_model("llama", num_hidden_layers=6), tokens(60), tokens(50, seed=1)
     with (

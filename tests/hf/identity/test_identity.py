@@ -144,6 +144,7 @@ def test_walk_finds_weights_and_modules_outside_named_parameters():
     assert [part.name for part in walk.parts] == ["", "listed.0"]
 
 
+@pytest.mark.cpu_only("the test device has no quantised tensors")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_packed_quantised_weights_turn_reuse_off(model):
     """Packed weights lie in script objects that are not parameters."""

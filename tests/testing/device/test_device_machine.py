@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvtier.testing import RaceError
 from kvtier.testing.device import DEVICE_TYPE
 
-DEVICE = torch.device(DEVICE_TYPE, 0)
+DEVICE = torch.get_default_device()
 LARGE = 2**16  # floats: more than any other tensor here, so that its block is reused by tensors of this size only
 
 
