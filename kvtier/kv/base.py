@@ -16,13 +16,23 @@ def first_visible(begin: int, sliding_window: int) -> int:
 
 
 class LayerMemory(Protocol):
-    """K and V of one layer for all rows, in any tier.
+    """K and V of one layer for all rows, in any tier, from column ``base`` on.
 
     Attributes:
         spec: shapes and dtypes of K and V.
     """
 
     spec: LayerSpec
+
+    @property
+    def base(self) -> int:
+        """The first column held: a sliding layer drops those that no later token sees."""
+
+    def begin_at(self, base: int) -> None:
+        """Let an empty memory hold columns from ``base`` on."""
+
+    def trim(self, base: int, live: int) -> LayerMemory:
+        """Return a memory that holds the columns ``[base, live)`` alone: this one, or a new one that replaces it."""
 
     @property
     def rows(self) -> int:
@@ -41,13 +51,13 @@ class LayerMemory(Protocol):
         """Put K and V into the columns from ``begin`` on; return all K and V from column ``first`` on."""
 
     def select(self, rows: torch.Tensor, live: int) -> None:
-        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns."""
+        """Make row ``i`` the former row ``rows[i]``, for the columns before ``live``."""
 
     def page(self, row: int, begin: int, end: int) -> Page:
         """Return a host copy of the columns ``[begin, end)`` of ``row``."""
 
-    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of the first ``columns`` columns."""
+    def contents(self, columns: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the columns from ``first`` on that are held, before column ``columns``."""
 
     def close(self) -> None:
         """Release all K and V."""

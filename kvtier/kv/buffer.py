@@ -10,17 +10,22 @@ import torch
 from kvtier.kv.allocation import empty_rows, new_buffer, writable_results
 from kvtier.kv.copy_on_write import CopyOnWrite
 from kvtier.kv.page import Page, PageView
-from kvtier.kv.room import ON_DEMAND, Room
+from kvtier.kv.room import ON_DEMAND, Growth
 from kvtier.kv.spec import LayerSpec
 
 _SELECTED_TOGETHER = 512
 
 
 class KVBuffer:
-    """K ``[rows, k_heads, capacity, k_dim]`` and V ``[rows, v_heads, capacity, v_dim]``.
+    """K ``[rows, k_heads, columns, k_dim]`` and V ``[rows, v_heads, columns, v_dim]``, from column ``base`` on.
 
     Owns both buffers, or shares them with its twins. A twin that writes columns that another twin reads takes a copy
     first. Memory beyond the written columns is only reserved: on the CPU it costs address space.
+
+    Methods take columns of the sequence. They ignore what is written to columns before ``base``, and return none.
+
+    Attributes:
+        base: the first column held; a buffer of a sliding layer has dropped the ones before it.
 
     Args:
         rows: sequences.
@@ -28,14 +33,22 @@ class KVBuffer:
         capacity: columns to reserve now.
         device: device of the buffers.
         room: decides how many columns are reserved when more are needed.
+        base: the first column to be held.
     """
 
     _tenants: CopyOnWrite | None = None  # None: these buffers are not shared
 
     def __init__(
-        self, rows: int, spec: LayerSpec, capacity: int, device: torch.device | str, room: Room = ON_DEMAND
+        self,
+        rows: int,
+        spec: LayerSpec,
+        capacity: int,
+        device: torch.device | str,
+        room: Growth = ON_DEMAND,
+        base: int = 0,
     ) -> None:
         self.spec = spec
+        self.base = base
         self._growth = room
         g = spec
         self.k = new_buffer(rows, g.k_heads, capacity, g.k_dim, dtype=g.dtype, device=device)
@@ -43,17 +56,17 @@ class KVBuffer:
         self._room = capacity
 
     @classmethod
-    def on_bytes(cls, memory: torch.Tensor, rows: int, spec: LayerSpec, capacity: int) -> KVBuffer:
-        """Return an empty buffer whose tensors lie in ``memory``, ``[bytes]``, which must be large enough."""
+    def on_bytes(cls, memory: torch.Tensor, rows: int, spec: LayerSpec, capacity: int, base: int = 0) -> KVBuffer:
+        """Return an empty buffer of ``capacity`` columns whose tensors lie in ``memory``, ``[bytes]``."""
         g, k_bytes, v_bytes = spec, rows * capacity * spec.k_bytes, rows * capacity * spec.v_bytes
         buffer = cls.__new__(cls)
-        buffer.spec, buffer._growth, buffer._room = spec, ON_DEMAND, capacity
+        buffer.spec, buffer._growth, buffer._room, buffer.base = spec, ON_DEMAND, capacity, base
         buffer.k = memory[:k_bytes].view(g.dtype).view(rows, g.k_heads, capacity, g.k_dim)
         buffer.v = memory[k_bytes : k_bytes + v_bytes].view(g.values_dtype).view(rows, g.v_heads, capacity, g.v_dim)
         return buffer
 
     @classmethod
-    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, room: Room = ON_DEMAND) -> KVBuffer:
+    def like(cls, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, room: Growth = ON_DEMAND) -> KVBuffer:
         """Return an empty buffer for K and V like these, without memory yet."""
         return cls(k_bhtd.shape[0], LayerSpec.of(k_bhtd, v_bhtd), 0, k_bhtd.device, room)
 
@@ -64,8 +77,8 @@ class KVBuffer:
 
     @property
     def capacity(self) -> int:
-        """Columns that both buffers have room for."""
-        return self._room
+        """The column after the last that both buffers have room for."""
+        return self.base + self._room
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +91,13 @@ class KVBuffer:
             self.rows == k_bhtd.shape[0] and self.device == k_bhtd.device and self.spec == LayerSpec.of(k_bhtd, v_bhtd)
         )
 
-    def share(self, live: int, room: Room = ON_DEMAND) -> KVBuffer:
+    def share(self, live: int, room: Growth = ON_DEMAND) -> KVBuffer:
         """Return a twin that holds the same ``live`` columns and no memory of its own yet; ``room`` is for its growth.
 
         Both may be written and grow independently. If both append, the first to append stays in place.
         """
         twin = KVBuffer.__new__(KVBuffer)
-        twin.spec, twin.k, twin.v, twin._room = self.spec, self.k, self.v, self._room
+        twin.spec, twin.k, twin.v, twin._room, twin.base = self.spec, self.k, self.v, self._room, self.base
         twin._growth = room
         if self._tenants is None:
             self._tenants = CopyOnWrite()
@@ -93,10 +106,11 @@ class KVBuffer:
         return twin
 
     def reserve(self, columns: int, live: int) -> None:
-        """Make room for ``columns``; the first ``live`` keep their values."""
-        if columns <= self._room:
+        """Make room for the columns before ``columns``; those before ``live`` keep their values."""
+        if columns <= self.capacity:
             return
-        capacity = self._growth.capacity(columns, self.rows * self.spec.token_bytes, self.device)
+        needed = columns - self.base
+        capacity = self.base + self._growth.capacity(needed, self.rows * self.spec.token_bytes, self.device)
         try:
             self.grow(capacity, live)
         except torch.OutOfMemoryError:
@@ -105,12 +119,24 @@ class KVBuffer:
             self.grow(columns, live)
 
     def grow(self, capacity: int, live: int) -> None:
-        """Make room for ``capacity`` columns; the first ``live`` keep their values.
+        """Make room for the columns before ``capacity``; those before ``live`` keep their values.
 
         Raises:
             OutOfMemoryError: the device has no room. The buffer still holds what it held.
         """
-        self._replace(lambda buffer: _grown(buffer, capacity, live))
+        self._replace(lambda buffer: _grown(buffer, capacity - self.base, max(live - self.base, 0)))
+
+    def begin_at(self, base: int) -> None:
+        """Let an empty buffer without memory hold columns from ``base`` on."""
+        assert not self._room
+        self.base = base
+
+    def trim(self, base: int, live: int) -> KVBuffer:
+        """Return a buffer with the columns ``[base, live)`` alone, in memory of its own; this one is to be closed."""
+        trimmed = KVBuffer(self.rows, self.spec, 0, self.device, self._growth, base)
+        trimmed.reserve(live, live=base)
+        trimmed.write(base, *self.contents(live, base))
+        return trimmed
 
     def _replace(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace K and V by ``make`` of each, which no twin shares. First K, so that only one of them exists twice."""
@@ -137,46 +163,59 @@ class KVBuffer:
         """Put K and V into the columns from ``begin`` on, growing if needed; return the columns from ``first`` on."""
         columns = k_bhtd.shape[2]
         end = begin + columns
-        if end > self._room:
+        if end > self.capacity:
             self.reserve(end, live=begin)
         if self._tenants is not None:
             self._make_writable(begin, end, live=begin)
         k, v = self.k, self.v  # `narrow` costs half as much as a slice, and this runs for each layer and token
-        k.narrow(2, begin, columns).copy_(k_bhtd)
-        v.narrow(2, begin, columns).copy_(v_bhtd)
-        return k.narrow(2, first, end - first), v.narrow(2, first, end - first)
+        at, seen = begin - self.base, first - self.base
+        k.narrow(2, at, columns).copy_(k_bhtd)
+        v.narrow(2, at, columns).copy_(v_bhtd)
+        return k.narrow(2, seen, end - first), v.narrow(2, seen, end - first)
 
-    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of the first ``columns`` columns, as views."""
-        return self.k[:, :, :columns], self.v[:, :, :columns]
+    def contents(self, columns: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the columns from ``first`` on that are held, before column ``columns``, as views."""
+        held = self._held(first, columns)
+        return self.k[:, :, held], self.v[:, :, held]
+
+    def _held(self, begin: int, end: int) -> slice:
+        """Return the place of the held columns among ``[begin, end)``."""
+        first = max(begin - self.base, 0)
+        return slice(first, max(end - self.base, first))
 
     def write(self, begin: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> None:
-        """Put K and V into the columns from ``begin`` on."""
+        """Put K and V into the columns from ``begin`` on, all of which must be held."""
         end = begin + k_bhtd.shape[2]
         self._make_writable(begin, end)
-        self.k[:, :, begin:end] = k_bhtd
-        self.v[:, :, begin:end] = v_bhtd
+        held = self._held(begin, end)
+        self.k[:, :, held] = k_bhtd
+        self.v[:, :, held] = v_bhtd
 
     def copy(self, row: int, begin: int, end: int, source: KVBuffer, source_row: int, source_begin: int) -> None:
         """Put columns of another buffer into the columns ``[begin, end)`` of ``row``."""
+        skipped = max(self.base - begin, 0)
+        begin, source_begin = begin + skipped, source_begin + skipped
         if begin < end:
             self._make_writable(begin, end)
-            columns = slice(source_begin, source_begin + end - begin)
-            self.k[row, :, begin:end] = source.k[source_row, :, columns]
-            self.v[row, :, begin:end] = source.v[source_row, :, columns]
+            held, columns = self._held(begin, end), source._held(source_begin, source_begin + end - begin)
+            self.k[row, :, held] = source.k[source_row, :, columns]
+            self.v[row, :, held] = source.v[source_row, :, columns]
 
     def clear(self, row: int, begin: int, end: int) -> None:
         """Zero padding columns: they are masked out, but must be finite."""
-        self._make_writable(begin, end)
-        self.k[row, :, begin:end] = 0
-        self.v[row, :, begin:end] = 0
+        held = self._held(begin, end)
+        if held.start < held.stop:
+            self._make_writable(max(begin, self.base), end)
+            self.k[row, :, held] = 0
+            self.v[row, :, held] = 0
 
     def put(self, row: int, begin: int, page: Page) -> None:
         """Put a page into the columns of ``row`` from ``begin`` on."""
         end = begin + page.k_htd.shape[1]
         self._make_writable(begin, end)
-        self.k[row, :, begin:end] = page.k_htd.to(self.device)
-        self.v[row, :, begin:end] = page.v_htd.to(self.device)
+        held, skipped = self._held(begin, end), max(self.base - begin, 0)
+        self.k[row, :, held] = page.k_htd[:, skipped:].to(self.device)
+        self.v[row, :, held] = page.v_htd[:, skipped:].to(self.device)
 
     def is_host(self, spec: LayerSpec) -> bool:
         """Whether pages of ``spec`` can be read directly into this buffer."""
@@ -184,28 +223,29 @@ class KVBuffer:
 
     def view(self, row: int, begin: int) -> PageView:
         """Return a view of ``row`` from column ``begin`` on, to read pages into. The buffer must be on the host."""
-        self._make_writable(begin, self.capacity)
-        return PageView.on(self.k[row, :, begin:], self.v[row, :, begin:])
+        return PageView.on(*self.columns(row, begin, self.capacity))
 
     def columns(self, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V ``[heads, tokens, dim]`` of the columns ``[begin, end)`` of ``row``, as views to write to."""
         self._make_writable(begin, end)
-        return self.k[row, :, begin:end], self.v[row, :, begin:end]
+        held = self._held(begin, end)
+        return self.k[row, :, held], self.v[row, :, held]
 
     def page(self, row: int, begin: int, end: int) -> Page:
         """Return a host copy of the columns ``[begin, end)`` of ``row``."""
-        k, v = (buffer[row, :, begin:end].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))
+        held = self._held(begin, end)
+        k, v = (buffer[row, :, held].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))
         return Page(k, v)
 
     def select(self, rows: torch.Tensor, live: int) -> None:
-        """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns.
+        """Make row ``i`` the former row ``rows[i]``, for the columns before ``live``.
 
         ``rows`` are indices, or one truth value for each row.
         """
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
         in_place = len(rows) == self.rows and (self._tenants is None or self._tenants.may_write(self, 0, self.capacity))
-        rows = rows.to(self.device)
+        rows, live = rows.to(self.device), live - self.base
         if in_place:
             for buffer in (self.k, self.v):
                 _select(buffer, rows, live, in_place)
@@ -222,7 +262,7 @@ class KVBuffer:
         twin = KVBuffer.__new__(KVBuffer)
         with writable_results():
             twin.spec, twin.k, twin.v, twin._room = self.spec, self.k.clone(), self.v.clone(), self._room
-            twin._growth = self._growth
+            twin._growth, twin.base = self._growth, self.base
         return twin
 
 

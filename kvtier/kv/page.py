@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvtier.kv.allocation import new_buffer
+from kvtier.kv.spec import LayerSpec
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -17,6 +20,25 @@ class Page:
 
     k_htd: torch.Tensor
     v_htd: torch.Tensor
+
+    @classmethod
+    def empty(cls, tokens: int) -> Page:
+        """Return the page of a layer that has nothing for ``tokens`` tokens."""
+        nothing = torch.empty(0, tokens, 0, device="cpu")
+        return cls(nothing, nothing)
+
+    @classmethod
+    def like(cls, spec: LayerSpec, tokens: int) -> Page:
+        """Return a page without values for ``tokens`` tokens of a layer of ``spec``."""
+        return cls(
+            new_buffer(spec.k_heads, tokens, spec.k_dim, dtype=spec.dtype),
+            new_buffer(spec.v_heads, tokens, spec.v_dim, dtype=spec.values_dtype),
+        )
+
+    def put(self, first: int, page: Page) -> None:
+        """Copy ``page`` to the tokens from ``first`` on."""
+        tokens = slice(first, first + page.k_htd.shape[1])
+        self.k_htd[:, tokens], self.v_htd[:, tokens] = page.k_htd, page.v_htd
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,7 +22,14 @@ def with_slack(columns: int) -> int:
     return columns + min(_HEADROOM_TOKENS, columns // _DEVICE_GROWTH)
 
 
-class Room:
+class Growth(Protocol):
+    """Decides how many columns a buffer reserves."""
+
+    def capacity(self, columns: int, column_bytes: int, device: torch.device) -> int:
+        """Return the columns to reserve for a buffer on ``device`` that needs ``columns`` of ``column_bytes`` now."""
+
+
+class Room(Growth):
     """The room that the buffers of one cache reserve.
 
     On a CPU, memory that is not written costs address space only, so buffers grow by half. On an accelerator they take
@@ -70,6 +79,23 @@ class Room:
             except ConfigurationError:  # the device does not tell: the allocation itself shows whether there is room
                 self._is_short[device] = False
         return self._is_short.get(device, False)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRoom(Growth):
+    """The room of a sliding layer, which never needs more than ``most_columns`` for long.
+
+    Attributes:
+        room: the room of the cache.
+        most_columns: columns beyond which nothing is reserved ahead.
+    """
+
+    room: Growth
+    most_columns: int
+
+    def capacity(self, columns: int, column_bytes: int, device: torch.device) -> int:
+        """Return the columns to reserve: those needed now, or as ``room`` says, but at most ``most_columns``."""
+        return max(columns, min(self.most_columns, self.room.capacity(columns, column_bytes, device)))
 
 
 ON_DEMAND = Room()

@@ -157,26 +157,27 @@ class DeviceMemory:
         if not layer.is_cold:
             self.ring.prefetch(layer.index)
 
-    def foresee(self, token_bytes: Mapping[int, int], rows: int, columns: int) -> None:
+    def foresee(self, token_bytes: Mapping[int, int], rows: int, columns: Mapping[int, int]) -> None:
         """Choose the cold layers before any layer is filled.
 
         Args:
             token_bytes: bytes of K and V of one token, by layer.
             rows: sequences.
-            columns: tokens of the longest sequence.
+            columns: columns that each layer will hold.
         """
         limit = self._refresh()
         if limit is None:
             return
-        room = with_slack(columns + 1)
+        room = {index: with_slack(n + 1) for index, n in columns.items()}
+        pages = {index: round_up(n + 1, self.page_tokens) for index, n in columns.items()}
         tails = sum(token_bytes.values()) * rows * self.page_tokens
         for index in (None, *cold_order(self._total_layers())):
             if index is not None:
                 self._cold.add(index)
-            hot = sum(n for i, n in token_bytes.items() if i not in self._cold) * rows * room
-            largest = max((n for i, n in token_bytes.items() if i in self._cold), default=0)
-            ring = PREFETCH_DEPTH * largest * rows * round_up(columns + 1, self.page_tokens)
-            growth = max((n for i, n in token_bytes.items() if i not in self._cold), default=0) * rows * room
+            hot = sum(n * room[i] for i, n in token_bytes.items() if i not in self._cold) * rows
+            largest = max((n * pages[i] for i, n in token_bytes.items() if i in self._cold), default=0)
+            ring = PREFETCH_DEPTH * largest * rows
+            growth = max((n * room[i] for i, n in token_bytes.items() if i not in self._cold), default=0) * rows
             if hot + growth + ring + tails <= limit:
                 return
 

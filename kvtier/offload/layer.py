@@ -13,6 +13,7 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
 from kvtier.kv.room import with_slack
 from kvtier.kv.spec import LayerSpec
+from kvtier.kv.window import Window
 from kvtier.offload.accounting import round_up
 from kvtier.offload.device import DeviceMemory
 from kvtier.offload.extents import BorrowedExtent, PageSource, Part
@@ -40,7 +41,7 @@ class OffloadedLayer:
         rows: int,
         spec: LayerSpec,
         *,
-        sliding_window: int | None,
+        window: Window | None,
         may_be_cold: bool,
     ) -> None:
         self.index = index
@@ -50,7 +51,8 @@ class OffloadedLayer:
         self.wants = 1
         self._device_memory = device_memory
         self._rows = rows
-        self._sliding_window = sliding_window
+        self._window = window
+        self._base = 0
         self._buffer: KVBuffer | None = None
         # Valid only while ``_buffer`` is None: dropping the buffer turns the layer cold.
         self._cold: ColdPages | None = None
@@ -106,7 +108,25 @@ class OffloadedLayer:
         )
 
     def _first_visible(self, begin: int) -> int:
-        return 0 if self._sliding_window is None else first_visible(begin, self._sliding_window)
+        return 0 if self._window is None else first_visible(begin, self._window.visible)
+
+    @property
+    def base(self) -> int:
+        """The first column held. In memory, whole pages are: the columns before it in its page are undefined."""
+        return self._base
+
+    @property
+    def _first_page(self) -> int:
+        """The first column of the page of column ``base``."""
+        return self._base // self._device_memory.page_tokens * self._device_memory.page_tokens
+
+    def begin_at(self, base: int) -> None:
+        """Let an empty layer hold columns from ``base`` on."""
+        assert self._buffer is None
+        self._base = base
+        self.length = self._first_page
+        if self._cold is not None:
+            self.turn_cold()
 
     # --- appending --------------------------------------------------------------------------------------------------
 
@@ -127,7 +147,7 @@ class OffloadedLayer:
         if self._buffer is not None:
             self._buffer.write(begin, k_bhtd, v_bhtd)
             self.length = end
-            return self._buffer.k[:, :, first:end], self._buffer.v[:, :, first:end]
+            return self._buffer.contents(end, first)
         slot, buffer, base = self._open(begin, end, first)
         buffer.write(begin - base, k_bhtd, v_bhtd)
         self._close(slot, buffer, base, begin, end)
@@ -138,20 +158,54 @@ class OffloadedLayer:
         self.wants = end
         if self.is_cold or (self._buffer is not None and self._buffer.capacity >= end):
             return
-        expected = self._device_memory.expected_columns
-        capacity = max(with_slack(end), expected if end <= expected else 0)
-        k_bytes, v_bytes = (self._rows * capacity * each for each in (self.spec.k_bytes, self.spec.v_bytes))
+        capacity = self._capacity(end)
+        columns = capacity - self._first_page
+        k_bytes, v_bytes = (self._rows * columns * each for each in (self.spec.k_bytes, self.spec.v_bytes))
         held_k_bytes = self._buffer.k.nbytes if self._buffer is not None else 0
         more = max(k_bytes, k_bytes + v_bytes - held_k_bytes)  # the buffer replaces K first, then V
         if not self._device_memory.keep_hot(self, more):
             self.turn_cold()
             return
         if self._buffer is None:
-            self._buffer = KVBuffer(self._rows, self.spec, capacity, self.device)
+            self._buffer = KVBuffer(self._rows, self.spec, columns, self.device, base=self._first_page)
         else:
             self._device_memory.count(self, more)
             self._buffer.grow(capacity, live=self.length)
         self._device_memory.count(self)
+
+    def _capacity(self, end: int) -> int:
+        """Return the column up to which to reserve for columns before ``end``."""
+        expected = self._device_memory.expected_columns
+        capacity = max(with_slack(end), expected if end <= expected else 0)
+        if self._window is None:
+            return capacity
+        page = self._device_memory.page_tokens
+        return max(end, min(capacity, self._first_page + round_up(self._window.most_columns, page) + page))
+
+    def trim(self, base: int, live: int) -> OffloadedLayer:
+        """Drop the columns before ``base``, which no token sees any more; the columns ``[base, live)`` stay.
+
+        Raises:
+            StreamError: the layer must turn cold, and a page cannot be written.
+        """
+        self.crop(live)
+        page = self._device_memory.page_tokens
+        first = base // page * page
+        buffer = self._buffer
+        self._base = base  # first: an interrupt may come at any time
+        if buffer is not None and first > buffer.base:
+            columns = max(self._window.most_columns + page if self._window is not None else 0, live - first)
+            if self._device_memory.keep_hot(self, self.token_bytes * columns):
+                self._device_memory.count(self, self.token_bytes * columns)
+                trimmed = KVBuffer(self._rows, self.spec, columns, self.device, base=first)
+                trimmed.write(first, *buffer.contents(live, first))
+                self._buffer = trimmed
+                self._device_memory.count(self)
+            else:
+                self.turn_cold()
+        if self._buffer is None and self._cold is not None:
+            self._cold.drop_before(first)
+        return self
 
     def _open(self, begin: int, end: int, first: int) -> tuple[PrefetchSlot, KVBuffer, int]:
         """Return a slot, its buffer with the columns ``[base, begin)`` from index 0 on, and ``base``."""
@@ -198,17 +252,16 @@ class OffloadedLayer:
             StreamError: the pages cannot be written; the layer stays hot.
         """
         buffer, engine, page = self._buffer, self._device_memory.engine, self._device_memory.page_tokens
-        cold = ColdPages(self._rows, self.spec, page, self.device)
-        if buffer is not None and self.length:
+        begin = self._first_page if buffer is None else buffer.base
+        cold = ColdPages(self._rows, self.spec, page, self.device, begin)
+        if buffer is not None and self.length > begin:
             full = self.length // page * page
-            if full:
-                parts, fences = self._device_memory.placement.lower(
-                    buffer.k[:, :, :full], buffer.v[:, :, :full], [engine.mark()]
-                )
+            if full > begin:
+                parts, fences = self._device_memory.placement.lower(*buffer.contents(full, begin), [engine.mark()])
                 for fence in fences:  # the memory is needed now
                     engine.settle(fence)
                 cold.add(parts)
-            cold.keep_tail(buffer, 0, full, self.length)
+            cold.keep_tail(buffer, begin, full, self.length)
         self._cold = cold
         self._buffer = None
         self._device_memory.count(self)
@@ -294,11 +347,12 @@ class OffloadedLayer:
         assert self._cold is not None
         return self._cold.page(row, begin, end)
 
-    def contents(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of the first ``columns`` columns: views of a hot layer, a copy of a cold one."""
+    def contents(self, columns: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the held columns from ``first`` on, before ``columns``: views of a hot layer, a copy of a cold one."""
         if self._buffer is not None:
-            return self._buffer.contents(columns)
-        pages = [self.page(row, 0, columns) for row in range(self._rows)]
+            return self._buffer.contents(columns, max(first, self._base))
+        begin = max(first, self._base)
+        pages = [self.page(row, begin, max(columns, begin)) for row in range(self._rows)]
         k, v = torch.stack([page.k_htd for page in pages]), torch.stack([page.v_htd for page in pages])
         return k.to(self.device), v.to(self.device)
 
@@ -309,17 +363,19 @@ class OffloadedLayer:
             self.index,
             self._rows,
             self.spec,
-            sliding_window=self._sliding_window,
+            window=self._window,
             may_be_cold=self.may_be_cold,
         )
         if self._buffer is not None and not device_memory.keep_hot(twin, self._buffer.k.nbytes + self._buffer.v.nbytes):
-            pages = [self.page(row, 0, self.length) for row in range(self._rows)]
+            begin = self._buffer.base
+            pages = [self.page(row, begin, self.length) for row in range(self._rows)]
+            twin.begin_at(self._base)
             twin.turn_cold()
-            with twin.filling(0, self.length) as (buffer, _):
+            with twin.filling(begin, self.length) as (buffer, base):
                 for row, page in enumerate(pages):
-                    buffer.put(row, 0, page)
+                    buffer.put(row, begin - base, page)
             return twin
-        twin.length = self.length
+        twin.length, twin._base = self.length, self._base
         if self._buffer is not None:
             twin._buffer = copy.deepcopy(self._buffer)
         elif self._cold is not None:
@@ -329,5 +385,5 @@ class OffloadedLayer:
 
     def close(self) -> None:
         """Release all K and V."""
-        self._buffer, self._cold, self.length = None, None, 0
+        self._buffer, self._cold, self.length, self._base = None, None, 0, 0
         self._device_memory.leave(self)

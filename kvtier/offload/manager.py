@@ -10,6 +10,7 @@ import torch
 
 from kvtier.kv.codecs import Codec
 from kvtier.kv.spec import LayerSpec
+from kvtier.kv.window import Window
 from kvtier.offload.accounting import MemoryBudget, TransferStats
 from kvtier.offload.device import DeviceMemory
 from kvtier.offload.layer import OffloadedLayer
@@ -96,7 +97,7 @@ class OffloadManager:
         return self._device_budget
 
     def layer(
-        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, window: Window | None, may_be_cold: bool
     ) -> OffloadedLayer:
         """Return an empty layer for K and V like these.
 
@@ -108,7 +109,7 @@ class OffloadManager:
             index,
             k_bhtd.shape[0],
             LayerSpec.of(k_bhtd, v_bhtd),
-            sliding_window=sliding_window,
+            window=window,
             may_be_cold=may_be_cold,
         )
 

@@ -27,18 +27,27 @@ class ColdPages:
     Pages are never changed, only dropped, so that copies of this object share them.
 
     Attributes:
-        parts: the full pages, in order and without gaps.
         tail: a buffer of one page, for the columns from ``paged`` on.
     """
 
-    def __init__(self, rows: int, spec: LayerSpec, page_tokens: int, device: torch.device) -> None:
-        self.parts: tuple[Part, ...] = ()
+    def __init__(self, rows: int, spec: LayerSpec, page_tokens: int, device: torch.device, first: int = 0) -> None:
+        self._pages: tuple[int, tuple[Part, ...]] = first, ()  # one value: an interrupt may come at any time
         self.tail = KVBuffer(rows, spec, page_tokens, device)
 
     @property
+    def first(self) -> int:
+        """The first column held, of a whole page."""
+        return self._pages[0]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The full pages, in order and without gaps."""
+        return self._pages[1]
+
+    @property
     def paged(self) -> int:
-        """Columns in lower tiers."""
-        return sum(part.tokens for part in self.parts)
+        """The column after the last in lower tiers."""
+        return self.first + sum(part.tokens for part in self.parts)
 
     @property
     def page_tokens(self) -> int:
@@ -47,7 +56,7 @@ class ColdPages:
 
     def between(self, begin: int, end: int) -> Iterator[Part]:
         """Return the parts of the columns ``[begin, end)`` that are in lower tiers."""
-        at = 0
+        at = self.first
         for part in self.parts:
             first, last = max(begin - at, 0), min(end - at, part.tokens)
             if first < last:
@@ -57,7 +66,7 @@ class ColdPages:
 
     def add(self, parts: Sequence[Part]) -> None:
         """Append full pages."""
-        self.parts = (*self.parts, *parts)
+        self._pages = self.first, (*self.parts, *parts)
 
     def put_tail(self, into: KVBuffer, base: int, end: int) -> None:
         """Copy the columns ``[paged, end)`` to ``into``, whose column 0 is column ``base``."""
@@ -84,15 +93,18 @@ class ColdPages:
         if columns > keep:
             for row in range(self.tail.rows):
                 self.tail.put(row, 0, self.page(row, keep, columns))
-        self.parts = tuple(self.between(0, keep))
+        self._pages = self.first, tuple(self.between(self.first, keep))
+
+    def drop_before(self, column: int) -> None:
+        """Drop the pages before ``column``, the first of a page."""
+        self._pages = min(column, self.paged), tuple(self.between(column, self.paged))
 
     def select(self, rows: torch.Tensor, live: int) -> None:
         """Make row ``i`` the former row ``rows[i]``, for the first ``live`` columns. No page moves."""
         order = rows.tolist()
         self.tail.select(rows, max(0, live - self.paged))
-        self.parts = tuple(
-            Part(part.extent, part.first, part.last, tuple(part.rows[row] for row in order)) for part in self.parts
-        )
+        parts = (Part(part.extent, part.first, part.last, tuple(part.rows[r] for r in order)) for part in self.parts)
+        self._pages = self.first, tuple(parts)
 
     def page(self, row: int, begin: int, end: int) -> Page:
         """Return a host copy of the columns ``[begin, end)`` of ``row``; pages in lower tiers stay there.

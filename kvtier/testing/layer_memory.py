@@ -71,6 +71,39 @@ class LayerMemoryChecks:
             assert torch.equal(found_v, torch.cat([kept_v, new_v], 2))
             memory.close()
 
+    def test_it_forgets_the_columns_before_its_base_alone(self, make: Make) -> None:
+        """A sliding layer drops columns as others arrive, may be cropped behind them, and goes on from there."""
+        for seed in range(8):
+            drawn = random.Random(100 + seed)
+            base = drawn.randint(0, 9)
+            k, v = self._kv(2, base, drawn)  # columns before the base have any values
+            memory = make(*self._kv(2, 1, drawn))
+            memory.begin_at(base)
+            assert memory.base == base
+            for _ in range(25):
+                begin = drawn.randint(max(base, k.shape[2] - 4), k.shape[2])
+                if drawn.random() < 0.4:
+                    base = drawn.randint(base, begin)
+                    memory = memory.trim(base, begin)
+                    assert memory.base == base
+                if drawn.random() < 0.2:
+                    rows = torch.tensor([1, 0])
+                    memory.select(rows.to(self.device), begin)
+                    k, v = k[rows], v[rows]
+                new_k, new_v = self._kv(2, drawn.choice([1, 1, 2, 9]), drawn)
+                k, v = torch.cat([k[:, :, :begin], new_k], 2), torch.cat([v[:, :, :begin], new_v], 2)
+                first = drawn.randint(base, begin)
+                found_k, found_v = memory.append(begin, new_k, new_v, first)
+                assert torch.equal(found_k, k[:, :, first:])
+                assert torch.equal(found_v, v[:, :, first:])
+                end = k.shape[2]
+                for found, of in zip(memory.contents(end, first), (k, v), strict=True):
+                    assert torch.equal(found, of[:, :, first:])
+                page = memory.page(1, first, end)
+                assert torch.equal(page.k_htd, k[1, :, first:].cpu())
+                assert torch.equal(page.v_htd, v[1, :, first:].cpu())
+            memory.close()
+
     def test_it_takes_what_is_like_what_it_holds(self, make: Make) -> None:
         """Other rows, heads, sizes and types of K and V are others."""
         drawn = random.Random(3)
