@@ -82,7 +82,7 @@ class TieredCache(DynamicCache):
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
             )
-        self._container = LayerContainer(partial(self._offload_config.open, store), engine)
+        self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         self.turns = TurnManager(self._container, store, wait_seconds, self._offload_config.lossy_codec)
         Cache.__init__(self, layers=[])
         install()

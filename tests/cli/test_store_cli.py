@@ -543,7 +543,7 @@ def test_import_of_a_foreign_file_creates_no_store(tmp_path):
 
 def test_import_of_an_unnamed_archive_requires_a_name(folder, tmp_path):
     with PrefixStore(folder) as store:
-        reader = store._tiers.open(store.admin._kept_blocks(store._tiers.names.get("letter"))[0])
+        reader = store._tiers.open(store.admin._blocks(store._tiers.names.get("letter").keys)[0])
         write_archive(tmp_path / "x", [reader], 4, root="a1" * 32, manifest={}, block_size=4)
         reader.close()
     assert "--name" in refusal("import", tmp_path / "x", "--store", tmp_path / "new", code=2)

@@ -78,18 +78,22 @@ def bytes_of_turns(place, model, ids, cache, turns=2, **settings):
     return counts
 
 
-@pytest.mark.sample(2)  # of 9
+MOST_HELD = {"llama": 1.05, "gemma3": 1.1}  # times that of DynamicCache; sliding layers have a spare tenth
+LAYERS = {"llama": {}, "gemma3": {"sliding_window": 96, "num_hidden_layers": 6, "layer_types": None}}
+
+
+@pytest.mark.sample(2)  # of 18
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 @pytest.mark.parametrize(
     ("rows", "settings"), [(1, {}), (4, {}), (1, {"num_beams": 3})], ids=["one row", "batch", "beams"]
 )
 @pytest.mark.parametrize("length", [256, 1_024, 8_192])
-def test_device_memory_is_as_tight_as_dynamic_cache(place, length, rows, settings):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_device_memory_is_as_tight_as_dynamic_cache(place, kind, length, rows, settings):
     if length > 1_024 and not place.real:
         pytest.skip("hardware only: it takes minutes")
-    model = build(
-        "llama", attention="sdpa", vocab_size=200, head_dim=64, num_key_value_heads=4, max_position_embeddings=2**14
-    )
+    shape = {"vocab_size": 200, "head_dim": 64, "num_key_value_heads": 4, "max_position_embeddings": 2**14}
+    model = build(kind, attention="sdpa" if kind == "llama" else "eager", **shape, **LAYERS[kind])
     model, settings = model.to(place.device), {"max_new_tokens": 4, "do_sample": False, **settings}
     ids = torch.randint(1, 90, (rows, length), generator=torch.Generator().manual_seed(0), device="cpu")
     ids = ids.to(place.device)
@@ -99,9 +103,12 @@ def test_device_memory_is_as_tight_as_dynamic_cache(place, length, rows, setting
         with TieredCache(store, engine=place.engine) as first:  # its first turn reads the weights
             bytes_of_turns(place, model, torch.full_like(ids[:, :8], 99), first, **settings)
         ours = bytes_of_turns(place, model, ids, cache, **settings)
+        # A replaced buffer stays until copies from it have ended: at worst, a window of each sliding layer.
+        windows = sum(n.window.most_columns * n.memory.spec.token_bytes for _, n in cache._container.sliding)
+        late_bytes = len(ids) * windows
     for (held, peak), (their_held, their_peak) in zip(ours, theirs, strict=True):
-        assert held <= 1.05 * their_held
-        assert peak <= their_peak + SMALL_BYTES
+        assert held <= MOST_HELD[kind] * their_held
+        assert peak <= their_peak + SMALL_BYTES + late_bytes
 
 
 def test_threads_use_one_engine_without_mixing_up_their_streams(place):

@@ -74,7 +74,9 @@ def test_turns_of_a_conversation_are_exact_within_the_device_budget(
             assert cache.last_turn.cached_by_tier["device"] == 47
             assert cache.last_turn.peak_device_bytes <= budget
             assert_same(continued, generate(model, ids, reference))
-            assert (cache.last_turn.cold_layers > 0) == (share < 1)
+            slides = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+            assert (cache.last_turn.cold_layers > 0) == (share < 1) or slides  # windows may fit where all did not
+            assert share < 1 or not cache.last_turn.cold_layers
         ids = torch.cat([continued.sequences, tokens(5, seed=2)], 1)
         with TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
             restored = generate(model, ids, cache)
@@ -116,7 +118,7 @@ def test_output_is_exact_for_every_budget_from_all_cold_to_all_hot(make_model, g
 def test_offloading_is_exact_for_beams_sampling_and_chunked_prefill(make_model, generate, tokens, spill, mode):
     model, ids = make_model("gemma3", num_hidden_layers=6, layer_types=None), tokens(50)
     rows = mode.get("num_beams") or mode.get("num_return_sequences", 1)
-    budget = int(0.7 * everything(model, 58, rows))
+    budget = int(0.45 * everything(model, 58, rows))
     with PrefixStore(block_size=PAGE) as store, TieredCache(store, device_budget=budget, spill_dir=spill) as cache:
         torch.manual_seed(3)
         ours = generate(model, ids, cache, **mode)

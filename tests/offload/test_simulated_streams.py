@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.kv.buffer import KVBuffer
@@ -21,7 +20,7 @@ from kvtier.offload.host_memory import HostPool
 from kvtier.offload.manager import OffloadManager
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
 from tests.support import samples
-from tests.support.tiny import CHUNKS, HEAD_DIM, answer, assert_same_answer, left_padded, tiny, with_columns_of
+from tests.support.tiny import CHUNKS, HEAD_DIM, FedAlike, answer, assert_same_answer, left_padded, tiny
 
 LAYERS = 4
 PAGE = 4
@@ -76,9 +75,9 @@ def test_every_transfer_schedule_gives_the_bits_of_dynamic_cache(
 
 
 def check_turn(model, ids, cache):
-    found = answer(model, ids, cache)
-    known = cache.last_turn.cached_tokens
-    fed_alike = answer(model, ids, with_columns_of(cache, known, model) if known else DynamicCache(config=model.config))
+    with FedAlike(cache) as alike:
+        found = answer(model, ids, cache)
+    fed_alike = answer(model, ids, alike.cache(cache.last_turn.cached_tokens, model))
     assert_same_answer(found, fed_alike, exact=True)
     assert 0 < cache.last_turn.peak_device_bytes <= cache._offload_config.arguments["device_budget"]
     assert cache.last_turn.peak_host_bytes <= cache._offload_config.arguments["host_budget"]

@@ -58,19 +58,63 @@ def answer(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None, argumen
     )
 
 
-def with_columns_of(cache: Any, columns: int, model: PreTrainedModel) -> DynamicCache:
-    """A ``DynamicCache`` that holds copies of the first ``columns`` columns of ``cache``."""
-    copied = DynamicCache(config=model.config)
+class FedAlike:
+    """Notes, in a ``with`` block, the K and V that each layer of ``cache`` gives to the first update of a turn.
+
+    ``appended`` gets the layer, the first column, and K and V of each update.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.appended: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
+        self._begins: dict[int, int] = {}
+        self._first: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> FedAlike:
+        update = self._cache.update
+
+        def noted(k: torch.Tensor, v: torch.Tensor, index: int, *args: Any, **kwargs: Any) -> Any:
+            layers = self._cache.layers
+            begin = layers[index].get_seq_length() if index < len(layers) else 0
+            states = update(k, v, index, *args, **kwargs)
+            self.appended.append((index, begin, k.clone(), v.clone()))
+            if begin <= self._begins.get(index, begin):  # the first update, also of a turn that starts again
+                self._begins[index] = begin
+                self._first[index] = tuple(part[:, :, : part.shape[2] - k.shape[2]].clone() for part in states)
+            return states
+
+        self._cache.update = noted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._cache.update
+
+    def cache(self, columns: int, model: PreTrainedModel) -> DynamicCache:
+        """Return a ``DynamicCache`` as the turn found it, with ``columns`` columns."""
+        alike = DynamicCache(config=model.config)
+        for index, (k, v) in self._first.items() if columns else ():
+            alike.update(k, v, index)
+            if alike.layers[index].is_sliding:
+                alike.layers[index].cumulative_length = columns
+        return alike
+
+
+def columns_of(cache: Any, row: int) -> list[dict[int, bytes]]:
+    """K and V of each column of ``row``, as bytes by layer; sliding layers have only the last columns."""
+    columns: list[dict[int, bytes]] = [{} for _ in range(cache.get_seq_length())]
     for index, layer in enumerate(cache.layers):
-        copied.update(layer.keys[:, :, :columns].clone(), layer.values[:, :, :columns].clone(), index)
-    return copied
+        held = bytes_of_columns(layer.keys[row], layer.values[row])
+        assert layer.get_seq_length() == len(columns), "layers of different lengths"
+        assert layer.is_sliding or len(held) == len(columns)
+        for column, values in zip(columns[len(columns) - len(held) :], held, strict=True):
+            column[index] = values
+    return columns
 
 
-def columns_of(cache: Any, row: int) -> list[bytes]:
-    """K and V of all layers of each column of ``row``, as bytes."""
-    parts = [part[row].transpose(0, 1) for layer in cache.layers for part in (layer.keys, layer.values)]
-    assert len({len(part) for part in parts}) == 1, "layers of different lengths"
-    return [column.tobytes() for column in torch.cat([part.reshape(len(part), -1) for part in parts], 1).numpy()]
+def bytes_of_columns(k_htd: torch.Tensor, v_htd: torch.Tensor) -> list[bytes]:
+    """K and V of each column, as bytes."""
+    parts = [part.transpose(0, 1) for part in (k_htd, v_htd)]
+    return [each.tobytes() for each in torch.cat([part.reshape(len(part), -1) for part in parts], 1).numpy()]
 
 
 def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:

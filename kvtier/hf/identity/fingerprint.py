@@ -41,6 +41,8 @@ def identify(
     tokens: npt.ArrayLike = (),
     lossy_codec: str | None = None,
     lossy_page_codec: str | None = None,
+    *,
+    has_windows: bool = False,
 ) -> Identity | NotReusable:
     """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
@@ -49,7 +51,8 @@ def identify(
     tensors (``weights/digest.py`` says which edits between two turns of a process can be missed); active, merged and
     disabled adapters of every kind, and their scaling; attention and expert implementations; autocast and PyTorch's
     precision settings (``numerics.py``); the minor version of transformers; namespace and block size; the names of
-    a store's codec and of a codec of cold pages that lose bits. It is equal in every process and on every device.
+    a store's codec and of a codec of cold pages that lose bits; whether the pages of sliding layers are stored in
+    blocks of their own (``has_windows``). It is equal in every process and on every device.
 
     ``tokens`` are not part of the root: their embedding rows are checked for edits that PyTorch does not count.
 
@@ -59,6 +62,7 @@ def identify(
     """
     codecs = {"codec": lossy_codec, "page_codec": lossy_page_codec}
     of_cache = {"namespace": namespace, "block_size": block_size, **{k: v for k, v in codecs.items() if v is not None}}
+    of_cache |= {"windows": "apart"} if has_windows else {}
     try:
         return _identify(model, tokens, of_cache)
     except Undescribable as reason:

@@ -56,10 +56,13 @@ class Prompt:
 
     def cut(self, columns: int) -> int:
         """Return how many of the first ``columns`` columns, which match a stored prefix, may be reused."""
-        limit = max(0, columns - self.unproven)
-        while inside := [first for first, end in self.wholes if first < limit < end]:
-            limit = min(inside)
-        return limit
+        return self.last_admitted(max(0, columns - self.unproven))
+
+    def last_admitted(self, columns: int) -> int:
+        """Return the last column, up to ``columns``, after which a reused prefix may end."""
+        while inside := [first for first, end in self.wholes if first < columns < end]:
+            columns = min(inside)
+        return columns
 
     @property
     def is_padded(self) -> bool:
@@ -94,7 +97,8 @@ class Prompt:
 class ResidentPrefix:
     """The tokens whose K and V all buffers hold: token ``j`` of row ``r`` is in column ``pads[r] + j``.
 
-    ``marks`` and ``positions`` belong to each row's prompt; a prompt that continues it may leave out its media.
+    Sliding layers hold only the columns from ``base`` on. ``marks`` and ``positions`` belong to each row's prompt; a
+    prompt that continues it may leave out its media.
     """
 
     rows: tuple[TokenIds, ...]
@@ -103,6 +107,7 @@ class ResidentPrefix:
     """The column after which the states of all rows are valid, in models that have states."""
     marks: tuple[tuple[ContentId, ...], ...] = ()
     positions: tuple[Positions, ...] = ()
+    base: int = 0
 
     def best(self, tokens: TokenIds, preferred: int) -> tuple[int, int]:
         """Return the row with the most leading tokens of ``tokens``, and their number; ``preferred`` wins a tie."""

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
-from kvtier.hf.layers.prefix_load import MakeMemory, PrefixLoad
+from kvtier.errors import PromptError
+from kvtier.hf.layers.dropped import DroppedColumns
+from kvtier.hf.layers.loads.offloaded_load import OffloadedPrefixLoad
+from kvtier.hf.layers.loads.prefix_load import MakeMemory, PrefixLoad
 from kvtier.kv.base import LayerMemory, first_visible
 from kvtier.kv.buffer import KVBuffer
+from kvtier.kv.window import Window
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.manager import OffloadManager
 
@@ -62,23 +65,23 @@ class AttentionLayer(DynamicLayer):
     # before the first update of a pass: reading then waits for the expected prefix.
     @property
     def keys(self) -> torch.Tensor | None:
-        """``[batch, k_heads, length, k_dim]``, or None before the first token.
+        """``[batch, k_heads, visible columns, k_dim]``, or None before the first token.
 
         Raises:
             RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
-        return None if self.memory is None else self.memory.contents(self.length)[0]
+        return None if self.memory is None else self.memory.contents(self.length, self._first_visible(self.length))[0]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """``[batch, v_heads, length, v_dim]``, or None before the first token.
+        """``[batch, v_heads, visible columns, v_dim]``, or None before the first token.
 
         Raises:
             RestoreError: a page of an expected prefix could not be read, or does not fit.
         """
         self.bring_prefix()
-        return None if self.memory is None else self.memory.contents(self.length)[1]
+        return None if self.memory is None else self.memory.contents(self.length, self._first_visible(self.length))[1]
 
     @property
     def is_initialized(self) -> bool:
@@ -130,6 +133,8 @@ class AttentionLayer(DynamicLayer):
         assert self.memory is not None
         begin = self.length
         self.changes += 1  # first: an interrupt may come at any time
+        if self.is_sliding:
+            self._drop_unseen(begin, key_states.shape[2])
         states = self.memory.append(begin, key_states, value_states, self._first_visible(begin))
         self.length = begin + key_states.shape[2]
         return states
@@ -152,15 +157,20 @@ class AttentionLayer(DynamicLayer):
         elif self._came_early:  # to the model's device; this layer may be on another
             self._came_early = False
             if self.memory.device != key_states.device:
-                k, v = (part.to(key_states.device) for part in self.memory.contents(self.length))
+                base = self.memory.base
+                k, v = (part.to(key_states.device) for part in self.memory.contents(self.length, base))
                 moved = self.make(key_states, value_states)
-                moved.append(0, k, v, 0)
+                moved.begin_at(base)
+                moved.append(base, k, v, base)
                 self.memory.close()
                 self.memory, self.device = moved, key_states.device
 
     def _first_visible(self, begin: int) -> int:
         """Return the first column that new tokens at column ``begin`` attend to."""
         return 0
+
+    def _drop_unseen(self, begin: int, columns: int) -> None:
+        """Drop columns that no token from column ``begin`` on sees, before ``columns`` are appended."""
 
     def bring_prefix(self) -> None:
         """Load the expected prefix now, before any new token.
@@ -225,14 +235,24 @@ class AttentionLayer(DynamicLayer):
 class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
     """Sliding or chunked attention: attention sees the last ``sliding_window - 1`` columns and the new ones.
 
-    The buffer keeps all columns of the sequence, so that any prefix of it can be kept, cropped and stored.
+    The buffer drops the columns before them, a few at a time. After ``activate_past_recording``, it drops columns only
+    in ``crop``.
+
+    Attributes:
+        window: the columns to keep.
+        dropped: takes copies of columns that are about to be dropped; None where nothing of them is needed.
+        number: the number of this layer for ``dropped``.
+        record_past: whether columns are dropped in ``crop`` only.
     """
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, make: MakeMemory = new_layer_buffer, **kwargs: Any) -> None:
-        AttentionLayer.__init__(self, make)
+    def __init__(
+        self, sliding_window: int, make: MakeMemory = new_layer_buffer, window: Window | None = None, **kwargs: Any
+    ) -> None:
+        self.window = window or Window(sliding_window)
         self.sliding_window = sliding_window
+        AttentionLayer.__init__(self, make)
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long, device="cpu")
 
     def _first_visible(self, begin: int) -> int:
@@ -242,8 +262,55 @@ class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
         """Return the largest number of columns that attention sees."""
         return self.sliding_window
 
+    def reset(self) -> None:
+        """Drop all content."""
+        AttentionLayer.reset(self)
+        self.record_past = False
+        self.dropped: DroppedColumns | None = None
+        self.number = 0
+
     def activate_past_recording(self) -> None:
-        """Do nothing: the buffer keeps all columns, as ``crop`` needs."""
+        """Keep columns that are no longer seen until ``crop``, which may go back to them."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns (transformers passes a negative number).
+
+        The buffer may have dropped columns that are visible from there. Only a new turn can go on then.
+        """
+        AttentionLayer.crop(self, tokens_to_remove)
+        if self.record_past:
+            self._drop(self.length, 0)
+
+    def drop_at_rest(self) -> None:
+        """Drop all but the last columns, with a few more to go back to by ``crop``."""
+        memory, first = self.memory, self.length - self.window.most_columns
+        if memory is not None and self.complete and first > memory.base:
+            self.memory = memory.trim(first, self.length)
+            if self.memory is not memory:
+                memory.close()
+
+    def _drop_unseen(self, begin: int, columns: int) -> None:
+        memory = self.memory
+        if memory is not None and memory.base > self._first_visible(begin):
+            raise PromptError(
+                f"this cache was cropped to {begin} tokens, but a sliding layer has dropped the columns before "
+                f"{memory.base}, some of which the next token would see. Call begin(model, input_ids) or generate(): "
+                "they load what is missing. Or call activate_past_recording() before feeding tokens to be cropped"
+            )
+        if not self.record_past:
+            self._drop(begin, columns)
+
+    def _drop(self, begin: int, columns: int) -> None:
+        """Drop what no token from ``begin`` on sees, if ``columns`` more are more than the buffer has room for."""
+        memory, first = self.memory, self.window.first_kept(begin)
+        if memory is None or first <= memory.base or begin + columns - memory.base <= self.window.most_columns:
+            return
+        if self.dropped is not None:
+            self.dropped.add(self.number, memory, memory.base, first)
+        self.memory = memory.trim(first, begin)
+        if self.memory is not memory:
+            memory.close()
 
 
 class IndexedLayer(AttentionLayer, DynamicIndexedLayer):

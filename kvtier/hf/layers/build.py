@@ -21,16 +21,17 @@ from kvtier.hf.compat.external_state import external_states
 from kvtier.hf.compat.names import DummyLayer
 from kvtier.hf.layers.attention import AttentionLayer, IndexedLayer, SlidingWindowLayer, new_layer_buffer
 from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
-from kvtier.hf.layers.prefix_load import MakeMemory
+from kvtier.hf.layers.loads.prefix_load import MakeMemory
 from kvtier.hf.layers.states import has_states
 from kvtier.kv.base import LayerMemory
+from kvtier.kv.window import Window
 
 
 class MakeLayerMemory(Protocol):
     """Makes memories for K and V of a given layer."""
 
     def __call__(
-        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+        self, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, window: Window | None, may_be_cold: bool
     ) -> LayerMemory:
         """Return an empty memory; ``may_be_cold``: views of it are not read after the next layer's update."""
 
@@ -76,7 +77,10 @@ def upstream_layers(config: PreTrainedConfig) -> list[Any]:
 
 
 def build_layers(
-    config: PreTrainedConfig, make: MakeLayerMemory | None = None, upstream: list[Any] | None = None
+    config: PreTrainedConfig,
+    make: MakeLayerMemory | None = None,
+    upstream: list[Any] | None = None,
+    block_tokens: int = 1,
 ) -> tuple[list[Any], str | None]:
     """Return the layers of a model, and why its K and V cannot be reused; None when they can.
 
@@ -87,6 +91,7 @@ def build_layers(
         config: config of the model.
         make: makes memories for K and V; by default, buffers.
         upstream: its ``upstream_layers``, some of which are used; by default, new ones.
+        block_tokens: tokens of a block of the store.
     """
     upstream = upstream_layers(config) if upstream is None else upstream
     kinds = [_KINDS.get(type(layer)) or _NAMED_KINDS.get(getattr(layer, "_layer_type", None)) for layer in upstream]
@@ -98,6 +103,9 @@ def build_layers(
     text = config.get_text_config(decoder=True)
     shared = getattr(text, "num_kv_shared_layers", 0)
     read_by_others = _last_of_each_kind(upstream) if places or shared else set()
+    widths = [layer.sliding_window for layer, kind in zip(upstream, kinds, strict=True) if kind and layer.is_sliding]
+    # All sliding layers keep the same columns, so that a prompt can go on in all of them or in none.
+    window = Window(max(widths), block_tokens) if widths else None
     numbers = count()
     layers: list[Any] = []
     for index, (layer, kind) in enumerate(zip(upstream, kinds, strict=True)):
@@ -105,8 +113,9 @@ def build_layers(
             layers.append(layer)
             continue
         arguments = {k: v for k, v in vars(layer).items() if k in ("sliding_window", "number_of_states")}
-        sliding_window = arguments.get("sliding_window")
-        arguments["make"] = _memory(make, next(numbers), sliding_window, index not in read_by_others)
+        if "sliding_window" in arguments:
+            arguments["window"] = window
+        arguments["make"] = _memory(make, next(numbers), arguments.get("window"), index not in read_by_others)
         if issubclass(kind, IndexedLayer):
             for name in ("make_indexer", "make_positions"):
                 arguments[name] = _memory(make, next(numbers), None, may_be_cold=False)
@@ -156,13 +165,13 @@ def attention_layers_of(layers: Iterable[Any]) -> list[AttentionLayer]:
 
 
 def _memory(
-    make: MakeLayerMemory | None, index: int, sliding_window: int | None = None, may_be_cold: bool = True
+    make: MakeLayerMemory | None, index: int, window: Window | None = None, may_be_cold: bool = True
 ) -> MakeMemory:
     if make is None:
         return new_layer_buffer
 
     def memory(k_bhtd: torch.Tensor, v_bhtd: torch.Tensor) -> LayerMemory:
-        return make(index, k_bhtd, v_bhtd, sliding_window, may_be_cold)
+        return make(index, k_bhtd, v_bhtd, window, may_be_cold)
 
     return memory
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from kvtier.errors import ConfigurationError, UnavailableError
-from kvtier.hf.layers.attention import AttentionLayer
+from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer
 from kvtier.hf.layers.build import (
     MakeLayerMemory,
     attention_layers_of,
@@ -25,16 +25,17 @@ from kvtier.hf.layers.build import (
     describe_layers,
     upstream_layers,
 )
+from kvtier.hf.layers.dropped import DroppedColumns
 from kvtier.hf.layers.gather import Gather
 from kvtier.hf.layers.hybrid import HybridLayer, HybridSlidingLayer
 from kvtier.hf.layers.states import clone_states, copy_states, has_states, move_rows, rows_of, state_marks
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
-from kvtier.kv.page import Page
-from kvtier.kv.room import Room
+from kvtier.kv.room import Room, WindowRoom
+from kvtier.kv.window import Window
 from kvtier.offload.manager import OffloadManager
-from kvtier.transfer import Engines, MakeEngine
+from kvtier.transfer import CopyEngine, Engines, MakeEngine
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -51,14 +52,17 @@ class LayerContainer:
         offload: moves the pages of cold layers; None without a budget.
         room: decides how many columns the buffers reserve, without a budget.
         engines: copy between the host and devices, without a budget.
+        dropped: copies of columns that sliding layers have dropped in the turn; None when they are not needed.
         no_reuse: why the content of these layers cannot be reused; None when it can.
         fed_columns: columns that were fed, used when no layer counts them.
     """
 
-    def __init__(self, open_offload: OpenOffload, make_engine: MakeEngine) -> None:
+    def __init__(self, open_offload: OpenOffload, make_engine: MakeEngine, block_tokens: int) -> None:
         self.layers: list[Any] = []
+        self._block_tokens = block_tokens
         self.engines = Engines(make_engine)
         self._gathers: list[Gather] = []
+        self.dropped: DroppedColumns | None = None
         self.room = Room(lambda: len(self.attention))
         self.offload = open_offload(lambda: len(self.attention))
         self.config: PreTrainedConfig | None = None
@@ -84,7 +88,7 @@ class LayerContainer:
         if config is not None:
             upstream = upstream_layers(config)
             self._config_values, self._laid_out = config_values(config), describe_layers(upstream)
-            self.layers, self.no_reuse = build_layers(config, self._make, upstream)
+            self.layers, self.no_reuse = build_layers(config, self._make, upstream, self._block_tokens)
         self.config = config
         why = self.no_reuse or (None if self.attention else "none of its layers keeps K and V alone")
         if config is not None and why and self.offload is not None and config is not self._warned_of:
@@ -120,6 +124,7 @@ class LayerContainer:
             if isinstance(layer, AttentionLayer):
                 layer.reset()
         self.layers = []
+        self.dropped = None
         self.fed_columns = 0
 
     def layer(self, index: int) -> Any:
@@ -135,6 +140,27 @@ class LayerContainer:
     def attention(self) -> list[AttentionLayer]:
         """Layers that keep K and V, in the order in which the store keeps their pages."""
         return attention_layers_of(self.layers)
+
+    @property
+    def window(self) -> Window | None:
+        """The columns that all sliding layers keep; None when no layer slides."""
+        return next((layer.window for _, layer in self.sliding), None)
+
+    @property
+    def sliding(self) -> list[tuple[int, SlidingWindowLayer]]:
+        """The sliding layers, with their places in ``attention``."""
+        return [(n, layer) for n, layer in enumerate(self.attention) if isinstance(layer, SlidingWindowLayer)]
+
+    @property
+    def base(self) -> int:
+        """The first column that all layers hold."""
+        return max((layer.memory.base for _, layer in self.sliding if layer.memory is not None), default=0)
+
+    def keep_dropped(self, dropped: DroppedColumns | None) -> None:
+        """Let ``dropped`` take copies of the columns that sliding layers drop from now on; None for no copies."""
+        self.dropped = dropped
+        for number, layer in self.sliding:
+            layer.dropped, layer.number = dropped, number
 
     @property
     def filled(self) -> list[AttentionLayer]:
@@ -182,6 +208,11 @@ class LayerContainer:
         self._gathers.append(Gather(engine, memories))
         return self._gathers[-1]
 
+    def side_engine(self, device: torch.device) -> CopyEngine | None:
+        """Return the engine that copies from ``device`` beside the computation; None for the host."""
+        engine = self.engines.on(device)
+        return None if engine.device_is_host else engine
+
     def before_writing(self) -> None:
         """Make kernels from now on wait for copies of committed columns, which they may overwrite."""
         for gather in self._gathers:
@@ -219,6 +250,9 @@ class LayerContainer:
 
     def begin_counting(self, columns: int) -> None:
         """Note that a turn begins after ``columns`` columns."""
+        for _, layer in self.sliding:
+            if not has_states(layer):
+                layer.record_past = False
         self._calls.clear()
         self.fed_columns = columns
 
@@ -293,6 +327,8 @@ class LayerContainer:
         Under a budget hot buffers are copied and pages in lower tiers are shared. The twin has a budget of its own.
         """
         twin.fed_columns, twin._calls = self.fed_columns, self._calls.copy()
+        dropped = copy.deepcopy(self.dropped)
+        memo[id(self.dropped)] = dropped
         if twin.offload is None or self.offload is None:
             for layer in self.attention:
                 if isinstance(layer.memory, KVBuffer):
@@ -303,6 +339,7 @@ class LayerContainer:
                 clone_states(layer, memo)
             with writable_results():
                 twin.layers = copy.deepcopy(self.layers, memo)
+            twin.keep_dropped(dropped)
             return
         twin.offload.keep_files_of(self.offload)
         while len(twin.layers) < len(self.layers):
@@ -311,20 +348,10 @@ class LayerContainer:
             ours.copy_to(theirs, twin.offload)
         for index, layer in self.states.items():
             copy_states(layer, twin.layers[index])
+        twin.keep_dropped(dropped)
 
 
 def _make_buffer(
-    room: Room, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, sliding_window: int | None, may_be_cold: bool
+    room: Room, index: int, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, window: Window | None, may_be_cold: bool
 ) -> KVBuffer:
-    return KVBuffer.like(k_bhtd, v_bhtd, room)
-
-
-def host_pages(memories: Iterable[LayerMemory | None], row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
-    """Copy the tokens ``[start, stop)`` of a row, whose first token is in column ``pad``, to the host.
-
-    The page of a buffer that no forward pass has filled is empty.
-    """
-    nothing = torch.empty(0, stop - start, 0, device="cpu")
-    return tuple(
-        Page(nothing, nothing) if memory is None else memory.page(row, pad + start, pad + stop) for memory in memories
-    )
+    return KVBuffer.like(k_bhtd, v_bhtd, room if window is None else WindowRoom(room, window.most_columns))

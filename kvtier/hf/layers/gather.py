@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from kvtier.errors import UnavailableError
-from kvtier.kv.allocation import new_buffer
+from kvtier.hf.layers.dropped import Piece
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
@@ -27,12 +27,13 @@ _LONGEST_WAIT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Pages of all layers for the columns ``[begin, end)`` of a row."""
+    """Pages of some layers for the columns ``[begin, end)`` of a row; ``pieces`` have columns that left the buffers."""
 
     row: int
     begin: int
     end: int
     pages: tuple[Page, ...]
+    pieces: Mapping[int, Sequence[tuple[Piece, int]]]
 
 
 class Gather:
@@ -60,35 +61,59 @@ class Gather:
         self._failed = False
         self._owner = (os.getpid(), threading.get_ident())
 
-    def read(self, row: int, pad: int, start: int, stop: int) -> tuple[Page, ...]:
-        """Return pages of the tokens ``[start, stop)`` of a row, whose first token is in column ``pad``.
+    def read(
+        self,
+        row: int,
+        begin: int,
+        end: int,
+        layers: Collection[int],
+        pieces: Mapping[int, Sequence[tuple[Piece, int]]],
+    ) -> tuple[Page, ...]:
+        """Return pages of the columns ``[begin, end)`` of a row, empty for all but ``layers``.
 
         They hold their bytes only after ``wait``.
+
+        Args:
+            row: a row of the buffers.
+            begin: the first column.
+            end: the column after the last.
+            layers: which layers.
+            pieces: for each layer, copies of columns that the buffer has dropped, and the index of the row in each.
         """
-        pages = tuple(_empty_page(memory, stop - start) for memory in self._memories)
-        self._wanted.append(_Wanted(row, pad + start, pad + stop, pages))
+        pages = tuple(
+            Page.like(memory.spec, end - begin) if memory is not None and layer in layers else Page.empty(end - begin)
+            for layer, memory in enumerate(self._memories)
+        )
+        self._wanted.append(_Wanted(row, begin, end, pages, pieces))
         self._reads += 1
         return pages
 
     def launch(self, *, is_last: bool = True) -> None:
         """Enqueue the copies of the pages that were read so far. After the last launch nothing more is read."""
         wanted, self._wanted = self._wanted, []
-        held = [(i, memory) for i, memory in enumerate(self._memories) if isinstance(memory, KVBuffer) and wanted]
+        held = [
+            (i, memory, of_layer)
+            for i, memory in enumerate(self._memories)
+            if isinstance(memory, KVBuffer) and (of_layer := [each for each in wanted if each.pages[i].nbytes])
+        ]
         with self._lock:
             self._left += len(held)
             self._launched = self._reads
-        columns = _columns(wanted)
-        tokens = sum(end - begin for begin, end in columns.values())
-        layer_bytes = max((memory.spec.token_bytes * tokens for _, memory in held), default=0)
+        layer_bytes = max((_stage_bytes(memory, of_layer) for _, memory, of_layer in held), default=0)
         depth = min(len(held), max(_LEAST_STAGES, _STAGE_BYTES // max(1, layer_bytes)))
         stages = [self._engine.host_empty(layer_bytes) for _ in range(depth)]
         cuts: list[Fence] = []
-        for number, (layer, memory) in enumerate(held):
+        for number, (layer, memory, of_layer) in enumerate(held):
             free = [cuts[number - depth]] if number >= depth else []
-            copies, reads, cut = _plan(stages[number % depth], memory, layer, columns, wanted)
-            copied = self._engine.copy_all(copies, after=[self._ready, *free])
-            cuts.append(self._engine.call(partial(self._cut, cut), reads=reads, after=[copied]))
-            self._overwriting.append(copied)
+            copies, reads, cut = _plan(stages[number % depth], memory, layer, of_layer)
+            after = [
+                piece.fence for each in of_layer for piece, _ in each.pieces.get(layer, ()) if piece.fence is not None
+            ]
+            if copies:
+                copied = self._engine.copy_all(copies, after=[self._ready, *free])
+                self._overwriting.append(copied)
+                after.append(copied)
+            cuts.append(self._engine.call(partial(self._cut, cut), reads=reads, after=after))
         self._cuts += cuts
         if is_last:
             self._is_complete, self._memories = True, ()  # stored blocks keep this object: it must not keep buffers
@@ -155,44 +180,49 @@ class Gather:
         return self._failed or (is_landed and not self._overwriting)
 
 
-def _empty_page(memory: LayerMemory | None, tokens: int) -> Page:
-    if memory is None:
-        nothing = torch.empty(0, tokens, 0, device="cpu")
-        return Page(nothing, nothing)
-    g = memory.spec
-    return Page(
-        new_buffer(g.k_heads, tokens, g.k_dim, dtype=g.dtype),
-        new_buffer(g.v_heads, tokens, g.v_dim, dtype=g.values_dtype),
-    )
+def _columns(memory: KVBuffer, wanted: Sequence[_Wanted]) -> dict[int, tuple[int, int]]:
+    """Return, for each row, the columns ``[begin, end)`` of the buffer that include all wanted ones that it holds."""
+    columns: dict[int, tuple[int, int]] = {}
+    for each in wanted:
+        begin, end = max(each.begin, memory.base), each.end
+        if begin < end:
+            first, last = columns.get(each.row, (begin, end))
+            columns[each.row] = min(first, begin), max(last, end)
+    return columns
 
 
-def _columns(wanted: Sequence[_Wanted]) -> dict[int, tuple[int, int]]:
-    """Return the columns ``[begin, end)`` that include all wanted pages, for each row."""
-    rows = sorted({each.row for each in wanted})
-    return {
-        row: (min(w.begin for w in wanted if w.row == row), max(w.end for w in wanted if w.row == row)) for row in rows
-    }
+def _stage_bytes(memory: KVBuffer, wanted: Sequence[_Wanted]) -> int:
+    return memory.spec.token_bytes * sum(end - begin for begin, end in _columns(memory, wanted).values())
 
 
 def _plan(
-    memory: torch.Tensor,
-    buffer: KVBuffer,
-    layer: int,
-    columns: Mapping[int, tuple[int, int]],
-    wanted: Sequence[_Wanted],
+    memory: torch.Tensor, buffer: KVBuffer, layer: int, wanted: Sequence[_Wanted]
 ) -> tuple[list[Pair], list[torch.Tensor], list[Pair]]:
-    """Return the copies from ``buffer`` to stages in ``memory``, the stages, and the copies from them to the pages."""
+    """Return the copies from ``buffer`` to stages in ``memory``, what is read on the host, and the copies to pages."""
     copies: list[Pair] = []
-    stages: list[torch.Tensor] = []
+    reads: list[torch.Tensor] = []
     cut: list[Pair] = []
     at, spec = 0, buffer.spec
-    for row, (begin, end) in columns.items():
-        stage = KVBuffer.on_bytes(memory[at:], 1, spec, end - begin)
+    for row, (begin, end) in _columns(buffer, wanted).items():
+        stage = KVBuffer.on_bytes(memory[at:], 1, spec, end - begin, begin)
         at += (end - begin) * spec.token_bytes
-        stages += [stage.k, stage.v]
-        copies += [(stage.k[0], buffer.k[row, :, begin:end]), (stage.v[0], buffer.v[row, :, begin:end])]
+        reads += [stage.k, stage.v]
+        k, v = buffer.contents(end, begin)
+        copies += [(stage.k[0], k[row]), (stage.v[0], v[row])]
         for each in wanted:
-            if each.row == row:
-                page, of = each.pages[layer], slice(each.begin - begin, each.end - begin)
-                cut += [(page.k_htd, stage.k[0, :, of]), (page.v_htd, stage.v[0, :, of])]
-    return copies, stages, cut
+            if each.row == row and (first := max(each.begin, begin)) < each.end:
+                cut += _pairs(each.pages[layer], first - each.begin, *stage.columns(0, first, each.end))
+    for each in wanted:
+        for piece, index in each.pieces.get(layer, ()):
+            first, last = max(each.begin, piece.begin), min(each.end, piece.end, max(buffer.base, each.begin))
+            if first < last:
+                part = piece.cut(index, first, last)
+                reads += [part.k_htd, part.v_htd]
+                cut += _pairs(each.pages[layer], first - each.begin, part.k_htd, part.v_htd)
+    return copies, reads, cut
+
+
+def _pairs(page: Page, first: int, k_htd: torch.Tensor, v_htd: torch.Tensor) -> list[Pair]:
+    """Return the copies of K and V to the tokens of ``page`` from ``first`` on."""
+    tokens = slice(first, first + k_htd.shape[1])
+    return [(page.k_htd[:, tokens], k_htd), (page.v_htd[:, tokens], v_htd)]

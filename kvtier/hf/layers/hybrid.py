@@ -13,8 +13,9 @@ from transformers.cache_utils import (
 )
 
 from kvtier.hf.layers.attention import AttentionLayer, SlidingWindowLayer, new_layer_buffer
-from kvtier.hf.layers.prefix_load import MakeMemory
+from kvtier.hf.layers.loads.prefix_load import MakeMemory
 from kvtier.hf.layers.states import move_rows
+from kvtier.kv.window import Window
 
 
 class _Hybrid(AttentionLayer):
@@ -33,7 +34,7 @@ class _Hybrid(AttentionLayer):
         kind.lazy_initialization(self, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
-        """Record past states for ``crop``; the buffer always keeps its past."""
+        """Record past states for ``crop``, and keep columns that are no longer seen."""
         LinearAttentionLayer.activate_past_recording(self)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -65,7 +66,22 @@ class HybridSlidingLayer(_Hybrid, SlidingWindowLayer, LinearAttentionAndSlidingW
     """Sliding and linear attention side by side."""
 
     def __init__(
-        self, sliding_window: int, make: MakeMemory = new_layer_buffer, number_of_states: int = 1, **kwargs: Any
+        self,
+        sliding_window: int,
+        make: MakeMemory = new_layer_buffer,
+        number_of_states: int = 1,
+        window: Window | None = None,
+        **kwargs: Any,
     ) -> None:
         self.number_of_states = number_of_states
-        SlidingWindowLayer.__init__(self, sliding_window, make)
+        SlidingWindowLayer.__init__(self, sliding_window, make, window)
+
+    def reset(self) -> None:
+        """Drop all content."""
+        _Hybrid.reset(self)
+        self.dropped, self.number = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns. The state must have recorded its past."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        SlidingWindowLayer.crop(self, tokens_to_remove)

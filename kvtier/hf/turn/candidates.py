@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.states import same_marks, state_marks
+from kvtier.hf.turn.windows import KnownWindows, last_column, merged
+from kvtier.kv.window import Window
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.lookup import PrefixMatch
+from kvtier.store.lookup import PrefixMatch, Span
 
 
 class HeldPrefix:
@@ -48,7 +50,7 @@ class HeldPrefix:
         lengths = {layer.length for layer in layers.filled}
         if len(lengths) != 1 or not all(layer.complete for layer in layers.filled):
             return None
-        return self.prefix.cut(lengths.pop())
+        return replace(self.prefix.cut(lengths.pop()), base=layers.base)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +62,16 @@ class RowCandidates:
         device_tokens: length of that shared prefix in tokens.
         match: the longest prefix in the store.
         checkpoints: number of tokens → block whose states are valid after these tokens, the most tokens first.
+        windows: the window blocks of the store, in order.
+        known_windows: what is known of sliding layers; None for models without them.
     """
 
     source_row: int
     device_tokens: int
     match: PrefixMatch
     checkpoints: tuple[tuple[int, BlockId], ...] = ()
+    windows: tuple[Span, ...] = ()
+    known_windows: KnownWindows | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +83,22 @@ class Candidates:
         rows: candidates of each row of the prompt.
         known: tokens of each row whose K and V are known, as if the row were alone.
         limit: the column up to which every row is known.
-        columns: the last column up to ``limit`` at which every row may be cut.
+        known_columns: the last column up to ``limit`` at which every row may be cut.
+        columns: the last column up to that at which sliding layers can go on.
     """
 
     resident: ResidentPrefix | None
     rows: tuple[RowCandidates, ...]
     known: tuple[int, ...]
     limit: int
+    known_columns: int
     columns: int
+
+    @property
+    def window(self) -> Window | None:
+        """The columns that sliding layers need; None when no layer slides."""
+        known = self.rows[0].known_windows
+        return None if known is None else known.window
 
     def divergence(self, row: int, tokens: TokenIds) -> Divergence | None:
         """Return where ``tokens``, a row of the prompt, differ from its known prefix; None if they do not."""
@@ -98,9 +112,18 @@ class Candidates:
 
 
 def find_candidates(
-    prompt: Prompt, root: str, resident: ResidentPrefix | None, store: PrefixStore, *, states: bool
+    prompt: Prompt,
+    root: str,
+    resident: ResidentPrefix | None,
+    store: PrefixStore,
+    *,
+    states: bool,
+    window: Window | None,
 ) -> Candidates:
-    """Return the known prefixes of ``prompt``; with ``states``, the model continues only from known states."""
+    """Return the known prefixes of ``prompt``.
+
+    With ``states``, the model continues only from known states; with a ``window``, only where sliding layers can.
+    """
     # A row followed by padding may be known as a whole: the padding is still fed.
     usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
     runs = [resident.best(tokens, row) if resident else (0, 0) for row, tokens in enumerate(prompt.rows)]
@@ -111,21 +134,43 @@ def find_candidates(
         for row, n in enumerate(known)
     ]
     limit = min([prompt.columns - 1, *limits])  # the model must still be fed one token
-    columns = prompt.cut(limit)
-    checkpoints = _checkpoints(prompt, root, store, columns) if states else [()] * len(prompt.rows)
+    columns = known_columns = prompt.cut(limit)
+    windows: list[tuple[Span, ...]] = [()] * len(prompt.rows)
+    known_windows: list[KnownWindows | None] = [None] * len(prompt.rows)
+    if window is not None:
+        windows = [store.windows(root, tokens, m) for tokens, m in zip(prompt.rows, matches, strict=True)]
+        found_windows = [
+            KnownWindows(
+                window,
+                len(tokens),
+                (max(0, resident.base - resident.pads[source]) if resident else 0, run),
+                merged((span.start, span.stop) for span in spans),
+            )
+            for tokens, (source, run), spans in zip(prompt.rows, runs, windows, strict=True)
+        ]
+        columns = last_column(prompt, columns, found_windows)
+        known_windows = list(found_windows)
+    checkpoints = _checkpoints(prompt, root, store, columns, known_windows) if states else [()] * len(prompt.rows)
     rows = tuple(
-        RowCandidates(source, run, match, found)
-        for (source, run), match, found in zip(runs, matches, checkpoints, strict=True)
+        RowCandidates(source, run, match, found, spans, row_windows)
+        for (source, run), match, found, spans, row_windows in zip(
+            runs, matches, checkpoints, windows, known_windows, strict=True
+        )
     )
-    return Candidates(resident, rows, known, limit, columns)
+    return Candidates(resident, rows, known, limit, known_columns, columns)
 
 
 def _checkpoints(
-    prompt: Prompt, root: str, store: PrefixStore, columns: int
+    prompt: Prompt, root: str, store: PrefixStore, columns: int, windows: Sequence[KnownWindows | None]
 ) -> Sequence[tuple[tuple[int, BlockId], ...]]:
     """Return the checkpoints of each row; no row is padded. A single row needs only its longest checkpoint."""
     found = [
-        (each for each in store.checkpoints(root, tokens, columns) if prompt.admits(each[0])) for tokens in prompt.rows
+        (
+            each
+            for each in store.checkpoints(root, tokens, columns)
+            if prompt.admits(each[0]) and (known is None or known.admit(each[0]))
+        )
+        for tokens, known in zip(prompt.rows, windows, strict=True)
     ]
     if len(found) == 1:
         last = next(found[0], None)

@@ -19,6 +19,12 @@ class Costs:
             costs one more forward pass.
         checkpoint_spacing_tokens: distance between checkpoints of a long prompt: an edit recomputes half of it on
             average (``benchmarks/checkpoints.py``).
+        window_spacing_tokens: least distance between the places in a long prompt at which K and V of sliding layers are
+            kept. Of shorter prompts, all are kept.
+        window_spacing_windows: the same distance in sliding windows: at each place, about one window is kept
+            (``benchmarks/sliding.py``).
+        window_margin_tokens: tokens before the end of a prompt and of a turn, from each of which a later prompt can go
+            on: chat templates rewrite the end, and questions follow a document.
         overlap_bytes_per_second: pages that load faster than this are waited for before the first layer computes. When
             compute threads leave no core to reading threads, each slows the other down by more than the overlap
             gains. Slow drives do not reach this rate.
@@ -27,6 +33,9 @@ class Costs:
     single_pass_tokens: int = 4
     checkpoint_worth_tokens: int = 16
     checkpoint_spacing_tokens: int = 2048
+    window_spacing_tokens: int = 2048
+    window_spacing_windows: int = 4
+    window_margin_tokens: int = 256
     overlap_bytes_per_second: float = 1e9
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from kvtier.errors import ClosedError, StreamError
-from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import ResidentPrefix
-from kvtier.hf.layers.container import LayerContainer, host_pages
-from kvtier.hf.layers.gather import Gather
+from kvtier.hf.layers.container import LayerContainer
+from kvtier.hf.layers.dropped import DroppedColumns
+from kvtier.hf.layers.row_pages import RowPages
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.turn.turn import Turn
+from kvtier.hf.turn.windows import Range, common, merged
 from kvtier.kv.base import LayerMemory
 from kvtier.store import PrefixStore
 from kvtier.store.block import arrived
+from kvtier.store.commit import Windows
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -50,7 +51,9 @@ def keep(
         if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
             _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
         else:
-            _commit(resident, turn.identity, memories, states, layers.gather(memories), store)
+            _commit(resident, turn, memories, states, layers, store)
+        for _, layer in layers.sliding:
+            layer.drop_at_rest()
     except StreamError as error:
         _log.warning("this turn is not kept: %s", error)
         return None
@@ -62,21 +65,38 @@ def keep(
 
 def _commit(
     resident: ResidentPrefix,
-    identity: Identity,
+    turn: Turn,
     memories: Sequence[LayerMemory | None],
     states: Sequence[dict[int, torch.Tensor]] | None,
-    gather: Gather | None,
+    layers: LayerContainer,
     store: PrefixStore,
 ) -> None:
-    """Commit each row; with a ``gather``, pages arrive later."""
+    """Commit each row; beside an accelerator, pages arrive later."""
+    identity, length, dropped = turn.identity, layers.common_columns, layers.dropped
+    assert identity is not None
+    sliding = [number for number, _ in layers.sliding]
+    gather = layers.gather(memories)
+    arrive = arrived if gather is None else gather.wait
+    prompt_rows = turn.prompt_rows(len(resident.rows))
     try:
         for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
-            read = partial(host_pages, memories, row, pad) if gather is None else partial(gather.read, row, pad)
-            arrive = arrived if gather is None else gather.wait
-            store.commit(identity.root, tokens, read, identity.manifest, states[row] if states else None, arrive)
+            pages = RowPages(memories, sliding, dropped, row, prompt_rows[row], pad, gather)
+            windows = None
+            if sliding and dropped is not None:
+                windows = Windows(_window_spans(pages, len(tokens), length, dropped), pages.read_window)
+            of_row = states[row] if states else None
+            store.commit(identity.root, tokens, pages.read, identity.manifest, of_row, arrive, windows)
     finally:
         if gather is not None:
             gather.launch()
+
+
+def _window_spans(pages: RowPages, tokens: int, columns: int, dropped: DroppedColumns) -> tuple[Range, ...]:
+    """Return the tokens of a row of which all sliding layers have pages that are worth keeping."""
+    known = dropped.worth_keeping(columns)
+    for layer in pages.sliding:
+        known = common(known, merged(pages.ranges(layer, columns)))
+    return tuple((max(0, a - pages.pad), min(b - pages.pad, tokens)) for a, b in known if b > pages.pad)
 
 
 def _states_of_rows(

@@ -26,7 +26,7 @@ from kvtier.hf.turn.candidates import HeldPrefix
 from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep
-from kvtier.hf.turn.start import admit, planned_turn, start_load, why_cold
+from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.report import TurnReport
@@ -155,6 +155,8 @@ class TurnManager:
         self.turn = turn
         if turn is not None:
             turn.rows_moved(rows, before)
+            if self.layers.dropped is not None:
+                self.layers.dropped.rows_moved()
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +180,9 @@ class TurnManager:
             return self._start(request, Turn.off(prompt.reason))
         started = time.perf_counter()
         store, tokens = self.store, np.unique(np.concatenate(prompt.rows))
-        identity = identify(model, store.namespace, store.block_size, tokens, store.lossy_codec, self._lossy_page_codec)
+        codecs = store.lossy_codec, self._lossy_page_codec
+        has_windows = self.layers.window is not None
+        identity = identify(model, store.namespace, store.block_size, tokens, *codecs, has_windows=has_windows)
         if isinstance(identity, NotReusable):
             return self._start(request, Turn.off(identity.reason))
         changed = self._root is not None and identity.root != self._root
@@ -242,6 +246,7 @@ class TurnManager:
             self.lay_out(self.layers.config)
         else:
             start_load(turn.prefix, columns, self.layers, self._checkpoints)
+        self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
         turn.is_strict = self._is_strict
         self.turn = turn
         self.layers.begin_counting(turn.reused_columns)
@@ -333,6 +338,7 @@ class TurnManager:
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
             self.lay_out(self.layers.config)
         finally:
+            self.layers.keep_dropped(None)
             if turn.prefix is not None:
                 turn.prefix.close()
         report = turn.report(generated)
@@ -368,9 +374,12 @@ class TurnManager:
         self.layers.copy_to(twin.layers, memo)
         if turn is not None:
             twin.turn = turn.twin(memo if self.can_start_again() else None)
+            if twin.layers.dropped is not None:
+                twin.layers.dropped.prompt_rows = twin.turn.prompt_rows
         if self._resident is not None and self._resident.is_in(self.layers):
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
+        twin.costs = self.costs
 
     def close(self) -> None:
         """Drop the turn and release the buffers."""

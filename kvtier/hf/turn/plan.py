@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from kvtier.hf.inputs.prompt import Prompt
-from kvtier.hf.layers.prefix_load import RowPlan
-from kvtier.hf.turn.candidates import Candidates
+from kvtier.hf.layers.loads.prefix_load import RowPlan
+from kvtier.hf.turn.candidates import Candidates, RowCandidates
 from kvtier.hf.turn.cost import Costs
+from kvtier.hf.turn.windows import first_column
 from kvtier.store.chain import BlockId
-from kvtier.store.lookup import Span
+from kvtier.store.lookup import PrefixMatch, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,9 @@ class TurnPlan:
     Attributes:
         columns: number of reused columns; 0 for none.
         rows: source of the first tokens of each row.
+        first: the first column that sliding layers need.
         spans: spans that each row loads from the store.
+        windows: spans of window blocks that each row loads, for sliding layers.
         checkpoints: block of each row whose states are loaded; empty when the layers already have the states.
         candidates: the known prefixes of the prompt.
         prefill: chunks and checkpoint columns of the rest.
@@ -84,8 +87,10 @@ class TurnPlan:
     """
 
     columns: int
+    first: int
     rows: tuple[RowPlan, ...]
     spans: tuple[tuple[Span, ...], ...]
+    windows: tuple[tuple[Span, ...], ...]
     checkpoints: tuple[BlockId, ...]
     candidates: Candidates
     prefill: Prefill
@@ -94,7 +99,7 @@ class TurnPlan:
     @property
     def needs_store(self) -> bool:
         """Whether anything is loaded from the store."""
-        return bool(self.checkpoints) or any(self.spans)
+        return bool(self.checkpoints) or any(self.spans) or any(self.windows)
 
 
 def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
@@ -108,26 +113,50 @@ def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Co
         columns, checkpoints = _at_states(prompt, candidates, rows)
     if all(columns <= pad for pad in prompt.pads):
         columns, checkpoints = 0, ()
-    reason = None if columns else _why_nothing(candidates, abilities)
+    reason = _why_less(candidates, columns, abilities)
     end = prompt.columns - 1
     if columns and abilities.token_by_token and columns < end:
         alone = (end - columns) * costs.single_pass_tokens
         if not (abilities.may_feed and alone <= columns):
             columns, checkpoints = 0, ()
             reason = "this model takes what follows a prefix token by token, which would take longer"
+    rows = tuple(_with_window(row, found, columns) for row, found in zip(rows, candidates.rows, strict=True))
     spans = tuple(
         found.match.between(row.device_tokens, columns - row.pad) if columns else ()
         for found, row in zip(candidates.rows, rows, strict=True)
     )
+    windows = tuple(
+        _window_spans(found, row, columns) if columns else () for found, row in zip(candidates.rows, rows, strict=True)
+    )
+    window = candidates.window
     return TurnPlan(
         columns,
+        0 if window is None else first_column(prompt, columns, window),
         rows,
         spans,
+        windows,
         checkpoints,
         candidates,
-        plan_prefill(prompt, columns, candidates.columns, abilities, costs) if abilities.states else NO_PREFILL,
+        plan_prefill(prompt, columns, candidates.known_columns, abilities, costs) if abilities.states else NO_PREFILL,
         reason,
     )
+
+
+def _with_window(row: RowPlan, found: RowCandidates, columns: int) -> RowPlan:
+    """Return ``row`` with the tokens for which sliding layers take what they need from the held row."""
+    known = found.known_windows
+    if known is None or columns <= row.pad or not known.from_held(columns - row.pad):
+        return row
+    return replace(row, window_tokens=row.device_tokens)
+
+
+def _window_spans(found: RowCandidates, row: RowPlan, columns: int) -> tuple[Span, ...]:
+    """Return the spans of window blocks that sliding layers load for ``row``."""
+    known = found.known_windows
+    if known is None or columns <= row.pad:
+        return ()
+    begin = max(known.window.first_token(columns - row.pad), row.window_tokens)
+    return PrefixMatch(found.windows, None).between(begin, columns - row.pad)
 
 
 def _row_plans(prompt: Prompt, candidates: Candidates) -> tuple[RowPlan, ...]:
@@ -159,7 +188,14 @@ def _at_states(prompt: Prompt, candidates: Candidates, rows: Sequence[RowPlan]) 
     return best, tuple(checkpoints[best] for checkpoints in by_row) if best else ()
 
 
-def _why_nothing(candidates: Candidates, abilities: Abilities) -> str | None:
-    if candidates.columns and abilities.states:
+def _why_less(candidates: Candidates, columns: int, abilities: Abilities) -> str | None:
+    """Return why fewer than the known columns are reused; None when all are."""
+    if not columns and candidates.columns and abilities.states:
         return "the states of this model are not known within the known prefix"
-    return None if any(candidates.known) else "no stored prefix matches the start of this prompt"
+    lost = candidates.known_columns - candidates.columns
+    if lost:
+        return (
+            f"sliding layers keep only the tokens before some places, the last of them at column {candidates.columns}: "
+            f"{lost} known columns after it are computed again"
+        )
+    return None if columns or any(candidates.known) else "no stored prefix matches the start of this prompt"

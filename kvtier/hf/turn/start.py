@@ -16,9 +16,10 @@ from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.attention import SlidingWindowLayer
 from kvtier.hf.layers.container import LayerContainer
-from kvtier.hf.layers.offloaded_load import OffloadedPrefixLoad
-from kvtier.hf.layers.prefix_load import PrefixLoad
-from kvtier.hf.layers.staged_load import StagedPrefixLoad
+from kvtier.hf.layers.dropped import DroppedColumns
+from kvtier.hf.layers.loads.offloaded_load import OffloadedPrefixLoad
+from kvtier.hf.layers.loads.prefix_load import PrefixLoad
+from kvtier.hf.layers.loads.staged_load import StagedPrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
@@ -27,6 +28,7 @@ from kvtier.hf.turn.cost import Costs
 from kvtier.hf.turn.plan import Abilities, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
+from kvtier.hf.turn.windows import wanted_columns
 from kvtier.store import PrefixStore
 from kvtier.transfer import CopyEngine
 
@@ -90,10 +92,10 @@ def planned_turn(
     profile, states = profile_of(model), bool(layers.states)
     abilities = Abilities(states, profile.token_by_token, request.feeds and request.repeats == 1 and prompt.plain)
     while True:
-        candidates = find_candidates(prompt, identity.root, resident, store, states=states)
+        candidates = find_candidates(prompt, identity.root, resident, store, states=states, window=layers.window)
         planned = plan(prompt, candidates, abilities, costs)
         try:
-            job = store.restore(planned.spans, planned.checkpoints) if planned.needs_store else None
+            job = store.restore(planned.spans, planned.checkpoints, planned.windows) if planned.needs_store else None
         except BlockError:
             continue  # later lookups skip the failed blocks
         break
@@ -104,7 +106,7 @@ def planned_turn(
             kind = partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
         elif (engine := _engine(model, layers)) is not None:
             kind = partial(StagedPrefixLoad, engine, layers.room)
-        prefix = kind(planned.columns, planned.rows, job, len(resident.rows) if resident else 0)
+        prefix = kind(planned.columns, planned.first, planned.rows, job, len(resident.rows) if resident else 0)
         prefix.repeats, prefix.device = request.repeats, model.device
         prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
     turn = Turn.planned(prompt, identity, prefix, planned, job)
@@ -130,7 +132,8 @@ def start_load(prefix: PrefixLoad, columns: int, layers: LayerContainer, checkpo
     """
     attention = layers.attention
     try:
-        prefix.start([layer.memory for layer in attention], columns)
+        windows = [layer.window if isinstance(layer, SlidingWindowLayer) else None for layer in attention]
+        prefix.start([layer.memory for layer in attention], windows, columns)
         for index, layer in enumerate(attention):
             layer.expect(prefix, index)
         if layers.states:
@@ -138,6 +141,18 @@ def start_load(prefix: PrefixLoad, columns: int, layers: LayerContainer, checkpo
     except BaseException:
         prefix.close()
         raise
+
+
+def dropped_columns(turn: Turn, layers: LayerContainer, costs: Costs) -> DroppedColumns | None:
+    """Return what takes the columns that sliding layers drop in ``turn``; None if nothing of it can be kept."""
+    window, prompt = layers.window, turn.prompt
+    if window is None or prompt is None or turn.identity is None:
+        return None
+    branch = turn.plan.candidates.known_columns if turn.plan is not None else 0
+    wanted = wanted_columns(prompt, turn.reused_columns, branch, window, costs)
+    recent = window.block_tokens + costs.window_margin_tokens
+    at_end = max(window.visible, window.block_tokens) + recent
+    return DroppedColumns(wanted, recent, at_end, prompt.columns, turn.prompt_rows, layers.side_engine)
 
 
 def _start_states(prefix: PrefixLoad, layers: LayerContainer, checkpoints: StateCheckpoints) -> None:

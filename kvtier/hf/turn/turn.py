@@ -15,7 +15,7 @@ import torch
 from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
-from kvtier.hf.layers.prefix_load import PrefixLoad
+from kvtier.hf.layers.loads.prefix_load import PrefixLoad
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import RowReport, TurnReport

@@ -70,7 +70,7 @@ def test_sliding_layer_returns_the_columns_that_its_mask_sizes_announce(window, 
         assert torch.equal(k, everything[:, :, first:])
         assert torch.equal(v, -k)
         assert k.shape[2] == size == min(everything.shape[2], window - 1 + n)
-        assert torch.equal(layer.keys, everything)
+        assert torch.equal(layer.keys, everything[:, :, max(0, everything.shape[2] - window + 1) :])
 
 
 def test_append_moves_the_buffer_only_when_it_grows():

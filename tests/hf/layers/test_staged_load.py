@@ -15,17 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.generate.request import read_loop_request
 from kvtier.hf.layers.attention import AttentionLayer
-from kvtier.hf.layers.staged_load import StagedPrefixLoad
+from kvtier.hf.layers.loads.staged_load import StagedPrefixLoad
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
 from kvtier.transfer import InlineEngine
 from tests.support.places import StandIn
 from tests.support.stores import block_files, damage
-from tests.support.tiny import answer, assert_same_answer, left_padded, tiny, with_columns_of
+from tests.support.tiny import FedAlike, answer, assert_same_answer, left_padded, tiny
 from tests.support.upstream import CACHE
 
 LAYERS = 5  # more than there are stages of host memory
@@ -37,10 +36,10 @@ modes = st.sampled_from([{}, {}, {"num_beams": 2}, {"do_sample": True, "top_k": 
 
 def check_turn(model, ids, cache, **settings):
     """The answer is that of a ``DynamicCache`` that was fed the same way."""
-    found = answer(model, ids, cache, **settings)
+    with FedAlike(cache) as alike:
+        found = answer(model, ids, cache, **settings)
     if not settings:
-        known = cache.last_turn.cached_tokens if len(ids) == 1 else 0
-        fed_alike = with_columns_of(cache, known, model) if known else DynamicCache(config=model.config)
+        fed_alike = alike.cache(cache.last_turn.cached_tokens if len(ids) == 1 else 0, model)
         assert_same_answer(found, answer(model, ids, fed_alike), exact=len(ids) == 1)
     assert_same_answer(found, answer(model, ids, **settings), exact=False)
     return found
@@ -108,11 +107,11 @@ def play_in_place(engine):
 def play_loop(engine):
     """A custom loop waits for all pages before the first forward pass."""
     model, ids, store, cache = played(engine)
-    with store, cache, engine.watching(), torch.no_grad():
+    with store, cache, engine.watching(), torch.no_grad(), FedAlike(cache) as alike:
         cache.begin(model, ids)
         known = cache.get_seq_length()
         logits = model(ids[:, known:], **{CACHE: cache}).logits[:, -1]
-        fed_alike = with_columns_of(cache, known, model)
+        fed_alike = alike.cache(known, model)
         assert torch.equal(logits, model(ids[:, known:], **{CACHE: fed_alike}).logits[:, -1])
 
 
@@ -205,8 +204,9 @@ def test_a_batch_without_the_expected_copies_gets_its_own_rows():
         with TieredCache(store, engine=lambda device: InlineEngine()) as cache, torch.no_grad():
             request = replace(read_loop_request(model, ids, None, cache.turns.resident()), repeats=2)
             known = cache.turns.begin(model, request).cached_tokens // len(ids)
-            logits = model(ids[:, known:], **{CACHE: cache}).logits
-            fed_alike = with_columns_of(cache, known, model)
+            with FedAlike(cache) as alike:
+                logits = model(ids[:, known:], **{CACHE: cache}).logits
+            fed_alike = alike.cache(known, model)
             assert known > PAGE
             assert torch.equal(logits, model(ids[:, known:], **{CACHE: fed_alike}).logits)
             assert_same_rows(fed_alike, plain, known)

@@ -20,6 +20,7 @@ from hypothesis import event, example, given, note, settings
 from hypothesis import strategies as st
 
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.turn.cost import COSTS, Costs
 from sweep.models import tiny_model
 from tests.support import families
 from tests.support.tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded
@@ -135,11 +136,16 @@ def by_chance(model: Any, ids: torch.Tensor, expected: Any, mode: dict[str, Any]
 class Conversations:
     """Two histories, one cache, and the store below it."""
 
-    def __init__(self, name: str, beginnings: tuple[Tokens, Tokens], folder: Path | None) -> None:
+    def __init__(self, name: str, beginnings: tuple[Tokens, Tokens], folder: Path | None, costs: Costs) -> None:
         self.name, self.model, self.folder = name, model_of(name), folder
         self.histories = list(beginnings)
-        self.store = PrefixStore(folder, block_size=4)
-        self.cache = TieredCache(self.store)
+        self.store, self.costs = PrefixStore(folder, block_size=4), costs
+        self.cache = self.new_cache()
+
+    def new_cache(self) -> TieredCache:
+        cache = TieredCache(self.store)
+        cache.turns.costs = self.costs
+        return cache
 
     def close(self) -> None:
         self.cache.close()
@@ -151,7 +157,7 @@ class Conversations:
             if step.through == "reopened":
                 self.store.close()
                 self.store = PrefixStore(self.folder, block_size=4)
-            self.cache = TieredCache(self.store)
+            self.cache = self.new_cache()
         if step.change == "both":
             rows = [history[-LONGEST:] for history in self.histories]
         else:
@@ -207,6 +213,18 @@ GOING_BACK = [
 ]
 
 
+def play(name: str, beginnings: tuple[Tokens, Tokens], script: list[Step], on_disk: bool, costs: Costs = COSTS) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="kvtier-edited-")) if on_disk else None
+    conversations = Conversations(name, beginnings, folder, costs)
+    try:
+        for step in script:
+            conversations.play(step)
+    finally:
+        conversations.close()
+        if folder is not None:
+            shutil.rmtree(folder)
+
+
 @pytest.mark.sample(2)  # of 22
 @pytest.mark.parametrize("name", [*FAMILIES, *CARRIERS])
 @settings(max_examples=EXAMPLES)
@@ -219,12 +237,24 @@ GOING_BACK = [
     on_disk=st.sampled_from([False, False, True]),
 )
 def test_edited_history_gets_the_answer_of_a_fresh_cache(name, beginnings, script, on_disk):
-    folder = Path(tempfile.mkdtemp(prefix="kvtier-edited-")) if on_disk else None
-    conversations = Conversations(name, beginnings, folder)
-    try:
-        for step in script:
-            conversations.play(step)
-    finally:
-        conversations.close()
-        if folder is not None:
-            shutil.rmtree(folder)
+    play(name, beginnings, script, on_disk)
+
+
+SLIDING = sorted(name for name, family in families.FAMILIES.items() if {"sliding", "chunked"} & family.kinds)
+FEW_WINDOWS = Costs(
+    window_spacing_tokens=9, window_spacing_windows=1, window_margin_tokens=0, checkpoint_worth_tokens=2
+)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", SLIDING)
+@settings(max_examples=EXAMPLES)
+@example(beginnings=((1, 2, 3, 4) * 6, (5, 2, 3, 1) * 2), script=EDITING_THE_LONGER, on_disk=False)
+@example(beginnings=((1, 2, 3, 4) * 4, (1, 2, 3, 4, 5, 1)), script=GOING_BACK, on_disk=True)
+@given(
+    beginnings=st.tuples(beginnings, beginnings),
+    script=st.lists(steps, min_size=3, max_size=7),
+    on_disk=st.sampled_from([False, False, True]),
+)
+def test_edited_history_is_exact_where_sliding_layers_keep_few_windows(name, beginnings, script, on_disk):
+    play(name, beginnings, script, on_disk, FEW_WINDOWS)

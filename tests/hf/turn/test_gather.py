@@ -18,6 +18,7 @@ from kvtier import PrefixStore, TieredCache
 from kvtier.errors import UnavailableError
 from kvtier.hf.layers import gather as module
 from kvtier.hf.layers.gather import Gather
+from kvtier.hf.layers.row_pages import RowPages
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.testing import Mutant, RaceError, Recorder, SimulatedEngine, drops
@@ -90,9 +91,9 @@ def test_blocks_of_every_order_equal_blocks_that_are_copied_at_once(
         assert_same_blocks(store, other)
 
 
-def play(engine):
-    """Three turns: the second one crops and writes over committed columns, the third one moves rows."""
-    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 2])
+@contextlib.contextmanager
+def two_caches(engine):
+    """One that copies with ``engine`` and one that copies at once; their blocks must be the same at the end."""
     with (
         PrefixStore(block_size=PAGE) as store,
         PrefixStore(block_size=PAGE) as other,
@@ -100,7 +101,16 @@ def play(engine):
         TieredCache(other) as plain,
         engine.watching(),
     ):
-        for each in (cache, plain):
+        yield cache, plain
+        cache.flush()
+        assert_same_blocks(store, other)
+
+
+def play_crops(engine):
+    """Three turns: the second one crops and writes over committed columns, the third one moves rows."""
+    model, ids = tiny("llama", LAYERS), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 2])
+    with two_caches(engine) as caches:
+        for each in caches:
             answer(model, ids, each)
             each.crop(-9)
             answer(model, ids.flip(1), each)
@@ -109,21 +119,33 @@ def play(engine):
                 model(ids[:, :3], **{CACHE: each})  # tokens outside of a turn
             answer(model, ids, each, num_beams=2)
             each.reorder_cache(torch.tensor([1, 0]))
-        cache.flush()
-        assert_same_blocks(store, other)
 
 
-def test_removing_any_fence_of_a_commit_makes_it_fail(monkeypatch):
+def play_windows(engine):
+    """Two turns with prompts and answers longer than the windows of sliding layers."""
+    model, ids = tiny("gemma3", 3), left_padded([(1, 2, 3, 4, 5, 2, 1, 4, 3) * 2])
+    with two_caches(engine) as caches:
+        for each in caches:
+            answer(model, ids, each, max_new_tokens=10)
+            answer(model, torch.cat([ids, ids[:, :12].flip(1)], 1), each)
+
+
+@pytest.mark.parametrize("play", [play_crops, play_windows])
+def test_removing_any_fence_of_a_commit_makes_it_fail(monkeypatch, play):
     monkeypatch.setattr(module, "_STAGE_BYTES", 1)  # as few stages as possible: they are used again
     recorder = Recorder(SimulatedEngine(random.Random(0), lazy=True))
     play(recorder)
-    tried = [drop for drop in drops(recorder) if "gather" in drop.site.file and not drop.origin]
-    assert {drop.what for drop in tried} >= {"wait", "settle", "after", "after[0]", "after[-1]"}
-    survived = [drop for drop in tried if survives(drop)]
+    files = ("gather", "dropped")
+    tried = [drop for drop in drops(recorder) if any(file in drop.site.file for file in files) and not drop.origin]
+    if play is play_crops:
+        assert {drop.what for drop in tried} >= {"wait", "settle", "after", "after[0]", "after[-1]"}
+    else:
+        assert "dropped" in "".join(drop.site.file for drop in tried)
+    survived = [drop for drop in tried if survives(drop, play)]
     assert not survived, "\n".join(map(str, survived))
 
 
-def survives(drop):
+def survives(drop, play):
     for seed, lazy in ((0, True), (1, False)):
         try:
             play(Mutant(SimulatedEngine(random.Random(seed), lazy=lazy), drop))
@@ -148,7 +170,8 @@ def test_commit_of_many_blocks_takes_two_copies_a_layer_and_blocks_nothing(monke
 
     engine.copy_all = counted
     gather = Gather(engine, buffers)
-    read = [gather.read(0, 0, start, start + block) for start in range(0, tokens, block)]
+    row = RowPages(buffers, (), None, row=0, prompt_row=0, pad=0, gather=gather)
+    read = [row.read(start, start + block) for start in range(0, tokens, block)]
     gather.launch()
     assert copies == [2] * layers
     assert not [drop for drop in engine.seen if drop.what in ("settle", "wait")]
@@ -232,7 +255,7 @@ def test_a_waiter_on_another_thread_or_in_a_forked_process_waits_a_bounded_time(
         except UnavailableError as error:
             errors.append(error)
 
-    gather.read(0, 0, 0, 4)
+    gather.read(0, 0, 4, {0}, {})
     gather.launch()
     thread = threading.Thread(target=wait)
     thread.start()
@@ -249,7 +272,7 @@ def test_a_waiter_on_another_thread_or_in_a_forked_process_waits_a_bounded_time(
 def test_a_gather_is_done_when_nothing_is_left(pages):
     gather = Gather(InlineEngine(), [KVBuffer(1, _SPEC, 8, "cpu"), None])
     for _ in range(pages):
-        page, nothing = gather.read(0, 0, 0, 4)
+        page, nothing = gather.read(0, 0, 4, {0, 1}, {})
         assert page.k_htd.shape[1] == 4
         assert nothing.nbytes == 0
     gather.launch()

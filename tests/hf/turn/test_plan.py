@@ -67,7 +67,7 @@ def planned_token_by_token(turn, *, may_feed=True):
     prompt, cached, known = turn
     resident = ResidentPrefix((np.arange(cached),), (0,), cached)
     row = RowCandidates(0, cached, PrefixMatch((), None))
-    candidates = Candidates(resident, (row,), (known,), known, known)
+    candidates = Candidates(resident, (row,), (known,), known, known, known)
     return plan(prompt, candidates, Abilities(True, True, may_feed), COSTS)
 
 

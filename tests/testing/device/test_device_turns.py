@@ -17,14 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
 
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.layers import gather
 from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.testing import Mutant, RaceError, Recorder, drops
 from kvtier.transfer import StreamEngine, accelerator
-from tests.support.tiny import answer, assert_same_answer, left_padded, tiny, with_columns_of
+from tests.support.tiny import FedAlike, answer, assert_same_answer, left_padded, tiny
 
 LAYERS = 4  # more than a load has stages
 PAGE = 4
@@ -35,9 +34,9 @@ HOT_PATH = ("/kvtier/hf/layers/", "/kvtier/kv/", "/kvtier/transfer/", "/kvtier/s
 def exact_turn(model, ids, cache):
     """The answer is that of a ``DynamicCache`` with the same K and V, to the bit, and that of an empty one, nearly."""
     settings = {"max_new_tokens": 1}
-    found = answer(model, ids, cache, **settings)
-    known = cache.last_turn.cached_tokens // len(ids)
-    fed_alike = with_columns_of(cache, known, model) if known else DynamicCache(config=model.config)
+    with FedAlike(cache) as alike:
+        found = answer(model, ids, cache, **settings)
+    fed_alike = alike.cache(cache.last_turn.cached_tokens // len(ids), model)
     assert_same_answer(found, answer(model, ids, fed_alike, **settings), exact=True)
     assert_same_answer(found, answer(model, ids, **settings), exact=False)
     return found.sequences

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from kvtier.errors import BlockError, StreamError
-from kvtier.hf.layers.prefix_load import MakeMemory, PrefixLoad, RowPlan
+from kvtier.hf.layers.loads.prefix_load import MakeMemory, PrefixLoad, RowPlan
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page, PageView
+from kvtier.kv.window import Window
 from kvtier.offload.extents import BorrowedExtent, Part
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.manager import OffloadManager
@@ -52,6 +53,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         offload: manager of the layers.
         device: device of all layers; None when they are on several devices, or it is not known.
         columns: number of known columns.
+        first: the first of them that sliding layers need.
         plans: source of each row.
         job: the load from the store; None for none.
         held_rows: number of rows that are held now.
@@ -62,44 +64,49 @@ class OffloadedPrefixLoad(PrefixLoad):
         offload: OffloadManager,
         device: torch.device | None,
         columns: int,
+        first: int,
         plans: Sequence[RowPlan],
         job: LoadJob | None,
         held_rows: int,
     ) -> None:
-        super().__init__(columns, plans, job, held_rows)
+        super().__init__(columns, first, plans, job, held_rows)
         self._offload = offload
         self._device = device
         self._borrowed_blocks: dict[str, BorrowedBlock] = {}
 
-    def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
+    def start(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None], columns: int) -> None:
         """Choose which layers will be cold with ``columns`` columns.
 
         Raises:
             RestoreError: the blocks of the store do not fit the layers.
         """
-        self.check_fit(memories)
+        self.check_fit(memories, windows)
         if self.job is None:
             return
         if self._device is not None:
             layers = enumerate(self.job.spec.layers)
             token_bytes = {index: spec.token_bytes for index, spec in layers}
-            self._offload.device_memory(self._device).foresee(token_bytes, len(self.plans), columns)
+            held = {index: columns - self.first_of(index) for index in token_bytes}
+            self._offload.device_memory(self._device).foresee(token_bytes, len(self.plans), held)
 
     def _fill(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
         repeats = k_bhtd.shape[0] // len(self.plans)
-        in_place = old is not None and self.in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd)
+        in_place = old is not None and self.stays(layer, old) and repeats == 1 and old.takes(k_bhtd, v_bhtd)
         memory = old if in_place else make(k_bhtd, v_bhtd)
         assert isinstance(memory, OffloadedLayer)
-        if self.job is not None and self.job.spec.layers[layer] != memory.spec:
+        if self.brings(layer) and self.job is not None and self.job.spec.layers[layer] != memory.spec:
             raise self.misfit(self.job.spec.layers[layer], memory.spec)
         try:
+            if not in_place:
+                memory.begin_at(self.first_of(layer))
             memory.reserve(self.columns)
-            if in_place and self.job is None and memory.length >= self.columns:
+            if in_place and not self.brings(layer) and memory.length >= self.columns:
                 memory.crop(self.columns)
             else:
-                self._fill_layer(layer, memory, old, 0 if not in_place else min(self._held_ends()), repeats)
+                begin = min(self._held_ends(layer)) if in_place else memory.length
+                self._fill_layer(layer, memory, old, begin, repeats)
         except BaseException:
             if not in_place:
                 memory.close()
@@ -108,9 +115,9 @@ class OffloadedPrefixLoad(PrefixLoad):
             old.close()
         return memory
 
-    def _held_ends(self) -> list[int]:
+    def _held_ends(self, layer: int) -> list[int]:
         """Return, for each row, the column after the last held token."""
-        return [max(p.pad, min(p.pad + p.device_tokens, self.columns)) for p in self.plans]
+        return [max(p.pad, min(self.held_end(layer, row), self.columns)) for row, p in enumerate(self.plans)]
 
     def _fill_layer(
         self, layer: int, memory: OffloadedLayer, old: LayerMemory | None, begin: int, repeats: int
@@ -119,7 +126,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         kept = [
             # The crop below would drop tokens beyond the shortest row.
             old.page(row, begin, end) if old is memory and end > begin else None
-            for row, end in enumerate(self._held_ends())
+            for row, end in enumerate(self._held_ends(layer))
         ]
         memory.crop(begin)
         filled = begin
@@ -181,11 +188,11 @@ class OffloadedPrefixLoad(PrefixLoad):
         repeats: int,
     ) -> None:
         """Write the columns ``[begin, end)``: padding, held tokens, stored tokens."""
-        ends = self._held_ends()
+        ends = self._held_ends(layer)
         with memory.filling(begin, end) as (target, base):
             for row in range(memory.rows):
                 plan, page, held_end = self.plans[row // repeats], kept[row // repeats], ends[row // repeats]
-                first = min(max(plan.pad, begin), end)
+                first = min(max(plan.pad, begin, memory.base), end)
                 target.clear(row, begin - base, first - base)
                 if page is not None:
                     target.put(row, begin - base, page)
@@ -195,7 +202,7 @@ class OffloadedPrefixLoad(PrefixLoad):
                         stop = min(at + step, held_end, end)
                         source = plan.source_pad + at - plan.pad
                         target.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
-            if self.job is not None:
+            if self.brings(layer):
                 self._land(layer, target, base, begin, end, repeats)
             for row in range(memory.rows):
                 last = max(self.plans[row // repeats].end, begin)
@@ -203,19 +210,21 @@ class OffloadedPrefixLoad(PrefixLoad):
                     target.clear(row, last - base, end - base)
 
     def _land(self, layer: int, target: KVBuffer, base: int, begin: int, end: int, repeats: int) -> None:
-        """Load the stored tokens of columns ``[begin, end)`` into ``target``, whose column 0 is column ``base``."""
+        """Load the stored tokens of columns ``[begin, end)`` into ``target``, whose columns count from ``base`` on."""
         assert self.job is not None
         pads = [plan.pad for plan in self.plans]
         direct = target.device.type == "cpu"
-        host = target if direct else KVBuffer(len(pads), target.spec, end - base, "cpu")
+        columns = end - base - target.base
+        host = target if direct else KVBuffer(len(pads), target.spec, columns, "cpu", base=target.base)
+        there = base + target.base  # the first column that has a place
 
         def place(_: int, row: int) -> tuple[PageView, int]:
             at = row * repeats if direct else row
-            return host.view(at, max(pads[row] - base, 0)), max(base - pads[row], 0)
+            return host.view(at, max(pads[row], there) - base), max(there - pads[row], 0)
 
         one_row = len(pads) == 1
         self.job.land(layer, place, begin - pads[0] if one_row else 0, end - pads[0] if one_row else sys.maxsize)
-        for row, held_end in enumerate(self._held_ends()):
+        for row, held_end in enumerate(self._held_ends(layer)):
             first = max(held_end, begin)
             for copy_row in range(row * repeats + direct, (row + 1) * repeats):
                 source_row = row * repeats if direct else row
@@ -227,7 +236,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        if old is not None and self.job is None:
+        if old is not None and not self.brings(layer):
             k, v = old.contents(0)
         else:
             assert self.job is not None

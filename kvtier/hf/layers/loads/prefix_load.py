@@ -16,7 +16,9 @@ from kvtier.errors import RestoreError
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import PageView
+from kvtier.kv.room import ON_DEMAND, Growth, WindowRoom
 from kvtier.kv.spec import LayerSpec
+from kvtier.kv.window import Window
 from kvtier.store.load import LoadJob
 
 MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
@@ -28,7 +30,8 @@ class RowPlan:
     """The source of the first tokens of one row: ``device_tokens`` of a held row, then the store.
 
     ``pad`` is the column of the row's first token, ``end`` the column after its last. ``source_pad`` is the column of
-    the first token of the held row ``source_row``.
+    the first token of the held row ``source_row``. ``window_tokens`` is the number of first tokens for which sliding
+    layers take what they need from the held row; 0 where the held row lacks some of it.
     """
 
     pad: int
@@ -36,18 +39,21 @@ class RowPlan:
     source_pad: int
     device_tokens: int
     end: int = sys.maxsize
+    window_tokens: int = 0
 
 
 class PrefixLoad:
-    """The first ``columns`` columns of a turn, as far as they are known.
+    """The first ``columns`` columns of a turn, as far as they are known; in sliding layers, those from ``first`` on.
 
     Rows share one limit: transformers cuts a batch at one column for all rows. Tokens that are in place already are
     not copied. Pages of the store land in host buffers layer by layer. On a CPU these are the layers' own buffers, so
     that a page is copied once, from its tier to its place.
     """
 
-    def __init__(self, columns: int, plans: Sequence[RowPlan], job: LoadJob | None, held_rows: int) -> None:
+    def __init__(self, columns: int, first: int, plans: Sequence[RowPlan], job: LoadJob | None, held_rows: int) -> None:
         self.columns = columns
+        self.first = first
+        self.windows: Sequence[Window | None] = ()
         self.restored_bytes = job.nbytes if job is not None else 0
         self.rows = len(plans)
         self.repeats = 1
@@ -59,54 +65,83 @@ class PrefixLoad:
         self.in_place = held_rows == len(plans) and all(
             plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
         )
-        self._landed: list[KVBuffer] = []
+        self._window_in_place = self.in_place and all(
+            plan.window_tokens == plan.device_tokens or columns <= plan.pad for plan in plans
+        )
+        self._landed: list[KVBuffer | None] = []
         self._left: set[int] = set()
         self._begun = False
 
-    def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
+    def start(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None], columns: int) -> None:
         """Assign a place to the pages of each layer and start loading them.
 
         Args:
             memories: current memory of each layer.
+            windows: the columns that each layer keeps; None for all.
             columns: columns that the buffers are expected to need in this turn.
 
         Raises:
             RestoreError: the blocks of the store do not fit the layers.
         """
-        self.check_fit(memories)
+        self.check_fit(memories, windows)
         job = self.job
         if job is None or not job.nbytes:
             return
-        for memory, spec in zip(memories, job.spec.layers, strict=True):
-            if self.in_place and isinstance(memory, KVBuffer) and memory.is_host(spec):
-                memory.reserve(columns, live=min(self.columns, memory.capacity))
+        for layer, (memory, spec) in enumerate(zip(memories, job.spec.layers, strict=True)):
+            if not spec.token_bytes:
+                self._landed.append(None)
+            elif isinstance(memory, KVBuffer) and self.stays(layer, memory) and memory.is_host(spec):
+                slides = windows[layer] is not None
+                memory.reserve(self.columns if slides else columns, live=min(self.columns, memory.capacity))
                 self._landed.append(memory)
             else:
-                self._landed.append(self._host_buffer(spec, columns))
+                self._landed.append(self._host_buffer(layer, spec, columns))
         job.start(self._place)
 
-    def _host_buffer(self, spec: LayerSpec, columns: int) -> KVBuffer:
+    def first_of(self, layer: int) -> int:
+        """Return the first column that ``layer`` needs."""
+        return 0 if self.windows[layer] is None else self.first
+
+    def stays(self, layer: int, memory: LayerMemory) -> bool:
+        """Whether the held columns of ``layer`` are in place already, and the others fit behind them without a gap."""
+        if self.windows[layer] is None:
+            return self.in_place
+        reaches = all(self.held_end(layer, row) >= self.first for row in range(len(self.plans)))
+        return self._window_in_place and (memory.base == self.first or (memory.base < self.first and reaches))
+
+    def room(self, layer: int, room: Growth) -> Growth:
+        """Return the room of a buffer for ``layer``, where ``room`` is that of a layer that keeps all columns."""
+        window = self.windows[layer]
+        return room if window is None else WindowRoom(room, window.most_columns)
+
+    def _host_buffer(self, layer: int, spec: LayerSpec, columns: int) -> KVBuffer:
         """Return a buffer for pages. On a CPU it becomes the layer's own, and has room for the rest of the prompt."""
-        buffer = KVBuffer(len(self.plans), spec, 0, "cpu")
-        buffer.reserve(columns if self.device.type == "cpu" else self.columns, live=0)
+        base = self.first_of(layer)
+        buffer = KVBuffer(len(self.plans), spec, 0, "cpu", self.room(layer, ON_DEMAND), base)
+        stays = self.device.type == "cpu" and self.windows[layer] is None
+        buffer.reserve(columns if stays else self.columns, live=base)
         return buffer
 
-    def check_fit(self, memories: Sequence[LayerMemory | None]) -> None:
+    def check_fit(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None]) -> None:
         """Check that the blocks of the store have as many layers as the cache.
 
         Raises:
             RestoreError: they have another number of layers.
         """
-        job = self.job
+        job, self.windows = self.job, windows
         if job is not None and len(memories) != len(job.spec.layers):
             raise job.reject(f"blocks of {len(job.spec.layers)} layers do not fit {len(memories)}")
         self._left = {i for i, memory in enumerate(memories) if memory is not None or self.brings(i)}
 
-    def loaded_columns(self, row: int) -> tuple[int, int]:
-        """Return the columns ``[begin, end)`` of ``row`` that come from the store."""
+    def held_end(self, layer: int, row: int) -> int:
+        """Return the column of ``row`` after the last that comes from a held row."""
         plan = self.plans[row]
-        held = max(plan.pad, plan.pad + plan.device_tokens)
-        return min(held, self.columns), min(plan.end, self.columns)
+        return plan.pad + (plan.device_tokens if self.windows[layer] is None else plan.window_tokens)
+
+    def loaded_columns(self, layer: int, row: int) -> tuple[int, int]:
+        """Return the columns ``[begin, end)`` of ``row`` that come from the store."""
+        begin = max(self.held_end(layer, row), self.first_of(layer))
+        return min(begin, self.columns), min(self.plans[row].end, self.columns)
 
     def brings(self, layer: int) -> bool:
         """Whether the store has K or V of buffer ``layer``. It has none of a buffer that no forward pass fills."""
@@ -149,7 +184,14 @@ class PrefixLoad:
         return self.job.reject(reason) if self.job is not None else RestoreError(reason)
 
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
-        return self._landed[layer].view(row, self.plans[row].pad), 0
+        landed = self._landed[layer]
+        assert landed is not None
+        return self.place_in(landed, row)
+
+    def place_in(self, buffer: KVBuffer, row: int) -> tuple[PageView, int]:
+        """Return a view of ``row`` in ``buffer``, and the token at its index 0."""
+        pad = self.plans[row].pad
+        return buffer.view(row, pad), max(0, buffer.base - pad)
 
     def take(
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
@@ -180,7 +222,8 @@ class PrefixLoad:
         assert old is None or isinstance(old, KVBuffer)
         landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self.plans)
-        if old is not None and self.in_place and repeats == 1 and old.takes(k_bhtd, v_bhtd):
+        first = self.first_of(layer)
+        if old is not None and self.stays(layer, old) and repeats == 1 and old.takes(k_bhtd, v_bhtd):
             memory = old
             memory.reserve(self.columns, live=min(self.columns, memory.capacity))
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
@@ -189,16 +232,17 @@ class PrefixLoad:
             made = make(k_bhtd, v_bhtd)
             assert isinstance(made, KVBuffer)
             memory = made
-            memory.reserve(self.columns + k_bhtd.shape[2], live=0)
+            memory.begin_at(first)
+            memory.reserve(self.columns + k_bhtd.shape[2], live=first)
         for row in range(memory.rows):
             source = row // repeats
             plan = self.plans[source]
-            begin = min(plan.pad, self.columns)
-            held, end = self.loaded_columns(source)
+            begin = min(max(plan.pad, first), self.columns)
+            held, end = self.loaded_columns(layer, source)
             if memory is not old:
                 memory.clear(row, 0, begin)
                 if old is not None:
-                    memory.copy(row, begin, held, old, plan.source_row, plan.source_pad)
+                    memory.copy(row, begin, held, old, plan.source_row, plan.source_pad + begin - plan.pad)
             if landed is not None and landed is not memory:
                 memory.copy(row, held, end, landed, source * landed.rows // self.rows, held)
             if end < self.columns:
@@ -214,7 +258,7 @@ class PrefixLoad:
             self._begun = True
             self.job.wait(layer)
         landed = self._landed[layer]
-        if landed.spec != spec:
+        if landed is not None and landed.spec != spec:
             raise self.misfit(landed.spec, spec)
         return landed
 
@@ -242,6 +286,9 @@ class PrefixLoad:
         self.wait()
         twin = copy.copy(self)
         twin.job = None
-        twin._landed = [memo.get(id(memory)) or memory.share(memory.capacity) for memory in self._landed]
+        twin._landed = [
+            memo.get(id(memory)) or memory.share(memory.capacity) if memory is not None else None
+            for memory in self._landed
+        ]
         twin._left = set(self._left)
         return twin

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from kvtier.errors import RestoreError
-from kvtier.hf.layers.prefix_load import PrefixLoad, RowPlan
+from kvtier.hf.layers.loads.prefix_load import PrefixLoad, RowPlan
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.room import Room
 from kvtier.kv.spec import LayerSpec
+from kvtier.kv.window import Window
 from kvtier.store.load import LoadJob
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair
@@ -31,6 +32,7 @@ class StagedPrefixLoad(PrefixLoad):
         engine: reads and copies.
         room: decides the room of new buffers.
         columns: number of known columns.
+        first: the first of them that sliding layers need.
         plans: source of each row.
         job: the load from the store; None for none.
         held_rows: number of rows that are held now.
@@ -41,52 +43,63 @@ class StagedPrefixLoad(PrefixLoad):
         engine: CopyEngine,
         room: Room,
         columns: int,
+        first: int,
         plans: Sequence[RowPlan],
         job: LoadJob | None,
         held_rows: int,
     ) -> None:
-        super().__init__(columns, plans, job, held_rows)
+        super().__init__(columns, first, plans, job, held_rows)
         self._engine = engine
         self._room = room
         self._arriving: dict[int, Fence] = {}
         self._stopped = False
 
-    def start(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
+    def start(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None], columns: int) -> None:
         """Assign a place on the device to the pages of each layer, and enqueue reads and copies.
 
         Raises:
             RestoreError: the blocks of the store do not fit the layers.
         """
-        self.check_fit(memories)
+        self.check_fit(memories, windows)
         job = self.job
         if job is None or not job.nbytes:
             return
         specs = job.spec.layers
-        self._landed = [self._target(memory, spec) for memory, spec in zip(memories, specs, strict=True)]
-        largest = max(spec.token_bytes for spec in specs) * len(self.plans) * self.columns
-        memory = [self._engine.host_empty(largest) for _ in range(min(_STAGES, len(specs)))]
+        loaded = [layer for layer, spec in enumerate(specs) if spec.token_bytes]
+        self._landed = [None] * len(specs)
+        for layer in loaded:
+            self._landed[layer] = self._target(layer, memories[layer], specs[layer])
+        rows = len(self.plans)
+        largest = max(rows * specs[layer].token_bytes * (self.columns - self.first_of(layer)) for layer in loaded)
+        memory = [self._engine.host_empty(largest) for _ in range(min(_STAGES, len(loaded)))]
         stages = [
-            KVBuffer.on_bytes(memory[layer % _STAGES], len(self.plans), spec, self.columns)
-            for layer, spec in enumerate(specs)
+            KVBuffer.on_bytes(
+                memory[number % _STAGES],
+                rows,
+                specs[layer],
+                self.columns - self.first_of(layer),
+                self.first_of(layer),
+            )
+            for number, layer in enumerate(loaded)
         ]
-        all_pairs = [self._pairs(layer, stage) for layer, stage in enumerate(stages)]
+        all_pairs = [self._pairs(layer, stage) for layer, stage in zip(loaded, stages, strict=True)]
         ready = self._engine.mark()  # after all kernels that use the memory of the buffers
         copied: list[Fence] = []
-        for layer, (stage, pairs) in enumerate(zip(stages, all_pairs, strict=True)):
-            free = copied[layer - _STAGES : layer - _STAGES + 1] if layer >= _STAGES else []
+        for number, (layer, stage, pairs) in enumerate(zip(loaded, stages, all_pairs, strict=True)):
+            free = copied[number - _STAGES : number - _STAGES + 1] if number >= _STAGES else []
             read = self._engine.call(partial(self._read, layer, stage), writes=(stage.k, stage.v), after=free)
             copied.append(self._engine.copy_all(pairs, after=[read, ready]) if pairs else read)
             self._arriving[layer] = copied[-1]
 
-    def _target(self, memory: LayerMemory | None, spec: LayerSpec) -> KVBuffer:
+    def _target(self, layer: int, memory: LayerMemory | None, spec: LayerSpec) -> KVBuffer:
         """Return the buffer that the layer will have: the held one if its rows stay, else a new one."""
-        rows = len(self.plans) * self.repeats
+        rows, base = len(self.plans) * self.repeats, self.first_of(layer)
         held = isinstance(memory, KVBuffer) and memory.device == self.device and memory.spec == spec
-        if held and self.in_place and self.repeats == 1:
+        if held and memory is not None and self.stays(layer, memory) and self.repeats == 1:
             assert isinstance(memory, KVBuffer)
             target, live = memory, min(self.columns, memory.capacity)
         else:
-            target, live = KVBuffer(rows, spec, 0, self.device, self._room), 0
+            target, live = KVBuffer(rows, spec, 0, self.device, self.room(layer, self._room), base), base
         target.reserve(self.columns, live=live)
         return target
 
@@ -94,9 +107,10 @@ class StagedPrefixLoad(PrefixLoad):
         """Pair the loaded columns of each head on the device with the stage: on both sides, a head is contiguous."""
         pairs: list[Pair] = []
         target = self._landed[layer]
+        assert target is not None
         for row in range(target.rows):
             source = row * len(self.plans) // target.rows
-            begin, end = self.loaded_columns(source)
+            begin, end = self.loaded_columns(layer, source)
             if begin >= end:
                 continue
             for to, of in zip(target.columns(row, begin, end), stage.columns(source, begin, end), strict=True):
@@ -107,7 +121,7 @@ class StagedPrefixLoad(PrefixLoad):
         if self._stopped:
             raise RestoreError("the turn was given up")
         assert self.job is not None
-        self.job.land(layer, lambda _, row: (stage.view(row, self.plans[row].pad), 0))
+        self.job.land(layer, lambda _, row: self.place_in(stage, row))
 
     def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
         if not self._landed:
@@ -116,7 +130,7 @@ class StagedPrefixLoad(PrefixLoad):
         if fence is not None:
             self._engine.wait(fence)
         landed = self._landed[layer]
-        if landed.spec != spec:
+        if landed is not None and landed.spec != spec:
             raise self.misfit(landed.spec, spec)
         return landed
 
