@@ -33,6 +33,7 @@ NAMES = (
     "writes",
     "eviction",
     "checkpoints",
+    "sliding",
     "gpu",
 )
 _WIDTH = 120  # narrower, and the tables lose figures
