@@ -1,7 +1,4 @@
-"""A model with sliding layers: bytes held, loaded and on disk, and what an edit costs, for several spacings of windows.
-
-"Everywhere" keeps K and V of all tokens in the store, as for layers of full attention.
-"""
+"""What sliding layers hold, load and keep on disk, and what an edit costs, for several spacings of windows."""
 
 from __future__ import annotations
 
@@ -33,7 +30,10 @@ _HEAD_DIM, _HEADS = 32, 1
 
 
 def run(options: Options) -> Result:
-    """Measure a first turn, a turn from disk and one whose prompt was edited, at several spacings."""
+    """Measure a first turn, a turn from disk and one whose prompt was edited, at several spacings.
+
+    "Everywhere" keeps K and V of all tokens in the store, as for layers of full attention.
+    """
     rounds, tokens = options.rounds_or(3), 2048 if options.quick else 8192
     window = _WINDOW // 4 if options.quick else _WINDOW
     model = gemma(window)
