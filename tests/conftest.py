@@ -24,7 +24,7 @@ _ANY_TIME = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     "print_blob": True,
 }
-settings.register_profile("ci", max_examples=12, derandomize=True, **_ANY_TIME)
+settings.register_profile("ci", max_examples=10, derandomize=True, **_ANY_TIME)
 settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
