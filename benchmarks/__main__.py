@@ -35,6 +35,7 @@ NAMES = (
     "checkpoints",
     "sliding",
     "gpu",
+    "gpu_turns",
 )
 _WIDTH = 120  # narrower, and the tables lose figures
 RESULTS = CHECKOUT / "benchmarks" / "results"

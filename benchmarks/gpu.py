@@ -69,7 +69,7 @@ def run(options: Options) -> Result:
         f"Each run decodes {_TOKENS_A_RUN} tokens with generate(); filling and committing are off the clock.",
         "floor: bytes that went up per forward call over the measured bandwidth of the link.",
     ]
-    for name, model in _models(device):
+    for name, model in models(device):
         for context in _CONTEXTS[:1] if options.quick else _CONTEXTS:
             if context + _TOKENS_A_RUN < model.config.max_position_embeddings:
                 options.say(f"{name}, {context} tokens")
@@ -79,7 +79,7 @@ def run(options: Options) -> Result:
     return Result("gpu", (__doc__ or "").strip(), rounds, options.quick, tuple(cases), (), tuple(notes))
 
 
-def _models(device: torch.device) -> Iterator[tuple[str, Any]]:
+def models(device: torch.device) -> Iterator[tuple[str, Any]]:
     """Yield models one by one: a random Llama of some 600 MB, and SmolLM2 where it was fetched before."""
     config = LlamaConfig(
         vocab_size=32000,

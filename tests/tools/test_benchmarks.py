@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from benchmarks import decode, first_turn, fresh_turn, gpu, imports, page_cache, restore
+from benchmarks import decode, first_turn, fresh_turn, gpu, gpu_turns, imports, page_cache, restore
 from benchmarks.__main__ import NAMES, app
 from benchmarks.import_probe import replaced
 from benchmarks.machine import CHECKOUT, Machine, commit, describe_machine
@@ -377,11 +377,25 @@ def test_budget_that_keeps_all_layers_hot_is_refused(streaming_setup, monkeypatc
         gpu.measure(streaming_setup, 1, Options(), offloading=False)
 
 
-def test_benchmark_that_cannot_run_here_is_skipped(monkeypatch, tmp_path):
+@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_whole_turns_on_a_device_get_equal_tokens(make_model, monkeypatch, kind):
+    monkeypatch.setattr(gpu_turns, "PrefixStore", partial(PrefixStore, block_size=8))
+    model = make_model(kind)
+    prompt = gpu_turns.prompt_of(model, 60)
+    setup = gpu_turns.Setup("tiny", model, torch.device("cpu"), prompt, lambda device: InlineEngine())
+    first, later = gpu_turns.measure(setup, 1, Options())
+    assert {row.answer for row in first.rows} == {"equal"}
+    assert [row.name for row in later.rows] == [gpu_turns.PLAIN, gpu_turns.CONTINUED, gpu_turns.TIERED]
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_turns"])
+def test_benchmark_that_cannot_run_here_is_skipped(monkeypatch, tmp_path, name):
     monkeypatch.setattr(gpu, "accelerators", list)
-    done = CliRunner().invoke(app, ["gpu", "--output", str(tmp_path)])
+    monkeypatch.setattr(gpu_turns, "accelerators", list)
+    done = CliRunner().invoke(app, [name, "--output", str(tmp_path)])
     assert done.exit_code == 0
-    assert "gpu skipped: no accelerator" in done.output
+    assert f"{name} skipped: no accelerator" in done.output
     assert list(tmp_path.iterdir()) == []
 
 
