@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     # --- sliding windows and chunks -----------------------------------------------------------------------------------
     "mistral": _family("Mistral", "sliding", sliding_window=16, head_dim=16),
     "starcoder2": _family("Starcoder2", "sliding", sliding_window=12),
-    "phi3": _family("Phi3", "sliding", sliding_window=10, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0),
+    "phi3_mini": _family("Phi3", "sliding", sliding_window=10, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0),
     "olmo3": _family("Olmo3", "full sliding", sliding_window=7, layer_types=_SLIDING_THEN_FULL),
     # SDPA does not compute soft caps and attention sinks.
     "gemma2": _family("Gemma2", "full sliding", sliding_window=16, head_dim=16, sdpa=False, tie_word_embeddings=False),
