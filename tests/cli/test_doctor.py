@@ -73,7 +73,7 @@ def by_subject(found):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(2, of="runs of the doctor")
+@pytest.mark.sample(1, of="runs of the doctor")
 @pytest.mark.usefixtures("without_accelerator")
 def test_doctor_reports_every_finding_on_a_working_machine(tmp_path):
     folder, report = tmp_path / "a" / "b", tmp_path / "report.json"
@@ -102,7 +102,7 @@ def test_json_on_standard_output_is_not_mixed_with_text(tmp_path, monkeypatch):
     assert "versions" in done.stderr
 
 
-@pytest.mark.sample(2, of="runs of the doctor")
+@pytest.mark.sample(1, of="runs of the doctor")
 @pytest.mark.usefixtures("without_accelerator")
 @pytest.mark.parametrize(
     ("engine", "says"),
@@ -174,7 +174,7 @@ def test_interrupt_during_the_race_test_ends_the_background_load(tmp_path, monke
     assert threading.active_count() == threads
 
 
-@pytest.mark.sample(2, of="runs of the doctor")
+@pytest.mark.sample(1, of="runs of the doctor")
 @pytest.mark.usefixtures("without_accelerator")
 def test_interrupt_between_two_findings_leaves_no_files(tmp_path, monkeypatch):
     shown = []
@@ -397,7 +397,7 @@ def test_first_difference_describes_where_two_runs_differ():
     assert "not numbers" in scripts.first_difference([answer(logit=float("nan"))], [answer()])
 
 
-@pytest.mark.sample(2, of="runs of the doctor")
+@pytest.mark.sample(1, of="runs of the doctor")
 @pytest.mark.parametrize("make", [engine_for, lambda device: InlineEngine(), lambda device: Beside()])
 def test_exactness_trials_pass_from_all_cold_to_all_hot_layers(tmp_path, make):
     trials = list(selftest.SelfTest(CPU, tmp_path, make).exactness())

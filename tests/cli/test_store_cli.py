@@ -587,7 +587,7 @@ def test_store_error_is_printed_in_one_line_with_exit_code_1(folder, monkeypatch
     assert refusal("verify", "--store", folder, code=1) == "kvtier store: the drive is gone"
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 def test_sigint_during_verify_exits_with_130_and_leaves_no_owner(folder):
     """A separate process receives SIGINT in the middle of its work."""
     script = (

@@ -422,7 +422,7 @@ def test_lost_page_files_of_known_tokens_are_replaced_from_the_store(make_model,
         assert cache.last_turn.cached_by_tier["host"] == 67
 
 
-@pytest.mark.sample(3)  # of 18
+@pytest.mark.sample(2)  # of 18
 @pytest.mark.parametrize("layer", range(6))
 @pytest.mark.parametrize("at_pass", [0, 1, 5])
 def test_interrupt_in_any_layer_leaves_a_working_cache(make_model, generate, tokens, spill, layer, at_pass):
@@ -433,7 +433,7 @@ def test_interrupt_in_any_layer_leaves_a_working_cache(make_model, generate, tok
         assert_same_tokens(model, generate, torch.cat([ids, tokens(2, seed=1)], 1), cache)
 
 
-@pytest.mark.sample(3)  # of 18
+@pytest.mark.sample(2)  # of 18
 @pytest.mark.parametrize("host_bytes", [2**30, 30_000], ids=["host", "disk"])
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 9, 14, 30, 61, 90])
 def test_interrupt_at_any_transfer_step_leaves_a_working_cache(make_model, generate, tokens, spill, host_bytes, at):

@@ -33,7 +33,7 @@ def commit_interrupted(at, *arguments):
     return interrupt.came
 
 
-@pytest.mark.sample(1)  # of 3
+@pytest.mark.sample(1, of="interrupted commits")  # of 4
 @pytest.mark.parametrize("blocks", [0, 1, 1000], ids=lambda blocks: f"{blocks} blocks of RAM")
 def test_commit_interrupted_at_any_line_can_be_repeated(tmp_path, blocks):
     """A longer tail block replaces the stored one. Each commit has its own root, as if in another store."""
@@ -59,6 +59,7 @@ def test_commit_interrupted_at_any_line_can_be_repeated(tmp_path, blocks):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.sample(1, of="interrupted commits")
 def test_commit_to_ram_interrupted_at_any_line_can_be_repeated():
     """Includes evictions, and a tail block that a longer one replaces."""
     for at in itertools.count():

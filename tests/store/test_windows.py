@@ -359,6 +359,7 @@ def answer_with(error):
     return future
 
 
+@pytest.mark.sample(12)  # of 48
 @pytest.mark.parametrize("length", [6, 8, 11])
 @pytest.mark.parametrize("spans", [[(0, 11)], [(4, 11)], [(0, 4), (8, 11)], []], ids=str)
 @pytest.mark.parametrize("slides", [SLIDING, (0, 1, 2)], ids=["some", "all"])

@@ -133,7 +133,7 @@ def refusal(error: Exception, folder: Path, damages: list[Damage]) -> bool:
     return marker and type(error) in (StoreError, StoreVersionError) and str(folder) in str(error)
 
 
-@pytest.mark.sample(1)  # of 10
+@pytest.mark.sample(2, of="damaged stores")  # of 22
 @pytest.mark.parametrize("part", range(PARTS))
 def test_restored_bytes_are_exact_after_any_damage(tmp_path, healthy, part):
     seen, found = set(), []
@@ -175,7 +175,7 @@ def test_damaged_blocks_are_written_again_and_restored_afterwards(tmp_path, heal
 ANYTHING = (None, 7, -1, 2**62, 1.5, "text", "", b"", bytes(5), bytes(32), b"\xff" * 40)
 
 
-@pytest.mark.sample(1)  # of 11
+@pytest.mark.sample(2, of="damaged stores")  # of 22
 @pytest.mark.parametrize("value", ANYTHING, ids=lambda value: repr(value)[:12])
 def test_any_value_in_any_catalog_column_is_treated_as_damage(tmp_path, healthy, value):
     """A flipped bit may change the type of a value, or the value itself."""
@@ -200,6 +200,7 @@ def test_any_value_in_any_catalog_column_is_treated_as_damage(tmp_path, healthy,
         shutil.rmtree(folder)
 
 
+@pytest.mark.sample(2, of="damaged stores")
 def test_generate_gives_the_same_tokens_with_a_damaged_store(tmp_path, make_model, generate, tokens):
     model = make_model("llama")
     prompt = tokens(30)

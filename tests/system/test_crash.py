@@ -19,7 +19,7 @@ SEED = int(os.environ.get("KVTIER_SEED", "1"))
 SECONDS_A_KILL = 20
 
 
-@pytest.mark.sample(1)  # of 2
+@pytest.mark.sample(2, of="kills and races")  # of 7
 @pytest.mark.parametrize("room", crashes.BUDGETS)
 def test_store_survives_processes_killed_at_random(room):
     kills = -(-KILLS // len(crashes.BUDGETS))

@@ -141,7 +141,7 @@ sys.exit(wrong > 0)
 """
 
 
-@pytest.mark.sample(1)  # of 2
+@pytest.mark.sample(2, of="kills and races")  # of 7
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here")
 @pytest.mark.parametrize("room", drive_faults.BUDGETS)
 def test_store_survives_a_process_killed_at_any_call(place, points, room):

@@ -29,7 +29,7 @@ from tests.support.stores import (
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes end in other ways here"),
-    pytest.mark.sample(4, of="processes"),  # of 19
+    pytest.mark.sample(2, of="processes"),  # of 19
 ]
 
 

@@ -21,7 +21,7 @@ TURNS = int(os.environ.get("KVTIER_RACE_TURNS", "8"))
 SEED = int(os.environ.get("KVTIER_SEED", "1"))
 
 
-@pytest.mark.sample(1)  # of 3
+@pytest.mark.sample(2, of="kills and races")  # of 7
 @pytest.mark.parametrize(("who", "number"), [("processes", 8), ("threads", 16), ("hardship", 8)])
 def test_concurrent_users_read_right_bytes_within_the_disk_budget(tmp_path, who, number):
     arguments = f"{str(tmp_path / 'store')!r}, {number}, {TURNS}, {SEED}"

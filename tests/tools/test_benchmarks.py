@@ -333,7 +333,7 @@ def test_running_text_repeats_a_short_document(model):
 # --- benchmarks on a tiny model ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 def test_decode_benchmark_gets_equal_tokens(model):
     case = decode._measure(Chat(model), 64, 2, Options())
     assert [row.name for row in case.rows] == [decode.PLAIN, decode.TIERED]
@@ -356,7 +356,7 @@ def streaming_setup(make_model, monkeypatch):
     return gpu.set_up("tiny", model, torch.device("cpu"), 512, lambda device: InlineEngine())
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 def test_offloaded_and_plain_decoding_give_equal_tokens(streaming_setup):
     setup = streaming_setup
     case = gpu.measure(setup, 2, Options(), offloading=False)
@@ -370,14 +370,14 @@ def test_offloaded_and_plain_decoding_give_equal_tokens(streaming_setup):
     assert len(gpu._movements(case)) == 2
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 def test_budget_that_keeps_all_layers_hot_is_refused(streaming_setup, monkeypatch):
     monkeypatch.setattr(gpu, "_FRACTIONS", {"half": 9.0})
     with pytest.raises(BenchmarkError, match="0 layers were cold"):
         gpu.measure(streaming_setup, 1, Options(), offloading=False)
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_whole_turns_on_a_device_get_equal_tokens(make_model, monkeypatch, kind):
     monkeypatch.setattr(gpu_turns, "PrefixStore", partial(PrefixStore, block_size=8))
@@ -399,7 +399,7 @@ def test_benchmark_that_cannot_run_here_is_skipped(monkeypatch, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 def test_first_turns_are_cold_and_give_equal_tokens(model):
     turn, first_token = first_turn._measure(Chat(model), 32, 2, Options())
     for case in (turn, first_token):
@@ -435,7 +435,7 @@ def restore_bench(model, known, tmp_path):
     return restore._Bench(Chat(model), *known, folders)
 
 
-@pytest.mark.sample(2, of="benchmarks")
+@pytest.mark.sample(1, of="benchmarks")
 @pytest.mark.parametrize("dropped", [False, pytest.param(True, marks=[needs_dropping])])
 def test_restore_benchmark_gets_equal_bytes_from_every_source(restore_bench, dropped):
     case = restore_bench.case(2, Options(), dropped=dropped)

@@ -70,7 +70,7 @@ def ask(model, ids, cache, mode, **settings):
     return found.clone()
 
 
-@pytest.mark.sample(10)  # of 52
+@pytest.mark.sample(6)  # of 52
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", KINDS)
 def test_conversation_across_modes_is_exact_and_reused(build, store, name, order):
@@ -83,7 +83,7 @@ def test_conversation_across_modes_is_exact_and_reused(build, store, name, order
     assert all(reused[1:]), cache.last_turn.miss_reason
 
 
-@pytest.mark.sample(8)  # of 26
+@pytest.mark.sample(5)  # of 26
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 @pytest.mark.parametrize("name", KINDS)
 def test_prefix_restored_in_another_mode_is_exact(build, tmp_path, name, tier):
@@ -152,7 +152,7 @@ def layers_of(model):
     return cache.layers
 
 
-@pytest.mark.sample(9)  # of 16
+@pytest.mark.sample(6)  # of 16
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["gemma3", "falcon_h1"])
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
@@ -164,7 +164,7 @@ def test_beam_search_across_modes_is_exact(build, store, name, order, settings):
             ids = torch.cat([found[:1], prompt(3, seed=turn + 1)], 1)
 
 
-@pytest.mark.sample(11)  # of 28
+@pytest.mark.sample(7)  # of 28
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3", "deepseek_v32", "qwen3_next", "falcon_h1", "mamba2", "deepseek_v4"]

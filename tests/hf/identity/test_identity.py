@@ -217,7 +217,7 @@ print(identify(model, "", 8).root)
 """
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 def test_identity_is_the_same_in_every_process(monkeypatch):
     """Python orders sets of strings differently in every process."""
     with torch.random.fork_rng():
