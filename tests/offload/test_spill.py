@@ -136,7 +136,7 @@ def other_process(parent, method):
     return process, ours.recv(), end
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 def test_sweep_removes_the_folder_of_a_killed_process_and_keeps_live_ones(folder, tmp_path):
     killed, left, _ = other_process(tmp_path / "spill", "spawn")
     living, kept, end = other_process(tmp_path / "spill", "spawn")

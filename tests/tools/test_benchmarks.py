@@ -512,7 +512,7 @@ def test_replaced_finds_changed_added_and_deleted_attributes():
     assert replaced(before, Owner) == ["Owner.gone", "Owner.new", "Owner.other"]
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 def test_importing_kvtier_wraps_only_the_declared_names_and_starts_no_thread():
     command = [sys.executable, "-m", "benchmarks.import_probe", "kvtier"]
     seen = json.loads(subprocess.run(command, cwd=CHECKOUT, capture_output=True, check=True).stdout)

@@ -575,7 +575,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 @pytest.mark.slow
 def test_tensor_parallel_ranks_reuse_nothing(make_model, tmp_path):
     """Each rank has K and V of other heads, and all ranks must feed the same tokens. So no rank reuses tokens."""

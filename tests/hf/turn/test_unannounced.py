@@ -156,7 +156,7 @@ def test_seen_generate_leaves_no_frame_on_the_cache(model, cache, tokens):
     assert cache.turns._unseen_generate is None
 
 
-@pytest.mark.sample(3, of="new processes")
+@pytest.mark.sample(2, of="new processes")
 def test_cache_made_in_the_arguments_of_the_first_call_keeps_its_prompt(tmp_path):
     """Python looks ``generate`` up on the model before it makes the cache."""
     script = f"""
