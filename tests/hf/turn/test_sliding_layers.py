@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvtier import PrefixStore, PromptError, TieredCache
+from kvtier.hf.identity.fingerprint import identify
 from kvtier.hf.turn.cost import COSTS, Costs
 from kvtier.kv.window import Window
 from tests.support.tiny import FedAlike, answer, assert_same_answer, left_padded, tiny
@@ -89,10 +90,30 @@ def test_nothing_is_left_of_an_earlier_conversation_between_held_and_loaded_colu
     with cache_of(store) as cache:
         ask(model, longer, cache)
     with cache_of(store) as cache:
-        ask(model, WORDS[:12], cache)
+        ask(model, WORDS[:9], cache)
         ask(model, longer, cache)
         assert cache.last_turn.cached_tokens == len(longer) - 1
-        ask(model, (*longer[:2], 5, 5, 1), cache)
+        ask(model, (*longer[:6], 1 + longer[6] % 5, 1), cache)
+
+
+def test_padding_before_a_restored_row_is_there_for_attention(model, store):
+    """The window begins in the padding: the row has fewer tokens than a window."""
+    with cache_of(store) as cache:
+        ask(model, WORDS[:5], cache)
+    padded = left_padded([WORDS[:5]], extra=2)
+    with cache_of(store) as cache:
+        found = answer(model, padded, cache)
+        assert cache.last_turn.cached_tokens == 4
+        assert_same_answer(found, answer(model, padded), exact=False)
+
+
+def test_blocks_with_the_pages_of_all_layers_have_another_root(model, store):
+    """Those of earlier versions, which would not fit."""
+    with cache_of(store) as cache:
+        ask(model, WORDS[:9], cache)
+        root, tokens = cache.turns.kept_row(0)
+    assert identify(model, "", PAGE, tokens, has_windows=True).root == root
+    assert identify(model, "", PAGE, tokens).root != root
 
 
 def test_an_edit_goes_on_at_the_nearest_place_that_was_kept_and_the_report_says_so(model, store):
