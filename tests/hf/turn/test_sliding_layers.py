@@ -233,3 +233,30 @@ def test_a_turn_forked_in_the_middle_keeps_the_dropped_columns_of_both(model, st
                 ask(model, tuple(sequence[0, : length + 1].tolist()), cache)
                 known = length if sequence is ids else min(length, 40)
                 assert cache.last_turn.cached_tokens >= known
+
+
+def test_samples_of_two_prompts_keep_the_windows_of_their_own_prompt(model, store):
+    prompts = [WORDS[:30], WORDS[11:41]]
+    ids = left_padded(prompts)
+    with cache_of(store) as cache:
+        answer(model, ids, cache, max_new_tokens=20, do_sample=True, top_k=0, num_return_sequences=2)
+    for prompt in prompts:
+        for length in (17, 24, 29):
+            with cache_of(store) as cache:
+                ask(model, (*prompt[:length], 1 + prompt[length] % 5), cache)
+                assert cache.last_turn.cached_tokens == length
+
+
+def test_a_turn_that_goes_on_in_place_keeps_no_window_that_it_does_not_have(model, store):
+    """The store has lost everything: only the last columns of sliding layers are left to keep."""
+    with cache_of(store) as cache:
+        ended = ask(model, WORDS[:40], cache)
+        store.prune(to_bytes=0)
+        ended = ask(model, ended + WORDS[:3], cache)
+        assert cache.last_turn.cached_by_tier["device"] > 40
+    for length in (10, 25, 36, 44):
+        with cache_of(store) as cache:
+            ask(model, (*ended[:length], 1 + ended[length] % 5), cache)
+    with cache_of(store) as cache:
+        ask(model, (*ended, 2), cache)
+        assert cache.last_turn.cached_tokens > 40
