@@ -30,29 +30,6 @@ def positions(store, tokens, limit=None, root=ROOT):
     return [position for position, _ in store.checkpoints(root, tokens, len(tokens) - 1 if limit is None else limit)]
 
 
-@pytest.fixture(params=["host", "raw", "zstd"])
-def reopened(request, tmp_path):
-    """Yield ``make`` and ``again``: ``again(store)`` is the next turn's store, in RAM the same, on disk a new one."""
-    opened = []
-
-    def make():
-        if request.param == "host":
-            opened.append(PrefixStore(block_size=SIZE))
-        else:
-            opened.append(PrefixStore(tmp_path, block_size=SIZE, compression=request.param))
-        return opened[-1]
-
-    def again(store):
-        if request.param == "host":
-            return store
-        store.close()
-        return make()
-
-    yield make, again
-    for store in opened:
-        store.close()
-
-
 def test_checkpoint_states_are_restored_bitwise(reopened):
     make, again = reopened
     store = make()

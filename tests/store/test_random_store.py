@@ -31,6 +31,7 @@ from tests.support.stores import (
     damage,
     leftovers,
     restored_length_at_last,
+    shared,
 )
 
 ROOMY = 2**30
@@ -42,10 +43,6 @@ tokens = st.lists(st.integers(1, 3), min_size=1, max_size=14).map(tuple)
 roots = st.sampled_from([ROOT, ROOT, OTHER_ROOT])
 places = st.integers(0, 255)
 bytes_of_files = st.integers(-250, 1500)  # below 0 from the end: payloads rather than the header
-
-
-def shared(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Store(RuleBasedStateMachine):

@@ -30,6 +30,7 @@ from tests.support.stores import (
     damage,
     leftovers,
     restored_length_at_last,
+    shared,
 )
 
 UNIT = 4096
@@ -41,10 +42,6 @@ Key = tuple[str, Tokens]
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=12).map(tuple)
 roots = st.sampled_from([ROOT, ROOT, OTHER_ROOT])
 names = st.sampled_from(NAMES)
-
-
-def shared(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass

@@ -31,6 +31,7 @@ from tests.support.stores import (
     bytes_on_disk,
     damage,
     leftovers,
+    shared,
 )
 from tests.support.windows import LAYERS, SLIDING, check_restored, keep, united
 
@@ -44,10 +45,6 @@ roots = st.sampled_from([ROOT, ROOT, OTHER_ROOT])  # the model of the second one
 places = st.integers(0, 255)
 spans = st.lists(st.tuples(st.integers(0, 13), st.integers(1, 14)), max_size=3)
 columns = st.sets(st.integers(1, 14), max_size=3)
-
-
-def shared(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def within(ranges, others):

@@ -18,29 +18,6 @@ from tests.support.windows import SLIDING, check_restored, found, keep, pages
 SIZE = 4
 
 
-@pytest.fixture(params=["host", "raw", "zstd"])
-def reopened(request, tmp_path):
-    """Yield ``make`` and ``again``: ``again(store)`` is the next turn's store, in RAM the same, on disk a new one."""
-    opened = []
-
-    def make():
-        if request.param == "host":
-            opened.append(PrefixStore(block_size=SIZE))
-        else:
-            opened.append(PrefixStore(tmp_path, block_size=SIZE, compression=request.param))
-        return opened[-1]
-
-    def again(store):
-        if request.param == "host":
-            return store
-        store.close()
-        return make()
-
-    yield make, again
-    for store in opened:
-        store.close()
-
-
 def check(store, tokens, root=ROOT, slides=SLIDING):
     match = store.match(root, tokens)
     check_restored(store, match, store.windows(root, tokens, match), tokens, root, slides)

@@ -173,3 +173,8 @@ def damage(path: Path, how: str, at: int = 0) -> None:
         path.unlink()
         return
     path.write_bytes(data)
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens ``a`` and ``b`` share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
 from kvtier import PrefixStore, TieredCache
-from tests.support.stores import DAMAGES, block_files, bytes_in_ram, bytes_on_disk, damage
+from tests.support.stores import DAMAGES, block_files, bytes_in_ram, bytes_on_disk, damage, shared
 from tests.support.tiny import (
     CHUNKS,
     HEAD_DIM,
@@ -74,10 +74,6 @@ class Interrupt:
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
-
-
-def shared(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def up_to(end: int | None, generated: list[int]) -> Tokens:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier import PrefixStore, TieredCache
+from tests.support.stores import shared
 from tests.support.tiny import VOCABULARY, Tokens, answer, assert_same_answer, tiny
 
 WINDOW = 6  # of the sliding layers
@@ -34,10 +35,6 @@ turns = st.tuples(
     st.sampled_from(["go on", "go on", "go on", "restore", "fork"]),
     st.sampled_from([{}, {}, {"eos_token_id": 3}, {"do_sample": True, "top_k": 0, "num_return_sequences": 2}]),
 )
-
-
-def shared(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def padded(sequences: list[Tokens], sides: list[str], extra: int) -> tuple[torch.Tensor, list[int]]:
