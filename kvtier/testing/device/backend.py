@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import library as torch_library
 from torch.utils import backend_registration
 
 from kvtier.testing.device import names
@@ -31,7 +32,7 @@ def install() -> Machine:
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(DEVICE_TYPE, backend_module=_Module(machine))
     device = torch.device(DEVICE_TYPE, 0)
-    library: Any = torch.library.Library
+    library: Any = torch_library.Library
     _libraries.extend(library(namespace, "IMPL") for namespace in ("_", "aten"))
     Kernels(machine, device).register(*_libraries)
     _libraries[-1].impl("is_pinned", lambda tensor, device=None: machine.is_pinned(tensor), "CPU")

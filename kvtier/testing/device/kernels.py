@@ -7,6 +7,7 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
+from torch import library as torch_library
 
 from kvtier.testing.device.machine import Machine
 from kvtier.testing.simulation.kernels import Operator
@@ -35,7 +36,7 @@ class Kernels:
         self._device = device
 
     def register(self, fallback: Any, operators: Any) -> None:
-        """Register the kernels in two ``torch.library.Library``, for as long as these live."""
+        """Register the kernels in two libraries of PyTorch, for as long as these live."""
         fallback.fallback(self._fall_back, "PrivateUse1")
         for op in _VIEWS:  # the most frequent operators
             operators.impl(op, partial(op.redispatch, _CPU), "PrivateUse1")
@@ -53,7 +54,7 @@ class Kernels:
         for op, kernel in own.items():
             operators.impl(op, kernel, "PrivateUse1")
         for key in ("Conjugate", "Negative"):  # a conjugated source would be copied before each copy, for ever
-            operators.impl(_aten._copy_from.default, torch.library.fallthrough_kernel, key)
+            operators.impl(_aten._copy_from.default, torch_library.fallthrough_kernel, key)
 
     def _fall_back(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         if _returns_views(op):
