@@ -284,11 +284,9 @@ class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
 
     def drop_at_rest(self) -> None:
         """Drop all but the last columns, with a few more to go back to by ``crop``."""
-        memory, first = self.memory, self.length - self.window.most_columns
-        if memory is not None and self.complete and first > memory.base:
-            self.memory = memory.trim(first, self.length)
-            if self.memory is not memory:
-                memory.close()
+        first = self.length - self.window.most_columns
+        if self.memory is not None and self.complete and first > self.memory.base:
+            self._trim(self.memory, first, self.length)
 
     def _drop_unseen(self, begin: int, columns: int) -> None:
         memory = self.memory
@@ -308,7 +306,10 @@ class SlidingWindowLayer(AttentionLayer, DynamicSlidingWindowLayer):
             return
         if self.dropped is not None:
             self.dropped.add(self.number, memory, memory.base, first)
-        self.memory = memory.trim(first, begin)
+        self._trim(memory, first, begin)
+
+    def _trim(self, memory: LayerMemory, first: int, end: int) -> None:
+        self.memory = memory.trim(first, end)
         if self.memory is not memory:
             memory.close()
 

@@ -13,10 +13,8 @@ import torch
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
+from kvtier.kv.window import Range
 from kvtier.transfer import CopyEngine, Fence
-
-Range = tuple[int, int]
-"""``[begin, end)`` of columns."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,8 +15,9 @@ from kvtier.hf.layers.dropped import DroppedColumns
 from kvtier.hf.layers.row_pages import RowPages
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.turn.turn import Turn
-from kvtier.hf.turn.windows import Range, common, merged
+from kvtier.hf.turn.windows import common, merged
 from kvtier.kv.base import LayerMemory
+from kvtier.kv.window import Range
 from kvtier.store import PrefixStore
 from kvtier.store.block import arrived
 from kvtier.store.commit import Windows

@@ -151,7 +151,7 @@ def dropped_columns(turn: Turn, layers: LayerContainer, costs: Costs) -> Dropped
     branch = turn.plan.candidates.known_columns if turn.plan is not None else 0
     wanted = wanted_columns(prompt, turn.reused_columns, branch, window, costs)
     recent = window.block_tokens + costs.window_margin_tokens
-    at_end = max(window.visible, window.block_tokens) + recent
+    at_end = window.needed + recent
     return DroppedColumns(wanted, recent, at_end, prompt.columns, turn.prompt_rows, layers.side_engine)
 
 

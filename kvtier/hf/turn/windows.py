@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.turn.cost import Costs
 from kvtier.kv.base import first_visible
-from kvtier.kv.window import Window
-
-Range = tuple[int, int]
-"""``[begin, end)`` of tokens or columns."""
+from kvtier.kv.window import Range, Window
 
 
 def merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
@@ -100,7 +97,7 @@ def wanted_columns(prompt: Prompt, begin: int, branch: int, window: Window, cost
     places = {pad + tokens for pad in prompt.pads for tokens in range(0, prompt.columns, spacing)}
     if branch - begin >= costs.checkpoint_worth_tokens:
         places.add(branch)
-    kept = max(window.visible, window.block_tokens) + window.block_tokens  # from the beginning of a block on
+    kept = window.needed + window.block_tokens  # from the beginning of a block on
     ranges = [(place - kept, place) for place in places if begin < place <= prompt.columns]
     ranges.append((prompt.columns - kept - costs.window_margin_tokens, prompt.columns))
     return merged((max(0, first), end) for first, end in ranges)

@@ -65,9 +65,6 @@ class PrefixLoad:
         self.in_place = held_rows == len(plans) and all(
             plan.source_row == row and plan.source_pad == plan.pad for row, plan in enumerate(plans)
         )
-        self._window_in_place = self.in_place and all(
-            plan.window_tokens == plan.device_tokens or columns <= plan.pad for plan in plans
-        )
         self._landed: list[KVBuffer | None] = []
         self._left: set[int] = set()
         self._begun = False
@@ -107,7 +104,7 @@ class PrefixLoad:
         if self.windows[layer] is None:
             return self.in_place
         reaches = all(self.held_end(layer, row) >= self.first for row in range(len(self.plans)))
-        return self._window_in_place and (memory.base == self.first or (memory.base < self.first and reaches))
+        return self.in_place and (memory.base == self.first or (memory.base < self.first and reaches))
 
     def room(self, layer: int, room: Growth) -> Growth:
         """Return the room of a buffer for ``layer``, where ``room`` is that of a layer that keeps all columns."""
