@@ -201,8 +201,8 @@ class LayerContainer:
         if not buffers or not all(isinstance(memory, KVBuffer) for memory in buffers):
             return None
         devices = {memory.device for memory in buffers}
-        engine = self.engines.on(buffers[0].device)
-        if len(devices) > 1 or engine.device_is_host:
+        engine = self.side_engine(buffers[0].device) if len(devices) == 1 else None
+        if engine is None:
             return None
         self._gathers = [gather for gather in self._gathers if not gather.is_done]
         self._gathers.append(Gather(engine, memories))

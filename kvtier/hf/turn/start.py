@@ -120,8 +120,7 @@ def _engine(model: PreTrainedModel, layers: LayerContainer) -> CopyEngine | None
     """Return the engine that loads pages to the model's device; None where they are read into the buffers directly."""
     if is_spread(model) or model.device.type == "meta":
         return None
-    engine = layers.engines.on(model.device)
-    return None if engine.device_is_host else engine
+    return layers.side_engine(model.device)
 
 
 def start_load(prefix: PrefixLoad, columns: int, layers: LayerContainer, checkpoints: StateCheckpoints) -> None:
