@@ -1,0 +1,1 @@
+"""What computing tokens and loading bytes cost in seconds: formulas, and how they are fitted to what was measured."""

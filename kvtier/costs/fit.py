@@ -1,0 +1,58 @@
+"""Fitting a cost to what was measured: non-negative least squares of relative errors, with a first guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+_GUESS_WEIGHT = 0.01  # of a guessed value beside a measured one: it decides only what no measurement tells
+
+
+def fitted(
+    features: Sequence[Sequence[float]],
+    seconds: Sequence[float],
+    guess: Sequence[float],
+    usual: Sequence[Sequence[float]],
+) -> tuple[float, ...]:
+    """Return non-negative ``coefficients`` so that ``features @ coefficients`` is close to ``seconds``.
+
+    Errors count relative to the measured seconds, so that short and long ones weigh the same. First the guess is scaled
+    to the measurements as a whole; then it takes part, with little weight, by what it says of ``usual`` features. So
+    one measurement moves all coefficients, and many of different kinds tell them apart.
+
+    Args:
+        features: of each measurement, ``[measurements][coefficients]``.
+        seconds: of each measurement. Those that are not positive are ignored.
+        guess: the coefficients that hold when nothing was measured.
+        usual: features of what is commonly asked about, ``[some][coefficients]``.
+    """
+    measured = np.asarray(seconds, float)
+    known = measured > 0
+    if not known.any():
+        return tuple(map(float, guess))
+    measured, rows = measured[known], np.asarray(features, float)[known]
+    guessed, asked = np.asarray(guess, float), np.asarray(usual, float)
+    expected = rows @ guessed
+    scale = float(np.median(measured / np.maximum(expected, 1e-12))) if (expected > 0).any() else 1.0
+    supposed = asked @ guessed * scale
+    kept = supposed > 0
+    a = np.vstack([rows / measured[:, None], asked[kept] / supposed[kept, None] * _GUESS_WEIGHT])
+    b = np.concatenate([np.ones(len(measured)), np.full(int(kept.sum()), _GUESS_WEIGHT)])
+    return tuple(map(float, _non_negative(a, b)))
+
+
+def _non_negative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the ``x >= 0`` with the least squares of ``a @ x - b``, by trying every set of positive coefficients."""
+    best, least = np.zeros(a.shape[1]), float(b @ b)
+    scales = np.maximum(np.abs(a).max(axis=0), 1e-300)  # coefficients differ by twelve orders of magnitude
+    for count in range(1, a.shape[1] + 1):
+        for some in map(list, combinations(range(a.shape[1]), count)):
+            found = np.linalg.lstsq(a[:, some] / scales[some], b, rcond=None)[0] / scales[some]
+            error = a[:, some] @ found - b
+            if (found >= 0).all() and float(error @ error) < least:
+                best, least = np.zeros(a.shape[1]), float(error @ error)
+                best[some] = found
+    return best

@@ -1,0 +1,57 @@
+"""Costs: what fits, what a guess adds, and what outliers and odd values do."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.costs.prefill import PrefillCost, PrefillSample, first_guess
+from kvtier.costs.transfer import TransferCost, TransferSample
+
+GUESS = PrefillCost(0.01, 1e-3, 1e-7)
+shapes = st.tuples(st.integers(1, 8000), st.integers(0, 8000), st.integers(1, 4))
+factors = st.floats(0.05, 20)
+some_seconds = st.floats(1e-9, 1e-2)
+
+
+def test_no_tokens_and_no_bytes_cost_nothing():
+    assert GUESS.seconds(0, 4000) == 0
+    assert TransferCost(0.1, 1e9).seconds(0) == 0
+
+
+@given(factors, factors, factors, st.lists(shapes, max_size=3))
+def test_a_cost_is_found_again_from_passes_of_different_kinds(passing, token, pair, more):
+    true = PrefillCost(GUESS.pass_seconds * passing, GUESS.token_seconds * token, GUESS.pair_seconds * pair)
+    seen = [(1, 0, 1), (1, 8000, 1), (64, 0, 1), (512, 0, 1), (4096, 0, 1), (512, 4000, 2), *more]
+    found = GUESS.refined([PrefillSample(n, p, true.seconds(n, p, rows), rows) for n, p, rows in seen])
+    for n, p, rows in seen:
+        assert abs(found.seconds(n, p, rows) / true.seconds(n, p, rows) - 1) < 0.1
+
+
+def test_one_pass_moves_the_whole_guess():
+    found = GUESS.refined([PrefillSample(512, 0, 3 * GUESS.seconds(512))])
+    for shape in ((1, 0), (512, 0), (4096, 0), (512, 4096)):
+        assert 2.5 < found.seconds(*shape) / GUESS.seconds(*shape) < 3.5
+
+
+def test_nothing_measured_leaves_the_guess():
+    assert GUESS.refined([]) == GUESS
+    assert GUESS.refined([PrefillSample(5, 0, 0.0)]) == GUESS
+    assert TransferCost(0.5, 1e6).refined([]).seconds(10**6) == 1.5
+
+
+@given(st.lists(st.builds(PrefillSample, st.integers(1, 9999), st.integers(0, 9999), some_seconds), max_size=20))
+def test_more_tokens_never_cost_less(samples):
+    cost = GUESS.refined(samples)
+    assert 0 <= cost.seconds(10) <= cost.seconds(11) <= cost.seconds(11, 5)
+
+
+@given(st.floats(0, 0.5), st.floats(1e6, 1e10))
+def test_latency_and_bandwidth_are_told_apart(latency, speed):
+    true = TransferCost(latency, speed)
+    found = TransferCost(0.001, 1e9).refined([TransferSample(n, true.seconds(n)) for n in (10**5, 10**6, 10**7, 10**8)])
+    for n in (10**5, 10**7, 10**9):
+        assert abs(found.seconds(n) / true.seconds(n) - 1) < 0.15
+
+
+def test_a_first_guess_counts_operations_and_bytes():
+    guess = first_guess(10**9, 2e9, 1e5, operations_per_second=1e12, bytes_per_second=1e10)
+    assert guess == PrefillCost(0.1, 2e-3, 1e-7)
