@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-_GUESS_WEIGHT = 0.01  # of a guessed value beside a measured one: it decides only what no measurement tells
+_GUESS_WEIGHT = 0.003  # of a guessed value beside a measured one: it decides only what no measurement tells
 
 
 def fitted(
