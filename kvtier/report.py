@@ -61,6 +61,14 @@ class TurnReport:
         peak_host_bytes: most bytes of pages in RAM, below the devices.
         known_tokens: tokens whose K and V were known. Tokens beyond ``cached_tokens`` were computed again, because
             transformers cuts the rows of a batch at one column, or a model's states are not known there.
+        decision: how the turn began: ``load`` (from the store), ``compute`` (nothing, or nothing more, was reused),
+            ``both`` (the front was computed while the rest loaded), ``held`` (from the buffers). Empty where nothing
+            could be reused or kept.
+        predicted_seconds: what loading and computing the prompt was expected to take; 0 where too little was known.
+        actual_seconds: what it took, to the end of the forward pass with the end of the prompt. This value and the next
+            are 0 until another forward pass began, or the turn ended.
+        first_token_seconds: the same from the call on, finding the prefix included.
+        other_ways: what the other decisions were expected to take, in seconds.
     """
 
     prompt_tokens: int = 0
@@ -84,3 +92,8 @@ class TurnReport:
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0
     known_tokens: int = 0
+    decision: str = ""
+    predicted_seconds: float = 0.0
+    actual_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    other_ways: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))

@@ -29,6 +29,10 @@ settings.register_profile("nightly", max_examples=2500, **_ANY_TIME)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# What tiny models compute in a millisecond is not worth a load; tests are about loads, in processes of theirs too.
+os.environ.setdefault("KVTIER_REUSE", "always")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers ``sample`` and ``cpu_only``."""
     config.addinivalue_line(

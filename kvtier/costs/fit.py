@@ -1,4 +1,4 @@
-"""Fitting a cost to what was measured: non-negative least squares of relative errors, with a first guess."""
+"""Fitting a cost to what was measured: non-negative least squares of relative errors, with guessed ratios."""
 
 from __future__ import annotations
 
@@ -8,39 +8,35 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-_GUESS_WEIGHT = 0.003  # of a guessed value beside a measured one: it decides only what no measurement tells
+_GUESS_WEIGHT = 0.005  # of a guessed ratio beside a measurement: it decides only what no measurement tells
 
 
 def fitted(
-    features: Sequence[Sequence[float]],
-    seconds: Sequence[float],
-    guess: Sequence[float],
-    usual: Sequence[Sequence[float]],
+    features: Sequence[Sequence[float]], seconds: Sequence[float], guess: Sequence[float], main: int
 ) -> tuple[float, ...]:
     """Return non-negative ``coefficients`` so that ``features @ coefficients`` is close to ``seconds``.
 
-    Errors count relative to the measured seconds, so that short and long ones weigh the same. First the guess is scaled
-    to the measurements as a whole; then it takes part, with little weight, by what it says of ``usual`` features. So
-    one measurement moves all coefficients, and many of different kinds tell them apart.
+    Errors count relative to the measured seconds, so that short and long ones weigh the same. Of the guess only the
+    ratios of the coefficients take part, with little weight: one measurement moves all of them, and measurements of
+    different kinds tell them apart.
 
     Args:
         features: of each measurement, ``[measurements][coefficients]``.
         seconds: of each measurement. Those that are not positive are ignored.
-        guess: the coefficients that hold when nothing was measured.
-        usual: features of what is commonly asked about, ``[some][coefficients]``.
+        guess: the coefficients that hold when nothing was measured; all are positive.
+        main: index of the coefficient to which the others have ratios.
     """
     measured = np.asarray(seconds, float)
     known = measured > 0
     if not known.any():
         return tuple(map(float, guess))
     measured, rows = measured[known], np.asarray(features, float)[known]
-    guessed, asked = np.asarray(guess, float), np.asarray(usual, float)
-    expected = rows @ guessed
-    scale = float(np.median(measured / np.maximum(expected, 1e-12))) if (expected > 0).any() else 1.0
-    supposed = asked @ guessed * scale
-    kept = supposed > 0
-    a = np.vstack([rows / measured[:, None], asked[kept] / supposed[kept, None] * _GUESS_WEIGHT])
-    b = np.concatenate([np.ones(len(measured)), np.full(int(kept.sum()), _GUESS_WEIGHT)])
+    guessed = np.asarray(guess, float)
+    scale = float(measured.sum() / (rows @ guessed).sum())
+    ratios = np.diag(1 / guessed)
+    ratios[:, main] -= 1 / guessed[main]
+    a = np.vstack([rows / measured[:, None], ratios * (_GUESS_WEIGHT / scale)])
+    b = np.concatenate([np.ones(len(measured)), np.zeros(len(guessed))])
     return tuple(map(float, _non_negative(a, b)))
 
 

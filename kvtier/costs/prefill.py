@@ -20,44 +20,47 @@ class PrefillSample:
 
 @dataclass(frozen=True, slots=True)
 class PrefillCost:
-    """Seconds of a forward pass: a part for the pass, one for each token, and one for each pair of attention.
+    """Seconds of a forward pass: a part for the pass, and others for each token, for each pair and for each one before.
 
-    Weights are read once a pass, matrix products grow with the tokens, attention with the pairs of a token and a token
-    that it sees (Kaplan et al., 2020, count the operations so).
+    Weights, and K and V of the tokens before, are read once a pass. Matrix products grow with the tokens, attention
+    with the pairs of a token and a token that it sees (Kaplan et al., 2020, count the operations so).
 
     Attributes:
         pass_seconds: for the pass itself, however few tokens it is fed.
         token_seconds: for each token.
         pair_seconds: for each pair of a token and a token at or before it.
+        depth_seconds: for each token before.
     """
 
     pass_seconds: float
     token_seconds: float
     pair_seconds: float
+    depth_seconds: float
 
     def seconds(self, tokens: int, depth_tokens: int = 0, rows: int = 1) -> float:
         """Return the seconds of one pass; 0 for no tokens."""
         if tokens <= 0:
             return 0.0
-        parts = _features(tokens, depth_tokens, rows)
-        return sum(
-            a * b for a, b in zip(parts, (self.pass_seconds, self.token_seconds, self.pair_seconds), strict=True)
-        )
+        return sum(a * b for a, b in zip(_features(tokens, depth_tokens, rows), self._coefficients, strict=True))
+
+    @property
+    def _coefficients(self) -> tuple[float, ...]:
+        return self.pass_seconds, self.token_seconds, self.pair_seconds, self.depth_seconds
 
     def refined(self, samples: Sequence[PrefillSample]) -> PrefillCost:
         """Return the cost that fits ``samples``, and this one where they say nothing."""
         rows = [_features(each.tokens, each.depth_tokens, each.rows) for each in samples]
-        prior = (self.pass_seconds, self.token_seconds, self.pair_seconds)
-        usual = [_features(*shape) for shape in ((1, 0, 1), (1, 4096, 1), (512, 0, 1), (512, 4096, 1), (4096, 0, 1))]
-        return PrefillCost(*fitted(rows, [each.seconds for each in samples], prior, usual))
+        return PrefillCost(*fitted(rows, [each.seconds for each in samples], self._coefficients, main=1))
 
 
-def _features(tokens: int, depth_tokens: int, rows: int) -> tuple[float, float, float]:
-    return 1.0, float(rows * tokens), rows * (tokens * depth_tokens + tokens * (tokens + 1) / 2)
+def _features(tokens: int, depth_tokens: int, rows: int) -> tuple[float, ...]:
+    pairs = tokens * depth_tokens + tokens * (tokens + 1) / 2
+    return 1.0, float(rows * tokens), rows * pairs, float(rows * depth_tokens)
 
 
 def first_guess(
     weight_bytes: int,
+    token_bytes: float,
     token_operations: float,
     pair_operations: float,
     *,
@@ -68,6 +71,7 @@ def first_guess(
 
     Args:
         weight_bytes: bytes of the weights that each pass reads.
+        token_bytes: bytes of K and V of a token, which each later pass reads.
         token_operations: additions and multiplications for a token: about two for each weight.
         pair_operations: those for a token and a token that it sees: four for each channel of each layer's queries.
         operations_per_second: what the device reaches.
@@ -77,4 +81,5 @@ def first_guess(
         weight_bytes / bytes_per_second,
         token_operations / operations_per_second,
         pair_operations / operations_per_second,
+        token_bytes / bytes_per_second,
     )

@@ -35,7 +35,6 @@ class TransferCost:
     def refined(self, samples: Sequence[TransferSample]) -> TransferCost:
         """Return the cost that fits ``samples``, and this one where they say nothing."""
         rows = [(1.0, float(each.nbytes)) for each in samples]
-        usual = [(1.0, 1e6), (1.0, 1e8)]
         prior = self.latency_seconds, 1 / self.bytes_per_second
-        latency, byte_seconds = fitted(rows, [each.seconds for each in samples], prior, usual)
+        latency, byte_seconds = fitted(rows, [each.seconds for each in samples], prior, main=1)
         return TransferCost(latency, 1 / max(byte_seconds, 1e-12))

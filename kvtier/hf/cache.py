@@ -17,6 +17,7 @@ from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
+from kvtier.hf.turn.decision import is_weighed
 from kvtier.hf.turn.exclusive_use import exclusively
 from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
@@ -50,11 +51,15 @@ class TieredCache(DynamicCache):
             memory and smaller files, for the time to encode and decode. A lossy codec is part of the model's root.
         wait_seconds: how long ``generate``, ``begin``, ``commit`` and ``reset`` wait for a call that is using the cache
             on another thread, before ``BusyError``. 0: not at all.
+        reuse: ``"auto"``: of a prefix that is known in the store, as much is loaded as is expected to be faster than to
+            compute it again, by what both have cost on this machine so far; ``"always"``: all of it is loaded. None:
+            what the environment variable ``KVTIER_REUSE`` says, or ``"auto"``.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, ``page_compression`` no codec, or ``wait_seconds`` no number of seconds.
+            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
+            ``reuse`` neither of its words.
         StoreError: the folder cannot be used.
     """
 
@@ -68,6 +73,7 @@ class TieredCache(DynamicCache):
         spill_dir: str | os.PathLike[str] | None = None,
         page_compression: str | Codec = "raw",
         wait_seconds: float = 0.0,
+        reuse: str | None = None,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -83,7 +89,8 @@ class TieredCache(DynamicCache):
                 "config=…)."
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
-        self.turns = TurnManager(self._container, store, wait_seconds, self._offload_config.lossy_codec)
+        lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
+        self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs)
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -13,6 +14,7 @@ from functools import partial
 
 import torch
 
+from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
@@ -131,6 +133,7 @@ class LoadJob:
         self._lent: set[str] = set()
         self._closed = False
         self._place: Place | None = None
+        self._timed: list[tuple[str, int, float, float]] = []  # tier, bytes, begin, end
         self._pid = os.getpid()
 
     @property
@@ -197,6 +200,7 @@ class LoadJob:
                 complete = False
                 continue
             reader = self._readers[key]
+            began = time.perf_counter()
             try:
                 if len(uses) == 1:
                     ((row, span),) = uses
@@ -208,7 +212,23 @@ class LoadJob:
             except BlockError as error:
                 self._failed[key] = error
                 complete = False
+                continue
+            nbytes = self.spec.layers[layer].token_bytes * sum(span.tokens for _, span in uses)
+            self._timed.append((reader.tier, nbytes, began, time.perf_counter()))
         return complete
+
+    def samples(self) -> Mapping[str, TransferSample]:
+        """Return by tier how many bytes have landed and how long that took, several threads at once."""
+        timed = list(self._timed)
+        if not timed:
+            return {}
+        wall = max(end for *_, end in timed) - min(begin for _, _, begin, _ in timed)
+        busy = sum(end - begin for _, _, begin, end in timed) or 1.0
+        nbytes, seconds = Counter[str](), dict[str, float]()
+        for tier, n, begin, end in timed:
+            nbytes[tier] += n
+            seconds[tier] = seconds.get(tier, 0.0) + end - begin
+        return {tier: TransferSample(n, wall * seconds[tier] / busy) for tier, n in nbytes.items()}
 
     def check(self) -> None:
         """Read all pages once, to check that they can be read."""
@@ -235,6 +255,42 @@ class LoadJob:
         self._lent.add(key)
         self._readers[key].detach()
         return self._readers[key]
+
+    def spans_from_the_back(self) -> list[Span]:
+        """Return the spans of all rows, those that end last first."""
+        spans = {(row, span.start): span for uses in self._uses for all_uses in uses.values() for row, span in all_uses}
+        return sorted(spans.values(), key=lambda span: span.stop, reverse=True)
+
+    def cut(
+        self,
+        begin: int,
+        readers: Mapping[str, BlockReader],
+        failed: Mapping[str, BlockError],
+        reading: Mapping[str, Future[None]],
+    ) -> None:
+        """Leave out what stands before token ``begin``; from then on read from ``readers``. Before ``start``.
+
+        Args:
+            begin: index of a token of each sequence.
+            readers: by key, of all blocks that stay.
+            failed: blocks that could not be read.
+            reading: by key, tasks that may still use the readers so far: a block is closed when its task has ended.
+        """
+        self._uses = [
+            {
+                key: cut
+                for key, all_uses in uses.items()
+                if (cut := [(row, part) for row, span in all_uses if (part := span.from_token(begin)) is not None])
+            }
+            for uses in self._uses
+        ]
+        kept = {key for uses in self._uses for key in uses}
+        for key, reader in self._readers.items():
+            given_up = readers.get(key, reader)
+            if key not in kept:
+                _close_after(reading.get(key), given_up)
+        self._readers = {key: readers[key] for key in kept}
+        self._note_unusable(failed)
 
     def wait(self, layer: int) -> None:
         """Wait until the pages of ``layer`` have landed.
@@ -299,6 +355,14 @@ class LoadJob:
             if key not in self._lent:
                 reader.close()
         self._report()
+
+
+def _close_after(task: Future[None] | None, reader: BlockReader) -> None:
+    """Close ``reader`` when ``task`` no longer uses it."""
+    if task is None:
+        reader.close()
+    else:
+        task.add_done_callback(lambda _: reader.close())
 
 
 def _uses_of(rows: Sequence[Sequence[Span]]) -> _Uses:

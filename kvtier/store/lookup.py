@@ -30,6 +30,13 @@ class Span:
         """Index of the first token of the sequence after the span."""
         return self.start + self.tokens
 
+    def from_token(self, begin: int) -> Span | None:
+        """Return the part from token ``begin`` of the sequence on; None when there is none."""
+        skipped = max(0, begin - self.start)
+        if skipped >= self.tokens:
+            return None
+        return Span(self.block, self.start + skipped, self.first + skipped, self.last)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixMatch:

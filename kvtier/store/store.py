@@ -20,18 +20,22 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from kvtier.costs.book import CostBook
 from kvtier.errors import BlockError, ClosedError, ConfigurationError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
+from kvtier.store.back_fetch import BackFetch
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States, Windows
+from kvtier.store.cost_books import CostBooks
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
@@ -55,6 +59,7 @@ DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
+_FETCHING_THREADS = 4  # of tiers with latency: several requests are under way
 _EXPIRE_SECONDS = 60.0  # how often expired blocks are deleted; lookups skip them at once
 
 
@@ -168,7 +173,8 @@ class PrefixStore:
         )
         self._block_writer: BlockWriter = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
-        self._reading = Readers()
+        self._books = CostBooks(self._tiers, clock)
+        self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -180,12 +186,18 @@ class PrefixStore:
     def before_fork(self) -> None:
         """Wait until no thread changes anything."""
         self._lock.acquire()
+        try:
+            self._books.lock.acquire()
+        except BaseException:  # an interrupt: the fork is called off
+            self._lock.release()
+            raise
 
     def after_fork(self, in_child: bool) -> None:
         """Release the lock; a child gets its own threads and an empty queue, since the parent runs its own tasks."""
         if in_child:
-            self._reading = Readers()
+            self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
             self._behind.begin_anew()
+        self._books.lock.release()
         self._lock.release()
 
     def __reduce__(self) -> Any:
@@ -305,6 +317,10 @@ class PrefixStore:
         keys = [checkpoint.key for checkpoint in checkpoints]
         return LoadJob(rows, readers, self._reading, self._unusable.note, keys, windows)
 
+    def fetch_from_the_back(self, job: LoadJob) -> BackFetch:
+        """Start to read the blocks of ``job`` into memory, the last ones first."""
+        return BackFetch(job, self._fetching)
+
     def commit(
         self,
         root: str,
@@ -344,7 +360,22 @@ class PrefixStore:
             self._tiers.host.expire()
             if self._tiers.is_durable:
                 self._behind.submit(self._expire_below)
+        if self._tiers.is_durable and self._books.due():
+            self._behind.submit(self._books.save)
         return new
+
+    def costs(self, root: str, machine: str) -> CostBook:
+        """Return what computing and loading cost the model of ``root`` on ``machine``, as far as it was measured.
+
+        The durable tier keeps it for other processes, from the next commits on and when the store is closed.
+        """
+        self._check_open()
+        return self._books.book(root, machine)
+
+    def where(self, spans: Iterable[Span]) -> Mapping[str, str]:
+        """Return the tier that each block of ``spans`` would be read from, by key; no block is opened."""
+        self._check_open()
+        return self._tiers.where(list(dict.fromkeys(span.block.key for span in spans)))
 
     def _expire_below(self) -> None:
         self._tiers.last.expire()
@@ -389,8 +420,11 @@ class PrefixStore:
         if self._closed:
             return
         self._closed = True
+        if self._tiers.is_durable:
+            self._behind.submit(partial(self._books.save, all_news=True))
         self._behind.close()
         self._reading.close()
+        self._fetching.close()
         self._tiers.close()
 
     def __enter__(self) -> PrefixStore:

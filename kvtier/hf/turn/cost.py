@@ -1,7 +1,7 @@
-"""Costs for planning a turn: computing tokens, and loading them.
+"""Constants for planning a turn, with units in their names.
 
-The costs are constants, with units in their names. Eviction has two more in ``store/eviction/adaptive.py``, because the
-store knows no model.
+What computing and loading cost in seconds is measured: ``kvtier/costs``. Eviction has two more constants in
+``store/eviction/adaptive.py``, because the store knows no model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class Costs:
         overlap_bytes_per_second: pages that load faster than this are waited for before the first layer computes. When
             compute threads leave no core to reading threads, each slows the other down by more than the overlap
             gains. Slow drives do not reach this rate.
+        other_way_share: a prefix is computed again, or loaded in part, if that takes less than this share of the time
+            of loading it.
+        both_share: the same for computing the front while the rest loads, in shorter and so less efficient passes.
+        shortest_chunk_tokens: fewer tokens are not computed while others load.
+        longest_chunk_tokens: after so many, what has arrived meanwhile is looked at again.
     """
 
     single_pass_tokens: int = 4
@@ -37,6 +42,10 @@ class Costs:
     window_spacing_windows: int = 4
     window_margin_tokens: int = 256
     overlap_bytes_per_second: float = 1e9
+    other_way_share: float = 0.97
+    both_share: float = 0.9
+    shortest_chunk_tokens: int = 16
+    longest_chunk_tokens: int = 512
 
 
 COSTS = Costs()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from kvtier.costs.book import CostBook
 from kvtier.errors import BlockError, ClosedError, PromptError, UnannouncedError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.names import decoder_cache
@@ -23,10 +24,12 @@ from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import HeldPrefix
+from kvtier.hf.turn.clock import TurnClock
 from kvtier.hf.turn.cost import COSTS
+from kvtier.hf.turn.estimates import machine_name, note_costs
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep
-from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
+from kvtier.hf.turn.start import admit, dropped_columns, join, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.report import TurnReport
@@ -52,7 +55,8 @@ class TurnManager:
         layers: layers of the cache.
         store: store of the prefixes.
         wait_seconds: how long a call waits for a call on another thread that is using the cache.
-        costs: costs that plans compare.
+        costs: constants of plans.
+        weighs: whether a known prefix is loaded only where that is expected to be faster than to compute it.
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
         closed: whether the cache was closed.
@@ -62,12 +66,19 @@ class TurnManager:
     """
 
     def __init__(
-        self, layers: LayerContainer, store: PrefixStore, wait_seconds: float, lossy_page_codec: str | None
+        self,
+        layers: LayerContainer,
+        store: PrefixStore,
+        wait_seconds: float,
+        lossy_page_codec: str | None,
+        *,
+        weighs: bool = False,
     ) -> None:
         self.layers = layers
         self.store = store
         self._lossy_page_codec = lossy_page_codec
         self.costs = COSTS
+        self.weighs = weighs
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.closed = False
@@ -75,6 +86,8 @@ class TurnManager:
         self._resident: HeldPrefix | None = None
         self._checkpoints = StateCheckpoints()
         self._root: str | None = None
+        self._book: CostBook | None = None
+        self._began = 0.0
         self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
         self._new_columns = 0
@@ -168,6 +181,7 @@ class TurnManager:
             PromptError: media of the prompt were not passed, and the reused prefix does not contain them.
         """
         self.check_open()
+        self._began = time.perf_counter()
         self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
@@ -178,7 +192,6 @@ class TurnManager:
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
             return self._start(request, Turn.off(prompt.reason))
-        started = time.perf_counter()
         store, tokens = self.store, np.unique(np.concatenate(prompt.rows))
         codecs = store.lossy_codec, self._lossy_page_codec
         has_windows = self.layers.window is not None
@@ -189,14 +202,16 @@ class TurnManager:
         if changed:
             self.lay_out(self.layers.config)
         self._root = identity.root
+        self._book = self.store.costs(identity.root, machine_name(model.device))
         cold = why_cold(prompt, request, self.layers)
         if cold is not None:
             return self._start(request, self._cold_turn(prompt, identity, request, cold))
+        book = self._book if self.weighs else None
         while True:
             turn = planned_turn(
-                model, prompt, identity, request, self._resident_now(), self.layers, self.store, self.costs
+                model, prompt, identity, request, self._resident_now(), self.layers, self.store, self.costs, book
             )
-            turn.match_seconds = time.perf_counter() - started
+            turn.match_seconds = time.perf_counter() - self._began
             if changed and turn.prefix is None:
                 turn.reason = "the model is not the one that filled this cache"
             try:
@@ -233,8 +248,7 @@ class TurnManager:
         needed = request.prompt.needed if request.prompt is not None else 0
         if needed > turn.reused_columns:
             reason = turn.reason or "the turn would begin before the last of it entered"
-            if turn.prefix is not None:
-                turn.prefix.close()
+            turn.let_go()
             if request.inputs is not None:
                 raise media_error(request.missing, reason)
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
@@ -246,6 +260,8 @@ class TurnManager:
             self.lay_out(self.layers.config)
         else:
             start_load(turn.prefix, columns, self.layers, self._checkpoints)
+        if turn.prompt is not None:
+            turn.clock = TurnClock(self._began, columns, len(turn.prompt.rows) * request.repeats)
         self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
         turn.is_strict = self._is_strict
         self.turn = turn
@@ -273,6 +289,27 @@ class TurnManager:
     def prefill_chunks(self) -> Sequence[tuple[int, int]]:
         """Return the columns ``(begin, end)`` of each chunk to be fed, in order, before the rest of the prompt."""
         return self.turn.prefill.chunks if self.turn is not None else ()
+
+    def next_chunk(self, model: PreTrainedModel, request: GenerateRequest) -> tuple[int, int] | None:
+        """Return the columns ``(begin, end)`` to feed next, while the end of the prefix loads; None when it is there.
+
+        Raises:
+            BlockError: the blocks do not fit the layers; later lookups skip them.
+        """
+        turn = self.turn
+        if turn is None or turn.meeting is None or turn.meeting.joined is not None:
+            return None
+        column = self.layers.columns
+        end = turn.meeting.next_chunk(column)
+        if end is not None:
+            return column, end
+        prefix = join(model, request, turn, self.layers, self.costs)
+        if prefix is not None:
+            assert turn.prompt is not None
+            start_load(prefix, turn.prompt.columns, self.layers, self._checkpoints)
+            turn.joined(prefix)
+        self.last_turn = turn.report()
+        return None
 
     def prefilled(self, column: int) -> None:
         """Note that completed forward passes have fed the model exactly the first ``column`` columns."""
@@ -319,6 +356,7 @@ class TurnManager:
                 turn.custom, sequences = True, None  # only a trace can still show the tokens fed
             if sequences is not None:
                 generated = turn.generated(sequences, eos_ids)
+                self._note_costs(turn)
             named = turn.named(generated, self.layers.row_count, self.layers.common_columns, list(eos_ids))
             serving = is_serving(self)
             ended = whole and serving  # in a custom loop, the last pass may have been interrupted
@@ -339,11 +377,20 @@ class TurnManager:
             self.lay_out(self.layers.config)
         finally:
             self.layers.keep_dropped(None)
-            if turn.prefix is not None:
-                turn.prefix.close()
+            turn.let_go()
         report = turn.report(generated)
         self.last_turn = self.layers.offload.account(report) if self.layers.offload is not None else report
         return self.last_turn
+
+    def _note_costs(self, turn: Turn) -> None:
+        """Note what the passes and loads of a turn took; in custom loops, a pass may have waited for the caller."""
+        if turn.clock is None or self._book is None or turn.identity is None:
+            return
+        turn.clock.end_pass(turn.waited_seconds)
+        if not turn.is_strict:
+            return
+        token_bytes = sum(layer.memory.spec.token_bytes for layer in self.layers.attention if layer.memory is not None)
+        note_costs(self._book, turn, token_bytes)
 
     def abort(self) -> None:
         """End an interrupted turn: keep the part of its prompt that every layer has."""
@@ -361,8 +408,8 @@ class TurnManager:
 
     def _end_turn(self) -> None:
         turn, self.turn = self.turn, None
-        if turn is not None and turn.prefix is not None:
-            turn.prefix.close()
+        if turn is not None:
+            turn.let_go()
 
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
         """Copy the content and the running turn to ``twin``, the manager of a second cache."""
@@ -379,7 +426,7 @@ class TurnManager:
         if self._resident is not None and self._resident.is_in(self.layers):
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
-        twin.costs = self.costs
+        twin.costs, twin.weighs, twin._book = self.costs, self.weighs, self._book
 
     def close(self) -> None:
         """Drop the turn and release the buffers."""

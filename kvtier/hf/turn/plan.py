@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,6 +10,7 @@ from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.loads.prefix_load import RowPlan
 from kvtier.hf.turn.candidates import Candidates, RowCandidates
 from kvtier.hf.turn.cost import Costs
+from kvtier.hf.turn.decision import COMPUTE, HELD, LOAD, Decision, Estimates, StoredRange, decide
 from kvtier.hf.turn.windows import first_column
 from kvtier.store.chain import BlockId
 from kvtier.store.lookup import PrefixMatch, Span
@@ -23,11 +24,26 @@ class Abilities:
         states: whether the model can continue only from columns with known states.
         token_by_token: whether the model can continue by only one token at a time.
         may_feed: whether chunks can be fed before ``generate`` feeds the rest.
+        may_split: whether chunks can be fed while what follows them loads.
     """
 
     states: bool = False
     token_by_token: bool = False
     may_feed: bool = False
+    may_split: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """What a plan weighs a load by.
+
+    Attributes:
+        estimates: what computing and loading are expected to cost.
+        tiers: where each block would be read from, by key.
+    """
+
+    estimates: Estimates
+    tiers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +100,8 @@ class TurnPlan:
         candidates: the known prefixes of the prompt.
         prefill: chunks and checkpoint columns of the rest.
         reason: why no more tokens are reused.
+        decision: how the turn begins, and what that is expected to take.
+        held: the reused columns that are on the device already.
     """
 
     columns: int
@@ -95,6 +113,8 @@ class TurnPlan:
     candidates: Candidates
     prefill: Prefill
     reason: str | None
+    decision: Decision
+    held: int = 0
 
     @property
     def needs_store(self) -> bool:
@@ -102,10 +122,12 @@ class TurnPlan:
         return bool(self.checkpoints) or any(self.spans) or any(self.windows)
 
 
-def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs) -> TurnPlan:
-    """Return the plan that reuses the most of ``prompt``, from the buffers first.
+def plan(
+    prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Costs, weighing: Weighing | None = None
+) -> TurnPlan:
+    """Return the plan that is expected to have ``prompt`` computed soonest; without ``weighing``, to reuse the most.
 
-    It never reuses the whole prompt: the model must be fed at least one token.
+    What the buffers hold comes first. The whole prompt is never reused: the model must be fed at least one token.
     """
     rows = _row_plans(prompt, candidates)
     columns, checkpoints = candidates.columns, tuple[BlockId, ...]()
@@ -120,6 +142,13 @@ def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Co
         if not (abilities.may_feed and alone <= columns):
             columns, checkpoints = 0, ()
             reason = "this model takes what follows a prefix token by token, which would take longer"
+    held = _held_columns(prompt, candidates, rows, columns, abilities, in_place=not checkpoints)
+    decision = Decision(LOAD if columns > held else HELD if columns else COMPUTE, columns)
+    if weighing is not None and columns:
+        decision = _weighed(prompt, candidates, rows, columns, held, abilities, costs, weighing)
+        if decision.columns != columns:
+            columns, checkpoints = decision.columns, ()
+            reason = _why_computed(decision)
     rows = tuple(_with_window(row, found, columns) for row, found in zip(rows, candidates.rows, strict=True))
     spans = tuple(
         found.match.between(row.device_tokens, columns - row.pad) if columns else ()
@@ -139,7 +168,65 @@ def plan(prompt: Prompt, candidates: Candidates, abilities: Abilities, costs: Co
         candidates,
         plan_prefill(prompt, columns, candidates.known_columns, abilities, costs) if abilities.states else NO_PREFILL,
         reason,
+        decision,
+        held,
     )
+
+
+def _held_columns(
+    prompt: Prompt,
+    candidates: Candidates,
+    rows: Sequence[RowPlan],
+    columns: int,
+    abilities: Abilities,
+    *,
+    in_place: bool,
+) -> int:
+    """Return up to which column the turn could begin with what the buffers hold, of the ``columns`` that are known."""
+    held = min(columns, prompt.cut(min(row.pad + row.device_tokens for row in rows)))
+    if abilities.states:
+        held = columns if in_place and held == columns else 0
+    for row, found in zip(rows, candidates.rows, strict=True):
+        known, tokens = found.known_windows, held - row.pad
+        if known is not None and tokens > 0 and not (known.from_held(tokens) and tokens <= known.held[1]):
+            held = 0
+    return held if any(held > row.pad for row in rows) else 0
+
+
+def _weighed(
+    prompt: Prompt,
+    candidates: Candidates,
+    rows: Sequence[RowPlan],
+    columns: int,
+    held: int,
+    abilities: Abilities,
+    costs: Costs,
+    weighing: Weighing,
+) -> Decision:
+    """Return how much of the known ``columns`` is loaded, if what is ``held`` suffices otherwise."""
+    stored = tuple(
+        StoredRange(weighing.tiers.get(span.block.key, "disk"), row.pad + span.start, row.pad + span.stop)
+        for row, found in zip(rows, candidates.rows, strict=True)
+        for span in found.match.between(row.device_tokens, columns - row.pad)
+    )
+    cuts = {columns}
+    if not abilities.states and candidates.window is None:  # those go on at some columns only
+        cuts |= {
+            prompt.last_admitted(a.end) for a, b in pairwise(stored) if a.tier != b.tier and held < a.end < columns
+        }
+    splits = abilities.may_split and candidates.window is None and not prompt.is_padded
+    return decide(
+        prompt.columns, held, sorted(cuts), stored, weighing.estimates, costs, may_split=splits and len(stored) > 0
+    )
+
+
+def _why_computed(decision: Decision) -> str:
+    """Return why known columns are computed again."""
+    soonest = f"{decision.seconds:.2g} s" if decision.seconds is not None else "less"
+    loading = decision.others.get(LOAD)
+    if decision.way == COMPUTE and loading is not None:
+        return f"computing is expected to take {soonest}, loading what is known and computing the rest {loading:.2g} s"
+    return f"loading more than {decision.columns} columns is expected to take longer than to compute them"
 
 
 def _with_window(row: RowPlan, found: RowCandidates, columns: int) -> RowPlan:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvtier.costs.book import CostBook
 from kvtier.errors import BlockError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.model_profiles import profile_of, why_not_so, why_off
@@ -18,18 +19,22 @@ from kvtier.hf.layers.attention import SlidingWindowLayer
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.dropped import DroppedColumns
 from kvtier.hf.layers.loads.offloaded_load import OffloadedPrefixLoad
-from kvtier.hf.layers.loads.prefix_load import PrefixLoad
+from kvtier.hf.layers.loads.prefix_load import PrefixLoad, RowPlan
 from kvtier.hf.layers.loads.staged_load import StagedPrefixLoad
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
-from kvtier.hf.turn.candidates import find_candidates
+from kvtier.hf.turn.candidates import Candidates, find_candidates
 from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.plan import Abilities, plan
+from kvtier.hf.turn.decision import BOTH, LOAD
+from kvtier.hf.turn.estimates import estimates_for
+from kvtier.hf.turn.meeting import Meeting
+from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.hf.turn.windows import wanted_columns
 from kvtier.store import PrefixStore
+from kvtier.store.load import LoadJob
 from kvtier.transfer import CopyEngine
 
 
@@ -87,33 +92,114 @@ def planned_turn(
     layers: LayerContainer,
     store: PrefixStore,
     costs: Costs,
+    book: CostBook | None,
 ) -> Turn:
-    """Return the turn that reuses the longest known prefix that can be opened now."""
+    """Return the turn that begins with what is known, as soon as its prompt is expected to be computed.
+
+    It reuses the longest known prefix that can be opened now; with a ``book`` of costs only what pays.
+    """
     profile, states = profile_of(model), bool(layers.states)
-    abilities = Abilities(states, profile.token_by_token, request.feeds and request.repeats == 1 and prompt.plain)
+    feeds = request.feeds and request.repeats == 1 and prompt.plain
+    splits = feeds and not states and not request.watched and request.ids is not None
+    abilities = Abilities(states, profile.token_by_token, feeds, splits)
+    rows = len(prompt.rows) * request.repeats
     while True:
         candidates = find_candidates(prompt, identity.root, resident, store, states=states, window=layers.window)
-        planned = plan(prompt, candidates, abilities, costs)
+        weighing = _weighing(model, candidates, store, book, rows) if book is not None else None
+        planned = plan(prompt, candidates, abilities, costs, weighing)
         try:
             job = store.restore(planned.spans, planned.checkpoints, planned.windows) if planned.needs_store else None
         except BlockError:
             continue  # later lookups skip the failed blocks
         break
-    prefix = None
-    if planned.columns:
-        kind: Callable[..., PrefixLoad] = PrefixLoad
-        if layers.offload is not None:
-            kind = partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
-        elif (engine := _engine(model, layers)) is not None:
-            kind = partial(StagedPrefixLoad, engine, layers.room)
-        prefix = kind(planned.columns, planned.first, planned.rows, job, len(resident.rows) if resident else 0)
-        prefix.repeats, prefix.device = request.repeats, model.device
-        prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
-    turn = Turn.planned(prompt, identity, prefix, planned, job)
+    held_rows = len(resident.rows) if resident else 0
+    if planned.decision.way == BOTH and job is not None and weighing is not None:
+        turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs)
+        if planned.held:
+            turn.prefix = _prefix(model, request, layers, costs, planned.held, 0, planned.rows, None, held_rows)
+    else:
+        prefix = None
+        if planned.columns:
+            prefix = _prefix(
+                model, request, layers, costs, planned.columns, planned.first, planned.rows, job, held_rows
+            )
+        turn = Turn.planned(prompt, identity, prefix, planned, job)
     turn.keeps_answer_states = not (states and profile.decodes_otherwise)
     if request.watched and prompt.plain:
         turn.trace = TokenTrace(prompt, planned.columns)
     return turn
+
+
+def _prefix(
+    model: PreTrainedModel,
+    request: GenerateRequest,
+    layers: LayerContainer,
+    costs: Costs,
+    columns: int,
+    first: int,
+    rows: Sequence[RowPlan],
+    job: LoadJob | None,
+    held_rows: int,
+) -> PrefixLoad:
+    kind: Callable[..., PrefixLoad] = PrefixLoad
+    if layers.offload is not None:
+        kind = partial(OffloadedPrefixLoad, layers.offload, None if is_spread(model) else model.device)
+    elif (engine := _engine(model, layers)) is not None:
+        kind = partial(StagedPrefixLoad, engine, layers.room)
+    prefix = kind(columns, first, rows, job, held_rows)
+    prefix.repeats, prefix.device = request.repeats, model.device
+    prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
+    return prefix
+
+
+def _weighing(
+    model: PreTrainedModel, candidates: Candidates, store: PrefixStore, book: CostBook, rows: int
+) -> Weighing | None:
+    """Return what the stored part of the candidates is weighed by; None where nothing is stored, or known of costs."""
+    spans = [
+        span
+        for found in candidates.rows
+        for span in (*found.match.spans, *found.windows)
+        if span.stop > found.device_tokens
+    ]
+    if not spans:
+        return None
+    tiers = store.where(spans)
+    estimates = estimates_for(model, book, {*tiers.values(), "disk"}, rows)
+    return Weighing(estimates, tiers) if estimates is not None else None
+
+
+def _fronted_turn(
+    prompt: Prompt,
+    identity: Identity,
+    planned: TurnPlan,
+    job: LoadJob,
+    store: PrefixStore,
+    weighing: Weighing,
+    costs: Costs,
+) -> Turn:
+    """Return a turn that computes the front of a prefix while its end loads from the back."""
+    turn = Turn.planned(prompt, identity, None, planned, None)
+    seconds = planned.decision.others.get(LOAD, 0.0)
+    turn.meeting = Meeting(
+        store.fetch_from_the_back(job), planned.held, planned.columns, weighing.estimates, seconds, costs
+    )
+    return turn
+
+
+def join(
+    model: PreTrainedModel, request: GenerateRequest, turn: Turn, layers: LayerContainer, costs: Costs
+) -> PrefixLoad | None:
+    """End the meeting of ``turn``; return the load of what was not computed, None where nothing is left of it."""
+    assert turn.meeting is not None
+    assert turn.prompt is not None
+    assert turn.plan is not None
+    column = layers.columns
+    job = turn.meeting.join(column)
+    if job is None:
+        return None
+    rows = [RowPlan(0, row, 0, column, len(tokens)) for row, tokens in enumerate(turn.prompt.rows)]
+    return _prefix(model, request, layers, costs, turn.plan.columns, 0, rows, job, len(rows))
 
 
 def _engine(model: PreTrainedModel, layers: LayerContainer) -> CopyEngine | None:

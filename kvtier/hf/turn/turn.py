@@ -16,11 +16,15 @@ from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.layers.loads.prefix_load import PrefixLoad
+from kvtier.hf.turn.clock import TurnClock
+from kvtier.hf.turn.decision import COMPUTE, Decision
+from kvtier.hf.turn.meeting import Meeting
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
 from kvtier.store.load import LoadJob
+from kvtier.store.lookup import Span
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +48,8 @@ class Turn:
         match_seconds: time spent finding the prefix.
         plan: the plan of the turn; None when nothing of it was looked up.
         cached_by_tier: tokens of the prefix by source tier.
+        clock: the times of the turn's forward passes.
+        meeting: computes the front of the prefix while its end loads; None where it does not.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
 
@@ -63,6 +69,8 @@ class Turn:
     match_seconds: float = 0.0
     plan: TurnPlan | None = None
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    clock: TurnClock | None = None
+    meeting: Meeting | None = None
     keeps_answer_states: bool = True
 
     @classmethod
@@ -79,9 +87,7 @@ class Turn:
         if prefix is not None:
             by_tier["device"] = sum(min(row.device_tokens, max(0, plan.columns - row.pad)) for row in plan.rows)
         if job is not None:
-            for span in (span for spans in plan.spans for span in spans):
-                tier = job.tier(span.block.key)
-                by_tier[tier] = by_tier.get(tier, 0) + span.tokens
+            by_tier |= tokens_by_tier(job, plan.spans)
         return cls(prompt, identity, prefix, plan.reason, plan=plan, cached_by_tier=by_tier)
 
     @property
@@ -98,7 +104,29 @@ class Turn:
         prefix = copy.deepcopy(self.prefix, memo) if memo is not None else self.prefix
         row_of = list(self.row_of) if self.row_of is not None else None
         trace, ends = copy.deepcopy(self.trace), dict(self.ends)
-        return replace(self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False)
+        meeting = self.meeting if self.meeting is not None and self.meeting.joined is not None else None
+        return replace(
+            self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False, clock=None, meeting=meeting
+        )
+
+    def joined(self, prefix: PrefixLoad) -> None:
+        """Go on with ``prefix``, the load of what was not computed while it came."""
+        self.prefix = prefix
+        self.ends = {layer: (prefix.columns, last_pass) for layer, (_, last_pass) in self.ends.items()}
+        if self.plan is not None and self.meeting is not None and prefix.job is not None:
+            begin = self.meeting.joined or 0
+            rows = [
+                [part for span in spans if (part := span.from_token(begin)) is not None] for spans in self.plan.spans
+            ]
+            held = {"device": self.meeting.begin * len(rows)}
+            self.cached_by_tier = held | tokens_by_tier(prefix.job, rows)
+
+    def let_go(self) -> None:
+        """Stop loading. May be called more than once."""
+        if self.prefix is not None:
+            self.prefix.close()
+        if self.meeting is not None:
+            self.meeting.close()
 
     def rows_moved(self, rows: torch.Tensor, held_rows: int) -> None:
         """Note that cache row ``i`` is the former row ``rows[i]``: generated tokens have no known row from now on."""
@@ -125,6 +153,8 @@ class Turn:
             self._changed(layer, begin, expected)
         if not ends or layer == next(iter(ends)):  # the first layer: another forward pass
             self.passes += 1
+            if self.clock is not None:
+                self.clock.begin_pass(begin, columns, self.waited_seconds)
         elif last_pass != self.passes - 1:  # an interrupted pass skipped this layer; later passes saw its leftovers
             self.intact = min(self.intact, begin)
         ends[layer] = begin + columns, self.passes
@@ -134,6 +164,11 @@ class Turn:
                 self.intact = min(self.intact, self.cropped_to)
         if self.trace is not None:
             self.trace.appended(begin, columns)
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the turn has waited for pages, and copied them, inside forward passes."""
+        return self.prefix.seconds if self.prefix is not None else 0.0
 
     @property
     def reused_columns(self) -> int:
@@ -239,6 +274,12 @@ class Turn:
             "tokens of other rows are computed again"
         )
 
+    @property
+    def fronted(self) -> int:
+        """Columns of the prefix that were computed while the rest loaded."""
+        meeting = self.meeting
+        return meeting.joined - meeting.begin if meeting is not None and meeting.joined is not None else 0
+
     def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
         """Return the report of the turn; ``generated`` are the new tokens of each returned sequence."""
         if self.prompt is None:
@@ -247,10 +288,11 @@ class Turn:
         repeats = max(1, len(generated) // len(self.prompt.rows))
         found = self.plan.candidates if self.plan is not None else None
         for r, (tokens, pad) in enumerate(zip(self.prompt.rows, self.prompt.pads, strict=True)):
-            cached = min(len(tokens), max(0, self.reused_columns - pad))
+            cached = min(len(tokens), max(0, self.reused_columns - pad)) - self.fronted
             made = sum(map(len, generated[r * repeats : (r + 1) * repeats]))
             divergence, known = (found.divergence(r, tokens), found.known[r]) if found is not None else (None, 0)
             rows.append(RowReport(len(tokens), cached, made, divergence, known))
+        decision = self.plan.decision if self.plan is not None else Decision(COMPUTE, 0)
         prompt_tokens, cached_tokens = sum(r.prompt_tokens for r in rows), sum(r.cached_tokens for r in rows)
         return TurnReport(
             prompt_tokens=prompt_tokens,
@@ -264,7 +306,21 @@ class Turn:
             divergence=rows[0].divergence,
             rows=tuple(rows),
             known_tokens=sum(r.known_tokens for r in rows),
+            decision=decision.way,
+            predicted_seconds=decision.seconds or 0.0,
+            actual_seconds=self.clock.prompt_seconds if self.clock is not None else 0.0,
+            first_token_seconds=self.clock.first_token_seconds if self.clock is not None else 0.0,
+            other_ways=decision.others,
         )
+
+
+def tokens_by_tier(job: LoadJob, rows: Iterable[Iterable[Span]]) -> dict[str, int]:
+    """Return the number of tokens of all ``rows`` that ``job`` loads from each tier."""
+    by_tier: dict[str, int] = {}
+    for span in (span for spans in rows for span in spans):
+        tier = job.tier(span.block.key)
+        by_tier[tier] = by_tier.get(tier, 0) + span.tokens
+    return by_tier
 
 
 def _until(ids: TokenIds, ends: Sequence[int]) -> TokenIds:

@@ -263,6 +263,29 @@ class TierStack:
         if self._disk is not None:
             self._disk.describe_root(root, manifest, anew=anew)
 
+    def costs(self, root: str) -> Mapping[str, Any]:
+        """Return what the durable tier has kept of the costs of ``root``."""
+        return self._disk.costs(root) if self._disk is not None else {}
+
+    def keep_costs(self, root: str, costs: Mapping[str, Any]) -> None:
+        """Keep the costs of ``root`` in the durable tier."""
+        if self._disk is not None:
+            self._disk.keep_costs(root, costs)
+
+    def where(self, keys: Sequence[str]) -> dict[str, str]:
+        """Return the name of the tier that each block would be read from; those that none has are left out.
+
+        Blocks of a lower tier are not looked for again: they are taken to be in the first of them.
+        """
+        found: dict[str, str] = {}
+        for tier in self.tiers:
+            left = [key for key in keys if key not in found]
+            answer = tier.presence(left).result() if left else ()
+            found.update((key, tier.name) for key, it in zip(left, answer, strict=True) if it is Presence.PRESENT)
+        if self._lower:
+            found |= {key: self._lower[0].name for key in keys if key not in found}
+        return found
+
     # --- keeping ----------------------------------------------------------------------------------------------------
 
     def put_below(self, block: Block) -> bool:

@@ -4,6 +4,7 @@ kvtier.json                                format version
 catalog.sqlite                             rows of blocks and names; can be rebuilt from the rest
 blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
 roots/<root>.json                          the description of a root
+roots/<root>.costs.json                    what computing and loading cost its model, by machine
 names/<sha256 of the name>.json            a name and its chain
 owners/<process>-<random>.lock             a living store object
 leases.lock                                leases on blocks
@@ -30,6 +31,7 @@ from kvtier.store.format.block_file import FORMAT_VERSION, BlockFile, what_faile
 
 _log = logging.getLogger("kvtier.store.disk")
 MANIFEST_BYTES = 16 * 2**20  # of the description of a root
+COSTS_BYTES = 2**20  # of what was measured with one root
 _MARKER_BYTES = 4096
 _BLOCK_SUFFIX = ".safetensors"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
@@ -130,6 +132,10 @@ class StoreFolder:
     def root(self, root: str) -> Path:
         """Return the file that describes a root."""
         return self.path / "roots" / f"{root}.json"
+
+    def costs(self, root: str) -> Path:
+        """Return the file with the costs of a root."""
+        return self.path / "roots" / f"{root}.costs.json"
 
     def name(self, name: str) -> Path:
         """Return the file of ``name``, which holds its chain."""

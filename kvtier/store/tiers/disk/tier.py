@@ -22,7 +22,7 @@ from kvtier.store.tiers.disk.catalog.ranking import Place
 from kvtier.store.tiers.disk.eviction import Eviction
 from kvtier.store.tiers.disk.failures import Failures
 from kvtier.store.tiers.disk.file_leases import FileLeases
-from kvtier.store.tiers.disk.folder import MANIFEST_BYTES, StoreFolder, read_record
+from kvtier.store.tiers.disk.folder import COSTS_BYTES, MANIFEST_BYTES, StoreFolder, read_record
 from kvtier.store.tiers.disk.owners import Owner
 from kvtier.store.tiers.disk.writes import DiskSettings, NoRoom, Writes
 from kvtier.store.tiers.leases import Leases
@@ -109,6 +109,21 @@ class DiskTier:
             except (ValueError, RecursionError) as error:
                 self.failures.warn(str(path), f"{path} is damaged ({error}); written anew")
             self.folder.write_json(path, manifest)
+        except OSError as error:
+            self._cannot_write(error)
+
+    def costs(self, root: str) -> Mapping[str, Any]:
+        """Return what was kept of the costs of ``root``; empty when there is nothing, or it cannot be read."""
+        try:
+            found = read_record(self.folder.costs(root), COSTS_BYTES)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def keep_costs(self, root: str, costs: Mapping[str, Any]) -> None:
+        """Keep the costs of ``root`` for other processes; a failure is warned about once."""
+        try:
+            self.folder.write_json(self.folder.costs(root), costs)
         except OSError as error:
             self._cannot_write(error)
 

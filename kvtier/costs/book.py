@@ -1,0 +1,164 @@
+"""CostBook: the timed passes and loads of one model on one machine, and the costs that fit them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar
+
+from kvtier.costs.prefill import PrefillCost, PrefillSample
+from kvtier.costs.transfer import TransferCost, TransferSample
+
+Sample = TypeVar("Sample", PrefillSample, TransferSample)
+_OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup does not
+_KINDS = 64  # of samples, for each cost
+_GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
+_GUESS_BELOW = TransferCost(0.05, 1e8)  # of tiers below: a network
+
+
+class CostBook:
+    """What computing and loading cost, as far as it was measured. Thread-safe.
+
+    Samples of a kind, passes of about as many tokens after about as many others, stand for each other: the last few of
+    each are kept, and the middle one of them counts.
+
+    Args:
+        lock: held to read or change it; that of several books, so that a fork can wait for all of them.
+
+    Attributes:
+        token_bytes: bytes of K and V of a token, over all layers; 0 if not known.
+        news: number of kinds and costs that were learnt since it was last saved.
+    """
+
+    def __init__(self, lock: threading.RLock | None = None) -> None:
+        self.token_bytes = 0.0
+        self.news = 0
+        self._guess: PrefillCost | None = None
+        self._passes: dict[Hashable, deque[PrefillSample]] = {}
+        self._loads: dict[str, dict[Hashable, deque[TransferSample]]] = {}
+        self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
+        self._lock = lock or threading.RLock()
+
+    def guess(self, cost: PrefillCost) -> None:
+        """Take ``cost`` for what no pass has shown."""
+        with self._lock:
+            self._guess = cost
+            self._fitted.pop(None, None)
+
+    def note_pass(self, sample: PrefillSample) -> None:
+        """Note a forward pass that was timed."""
+        if sample.tokens < 1 or not _is_positive(sample.seconds):
+            return
+        kind = (_size(sample.tokens), _size(sample.depth_tokens), _size(sample.rows))
+        with self._lock:
+            self.news += _add(self._passes, kind, sample)
+            self._fitted.pop(None, None)
+
+    def note_load(self, tier: str, sample: TransferSample) -> None:
+        """Note a load from ``tier`` that was timed."""
+        if sample.nbytes < 1 or not _is_positive(sample.seconds):
+            return
+        with self._lock:
+            self.news += _add(self._loads.setdefault(tier, {}), _size(sample.nbytes), sample)
+            self._fitted.pop(tier, None)
+
+    @property
+    def knows_passes(self) -> bool:
+        """Whether there is a cost of forward passes, measured or guessed."""
+        return bool(self._passes) or self._guess is not None
+
+    def prefill(self) -> PrefillCost | None:
+        """Return the cost of forward passes; None when none was timed, and none guessed."""
+        with self._lock:
+            found = self._fitted.get(None)
+            if found is None:
+                samples = [_middle(kind) for kind in self._passes.values()]
+                if self._guess is None and not samples:
+                    return None
+                guess = self._guess or _supposed(samples)
+                found = self._fitted[None] = guess.refined(samples)
+        assert isinstance(found, PrefillCost)
+        return found
+
+    def transfer(self, tier: str) -> TransferCost:
+        """Return the cost of loads from ``tier``: measured, else a guess."""
+        with self._lock:
+            found = self._fitted.get(tier)
+            if found is None:
+                samples = [_middle(kind) for kind in self._loads.get(tier, {}).values()]
+                found = self._fitted[tier] = _GUESSES.get(tier, _GUESS_BELOW).refined(samples)
+        assert isinstance(found, TransferCost)
+        return found
+
+    # --- to keep it -------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its samples as plain values; what is learnt from here on is news."""
+        with self._lock:
+            self.news = 0
+            return {
+                "token_bytes": self.token_bytes,
+                "passes": [
+                    [each.tokens, each.depth_tokens, each.rows, each.seconds]
+                    for kind in self._passes.values()
+                    for each in kind
+                ],
+                "loads": {
+                    tier: [[each.nbytes, each.seconds] for kind in kinds.values() for each in kind]
+                    for tier, kinds in self._loads.items()
+                },
+            }
+
+    def learn(self, values: Mapping[str, Any]) -> None:
+        """Take over the samples of another process; values that ``to_dict`` cannot have returned are left out."""
+        token_bytes = values.get("token_bytes")
+        if _is_positive(token_bytes):
+            self.token_bytes = float(token_bytes)
+        for tokens, depth, rows, seconds in _tuples(values.get("passes"), 4):
+            self.note_pass(PrefillSample(int(tokens), int(depth), float(seconds), max(1, int(rows))))
+        loads = values.get("loads")
+        for tier, samples in loads.items() if isinstance(loads, dict) else ():
+            for nbytes, seconds in _tuples(samples, 2):
+                self.note_load(str(tier), TransferSample(int(nbytes), float(seconds)))
+        self.news = 0
+
+
+def _size(count: int) -> int:
+    """Return a number that is the same for counts of about the same size."""
+    return round(2 * math.log2(count)) if count > 0 else -1
+
+
+def _add(kinds: dict[Hashable, deque[Sample]], kind: Hashable, sample: Sample) -> bool:
+    """Add a sample of a kind; return whether it is the first one."""
+    found = kinds.pop(kind, None)
+    kinds[kind] = found if found is not None else deque(maxlen=_OF_A_KIND)  # the kind noted last stands last
+    kinds[kind].append(sample)
+    if len(kinds) > _KINDS:
+        del kinds[next(iter(kinds))]
+    return found is None
+
+
+def _middle(samples: Iterable[Sample]) -> Sample:
+    ordered = sorted(samples, key=lambda each: each.seconds)
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _supposed(samples: Iterable[PrefillSample]) -> PrefillCost:
+    """Return a guess by the largest pass: mostly matrix products."""
+    largest = max(samples, key=lambda each: each.tokens * each.rows)
+    token = largest.seconds / (largest.tokens * largest.rows)
+    return PrefillCost(4 * token, token, token / 32768, token / 1024)
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _tuples(values: Any, length: int) -> Iterable[tuple[Any, ...]]:
+    """Yield what is a list of ``length`` numbers in a list."""
+    for each in values if isinstance(values, list) else ():
+        numbers = isinstance(each, list) and all(_is_positive(n) or (n == 0 and type(n) is int) for n in each)
+        if numbers and len(each) == length:
+            yield tuple(each)

@@ -1,0 +1,197 @@
+"""Whether a known prefix is loaded, computed, or both at once, by what each is expected to take. Pure functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from kvtier.costs.prefill import PrefillCost
+from kvtier.costs.transfer import TransferCost
+from kvtier.errors import ConfigurationError
+from kvtier.hf.turn.cost import Costs
+
+COMPUTE, LOAD, BOTH, HELD = "compute", "load", "both", "held"
+"""The ways to begin a turn. ``HELD``: the buffers have all that is known, and nothing is loaded."""
+
+REUSE_VARIABLE = "KVTIER_REUSE"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRange:
+    """Columns ``[begin, end)`` of one row that can be loaded from ``tier``."""
+
+    tier: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """What computing and loading are expected to cost.
+
+    Attributes:
+        prefill: of forward passes.
+        transfers: of loads, by tier.
+        token_bytes: bytes of K and V of a token, over all layers.
+        copying: of what keeps the cores busy in a load; None where copies do not use the cores that compute.
+        rows: sequences that are computed.
+    """
+
+    prefill: PrefillCost
+    transfers: Mapping[str, TransferCost]
+    token_bytes: float
+    copying: TransferCost | None = None
+    rows: int = 1
+
+    def compute_seconds(self, begin: int, end: int) -> float:
+        """Return the seconds to compute the columns ``[begin, end)`` in one pass."""
+        return self.prefill.seconds(end - begin, begin, self.rows)
+
+    def load_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
+        """Return the seconds to load what is stored of the columns ``[begin, end)``, one tier after the other."""
+        tokens = _tokens_by_tier(stored, begin, end)
+        return sum(self.transfers[tier].seconds(int(n * self.token_bytes)) for tier, n in tokens.items())
+
+    def busy_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
+        """Return for how many of these seconds the cores that compute are busy with it."""
+        if self.copying is None:
+            return 0.0
+        tokens = sum(_tokens_by_tier(stored, begin, end).values())
+        return min(self.copying.seconds(int(tokens * self.token_bytes)), self.load_seconds(stored, begin, end))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a turn begins.
+
+    Attributes:
+        way: ``"compute"``, ``"load"``, ``"both"`` or ``"held"``.
+        columns: columns of the prompt that are reused, those included that ``both`` computes beside the load.
+        meeting: the column where computing is expected to meet what was loaded from the back; ``both`` alone has one.
+        seconds: until the prompt is computed, as expected; None where nothing is known of its cost.
+        others: the same for the other ways, by name.
+    """
+
+    way: str
+    columns: int
+    meeting: int = 0
+    seconds: float | None = None
+    others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def is_weighed(reuse: object) -> bool:
+    """Return whether known prefixes are loaded only where that pays, by the argument ``reuse``.
+
+    Raises:
+        ConfigurationError: it is neither "auto" nor "always".
+    """
+    asked = os.environ.get(REUSE_VARIABLE, "auto") if reuse is None else reuse
+    if asked not in ("auto", "always"):
+        said = (
+            f"reuse={reuse!r:.80}" if reuse is not None else f"the environment variable {REUSE_VARIABLE}={asked!r:.80}"
+        )
+        raise ConfigurationError(f"{said} is unknown; pass 'auto' or 'always'.")
+    return asked == "auto"
+
+
+def decide(
+    end: int,
+    held: int,
+    cuts: Sequence[int],
+    stored: Sequence[StoredRange],
+    estimates: Estimates,
+    costs: Costs,
+    *,
+    may_split: bool,
+) -> Decision:
+    """Return the way that is expected to have a prompt computed soonest.
+
+    Computing the front while the rest loads from the back is the way of Cake (Jin et al., arXiv 2410.03065). Near-ties
+    go to loading: it leaves the cores to others.
+
+    Args:
+        end: columns of the prompt.
+        held: the columns, from the first on, that are on the device already.
+        cuts: more columns up to which a prefix can be reused, in order.
+        stored: what can be loaded.
+        estimates: what it costs.
+        costs: how much sooner another way must be.
+        may_split: whether the front can be computed before the rest is there.
+    """
+    computing = estimates.compute_seconds(held, end)
+    if not cuts or cuts[-1] <= held:
+        return Decision(HELD if held else COMPUTE, held, seconds=computing)
+    loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
+    longest = cuts[-1]
+    load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
+    ways = {COMPUTE: computing, LOAD: loads[load_to]}
+    meeting = 0
+    if may_split:
+        meeting = meeting_column(held, longest, stored, estimates)
+        ways[BOTH] = _together(end, held, longest, meeting, stored, estimates)
+    way = COMPUTE if computing < costs.other_way_share * ways[LOAD] else LOAD
+    if BOTH in ways and ways[BOTH] < costs.both_share * ways[way]:
+        way = BOTH
+    others = MappingProxyType({name: seconds for name, seconds in ways.items() if name != way})
+    columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
+    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], others)
+
+
+def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:
+    return estimates.load_seconds(stored, held, cut) + estimates.compute_seconds(cut, end)
+
+
+def _together(
+    end: int, held: int, cut: int, meeting: int, stored: Sequence[StoredRange], estimates: Estimates
+) -> float:
+    front = estimates.compute_seconds(held, meeting) + estimates.busy_seconds(stored, meeting, cut)
+    return max(front, estimates.load_seconds(stored, meeting, cut)) + estimates.compute_seconds(cut, end)
+
+
+def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> int:
+    """Return the column up to which computing takes as long as loading what follows, between ``held`` and ``cut``."""
+    low, high = held, cut
+    while low < high:  # computing takes longer with each column, loading the rest less long
+        middle = (low + high) // 2
+        front = estimates.compute_seconds(held, middle) + estimates.busy_seconds(stored, middle, cut)
+        if front < estimates.load_seconds(stored, middle, cut):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def next_chunk(begin: int, arrived: int, columns_per_second: float, estimates: Estimates, costs: Costs) -> int:
+    """Return the column up to which to compute next, while the columns before ``arrived`` still load from the back.
+
+    The chunk takes about as long as the rest takes to arrive. ``begin`` when it is better to wait: what is missing
+    arrives sooner than a small chunk is computed.
+    """
+    missing = arrived - begin
+    if missing <= 0:
+        return begin
+    if columns_per_second <= 0:
+        return begin + min(missing, costs.longest_chunk_tokens)
+    low, high = 0, min(missing, costs.longest_chunk_tokens)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimates.compute_seconds(begin, begin + middle) <= (missing - middle) / columns_per_second:
+            low = middle
+        else:
+            high = middle - 1
+    if low >= min(missing, costs.shortest_chunk_tokens):
+        return begin + low
+    short = min(missing, costs.shortest_chunk_tokens)
+    waits = missing / columns_per_second <= estimates.compute_seconds(begin, begin + short)
+    return begin if waits else begin + short
+
+
+def _tokens_by_tier(stored: Sequence[StoredRange], begin: int, end: int) -> dict[str, int]:
+    tokens: dict[str, int] = {}
+    for each in stored:
+        inside = min(each.end, end) - max(each.begin, begin)
+        if inside > 0:
+            tokens[each.tier] = tokens.get(each.tier, 0) + inside
+    return tokens

@@ -1,0 +1,103 @@
+"""Estimates for a turn: from the cost book of its model on this machine, or from a probe where it is empty."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtier.costs.book import CostBook
+from kvtier.costs.prefill import PrefillCost, first_guess
+from kvtier.hf.turn.decision import Estimates
+from kvtier.hf.turn.turn import Turn
+
+_PROBE_TOKENS = 128
+
+
+def machine_name(device: torch.device) -> str:
+    """Return a name of what computes on ``device`` here; costs are those of machines with the same name."""
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    try:
+        module = torch.get_device_module(device)
+        return f"{device.type}, {module.get_device_name(device)}"
+    except (AttributeError, RuntimeError):  # a backend without names
+        return device.type
+
+
+def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows: int) -> Estimates | None:
+    """Return what a turn of ``rows`` sequences is expected to cost; None where too little is known to weigh it.
+
+    Where no pass of the model was ever timed on this machine, its weights are counted and a matrix product is timed.
+    """
+    if not book.knows_passes and (guess := probed_cost(model, book.token_bytes)) is not None:
+        book.guess(guess)
+    prefill = book.prefill()
+    if prefill is None or not book.token_bytes:
+        return None
+    shares_cores = model.device.type == "cpu"
+    return Estimates(
+        prefill,
+        {tier: book.transfer(tier) for tier in tiers},
+        book.token_bytes,
+        book.transfer("host") if shares_cores else None,
+        rows,
+    )
+
+
+def note_costs(book: CostBook, turn: Turn, token_bytes: int) -> None:
+    """Note in ``book`` what the passes and loads of ``turn`` took; ``token_bytes`` are those of K and V."""
+    if token_bytes and token_bytes != book.token_bytes:
+        book.token_bytes = float(token_bytes)
+        book.news += 1
+    if turn.meeting is not None:  # passes and loads were in each other's way
+        loads = turn.meeting.fetch.samples()
+    else:
+        for sample in turn.clock.samples() if turn.clock is not None else ():
+            book.note_pass(sample)
+        job = turn.prefix.job if turn.prefix is not None else None
+        loads = job.samples() if job is not None else {}
+    for tier, load in loads.items():
+        book.note_load(tier, load)
+
+
+def probed_cost(model: PreTrainedModel, token_bytes: float) -> PrefillCost | None:
+    """Return a first guess of the cost of passes of ``model``; None where its weights tell nothing.
+
+    ``token_bytes`` are those of K and V of a token; 0 if not known.
+
+    Two products with its largest matrix are timed: with many rows, which operations bound, and with one, which reading
+    the weights bounds. That takes some milliseconds.
+    """
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2 and weight.is_floating_point()]
+    inner = [weight for weight in matrices if max(weight.shape) <= 16 * min(weight.shape)]  # no table of embeddings
+    if not inner or any(weight.device.type == "meta" for weight in matrices):
+        return None
+    largest = max(inner, key=torch.Tensor.numel)
+    with torch.no_grad():
+        many = _seconds(largest, _PROBE_TOKENS)
+        single = _seconds(largest, 1)
+    weights = sum(weight.numel() for weight in inner)
+    text = model.config.get_text_config(decoder=True)
+    layers, width = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
+    return first_guess(
+        sum(weight.nbytes for weight in inner),
+        token_bytes or 4.0 * layers * width,
+        2.0 * weights,
+        4.0 * layers * width,
+        operations_per_second=2.0 * largest.numel() * _PROBE_TOKENS / many,
+        bytes_per_second=largest.nbytes / single,
+    )
+
+
+def _seconds(weight: torch.Tensor, rows: int) -> float:
+    """Return the least seconds of a few products of ``rows`` rows with ``weight [out, in]``."""
+    inputs = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        (inputs @ weight.T)[0, 0].item()  # waits for a device that computes asynchronously
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,160 @@
+"""BackFetch: reads the blocks of a load into memory from the last to the first, while a model computes the front."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+
+from kvtier.costs.transfer import TransferSample
+from kvtier.errors import BlockError
+from kvtier.kv.page import Page, PageView
+from kvtier.store.block import BlockReader
+from kvtier.store.load import LoadJob
+from kvtier.transfer import Readers
+
+
+class FetchedBlock:
+    """A block whose pages are in memory: all of them were read from ``reader``, and checked."""
+
+    is_plain = True
+
+    def __init__(self, reader: BlockReader) -> None:
+        self.id, self.tier, self.spec = reader.id, reader.tier, reader.spec
+        self._reader = reader
+        self._pages = [reader.page(layer) if spec.token_bytes else None for layer, spec in enumerate(self.spec.layers)]
+
+    def page(self, layer: int) -> Page:
+        """Return the page of ``layer``."""
+        page = self._pages[layer]
+        if page is None:
+            raise BlockError(f"block {self.id.key[:12]} has no bytes of layer {layer}")
+        return page
+
+    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
+        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
+        view.take(self.page(layer), first, last)
+
+    def states(self) -> torch.Tensor | None:
+        """Return the states of a checkpoint."""
+        return self._reader.states()
+
+    def detach(self) -> None:
+        """Hold no memory for the reader below; the pages stay."""
+        self._reader.detach()
+
+    def close(self) -> None:
+        """Release the pages and the lease."""
+        self._pages = []
+        self._reader.close()
+
+
+class BackFetch:
+    """Reads the blocks of ``job`` into memory, the last ones first. The caller waits for as long as it likes.
+
+    A block that cannot be read, or has not come, is left out of the load, and so is all that stands before it.
+
+    Args:
+        job: the load; it must not have been started.
+        reading: threads that read.
+    """
+
+    def __init__(self, job: LoadJob, reading: Readers) -> None:
+        self.job = job
+        self._began = time.perf_counter()
+        self._spans = job.spans_from_the_back()
+        self._fetched: dict[str, FetchedBlock] = {}
+        self._failed: dict[str, BlockError] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._last_at = self._began
+        self._tasks: dict[str, Future[None]] = {
+            key: reading.submit(partial(self._fetch, key))
+            for key in dict.fromkeys(span.block.key for span in self._spans)
+        }
+
+    def _fetch(self, key: str) -> None:
+        block, failed = None, None
+        try:
+            block = FetchedBlock(self.job.reader(key))
+        except BlockError as error:
+            failed = error
+        with self._changed:
+            self._last_at = time.perf_counter()
+            if failed is not None:
+                self._failed[key] = failed
+            elif block is not None and not self._stopped:
+                self._fetched[key] = block
+            self._changed.notify_all()
+
+    @property
+    def arrived(self) -> int:
+        """The first token from which on everything has arrived; the end of the load when nothing has."""
+        with self._changed:
+            return self._arrived()
+
+    def _arrived(self) -> int:
+        begin = self._spans[0].stop if self._spans else 0
+        for span in self._spans:
+            if span.block.key not in self._fetched:
+                return max(begin, span.stop)
+            begin = min(begin, span.start)
+        return begin
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the arrival of the last block so far."""
+        return self._last_at - self._began
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._began
+
+    def samples(self) -> Mapping[str, TransferSample]:
+        """Return by tier how many bytes have arrived, and how long that took."""
+        with self._changed:
+            nbytes = Counter[str]()
+            for block in self._fetched.values():
+                nbytes[block.tier] += len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
+        total = sum(nbytes.values())
+        return {tier: TransferSample(n, self.seconds * n / total) for tier, n in nbytes.items()}
+
+    def wait(self, token: int, seconds: float) -> None:
+        """Wait until everything from ``token`` on has arrived, or nothing more will; ``seconds`` at most."""
+        until = time.perf_counter() + seconds
+        with self._changed:
+            while self._arrived() > token and not self._is_stuck():
+                left = until - time.perf_counter()
+                if left <= 0:
+                    return
+                self._changed.wait(left)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the block that is needed next cannot be read."""
+        with self._changed:
+            return self._is_stuck()
+
+    def _is_stuck(self) -> bool:
+        keys = (span.block.key for span in self._spans)
+        return next((key for key in keys if key not in self._fetched), None) in self._failed
+
+    def stop(self, token: int) -> int:
+        """Give up what has not arrived, and what stands before ``token``. Returns the first token that is left.
+
+        From here on the job loads the rest from memory.
+        """
+        with self._changed:
+            self._stopped = True
+            for task in self._tasks.values():
+                task.cancel()
+            begin = max(token, self._arrived())
+            fetched, failed = dict(self._fetched), dict(self._failed)
+        self.job.cut(begin, fetched, failed, self._tasks)
+        return begin

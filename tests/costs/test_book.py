@@ -1,0 +1,97 @@
+"""CostBook: kinds of samples, hiccups, guesses, and what another process reads."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.costs.book import CostBook
+from kvtier.costs.prefill import PrefillCost, PrefillSample
+from kvtier.costs.transfer import TransferCost, TransferSample
+
+TRUE = PrefillCost(0.05, 2e-3, 5e-8, 1e-5)
+
+
+def seen(book, *shapes, cost=TRUE, factor=1.0):
+    for tokens, depth in shapes:
+        book.note_pass(PrefillSample(tokens, depth, factor * cost.seconds(tokens, depth)))
+    return book
+
+
+def test_a_new_book_knows_nothing_of_passes_and_guesses_loads():
+    book = CostBook()
+    assert book.prefill() is None
+    assert not book.knows_passes
+    assert (
+        book.transfer("host").seconds(10**8) < book.transfer("disk").seconds(10**8) < book.transfer("s3").seconds(10**8)
+    )
+
+
+def test_a_guess_holds_until_passes_say_otherwise():
+    book = CostBook()
+    book.guess(TRUE)
+    assert book.prefill() == TRUE
+    seen(book, (1, 0), (512, 0), (4096, 0), factor=3)
+    assert book.prefill().seconds(512) == pytest.approx(3 * TRUE.seconds(512), rel=0.1)
+
+
+def test_one_hiccup_of_a_kind_does_not_count():
+    book = seen(CostBook(), *[(512, 0)] * 3, (1, 512), (4096, 0))
+    seen(book, (512, 0), factor=50)
+    assert book.prefill().seconds(512) == pytest.approx(TRUE.seconds(512), rel=0.1)
+
+
+def test_many_steps_do_not_outweigh_a_prompt():
+    book = seen(CostBook(), (4096, 0))
+    seen(book, *[(1, n) for n in range(4096, 4400)])
+    assert book.prefill().seconds(4096) == pytest.approx(TRUE.seconds(4096), rel=0.1)
+
+
+def test_recent_loads_replace_old_ones():
+    book = CostBook()
+    for speed in [1e9] * 9 + [1e6] * 5:
+        book.note_load("disk", TransferSample(10**7, 10**7 / speed))
+    assert book.transfer("disk").seconds(10**7) == pytest.approx(10, rel=0.1)
+
+
+def test_another_process_goes_on_with_what_one_has_learnt():
+    book = seen(CostBook(), (1, 0), (700, 0), (5000, 100))
+    book.note_load("disk", TransferSample(10**7, 0.3))
+    book.token_bytes = 123.0
+    other = CostBook()
+    other.learn(json.loads(json.dumps(book.to_dict())))
+    assert other.prefill() == book.prefill()
+    assert other.transfer("disk") == book.transfer("disk")
+    assert (other.token_bytes, other.news) == (123.0, 0)
+
+
+def test_only_new_kinds_are_news():
+    book = seen(CostBook(), (512, 0), (1, 512))
+    assert book.news == 2
+    book.to_dict()
+    seen(book, (512, 0), (513, 0))
+    assert book.news == 0
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["passes", "loads", "token_bytes", "x"]), values))
+def test_what_no_book_has_written_is_left_out(damaged):
+    book = CostBook()
+    book.learn(damaged)
+    cost = book.prefill()
+    assert cost is None or cost.seconds(10) >= 0
+    assert isinstance(book.transfer("host"), TransferCost)
+
+
+def test_a_book_stays_small():
+    book = CostBook()
+    for n in range(1, 3000):
+        book.note_pass(PrefillSample(n, n * n, 1.0, n))
+    assert len(book.to_dict()["passes"]) <= 64 * 5
