@@ -6,14 +6,14 @@ import math
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 from kvtier.costs.prefill import PrefillCost, PrefillSample
 from kvtier.costs.transfer import TransferCost, TransferSample
 
-Sample = TypeVar("Sample", PrefillSample, TransferSample)
 _OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup does not
-_KINDS = 64  # of samples, for each cost
+_KINDS = 64  # of passes
+_LOADS = 24  # the latest of a tier: a link changes
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
 _GUESS_BELOW = TransferCost(0.05, 1e8)  # of tiers below: a network
 
@@ -21,15 +21,15 @@ _GUESS_BELOW = TransferCost(0.05, 1e8)  # of tiers below: a network
 class CostBook:
     """What computing and loading cost, as far as it was measured. Thread-safe.
 
-    Samples of a kind, passes of about as many tokens after about as many others, stand for each other: the last few of
-    each are kept, and the middle one of them counts.
+    Passes of a kind, of about as many tokens after about as many others, stand for each other: the last few of each are
+    kept, and the middle one of them counts. Of loads, the latest of each tier are kept.
 
     Args:
         lock: held to read or change it; that of several books, so that a fork can wait for all of them.
 
     Attributes:
         token_bytes: bytes of K and V of a token, over all layers; 0 if not known.
-        news: number of kinds and costs that were learnt since it was last saved.
+        news: number of kinds of passes, and of loads, that were noted since it was last saved.
     """
 
     def __init__(self, lock: threading.RLock | None = None) -> None:
@@ -37,7 +37,7 @@ class CostBook:
         self.news = 0
         self._guess: PrefillCost | None = None
         self._passes: dict[Hashable, deque[PrefillSample]] = {}
-        self._loads: dict[str, dict[Hashable, deque[TransferSample]]] = {}
+        self._loads: dict[str, deque[TransferSample]] = {}
         self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
         self._lock = lock or threading.RLock()
 
@@ -61,7 +61,8 @@ class CostBook:
         if sample.nbytes < 1 or not _is_positive(sample.seconds):
             return
         with self._lock:
-            self.news += _add(self._loads.setdefault(tier, {}), _size(sample.nbytes), sample)
+            self._loads.setdefault(tier, deque(maxlen=_LOADS)).append(sample)
+            self.news += 1
             self._fitted.pop(tier, None)
 
     @property
@@ -87,8 +88,8 @@ class CostBook:
         with self._lock:
             found = self._fitted.get(tier)
             if found is None:
-                samples = [_middle(kind) for kind in self._loads.get(tier, {}).values()]
-                found = self._fitted[tier] = _GUESSES.get(tier, _GUESS_BELOW).refined(samples)
+                samples = self._loads.get(tier, ())
+                found = self._fitted[tier] = _GUESSES.get(tier, _GUESS_BELOW).refined(list(samples))
         assert isinstance(found, TransferCost)
         return found
 
@@ -106,8 +107,7 @@ class CostBook:
                     for each in kind
                 ],
                 "loads": {
-                    tier: [[each.nbytes, each.seconds] for kind in kinds.values() for each in kind]
-                    for tier, kinds in self._loads.items()
+                    tier: [[each.nbytes, each.seconds] for each in samples] for tier, samples in self._loads.items()
                 },
             }
 
@@ -130,7 +130,7 @@ def _size(count: int) -> int:
     return round(2 * math.log2(count)) if count > 0 else -1
 
 
-def _add(kinds: dict[Hashable, deque[Sample]], kind: Hashable, sample: Sample) -> bool:
+def _add(kinds: dict[Hashable, deque[PrefillSample]], kind: Hashable, sample: PrefillSample) -> bool:
     """Add a sample of a kind; return whether it is the first one."""
     found = kinds.pop(kind, None)
     kinds[kind] = found if found is not None else deque(maxlen=_OF_A_KIND)  # the kind noted last stands last
@@ -140,7 +140,7 @@ def _add(kinds: dict[Hashable, deque[Sample]], kind: Hashable, sample: Sample) -
     return found is None
 
 
-def _middle(samples: Iterable[Sample]) -> Sample:
+def _middle(samples: Iterable[PrefillSample]) -> PrefillSample:
     ordered = sorted(samples, key=lambda each: each.seconds)
     return ordered[(len(ordered) - 1) // 2]
 

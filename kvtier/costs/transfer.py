@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
-from kvtier.costs.fit import fitted
+import numpy as np
+
+_AGING = 0.8  # weight of a sample beside that of the next one
+_RATIO_WEIGHT = 0.01  # of latency to bandwidth, beside the errors of the samples
+_SHORTEST_SECONDS = 1e-5  # a latency that counts as none
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,33 @@ class TransferCost:
         return self.latency_seconds + nbytes / self.bytes_per_second if nbytes > 0 else 0.0
 
     def refined(self, samples: Sequence[TransferSample]) -> TransferCost:
-        """Return the cost that fits ``samples``, and this one where they say nothing."""
-        rows = [(1.0, float(each.nbytes)) for each in samples]
-        prior = self.latency_seconds, 1 / self.bytes_per_second
-        latency, byte_seconds = fitted(rows, [each.seconds for each in samples], prior, main=1)
-        return TransferCost(latency, 1 / max(byte_seconds, 1e-12))
+        """Return the cost that fits ``samples``, the latest last, and this one where they say nothing.
+
+        A link may turn slow, or stall once: so errors count by their logarithm, which outliers do not rule, and less
+        the older a sample is. The best fit goes through two samples, or through one with the ratio of this cost.
+        """
+        known = [each for each in samples if each.nbytes > 0 and each.seconds > 0]
+        if not known:
+            return self
+        nbytes = np.array([each.nbytes for each in known], float)
+        seconds = np.array([each.seconds for each in known])
+        weights = _AGING ** np.arange(len(known))[::-1]
+        scales = seconds / (self.latency_seconds + nbytes / self.bytes_per_second)
+        fits = [(self.latency_seconds * k, k / self.bytes_per_second) for k in scales]
+        fits += [fit for i, j in combinations(range(len(known)), 2) if (fit := _through(known[i], known[j]))]
+        latencies, byte_seconds = np.array(fits).T
+        expected = latencies[:, None] + byte_seconds[:, None] * nbytes
+        errors = np.abs(np.log(expected / seconds)) @ weights / weights.sum()
+        ratios = (latencies + _SHORTEST_SECONDS) / byte_seconds
+        own_ratio = (self.latency_seconds + _SHORTEST_SECONDS) * self.bytes_per_second
+        best = int(np.argmin(errors + _RATIO_WEIGHT * np.abs(np.log(ratios / own_ratio))))
+        return TransferCost(float(latencies[best]), float(1 / byte_seconds[best]))
+
+
+def _through(a: TransferSample, b: TransferSample) -> tuple[float, float] | None:
+    """Return latency and seconds a byte of the line through two samples; None if one of them would be negative."""
+    if a.nbytes == b.nbytes:
+        return None
+    byte_seconds = (b.seconds - a.seconds) / (b.nbytes - a.nbytes)
+    latency = a.seconds - a.nbytes * byte_seconds
+    return (latency, byte_seconds) if byte_seconds > 0 and latency >= 0 else None

@@ -1,5 +1,6 @@
 """Costs: what fits, what a guess adds, and what outliers and odd values do."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,15 @@ def test_latency_and_bandwidth_are_told_apart(latency, speed):
     found = TransferCost(0.001, 1e9).refined([TransferSample(n, true.seconds(n)) for n in (10**5, 10**6, 10**7, 10**8)])
     for n in (10**5, 10**7, 10**9):
         assert abs(found.seconds(n) / true.seconds(n) - 1) < 0.15
+
+
+def test_a_link_that_turns_slow_is_believed_after_a_few_loads():
+    fast, slow = TransferCost(0.001, 1e9), TransferCost(0.1, 1e6)
+    before = [TransferSample(n, fast.seconds(n)) for n in (10**5, 10**6, 10**7) * 8]
+    stalled = fast.refined([*before, TransferSample(10**6, 30.0)])
+    assert stalled.seconds(10**6) == pytest.approx(fast.seconds(10**6), rel=0.1)
+    after = fast.refined([*before[-16:], *[TransferSample(n, slow.seconds(n)) for n in (10**5, 10**6) * 4]])
+    assert after.seconds(10**6) == pytest.approx(slow.seconds(10**6), rel=0.1)
 
 
 def test_a_first_guess_counts_operations_and_bytes():

@@ -50,6 +50,7 @@ class Turn:
         cached_by_tier: tokens of the prefix by source tier.
         clock: the times of the turn's forward passes.
         meeting: computes the front of the prefix while its end loads; None where it does not.
+        fronted: columns of the prefix that were computed while the rest loaded.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
 
@@ -71,6 +72,7 @@ class Turn:
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
     clock: TurnClock | None = None
     meeting: Meeting | None = None
+    fronted: int = 0
     keeps_answer_states: bool = True
 
     @classmethod
@@ -115,6 +117,7 @@ class Turn:
         self.ends = {layer: (prefix.columns, last_pass) for layer, (_, last_pass) in self.ends.items()}
         if self.plan is not None and self.meeting is not None and prefix.job is not None:
             begin = self.meeting.joined or 0
+            self.fronted = begin - self.meeting.begin
             rows = [
                 [part for span in spans if (part := span.from_token(begin)) is not None] for spans in self.plan.spans
             ]
@@ -273,12 +276,6 @@ class Turn:
             f"rows are cut at one column, {limit}, where row {row} stops being known: {sum(lost)} known "
             "tokens of other rows are computed again"
         )
-
-    @property
-    def fronted(self) -> int:
-        """Columns of the prefix that were computed while the rest loaded."""
-        meeting = self.meeting
-        return meeting.joined - meeting.begin if meeting is not None and meeting.joined is not None else 0
 
     def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
         """Return the report of the turn; ``generated`` are the new tokens of each returned sequence."""

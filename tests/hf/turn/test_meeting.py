@@ -1,0 +1,267 @@
+"""Computing the front while the end loads: the steps of the meeting, and whole turns over a tier that is held up."""
+
+from __future__ import annotations
+
+import threading
+from types import MappingProxyType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from kvtier import PrefixStore, TieredCache
+from kvtier.costs.prefill import PrefillCost, PrefillSample
+from kvtier.costs.transfer import TransferCost, TransferSample
+from kvtier.errors import UnavailableError
+from kvtier.hf.generate import run
+from kvtier.hf.generate.prefill import prefill_chunk
+from kvtier.hf.turn.cost import COSTS
+from kvtier.hf.turn.decision import BOTH, Estimates
+from kvtier.hf.turn.estimates import machine_name
+from kvtier.hf.turn.meeting import Meeting
+from tests.support.dict_tier import DictReader, DictTier
+from tests.support.upstream import CACHE
+
+ESTIMATES = Estimates(
+    PrefillCost(1e-3, 1e-3, 1e-9, 1e-9), MappingProxyType({"far": TransferCost(0, 1e6)}), token_bytes=1000
+)
+
+
+class FakeFetch:
+    """Arrivals by script: after each chunk or wait, so many more columns have arrived."""
+
+    def __init__(self, end, script):
+        self.arrived, self.is_stuck, self.elapsed_seconds = end, False, 0.0
+        self._script = list(script)
+        self.waits = []
+
+    def step(self, seconds):
+        self.elapsed_seconds += seconds
+        if self._script:
+            self.arrived = max(0, self.arrived - self._script.pop(0))
+
+    def wait(self, column, seconds):
+        self.waits.append(seconds)
+        self.step(seconds)
+
+
+def meet(fetch, begin, end):
+    """Return the chunks that are computed."""
+    meeting = Meeting(fetch, begin, end, ESTIMATES, 1.0, COSTS)
+    chunks, column = [], begin
+    while (to := meeting.next_chunk(column)) is not None:
+        chunks.append((column, to))
+        column = to
+        fetch.step(0.01)
+    return chunks
+
+
+@given(st.integers(0, 200), st.integers(1, 3000), st.lists(st.integers(0, 900), max_size=30), st.booleans())
+def test_chunks_are_contiguous_and_end_where_the_rest_has_arrived(begin, more, script, stuck):
+    fetch = FakeFetch(begin + more, script)
+    fetch.is_stuck = stuck
+    chunks = meet(fetch, begin, begin + more)
+    edge = begin
+    for a, b in chunks:
+        assert a == edge < b <= a + COSTS.longest_chunk_tokens
+        edge = b
+    assert edge >= fetch.arrived or edge == begin + more
+    assert edge <= begin + more
+    assert all(wait <= ESTIMATES.compute_seconds(begin, begin + more) for wait in fetch.waits)
+
+
+def test_a_tier_that_hangs_is_waited_for_at_most_once_a_chunk_and_everything_is_computed():
+    fetch = FakeFetch(1000, [])
+    assert meet(fetch, 0, 1000)[-1][1] == 1000
+
+
+def test_what_has_arrived_already_is_not_computed():
+    fetch = FakeFetch(1000, [])
+    fetch.arrived = 0
+    assert meet(fetch, 0, 1000) == []
+
+
+# --- whole turns ------------------------------------------------------------------------------------------------------
+
+TOKENS = 96
+
+
+class HeldReader(DictReader):
+    def __init__(self, block, gate):
+        super().__init__(block)
+        self._gate = gate
+
+    def page(self, layer):
+        self._gate(self.id)
+        return super().page(layer)
+
+    def land(self, layer, first, last, view, *, check=True):
+        view.take(self.page(layer), first, last)
+
+
+class HeldTier(DictTier):
+    """A tier whose blocks come when ``gate`` returns for them."""
+
+    def __init__(self, blocks, gate):
+        super().__init__()
+        self.blocks = blocks
+        self.gate = gate
+
+    def open_all(self, blocks):
+        readers = [HeldReader(self.blocks[b.key], self.gate) if b.key in self.blocks else None for b in blocks]
+        self.readers += [reader for reader in readers if reader is not None]
+        return [self.answer(reader) for reader in readers]
+
+
+@pytest.fixture
+def stored(model, tokens, generate):
+    """``stored(gate)``: a store over a tier with the blocks of a first turn, its costs set so that both ways pay."""
+    tier, kept = DictTier(), []
+    with PrefixStore(block_size=8, lower_tiers=[tier]) as first, TieredCache(first) as cache:
+        generate(model, tokens(TOKENS), cache)
+        first.flush()
+        root = cache.turns.kept_row(0)[0]
+        token_bytes = first.costs(root, machine_name(model.device)).token_bytes
+    stores = []
+
+    def make(gate, *, seconds_per_token=1e-3):
+        held = HeldTier(tier.blocks, gate)
+        store = PrefixStore(block_size=8, lower_tiers=[held])
+        book = store.costs(root, machine_name(model.device))
+        book.token_bytes = token_bytes
+        for n in (1, 16, 64, 256):
+            book.note_pass(PrefillSample(n, 0, n * seconds_per_token))
+            book.note_load("dict", TransferSample(int(n * token_bytes), n * seconds_per_token))
+        stores.append(store)
+        kept.append(held)
+        return store, held
+
+    yield make
+    for store in stores:
+        store.close()
+    for held in kept:
+        assert all(reader.closed for reader in held.readers)  # no lease is left
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """The ``(begin, end)`` of each chunk that is fed before ``generate`` feeds the rest."""
+    fed = []
+
+    def noting(model, cache, ids, mask, begin, end):
+        fed.append((begin, end))
+        prefill_chunk(model, cache, ids, mask, begin, end)
+
+    monkeypatch.setattr(run, "prefill_chunk", noting)
+    return fed
+
+
+def as_computed(model, ids, chunks):
+    """Return K of layer 0 and V of the last layer of a ``DynamicCache`` that was fed the same chunks."""
+    cache = DynamicCache(config=model.config)
+    for begin, end in chunks:
+        with torch.no_grad():
+            model(input_ids=ids[:, begin:end], **{CACHE: cache}, position_ids=torch.arange(begin, end)[None])
+    return cache.layers[0].keys, cache.layers[-1].values
+
+
+def test_front_is_computed_while_the_end_loads(model, tokens, generate, stored, chunks):
+    ids, half = tokens(TOKENS), threading.Event()
+    front = set()
+    store, held = stored(lambda block: half.wait(20) if block.key in front else None)
+    chain = [block.id for block in held.blocks.values()]
+    front.update(block.key for block in chain[: len(chain) // 2])
+    with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
+        answer, expected = generate(model, ids, cache), generate(model, ids, cold)
+        half.set()
+        turn, met = cache.last_turn, chunks[-1][1]
+        assert turn.decision == BOTH
+        assert 0 < turn.cached_tokens == turn.cached_by_tier["dict"]
+        assert turn.cached_tokens + turn.computed_tokens == TOKENS
+        assert turn.cached_tokens == TOKENS - 1 - met
+        k, v = as_computed(model, ids, chunks)
+        assert torch.equal(cache.layers[0].keys[:, :, :met], k)
+        assert torch.equal(cache.layers[-1].values[:, :, :met], v)
+        loaded = slice(met, met + turn.cached_tokens)
+        assert torch.equal(cache.layers[-1].values[:, :, loaded], cold.layers[-1].values[:, :, loaded])
+        assert torch.equal(answer.sequences, expected.sequences)
+
+
+def test_a_tier_that_hangs_is_given_up_and_everything_is_computed(model, tokens, generate, stored):
+    ids, never = tokens(TOKENS), threading.Event()
+    store, _ = stored(lambda block: never.wait(20))
+    with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
+        answer = generate(model, ids, cache)
+        assert cache.last_turn.cached_tokens == 0
+        assert torch.equal(answer.sequences, generate(model, ids, cold).sequences)
+        never.set()
+        generate(model, ids, cache)
+        assert cache.last_turn.cached_by_tier["device"] == TOKENS - 1
+
+
+def test_a_tier_that_fails_is_computed_around(model, tokens, generate, stored, warned):
+    ids = tokens(TOKENS)
+    bad = set()
+
+    def gate(block):
+        if block.key in bad:
+            raise UnavailableError("away")
+
+    store, held = stored(gate)
+    bad.add([block.id.key for block in held.blocks.values()][3])
+    with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
+        answer = generate(model, ids, cache)
+        turn = cache.last_turn
+        assert torch.equal(answer.sequences, generate(model, ids, cold).sequences)
+        assert turn.computed_tokens >= 32  # the failed block and all before it
+    assert len(warned()) == 1
+
+
+def test_an_interrupt_between_two_chunks_keeps_what_was_computed(model, tokens, generate, stored, monkeypatch):
+    ids, never = tokens(TOKENS), threading.Event()
+    store, _ = stored(lambda block: never.wait(20))
+    ends = []
+
+    def interrupted(model, cache, ids, mask, begin, end):
+        if ends:
+            raise KeyboardInterrupt
+        ends.append(min(end, 24))
+        prefill_chunk(model, cache, ids, mask, begin, ends[-1])
+
+    with TieredCache(store, reuse="auto") as cache:
+        monkeypatch.setattr(run, "prefill_chunk", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, cache)
+        monkeypatch.undo()
+        never.set()
+        generate(model, ids, cache)
+        assert cache.last_turn.cached_by_tier["device"] == ends[0]
+
+
+def test_what_a_slow_tier_has_is_computed_and_not_read(model, tokens, generate, stored):
+    asked = []
+    store, _ = stored(asked.append)
+    with TieredCache(store, reuse="auto") as cache:
+        generate(model, tokens(8), cache)
+        asked.clear()
+        root = cache.turns.kept_row(0)[0]
+        book = store.costs(root, machine_name(model.device))
+        for n in (1, 16, 64, 256) * 5:
+            book.note_load("dict", TransferSample(int(n * book.token_bytes), 10.0))
+        cache.reset()
+        generate(model, tokens(TOKENS), cache)
+        turn = cache.last_turn
+        assert turn.cached_tokens == turn.cached_by_tier["host"] == 8
+        assert "loading more than 8 columns is expected to take longer" in turn.miss_reason
+        assert turn.known_tokens == TOKENS - 1
+    assert asked == []
+
+
+def test_always_loads_what_is_known(model, tokens, generate, stored):
+    store, _ = stored(lambda block: None, seconds_per_token=1e-9)
+    with TieredCache(store, reuse="always") as cache:
+        generate(model, tokens(TOKENS), cache)
+        assert cache.last_turn.cached_tokens >= TOKENS - 8
+        assert (cache.last_turn.decision, cache.last_turn.predicted_seconds) == ("load", 0)
