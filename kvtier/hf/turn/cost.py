@@ -31,6 +31,8 @@ class Costs:
         other_way_share: a prefix is computed again, or loaded in part, if that takes less than this share of the time
             of loading it.
         both_share: the same for computing the front while the rest loads, in shorter and so less efficient passes.
+        watched_load_seconds: a load that is expected to take longer is given up where computing overtakes it.
+        watched_load_times: but not before it has taken so many times what was expected.
         shortest_chunk_tokens: fewer tokens are not computed while others load.
         longest_chunk_tokens: after so many, what has arrived meanwhile is looked at again.
     """
@@ -44,6 +46,8 @@ class Costs:
     overlap_bytes_per_second: float = 1e9
     other_way_share: float = 0.97
     both_share: float = 0.9
+    watched_load_seconds: float = 0.2
+    watched_load_times: float = 1.5
     shortest_chunk_tokens: int = 16
     longest_chunk_tokens: int = 512
 

@@ -71,6 +71,7 @@ class Decision:
         columns: columns of the prompt that are reused, those included that ``both`` computes beside the load.
         meeting: the column where computing is expected to meet what was loaded from the back; ``both`` alone has one.
         seconds: until the prompt is computed, as expected; None where nothing is known of its cost.
+        load_seconds: of these, for the load of what is not computed.
         others: the same for the other ways, by name.
     """
 
@@ -78,6 +79,7 @@ class Decision:
     columns: int
     meeting: int = 0
     seconds: float | None = None
+    load_seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -136,7 +138,9 @@ def decide(
         way = BOTH
     others = MappingProxyType({name: seconds for name, seconds in ways.items() if name != way})
     columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
-    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], others)
+    begin = {COMPUTE: columns, LOAD: held, BOTH: meeting}[way]
+    loading = estimates.load_seconds(stored, begin, columns)
+    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others)
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:

@@ -21,6 +21,7 @@ class Meeting:
         estimates: costs of computing and, until a block has arrived, of loading.
         seconds: what the whole load is expected to take.
         costs: the sizes of chunks.
+        patience_seconds: how long nothing is computed at first.
 
     Attributes:
         begin: the first column that was computed here.
@@ -28,7 +29,14 @@ class Meeting:
     """
 
     def __init__(
-        self, fetch: BackFetch, begin: int, end: int, estimates: Estimates, seconds: float, costs: Costs
+        self,
+        fetch: BackFetch,
+        begin: int,
+        end: int,
+        estimates: Estimates,
+        seconds: float,
+        costs: Costs,
+        patience_seconds: float = 0.0,
     ) -> None:
         self.begin = begin
         self.joined: int | None = None
@@ -36,6 +44,7 @@ class Meeting:
         self._end = end
         self._estimates = estimates
         self._costs = costs
+        self._patience_seconds = patience_seconds
         self._columns_per_second = (end - begin) / seconds if seconds > 0 else 0.0
 
     def next_chunk(self, column: int) -> int | None:
@@ -43,6 +52,9 @@ class Meeting:
 
         Waits where that is faster than to compute, no longer than computing what is missing would take.
         """
+        patience, self._patience_seconds = self._patience_seconds, 0.0
+        if patience:
+            self.fetch.wait(column, patience)
         while True:
             arrived = self.fetch.arrived
             missing = arrived - column

@@ -214,10 +214,13 @@ def _weighed(
         cuts |= {
             prompt.last_admitted(a.end) for a, b in pairwise(stored) if a.tier != b.tier and held < a.end < columns
         }
-    splits = abilities.may_split and candidates.window is None and not prompt.is_padded
-    return decide(
-        prompt.columns, held, sorted(cuts), stored, weighing.estimates, costs, may_split=splits and len(stored) > 0
-    )
+    splits = abilities.may_split and can_split(prompt, candidates)
+    return decide(prompt.columns, held, sorted(cuts), stored, weighing.estimates, costs, may_split=splits)
+
+
+def can_split(prompt: Prompt, candidates: Candidates) -> bool:
+    """Return whether the front of the prefix could be computed while its end loads, in a model without states."""
+    return candidates.window is None and not prompt.is_padded and bool(candidates.columns)
 
 
 def _why_computed(decision: Decision) -> str:

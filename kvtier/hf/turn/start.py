@@ -29,7 +29,7 @@ from kvtier.hf.turn.cost import Costs
 from kvtier.hf.turn.decision import BOTH, LOAD
 from kvtier.hf.turn.estimates import estimates_for
 from kvtier.hf.turn.meeting import Meeting
-from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, plan
+from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, can_split, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.hf.turn.windows import wanted_columns
@@ -113,7 +113,9 @@ def planned_turn(
             continue  # later lookups skip the failed blocks
         break
     held_rows = len(resident.rows) if resident else 0
-    if planned.decision.way == BOTH and job is not None and weighing is not None:
+    decision = planned.decision
+    watched = splits and decision.load_seconds > costs.watched_load_seconds and can_split(prompt, candidates)
+    if (decision.way == BOTH or watched) and job is not None and weighing is not None:
         turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs)
         if planned.held:
             turn.prefix = _prefix(model, request, layers, costs, planned.held, 0, planned.rows, None, held_rows)
@@ -178,12 +180,17 @@ def _fronted_turn(
     weighing: Weighing,
     costs: Costs,
 ) -> Turn:
-    """Return a turn that computes the front of a prefix while its end loads from the back."""
+    """Return a turn that computes the front of a prefix while its end loads from the back.
+
+    If it was decided to load all of it, nothing is computed unless that takes much longer than was expected.
+    """
     turn = Turn.planned(prompt, identity, None, planned, None)
-    seconds = planned.decision.others.get(LOAD, 0.0)
-    turn.meeting = Meeting(
-        store.fetch_from_the_back(job), planned.held, planned.columns, weighing.estimates, seconds, costs
-    )
+    decision, begin = planned.decision, planned.held
+    missing = planned.columns - begin
+    seconds = decision.load_seconds * missing / max(1, planned.columns - max(begin, decision.meeting))
+    patience = seconds * costs.watched_load_times if decision.way == LOAD else 0.0
+    fetch = store.fetch_from_the_back(job)
+    turn.meeting = Meeting(fetch, begin, planned.columns, weighing.estimates, seconds, costs, patience)
     return turn
 
 

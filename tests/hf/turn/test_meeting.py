@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -265,3 +266,25 @@ def test_always_loads_what_is_known(model, tokens, generate, stored):
         generate(model, tokens(TOKENS), cache)
         assert cache.last_turn.cached_tokens >= TOKENS - 8
         assert (cache.last_turn.decision, cache.last_turn.predicted_seconds) == ("load", 0)
+
+
+def test_a_load_that_takes_much_longer_than_expected_is_given_up(model, tokens, generate, stored):
+    """Loading alone was decided: nothing is computed at first."""
+    ids, never = tokens(TOKENS), threading.Event()
+    store, _ = stored(lambda block: never.wait(20))
+    with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
+        cache.turns.costs = replace(COSTS, both_share=0.0, other_way_share=0.0, watched_load_seconds=0.0)
+        answer = generate(model, ids, cache)
+        never.set()
+        turn = cache.last_turn
+        assert (turn.decision, turn.cached_tokens) == ("load", 0)
+        assert turn.actual_seconds > COSTS.watched_load_times * 0.09
+        assert torch.equal(answer.sequences, generate(model, ids, cold).sequences)
+
+
+def test_a_load_that_comes_in_time_is_not_computed(model, tokens, generate, stored, chunks):
+    store, _ = stored(lambda block: None)
+    with TieredCache(store, reuse="auto") as cache:
+        cache.turns.costs = replace(COSTS, both_share=0.0, other_way_share=0.0, watched_load_seconds=0.0)
+        generate(model, tokens(TOKENS), cache)
+        assert (cache.last_turn.decision, cache.last_turn.cached_tokens, chunks) == ("load", TOKENS - 1, [])
