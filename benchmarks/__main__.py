@@ -34,6 +34,7 @@ NAMES = (
     "eviction",
     "checkpoints",
     "sliding",
+    "break_even",
     "gpu",
     "gpu_turns",
 )

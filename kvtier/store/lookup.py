@@ -60,14 +60,18 @@ class PrefixMatch:
         return tuple(cut)
 
 
-def longest_match(tiers: TierStack, root: str, tokens: TokenIds, limit: int, block_size: int) -> PrefixMatch:
+def longest_match(
+    tiers: TierStack, root: str, tokens: TokenIds, limit: int, block_size: int, *, below: bool = True
+) -> PrefixMatch:
     """Return the longest prefix of ``tokens`` that the tiers hold, of at most ``limit`` tokens.
+
+    Without ``below``, custom tiers below the store's own are not asked.
 
     Full blocks are found by their keys, many in one query. After the last of them, the block with the longest common
     prefix counts up to the first difference. Ids are always compared: a key alone is no hit.
     """
     whole = each_of_chain(root, tokens[: len(tokens) // block_size * block_size], block_size)
-    run = tiers.present_run(islice(whole, max(0, -(-limit // block_size))))
+    run = tiers.present_run(islice(whole, max(0, -(-limit // block_size))), below=below)
     starts = range(0, limit, block_size)
     spans = [Span(block, start, 0, min(block_size, limit - start)) for start, block in zip(starts, run, strict=False)]
     position, parent = (spans[-1].stop, run[-1].key) if run else (0, root)

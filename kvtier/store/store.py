@@ -77,6 +77,11 @@ def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Conca
     return call
 
 
+def _asked(known_tokens: int) -> bool:
+    """Return True: tiers below are asked, whatever is known."""
+    return True
+
+
 class PrefixStore:
     """Stores prefixes of conversations in RAM and, given a path, on disk.
 
@@ -226,12 +231,20 @@ class PrefixStore:
 
     # --- a turn -----------------------------------------------------------------------------------------------------
 
-    def match(self, root: str, tokens: TokenIds, limit: int | None = None) -> PrefixMatch:
-        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens."""
+    def match(
+        self, root: str, tokens: TokenIds, limit: int | None = None, *, below: Callable[[int], bool] = _asked
+    ) -> PrefixMatch:
+        """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens.
+
+        ``below`` is told how many tokens the store's own tiers have, and says whether custom tiers below are asked.
+        """
         self._check_open()
         self.admin.forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
-        match = longest_match(self._tiers, root, tokens, limit, self.block_size)
+        has_lower = self._tiers.has_lower
+        match = longest_match(self._tiers, root, tokens, limit, self.block_size, below=not has_lower)
+        if has_lower and match.length < limit and below(match.length):
+            match = longest_match(self._tiers, root, tokens, limit, self.block_size)
         with self._lock:
             self._tally.update(lookups=1, lookup_tokens=len(tokens), hit_tokens=match.length)
             if match.length < limit:
@@ -371,6 +384,11 @@ class PrefixStore:
         """
         self._check_open()
         return self._books.book(root, machine)
+
+    def lookup_below(self) -> tuple[str, float] | None:
+        """Return the name of the first tier below, and how long lookups there take; None where there is none."""
+        self._check_open()
+        return self._tiers.lookup_below()
 
     def where(self, spans: Iterable[Span]) -> Mapping[str, str]:
         """Return the tier that each block of ``spans`` would be read from, by key; no block is opened."""

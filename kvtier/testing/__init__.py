@@ -1,4 +1,4 @@
-"""For tests: conformance classes, a simulated accelerator, faults of drives."""
+"""For tests: conformance classes, a simulated accelerator, a slow tier."""
 
 from kvtier.testing.codecs import CodecChecks
 from kvtier.testing.engines import EngineChecks
@@ -7,6 +7,7 @@ from kvtier.testing.policies import PolicyChecks
 from kvtier.testing.simulation.engine import SimulatedEngine
 from kvtier.testing.simulation.mutants import Drop, Mutant, Recorder, drops
 from kvtier.testing.simulation.races import RaceError, Site
+from kvtier.testing.slow_tier import Link, SlowTier
 from kvtier.testing.tiers import OrderedTierChecks, TierChecks
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Drop",
     "EngineChecks",
     "LayerMemoryChecks",
+    "Link",
     "Mutant",
     "OrderedTierChecks",
     "PolicyChecks",
@@ -21,6 +23,7 @@ __all__ = [
     "Recorder",
     "SimulatedEngine",
     "Site",
+    "SlowTier",
     "TierChecks",
     "drops",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer
@@ -85,6 +86,7 @@ class Candidates:
         limit: the column up to which every row is known.
         known_columns: the last column up to ``limit`` at which every row may be cut.
         columns: the last column up to that at which sliding layers can go on.
+        unasked: whether tiers below the store's own were not asked, because that was not expected to pay.
     """
 
     resident: ResidentPrefix | None
@@ -93,6 +95,7 @@ class Candidates:
     limit: int
     known_columns: int
     columns: int
+    unasked: bool = False
 
     @property
     def window(self) -> Window | None:
@@ -119,15 +122,26 @@ def find_candidates(
     *,
     states: bool,
     window: Window | None,
+    asks_below: Callable[[int], bool] = lambda known_tokens: True,
 ) -> Candidates:
     """Return the known prefixes of ``prompt``.
 
     With ``states``, the model continues only from known states; with a ``window``, only where sliding layers can.
+    ``asks_below``: whether tiers below the store's own are asked where these have so many tokens.
     """
     # A row followed by padding may be known as a whole: the padding is still fed.
     usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
     runs = [resident.best(tokens, row) if resident else (0, 0) for row, tokens in enumerate(prompt.rows)]
-    matches = [store.match(root, tokens, n) for tokens, n in zip(prompt.rows, usable, strict=True)]
+    asked: list[bool] = []
+
+    def below(held: int, stored: int) -> bool:
+        asked.append(asks_below(max(stored, held)))
+        return asked[-1]
+
+    matches = [
+        store.match(root, tokens, n, below=partial(below, run))
+        for tokens, n, (_, run) in zip(prompt.rows, usable, runs, strict=True)
+    ]
     known = tuple(min(n, max(run, m.length)) for (_, run), m, n in zip(runs, matches, usable, strict=True))
     limits = [
         prompt.columns - 1 if prompt.ends_early(row) and n == usable[row] else prompt.pads[row] + n
@@ -157,7 +171,7 @@ def find_candidates(
             runs, matches, checkpoints, windows, known_windows, strict=True
         )
     )
-    return Candidates(resident, rows, known, limit, known_columns, columns)
+    return Candidates(resident, rows, known, limit, known_columns, columns, not all(asked))
 
 
 def _checkpoints(

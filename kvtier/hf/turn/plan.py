@@ -228,7 +228,7 @@ def _why_computed(decision: Decision) -> str:
     soonest = f"{decision.seconds:.2g} s" if decision.seconds is not None else "less"
     loading = decision.others.get(LOAD)
     if decision.way == COMPUTE and loading is not None:
-        return f"computing is expected to take {soonest}, loading what is known and computing the rest {loading:.2g} s"
+        return f"computing the prompt is expected to take {soonest}, loading what is known first {loading:.2g} s"
     return f"loading more than {decision.columns} columns is expected to take longer than to compute them"
 
 
@@ -288,4 +288,6 @@ def _why_less(candidates: Candidates, columns: int, abilities: Abilities) -> str
             f"sliding layers keep only the tokens before some places, the last of them at column {candidates.columns}: "
             f"{lost} known columns after it are computed again"
         )
+    if candidates.unasked:
+        return "tiers below were not asked: finding and loading a prefix is expected to take longer than to compute it"
     return None if columns or any(candidates.known) else "no stored prefix matches the start of this prompt"

@@ -26,7 +26,7 @@ from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import Candidates, find_candidates
 from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.decision import BOTH, LOAD
+from kvtier.hf.turn.decision import BOTH, LOAD, StoredRange, decide
 from kvtier.hf.turn.estimates import estimates_for
 from kvtier.hf.turn.meeting import Meeting
 from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, can_split, plan
@@ -103,8 +103,11 @@ def planned_turn(
     splits = feeds and not states and not request.watched and request.ids is not None
     abilities = Abilities(states, profile.token_by_token, feeds, splits)
     rows = len(prompt.rows) * request.repeats
+    asks_below = partial(_asks_below, model, prompt, store, book, rows, costs)
     while True:
-        candidates = find_candidates(prompt, identity.root, resident, store, states=states, window=layers.window)
+        candidates = find_candidates(
+            prompt, identity.root, resident, store, states=states, window=layers.window, asks_below=asks_below
+        )
         weighing = _weighing(model, candidates, store, book, rows) if book is not None else None
         planned = plan(prompt, candidates, abilities, costs, weighing)
         try:
@@ -152,6 +155,31 @@ def _prefix(
     prefix.repeats, prefix.device = request.repeats, model.device
     prefix.overlap_bytes_per_second = costs.overlap_bytes_per_second
     return prefix
+
+
+def _asks_below(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    store: PrefixStore,
+    book: CostBook | None,
+    rows: int,
+    costs: Costs,
+    known_tokens: int,
+) -> bool:
+    """Whether it could pay to ask the tiers below, if they had all of the prompt: the question takes time, too."""
+    lower = store.lookup_below()
+    if book is None or lower is None:
+        return True
+    name, lookup_seconds = lower
+    estimates = estimates_for(model, book, {name}, rows)
+    if estimates is None:
+        return True
+    end = prompt.columns
+    best = decide(
+        end, known_tokens, [end - 1], [StoredRange(name, known_tokens, end - 1)], estimates, costs, may_split=True
+    )
+    computing = estimates.compute_seconds(known_tokens, end)
+    return best.seconds is None or best.seconds + lookup_seconds < computing or known_tokens >= end - 1
 
 
 def _weighing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
@@ -18,6 +18,7 @@ from kvtier.store.tiers.lower_reader import LowerReader
 
 _log = logging.getLogger("kvtier.store")
 T = TypeVar("T")
+_LOOKUPS = 5  # the latest, of which the middle one counts
 LONGEST_ANSWER_SECONDS = 2.0
 """How long turns wait for a tier. Time that passes without a wait makes up for time that was waited."""
 
@@ -47,6 +48,12 @@ class LowerTier:
         self._allowance_seconds = longest_answer_seconds
         self._waited_until = time.monotonic()
         self._has_warned = False
+        self._lookups: deque[float] = deque(maxlen=_LOOKUPS)
+
+    @property
+    def lookup_seconds(self) -> float:
+        """How long a lookup has taken lately; 0 before the first, and while the tier is not asked."""
+        return 0.0 if self._backoff.holds() or not self._lookups else sorted(self._lookups)[len(self._lookups) // 2]
 
     def _failed(self, what: str, error: BaseException, *, warn: bool = True) -> None:
         self.counts[f"errors.{self.name}"] += 1
@@ -92,7 +99,9 @@ class LowerTier:
             return []
 
         def call() -> Sequence[Presence]:
+            began = time.monotonic()
             found = self._wait(self._tier.presence(keys))
+            self._lookups.append(time.monotonic() - began)
             if len(found) != len(keys):
                 raise ValueError(f"{len(found)} answers about {len(keys)} keys")
             return [

@@ -142,29 +142,31 @@ class TierStack:
                 return outcome.id
         return None
 
-    def present_run(self, chain: Iterator[BlockId]) -> list[BlockId]:
+    def present_run(self, chain: Iterator[BlockId], *, below: bool = True) -> list[BlockId]:
         """Return the blocks that ``chain`` begins with, up to the first that no tier can open.
+
+        Without ``below``, only the store's own tiers are asked.
 
         A lower tier is asked once, for the whole chain at once. Where there is none, the chain is hashed and asked for
         piece by piece: most prompts that are not stored differ early.
         """
         run: list[BlockId] = []
-        sizes = iter([sys.maxsize]) if self._lower else (_FIRST_BLOCKS * _MORE_BLOCKS**n for n in count())
+        sizes = iter([sys.maxsize]) if self._lower and below else (_FIRST_BLOCKS * _MORE_BLOCKS**n for n in count())
         for size in sizes:
             piece = list(islice(chain, size))
             if not piece:
                 break
-            present = self.present([block.key for block in piece])
+            present = self.present([block.key for block in piece], below=below)
             for block in piece:
                 if block.key not in present:
                     return run
                 run.append(block)
         return run
 
-    def present(self, keys: Sequence[str]) -> set[str]:
-        """Return the subset of ``keys`` that some tier can open. Each tier is asked once."""
+    def present(self, keys: Sequence[str], *, below: bool = True) -> set[str]:
+        """Return the subset of ``keys`` that some tier can open, or one of the store's own. Each tier is asked once."""
         found: set[str] = set()
-        for tier in self._all:
+        for tier in self._all if below else self.tiers:
             left = [key for key in keys if key not in found]
             if not left:
                 break
@@ -271,6 +273,12 @@ class TierStack:
         """Keep the costs of ``root`` in the durable tier."""
         if self._disk is not None:
             self._disk.keep_costs(root, costs)
+
+    def lookup_below(self) -> tuple[str, float] | None:
+        """Return the name of the first lower tier, and for how long lookups below have waited lately; None for none."""
+        if not self._lower:
+            return None
+        return self._lower[0].name, sum(tier.lookup_seconds for tier in self._lower)
 
     def where(self, keys: Sequence[str]) -> dict[str, str]:
         """Return the name of the tier that each block would be read from; those that none has are left out.

@@ -134,7 +134,7 @@ def stored(model, tokens, generate):
         book.token_bytes = token_bytes
         for n in (1, 16, 64, 256):
             book.note_pass(PrefillSample(n, 0, n * seconds_per_token))
-            book.note_load("dict", TransferSample(int(n * token_bytes), n * seconds_per_token))
+            book.note_load("dict", TransferSample(int(n * token_bytes), 0.9 * n * seconds_per_token))
         stores.append(store)
         kept.append(held)
         return store, held
@@ -243,7 +243,7 @@ def test_an_interrupt_between_two_chunks_keeps_what_was_computed(model, tokens, 
 
 def test_what_a_slow_tier_has_is_computed_and_not_read(model, tokens, generate, stored):
     asked = []
-    store, _ = stored(asked.append)
+    store, held = stored(asked.append)
     with TieredCache(store, reuse="auto") as cache:
         generate(model, tokens(8), cache)
         asked.clear()
@@ -255,9 +255,32 @@ def test_what_a_slow_tier_has_is_computed_and_not_read(model, tokens, generate, 
         generate(model, tokens(TOKENS), cache)
         turn = cache.last_turn
         assert turn.cached_tokens == turn.cached_by_tier["host"] == 8
-        assert "loading more than 8 columns is expected to take longer" in turn.miss_reason
-        assert turn.known_tokens == TOKENS - 1
-    assert asked == []
+        assert "tiers below were not asked" in turn.miss_reason
+        assert asked == []
+        requests = list(held.requests)
+        cache.turns.costs = replace(COSTS, other_way_share=0.0)
+        cache.reset()
+        generate(model, tokens(TOKENS), cache)
+        assert len(held.requests) == len(requests) + 1  # asked what is there, and no more
+
+
+def test_files_are_not_read_where_computing_is_faster(model, tokens, generate, tmp_path):
+    ids = tokens(TOKENS)
+    with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store) as cache:
+        generate(model, ids, cache)
+        root = cache.turns.kept_row(0)[0]
+    with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store, reuse="auto") as cache:
+        book = store.costs(root, machine_name(model.device))
+        assert book.knows_passes  # the other store has kept them
+        for n in (1, 8, 64) * 8:
+            book.note_load("disk", TransferSample(int(n * book.token_bytes), 30.0))
+        generate(model, ids, cache)
+        turn = cache.last_turn
+        assert (turn.decision, turn.cached_tokens, turn.known_tokens) == ("compute", 0, TOKENS - 1)
+        assert turn.other_ways["load"] > 29 > turn.predicted_seconds > 0
+        assert "computing the prompt is expected to take" in turn.miss_reason
+        generate(model, ids, cache)
+        assert (cache.last_turn.decision, cache.last_turn.cached_tokens) == ("held", TOKENS - 1)
 
 
 def test_always_loads_what_is_known(model, tokens, generate, stored):
