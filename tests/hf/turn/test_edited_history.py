@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from hypothesis import event, example, given, note, settings
 from hypothesis import strategies as st
 
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.turn import decision, plan
 from kvtier.hf.turn.cost import COSTS, Costs
+from kvtier.hf.turn.decision import BOTH, COMPUTE, LOAD, Decision, StoredRange
 from sweep.models import tiny_model
 from tests.support import families
 from tests.support.tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded
@@ -136,14 +140,16 @@ def by_chance(model: Any, ids: torch.Tensor, expected: Any, mode: dict[str, Any]
 class Conversations:
     """Two histories, one cache, and the store below it."""
 
-    def __init__(self, name: str, beginnings: tuple[Tokens, Tokens], folder: Path | None, costs: Costs) -> None:
-        self.name, self.model, self.folder = name, model_of(name), folder
+    def __init__(
+        self, name: str, beginnings: tuple[Tokens, Tokens], folder: Path | None, costs: Costs, reuse: str
+    ) -> None:
+        self.name, self.model, self.folder, self.reuse = name, model_of(name), folder, reuse
         self.histories = list(beginnings)
         self.store, self.costs = PrefixStore(folder, block_size=4), costs
         self.cache = self.new_cache()
 
     def new_cache(self) -> TieredCache:
-        cache = TieredCache(self.store)
+        cache = TieredCache(self.store, reuse=self.reuse)
         cache.turns.costs = self.costs
         return cache
 
@@ -175,6 +181,7 @@ class Conversations:
         report = self.cache.last_turn
         note(f"{step.change}: {rows} knew {report.cached_tokens} ({report.miss_reason})")
         event(f"{self.name}: {'reused' if report.cached_tokens else 'not reused'}")
+        event(f"began with {report.decision}")
         if report.prompt_tokens:  # 0 where reuse is off
             assert report.prompt_tokens == sum(map(len, rows))
             for tokens, row in zip(rows, report.rows, strict=True):
@@ -213,9 +220,16 @@ GOING_BACK = [
 ]
 
 
-def play(name: str, beginnings: tuple[Tokens, Tokens], script: list[Step], on_disk: bool, costs: Costs = COSTS) -> None:
+def play(
+    name: str,
+    beginnings: tuple[Tokens, Tokens],
+    script: list[Step],
+    on_disk: bool,
+    costs: Costs = COSTS,
+    reuse: str = "always",
+) -> None:
     folder = Path(tempfile.mkdtemp(prefix="kvtier-edited-")) if on_disk else None
-    conversations = Conversations(name, beginnings, folder, costs)
+    conversations = Conversations(name, beginnings, folder, costs, reuse)
     try:
         for step in script:
             conversations.play(step)
@@ -258,3 +272,35 @@ FEW_WINDOWS = Costs(
 )
 def test_edited_history_is_exact_where_sliding_layers_keep_few_windows(name, beginnings, script, on_disk):
     play(name, beginnings, script, on_disk, FEW_WINDOWS)
+
+
+IN_SMALL_CHUNKS = replace(FEW_WINDOWS, shortest_chunk_tokens=2, longest_chunk_tokens=3, watched_load_seconds=0.0)
+
+
+def any_way(
+    end: int, held: int, cuts: Sequence[int], stored: Sequence[StoredRange], *costs: Any, may_split: bool
+) -> Decision:
+    """Return one of the ways that are possible, by lot."""
+    if not cuts or cuts[-1] <= held:
+        return decision.decide(end, held, cuts, stored, *costs, may_split=may_split)
+    ways = [COMPUTE, LOAD, *[BOTH] * (2 * may_split)]
+    lot = zlib.crc32(repr((end, held, tuple(cuts), len(stored))).encode())
+    way = ways[lot % len(ways)]
+    columns = {COMPUTE: held, LOAD: cuts[lot % len(cuts)], BOTH: cuts[-1]}[way]
+    return Decision(way, columns, held, 1e-3, 1e-3)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", [*FAMILIES, *CARRIERS])
+@settings(max_examples=EXAMPLES)
+@example(beginnings=((1, 2, 3, 4) * 6, (5, 2, 3, 1) * 2), script=EDITING_THE_LONGER, on_disk=False)
+@example(beginnings=((1, 2, 3, 4) * 4, (1, 2, 3, 4, 5, 1)), script=GOING_BACK, on_disk=True)
+@given(
+    beginnings=st.tuples(beginnings, beginnings),
+    script=st.lists(steps, min_size=3, max_size=7),
+    on_disk=st.sampled_from([False, False, True]),
+)
+def test_edited_history_is_exact_however_a_turn_begins(name, beginnings, script, on_disk):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan, "decide", any_way)
+        play(name, beginnings, script, on_disk, IN_SMALL_CHUNKS, "auto")
