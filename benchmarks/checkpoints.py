@@ -33,7 +33,7 @@ def run(options: Options) -> Result:
     edited[0, at] = edited[0, at] % (model.config.vocab_size - 1) + 1
 
     def turns(spacing: int) -> Sample:
-        with PrefixStore() as store, TieredCache(store) as cache:
+        with PrefixStore() as store, TieredCache(store, reuse="always") as cache:
             cache.turns.costs = replace(COSTS, checkpoint_spacing_tokens=spacing)
             first = _seconds(model, prompt, cache)
             kept = sum(tier.nbytes for tier in store.stats().tiers)

@@ -183,7 +183,7 @@ def _filled(setup: _Setup, budget: int, scratch: Path) -> Iterator[TieredCache]:
     ids = torch.tensor([setup.prompt])
     with (
         PrefixStore() as store,
-        TieredCache(store, device_budget=budget, spill_dir=scratch, engine=setup.engine) as cache,
+        TieredCache(store, device_budget=budget, spill_dir=scratch, engine=setup.engine, reuse="always") as cache,
     ):
         cache.begin(setup.model, ids)
         _fill(setup, cache)

@@ -101,15 +101,15 @@ def measure(setup: Setup, rounds: int, options: Options) -> Iterator[Case]:
         return _sample(setup, later, cache)
 
     def first() -> Sample:
-        with PrefixStore() as store, TieredCache(store, engine=setup.engine) as cache:
+        with PrefixStore() as store, TieredCache(store, engine=setup.engine, reuse="always") as cache:
             return _sample(setup, setup.prompt, cache)
 
     with PrefixStore() as known:
-        with TieredCache(known, engine=setup.engine) as cache:
+        with TieredCache(known, engine=setup.engine, reuse="always") as cache:
             timed_turn(setup, setup.prompt, cache, 1)
 
         def from_ram() -> Sample:
-            with TieredCache(known, engine=setup.engine) as cache:
+            with TieredCache(known, engine=setup.engine, reuse="always") as cache:
                 return _sample(setup, later, cache)
 
         title = f"{setup.name}, {len(setup.prompt)} prompt tokens"

@@ -120,7 +120,7 @@ def gemma(window: int) -> Any:
 
 
 def _cache(store: PrefixStore, spacing: int) -> TieredCache:
-    cache = TieredCache(store)
+    cache = TieredCache(store, reuse="always")
     cache.turns.costs = replace(COSTS, window_spacing_tokens=spacing, window_spacing_windows=1)
     return cache
 

@@ -113,7 +113,11 @@ def _steps(
         def tiered(name: str, budget_bytes: int | None, page_compression: str = "raw") -> TieredCache:
             store = stack.enter_context(PrefixStore(host_budget=2**20))
             cache = TieredCache(
-                store, device_budget=budget_bytes, spill_dir=scratch / name, page_compression=page_compression
+                store,
+                device_budget=budget_bytes,
+                spill_dir=scratch / name,
+                page_compression=page_compression,
+                reuse="always",
             )
             return stack.enter_context(seeded_cache(cache, chat, prompt, states))
 

@@ -83,7 +83,7 @@ def main(model_folder: str, store_folder: str, budget: str, tokens: str) -> None
     prompt = tuple(json.loads(sys.stdin.readline()))
     with (
         PrefixStore(store_folder, host_budget=_STORE_RAM) as store,
-        TieredCache(store, device_budget=int(budget) or None) as cache,
+        TieredCache(store, device_budget=int(budget) or None, reuse="always") as cache,
     ):
         chat.answer(prompt, cache, int(tokens))
         assert cache.last_turn is not None

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Examination:
         self,
         model: PreTrainedModel,
         folder: Path,
-        make_cache: Callable[..., TieredCache] = TieredCache,
+        make_cache: Callable[..., TieredCache] = partial(TieredCache, reuse="always"),
         make_store: Callable[..., PrefixStore] = PrefixStore,
     ) -> None:
         self._model = model

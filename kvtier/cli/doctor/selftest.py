@@ -121,6 +121,7 @@ class SelfTest:
                     device_budget=budget,
                     host_budget=host_budget,
                     spill_dir=self.spill_dir,
+                    reuse="always",
                     engine=self.engine,
                 ) as cache,
             ):
