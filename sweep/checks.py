@@ -40,6 +40,7 @@ BLOCK = 8
 EVIDENT = 10  # times the rounding that is allowed: what an edit must change where a stale answer is possible
 NO_REASON = "kvtier gave no reason"
 UNSEEN = "kvtier did not see the turn"
+_REUSING = partial(TieredCache, reuse="always")  # tiny models compute faster than anything loads
 
 
 def examine(model_type: str) -> Row:
@@ -82,7 +83,7 @@ class Examination:
         self,
         model: PreTrainedModel,
         folder: Path,
-        make_cache: Callable[..., TieredCache] = partial(TieredCache, reuse="always"),
+        make_cache: Callable[..., TieredCache] = _REUSING,
         make_store: Callable[..., PrefixStore] = PrefixStore,
     ) -> None:
         self._model = model
