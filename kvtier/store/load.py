@@ -135,6 +135,8 @@ class LoadJob:
         self._place: Place | None = None
         self._timed: list[tuple[str, int, float, float]] = []  # tier, bytes, begin, end
         self._pid = os.getpid()
+        self._until: float | None = None
+        self._gave_up = False
 
     @property
     def has_states(self) -> bool:
@@ -165,13 +167,16 @@ class LoadJob:
         """Return the name of the tier that a block is read from, e.g. ``host`` or ``disk``."""
         return self._readers[key].tier
 
-    def start(self, place: Place) -> None:
+    def start(self, place: Place, patience_seconds: float | None = None) -> None:
         """Start to copy the pages of all layers.
 
         Args:
             place: returns the view for a layer and row.
+            patience_seconds: after so long, what has not landed is given up; None for never. A view is then written to
+                later, or never.
         """
         self._place = place
+        self._until = None if patience_seconds is None else time.monotonic() + patience_seconds
         layers = range(len(self.spec.layers))
         self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
 
@@ -297,12 +302,22 @@ class LoadJob:
 
         Raises:
             RestoreError: a page could not be read. All other layers have then finished too, and every failed block was
-                reported: one attempt finds all lost blocks.
+                reported: one attempt finds all lost blocks. Or it has not come in time: all blocks are then withheld.
         """
         self._go_on_after_fork()
-        if not self._layers[layer].result():
-            wait(self._layers)
-            raise self._lost()
+        try:
+            if self._layers[layer].result(self._left_seconds()):
+                return
+            is_late = bool(wait(self._layers, self._left_seconds()).not_done)
+        except TimeoutError:
+            is_late = True
+        if is_late:
+            self._gave_up = True
+            raise self.reject("its blocks take longer to load than to compute")
+        raise self._lost()
+
+    def _left_seconds(self) -> float | None:
+        return None if self._until is None else max(0.0, self._until - time.monotonic())
 
     def _go_on_after_fork(self) -> None:
         """Read, in a forked child, the layers that the threads of its parent had not finished."""
@@ -348,13 +363,21 @@ class LoadJob:
             self._layers = [layer for layer in self._layers if layer.done()]
         for layer in self._layers:
             layer.cancel()
-        for layer in self._layers:
-            if not layer.cancelled():
-                layer.exception()  # a running task still uses files and views
+        running = [layer for layer in self._layers if not layer.cancelled()]
+        if self._gave_up and not all(layer.done() for layer in running):
+            self._reading.leave_behind()
+            threading.Thread(target=self._release, args=(running,), name="kvtier-late", daemon=True).start()
+        else:
+            self._release(running)
+        self._report()
+
+    def _release(self, running: Sequence[Future[bool]]) -> None:
+        """Close the files that no running task uses any more."""
+        for layer in running:
+            layer.exception()
         for key, reader in self._readers.items():
             if key not in self._lent:
                 reader.close()
-        self._report()
 
 
 def _close_after(task: Future[None] | None, reader: BlockReader) -> None:

@@ -64,6 +64,13 @@ class Readers:
         wanted.run()
         return wanted.future
 
+    def leave_behind(self) -> None:
+        """Let running tasks, which may hang, end on their own; later tasks get other threads."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None and self._pid == os.getpid():
+            pool.shutdown(wait=False)
+
     def close(self) -> None:
         """Let running tasks end, drop the others, join the threads."""
         with self._lock:

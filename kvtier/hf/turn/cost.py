@@ -33,6 +33,8 @@ class Costs:
         both_share: the same for computing the front while the rest loads, in shorter and so less efficient passes.
         watched_load_seconds: a load that is expected to take longer is given up where computing overtakes it.
         watched_load_times: but not before it has taken so many times what was expected.
+        least_patience_seconds: a load that cannot be computed around is given up after so long, or as long as computing
+            would take.
         shortest_chunk_tokens: fewer tokens are not computed while others load.
         longest_chunk_tokens: after so many, what has arrived meanwhile is looked at again.
     """
@@ -48,6 +50,7 @@ class Costs:
     both_share: float = 0.9
     watched_load_seconds: float = 0.2
     watched_load_times: float = 1.5
+    least_patience_seconds: float = 2.0
     shortest_chunk_tokens: int = 16
     longest_chunk_tokens: int = 512
 

@@ -128,6 +128,9 @@ def planned_turn(
             prefix = _prefix(
                 model, request, layers, costs, planned.columns, planned.first, planned.rows, job, held_rows
             )
+            if weighing is not None:
+                computing = weighing.estimates.compute_seconds(planned.held, planned.columns)
+                prefix.patience_seconds = max(costs.least_patience_seconds, computing)
         turn = Turn.planned(prompt, identity, prefix, planned, job)
     turn.keeps_answer_states = not (states and profile.decodes_otherwise)
     if request.watched and prompt.plain:

@@ -93,6 +93,7 @@ class HeldReader(DictReader):
     def __init__(self, block, gate):
         super().__init__(block)
         self._gate = gate
+        self.was_closed = threading.Event()
 
     def page(self, layer):
         self._gate(self.id)
@@ -100,6 +101,10 @@ class HeldReader(DictReader):
 
     def land(self, layer, first, last, view, *, check=True):
         view.take(self.page(layer), first, last)
+
+    def close(self):
+        super().close()
+        self.was_closed.set()
 
 
 class HeldTier(DictTier):
@@ -243,7 +248,7 @@ def test_an_interrupt_between_two_chunks_keeps_what_was_computed(model, tokens, 
 
 def test_what_a_slow_tier_has_is_computed_and_not_read(model, tokens, generate, stored):
     asked = []
-    store, held = stored(asked.append)
+    store, _ = stored(asked.append)
     with TieredCache(store, reuse="auto") as cache:
         generate(model, tokens(8), cache)
         asked.clear()
@@ -257,11 +262,6 @@ def test_what_a_slow_tier_has_is_computed_and_not_read(model, tokens, generate, 
         assert turn.cached_tokens == turn.cached_by_tier["host"] == 8
         assert "tiers below were not asked" in turn.miss_reason
         assert asked == []
-        requests = list(held.requests)
-        cache.turns.costs = replace(COSTS, other_way_share=0.0)
-        cache.reset()
-        generate(model, tokens(TOKENS), cache)
-        assert len(held.requests) == len(requests) + 1  # asked what is there, and no more
 
 
 def test_files_are_not_read_where_computing_is_faster(model, tokens, generate, tmp_path):
@@ -311,3 +311,20 @@ def test_a_load_that_comes_in_time_is_not_computed(model, tokens, generate, stor
         cache.turns.costs = replace(COSTS, both_share=0.0, other_way_share=0.0, watched_load_seconds=0.0)
         generate(model, tokens(TOKENS), cache)
         assert (cache.last_turn.decision, cache.last_turn.cached_tokens, chunks) == ("load", TOKENS - 1, [])
+
+
+def test_a_padded_batch_gives_up_a_load_that_hangs(model, tokens, generate, stored):
+    """Its front cannot be computed while the rest loads. The thread that hangs holds up no later turn."""
+    ids, never = tokens(TOKENS), threading.Event()
+    padded = torch.cat([torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], 1), tokens(TOKENS + 3, seed=5)])
+    store, held = stored(lambda block: never.wait(20))
+    with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
+        cache.turns.costs = replace(COSTS, other_way_share=0.0, least_patience_seconds=0.01)
+        answer = generate(model, padded, cache)
+        assert cache.last_turn.cached_tokens == 0
+        assert torch.equal(answer.sequences, generate(model, padded, cold).sequences)
+        with TieredCache(store, reuse="always") as other:
+            generate(model, ids, other)
+            assert other.last_turn.cached_tokens >= TOKENS - 8  # from RAM, by another thread
+        never.set()
+    assert all(reader.was_closed.wait(20) for reader in held.readers)  # by a thread of its own

@@ -60,6 +60,7 @@ class PrefixLoad:
         self.device = torch.device("cpu")
         self.seconds = 0.0
         self.overlap_bytes_per_second = 1e9  # slower pages are not waited for before the first layer computes
+        self.patience_seconds: float | None = None  # what has not landed after so long is given up
         self.plans = tuple(plans)
         self.job = job
         self.in_place = held_rows == len(plans) and all(
@@ -93,7 +94,7 @@ class PrefixLoad:
                 self._landed.append(memory)
             else:
                 self._landed.append(self._host_buffer(layer, spec, columns))
-        job.start(self._place)
+        job.start(self._place, self.patience_seconds)
 
     def first_of(self, layer: int) -> int:
         """Return the first column that ``layer`` needs."""
