@@ -62,6 +62,9 @@ class BackFetch:
     Args:
         job: the load; it must not have been started.
         reading: threads that read.
+
+    Attributes:
+        changed: notified when a block has arrived, or failed.
     """
 
     def __init__(self, job: LoadJob, reading: Readers) -> None:
@@ -70,7 +73,7 @@ class BackFetch:
         self._spans = job.spans_from_the_back()
         self._fetched: dict[str, FetchedBlock] = {}
         self._failed: dict[str, BlockError] = {}
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._stopped = False
         self._last_at = self._began
         self._tasks: dict[str, Future[None]] = {
@@ -84,18 +87,18 @@ class BackFetch:
             block = FetchedBlock(self.job.reader(key))
         except BlockError as error:
             failed = error
-        with self._changed:
+        with self.changed:
             self._last_at = time.perf_counter()
             if failed is not None:
                 self._failed[key] = failed
             elif block is not None and not self._stopped:
                 self._fetched[key] = block
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     @property
     def arrived(self) -> int:
         """The first token from which on everything has arrived; the end of the load when nothing has."""
-        with self._changed:
+        with self.changed:
             return self._arrived()
 
     def _arrived(self) -> int:
@@ -105,6 +108,11 @@ class BackFetch:
                 return max(begin, span.stop)
             begin = min(begin, span.start)
         return begin
+
+    @property
+    def settled(self) -> set[str]:
+        """The keys of blocks that have arrived, or failed."""
+        return {*self._fetched, *self._failed}
 
     @property
     def seconds(self) -> float:
@@ -118,7 +126,7 @@ class BackFetch:
 
     def samples(self) -> Mapping[str, TransferSample]:
         """Return by tier how many bytes have arrived, and how long that took."""
-        with self._changed:
+        with self.changed:
             nbytes = Counter[str]()
             for block in self._fetched.values():
                 nbytes[block.tier] += len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
@@ -128,17 +136,17 @@ class BackFetch:
     def wait(self, token: int, seconds: float) -> None:
         """Wait until everything from ``token`` on has arrived, or nothing more will; ``seconds`` at most."""
         until = time.perf_counter() + seconds
-        with self._changed:
+        with self.changed:
             while self._arrived() > token and not self._is_stuck():
                 left = until - time.perf_counter()
                 if left <= 0:
                     return
-                self._changed.wait(left)
+                self.changed.wait(left)
 
     @property
     def is_stuck(self) -> bool:
         """Whether the block that is needed next cannot be read."""
-        with self._changed:
+        with self.changed:
             return self._is_stuck()
 
     def _is_stuck(self) -> bool:
@@ -150,7 +158,7 @@ class BackFetch:
 
         From here on the job loads the rest from memory.
         """
-        with self._changed:
+        with self.changed:
             self._stopped = True
             for task in self._tasks.values():
                 task.cancel()
