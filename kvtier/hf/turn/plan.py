@@ -102,6 +102,7 @@ class TurnPlan:
         reason: why no more tokens are reused.
         decision: how the turn begins, and what that is expected to take.
         held: the reused columns that are on the device already.
+        can_split: whether what follows them can be computed while the end of the prefix loads.
     """
 
     columns: int
@@ -115,6 +116,7 @@ class TurnPlan:
     reason: str | None
     decision: Decision
     held: int = 0
+    can_split: bool = False
 
     @property
     def needs_store(self) -> bool:
@@ -170,6 +172,7 @@ def plan(
         reason,
         decision,
         held,
+        _can_split(prompt, candidates, held, abilities),
     )
 
 
@@ -214,13 +217,17 @@ def _weighed(
         cuts |= {
             prompt.last_admitted(a.end) for a, b in pairwise(stored) if a.tier != b.tier and held < a.end < columns
         }
-    splits = abilities.may_split and can_split(prompt, candidates)
+    splits = _can_split(prompt, candidates, held, abilities)
     return decide(prompt.columns, held, sorted(cuts), stored, weighing.estimates, costs, may_split=splits)
 
 
-def can_split(prompt: Prompt, candidates: Candidates) -> bool:
-    """Return whether the front of the prefix could be computed while its end loads, in a model without states."""
-    return candidates.window is None and not prompt.is_padded and bool(candidates.columns)
+def _can_split(prompt: Prompt, candidates: Candidates, held: int, abilities: Abilities) -> bool:
+    """Return whether what follows the ``held`` columns could be computed while the end of the prefix loads.
+
+    Everything after ``held`` must then be stored: what only the buffers of a row have beyond it is lost.
+    """
+    from_store = all(row.device_tokens == held for row in candidates.rows)
+    return abilities.may_split and candidates.window is None and not prompt.is_padded and from_store
 
 
 def _why_computed(decision: Decision) -> str:

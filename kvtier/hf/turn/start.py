@@ -29,7 +29,7 @@ from kvtier.hf.turn.cost import Costs
 from kvtier.hf.turn.decision import BOTH, LOAD, StoredRange, decide
 from kvtier.hf.turn.estimates import estimates_for
 from kvtier.hf.turn.meeting import Meeting
-from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, can_split, plan
+from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.hf.turn.windows import wanted_columns
@@ -117,7 +117,7 @@ def planned_turn(
         break
     held_rows = len(resident.rows) if resident else 0
     decision = planned.decision
-    watched = splits and decision.load_seconds > costs.watched_load_seconds and can_split(prompt, candidates)
+    watched = planned.can_split and decision.load_seconds > costs.watched_load_seconds
     if (decision.way == BOTH or watched) and job is not None and weighing is not None:
         turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs)
         if planned.held:
@@ -236,8 +236,13 @@ def join(
     job = turn.meeting.join(column)
     if job is None:
         return None
-    rows = [RowPlan(0, row, 0, column, len(tokens)) for row, tokens in enumerate(turn.prompt.rows)]
-    return _prefix(model, request, layers, costs, turn.plan.columns, 0, rows, job, len(rows))
+    rows: Sequence[RowPlan] = turn.plan.rows
+    resident = turn.plan.candidates.resident
+    held_rows = len(resident.rows) if resident is not None else 0
+    if column > turn.plan.held:  # passes have put what was held, and what they computed, in its place
+        rows = [RowPlan(0, row, 0, column, len(tokens)) for row, tokens in enumerate(turn.prompt.rows)]
+        held_rows = len(rows)
+    return _prefix(model, request, layers, costs, turn.plan.columns, 0, rows, job, held_rows)
 
 
 def _engine(model: PreTrainedModel, layers: LayerContainer) -> CopyEngine | None:

@@ -328,3 +328,27 @@ def test_a_padded_batch_gives_up_a_load_that_hangs(model, tokens, generate, stor
             assert other.last_turn.cached_tokens >= TOKENS - 8  # from RAM, by another thread
         never.set()
     assert all(reader.was_closed.wait(20) for reader in held.readers)  # by a thread of its own
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("own", [(24, 24), (24, 40)], ids=["as much", "more"])
+def test_rows_of_a_batch_go_on_from_what_each_held(model, tokens, generate, own, swapped):
+    """What the buffers hold moves to other rows, or differs in length; the rest is stored, and is watched."""
+    rows = [tokens(64, seed=seed)[0] for seed in (7, 8)]
+    with PrefixStore(block_size=8) as store, TieredCache(store, reuse="auto") as cache:
+        with TieredCache(store, reuse="always") as other:
+            for row in rows:
+                generate(model, row[None], other)
+        longest = max(own)
+        held = [torch.cat([row[:n], torch.full((longest - n,), 3)]) for row, n in zip(rows, own, strict=True)]
+        generate(model, torch.stack(held), cache)
+        cache.turns.costs = replace(COSTS, other_way_share=0.0, both_share=0.0, watched_load_seconds=0.0)
+        batch = torch.stack(rows[::-1] if swapped else rows)
+        answer = generate(model, batch, cache)
+        assert cache.last_turn.cached_by_tier["host"] > 0
+        with TieredCache(PrefixStore()) as cold:
+            expected = generate(model, batch, cold)
+            assert torch.equal(answer.sequences, expected.sequences)
+            for ours, theirs in zip(cache.layers, cold.layers, strict=True):
+                assert torch.allclose(ours.keys[:, :, :63], theirs.keys[:, :, :63], atol=1e-4)
+                assert torch.allclose(ours.values[:, :, :63], theirs.values[:, :, :63], atol=1e-4)
