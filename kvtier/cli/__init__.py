@@ -7,6 +7,7 @@ import typer
 from kvtier.cli import store
 from kvtier.cli.demo import command as demo
 from kvtier.cli.doctor import command as doctor
+from kvtier.cli.plan import command as plan
 
 app = typer.Typer(
     name="kvtier",
@@ -24,4 +25,5 @@ def _root() -> None:
 
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(plan.plan)
 app.add_typer(store.app)
