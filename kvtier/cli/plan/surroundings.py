@@ -16,7 +16,7 @@ from kvtier.store.store import DEFAULT_DISK_BUDGET
 from kvtier.units import parse_bytes
 
 TIERS = ("device", "host", "disk")
-# To find a prefix, open its blocks and set the buffers up. Both were measured with small prefixes.
+# To find a prefix, open its blocks and set the buffers up: rows of a catalog are read, and files opened.
 _LATENCY_SECONDS = {"host": 1e-3, "disk": 3e-3}
 
 
