@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config, T5Config
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, MixtralConfig, Qwen3Config, T5Config
 
 from kvtier.errors import ConfigurationError
 from kvtier.hf import model_sheet as sheets
+from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.meta_model import read_config
 from kvtier.hf.model_sheet import model_sheet
 from tests.support import families
@@ -97,12 +98,13 @@ def test_of_experts_whose_choice_is_not_told_all_count(monkeypatch):
 
 @pytest.mark.sample(10, of="families whose sheets are compared with real caches")
 @pytest.mark.parametrize("name", sorted(families.FAMILIES))
-def test_bytes_are_those_of_a_real_cache(name, generate):
+def test_bytes_are_those_of_a_real_cache(name):
     model = families.build(name)
     sheet = model_sheet(model.config, torch.float32)
     assert sheet.parameters == sum(each.numel() for each in model.parameters())
-    ids = torch.randint(1, 60, (1, 40), device="cpu")
-    layers = generate(model, ids, max_new_tokens=1).past_key_values.layers
+    layers = (cache := DynamicCache(config=model.config)).layers
+    with torch.no_grad():
+        model(torch.randint(1, 60, (1, 40)), use_cache=True, **{passed_argument(model): cache})
     per_token = sum(
         value.nbytes // value.shape[-2]
         for layer in layers
@@ -121,12 +123,9 @@ def _states(layer):
 
 
 def test_a_config_that_forbids_reuse_says_so():
-    factors = [1.0] * 48
-    parameters = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
-    config = Phi3Config(
-        num_hidden_layers=1, rope_parameters=parameters, original_max_position_embeddings=4096, pad_token_id=0
-    )
-    assert "longrope" in model_sheet(config).not_reusable
+    config = gemma3_12b()
+    config.use_bidirectional_attention = True
+    assert "later tokens" in model_sheet(config).not_reusable
 
 
 def test_weights_in_fewer_bits_are_noted_and_their_library_is_not_needed():
