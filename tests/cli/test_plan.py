@@ -116,6 +116,7 @@ def test_text_names_windows_states_and_the_limit(tmp_path):
     assert done.exit_code == 0, done.output
     for text in ("sliding windows", "335 MB", "64 KiB", "data sheet", "assumed", "made for 131,072 tokens at most"):
         assert text in done.output
+    assert "the weights alone take more" in plan(tmp_path, "--device", "T4").output
     families.build("qwen3_next").config.save_pretrained(tmp_path)
     assert "states of 2 layers" in plan(tmp_path, "--device", "A100").output
     families.build("deepseek_v4").config.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.cli.plan.figures import Figure
+from kvtier.cli.plan.figures import Figure, Origin
 from kvtier.cli.plan.probe import measured_rates
 from kvtier.costs.machines import DISK_BYTES_PER_SECOND, Machine, named_machine
 from kvtier.platform.filesystem import user_cache_folder
@@ -93,6 +93,13 @@ def _latencies() -> dict[str, Figure]:
     return {tier: Figure(latency, "s", "assumed", how) for tier, latency in _LATENCY_SECONDS.items()}
 
 
+def _left(memory_bytes: float, weight_bytes: int, origin: Origin, how: str) -> Figure:
+    """Return what the weights leave of the memory."""
+    if weight_bytes > memory_bytes:
+        return Figure(0, "bytes", origin, f"the weights alone take more than the {memory_bytes / 1e9:.3g} GB there are")
+    return Figure(memory_bytes - weight_bytes, "bytes", origin, f"{how} and the weights")
+
+
 def _lower_budgets() -> dict[str, Figure]:
     host, disk = default_host_budget_bytes(), parse_bytes(DEFAULT_DISK_BUDGET, "disk_budget")
     return {
@@ -114,7 +121,6 @@ def _here(device: str, dtype: torch.dtype, weight_bytes: int) -> Surroundings:
     disk = Figure(rates.disk_bytes_per_second, "bytes/s", "measured here", disk_how)
     if disk.value is None:
         disk = Figure(DISK_BYTES_PER_SECOND, "bytes/s", "assumed", f"an NVMe drive; {folder} cannot be written")
-    free = max(0, free_device_bytes(there) - weight_bytes)
     return Surroundings(
         name,
         Figure(rates.matrix_operations_per_second, "operations/s", "measured here", f"a matrix product in {kind}"),
@@ -126,7 +132,7 @@ def _here(device: str, dtype: torch.dtype, weight_bytes: int) -> Surroundings:
         },
         _latencies(),
         {
-            "device": Figure(free, "bytes", "measured here", "free memory, less a reserve and the weights"),
+            "device": _left(free_device_bytes(there), weight_bytes, "measured here", "free memory, less a reserve"),
             **_lower_budgets(),
         },
         shares_cores=is_cpu,
@@ -137,7 +143,6 @@ def _named(machine: Machine, weight_bytes: int) -> Surroundings:
     peak = f"{machine.peak_operations_per_second / 1e12:g}e12 dense in 16 bits × {machine.utilisation:g} (assumed)"
     operations = Figure(machine.operations_per_second, "operations/s", "data sheet", peak)
     reserve = max(machine.memory_bytes / 10, 512 * 2**20)
-    free = max(0.0, machine.memory_bytes - reserve - weight_bytes)
     return Surroundings(
         machine.name,
         operations,
@@ -154,7 +159,7 @@ def _named(machine: Machine, weight_bytes: int) -> Surroundings:
         },
         _latencies(),
         {
-            "device": Figure(free, "bytes", "data sheet", "memory, less a tenth as reserve and the weights"),
+            "device": _left(machine.memory_bytes - reserve, weight_bytes, "data sheet", "memory, less a tenth"),
             **_lower_budgets(),
         },
         shares_cores=False,
