@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from kvtier.cli import store
+from kvtier.cli.bench import command as bench
 from kvtier.cli.demo import command as demo
 from kvtier.cli.doctor import command as doctor
+from kvtier.cli.plan import command as plan
 
 app = typer.Typer(
     name="kvtier",
@@ -24,4 +26,6 @@ def _root() -> None:
 
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(plan.plan)
+app.command()(bench.bench)
 app.add_typer(store.app)

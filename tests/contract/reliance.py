@@ -83,8 +83,10 @@ IMPORTS = [
     Reliance("transformers.generation.streamers.BaseStreamer", "hf/generate/run.py"),
     Reliance("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
     Reliance("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "hf/identity/module_walk.py"),
+    Reliance("transformers.AutoConfig", "hf/meta_model.py"),
     Reliance("transformers.AutoModelForCausalLM", "cli/demo/conversation.py"),
     Reliance("transformers.AutoTokenizer", "cli/demo/conversation.py"),
+    Reliance("transformers.MODEL_FOR_CAUSAL_LM_MAPPING", "hf/meta_model.py"),
     Reliance("transformers.LlamaConfig", "cli/doctor/scripts.py"),
     Reliance("transformers.LlamaForCausalLM", "cli/doctor/scripts.py"),
     Reliance("transformers.TextStreamer", "cli/demo/conversation.py"),
@@ -123,6 +125,7 @@ MEMBERS = [
     ),
     Reliance("transformers.PreTrainedConfig._attn_implementation", "hf/identity/module_walk.py", "property"),
     Reliance("transformers.PreTrainedConfig._experts_implementation", "hf/identity/module_walk.py", "property"),
+    Reliance("transformers.PreTrainedModel.get_output_embeddings", "hf/model_sheet.py", "(self)"),
     Reliance("transformers.EncoderDecoderCache.__init__", "hf/generate/run.py", "(self, *caches)"),
     Reliance(
         "transformers.DynamicCache.__init__",
