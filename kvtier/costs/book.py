@@ -49,8 +49,6 @@ class CostBook:
 
     def note_pass(self, sample: PrefillSample) -> None:
         """Note a forward pass that was timed."""
-        if sample.tokens < 1 or not _is_positive(sample.seconds):
-            return
         kind = (_size(sample.tokens), _size(sample.depth_tokens), _size(sample.rows))
         with self._lock:
             self.news += _add(self._passes, kind, sample)
@@ -58,8 +56,6 @@ class CostBook:
 
     def note_load(self, tier: str, sample: TransferSample) -> None:
         """Note a load from ``tier`` that was timed."""
-        if sample.nbytes < 1 or not _is_positive(sample.seconds):
-            return
         with self._lock:
             self._loads.setdefault(tier, deque(maxlen=_LOADS)).append(sample)
             self.news += 1

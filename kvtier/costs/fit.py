@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 _GUESS_WEIGHT = 0.005  # of a guessed ratio beside a measurement: it decides only what no measurement tells
+_LEAST = 1e-15  # of a guessed coefficient, which is divided by
 
 
 def fitted(
@@ -23,7 +24,7 @@ def fitted(
     Args:
         features: of each measurement, ``[measurements][coefficients]``.
         seconds: of each measurement. Those that are not positive are ignored.
-        guess: the coefficients that hold when nothing was measured; all are positive.
+        guess: the coefficients that hold when nothing was measured.
         main: index of the coefficient to which the others have ratios.
     """
     measured = np.asarray(seconds, float)
@@ -31,7 +32,7 @@ def fitted(
     if not known.any():
         return tuple(map(float, guess))
     measured, rows = measured[known], np.asarray(features, float)[known]
-    guessed = np.asarray(guess, float)
+    guessed = np.maximum(np.asarray(guess, float), _LEAST)
     scale = float(measured.sum() / (rows @ guessed).sum())
     ratios = np.diag(1 / guessed)
     ratios[:, main] -= 1 / guessed[main]

@@ -35,7 +35,7 @@ class PrefillCost:
     pass_seconds: float
     token_seconds: float
     pair_seconds: float
-    depth_seconds: float
+    depth_seconds: float = 0.0
 
     def seconds(self, tokens: int, depth_tokens: int = 0, rows: int = 1) -> float:
         """Return the seconds of one pass; 0 for no tokens."""

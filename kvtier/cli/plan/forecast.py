@@ -97,6 +97,7 @@ def compute_cost(sheet: ModelSheet, where: Surroundings) -> ComputeCost:
     return ComputeCost(
         first_guess(
             sheet.token_parameters * sheet.dtype.itemsize,
+            sheet.footprint.token_bytes,
             sheet.token_operations,
             sheet.pair_operations * operations / pair_operations,  # attention may reach another rate
             operations_per_second=operations,

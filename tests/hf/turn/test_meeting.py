@@ -44,8 +44,9 @@ class FakeFetch:
             self.arrived = max(0, self.arrived - self._script.pop(0))
 
     def wait(self, column, seconds):
-        self.waits.append(seconds)
+        before = self.arrived
         self.step(seconds)
+        self.waits.append((seconds, self.arrived == before))
 
 
 def meet(fetch, begin, end):
@@ -70,7 +71,9 @@ def test_chunks_are_contiguous_and_end_where_the_rest_has_arrived(begin, more, s
         edge = b
     assert edge >= fetch.arrived or edge == begin + more
     assert edge <= begin + more
-    assert all(wait <= ESTIMATES.compute_seconds(begin, begin + more) for wait in fetch.waits)
+    assert all(seconds <= ESTIMATES.compute_seconds(begin, begin + more) for seconds, _ in fetch.waits)
+    assert sum(in_vain for _, in_vain in fetch.waits) <= len(chunks)
+    assert not (stuck and fetch.waits)
 
 
 def test_a_tier_that_hangs_is_waited_for_at_most_once_a_chunk_and_everything_is_computed():
@@ -183,6 +186,8 @@ def test_front_is_computed_while_the_end_loads(model, tokens, generate, stored, 
         answer, expected = generate(model, ids, cache), generate(model, ids, cold)
         half.set()
         turn, met = cache.last_turn, chunks[-1][1]
+        book = store.costs(cache.turns.kept_row(0)[0], machine_name(model.device))
+        assert len(book.to_dict()["passes"]) == 4  # set by the test: these passes were in the way of a load
         assert turn.decision == BOTH
         assert 0 < turn.cached_tokens == turn.cached_by_tier["dict"]
         assert turn.cached_tokens + turn.computed_tokens == TOKENS
@@ -352,3 +357,17 @@ def test_rows_of_a_batch_go_on_from_what_each_held(model, tokens, generate, own,
             for ours, theirs in zip(cache.layers, cold.layers, strict=True):
                 assert torch.allclose(ours.keys[:, :, :63], theirs.keys[:, :, :63], atol=1e-4)
                 assert torch.allclose(ours.values[:, :, :63], theirs.values[:, :, :63], atol=1e-4)
+
+
+def test_passes_are_timed_in_generate_and_not_in_custom_loops(model, tokens, generate):
+    with PrefixStore(block_size=8) as store, TieredCache(store) as cache:
+        ids = tokens(40)
+        cache.begin(model, ids)
+        model(ids, **{CACHE: cache})
+        cache.commit(ids)
+        book = store.costs(cache.turns.kept_row(0)[0], machine_name(model.device))
+        assert not book.knows_passes
+        generate(model, tokens(30, seed=4), cache)
+        passes = [(tokens, depth) for tokens, depth, _, _ in book.to_dict()["passes"]]
+        assert passes[0] == (30, 0)
+        assert all(tokens == 1 for tokens, _ in passes[1:])
