@@ -32,7 +32,7 @@ class Costs:
             of loading it.
         both_share: the same for computing the front while the rest loads, in shorter and so less efficient passes.
         watched_load_seconds: a load that is expected to take longer is given up where computing overtakes it.
-        watched_load_times: but not before it has taken so many times what was expected.
+        watched_load_times: a load, or a wait for the rest of it, may take so many times what is expected.
         least_patience_seconds: a load that cannot be computed around is given up after so long, or as long as computing
             would take.
         shortest_chunk_tokens: fewer tokens are not computed while others load.

@@ -50,7 +50,7 @@ class Meeting:
     def next_chunk(self, column: int) -> int | None:
         """Return the column up to which to compute next, after ``column``; None when the rest has arrived.
 
-        Waits where that is faster than to compute, no longer than computing what is missing would take.
+        Waits where that is faster than to compute, and not much longer than it seemed: then more is computed.
         """
         patience, self._patience_seconds = self._patience_seconds, 0.0
         if patience:
@@ -62,13 +62,11 @@ class Meeting:
                 return None
             if self.fetch.is_stuck:
                 return column + min(missing, self._costs.longest_chunk_tokens)
-            end = next_chunk(column, arrived, self._speed(arrived), self._estimates, self._costs)
+            speed = self._speed(arrived)
+            end = next_chunk(column, arrived, speed, self._estimates, self._costs)
             if end > column:
                 return end
-            patience = self._estimates.compute_seconds(column, arrived)
-            self.fetch.wait(column, patience)
-            if self.fetch.arrived == arrived:  # it is slower than it seemed
-                return column + min(missing, self._costs.longest_chunk_tokens)
+            self.fetch.wait(column, self._costs.watched_load_times * missing / speed)
 
     def join(self, column: int) -> LoadJob | None:
         """End the meeting at ``column``. Return the load of what was not computed; None when all was."""

@@ -44,9 +44,8 @@ class FakeFetch:
             self.arrived = max(0, self.arrived - self._script.pop(0))
 
     def wait(self, column, seconds):
-        before = self.arrived
+        self.waits.append((column, seconds))
         self.step(seconds)
-        self.waits.append((seconds, self.arrived == before))
 
 
 def meet(fetch, begin, end):
@@ -55,8 +54,8 @@ def meet(fetch, begin, end):
     chunks, column = [], begin
     while (to := meeting.next_chunk(column)) is not None:
         chunks.append((column, to))
+        fetch.step(ESTIMATES.compute_seconds(column, to))
         column = to
-        fetch.step(0.01)
     return chunks
 
 
@@ -71,14 +70,15 @@ def test_chunks_are_contiguous_and_end_where_the_rest_has_arrived(begin, more, s
         edge = b
     assert edge >= fetch.arrived or edge == begin + more
     assert edge <= begin + more
-    assert all(seconds <= ESTIMATES.compute_seconds(begin, begin + more) for seconds, _ in fetch.waits)
-    assert sum(in_vain for _, in_vain in fetch.waits) <= len(chunks)
+    for column, seconds in fetch.waits:  # a wait is short beside the smallest chunk
+        assert seconds <= 1.6 * ESTIMATES.compute_seconds(column, column + COSTS.shortest_chunk_tokens)
     assert not (stuck and fetch.waits)
 
 
-def test_a_tier_that_hangs_is_waited_for_at_most_once_a_chunk_and_everything_is_computed():
+def test_a_tier_that_hangs_is_not_waited_for_long_and_everything_is_computed():
     fetch = FakeFetch(1000, [])
     assert meet(fetch, 0, 1000)[-1][1] == 1000
+    assert sum(seconds for _, seconds in fetch.waits) < 0.2 * ESTIMATES.compute_seconds(0, 1000)
 
 
 def test_what_has_arrived_already_is_not_computed():
@@ -96,9 +96,10 @@ class HeldReader(DictReader):
     def __init__(self, block, gate):
         super().__init__(block)
         self._gate = gate
-        self.was_closed = threading.Event()
+        self.asked, self.was_closed = threading.Event(), threading.Event()
 
     def page(self, layer):
+        self.asked.set()
         self._gate(self.id)
         return super().page(layer)
 
@@ -321,25 +322,34 @@ def test_a_load_that_comes_in_time_is_not_computed(model, tokens, generate, stor
 def test_a_padded_batch_gives_up_a_load_that_hangs(model, tokens, generate, stored):
     """Its front cannot be computed while the rest loads. The thread that hangs holds up no later turn."""
     ids, never = tokens(TOKENS), threading.Event()
-    padded = torch.cat([torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], 1), tokens(TOKENS + 3, seed=5)])
+    padded = torch.cat([torch.cat(row, 1) for row in ((torch.zeros(1, 3, dtype=ids.dtype), ids), (ids, ids[:, :3]))])
     store, held = stored(lambda block: never.wait(20))
     with TieredCache(store, reuse="auto") as cache, TieredCache(PrefixStore()) as cold:
         cache.turns.costs = replace(COSTS, other_way_share=0.0, least_patience_seconds=0.01)
         answer = generate(model, padded, cache)
+        assert any(reader.asked.is_set() for reader in held.readers)
         assert cache.last_turn.cached_tokens == 0
         assert torch.equal(answer.sequences, generate(model, padded, cold).sequences)
-        with TieredCache(store, reuse="always") as other:
-            generate(model, ids, other)
-            assert other.last_turn.cached_tokens >= TOKENS - 8  # from RAM, by another thread
+        for known in (0, 39):  # from RAM, by other threads
+            with TieredCache(store, reuse="always") as other:
+                generate(model, tokens(40, seed=9), other)
+                assert other.last_turn.cached_tokens == known
         never.set()
     assert all(reader.was_closed.wait(20) for reader in held.readers)  # by a thread of its own
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("own", [(24, 24), (24, 40)], ids=["as much", "more"])
-def test_rows_of_a_batch_go_on_from_what_each_held(model, tokens, generate, own, swapped):
+@pytest.mark.parametrize("fed", [0, 4])
+def test_rows_of_a_batch_go_on_from_what_each_held(model, tokens, generate, monkeypatch, own, swapped, fed):
     """What the buffers hold moves to other rows, or differs in length; the rest is stored, and is watched."""
-    rows = [tokens(64, seed=seed)[0] for seed in (7, 8)]
+    rows, begun, original = [tokens(64, seed=seed)[0] for seed in (7, 8)], [], Meeting.next_chunk
+
+    def chunk(self, column):
+        begun.append(column)
+        return column + fed if fed and len(begun) == 1 else original(self, column)
+
+    monkeypatch.setattr(Meeting, "next_chunk", chunk)
     with PrefixStore(block_size=8) as store, TieredCache(store, reuse="auto") as cache:
         with TieredCache(store, reuse="always") as other:
             for row in rows:
