@@ -62,7 +62,7 @@ class Meeting:
                 return None
             if self.fetch.is_stuck:
                 return column + min(missing, self._costs.longest_chunk_tokens)
-            speed = self._speed(arrived)
+            speed = self._speed(arrived, missing)
             end = next_chunk(column, arrived, speed, self._estimates, self._costs)
             if end > column:
                 return end
@@ -83,10 +83,13 @@ class Meeting:
             self.fetch.stop(self._end)
             self.fetch.job.close()
 
-    def _speed(self, arrived: int) -> float:
-        """Return the columns that arrive in a second: measured, once there is something to measure."""
+    def _speed(self, arrived: int, missing: int) -> float:
+        """Return how many of the ``missing`` columns arrive in a second: measured, once there is something to measure.
+
+        As long as nothing has come, what is missing is taken to need as long again as it was waited for.
+        """
         seconds = self.fetch.elapsed_seconds
         expected = self._columns_per_second
-        if arrived == self._end:  # nothing yet: the longer nothing comes, the slower it is
-            return min(expected, (self._end - self.begin) / seconds) if seconds > 0 else expected
+        if arrived == self._end:
+            return min(expected, missing / seconds) if seconds > 0 else expected
         return (self._end - arrived) / seconds
