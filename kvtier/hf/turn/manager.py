@@ -245,7 +245,11 @@ class TurnManager:
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
-            start_load(turn.prefix, columns, self.layers, self._checkpoints)
+            try:
+                start_load(turn.prefix, columns, self.layers, self._checkpoints)
+            except BaseException:
+                self.lay_out(self.layers.config)  # rows may have been moved in some of the layers
+                raise
         self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
         turn.is_strict = self._is_strict
         self.turn = turn
