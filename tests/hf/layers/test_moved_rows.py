@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from kvtier import PrefixStore, TieredCache
 from kvtier.kv.buffer import KVBuffer
 from tests.support.places import StandIn
+from tests.support.upstream import CACHE
 
 # A buffer beside an accelerator, hot and cold layers under a budget, and the buffers of a CPU.
 PLACES = {
@@ -89,6 +90,21 @@ def test_other_numbers_of_rows_need_no_second_buffer(make_model, generate, token
     ours = generate(model, ids, cache)
     assert memories(cache) == held
     assert torch.equal(ours.sequences, generate(model, ids).sequences)
+
+
+@pytest.mark.parametrize("removed", [0, 14])
+def test_a_fork_before_the_first_pass_has_all_rows_of_the_prompt(make_model, generate, tokens, cache, removed):
+    """The cache holds one row, of which the prompt has three."""
+    model = make_model("llama")
+    first = generate(model, tokens(20), cache).sequences
+    cache.crop(-removed)
+    ids = torch.cat([first.repeat(3, 1), tokens(4, rows=3, seed=1)], 1)
+    cache.begin(model, ids)
+    with torch.no_grad(), cache.fork() as twin:
+        assert twin.get_seq_length() == 27
+        logits = [model(ids[:, 27:], **{CACHE: each}).logits for each in (twin, cache)]
+    assert torch.equal(*logits)
+    assert torch.allclose(logits[0], model(ids).logits[:, 27:], rtol=0, atol=1e-4)
 
 
 def test_an_interrupt_while_rows_move_leaves_nothing(make_model, generate, tokens, cache, monkeypatch):

@@ -245,15 +245,8 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        if old is not None and not self.brings(layer):
-            k, v = old.contents(0)
-        else:
-            assert self.job is not None
-            g = self.job.spec.layers[layer]
-            device = old.device if old is not None else self._device
-            k = torch.empty(len(self.plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
-            v = torch.empty(len(self.plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
-        return self.take(layer, old, k, v, make)
+        like = old.contents(0) if old is not None else None
+        return self.take(layer, old, *self.nothing(layer, like), make)
 
     def wait(self) -> None:
         """Read every page once, to check that it can be read.
