@@ -93,7 +93,9 @@ def small_tensor_through_numpy(model):
         other_parameter,
         other_parameter_in_the_same_place,
         other_angles,
-        small_tensor_through_numpy,
+        pytest.param(
+            small_tensor_through_numpy, marks=pytest.mark.cpu_only("NumPy cannot reach the memory of a device")
+        ),
     ],
 )
 def test_edited_weights_prevent_reuse(model, generate, tokens, cache, store, edit):
