@@ -188,6 +188,7 @@ def test_model_converted_by_swapping_tensors_is_not_reused(model, generate, toke
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.cpu_only("the test device has no quantised tensors")
 def test_quantised_buffer_turns_reuse_off(model, generate, tokens, cache):
     """Reading a quantised buffer like a plain tensor crashes the process."""
     ids = tokens(30)
