@@ -104,6 +104,13 @@ def machine() -> Machine:
     return MACHINE
 
 
+@pytest.fixture
+def on_host() -> Iterator[None]:
+    """Make tensors on the host that name no device, on the test device too: for parts that see host memory only."""
+    with torch.device("cpu"):
+        yield
+
+
 _SLOW = {"system", "tools", "offload", "inputs", "identity"}  # folders of tests
 
 # Folders of tests that check whether bytes reach the drive.

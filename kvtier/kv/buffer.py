@@ -237,10 +237,13 @@ class KVBuffer:
         k, v = (buffer[row, :, held].to("cpu", copy=True).contiguous() for buffer in (self.k, self.v))
         return Page(k, v)
 
-    def select(self, rows: torch.Tensor, live: int) -> None:
+    def select(self, rows: torch.Tensor, live: int, columns: int = 0) -> None:
         """Make row ``i`` the former row ``rows[i]``, for the columns before ``live``.
 
-        ``rows`` are indices, or one truth value for each row.
+        Args:
+            rows: indices, or one truth value for each row.
+            live: column after the last that keeps its values.
+            columns: other memory gets room for the columns before this one; 0 for the room that there was.
         """
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
@@ -248,9 +251,10 @@ class KVBuffer:
         rows, live = rows.to(self.device), live - self.base
         if in_place:
             for buffer in (self.k, self.v):
-                _select(buffer, rows, live, in_place)
-        else:
-            self._replace(lambda buffer: _select(buffer, rows, live, in_place))
+                _select(buffer, rows, live, buffer)
+            return
+        room = columns - self.base if columns else self._room
+        self._replace(lambda buffer: _select(buffer, rows, live, _empty(buffer, len(rows), room)))
 
     def close(self) -> None:
         """Leave shared buffers to the other twins."""
@@ -266,15 +270,17 @@ class KVBuffer:
         return twin
 
 
+def _empty(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    return empty_rows(like, rows, (like.shape[1], capacity, like.shape[3]))
+
+
 def _grown(buffer: torch.Tensor, capacity: int, live: int) -> torch.Tensor:
-    heads, dim = buffer.shape[1], buffer.shape[3]
-    grown = empty_rows(buffer, buffer.shape[0], (heads, capacity, dim))
+    grown = _empty(buffer, buffer.shape[0], capacity)
     grown[:, :, :live] = buffer[:, :, :live]
     return grown
 
 
-def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, in_place: bool) -> torch.Tensor:
-    target = buffer if in_place else empty_rows(buffer, len(rows), buffer.shape[1:])
+def _select(buffer: torch.Tensor, rows: torch.Tensor, live: int, target: torch.Tensor) -> torch.Tensor:
     for begin in range(0, live, _SELECTED_TOGETHER):  # in pieces: a second copy of all would need as much memory again
         columns = slice(begin, min(begin + _SELECTED_TOGETHER, live))
         target[:, :, columns] = buffer[:, :, columns].index_select(0, rows)

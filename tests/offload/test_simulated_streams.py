@@ -7,6 +7,7 @@ import copy
 import random
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,8 +148,10 @@ ORDERING = ("wait", "settle", "after", "after[0]", "after[-1]")
 FREES_MEMORY = ("turn_cold", "_give_up")
 SCENES = [(play, host_bytes) for play in (play_turns, play_prompt) for host_bytes in (2**30, 2_000)]
 SCENES.append((play_slab, 0))
+_CPU_ONLY = pytest.mark.cpu_only("it simulates a device in the memory of the CPU")
 
 
+@_CPU_ONLY
 def test_removing_any_wait_or_fence_makes_a_scene_fail(tmp_path):
     """A scene fails by a race, by other bits, or by an error."""
     shown_by: dict[Drop, list[tuple[Any, int]]] = {}
@@ -175,6 +178,7 @@ def survives(drop: Drop, folder, play, host_bytes) -> bool:
     return True
 
 
+@_CPU_ONLY
 def test_released_buffers_and_slots_have_no_pending_transfers(tmp_path):
     """No pending transfer holds a buffer that turned cold, or a slot that was replaced."""
     engine = SimulatedEngine(random.Random(0), lazy=True)

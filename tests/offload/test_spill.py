@@ -23,6 +23,7 @@ from kvtier.offload.storage.page_file import PageFile
 from kvtier.offload.storage.spill_folder import SpillFolder
 
 ROWS, TOKENS = 2, 6
+pytestmark = pytest.mark.usefixtures("on_host")
 
 
 @pytest.fixture

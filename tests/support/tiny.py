@@ -114,7 +114,7 @@ def columns_of(cache: Any, row: int) -> list[dict[int, bytes]]:
 def bytes_of_columns(k_htd: torch.Tensor, v_htd: torch.Tensor) -> list[bytes]:
     """K and V of each column, as bytes."""
     parts = [part.transpose(0, 1) for part in (k_htd, v_htd)]
-    return [each.tobytes() for each in torch.cat([part.reshape(len(part), -1) for part in parts], 1).numpy()]
+    return [each.tobytes() for each in torch.cat([part.reshape(len(part), -1) for part in parts], 1).cpu().numpy()]
 
 
 def assert_same_answer(found: Any, expected: Any, *, exact: bool) -> None:

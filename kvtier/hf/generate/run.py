@@ -74,7 +74,7 @@ def _load_and_run(
         assert request.ids is not None
         prefill_chunk(model, passed, request.ids, request.mask, begin, end)
         turns.prefilled(end)
-    while (chunk := turns.next_chunk(model, request)) is not None:
+    while (chunk := turns.next_chunk()) is not None:
         assert request.ids is not None
         prefill_chunk(model, passed, request.ids, request.mask, *chunk)
     arguments = _arguments(model, turns, passed, request)

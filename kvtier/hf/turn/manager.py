@@ -29,7 +29,7 @@ from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.estimates import machine_name, note_costs
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep
-from kvtier.hf.turn.start import admit, dropped_columns, join, planned_turn, start_load, why_cold
+from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
 from kvtier.report import TurnReport
@@ -252,16 +252,22 @@ class TurnManager:
             if request.inputs is not None:
                 raise media_error(request.missing, reason)
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
-        self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
         columns = turn.prompt.columns if turn.prompt is not None else 0
+        if turn.prompt is not None:
+            turn.clock = TurnClock(self._began, columns, len(turn.prompt.rows) * request.repeats)
+        if turn.meeting is not None:
+            turn.meet_at_once()
+        self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
         self.layers.before_writing()
         self.layers.expect_columns(columns, self._new_columns)
         if turn.prefix is None:
             self.lay_out(self.layers.config)
         else:
-            start_load(turn.prefix, columns, self.layers, self._checkpoints)
-        if turn.prompt is not None:
-            turn.clock = TurnClock(self._began, columns, len(turn.prompt.rows) * request.repeats)
+            try:
+                start_load(turn.prefix, columns, self.layers, self._checkpoints)
+            except BaseException:
+                self.lay_out(self.layers.config)  # rows may have been moved in some of the layers
+                raise
         self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
         turn.is_strict = self._is_strict
         self.turn = turn
@@ -290,7 +296,7 @@ class TurnManager:
         """Return the columns ``(begin, end)`` of each chunk to be fed, in order, before the rest of the prompt."""
         return self.turn.prefill.chunks if self.turn is not None else ()
 
-    def next_chunk(self, model: PreTrainedModel, request: GenerateRequest) -> tuple[int, int] | None:
+    def next_chunk(self) -> tuple[int, int] | None:
         """Return the columns ``(begin, end)`` to feed next, while the end of the prefix loads; None when it is there.
 
         Raises:
@@ -303,11 +309,10 @@ class TurnManager:
         end = turn.meeting.next_chunk(column)
         if end is not None:
             return column, end
-        prefix = join(model, request, turn, self.layers, self.costs)
+        prefix = turn.join(column)
         if prefix is not None:
             assert turn.prompt is not None
             start_load(prefix, turn.prompt.columns, self.layers, self._checkpoints)
-            turn.joined(prefix)
         self.last_turn = turn.report()
         return None
 

@@ -45,13 +45,21 @@ class Meeting:
         self._estimates = estimates
         self._costs = costs
         self._patience_seconds = patience_seconds
+        self._first: int | None = None
         self._columns_per_second = (end - begin) / seconds if seconds > 0 else 0.0
+
+    def first_chunk(self) -> int | None:
+        """Return the column up to which to compute first; None when everything has arrived already."""
+        self._first = self.next_chunk(self.begin)
+        return self._first
 
     def next_chunk(self, column: int) -> int | None:
         """Return the column up to which to compute next, after ``column``; None when the rest has arrived.
 
         Waits where that is faster than to compute, and not much longer than it seemed: then more is computed.
         """
+        if column == self.begin and self._first is not None:
+            return self._first
         patience, self._patience_seconds = self._patience_seconds, 0.0
         if patience:
             self.fetch.wait(column, patience)

@@ -31,7 +31,7 @@ from kvtier.hf.turn.estimates import estimates_for
 from kvtier.hf.turn.meeting import Meeting
 from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, plan
 from kvtier.hf.turn.token_trace import TokenTrace
-from kvtier.hf.turn.turn import Turn
+from kvtier.hf.turn.turn import MakeLoad, Turn
 from kvtier.hf.turn.windows import wanted_columns
 from kvtier.store import PrefixStore
 from kvtier.store.load import LoadJob
@@ -119,9 +119,10 @@ def planned_turn(
     decision = planned.decision
     watched = planned.can_split and decision.load_seconds > costs.watched_load_seconds
     if (decision.way == BOTH or watched) and job is not None and weighing is not None:
-        turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs)
+        make = partial(_prefix, model, request, layers, costs)
+        turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs, make)
         if planned.held:
-            turn.prefix = _prefix(model, request, layers, costs, planned.held, 0, planned.rows, None, held_rows)
+            turn.prefix = make(planned.held, 0, planned.rows, None, held_rows)
     else:
         prefix = None
         if planned.columns:
@@ -210,6 +211,7 @@ def _fronted_turn(
     store: PrefixStore,
     weighing: Weighing,
     costs: Costs,
+    make: MakeLoad,
 ) -> Turn:
     """Return a turn that computes the front of a prefix while its end loads from the back.
 
@@ -222,27 +224,8 @@ def _fronted_turn(
     patience = seconds * costs.watched_load_times if decision.way == LOAD else 0.0
     fetch = store.fetch_from_the_back(job)
     turn.meeting = Meeting(fetch, begin, planned.columns, weighing.estimates, seconds, costs, patience)
+    turn.make_load = make
     return turn
-
-
-def join(
-    model: PreTrainedModel, request: GenerateRequest, turn: Turn, layers: LayerContainer, costs: Costs
-) -> PrefixLoad | None:
-    """End the meeting of ``turn``; return the load of what was not computed, None where nothing is left of it."""
-    assert turn.meeting is not None
-    assert turn.prompt is not None
-    assert turn.plan is not None
-    column = layers.columns
-    job = turn.meeting.join(column)
-    if job is None:
-        return None
-    rows: Sequence[RowPlan] = turn.plan.rows
-    resident = turn.plan.candidates.resident
-    held_rows = len(resident.rows) if resident is not None else 0
-    if column > turn.plan.held:  # passes have put what was held, and what they computed, in its place
-        rows = [RowPlan(0, row, 0, column, len(tokens)) for row, tokens in enumerate(turn.prompt.rows)]
-        held_rows = len(rows)
-    return _prefix(model, request, layers, costs, turn.plan.columns, 0, rows, job, held_rows)
 
 
 def _engine(model: PreTrainedModel, layers: LayerContainer) -> CopyEngine | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
-from kvtier.hf.layers.loads.prefix_load import PrefixLoad
+from kvtier.hf.layers.loads.prefix_load import PrefixLoad, RowPlan
 from kvtier.hf.turn.clock import TurnClock
 from kvtier.hf.turn.decision import COMPUTE, Decision
 from kvtier.hf.turn.meeting import Meeting
@@ -25,6 +25,9 @@ from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
 from kvtier.store.load import LoadJob
 from kvtier.store.lookup import Span
+
+MakeLoad = Callable[[int, int, Sequence[RowPlan], LoadJob | None, int], PrefixLoad]
+"""``(columns, first, rows, job, held rows)`` → the load of a prefix, as the layers of this turn need it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +53,7 @@ class Turn:
         cached_by_tier: tokens of the prefix by source tier.
         clock: the times of the turn's forward passes.
         meeting: computes the front of the prefix while its end loads; None where it does not.
+        make_load: makes the load of what was not computed while it came; None without a meeting.
         fronted: columns of the prefix that were computed while the rest loaded.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
     """
@@ -72,6 +76,7 @@ class Turn:
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
     clock: TurnClock | None = None
     meeting: Meeting | None = None
+    make_load: MakeLoad | None = None
     fronted: int = 0
     keeps_answer_states: bool = True
 
@@ -111,18 +116,36 @@ class Turn:
             self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False, clock=None, meeting=meeting
         )
 
-    def joined(self, prefix: PrefixLoad) -> None:
-        """Go on with ``prefix``, the load of what was not computed while it came."""
-        self.prefix = prefix
-        self.ends = {layer: (prefix.columns, last_pass) for layer, (_, last_pass) in self.ends.items()}
-        if self.plan is not None and self.meeting is not None and prefix.job is not None:
-            begin = self.meeting.joined or 0
-            self.fronted = begin - self.meeting.begin
-            rows = [
-                [part for span in spans if (part := span.from_token(begin)) is not None] for spans in self.plan.spans
-            ]
-            held = {"device": self.meeting.begin * len(rows)}
-            self.cached_by_tier = held | tokens_by_tier(prefix.job, rows)
+    def meet_at_once(self) -> None:
+        """Wait as long as is planned; go on with the load of the whole prefix if it has come before anything else."""
+        assert self.meeting is not None
+        try:
+            if self.meeting.first_chunk() is None:
+                self.join(self.meeting.begin)
+        except BaseException:
+            self.let_go()
+            raise
+
+    def join(self, column: int) -> PrefixLoad | None:
+        """End the meeting at ``column``. Return the load of what was not computed; None where nothing is left of it."""
+        assert self.meeting is not None
+        assert self.prompt is not None
+        assert self.plan is not None
+        assert self.make_load is not None
+        job = self.meeting.join(column)
+        if job is None:
+            return None
+        rows, resident = self.plan.rows, self.plan.candidates.resident
+        held_rows = len(resident.rows) if resident is not None else 0
+        if column > self.meeting.begin:  # passes have put what was held, and what they computed, in its place
+            rows = tuple(RowPlan(0, row, 0, column, len(tokens)) for row, tokens in enumerate(self.prompt.rows))
+            held_rows = len(rows)
+        self.prefix = self.make_load(self.plan.columns, 0, rows, job, held_rows)
+        self.ends = {layer: (self.plan.columns, last_pass) for layer, (_, last_pass) in self.ends.items()}
+        self.fronted = column - self.meeting.begin
+        parts = [[part for span in spans if (part := span.from_token(column)) is not None] for spans in self.plan.spans]
+        self.cached_by_tier = {"device": self.meeting.begin * len(rows)} | tokens_by_tier(job, parts)
+        return self.prefix
 
     def let_go(self) -> None:
         """Stop loading. May be called more than once."""

@@ -85,7 +85,8 @@ class Allocator:
             memory = cached.pop()
             self._cached_bytes -= rounded
         else:
-            memory = poisoned(rounded)
+            with torch.inference_mode(False):  # it is poisoned and used again in any mode
+                memory = poisoned(rounded)
         address = memory.data_ptr()
         make: Any = torch._C
         storage = make._construct_storage_from_data_pointer(address, torch.device("cpu"), rounded)

@@ -93,7 +93,9 @@ def small_tensor_through_numpy(model):
         other_parameter,
         other_parameter_in_the_same_place,
         other_angles,
-        small_tensor_through_numpy,
+        pytest.param(
+            small_tensor_through_numpy, marks=pytest.mark.cpu_only("NumPy cannot reach the memory of a device")
+        ),
     ],
 )
 def test_edited_weights_prevent_reuse(model, generate, tokens, cache, store, edit):
@@ -186,6 +188,7 @@ def test_model_converted_by_swapping_tensors_is_not_reused(model, generate, toke
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.cpu_only("the test device has no quantised tensors")
 def test_quantised_buffer_turns_reuse_off(model, generate, tokens, cache):
     """Reading a quantised buffer like a plain tensor crashes the process."""
     ids = tokens(30)

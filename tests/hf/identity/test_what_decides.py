@@ -398,6 +398,7 @@ def compiled_in_place(model):
 
 
 @pytest.mark.parametrize("compile_it", [compiled, compiled_in_place])
+@pytest.mark.cpu_only("torch.compile does not know the streams of the test device")
 def test_compiled_modules_are_distinct_and_their_edits_prevent_reuse(model, cache, store, turn, compile_it):
     """A compiled module may round differently. Its weights, code and hooks still count."""
     assert turn(model, cache) == 0
@@ -502,7 +503,7 @@ def gguf_q8(model, folder):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for name, weight in model.state_dict().items():
-        values, name = weight.numpy(), names[name.removesuffix(".weight")] + ".weight"
+        values, name = weight.cpu().numpy(), names[name.removesuffix(".weight")] + ".weight"
         is_packed = values.ndim == 2
         writer.add_tensor(
             name, gguf.quants.quantize(values, packed) if is_packed else values, raw_dtype=packed if is_packed else None

@@ -144,7 +144,7 @@ def test_media_enter_at_their_placeholders_and_are_dropped_after_them(seer):
     found, given = read(seer, row), prompt(seer, row)
     assert isinstance(found, Inputs)
     ids = given["input_ids"][0]
-    places = (ids == PLACE).numpy()
+    places = (ids == PLACE).cpu().numpy()
     assert ((found.prompt.rows[0] > ABOVE) >= places).all()
     starts = np.flatnonzero(places & ~np.roll(places, 1)).tolist()
     second = found.after(given, starts[1])
@@ -206,7 +206,7 @@ def test_zero_padding_images_join_all_images_into_one_span():
 
 
 def media_of(family, ids, **tensors):
-    table = torch.tensor([ids]).numpy()
+    table = np.array([ids])
     found = read_media(tensors, seeing(family).config, table)
     assert isinstance(found, Media)
     return found
@@ -240,7 +240,7 @@ def test_position_change_inside_an_image_changes_its_ids():
 def test_only_position_jumps_mark_ids():
     model, ids = seeing("llava"), torch.tensor([words(12)])
     plain = read_inputs(model, {"position_ids": torch.arange(12)[None]}, ids, None, 1)
-    assert np.array_equal(plain.prompt.rows[0], ids[0].numpy())
+    assert np.array_equal(plain.prompt.rows[0], ids[0].cpu().numpy())
     jump = torch.cat([torch.arange(4), torch.arange(9, 17)])[None]
     found = read_inputs(model, {"position_ids": jump}, ids, None, 1).prompt.rows[0]
     assert np.flatnonzero(found > ABOVE).tolist() == [4, 5, 6, 7, 8]

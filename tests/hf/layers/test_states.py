@@ -16,7 +16,7 @@ from kvtier.hf.layers.hybrid import HybridLayer
 from kvtier.hf.layers.states import UnreadableError, has_states, move_rows, put_states, read_states, rows_of
 from tests.support.families import build
 
-CPU = torch.device("cpu")
+DEVICE = torch.get_default_device()
 
 
 def filled(rows: int = 2, channels: int = 3, seed: int = 0) -> LinearAttentionLayer:
@@ -36,7 +36,7 @@ def same(a: LinearAttentionLayer, b: LinearAttentionLayer, a_row: int, b_row: in
 def test_row_of_states_is_restored_bit_for_bit(dtype):
     layer, fresh = filled(), LinearAttentionLayer()
     move_rows(layer, lambda states: states.to(dtype))
-    put_states({5: fresh}, [read_states({5: layer}, 1)], CPU)
+    put_states({5: fresh}, [read_states({5: layer}, 1)], DEVICE)
     assert rows_of(fresh) == 1
     assert same(fresh, layer, 0, 1)
     for name in ("has_previous_state", "conv_kernel_size", "is_conv_states_initialized", "dtype"):
@@ -47,20 +47,20 @@ def test_read_states_do_not_change_with_the_layer():
     layer, fresh = filled(), LinearAttentionLayer()
     before, kept = read_states({0: layer}, 0), layer.conv_states[0][0].clone()
     layer.conv_states[0].zero_()  # in place, like the kernels of a decoding step
-    put_states({0: fresh}, [before], CPU)
+    put_states({0: fresh}, [before], DEVICE)
     assert torch.equal(fresh.conv_states[0][0], kept)
 
 
 def test_put_states_repeats_each_row_next_to_itself():
     layer, fresh = filled(), LinearAttentionLayer()
-    put_states({0: fresh}, [read_states({0: layer}, row) for row in (1, 0)], CPU, repeats=3)
+    put_states({0: fresh}, [read_states({0: layer}, row) for row in (1, 0)], DEVICE, repeats=3)
     assert rows_of(fresh) == 6
     assert all(same(fresh, layer, row, source) for row, source in enumerate([1, 1, 1, 0, 0, 0]))
 
 
 def test_put_states_replaces_earlier_states_of_a_layer():
     layer, used = filled(rows=1), filled(rows=4, seed=9)
-    put_states({0: used}, [read_states({0: layer}, 0)], CPU)
+    put_states({0: used}, [read_states({0: layer}, 0)], DEVICE)
     assert rows_of(used) == 1
     assert same(used, layer, 0, 0)
 
@@ -69,21 +69,21 @@ def test_rows_of_different_positions_are_refused():
     early = LinearAttentionLayer()
     early.update_conv_state(torch.zeros(1, 3, 2), conv_kernel_size=2)
     with pytest.raises(UnreadableError, match="not of one position"):
-        put_states({0: LinearAttentionLayer()}, [read_states({0: filled()}, 0), read_states({0: early}, 0)], CPU)
+        put_states({0: LinearAttentionLayer()}, [read_states({0: filled()}, 0), read_states({0: early}, 0)], DEVICE)
 
 
 def test_states_of_other_layers_are_refused():
     states = read_states({0: filled(), 2: filled()}, 0)
     with pytest.raises(UnreadableError, match="other layers"):
-        put_states({0: LinearAttentionLayer()}, [states], CPU)
+        put_states({0: LinearAttentionLayer()}, [states], DEVICE)
     with pytest.raises(UnreadableError, match="has no"):
-        put_states({0: LinearAttentionLayer(), 2: build_layers(build("deepseek_v4").config)[0][0]}, [states], CPU)
+        put_states({0: LinearAttentionLayer(), 2: build_layers(build("deepseek_v4").config)[0][0]}, [states], DEVICE)
 
 
 def test_rows_of_different_shapes_are_refused():
     rows = [read_states({0: filled(channels=3)}, 0), read_states({0: filled(channels=4)}, 0)]
     with pytest.raises(UnreadableError, match="another shape"):
-        put_states({0: LinearAttentionLayer()}, rows, CPU)
+        put_states({0: LinearAttentionLayer()}, rows, DEVICE)
 
 
 def _with_numbers(states: torch.Tensor, **numbers: object) -> torch.Tensor:
@@ -95,7 +95,7 @@ def _with_numbers(states: torch.Tensor, **numbers: object) -> torch.Tensor:
 @pytest.mark.parametrize("number", ["0.update", "0.__class__", "0.conv_states.0.data", "0.has_previous_state.7"])
 def test_put_states_refuses_numbers_for_unknown_attributes(number):
     with pytest.raises(UnreadableError, match="has no"):
-        put_states({0: LinearAttentionLayer()}, [_with_numbers(read_states({0: filled()}, 0), **{number: 1})], CPU)
+        put_states({0: LinearAttentionLayer()}, [_with_numbers(read_states({0: filled()}, 0), **{number: 1})], DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,13 @@ def test_put_states_refuses_numbers_for_unknown_attributes(number):
 )
 def test_put_states_refuses_damaged_bytes(damage):
     data = damage(read_states({0: filled()}, 0).numpy().tobytes())
-    states = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    states = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     with pytest.raises(UnreadableError):
-        put_states({0: LinearAttentionLayer()}, [states], CPU)
+        put_states({0: LinearAttentionLayer()}, [states], DEVICE)
 
 
 def test_read_states_refuses_tensors_with_different_numbers_of_rows():

@@ -241,6 +241,21 @@ def test_every_schedule_gives_the_bits_of_ordered_copies(machine, seed, lazy, li
     assert host.tolist() == list(range(9))
 
 
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=["inside first", "outside first"])
+def test_memory_is_used_again_inside_and_outside_of_inference_mode(machine, modes):
+    address = []
+    for inside in modes:
+        with torch.inference_mode(inside):
+            tensor = torch.empty(999, dtype=torch.float64, device=DEVICE)
+        assert tensor.isnan().all()
+        assert tensor.is_inference() == inside
+        with torch.inference_mode(inside):
+            tensor.zero_()
+        address.append(tensor.data_ptr())
+        del tensor
+    assert address[0] == address[1]
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 

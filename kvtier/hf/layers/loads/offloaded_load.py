@@ -93,7 +93,11 @@ class OffloadedPrefixLoad(PrefixLoad):
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
         repeats = k_bhtd.shape[0] // len(self.plans)
-        in_place = old is not None and self.stays(layer, old) and repeats == 1 and old.takes(k_bhtd, v_bhtd)
+        rows = self.rows_to_move(layer, old, repeats) if old is not None else None
+        if old is not None and rows is not None:
+            old.select(rows, self.held_columns(layer, old))
+            self.moved_rows(layer, repeats)
+        in_place = old is not None and self.stays(layer, old) and old.takes(k_bhtd, v_bhtd)
         memory = old if in_place else make(k_bhtd, v_bhtd)
         assert isinstance(memory, OffloadedLayer)
         if self.brings(layer) and self.job is not None and self.job.spec.layers[layer] != memory.spec:
@@ -115,6 +119,10 @@ class OffloadedPrefixLoad(PrefixLoad):
             old.close()
         return memory
 
+    def is_tight(self, memory: LayerMemory) -> bool:
+        """Return True: there is a budget, and pages in lower tiers do not move with their rows."""
+        return True
+
     def _held_ends(self, layer: int) -> list[int]:
         """Return, for each row, the column after the last held token."""
         return [max(p.pad, min(self.held_end(layer, row), self.columns)) for row, p in enumerate(self.plans)]
@@ -125,7 +133,7 @@ class OffloadedPrefixLoad(PrefixLoad):
         """Fill the columns from ``begin`` on; whole pages of the store are borrowed where possible."""
         kept = [
             # The crop below would drop tokens beyond the shortest row.
-            old.page(row, begin, end) if old is memory and end > begin else None
+            old.page(row * repeats, begin, end) if old is memory and end > begin else None
             for row, end in enumerate(self._held_ends(layer))
         ]
         memory.crop(begin)
@@ -201,7 +209,8 @@ class OffloadedPrefixLoad(PrefixLoad):
                     for at in range(first, min(held_end, end), step):
                         stop = min(at + step, held_end, end)
                         source = plan.source_pad + at - plan.pad
-                        target.put(row, at - base, old.page(plan.source_row, source, source + stop - at))
+                        source_row = self.source_row(layer, row // repeats)
+                        target.put(row, at - base, old.page(source_row, source, source + stop - at))
             if self.brings(layer):
                 self._land(layer, target, base, begin, end, repeats)
             for row in range(memory.rows):
@@ -236,15 +245,8 @@ class OffloadedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        if old is not None and not self.brings(layer):
-            k, v = old.contents(0)
-        else:
-            assert self.job is not None
-            g = self.job.spec.layers[layer]
-            device = old.device if old is not None else self._device
-            k = torch.empty(len(self.plans), g.k_heads, 0, g.k_dim, dtype=g.dtype, device=device)
-            v = torch.empty(len(self.plans), g.v_heads, 0, g.v_dim, dtype=g.dtype, device=device)
-        return self.take(layer, old, k, v, make)
+        like = old.contents(0) if old is not None else None
+        return self.take(layer, old, *self.nothing(layer, like), make)
 
     def wait(self) -> None:
         """Read every page once, to check that it can be read.

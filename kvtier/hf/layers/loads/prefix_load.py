@@ -68,6 +68,7 @@ class PrefixLoad:
         )
         self._landed: list[KVBuffer | None] = []
         self._left: set[int] = set()
+        self._moved: dict[int, int] = {}  # layers whose held rows were moved: to so many rows for each row
         self._begun = False
 
     def start(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None], columns: int) -> None:
@@ -82,6 +83,7 @@ class PrefixLoad:
             RestoreError: the blocks of the store do not fit the layers.
         """
         self.check_fit(memories, windows)
+        self.move_held_rows(memories, columns)
         job = self.job
         if job is None or not job.nbytes:
             return
@@ -102,10 +104,58 @@ class PrefixLoad:
 
     def stays(self, layer: int, memory: LayerMemory) -> bool:
         """Whether the held columns of ``layer`` are in place already, and the others fit behind them without a gap."""
+        return (self.in_place or layer in self._moved) and self._has_no_gap(layer, memory)
+
+    def _has_no_gap(self, layer: int, memory: LayerMemory) -> bool:
         if self.windows[layer] is None:
-            return self.in_place
+            return True
         reaches = all(self.held_end(layer, row) >= self.first for row in range(len(self.plans)))
-        return self.in_place and (memory.base == self.first or (memory.base < self.first and reaches))
+        return memory.base == self.first or (memory.base < self.first and reaches)
+
+    def rows_to_move(self, layer: int, memory: LayerMemory, repeats: int) -> torch.Tensor | None:
+        """Return the held row of each row; None where ``memory`` may stay as it is, or rows cannot be moved in it.
+
+        A second buffer would need as much memory again. Moved rows do not: they are moved in place, or K before V.
+        """
+        if layer in self._moved or (self.in_place and repeats == 1) or not self._has_no_gap(layer, memory):
+            return None
+        are_held = any(plan.device_tokens for plan in self.plans)
+        if not are_held or any(plan.source_pad != plan.pad for plan in self.plans):
+            return None
+        sources = [plan.source_row for plan in self.plans for _ in range(repeats)]
+        if memory.rows != len(sources) and not self.is_tight(memory):
+            return None
+        return torch.tensor(sources, device="cpu")
+
+    def is_tight(self, memory: LayerMemory) -> bool:
+        """Whether a second buffer would cost more than columns that are copied twice."""
+        return memory.device.type != "cpu"
+
+    def moved_rows(self, layer: int, repeats: int) -> None:
+        """Note that each row of the turn has ``repeats`` rows of ``layer`` now."""
+        self._moved[layer] = repeats
+
+    def move_held_rows(self, memories: Sequence[LayerMemory | None], columns: int) -> None:
+        """Move the held rows of each layer to their places, in memory with room for ``columns``."""
+        on_device: dict[torch.device, torch.Tensor] = {}  # one blocking copy, not one for each layer
+        for layer, memory in enumerate(memories):
+            if not isinstance(memory, KVBuffer):
+                continue
+            rows = self.rows_to_move(layer, memory, self.repeats)
+            if rows is not None:
+                if memory.device not in on_device:
+                    on_device[memory.device] = rows.to(memory.device)
+                live = min(self.held_columns(layer, memory), memory.capacity)
+                memory.select(on_device[memory.device], live, columns)
+                self.moved_rows(layer, self.repeats)
+
+    def held_columns(self, layer: int, memory: LayerMemory) -> int:
+        """Return the column after the last in ``memory`` that comes from a held row."""
+        return max(memory.base, min(self.columns, max(self.held_end(layer, row) for row in range(len(self.plans)))))
+
+    def source_row(self, layer: int, row: int) -> int:
+        """Return where the held row of ``row`` is now."""
+        return row * self._moved[layer] if layer in self._moved else self.plans[row].source_row
 
     def room(self, layer: int, room: Growth) -> Growth:
         """Return the room of a buffer for ``layer``, where ``room`` is that of a layer that keeps all columns."""
@@ -221,7 +271,7 @@ class PrefixLoad:
         landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
         repeats = k_bhtd.shape[0] // len(self.plans)
         first = self.first_of(layer)
-        if old is not None and self.stays(layer, old) and repeats == 1 and old.takes(k_bhtd, v_bhtd):
+        if old is not None and self.stays(layer, old) and old.takes(k_bhtd, v_bhtd):
             memory = old
             memory.reserve(self.columns, live=min(self.columns, memory.capacity))
         elif landed is not None and landed.takes(k_bhtd, v_bhtd):
@@ -240,7 +290,8 @@ class PrefixLoad:
             if memory is not old:
                 memory.clear(row, 0, begin)
                 if old is not None:
-                    memory.copy(row, begin, held, old, plan.source_row, plan.source_pad + begin - plan.pad)
+                    source_row = self.source_row(layer, source)
+                    memory.copy(row, begin, held, old, source_row, plan.source_pad + begin - plan.pad)
             if landed is not None and landed is not memory:
                 memory.copy(row, held, end, landed, source * landed.rows // self.rows, held)
             if end < self.columns:
@@ -288,5 +339,5 @@ class PrefixLoad:
             memo.get(id(memory)) or memory.share(memory.capacity) if memory is not None else None
             for memory in self._landed
         ]
-        twin._left = set(self._left)
+        twin._left, twin._moved = set(self._left), dict(self._moved)
         return twin

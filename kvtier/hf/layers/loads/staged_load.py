@@ -61,6 +61,7 @@ class StagedPrefixLoad(PrefixLoad):
             RestoreError: the blocks of the store do not fit the layers.
         """
         self.check_fit(memories, windows)
+        self.move_held_rows(memories, columns)
         job = self.job
         if job is None or not job.nbytes:
             return
@@ -91,11 +92,15 @@ class StagedPrefixLoad(PrefixLoad):
             copied.append(self._engine.copy_all(pairs, after=[read, ready]) if pairs else read)
             self._arriving[layer] = copied[-1]
 
+    def is_tight(self, memory: LayerMemory) -> bool:
+        """Return True: the memory is that of an accelerator."""
+        return True
+
     def _target(self, layer: int, memory: LayerMemory | None, spec: LayerSpec) -> KVBuffer:
         """Return the buffer that the layer will have: the held one if its rows stay, else a new one."""
         rows, base = len(self.plans) * self.repeats, self.first_of(layer)
         held = isinstance(memory, KVBuffer) and memory.device == self.device and memory.spec == spec
-        if held and memory is not None and self.stays(layer, memory) and self.repeats == 1:
+        if held and memory is not None and self.stays(layer, memory) and memory.rows == rows:
             assert isinstance(memory, KVBuffer)
             target, live = memory, min(self.columns, memory.capacity)
         else:
