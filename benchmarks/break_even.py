@@ -18,7 +18,7 @@ from benchmarks.measure import Competitor, Options, Sample, Tokens, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import reported, timed_turn
 from kvtier import PrefixStore, TieredCache
-from kvtier.hf.turn.estimates import machine_name
+from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.tiers.host.tier import HostTier
 from kvtier.testing import Link, SlowTier

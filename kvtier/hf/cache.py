@@ -17,7 +17,7 @@ from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
-from kvtier.hf.turn.decision import is_weighed
+from kvtier.hf.turn.choice.decision import is_weighed
 from kvtier.hf.turn.exclusive_use import exclusively
 from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results

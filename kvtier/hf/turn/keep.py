@@ -1,4 +1,4 @@
-"""The commit of a turn's rows to the store, with the known states of its model."""
+"""The commit of a turn's rows to the store, with the known states of its model; and of what the turn took."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from kvtier.costs.book import CostBook
 from kvtier.errors import ClosedError, StreamError
 from kvtier.hf.inputs.prompt import ResidentPrefix
 from kvtier.hf.layers.container import LayerContainer
@@ -62,6 +63,22 @@ def keep(
         # The answer exists: failing to store the turn must not lose it.
         _log.warning("this turn is not kept in the store: %s", error)
     return replace(resident, live=checkpoints.live)
+
+
+def note_costs(book: CostBook, turn: Turn, token_bytes: int) -> None:
+    """Note in ``book`` what the passes and loads of ``turn`` took; ``token_bytes`` are those of K and V."""
+    if token_bytes and token_bytes != book.token_bytes:
+        book.token_bytes = float(token_bytes)
+        book.news += 1
+    if turn.meeting is not None:  # passes and loads were in each other's way
+        loads = turn.meeting.fetch.samples()
+    else:
+        for sample in turn.clock.samples() if turn.clock is not None else ():
+            book.note_pass(sample)
+        job = turn.prefix.job if turn.prefix is not None else None
+        loads = job.samples() if job is not None else {}
+    for tier, load in loads.items():
+        book.note_load(tier, load)
 
 
 def _commit(

@@ -24,11 +24,11 @@ from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import HeldPrefix
-from kvtier.hf.turn.clock import TurnClock
+from kvtier.hf.turn.choice.clock import TurnClock
+from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.hf.turn.cost import COSTS
-from kvtier.hf.turn.estimates import machine_name, note_costs
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
-from kvtier.hf.turn.keep import keep
+from kvtier.hf.turn.keep import keep, note_costs
 from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn

@@ -9,8 +9,8 @@ from itertools import pairwise
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.loads.prefix_load import RowPlan
 from kvtier.hf.turn.candidates import Candidates, RowCandidates
+from kvtier.hf.turn.choice.decision import COMPUTE, HELD, LOAD, Decision, Estimates, StoredRange, decide
 from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.decision import COMPUTE, HELD, LOAD, Decision, Estimates, StoredRange, decide
 from kvtier.hf.turn.windows import first_column
 from kvtier.store.chain import BlockId
 from kvtier.store.lookup import PrefixMatch, Span

@@ -25,10 +25,10 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import Candidates, find_candidates
+from kvtier.hf.turn.choice.decision import BOTH, LOAD, StoredRange, decide
+from kvtier.hf.turn.choice.estimates import estimates_for
+from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.decision import BOTH, LOAD, StoredRange, decide
-from kvtier.hf.turn.estimates import estimates_for
-from kvtier.hf.turn.meeting import Meeting
 from kvtier.hf.turn.plan import Abilities, TurnPlan, Weighing, plan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import MakeLoad, Turn

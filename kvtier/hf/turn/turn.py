@@ -16,9 +16,9 @@ from kvtier.errors import BusyError
 from kvtier.hf.identity.fingerprint import Identity
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.layers.loads.prefix_load import PrefixLoad, RowPlan
-from kvtier.hf.turn.clock import TurnClock
-from kvtier.hf.turn.decision import COMPUTE, Decision
-from kvtier.hf.turn.meeting import Meeting
+from kvtier.hf.turn.choice.clock import TurnClock
+from kvtier.hf.turn.choice.decision import COMPUTE, Decision
+from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import RowReport, TurnReport

@@ -10,8 +10,7 @@ from kvtier import TieredCache
 from kvtier.costs.prefill import PrefillCost
 from kvtier.costs.transfer import TransferCost
 from kvtier.errors import ConfigurationError
-from kvtier.hf.turn.cost import COSTS
-from kvtier.hf.turn.decision import (
+from kvtier.hf.turn.choice.decision import (
     BOTH,
     COMPUTE,
     HELD,
@@ -24,6 +23,7 @@ from kvtier.hf.turn.decision import (
     meeting_column,
     next_chunk,
 )
+from kvtier.hf.turn.cost import COSTS
 
 TOKEN_BYTES = 1000.0
 

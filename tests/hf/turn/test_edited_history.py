@@ -22,9 +22,10 @@ from hypothesis import event, example, given, note, settings
 from hypothesis import strategies as st
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.hf.turn import decision, plan
+from kvtier.hf.turn import plan
+from kvtier.hf.turn.choice import decision
+from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, Decision, StoredRange
 from kvtier.hf.turn.cost import COSTS, Costs
-from kvtier.hf.turn.decision import BOTH, COMPUTE, LOAD, Decision, StoredRange
 from sweep.models import tiny_model
 from tests.support import families
 from tests.support.tiny import VOCABULARY, Tokens, answer, assert_same_answer, left_padded

@@ -18,10 +18,10 @@ from kvtier.costs.transfer import TransferCost, TransferSample
 from kvtier.errors import UnavailableError
 from kvtier.hf.generate import run
 from kvtier.hf.generate.prefill import prefill_chunk
+from kvtier.hf.turn.choice.decision import BOTH, Estimates
+from kvtier.hf.turn.choice.estimates import machine_name
+from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.cost import COSTS
-from kvtier.hf.turn.decision import BOTH, Estimates
-from kvtier.hf.turn.estimates import machine_name
-from kvtier.hf.turn.meeting import Meeting
 from tests.support.dict_tier import DictReader, DictTier
 from tests.support.upstream import CACHE
 

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from kvtier.costs.book import CostBook
 from kvtier.costs.prefill import PrefillCost, first_guess
-from kvtier.hf.turn.decision import Estimates
-from kvtier.hf.turn.turn import Turn
+from kvtier.hf.turn.choice.decision import Estimates
 
 _PROBE_TOKENS = 128
 
@@ -45,22 +44,6 @@ def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows:
         book.transfer("host") if shares_cores else None,
         rows,
     )
-
-
-def note_costs(book: CostBook, turn: Turn, token_bytes: int) -> None:
-    """Note in ``book`` what the passes and loads of ``turn`` took; ``token_bytes`` are those of K and V."""
-    if token_bytes and token_bytes != book.token_bytes:
-        book.token_bytes = float(token_bytes)
-        book.news += 1
-    if turn.meeting is not None:  # passes and loads were in each other's way
-        loads = turn.meeting.fetch.samples()
-    else:
-        for sample in turn.clock.samples() if turn.clock is not None else ():
-            book.note_pass(sample)
-        job = turn.prefix.job if turn.prefix is not None else None
-        loads = job.samples() if job is not None else {}
-    for tier, load in loads.items():
-        book.note_load(tier, load)
 
 
 def probed_cost(model: PreTrainedModel, token_bytes: float) -> PrefillCost | None:

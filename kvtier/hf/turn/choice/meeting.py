@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvtier.hf.turn.choice.decision import Estimates, next_chunk
 from kvtier.hf.turn.cost import Costs
-from kvtier.hf.turn.decision import Estimates, next_chunk
 from kvtier.store.back_fetch import BackFetch
 from kvtier.store.load import LoadJob
 
