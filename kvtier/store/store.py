@@ -157,6 +157,9 @@ class PrefixStore:
             raise ConfigurationError(f"tail_delay={tail_delay!r} must be seconds, 0 or more, and less than a day.")
         ttl = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
+        self._books = CostBooks(
+            lambda root: self._tiers.costs(root), lambda *kept: self._tiers.keep_costs(*kept), clock
+        )
         settings = DiskSettings(
             budget_bytes=parse_bytes(disk_budget, "disk_budget"),
             codec=codec,
@@ -174,11 +177,19 @@ class PrefixStore:
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
         lower = checked_tiers(lower_tiers)
         self._tiers: TierStack = TierStack(
-            folder, host_bytes, settings, guarded, connect, clock, lower, block_size, lambda: self._block_writer.hurry()
+            folder,
+            host_bytes,
+            settings,
+            guarded,
+            connect,
+            clock,
+            lower,
+            block_size,
+            lambda: self._block_writer.hurry(),
+            self._books.saved_seconds,
         )
         self._block_writer: BlockWriter = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
         self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
-        self._books = CostBooks(self._tiers, clock)
         self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()
@@ -364,6 +375,7 @@ class PrefixStore:
         """
         self._check_open()
         _drain_at_the_end()
+        self._books.weigh(root)
         new = self._block_writer.commit(
             root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive
         )
