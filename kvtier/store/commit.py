@@ -303,7 +303,7 @@ class BlockWriter:
         try:
             if not self._host.put(block, writing=True):
                 if not self._host.is_writing:
-                    return self._put_below(block, keep_tails)  # no room in RAM: write it now
+                    return self._put_below(block, keep_tails, in_turn=True)  # no room in RAM: write it now
                 self._behind.note_stall()  # RAM stays full of unwritten blocks
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
@@ -327,8 +327,8 @@ class BlockWriter:
             self._drop_shorter(self._host, block.id)
         return kept
 
-    def _put_below(self, block: Block, keep_tails: bool) -> bool:
-        kept = self._tiers.put_below(block)
+    def _put_below(self, block: Block, keep_tails: bool, *, in_turn: bool = False) -> bool:
+        kept = self._tiers.put_below(block, in_turn=in_turn)
         if kept and not keep_tails:
             self._drop_shorter(self._tiers.last, block.id)
         return kept

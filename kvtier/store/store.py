@@ -34,6 +34,7 @@ from kvtier.platform.memory import default_host_budget_bytes
 from kvtier.store.back_fetch import BackFetch
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.codec_choice import CodecChoice
 from kvtier.store.commit import BlockWriter, Read, States, Windows
 from kvtier.store.cost_books import CostBooks
 from kvtier.store.eviction.adaptive import Adaptive
@@ -47,6 +48,7 @@ from kvtier.store.names import checked_ttl
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.tier import DiskTier
 from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import TierStack
@@ -99,9 +101,10 @@ class PrefixStore:
         host_budget: bytes of RAM for blocks, e.g. ``"2GiB"``; by default a quarter of the machine's, at most 4 GiB.
         disk_budget: bytes of files, by default 50 GiB; ignored without ``path``.
         block_size: tokens of a full block.
-        compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
-            restores fastest where files come from the page cache or a fast drive. Pass a custom codec as an object
-            (``kvtier.kv.codecs.base``), in every process that reads its files.
+        compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: the one that
+            restores faster as far as that was measured, block by block; raw where files come from the page cache or a
+            fast drive, and where nothing is known. Pass a custom codec as an object (``kvtier.kv.codecs.base``), in
+            every process that reads its files.
         namespace: stores with different namespaces never share a prefix.
         free_space_floor: bytes to leave free on the drive, by default 1 GiB.
         durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
@@ -160,9 +163,11 @@ class PrefixStore:
         self._books = CostBooks(
             lambda root: self._tiers.costs(root), lambda *kept: self._tiers.keep_costs(*kept), clock
         )
+        is_chosen = isinstance(compression, str) and compression == "auto"
         settings = DiskSettings(
             budget_bytes=parse_bytes(disk_budget, "disk_budget"),
             codec=codec,
+            choose=CodecChoice(self._books.known, DiskTier.name) if is_chosen else None,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
             ttl_seconds=ttl,
         )

@@ -307,8 +307,10 @@ class TierStack:
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
-    def put_below(self, block: Block) -> bool:
+    def put_below(self, block: Block, *, in_turn: bool = False) -> bool:
         """Write a block to disk, and to the lower tiers if it is full and has no states.
+
+        ``in_turn``: the caller is a turn, not a thread behind it.
 
         Returns whether a tier that outlives RAM has it, or RAM where there is no disk.
         """
@@ -317,7 +319,7 @@ class TierStack:
         except UnavailableError as error:
             _log.warning("a block is not written: %s", error)
             return False
-        kept = [bool(self._disk.put(block))] if self._disk is not None else [block.id.key in self.host]
+        kept = [bool(self._disk.put(block, in_turn=in_turn))] if self._disk is not None else [block.id.key in self.host]
         below = [bool(tier.put(block)) for tier in self._lower] if self._goes_below(block) else []
         return any(kept) or (self._disk is None and any(below))
 
