@@ -115,7 +115,8 @@ class PrefixStore:
             one, is written to disk; while turns follow each other, at most six times as long. ``flush`` and ``close``
             write it at once. With 0, each turn writes it.
         write_on: ``"first-use"``: new blocks are written to disk; ``"second-use"``: they stay in RAM alone until
-            another turn uses them, so that prompts used once are not written.
+            another turn uses them, so that prompts used once are not written. With ``"first-use"``, what a cache of
+            ``TieredCache(reuse="auto")`` commits stays in RAM, too, where no turn gains by loading it (see ``flush``).
         lower_tiers: custom tiers below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a copy of
             each full block, and are asked for blocks that RAM and disk lack. The store closes them.
         filesystem: performs all file operations; for tests and unusual drives.
@@ -193,7 +194,12 @@ class PrefixStore:
             lambda: self._block_writer.hurry(),
             self._books.saved_seconds,
         )
-        self._block_writer: BlockWriter = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
+        self._block_writer: BlockWriter = BlockWriter(
+            self._tiers,
+            self._behind,
+            on_second_use=write_on == "second-use",
+            is_loaded_too_slowly=partial(self._books.is_loaded_too_slowly, DiskTier.name),
+        )
         self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
         self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
@@ -359,6 +365,8 @@ class PrefixStore:
         states: States | None = None,
         arrive: Callable[[], None] = arrived,
         windows: Windows | None = None,
+        *,
+        weighs: bool = False,
     ) -> int:
         """Store the K and V of ``tokens``; only new blocks are read.
 
@@ -374,6 +382,8 @@ class PrefixStore:
                 they hold them when ``read`` returns.
             windows: for a model with sliding layers, whose pages from ``read`` are empty: their K and V, for some
                 tokens. Blocks, and checkpoints, whose tokens lie within one span get a window block beside them.
+            weighs: whether turns compute what takes much longer to load. New blocks of such sequences stay in RAM then,
+                as ``flush`` says.
 
         Returns:
             The number of newly stored tokens. Window blocks do not count.
@@ -382,7 +392,7 @@ class PrefixStore:
         _drain_at_the_end()
         self._books.weigh(root)
         new = self._block_writer.commit(
-            root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive
+            root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive, weighs=weighs
         )
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
@@ -417,7 +427,17 @@ class PrefixStore:
         self._tiers.database.finish_overwriting()
 
     def flush(self) -> None:
-        """Wait until all committed blocks are on disk, except blocks that wait for their second use."""
+        """Wait until all committed blocks are on disk, except those that stay in RAM.
+
+        In RAM stay, while there is room:
+
+        - with ``write_on="second-use"``, blocks that wait for their second use;
+        - blocks of sequences that a cache of ``TieredCache(reuse="auto")`` committed, and that no turn gains by
+          loading: at least three timed loads say that it takes ten times as long as computing, here and now. They are
+          counted as ``stats().not_worth_writing``. Files that exist stay, and are loaded where that pays.
+
+        A named or pinned prefix is on disk after ``flush`` in any case, as far as it was in RAM when it was named.
+        """
         self._behind.flush()
         self._tiers.flush_below()
 
@@ -426,6 +446,7 @@ class PrefixStore:
         self._check_open()
         with self._lock:
             tally = Counter(self._tally)
+        tally["not_worth_writing"] = self._block_writer.not_worth_writing
         return store_stats(self.path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------
