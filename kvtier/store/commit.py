@@ -109,7 +109,7 @@ class BlockWriter:
         that is worth it, or when the sequence is named, as far as RAM still has them.
         """
         self._committing.arrive = arrive
-        stays = weighs and not imported and self._stays_in_ram(root, len(tokens))
+        stays = weighs and self._stays_in_ram(root, len(tokens))
         try:
             return self._commit(
                 root, tokens, read, manifest, block_size, states, windows, arrive, imported=imported, stays=stays

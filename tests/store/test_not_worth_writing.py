@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvtier import PrefixStore
+from kvtier.store.commit import Windows
 from tests.support.dict_tier import DictTier
 from tests.support.measured import measure
 from tests.support.stores import ROOT, block, block_files, commit, count, restored_length, truth
@@ -93,14 +94,49 @@ def test_what_is_on_disk_stays_and_is_found(store):
         assert restored_length(other, count(14)) == 10
 
 
-def test_checkpoints_and_windows_stay_too(store):
+@pytest.mark.parametrize("length", [8, 10])
+@pytest.mark.parametrize("with_states", [False, True])
+def test_checkpoints_and_windows_stay_too(store, length, with_states):
+    """Also in the commits that follow, which know the blocks of the first one."""
     measure(store, speed=TOO_SLOW)
-    tokens = count(8)
-    states = {6: torch.ones(3, dtype=torch.uint8), 8: torch.ones(3, dtype=torch.uint8)}
-    store.commit(ROOT, tokens, lambda a, b: truth(ROOT, tokens, a, b), None, states, weighs=True)
-    store.flush()
-    assert block_files(store.path) == []
-    assert store.stats().not_worth_writing == 4
+
+    def turn(n):
+        tokens = count(n)
+
+        def read(start, stop):
+            return truth(ROOT, tokens, start, stop)
+
+        states = {n: torch.ones(3, dtype=torch.uint8)} if with_states else None
+        windows = Windows(((0, n),), read)
+        store.commit(ROOT, tokens, read, None, states, windows=windows, weighs=True)
+        store.flush()
+
+    for n in (length, length, length + 3, 16):
+        turn(n)
+        assert block_files(store.path) == []
+    assert store.stats().not_worth_writing > 8
+
+
+def test_a_second_use_is_written_where_that_was_asked_for(tmp_path):
+    with PrefixStore(tmp_path, block_size=4, write_on="second-use") as store:
+        measure(store, speed=TOO_SLOW)
+        for _ in range(2):
+            commit_weighing(store, count(8))
+        store.flush()
+        assert len(block_files(store.path)) == 2
+        assert store.stats().not_worth_writing == 0
+
+
+def test_an_archive_is_written(tmp_path, store):
+    commit(store, count(8))
+    store.name("mine", ROOT, count(8))
+    store.export("mine", tmp_path / "archive")
+    with PrefixStore(tmp_path / "other", block_size=4) as other:
+        measure(other, speed=TOO_SLOW)
+        commit_weighing(other, count(4, 100))
+        other.import_(tmp_path / "archive")
+        other.flush()
+        assert len(block_files(other.path)) == 2
 
 
 def test_without_room_in_ram_nothing_is_kept(tmp_path):
