@@ -61,6 +61,11 @@ def test_reading_is_told_apart_from_decoding(cost, speed, nbytes, part):
     assert found.seconds > 0
 
 
+def test_threads_may_decode_faster_together_than_was_measured():
+    found = as_read(TransferSample(10**9, 0.5, 10**9), ZSTD)
+    assert (found.nbytes, found.seconds) == (pytest.approx(0.67e9), 0.125)
+
+
 def test_samples_count_by_their_bytes():
     samples = [EncodingSample(10**6, 6 * 10**5, 0.001), EncodingSample(3 * 10**6, 2 * 10**6, 0.005)]
     assert encoding_cost(samples) == EncodingCost(2.6 / 4, 4e6 / 0.006)

@@ -221,6 +221,14 @@ def test_a_block_of_which_nothing_is_known_counts_as_a_usual_one():
     assert priority(policy, dear, state) == pytest.approx(100 + 20)
 
 
+@pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan])
+def test_what_cannot_have_been_measured_counts_as_not_known(seconds):
+    policy, state = Adaptive(), weighed()
+    odd = replace(ONCE, saved_seconds=seconds)
+    assert priority(policy, odd, state) == priority(policy, ONCE, state)
+    assert policy.evicted(odd, state) == policy.evicted(ONCE, state)
+
+
 def test_what_is_saved_counts_from_the_first_eviction_on():
     policy, state = Adaptive(), LATER.learn(stay=40.0)
     assert priority(policy, saving(8), state) == priority(policy, ONCE, state)

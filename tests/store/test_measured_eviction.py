@@ -100,6 +100,9 @@ def test_the_machine_that_computes_decides():
         measure(store, machine="fast")
         commit(store, count(8))
         assert store._books.saved_seconds("host", ROOT, 4, 0, SIZE) == pytest.approx(slow / 100, rel=0.1)
+        store.costs(ROOT, "slow")
+        commit(store, count(12))
+        assert store._books.saved_seconds("host", ROOT, 4, 0, SIZE) == pytest.approx(slow, rel=0.1)
 
 
 def test_costs_are_weighed_anew_when_there_is_news_but_not_in_every_turn():

@@ -285,15 +285,18 @@ def test_files_are_not_read_where_computing_is_faster(model, tokens, generate, t
 
 @pytest.mark.parametrize("reuse", ["auto", "always"])
 def test_what_takes_far_longer_to_load_than_to_compute_is_not_written(model, tokens, generate, tmp_path, reuse):
-    ids = tokens(TOKENS)
-    with PrefixStore(tmp_path, block_size=8) as store, TieredCache(store, reuse=reuse) as cache:
+    ids, now = tokens(TOKENS), [1e9]
+    with (
+        PrefixStore(tmp_path, block_size=8, clock=lambda: now[0]) as store,
+        TieredCache(store, reuse=reuse) as cache,
+    ):
         generate(model, ids[:, :16], cache)
         book = store.costs(cache.turns.kept_row(0)[0], machine_name(model.device))
         for n in (1, 8, 64) * 8:
             book.note_load("disk", TransferSample(int(n * book.token_bytes), 30.0 * n))
-        cache.turns.store.flush()
+        store.flush()
         written = store.stats().written_bytes
-        store._books.weigh(cache.turns.kept_row(0)[0])
+        now[0] += 60.0  # blocks are weighed anew now and then
         generate(model, ids.flip(1), cache)
         store.flush()
         assert (store.stats().written_bytes == written) == (reuse == "auto")
