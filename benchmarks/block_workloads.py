@@ -7,7 +7,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from benchmarks.trace import LARGE, MEDIUM, ROOT, SMALL, ModelSize, Trace
+from benchmarks.trace import LARGE, MEDIUM, ROOT, SMALL, WIDE, ModelSize, Trace
 
 _BLOCK_TOKENS = 256
 
@@ -35,6 +35,7 @@ class Habits:
 ASSISTANTS = Habits(prompts=60, scans=0.15, talks=0.7, pause=300)
 SCANS = Habits(prompts=300, scans=0.3, talks=0.7, pause=60)
 CHATS = Habits(prompts=20, scans=0.0, talks=1.0, pause=30)
+TWO_MODELS = Habits(prompts=60, scans=0.15, talks=0.7, pause=300, models=(WIDE, MEDIUM))
 MODELS = Habits(prompts=60, scans=0.15, talks=0.7, pause=300, models=(SMALL, SMALL, MEDIUM, MEDIUM, LARGE))
 
 

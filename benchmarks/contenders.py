@@ -12,10 +12,14 @@ from kvtier.store.eviction.base import EvictionPolicy, Usage, fresh_state
 
 
 class Library(Contender):
-    """A policy of kvtier, fed as the tiers feed it. Ghosts are no more than there are blocks."""
+    """A policy of kvtier, fed as the tiers feed it. Ghosts are no more than there are blocks.
 
-    def __init__(self, trace: Trace, policy: EvictionPolicy, name: str) -> None:
+    ``weighs``: whether it is told what blocks save, as after some turns of their models.
+    """
+
+    def __init__(self, trace: Trace, policy: EvictionPolicy, name: str, *, weighs: bool = True) -> None:
         super().__init__(trace)
+        self._saved_seconds = trace.saved_seconds if weighs else [0.0] * len(trace.parents)
         self.name = name
         self.queues = policy.queues
         self.state = fresh_state(policy)
@@ -26,7 +30,14 @@ class Library(Contender):
     def put(self, block: int) -> Place:
         """See ``Contender``."""
         trace, ghost = self.trace, self.ghosts.pop(block, None)
-        usage = Usage(0, self.state.clock, trace.tokens[block], trace.depths[block], trace.sizes[block])
+        usage = Usage(
+            0,
+            self.state.clock,
+            trace.tokens[block],
+            trace.depths[block],
+            trace.sizes[block],
+            saved_seconds=self._saved_seconds[block],
+        )
         if ghost is not None:
             self.state = self._policy.returned(ghost, self.state)
             usage = replace(usage, uses=ghost.uses, note=ghost.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from benchmarks.block_workloads import ASSISTANTS, CHATS, MODELS, SCANS, Habits, draw
+from benchmarks.block_workloads import ASSISTANTS, CHATS, MODELS, SCANS, TWO_MODELS, Habits, draw
 from benchmarks.contenders import Balance, Frequency, GreedyDual, Library, Optimum, ThreeQueues
 from benchmarks.measure import Options, Sample
 from benchmarks.replay import Contender, Replay
@@ -14,9 +14,11 @@ from benchmarks.trace import Trace, read_trace
 from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
 
 DEFAULT = "kvtier"
+UNMEASURED = "kvtier, nothing measured"
 CLASSIC = ("LRU", "LFU", "ARC")
 CONTENDERS: Mapping[str, Callable[[Trace], Contender]] = {
     DEFAULT: lambda trace: Library(trace, Adaptive(), DEFAULT),
+    UNMEASURED: lambda trace: Library(trace, Adaptive(), UNMEASURED, weighs=False),
     "LRU": lambda trace: Library(trace, LeastRecentlyUsed(), "LRU"),
     "LFU": Frequency,
     "ARC": Balance,
@@ -31,6 +33,10 @@ _WORKLOADS: tuple[tuple[str, Habits, tuple[int, ...]], ...] = (
     ("prompts shared by many, conversations", ASSISTANTS, (500, 2_000, 8_000)),
     ("many shared prompts, a third one-off", SCANS, (500, 2_000, 8_000)),
     ("conversations alone", CHATS, (500, 2_000, 5_000)),
+)
+_MODELS: tuple[tuple[str, Habits], ...] = (
+    ("two models, the larger one of fewer bytes", TWO_MODELS),
+    ("models of three sizes", MODELS),
 )
 _SHARES_OF_ALL = (0.01, 0.1, 0.25)
 _TOLERANCE = 0.02
@@ -56,14 +62,16 @@ def run(options: Options) -> Result:
         for blocks in capacities:
             cases.append(_case(f"{name}: {blocks:,} blocks", traces, [blocks] * rounds, "blocks"))
             targets.append(_target(cases[-1], f"{name}, {blocks:,} blocks"))
-    options.say("models of three sizes")
-    traces = [draw(MODELS, requests, seed) for seed in range(rounds)]
-    for share in _SHARES_OF_ALL:
-        rooms = [share * sum(trace.sizes) for trace in traces]
-        cases.append(_case(f"models of three sizes: room for {share:.0%} of all", traces, rooms, "operations"))
+    for name, habits in _MODELS:
+        options.say(name)
+        traces = [draw(habits, requests, seed) for seed in range(rounds)]
+        for share in _SHARES_OF_ALL:
+            rooms = [share * sum(trace.sizes) for trace in traces]
+            cases.append(_case(f"{name}: room for {share:.0%} of all", traces, rooms, "operations"))
+            targets.append(_target(cases[-1], f"{name}, {share:.0%} of all"))
     notes = (
         "Shares of what was asked for that was there. Figures of one round are exact: nothing here depends on time.",
-        "The optimum knows the future. For models of three sizes it is a guide, no bound.",
+        "The optimum knows the future. For models of several sizes it is a guide, no bound.",
     )
     return Result("eviction", (__doc__ or "").strip(), rounds, options.quick, tuple(cases), tuple(targets), notes)
 

@@ -12,6 +12,9 @@ from benchmarks.measure import BenchmarkError
 ROOT = -1
 """The parent of the first block of a chain."""
 FILE_BLOCK_TOKENS = 512
+OPERATIONS_PER_SECOND = 1e13
+BYTES_PER_SECOND = 5e9
+"""What a machine computes and loads in a second, to weigh one with the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +30,17 @@ class ModelSize:
         """Return what ``tokens`` take that follow ``depth_tokens`` whose K and V are there."""
         return tokens * (2 * self.params + 4 * self.layers * self.width * (depth_tokens + tokens / 2))
 
+    def saved_seconds(self, tokens: int, depth_tokens: int) -> float:
+        """Return how much sooner these tokens are loaded than computed."""
+        loading = tokens * self.token_bytes / BYTES_PER_SECOND
+        return self.operations(tokens, depth_tokens) / OPERATIONS_PER_SECOND - loading
+
 
 SMALL = ModelSize(23_040, 135e6, 30, 576)
 MEDIUM = ModelSize(131_072, 8e9, 32, 4096)
 LARGE = ModelSize(327_680, 70e9, 80, 8192)
+WIDE = ModelSize(196_608, 1.4e9, 24, 2048)
+"""A small model whose queries have K and V each of their own: of more bytes than those of ``MEDIUM``."""
 
 
 @dataclass(slots=True)
@@ -44,6 +54,7 @@ class Trace:
         depths: tokens before it in its chain.
         sizes: bytes.
         operations: what it takes to compute the block when all before it is there.
+        saved_seconds: how much sooner it is loaded than computed.
     """
 
     requests: list[Sequence[int]] = field(default_factory=list)
@@ -52,6 +63,7 @@ class Trace:
     depths: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     operations: list[float] = field(default_factory=list)
+    saved_seconds: list[float] = field(default_factory=list)
 
     def add_block(self, parent: int, tokens: int, model: ModelSize) -> int:
         """Add a block that follows ``parent``; return its number."""
@@ -61,6 +73,7 @@ class Trace:
         self.depths.append(depth)
         self.sizes.append(tokens * model.token_bytes)
         self.operations.append(model.operations(tokens, depth))
+        self.saved_seconds.append(model.saved_seconds(tokens, depth))
         return len(self.parents) - 1
 
     def count_bytes_by_blocks(self) -> None:

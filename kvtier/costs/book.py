@@ -8,12 +8,15 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeGuard
 
+from kvtier.costs.encoding import EncodingCost, EncodingSample, as_read, encoding_cost
 from kvtier.costs.prefill import PrefillCost, PrefillSample
 from kvtier.costs.transfer import TransferCost, TransferSample
+from kvtier.costs.worth import ENOUGH_LOADS, Worth
 
 _OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup does not
 _KINDS = 64  # of passes
 _LOADS = 24  # the latest of a tier: a link changes
+_TRIALS = 8  # the latest of a codec: prompts differ
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
 _GUESS_BELOW = TransferCost(0.05, 1e8)  # of tiers below: a network
 
@@ -29,15 +32,18 @@ class CostBook:
 
     Attributes:
         token_bytes: bytes of K and V of a token, over all layers; 0 if not known.
-        news: number of kinds of passes, and of loads, that were noted since it was last saved.
+        news: number of kinds of passes, of loads and of trials of codecs that were noted since it was last saved.
+        changes: number of samples that were noted.
     """
 
     def __init__(self, lock: threading.RLock | None = None) -> None:
         self.token_bytes = 0.0
         self.news = 0
+        self.changes = 0
         self._guess: PrefillCost | None = None
         self._passes: dict[Hashable, deque[PrefillSample]] = {}
         self._loads: dict[str, deque[TransferSample]] = {}
+        self._trials: dict[str, deque[EncodingSample]] = {}
         self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
         self._lock = lock or threading.RLock()
 
@@ -51,6 +57,7 @@ class CostBook:
         """Note a forward pass that was timed."""
         kind = (_size(sample.tokens), _size(sample.depth_tokens), _size(sample.rows))
         with self._lock:
+            self.changes += 1
             self.news += _add(self._passes, kind, sample)
             self._fitted.pop(None, None)
 
@@ -59,7 +66,17 @@ class CostBook:
         with self._lock:
             self._loads.setdefault(tier, deque(maxlen=_LOADS)).append(sample)
             self.news += 1
+            self.changes += 1
             self._fitted.pop(tier, None)
+
+    def note_trial(self, codec: str, sample: EncodingSample) -> None:
+        """Note K and V that ``codec`` encoded and decoded."""
+        if sample.nbytes < 1 or sample.kept_bytes < 1 or not _is_positive(sample.decode_seconds):
+            return
+        with self._lock:
+            self._trials.setdefault(codec, deque(maxlen=_TRIALS)).append(sample)
+            self.news += 1
+            self.changes += 1
 
     @property
     def knows_passes(self) -> bool:
@@ -89,6 +106,38 @@ class CostBook:
         assert isinstance(found, TransferCost)
         return found
 
+    def worth(self) -> Worth | None:
+        """Return what K and V are worth; None where no pass was timed, or the bytes of a token are not known."""
+        if not self._passes or not self.token_bytes:
+            return None
+        prefill = self.prefill()
+        assert prefill is not None
+        with self._lock:
+            measured = [tier for tier, samples in self._loads.items() if len(samples) >= ENOUGH_LOADS]
+        byte_seconds = {tier: 1 / self.transfer(tier).bytes_per_second for tier in measured}
+        return Worth(prefill.token_seconds, prefill.pair_seconds, self.token_bytes, byte_seconds)
+
+    def encoding(self, codec: str) -> EncodingCost | None:
+        """Return the cost of a codec; None where it was not tried."""
+        with self._lock:
+            samples = list(self._trials.get(codec, ()))
+        return encoding_cost(samples)
+
+    def reading_byte_seconds(self, tier: str, codec: str) -> float | None:
+        """Return how long reading a byte from ``tier`` takes without decoding; None where too little was measured.
+
+        ``codec`` is the one that decoded what was decoded.
+        """
+        with self._lock:
+            samples = list(self._loads.get(tier, ()))
+        cost = self.encoding(codec)
+        if cost is not None:
+            samples = [as_read(each, cost) for each in samples]
+        samples = [each for each in samples if not each.decoded_nbytes]
+        if len(samples) < ENOUGH_LOADS:
+            return None
+        return 1 / _GUESSES.get(tier, _GUESS_BELOW).refined(samples).bytes_per_second
+
     # --- to keep it -------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +152,12 @@ class CostBook:
                     for each in kind
                 ],
                 "loads": {
-                    tier: [[each.nbytes, each.seconds] for each in samples] for tier, samples in self._loads.items()
+                    tier: [[each.nbytes, each.seconds, each.decoded_nbytes] for each in samples]
+                    for tier, samples in self._loads.items()
+                },
+                "trials": {
+                    codec: [[each.nbytes, each.kept_bytes, each.decode_seconds] for each in samples]
+                    for codec, samples in self._trials.items()
                 },
             }
 
@@ -114,10 +168,10 @@ class CostBook:
             self.token_bytes = float(token_bytes)
         for tokens, depth, rows, seconds in _tuples(values.get("passes"), 4):
             self.note_pass(PrefillSample(int(tokens), int(depth), float(seconds), max(1, int(rows))))
-        loads = values.get("loads")
-        for tier, samples in loads.items() if isinstance(loads, dict) else ():
-            for nbytes, seconds in _tuples(samples, 2):
-                self.note_load(str(tier), TransferSample(int(nbytes), float(seconds)))
+        for tier, nbytes, seconds, decoded in _tuples_by_name(values.get("loads"), 3):
+            self.note_load(tier, TransferSample(int(nbytes), float(seconds), int(decoded)))
+        for codec, nbytes, kept, seconds in _tuples_by_name(values.get("trials"), 3):
+            self.note_trial(codec, EncodingSample(int(nbytes), int(kept), float(seconds)))
         self.news = 0
 
 
@@ -158,3 +212,10 @@ def _tuples(values: Any, length: int) -> Iterable[tuple[Any, ...]]:
         numbers = isinstance(each, list) and all(_is_positive(n) or (n == 0 and type(n) is int) for n in each)
         if numbers and len(each) == length:
             yield tuple(each)
+
+
+def _tuples_by_name(values: Any, length: int) -> Iterable[tuple[Any, ...]]:
+    """Yield what is a list of ``length`` numbers in a list of a dictionary, each behind its name."""
+    for name, lists in values.items() if isinstance(values, dict) else ():
+        for numbers in _tuples(lists, length):
+            yield str(name), *numbers

@@ -15,10 +15,11 @@ _SHORTEST_SECONDS = 1e-5  # a latency that counts as none
 
 @dataclass(frozen=True, slots=True)
 class TransferSample:
-    """A load that was timed."""
+    """A load that was timed: bytes of K and V, and those of them that had to be decoded."""
 
     nbytes: int
     seconds: float
+    decoded_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,17 @@ from kvtier.transfer import Readers
 
 
 class FetchedBlock:
-    """A block whose pages are in memory: all of them were read from ``reader``, and checked."""
+    """A block whose pages are in memory: all of them were read from ``reader``, and checked.
+
+    Attributes:
+        was_plain: whether they needed no decoding.
+    """
 
     is_plain = True
 
     def __init__(self, reader: BlockReader) -> None:
         self.id, self.tier, self.spec = reader.id, reader.tier, reader.spec
+        self.was_plain = reader.is_plain
         self._reader = reader
         self._pages = [reader.page(layer) if spec.token_bytes else None for layer, spec in enumerate(self.spec.layers)]
 
@@ -127,11 +132,13 @@ class BackFetch:
     def samples(self) -> Mapping[str, TransferSample]:
         """Return by tier how many bytes have arrived, and how long that took."""
         with self.changed:
-            nbytes = Counter[str]()
+            nbytes, decoded = Counter[str](), Counter[str]()
             for block in self._fetched.values():
-                nbytes[block.tier] += len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
+                n = len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
+                nbytes[block.tier] += n
+                decoded[block.tier] += 0 if block.was_plain else n
         total = sum(nbytes.values())
-        return {tier: TransferSample(n, self.seconds * n / total) for tier, n in nbytes.items()}
+        return {tier: TransferSample(n, self.seconds * n / total, decoded[tier]) for tier, n in nbytes.items()}
 
     def wait(self, token: int, seconds: float) -> None:
         """Wait until everything from ``token`` on has arrived, or nothing more will; ``seconds`` at most."""

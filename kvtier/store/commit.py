@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
 
+_log = logging.getLogger("kvtier.store")
 Read = Callable[[int, int], tuple[Page, ...]]
 """``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
 
@@ -54,13 +56,27 @@ class BlockWriter:
         tiers: the tiers of the store.
         behind: runs tasks behind the caller.
         on_second_use: write a block to the durable tier when a second turn uses it, not when the first one does.
+        is_loaded_too_slowly: whether no turn gains by loading the first so many tokens of a root from the durable tier.
+
+    Attributes:
+        not_worth_writing: how many new blocks stayed in RAM, because no turn gains by loading them.
     """
 
-    def __init__(self, tiers: TierStack, behind: WriteBehind, *, on_second_use: bool = False) -> None:
+    def __init__(
+        self,
+        tiers: TierStack,
+        behind: WriteBehind,
+        *,
+        on_second_use: bool = False,
+        is_loaded_too_slowly: Callable[[str, int], bool] = lambda root, tokens: False,
+    ) -> None:
         self._tiers = tiers
         self._host = tiers.host
         self._behind = behind
         self._on_second_use = on_second_use
+        self._is_loaded_too_slowly = is_loaded_too_slowly
+        self.not_worth_writing = 0
+        self._has_told = False
         self._manifests: dict[str, Mapping[str, Any]] = {}
         self._hits: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -78,6 +94,7 @@ class BlockWriter:
         windows: Windows | None = None,
         arrive: Callable[[], None] = arrived,
         imported: bool = False,
+        weighs: bool = False,
     ) -> int:
         """Store the K and V of ``tokens`` as ``PrefixStore.commit`` does; return how many are new.
 
@@ -86,12 +103,30 @@ class BlockWriter:
         ``arrive`` blocks until the pages that ``read`` returned hold their bytes. ``imported`` tokens come from an
         archive. Their ``manifest`` is untrusted, and used only where the root has none yet. All imported blocks are
         written to disk, even without a second use.
+
+        With ``weighs``, all new blocks of a sequence stay in RAM if no turn gains by loading it from the durable tier:
+        a block is never written without those before it. They are written with a later commit of a longer sequence
+        that is worth it, or when the sequence is named, as far as RAM still has them.
         """
         self._committing.arrive = arrive
+        stays = weighs and self._stays_in_ram(root, len(tokens))
         try:
-            return self._commit(root, tokens, read, manifest, block_size, states, windows, arrive, imported=imported)
+            return self._commit(
+                root, tokens, read, manifest, block_size, states, windows, arrive, imported=imported, stays=stays
+            )
         finally:
             del self._committing.arrive
+
+    def _stays_in_ram(self, root: str, tokens: int) -> bool:
+        """Whether the first ``tokens`` of a sequence are not worth writing; tiers below the disk may be faster."""
+        if self._on_second_use or not self._tiers.is_durable or self._tiers.has_lower:
+            return False
+        if not self._is_loaded_too_slowly(root, tokens):
+            return False
+        if not self._has_told:
+            self._has_told = True
+            _log.info("computing %d tokens is measured to be much faster than loading them: they stay in RAM", tokens)
+        return True
 
     def _commit(
         self,
@@ -105,6 +140,7 @@ class BlockWriter:
         arrive: Callable[[], None],
         *,
         imported: bool,
+        stays: bool,
     ) -> int:
         if manifest is not None and root not in self._manifests:
             writes_behind = self._tiers.writes_behind
@@ -122,7 +158,7 @@ class BlockWriter:
             is_tail = len(block.tokens) < block_size
             ends: list[BlockId] = []  # blocks whose window blocks are kept
             if states is not None:
-                ends += self._keep_snapshots(block, start, read, states, arrive)
+                ends += self._keep_snapshots(block, start, read, states, arrive, stays=stays)
                 keys += [checkpoint.key for checkpoint in ends]
             is_kept = True
             if states is None or not is_tail:  # otherwise no turn could continue from it
@@ -130,10 +166,11 @@ class BlockWriter:
                 if there is not None:
                     known.append(there)
                 else:
-                    self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
+                    if not stays:
+                        self._write_what_disk_lacks(known, keep_tails=keep_tails)  # first: these are its ancestors
                     known = []
                     whole = Block(block, read(start, stop), start, arrive=arrive)
-                    is_kept = self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported)
+                    is_kept = self._keep(whole, keep_tails=keep_tails, is_tail=is_tail, imported=imported, stays=stays)
                     new += len(block.tokens) * is_kept
                 if is_kept:
                     keys.append(block.key)
@@ -143,16 +180,20 @@ class BlockWriter:
                     continue
                 there = self.stands_for(end.window, block_size, windows=True)
                 if there is None:
-                    self._write_what_disk_lacks(known, keep_tails=keep_tails)
+                    if not stays:
+                        self._write_what_disk_lacks(known, keep_tails=keep_tails)
                     known = []
-                    there = self._keep_window(end.window, start, windows, block_size, arrive, imported=imported)
+                    there = self._keep_window(
+                        end.window, start, windows, block_size, arrive, imported=imported, stays=stays
+                    )
                 else:
                     known.append(there)
                 if there is not None:
                     keys.append(there)
             if not is_kept:
                 break  # its children could never be found
-        self._write_what_disk_lacks(known, keep_tails=keep_tails)
+        if not stays:
+            self._write_what_disk_lacks(known, keep_tails=keep_tails)
         self._touch(list(dict.fromkeys(keys)))
         return new
 
@@ -165,11 +206,13 @@ class BlockWriter:
         arrive: Callable[[], None],
         *,
         imported: bool,
+        stays: bool,
     ) -> str | None:
         """Store a window block, whose first token is ``start``; return its key, or None if no tier keeps it."""
         block = Block(window, windows.read(start, start + len(window.tokens)), start, arrive=arrive)
         is_tail = len(window.tokens) < block_size
-        return window.key if self._keep(block, keep_tails=False, is_tail=is_tail, imported=imported) else None
+        is_kept = self._keep(block, keep_tails=False, is_tail=is_tail, imported=imported, stays=stays)
+        return window.key if is_kept else None
 
     def hurry(self) -> None:
         """Run waiting writes soon: this thread is about to wait for room. First, pages that they wait for arrive."""
@@ -204,7 +247,7 @@ class BlockWriter:
         self._behind.submit(write)
 
     def _keep_snapshots(
-        self, block: BlockId, start: int, read: Read, states: States, arrive: Callable[[], None]
+        self, block: BlockId, start: int, read: Read, states: States, arrive: Callable[[], None], *, stays: bool
     ) -> list[BlockId]:
         """Store the checkpoints of prefixes that end in ``block``, whose first token is ``start``; return kept ones.
 
@@ -215,7 +258,7 @@ class BlockWriter:
             ids = block.tokens[: position - start].copy()
             checkpoint = BlockId.of(block.root, block.parent, ids, BlockKind.CHECKPOINT)
             kept = checkpoint.key in self._tiers or self._keep(
-                Block(checkpoint, read(start, position), start, states[position], arrive), keep_tails=True
+                Block(checkpoint, read(start, position), start, states[position], arrive), keep_tails=True, stays=stays
             )
             if kept:
                 checkpoints.append(checkpoint)
@@ -288,8 +331,15 @@ class BlockWriter:
                     return child.key
         return None
 
-    def _keep(self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False) -> bool:
-        """Put ``block`` into RAM and queue its write. Returns whether a tier keeps it."""
+    def _keep(
+        self, block: Block, *, keep_tails: bool, is_tail: bool = False, imported: bool = False, stays: bool = False
+    ) -> bool:
+        """Put ``block`` into RAM and queue its write, unless it ``stays`` there. Returns whether a tier keeps it."""
+        if stays:
+            kept = self._put_into_ram(block, keep_tails)
+            with self._counting:
+                self.not_worth_writing += kept
+            return kept
         if not self._tiers.writes_behind or (self._on_second_use and not imported):
             return self._put_into_ram(block, keep_tails)
         key = block.id.key
@@ -303,7 +353,7 @@ class BlockWriter:
         try:
             if not self._host.put(block, writing=True):
                 if not self._host.is_writing:
-                    return self._put_below(block, keep_tails)  # no room in RAM: write it now
+                    return self._put_below(block, keep_tails, in_turn=True)  # no room in RAM: write it now
                 self._behind.note_stall()  # RAM stays full of unwritten blocks
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
@@ -327,8 +377,8 @@ class BlockWriter:
             self._drop_shorter(self._host, block.id)
         return kept
 
-    def _put_below(self, block: Block, keep_tails: bool) -> bool:
-        kept = self._tiers.put_below(block)
+    def _put_below(self, block: Block, keep_tails: bool, *, in_turn: bool = False) -> bool:
+        kept = self._tiers.put_below(block, in_turn=in_turn)
         if kept and not keep_tails:
             self._drop_shorter(self._tiers.last, block.id)
         return kept

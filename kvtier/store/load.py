@@ -133,7 +133,7 @@ class LoadJob:
         self._lent: set[str] = set()
         self._closed = False
         self._place: Place | None = None
-        self._timed: list[tuple[str, int, float, float]] = []  # tier, bytes, begin, end
+        self._timed: list[tuple[str, int, int, float, float]] = []  # tier, bytes, those decoded, begin, end
         self._pid = os.getpid()
         self._until: float | None = None
         self._gave_up = False
@@ -219,7 +219,8 @@ class LoadJob:
                 complete = False
                 continue
             nbytes = self.spec.layers[layer].token_bytes * sum(span.tokens for _, span in uses)
-            self._timed.append((reader.tier, nbytes, began, time.perf_counter()))
+            decoded = 0 if reader.is_plain else nbytes
+            self._timed.append((reader.tier, nbytes, decoded, began, time.perf_counter()))
         return complete
 
     def samples(self) -> Mapping[str, TransferSample]:
@@ -227,13 +228,14 @@ class LoadJob:
         timed = list(self._timed)
         if not timed:
             return {}
-        wall = max(end for *_, end in timed) - min(begin for _, _, begin, _ in timed)
-        busy = sum(end - begin for _, _, begin, end in timed) or 1.0
-        nbytes, seconds = Counter[str](), dict[str, float]()
-        for tier, n, begin, end in timed:
+        wall = max(end for *_, end in timed) - min(begin for *_, begin, _ in timed)
+        busy = sum(end - begin for *_, begin, end in timed) or 1.0
+        nbytes, decoded, seconds = Counter[str](), Counter[str](), dict[str, float]()
+        for tier, n, decoded_n, begin, end in timed:
             nbytes[tier] += n
+            decoded[tier] += decoded_n
             seconds[tier] = seconds.get(tier, 0.0) + end - begin
-        return {tier: TransferSample(n, wall * seconds[tier] / busy) for tier, n in nbytes.items()}
+        return {tier: TransferSample(n, wall * seconds[tier] / busy, decoded[tier]) for tier, n in nbytes.items()}
 
     def check(self) -> None:
         """Read all pages once, to check that they can be read."""

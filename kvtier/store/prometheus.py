@@ -76,6 +76,8 @@ def _metrics(stats: StoreStats) -> Iterator[_Metric]:
     yield _one("hit_tokens_total", "Of those, tokens that were found.", stats.hit_tokens)
     yield _one("committed_tokens_total", "Tokens that were new.", stats.committed_tokens)
     yield _one("written_bytes_total", "Bytes of block files that were written.", stats.written_bytes)
+    text = "Blocks that stayed in RAM, since computing them is much faster than loading them."
+    yield _one("not_worth_writing_total", text, stats.not_worth_writing)
     misses = "Lookups that found less than all, and blocks that could not be restored."
     yield _metric("misses_total", misses, _by_reason(stats.misses, _MISS_REASONS))
     errors = "Failures of the disk tier that cost a recompute."

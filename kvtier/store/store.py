@@ -34,6 +34,7 @@ from kvtier.platform.memory import default_host_budget_bytes
 from kvtier.store.back_fetch import BackFetch
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
+from kvtier.store.codec_choice import CodecChoice
 from kvtier.store.commit import BlockWriter, Read, States, Windows
 from kvtier.store.cost_books import CostBooks
 from kvtier.store.eviction.adaptive import Adaptive
@@ -47,6 +48,7 @@ from kvtier.store.names import checked_ttl
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder
+from kvtier.store.tiers.disk.tier import DiskTier
 from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import TierStack
@@ -99,9 +101,10 @@ class PrefixStore:
         host_budget: bytes of RAM for blocks, e.g. ``"2GiB"``; by default a quarter of the machine's, at most 4 GiB.
         disk_budget: bytes of files, by default 50 GiB; ignored without ``path``.
         block_size: tokens of a full block.
-        compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: raw, which
-            restores fastest where files come from the page cache or a fast drive. Pass a custom codec as an object
-            (``kvtier.kv.codecs.base``), in every process that reads its files.
+        compression: ``"raw"``, ``"zstd"`` (about two thirds of the size for 16-bit floats), or ``"auto"``: the one that
+            restores faster as far as that was measured, block by block; raw where files come from the page cache or a
+            fast drive, and where nothing is known. Pass a custom codec as an object (``kvtier.kv.codecs.base``), in
+            every process that reads its files.
         namespace: stores with different namespaces never share a prefix.
         free_space_floor: bytes to leave free on the drive, by default 1 GiB.
         durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
@@ -112,7 +115,8 @@ class PrefixStore:
             one, is written to disk; while turns follow each other, at most six times as long. ``flush`` and ``close``
             write it at once. With 0, each turn writes it.
         write_on: ``"first-use"``: new blocks are written to disk; ``"second-use"``: they stay in RAM alone until
-            another turn uses them, so that prompts used once are not written.
+            another turn uses them, so that prompts used once are not written. With ``"first-use"``, what a cache of
+            ``TieredCache(reuse="auto")`` commits stays in RAM, too, where no turn gains by loading it (see ``flush``).
         lower_tiers: custom tiers below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a copy of
             each full block, and are asked for blocks that RAM and disk lack. The store closes them.
         filesystem: performs all file operations; for tests and unusual drives.
@@ -157,9 +161,14 @@ class PrefixStore:
             raise ConfigurationError(f"tail_delay={tail_delay!r} must be seconds, 0 or more, and less than a day.")
         ttl = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
+        self._books = CostBooks(
+            lambda root: self._tiers.costs(root), lambda *kept: self._tiers.keep_costs(*kept), clock
+        )
+        is_chosen = isinstance(compression, str) and compression == "auto"
         settings = DiskSettings(
             budget_bytes=parse_bytes(disk_budget, "disk_budget"),
             codec=codec,
+            choose=CodecChoice(self._books.known, DiskTier.name) if is_chosen else None,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
             ttl_seconds=ttl,
         )
@@ -174,11 +183,24 @@ class PrefixStore:
         self._behind = WriteBehind(tail_delay, lambda: self._tiers.warn_of_stall())
         lower = checked_tiers(lower_tiers)
         self._tiers: TierStack = TierStack(
-            folder, host_bytes, settings, guarded, connect, clock, lower, block_size, lambda: self._block_writer.hurry()
+            folder,
+            host_bytes,
+            settings,
+            guarded,
+            connect,
+            clock,
+            lower,
+            block_size,
+            lambda: self._block_writer.hurry(),
+            self._books.saved_seconds,
         )
-        self._block_writer: BlockWriter = BlockWriter(self._tiers, self._behind, on_second_use=write_on == "second-use")
+        self._block_writer: BlockWriter = BlockWriter(
+            self._tiers,
+            self._behind,
+            on_second_use=write_on == "second-use",
+            is_loaded_too_slowly=partial(self._books.is_loaded_too_slowly, DiskTier.name),
+        )
         self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
-        self._books = CostBooks(self._tiers, clock)
         self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()
@@ -343,6 +365,8 @@ class PrefixStore:
         states: States | None = None,
         arrive: Callable[[], None] = arrived,
         windows: Windows | None = None,
+        *,
+        weighs: bool = False,
     ) -> int:
         """Store the K and V of ``tokens``; only new blocks are read.
 
@@ -358,14 +382,17 @@ class PrefixStore:
                 they hold them when ``read`` returns.
             windows: for a model with sliding layers, whose pages from ``read`` are empty: their K and V, for some
                 tokens. Blocks, and checkpoints, whose tokens lie within one span get a window block beside them.
+            weighs: whether turns compute what takes much longer to load. New blocks of such sequences stay in RAM then,
+                as ``flush`` says.
 
         Returns:
             The number of newly stored tokens. Window blocks do not count.
         """
         self._check_open()
         _drain_at_the_end()
+        self._books.weigh(root)
         new = self._block_writer.commit(
-            root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive
+            root, tokens, read, manifest, self.block_size, states, windows=windows, arrive=arrive, weighs=weighs
         )
         self._count("committed_tokens", new)
         if self._clock() >= self._expire_at:
@@ -400,7 +427,17 @@ class PrefixStore:
         self._tiers.database.finish_overwriting()
 
     def flush(self) -> None:
-        """Wait until all committed blocks are on disk, except blocks that wait for their second use."""
+        """Wait until all committed blocks are on disk, except those that stay in RAM.
+
+        In RAM stay, while there is room:
+
+        - with ``write_on="second-use"``, blocks that wait for their second use;
+        - blocks of sequences that a cache of ``TieredCache(reuse="auto")`` committed, and that no turn gains by
+          loading: at least three timed loads say that it takes ten times as long as computing, here and now. They are
+          counted as ``stats().not_worth_writing``. Files that exist stay, and are loaded where that pays.
+
+        A named or pinned prefix is on disk after ``flush`` in any case, as far as it was in RAM when it was named.
+        """
         self._behind.flush()
         self._tiers.flush_below()
 
@@ -409,6 +446,7 @@ class PrefixStore:
         self._check_open()
         with self._lock:
             tally = Counter(self._tally)
+        tally["not_worth_writing"] = self._block_writer.not_worth_writing
         return store_stats(self.path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class PolicyChecks:
 
     def test_ram_evicts_in_its_order(self, policy: EvictionPolicy) -> None:
         """Leaf by leaf, always the one of the lowest value; ghosts that return are told to the policy."""
-        tier = HostTier(10**6, policy, lambda: 0.0)
+        tier = HostTier(10**6, policy, lambda: 0.0, saved_seconds=_saved_seconds)
 
         def evict() -> str:
             (gone,) = tier.shrink(tier.nbytes - 1)
@@ -87,7 +87,7 @@ class PolicyChecks:
     def test_files_are_evicted_in_its_order(self, policy: EvictionPolicy) -> None:
         """The same for the rows of files."""
         with closing(Database(None)) as database:
-            catalog = Catalog(database, policy, lambda: 0.0)
+            catalog = Catalog(database, policy, lambda: 0.0, _saved_seconds)
 
             def put(block: Block) -> None:
                 assert catalog.prepare_store(block.id, 1, 10**6, "owner") is Prepared.RESERVED
@@ -107,6 +107,7 @@ def _history(policy: EvictionPolicy, clock: int) -> Iterator[tuple[Usage, Policy
     state = fresh_state(policy, clock)
     for _ in range(50):
         usage = Usage(0, state.clock, drawn.randint(1, 4096), drawn.randint(0, 10**6), drawn.randint(1, 10**9))
+        usage = replace(usage, saved_seconds=drawn.choice([0.0, 10 ** drawn.uniform(-300, 300)]))
         for _ in range(drawn.randint(0, 4)):
             standing = policy.standing(usage, state)
             for _ in range(drawn.choice([1, 2, 100])):
@@ -117,6 +118,11 @@ def _history(policy: EvictionPolicy, clock: int) -> Iterator[tuple[Usage, Policy
             state = policy.evicted(usage, state)
         if drawn.random() < 0.3:
             state = policy.returned(usage, state)
+
+
+def _saved_seconds(root: str, tokens: int, depth_tokens: int, nbytes: int) -> float:
+    """Return 1 to 3 by depth, and 0 as for a block of which nothing is known at another."""
+    return float(depth_tokens % 4)
 
 
 def _answers(policy: EvictionPolicy, usage: Usage, state: PolicyState) -> tuple[object, ...]:
@@ -159,7 +165,8 @@ def _play(
         for each in chain:
             if each not in known:
                 put(_block(each))
-                usage = Usage(0, state.clock, 1, len(each) - 1, 1)
+                depth = len(each) - 1
+                usage = Usage(0, state.clock, 1, depth, 1, saved_seconds=_saved_seconds(_ROOT, 1, depth, 1))
                 if each in ghosts:
                     ghost = ghosts.pop(each)
                     state = policy.returned(ghost, state)

@@ -81,13 +81,14 @@ values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["passes", "loads", "token_bytes", "x"]), values))
+@given(st.dictionaries(st.sampled_from(["passes", "loads", "trials", "token_bytes", "x"]), values))
 def test_what_no_book_has_written_is_left_out(damaged):
     book = CostBook()
     book.learn(damaged)
     cost = book.prefill()
     assert cost is None or cost.seconds(10) >= 0
     assert isinstance(book.transfer("host"), TransferCost)
+    assert book.encoding("x") is None or book.encoding("x").kept_share > 0
 
 
 def test_a_book_stays_small():

@@ -187,6 +187,59 @@ def test_priority_ignores_bytes_and_ignores_depth_before_any_eviction():
     assert priority(policy, replace(ONCE, nbytes=10**9), state) == priority(policy, ONCE, state)
 
 
+def saving(times, usage=ONCE):
+    """Return a block that saves so many times as much a byte as blocks that were evicted so far."""
+    return replace(usage, saved_seconds=times * 1e-3)
+
+
+def weighed(stay=40.0):
+    """Return the state after many evictions of usual blocks that each stayed for long."""
+    state = LATER
+    for _ in range(20):
+        state = Adaptive().evicted(saving(1), state)
+    return state.learn(stay=stay)
+
+
+def test_block_that_saves_twice_the_usual_stays_longer_by_half_the_average_stay():
+    policy, state = Adaptive(), weighed()
+    assert priority(policy, saving(1), state) == pytest.approx(100)
+    assert priority(policy, saving(2), state) == pytest.approx(100 + 20)
+    assert priority(policy, saving(0.5), state) == pytest.approx(100 - 20)
+    assert priority(policy, replace(saving(2), nbytes=2000), state) == pytest.approx(100)
+
+
+def test_no_measurement_keeps_a_block_for_ever():
+    policy, state = Adaptive(), weighed()
+    assert priority(policy, saving(1e12), state) == pytest.approx(100 + 80)
+    assert priority(policy, saving(1e-12), state) == pytest.approx(100 - 80)
+
+
+def test_a_block_of_which_nothing_is_known_counts_as_a_usual_one():
+    policy, state = Adaptive(), weighed()
+    assert priority(policy, ONCE, state) == pytest.approx(priority(policy, saving(1), state), abs=1)
+    dear = replace(ONCE, depth_tokens=Adaptive.REFERENCE_TOKENS - 128)
+    assert priority(policy, dear, state) == pytest.approx(100 + 20)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan])
+def test_what_cannot_have_been_measured_counts_as_not_known(seconds):
+    policy, state = Adaptive(), weighed()
+    odd = replace(ONCE, saved_seconds=seconds)
+    assert priority(policy, odd, state) == priority(policy, ONCE, state)
+    assert policy.evicted(odd, state) == policy.evicted(ONCE, state)
+
+
+def test_what_is_saved_counts_from_the_first_eviction_on():
+    policy, state = Adaptive(), LATER.learn(stay=40.0)
+    assert priority(policy, saving(8), state) == priority(policy, ONCE, state)
+
+
+@pytest.mark.parametrize("learnt", [{"usual": 1e9}, {"weighed": -1.0}, {"weighed": 1e9}, {"stay": -1.0}])
+def test_adaptive_state_that_it_cannot_have_learnt_is_not_read(learnt):
+    state = LATER.learn(**learnt)
+    assert state_from_text(Adaptive(), state_to_text(Adaptive(), state)) is None
+
+
 # --- tiers ------------------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +507,7 @@ def test_store_uses_the_adaptive_policy_by_default():
     assert left(policy=LeastRecentlyUsed()) == 0
 
 
-@pytest.mark.parametrize("text", ["nonsense", '{"policy": "adaptive/2", "clock": 3}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["nonsense", '{"policy": "adaptive/3", "clock": 3}', "[" * 100_000])
 def test_unreadable_policy_state_is_reset_and_stops_no_write(tmp_path, caplog, text):
     """New blocks do not rank as older than the blocks already stored."""
     settings = {"block_size": 4, "host_budget": 1, "disk_budget": 6 * 4096, "free_space_floor": 0}

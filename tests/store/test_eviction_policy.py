@@ -46,8 +46,10 @@ def trace_of(turns: list[tuple[int, ...]]) -> Trace:
 
 # --- policies ---------------------------------------------------------------------------------------------------------
 
+SAVED = st.just(0.0) | st.floats(0, 1e300)
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["turn", "evicted", "returned"]), st.integers(0, 4), st.integers(0, 10**12)), max_size=60
+    st.tuples(st.sampled_from(["turn", "evicted", "returned"]), st.integers(0, 4), st.integers(0, 10**12), SAVED),
+    max_size=60,
 )
 
 
@@ -55,8 +57,8 @@ EVENTS = st.lists(
 def test_adaptive_state_stays_finite_and_round_trips_as_text(events, clock):
     policy = Adaptive()
     state = fresh_state(policy, clock)
-    for kind, uses, age in events:
-        usage = Usage(uses, max(0, state.clock - age), 256, 512, 1000)
+    for kind, uses, age, saved in events:
+        usage = Usage(uses, max(0, state.clock - age), 256, 512, 1000, saved_seconds=saved)
         if kind == "turn":
             state = state.tick()
         elif kind == "evicted":
@@ -67,7 +69,8 @@ def test_adaptive_state_stays_finite_and_round_trips_as_text(events, clock):
         assert policy.lead(0, state) == 0 <= policy.lead(1, state) <= state.clock
         assert 0 <= state.learnt["came_back_share"] <= 1
         assert 0 <= state.learnt["stay"] <= state.clock
-        assert state.clock <= policy.standing(usage, state).priority < math.inf
+        most = policy.COST_WEIGHT * policy.MOST_DOUBLINGS * state.learnt["stay"]
+        assert abs(policy.standing(usage, state).priority - state.clock) <= most + 1e-3 < math.inf  # 10**12 is rounded
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e6), st.integers(0, 5))
@@ -81,6 +84,32 @@ def test_adaptive_priority_rises_with_last_use_and_never_falls_with_depth(clock,
     usage = Usage(uses, clock, 256, depth, 1000)
     assert priority(usage, state) < priority(usage, state.tick())
     assert priority(usage, state) <= priority(replace(usage, depth_tokens=depth + deeper), state)
+
+
+@given(st.integers(0, 10**6), st.floats(1, 1e6), st.floats(-60, 60), st.floats(1e-9, 1e9), st.floats(1, 1e6))
+def test_adaptive_priority_never_falls_with_what_is_saved_nor_rises_with_bytes(clock, stay, usual, saved, times):
+    policy = Adaptive()
+    state = fresh_state(policy, clock).learn(stay=stay, usual=usual, weighed=1.0)
+    usage = Usage(1, clock, 256, 512, 1000, saved_seconds=saved)
+
+    def priority(usage: Usage) -> float:
+        return policy.standing(usage, state).priority
+
+    assert priority(usage) <= priority(replace(usage, saved_seconds=saved * times))
+    assert priority(usage) >= priority(replace(usage, nbytes=int(1000 * times)))
+    assert abs(priority(usage) - clock) <= policy.COST_WEIGHT * policy.MOST_DOUBLINGS * stay + 1e-6
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=40))
+def test_adaptive_takes_what_evicted_blocks_saved_in_the_geometric_mean_for_usual(saved):
+    policy = Adaptive()
+    state = fresh_state(policy, 100)
+    for seconds in saved:
+        state = policy.evicted(Usage(1, 0, 256, 0, 1, saved_seconds=seconds), state)
+    assert state.learnt["usual"] == pytest.approx(sum(map(math.log2, saved)) / len(saved), abs=1e-6)
+    mean = math.exp(sum(map(math.log, saved)) / len(saved))
+    usage = Usage(1, 100, 256, 0, 1, saved_seconds=mean)
+    assert policy.standing(usage, state).priority == pytest.approx(100, abs=1e-3 * state.learnt["stay"])
 
 
 # --- tiers ------------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_figures_are_hit_shares_and_gaps_to_the_optimum(short, tmp_path):
     assert first.row("optimum").samples == (34 / 40,)  # of 20 requests, all but the first three, at any capacity
     assert first.facts["below_optimum"] == dict.fromkeys(eviction.CONTENDERS, 0.0)
     assert {row.name for row in first.rows} == set(eviction.CONTENDERS)
-    assert len(result.targets) == len(eviction.TRACE_BLOCKS) + 9
+    assert len(result.targets) == len(eviction.TRACE_BLOCKS) + 9 + 6  # drawn workloads, and those of several models
     assert all(0 <= sample <= 1 for case in result.cases for row in case.rows for sample in row.samples)
 
 

@@ -1,7 +1,7 @@
 """Constants for planning a turn, with units in their names.
 
-What computing and loading cost in seconds is measured: ``kvtier/costs``. Eviction has two more constants in
-``store/eviction/adaptive.py``, because the store knows no model.
+What computing and loading cost in seconds is measured: ``kvtier/costs``. Eviction has constants of its own in
+``store/eviction/adaptive.py``, for what was not measured.
 """
 
 from __future__ import annotations

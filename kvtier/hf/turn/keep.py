@@ -34,10 +34,12 @@ def keep(
     store: PrefixStore,
     *,
     whole: bool,
+    weighs: bool,
 ) -> ResidentPrefix | None:
     """Commit the tokens whose K and V every buffer holds, and return them; None where the layers must be emptied.
 
     ``named`` are the tokens in the rows of the layers. ``whole``: no forward pass of the turn was interrupted.
+    ``weighs``: turns compute what takes longer to load.
     """
     assert turn.identity is not None
     filled = layers.filled
@@ -53,7 +55,7 @@ def keep(
         if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
             _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
         else:
-            _commit(resident, turn, memories, states, layers, store)
+            _commit(resident, turn, memories, states, layers, store, weighs=weighs)
         for _, layer in layers.sliding:
             layer.drop_at_rest()
     except StreamError as error:
@@ -88,6 +90,8 @@ def _commit(
     states: Sequence[dict[int, torch.Tensor]] | None,
     layers: LayerContainer,
     store: PrefixStore,
+    *,
+    weighs: bool,
 ) -> None:
     """Commit each row; beside an accelerator, pages arrive later."""
     identity, length, dropped = turn.identity, layers.common_columns, layers.dropped
@@ -103,7 +107,7 @@ def _commit(
             if sliding and dropped is not None:
                 windows = Windows(_window_spans(pages, len(tokens), length, dropped), pages.read_window)
             of_row = states[row] if states else None
-            store.commit(identity.root, tokens, pages.read, identity.manifest, of_row, arrive, windows)
+            store.commit(identity.root, tokens, pages.read, identity.manifest, of_row, arrive, windows, weighs=weighs)
     finally:
         if gather is not None:
             gather.launch()

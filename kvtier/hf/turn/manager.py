@@ -371,7 +371,7 @@ class TurnManager:
             elif self.layers.has_grown:
                 turn.reason = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
-                kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole)
+                kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole, weighs=self.weighs)
                 if kept is None:
                     self.lay_out(self.layers.config)
                 else:

@@ -34,6 +34,7 @@ class StoreStats:
             were ``damaged``, ``gone`` or ``unavailable`` (they could not be read).
         committed_tokens: newly stored tokens.
         written_bytes: bytes of block files that were written.
+        not_worth_writing: new blocks that stayed in RAM, because no turn gains by loading them from disk.
         queued_writes: blocks waiting to be written to disk, or for their conversation to rest.
         errors: failures that cost a recompute, by what failed: ``write``, ``read``, ``catalog``, ``delete``.
         paused: why disk writes are paused; None when they are not.
@@ -52,6 +53,7 @@ class StoreStats:
     errors: Mapping[str, int] = field(default_factory=_nothing)
     paused: str | None = None
     names: int = 0
+    not_worth_writing: int = 0
 
 
 def store_stats(path: Path | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:
@@ -74,6 +76,7 @@ def store_stats(path: Path | None, tiers: TierStack, tally: Mapping[str, int], q
         errors=_by_reason(tiers.counts, "errors."),
         paused=tiers.paused,
         names=name_count,
+        not_worth_writing=tally.get("not_worth_writing", 0),
     )
 
 

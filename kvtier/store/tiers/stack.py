@@ -11,6 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -53,6 +54,7 @@ class TierStack:
         lower: custom tiers below, the nearest first.
         block_size: tokens of a full block; ``lower`` tiers keep no others.
         before_waiting: called before a put waits for room in RAM; runs waiting writes soon.
+        saved_seconds: what loading a block from a tier, by its name, saves: see ``SavedSeconds`` of eviction.
 
     Attributes:
         block_size: see above.
@@ -81,6 +83,7 @@ class TierStack:
         lower: Sequence[Tier],
         block_size: int,
         before_waiting: Callable[[], None],
+        saved_seconds: Callable[[str, str, int, int, int], float],
     ) -> None:
         self.block_size = block_size
         self._lower = [LowerTier(tier, clock) for tier in lower]
@@ -91,12 +94,20 @@ class TierStack:
             self.database = Database(None)
             self.names = Names(self.database, None, clock)
         else:
-            self.opened = opened = open_folder(folder, policy, clock, connect)
+            self.opened = opened = open_folder(folder, policy, clock, connect, partial(saved_seconds, DiskTier.name))
             self.database, self.names = opened.database, opened.names
             self._disk = DiskTier(folder, opened.catalog, opened.owner, disk, clock)
             self._disk.expire()
             self._disk.trim()
-        self.host = HostTier(host_budget_bytes, policy, clock, lambda: self._pinned, disk.ttl_seconds, before_waiting)
+        self.host = HostTier(
+            host_budget_bytes,
+            policy,
+            clock,
+            lambda: self._pinned,
+            disk.ttl_seconds,
+            before_waiting,
+            saved_seconds=partial(saved_seconds, HostTier.name),
+        )
         self.tiers: tuple[OrderedTier, ...] = (self.host, self._disk) if self._disk is not None else (self.host,)
         self._all: tuple[OrderedTier | LowerTier, ...] = (*self.tiers, *self._lower)
         self.last = self.tiers[-1]
@@ -296,8 +307,10 @@ class TierStack:
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
-    def put_below(self, block: Block) -> bool:
+    def put_below(self, block: Block, *, in_turn: bool = False) -> bool:
         """Write a block to disk, and to the lower tiers if it is full and has no states.
+
+        ``in_turn``: the caller is a turn, not a thread behind it.
 
         Returns whether a tier that outlives RAM has it, or RAM where there is no disk.
         """
@@ -306,7 +319,7 @@ class TierStack:
         except UnavailableError as error:
             _log.warning("a block is not written: %s", error)
             return False
-        kept = [bool(self._disk.put(block))] if self._disk is not None else [block.id.key in self.host]
+        kept = [bool(self._disk.put(block, in_turn=in_turn))] if self._disk is not None else [block.id.key in self.host]
         below = [bool(tier.put(block)) for tier in self._lower] if self._goes_below(block) else []
         return any(kept) or (self._disk is None and any(below))
 

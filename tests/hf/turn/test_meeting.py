@@ -289,6 +289,29 @@ def test_files_are_not_read_where_computing_is_faster(model, tokens, generate, t
         assert (cache.last_turn.decision, cache.last_turn.cached_tokens) == ("held", TOKENS - 1)
 
 
+@pytest.mark.parametrize("reuse", ["auto", "always"])
+def test_what_takes_far_longer_to_load_than_to_compute_is_not_written(model, tokens, generate, tmp_path, reuse):
+    ids, now = tokens(TOKENS), [1e9]
+    with (
+        PrefixStore(tmp_path, block_size=8, clock=lambda: now[0]) as store,
+        TieredCache(store, reuse=reuse) as cache,
+    ):
+        generate(model, ids[:, :16], cache)
+        book = store.costs(cache.turns.kept_row(0)[0], machine_name(model.device))
+        for n in (1, 8, 64) * 8:
+            book.note_load("disk", TransferSample(int(n * book.token_bytes), 30.0 * n))
+        store.flush()
+        written = store.stats().written_bytes
+        now[0] += 60.0  # blocks are weighed anew now and then
+        generate(model, ids.flip(1), cache)
+        store.flush()
+        assert (store.stats().written_bytes == written) == (reuse == "auto")
+        assert bool(store.stats().not_worth_writing) == (reuse == "auto")
+        cache.reset()
+        generate(model, ids.flip(1), cache)
+        assert cache.last_turn.known_tokens == TOKENS - 1  # RAM has it
+
+
 def test_always_loads_what_is_known(model, tokens, generate, stored):
     store, _ = stored(lambda block: None, seconds_per_token=1e-9)
     with TieredCache(store, reuse="always") as cache:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kvtier.errors import BlockError, StoreError, UnavailableError
 from kvtier.platform.mounts import is_shared_over_network
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds, nothing_known
 from kvtier.store.tiers.backoff import is_full, is_locked
 from kvtier.store.tiers.disk.audit import Audit
 from kvtier.store.tiers.disk.catalog.adoption import Rebuilt
@@ -64,7 +64,11 @@ class OpenedFolder:
 
 
 def open_folder(
-    folder: StoreFolder, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+    folder: StoreFolder,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+    connect: Connect,
+    saved_seconds: SavedSeconds,
 ) -> OpenedFolder:
     """Open ``folder`` in any state.
 
@@ -76,14 +80,19 @@ def open_folder(
     except OSError as error:
         raise StoreError(f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to") from error
     try:
-        return open_catalog(folder, owner, policy, clock, connect)
+        return open_catalog(folder, owner, policy, clock, connect, saved_seconds)
     except BaseException:
         owner.close()
         raise
 
 
 def open_catalog(
-    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect
+    folder: StoreFolder,
+    owner: Owner,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+    connect: Connect,
+    saved_seconds: SavedSeconds = nothing_known,
 ) -> OpenedFolder:
     """Open the catalog of ``folder``; rebuild it when it is missing or damaged.
 
@@ -98,7 +107,7 @@ def open_catalog(
         is_of_another_version = False
         if damage is None:
             try:
-                return _opened(folder, owner, policy, clock, connect, alone)
+                return _opened(folder, owner, policy, clock, connect, alone, saved_seconds)
             except sqlite3.DatabaseError as error:
                 if alone and is_locked(error):
                     raise StoreError(
@@ -115,7 +124,7 @@ def open_catalog(
         for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         folder.damage_mark.unlink(missing_ok=True)
-        return _opened(folder, owner, policy, clock, connect, alone)
+        return _opened(folder, owner, policy, clock, connect, alone, saved_seconds)
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot open {path}: {error}") from error
 
@@ -129,7 +138,13 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
 
 
 def _opened(
-    folder: StoreFolder, owner: Owner, policy: EvictionPolicy, clock: Callable[[], float], connect: Connect, alone: bool
+    folder: StoreFolder,
+    owner: Owner,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+    connect: Connect,
+    alone: bool,
+    saved_seconds: SavedSeconds,
 ) -> OpenedFolder:
     with contextlib.suppress(FileExistsError):
         # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
@@ -139,7 +154,7 @@ def _opened(
         os.close(fd)
     database = Database(folder.catalog, exclusive=alone, make_connection=connect)
     try:
-        catalog = Catalog(database, policy, clock)
+        catalog = Catalog(database, policy, clock, saved_seconds)
         names = Names(database, folder, clock)
         audit = Audit(folder, catalog, names, owner)
         _recover(folder, catalog, audit)

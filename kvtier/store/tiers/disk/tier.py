@@ -131,12 +131,17 @@ class DiskTier:
         self.failures.count("errors.write")
         self.failures.warn("write", f"cannot write to {self.folder.path} ({error}); new blocks are not kept on disk")
 
-    def put(self, block: Block) -> PutResult:
-        """Write ``block`` unless it is stored."""
+    def put(self, block: Block, *, in_turn: bool = False) -> PutResult:
+        """Write ``block`` unless it is stored.
+
+        ``in_turn``: the caller is a turn, which must not wait for a choice of the codec.
+        """
         if self._backoff.holds() and not (self._backoff.told and self._has_room()):
             return PutResult.UNAVAILABLE
         try:
-            kept = self._writes.write(block.id, encode_block(block, self.settings.codec))
+            choose = self.settings.choose
+            codec = self.settings.codec if choose is None or in_turn else choose(block)
+            kept = self._writes.write(block.id, encode_block(block, codec))
         except NoRoom as error:
             self.failures.warn("budget", f"{error}; the rest of such sequences is not kept in {self.folder.path}")
             return PutResult.NO_ROOM

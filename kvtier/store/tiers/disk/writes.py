@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtier.kv.codecs import BUILT_IN, Codec
+from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.tiers.backoff import is_full
 from kvtier.store.tiers.disk.catalog.blocks import Catalog, Prepared
@@ -29,12 +30,14 @@ class DiskSettings:
     Attributes:
         budget_bytes: upper limit for all block files, in whole allocation units of the drive.
         codec: encodes tensors.
+        choose: returns the codec of a block that is written behind a turn; None for ``codec``.
         floor_bytes: bytes to leave free on the drive.
         ttl_seconds: how long a block is kept after its last use; None for ever.
     """
 
     budget_bytes: int
     codec: Codec = BUILT_IN["raw"]
+    choose: Callable[[Block], Codec] | None = None
     floor_bytes: int = 0
     ttl_seconds: float | None = None
 

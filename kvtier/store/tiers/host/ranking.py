@@ -11,7 +11,15 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from kvtier.store.block import Block
-from kvtier.store.eviction.base import EvictionPolicy, Standing, Usage, fresh_state, queue_among
+from kvtier.store.eviction.base import (
+    EvictionPolicy,
+    SavedSeconds,
+    Standing,
+    Usage,
+    fresh_state,
+    nothing_known,
+    queue_among,
+)
 
 Leaf = tuple[float, int, str]
 """Priority, number of the put, key. Of equal priorities, the earliest put is evicted first."""
@@ -28,8 +36,9 @@ class RamValuation:
         ghosts: the usage of recently evicted blocks, by key, the oldest first.
     """
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, saved_seconds: SavedSeconds = nothing_known) -> None:
         self._policy = policy
+        self._saved_seconds = saved_seconds
         self.state = fresh_state(policy)
         self.ghosts: OrderedDict[str, Usage] = OrderedDict()
 
@@ -44,17 +53,19 @@ class RamValuation:
         if ghost is not None:
             self.state = self._policy.returned(ghost, self.state)
             usage = replace(ghost, last_use=self.state.clock, nbytes=nbytes)
-        return self._ranked(usage)
+        return self._ranked(block, usage)
 
     def tick(self) -> None:
         """Begin the next turn."""
         self.state = self.state.tick()
 
-    def used(self, usage: Usage) -> tuple[Usage, Standing]:
+    def used(self, block: Block, usage: Usage) -> tuple[Usage, Standing]:
         """Rank a block that this turn used."""
-        return self._ranked(usage.used(self.state.clock))
+        return self._ranked(block, usage.used(self.state.clock))
 
-    def _ranked(self, usage: Usage) -> tuple[Usage, Standing]:
+    def _ranked(self, block: Block, usage: Usage) -> tuple[Usage, Standing]:
+        saved = self._saved_seconds(block.id.root, usage.tokens, usage.depth_tokens, usage.nbytes)
+        usage = replace(usage, saved_seconds=saved)
         standing = self._policy.standing(usage, self.state)
         return replace(usage, note=standing.note), standing
 

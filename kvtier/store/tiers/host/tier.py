@@ -15,7 +15,7 @@ from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, BlockReader, Entry
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds, nothing_known
 from kvtier.store.tiers.backoff import Withheld
 from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered, opened
 from kvtier.store.tiers.host.ranking import RamValuation
@@ -85,6 +85,7 @@ class HostTier:
         ttl_seconds: how long a block is kept after its last use; None for ever.
         before_waiting: called before a put waits for room; runs waiting writes soon.
         longest_wait_seconds: how long a put waits in total for writes of other blocks.
+        saved_seconds: what loading a block instead of computing it saves.
     """
 
     name = "host"
@@ -98,12 +99,13 @@ class HostTier:
         ttl_seconds: float | None = None,
         before_waiting: Callable[[], None] = lambda: None,
         longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
+        saved_seconds: SavedSeconds = nothing_known,
     ) -> None:
         self.budget_bytes = budget_bytes
         self.counts: Counter[str] = Counter()
         ended: set[str] = set()
         self.leases = Leases(ended.add)
-        self._valuation = RamValuation(policy)
+        self._valuation = RamValuation(policy, saved_seconds)
         self._clock = clock
         self._pinned = pinned
         self._ttl_seconds = ttl_seconds
@@ -356,7 +358,7 @@ class HostTier:
             for key in keys:
                 resident = self._blocks.get(key)
                 if resident is not None:
-                    self._blocks.use(key, *self._valuation.used(resident.usage), now)
+                    self._blocks.use(key, *self._valuation.used(resident.block, resident.usage), now)
             for key, n in hits.items():
                 resident = self._blocks.get(key)
                 if resident is not None:

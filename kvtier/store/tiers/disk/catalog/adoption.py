@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
 from kvtier.store.chain import BlockId
-from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds
 from kvtier.store.tiers.block_states import Move, State, after
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
@@ -34,9 +34,10 @@ class Rebuilt(Enum):
 class Adoption:
     """Adopts files. Idempotent: a block that is known stays as it is."""
 
-    def __init__(self, database: Database, policy: EvictionPolicy) -> None:
+    def __init__(self, database: Database, policy: EvictionPolicy, saved_seconds: SavedSeconds) -> None:
         self._database = database
         self._policy = policy
+        self._saved_seconds = saved_seconds
 
     def adopt(self, found: Iterable[Found]) -> int:
         """Add rows for whole files that have none; return how many were new."""
@@ -50,7 +51,7 @@ class Adoption:
         return new
 
     def _adopt(self, connection: Statements, found: Iterable[Found], orphan_depth: int) -> list[bytes]:
-        session = Session(self._policy, connection)
+        session = Session(self._policy, connection, self._saved_seconds)
         new = []
         for block, nbytes, used_at in found:
             key = bytes.fromhex(block.key)

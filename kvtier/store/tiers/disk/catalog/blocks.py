@@ -13,7 +13,7 @@ from enum import Enum, auto
 
 from kvtier.store.block import Entry
 from kvtier.store.chain import BlockId, TokenIds, common_run
-from kvtier.store.eviction.base import EvictionPolicy
+from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds, nothing_known
 from kvtier.store.tiers.block_states import Move, State, after
 from kvtier.store.tiers.disk.catalog.adoption import Adoption
 from kvtier.store.tiers.disk.catalog.connection import Statements
@@ -59,11 +59,18 @@ class Catalog:
     ``adopt`` and ``rebuild`` are those of ``Adoption``.
     """
 
-    def __init__(self, database: Database, policy: EvictionPolicy, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        policy: EvictionPolicy,
+        clock: Callable[[], float],
+        saved_seconds: SavedSeconds = nothing_known,
+    ) -> None:
         self._database = database
         self._policy = policy
+        self._saved_seconds = saved_seconds
         self._clock = clock
-        adoption = Adoption(database, policy)
+        adoption = Adoption(database, policy, saved_seconds)
         self.adopt, self.rebuild = adoption.adopt, adoption.rebuild
 
     # --- finding ----------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ class Catalog:
             (total,) = connection.execute("SELECT bytes FROM total").fetchone()
             if total + nbytes > budget_bytes:
                 return Prepared.NO_ROOM
-            session = Session(self._policy, connection)
+            session = Session(self._policy, connection, self._saved_seconds)
             state = after(State.ABSENT, Move.PREPARE_STORE)
             insert(connection, session, block, depth, nbytes, state, owner, self._clock())
             session.end()
@@ -224,7 +231,7 @@ class Catalog:
         with suppress(_NotEnoughError), self._database.transaction() as connection:
             if not is_filled(connection):  # the children of a block may not be known yet
                 return []
-            session = Session(self._policy, connection)
+            session = Session(self._policy, connection, self._saved_seconds)
             while freed < nbytes and len(gone) < at_most:
                 valued = session.least()
                 if valued is None:
@@ -295,7 +302,7 @@ class Catalog:
     def touch(self, keys: Sequence[str], hits: Mapping[str, int]) -> None:
         """Note that a turn used the blocks ``keys``, and how often blocks were restored."""
         with self._database.transaction() as connection:
-            session = Session(self._policy, connection)
+            session = Session(self._policy, connection, self._saved_seconds)
             session.used(keys, self._clock())
             session.end()
             connection.executemany(

@@ -18,9 +18,11 @@ from kvtier.store.eviction.base import (
     MOST_QUEUES,
     EvictionPolicy,
     PolicyState,
+    SavedSeconds,
     Standing,
     Usage,
     fresh_state,
+    nothing_known,
     queue_among,
     state_from_text,
     state_to_text,
@@ -53,9 +55,12 @@ class Valued:
 class Session:
     """Ranks blocks within the open transaction of ``connection``. ``end`` stores the state of the policy."""
 
-    def __init__(self, policy: EvictionPolicy, connection: Statements) -> None:
+    def __init__(
+        self, policy: EvictionPolicy, connection: Statements, saved_seconds: SavedSeconds = nothing_known
+    ) -> None:
         self._policy = policy
         self._connection = connection
+        self._saved_seconds = saved_seconds
         (self._text,) = connection.execute("SELECT policy FROM total").fetchone()
         self._state = self._read_state()
         # For each queue: priority and key of the last leaf from the index, and a heap of later leaves before it.
@@ -82,7 +87,7 @@ class Session:
         """Rank a block that is put now."""
         key = bytes.fromhex(block.key)
         ghost = self._connection.execute("SELECT uses, last_use, note FROM ghosts WHERE key = ?", (key,)).fetchone()
-        usage = Usage(0, self._state.clock, len(block.tokens), depth_tokens, nbytes)
+        usage = self._weighed(block.root, Usage(0, self._state.clock, len(block.tokens), depth_tokens, nbytes))
         if ghost is not None:
             uses, last_use, note = ghost
             usage = replace(usage, uses=uses, last_use=last_use, note=note)
@@ -91,16 +96,22 @@ class Session:
             self._connection.execute("DELETE FROM ghosts WHERE key = ?", (key,))
         return usage, self._policy.standing(usage, self._state)
 
+    def _weighed(self, root: str, usage: Usage) -> Usage:
+        saved = self._saved_seconds(root, usage.tokens, usage.depth_tokens, usage.nbytes)
+        return replace(usage, saved_seconds=saved)
+
     def used(self, keys: Sequence[str], now: float) -> None:
         """Note that a turn used the blocks ``keys`` at Unix time ``now``."""
         self._state = self._state.tick()
         for key in keys:
             row = self._connection.execute(
-                "SELECT uses, last_use, tokens, depth, bytes, note FROM blocks WHERE key = ?", (bytes.fromhex(key),)
+                "SELECT root, uses, last_use, tokens, depth, bytes, note FROM blocks WHERE key = ?",
+                (bytes.fromhex(key),),
             ).fetchone()
             if row is None:
                 continue
-            usage = Usage(*row).used(self._state.clock)
+            root, *values = row
+            usage = self._weighed(root.hex(), Usage(*values).used(self._state.clock))
             standing = self._policy.standing(usage, self._state)
             self._connection.execute(
                 "UPDATE blocks SET uses = ?, last_use = ?, queue = ?, priority = ?, note = ?, used_at = ? "
@@ -127,7 +138,7 @@ class Session:
             heapq.heappop(exposed)
         else:
             self._passed[queue] = (priority, key)
-        usage = Usage(uses, last_use, tokens, depth, nbytes, note)
+        usage = self._weighed(root.hex(), Usage(uses, last_use, tokens, depth, nbytes, note))
         return Valued(Place(key.hex(), root.hex(), nbytes), parent.hex(), usage)
 
     def _queues(self) -> list[int]:
