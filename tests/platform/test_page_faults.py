@@ -62,18 +62,22 @@ def test_little_memory_and_memory_that_cannot_be_had_are_left_to_the_first_write
 
 @pytest.mark.parametrize("lacks", ["another system", "no such call", "no such advice"])
 def test_system_without_the_call_is_never_asked(fresh, monkeypatch, lacks):
+    asked = []
+
     class Library:
         def __init__(self, name):
             if lacks == "no such advice":
-                self.madvise = lambda *call: -1
+                self.madvise = lambda *call: asked.append(call) or -1
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
     monkeypatch.setattr(sys, "platform", "darwin" if lacks == "another system" else "linux")
     page_faults._madvise.cache_clear()
     try:
-        assert not provide(fresh.ctypes.data, fresh.nbytes)
+        for _ in range(3):
+            assert not provide(fresh.ctypes.data, fresh.nbytes)
     finally:
         page_faults._madvise.cache_clear()
+    assert len(asked) == (lacks == "no such advice")
 
 
 def test_view_provides_the_tokens_of_each_head_alone(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -70,15 +71,21 @@ def test_error_of_a_helper_reaches_the_caller(first_piece):
     assert not running()
 
 
-def test_interrupt_of_the_caller_ends_the_helpers(first_piece):
+def test_interrupt_of_the_caller_ends_the_helpers(first_piece, monkeypatch):
+    """A model may be large, and the caller waits for them."""
+    read, sums = [], block_sums.block_sums
+
     def interrupt():
         if threading.current_thread() is threading.main_thread():
             raise KeyboardInterrupt
+        time.sleep(0.2)  # they are in the middle of their first pieces when the caller is interrupted
 
     first_piece.append(interrupt)
+    monkeypatch.setattr(block_sums, "block_sums", lambda data: read.append(data) or sums(data))
     with pytest.raises(KeyboardInterrupt):
         all_block_sums(SEVERAL)
     assert not running()
+    assert len(read) == HELPERS + 1
 
 
 def test_small_models_are_read_without_threads():
