@@ -19,6 +19,7 @@ from benchmarks.table import print_result
 
 NAMES = (
     "ttft",
+    "start",
     "restore",
     "decode",
     "first_turn",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.machine import CHECKOUT
 from benchmarks.measure import BenchmarkError, Tokens
+from benchmarks.start_parts import part_clocks
 
 if TYPE_CHECKING:
     from benchmarks.workload import KeysValues
@@ -40,6 +41,7 @@ class FreshTurn:
         cached_by_tier: what kvtier reported; empty for other caches.
         start_peak_bytes: peak of resident memory when the model was warm.
         peak_bytes: peak of resident memory at the end.
+        parts: seconds of each part of ``first_token_seconds``, where they were asked for.
     """
 
     answer: Tokens
@@ -48,6 +50,7 @@ class FreshTurn:
     cached_by_tier: dict[str, int]
     start_peak_bytes: int
     peak_bytes: int
+    parts: dict[str, float]
 
     @classmethod
     def from_json(cls, text: str) -> FreshTurn:
@@ -65,7 +68,13 @@ def save_by_hand(keys_values: KeysValues, path: Path) -> None:
 
 
 def run_fresh_turn(
-    model_folder: str, kind: CacheKind, prompt: Tokens, max_new_tokens: int, path: Path | None = None
+    model_folder: str,
+    kind: CacheKind,
+    prompt: Tokens,
+    max_new_tokens: int,
+    path: Path | None = None,
+    *,
+    in_parts: bool = False,
 ) -> FreshTurn:
     """Answer ``prompt`` in a new process.
 
@@ -75,6 +84,7 @@ def run_fresh_turn(
         prompt: its tokens.
         max_new_tokens: longest answer.
         path: the store's folder, or the file that ``save_by_hand`` wrote.
+        in_parts: time the parts of a turn of kvtier too.
 
     Raises:
         BenchmarkError: the process failed; the message has what it said.
@@ -82,7 +92,8 @@ def run_fresh_turn(
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-") as scratch_name:
         task, result = Path(scratch_name) / "task.json", Path(scratch_name) / "result.json"
         fields = {"model": model_folder, "kind": kind, "prompt": prompt, "max_new_tokens": max_new_tokens}
-        task.write_text(json.dumps(fields | {"path": str(path) if path else None}), encoding="utf-8")
+        fields |= {"path": str(path) if path else None, "in_parts": in_parts}
+        task.write_text(json.dumps(fields), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.fresh_turn", str(task), str(result)]
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -102,6 +113,7 @@ def main(task_name: str, result_name: str) -> None:
         started = time.perf_counter()
         cache = _OPEN[task["kind"]](chat, task["path"], stack)
         opening = time.perf_counter() - started
+        parts_of = stack.enter_context(part_clocks()) if task["in_parts"] else lambda _: {}
         answer = chat.answer(prompt, cache, task["max_new_tokens"])
         peak = _peak_bytes()
         report = getattr(cache, "last_turn", None)
@@ -112,6 +124,7 @@ def main(task_name: str, result_name: str) -> None:
             cached_by_tier=dict(report.cached_by_tier) if report is not None else {},
             start_peak_bytes=start_peak,
             peak_bytes=peak,
+            parts=parts_of(answer.first_token_seconds),
         )
     Path(result_name).write_text(json.dumps(asdict(turn)), encoding="utf-8")
 

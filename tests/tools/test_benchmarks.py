@@ -30,9 +30,11 @@ from benchmarks.measure import (
     turn_order,
 )
 from benchmarks.result import Result, Target, as_json, make_case, write_json
+from benchmarks.start_parts import part_clocks
 from benchmarks.table import format_value
 from benchmarks.workload import copied, expect_source, keys_values, reported, running_text, seeded, timed_turn
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.compat.names import passed
 from kvtier.transfer import InlineEngine
 from tests.support.upstream import CACHE
 
@@ -458,6 +460,20 @@ def test_failing_new_process_reports_its_error(monkeypatch):
         fresh_turn.run_fresh_turn("nowhere", "dynamic", (1,), 1)
     with pytest.raises(BenchmarkError, match=r"importing failed:\nno such model"):
         imports._probe(with_kvtier=False)
+
+
+def test_clocks_of_parts_add_up_and_are_taken_away_again(model, tmp_path):
+    before = vars(PrefixStore)["restore"]
+    ids = torch.arange(1, 12).unsqueeze(0)
+    for opened, found in ((False, 0), (True, 8)):
+        with PrefixStore(tmp_path, block_size=4) as store, TieredCache(store) as cache, part_clocks() as parts_of:
+            model.generate(ids, **passed(cache), max_new_tokens=1, do_sample=False)
+            assert cache.last_turn.cached_tokens >= found
+            parts = parts_of(10.0)
+        assert sum(parts.values()) == pytest.approx(10.0)
+        assert ("open blocks" in parts) is opened
+        assert min(parts.values()) >= 0
+    assert vars(PrefixStore)["restore"] is before
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,49 @@ def reads_of_class(kind: type) -> Reads:
     return found
 
 
+class ReadsOfModel:
+    """Names that the classes of a model may read, as far as a walk has met them. Code that several share is read once.
+
+    Args:
+        before: those of the last walk: released classes that it met in the same order are not read again.
+    """
+
+    def __init__(self, before: ReadsOfModel | None = None) -> None:
+        self._before = before._released if before is not None else []
+        self._released: list[tuple[type, Reads]] = []
+        """Each released class, with the names that it and those before it may read."""
+        self._own: list[type] = []
+        self._of_own: Reads | None = None
+        self._reader: _Reader | None = None
+
+    def add(self, kind: type) -> None:
+        """Add the next class that the walk meets."""
+        if origin_of_class(kind) is not Origin.RELEASED:
+            self._own.append(kind)
+            self._of_own = None
+            return
+        index = len(self._released)
+        if self._reader is None and index < len(self._before) and self._before[index][0] is kind:
+            self._released.append(self._before[index])
+            return
+        if self._reader is None:
+            self._reader = _Reader()
+            for earlier, _ in self._released:
+                self._reader.read(earlier)
+        self._released.append((kind, self._reader.read(kind)))
+
+    def may_read(self, name: str) -> bool:
+        """Whether the code of a class that was added may read an attribute of this name."""
+        if self._released and self._released[-1][1].may_read(name):
+            return True
+        if self._of_own is None:
+            self._of_own = join(reads_of_class(kind) for kind in self._own)
+        return self._of_own.may_read(name)
+
+
 class _Reader:
+    """Reads code once; what it has read counts for everything that it reads later."""
+
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self._names: set[str] = set()
@@ -92,7 +134,7 @@ class _Reader:
         self._unknown = False
 
     def read(self, first: Any) -> Reads:
-        """Return the names that ``first``, and all code that it may run, may read."""
+        """Return the names that ``first``, all code that it may run, and everything read before may read."""
         waiting = [first]
         while waiting:
             value = waiting.pop()

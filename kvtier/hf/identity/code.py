@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,22 +176,28 @@ class CodeFacts:
         return _digest(self.code)
 
     @functools.cached_property
+    def _parts(self) -> tuple[types.CodeType, ...]:
+        return tuple(nested(self.code))
+
+    @functools.cached_property
     def names(self) -> frozenset[str]:
         """Globals, attributes and string constants that it names."""
-        return frozenset(name for one in nested(self.code) for name in (*one.co_names, *_strings(one.co_consts)))
+        found: set[str] = set()
+        for one in self._parts:
+            found.update(one.co_names)
+            _add_strings(one.co_consts, found)
+        return frozenset(found)
 
     @functools.cached_property
     def globals_read(self) -> tuple[str, ...]:
         """The names that it looks up in its globals, sorted."""
-        return tuple(sorted({name for one in nested(self.code) for name in _globals_read(one)}))
+        return tuple(sorted({name for one in self._parts for name in _globals_read(one)}))
 
     @functools.cached_property
     def fragments(self) -> frozenset[str]:
         """String pieces from which it may build attribute names."""
-        dynamic = (one for one in nested(self.code) if not _DYNAMIC.isdisjoint(one.co_names))
-        # Looking for an instruction that joins strings is cheaper than decoding all instructions.
-        joining = (one for one in dynamic if not _JOINING.isdisjoint(one.co_code[::2]))
-        return frozenset(piece for one in joining for piece in _fragments(one))
+        dynamic = (one for one in self._parts if not _DYNAMIC.isdisjoint(one.co_names))
+        return frozenset(piece for one in dynamic for piece in _fragments(one))
 
 
 # Ways to reach an attribute whose name is not a constant.
@@ -204,7 +210,7 @@ READS_ANYTHING = frozenset(
 _SHORTEST_FRAGMENT = 4
 _ADDITIONS = frozenset({"BINARY_OP", "BINARY_ADD", "BINARY_MODULO"})
 _BUILD_STRING, _LOAD_CONST = dis.opmap["BUILD_STRING"], dis.opmap["LOAD_CONST"]
-_INLINE_CACHE = dis.opmap.get("CACHE", -1)  # since Python 3.11
+_NO_OPERATION = frozenset({dis.EXTENDED_ARG, dis.opmap.get("CACHE", dis.EXTENDED_ARG)})  # caches: since Python 3.11
 _JOINING = frozenset(dis.opmap[name] for name in (*_ADDITIONS, "BUILD_STRING") if name in dis.opmap)
 _facts: dict[int, CodeFacts] = {}
 _MOST_FACTS = 50_000
@@ -222,43 +228,67 @@ def facts_of(code: types.CodeType) -> CodeFacts:
 
 def _fragments(code: types.CodeType) -> Iterator[str]:
     """Yield the constants from which a code object builds strings."""
-    instructions = _instructions(code)
-    for index, (operation, argument) in enumerate(instructions):
-        if operation == _BUILD_STRING:
-            before = instructions[max(index - 4 * argument, 0) : index]
-        elif operation in _JOINING:
-            before = instructions[max(index - 4, 0) : index]
-        else:
-            continue
-        for constant in (code.co_consts[n] for operation, n in before if operation == _LOAD_CONST):
-            is_name = isinstance(constant, str) and constant.isidentifier()
-            if is_name and len(constant.strip("_")) >= _SHORTEST_FRAGMENT:
-                yield constant
+    instructions = _Instructions(code)
+    for operation in _JOINING:
+        for index in instructions.where(operation):
+            reach = 4 * instructions.argument(index) if operation == _BUILD_STRING else 4
+            for constant in (code.co_consts[n] for n in instructions.before(index, reach, _LOAD_CONST)):
+                is_name = isinstance(constant, str) and constant.isidentifier()
+                if is_name and len(constant.strip("_")) >= _SHORTEST_FRAGMENT:
+                    yield constant
 
 
 def _globals_read(code: types.CodeType) -> Iterator[str]:
-    for operation, argument in _instructions(code):
-        if operation in _GLOBAL_READS:
-            yield code.co_names[argument >> _GLOBAL_READS[operation]]
+    instructions = _Instructions(code)
+    for operation, shift in _GLOBAL_READS.items():
+        for index in instructions.where(operation):
+            yield code.co_names[instructions.argument(index) >> shift]
 
 
-def _instructions(code: types.CodeType) -> list[tuple[int, int]]:
-    """Return operations and their arguments. ``dis`` returns more, at ten times the cost."""
-    found, extended = [], 0
-    for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
-        argument |= extended
-        extended = argument << 8 if operation == dis.EXTENDED_ARG else 0
-        if operation not in (dis.EXTENDED_ARG, _INLINE_CACHE):
-            found.append((operation, argument))
-    return found
+class _Instructions:
+    """Searches the instructions of a code object, and decodes the few that are found.
+
+    Decoding all of them made most of the first identity of a process. (``dis`` takes ten times as long again.)
+    """
+
+    def __init__(self, code: types.CodeType) -> None:
+        whole = code.co_code
+        self._operations, self._arguments = whole[::2], whole[1::2]
+
+    def where(self, operation: int) -> Iterator[int]:
+        """Yield the indices of an operation."""
+        index = self._operations.find(operation)
+        while index >= 0:
+            yield index
+            index = self._operations.find(operation, index + 1)
+
+    def argument(self, index: int) -> int:
+        """Return the argument of the operation at ``index``, with the extensions before it."""
+        argument, shift = self._arguments[index], 8
+        while index and self._operations[index - 1] == dis.EXTENDED_ARG:
+            index -= 1
+            argument |= self._arguments[index] << shift
+            shift += 8
+        return argument
+
+    def before(self, index: int, count: int, operation: int) -> Iterator[int]:
+        """Yield the arguments of ``operation`` among the last ``count`` operations before ``index``."""
+        while count and index:
+            index -= 1
+            found = self._operations[index]
+            if found in _NO_OPERATION:
+                continue
+            count -= 1
+            if found == operation:
+                yield self.argument(index)
 
 
-def _strings(constants: tuple[Any, ...]) -> Iterator[str]:
+def _add_strings(constants: Iterable[Any], found: set[str]) -> None:
     for constant in constants:
         if isinstance(constant, str):
-            yield constant
+            found.add(constant)
         elif isinstance(constant, (tuple, frozenset)):
-            yield from _strings(tuple(constant))
+            _add_strings(constant, found)
 
 
 _KINDS_OF_CODE = 0x3FF  # flags besides those of __future__, which do not matter once code is compiled

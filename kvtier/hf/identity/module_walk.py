@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvtier.hf.identity.attribute_reads import Reads, join, reads_of_class
+from kvtier.hf.identity.attribute_reads import ReadsOfModel
 from kvtier.hf.identity.code import Origin, origin_of_class, package_of
 from kvtier.hf.identity.contents import class_name
 from kvtier.hf.identity.patches import describe_patches
@@ -75,6 +75,7 @@ class _Last(NamedTuple):
     kept: list[PreTrainedConfig]
     """Keeps the ids of configs from being reused."""
     lines: list[_Line]
+    reads: ReadsOfModel
 
 
 _last: weakref.WeakKeyDictionary[torch.nn.Module, _Last] = weakref.WeakKeyDictionary()
@@ -119,9 +120,9 @@ class ModelWalk:
         self._kinds: dict[type, int] = {}
         self._scripts: set[type] = set()
         self._unread: list[tuple[ModuleInfo, str]] = []
-        self._reads: Reads | None = None
         self._lines: list[_Line] = []
         last = _last.get(model)
+        self._reads = ReadsOfModel(last.reads if last is not None else None)
         self._before = last.lines if last is not None and last.configs == self._configs else []
         self._seen: set[int] = set()
         self._waiting: list[tuple[str, torch.nn.Module, _Offloaded | None]] = [("", model, None)]
@@ -130,7 +131,7 @@ class ModelWalk:
         self._walk()
         while self._look_again():
             self._walk()
-        _last[model] = _Last(self._configs, [config for _, config in configs], self._lines)
+        _last[model] = _Last(self._configs, [config for _, config in configs], self._lines, self._reads)
 
     def _walk(self) -> None:
         seen, waiting, numbers, before, text = self._seen, self._waiting, self._kinds, self._before, self.text
@@ -146,7 +147,7 @@ class ModelWalk:
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(numbers)
-                self._reads = None
+                self._reads.add(kind)
                 if issubclass(kind, torch.jit.ScriptModule):
                     scripts.add(kind)
             if kind in scripts:
@@ -215,10 +216,8 @@ class ModelWalk:
 
     def _is_read(self, kind: type, key: str) -> bool:
         """Whether the code of a module's own class, or of other classes known by now, may read an attribute."""
-        if origin_of_class(kind) is not Origin.RELEASED or reads_of_class(kind).may_read(key):
+        if origin_of_class(kind) is not Origin.RELEASED:
             return True
-        if self._reads is None:
-            self._reads = join(reads_of_class(one) for one in self._kinds)
         return self._reads.may_read(key) or self.describer.met.may_read(key)
 
     def _read(self, part: ModuleInfo, key: str, dot: str, offloaded: _Offloaded | None) -> None:
@@ -255,7 +254,6 @@ class ModelWalk:
             self.text += [f"{class_name(kind)}: {self.describer.describe(kind, class_name(kind))}" for kind in own]
             self.text += describe_patches(new, self.describer.met.modules, self.describer)
         unread, self._unread = self._unread, []
-        self._reads = None
         before = len(self.text)
         for part, key in unread:
             self._read(part, key, f"{part.name}." if part.name else "", None)

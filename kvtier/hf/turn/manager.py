@@ -192,7 +192,7 @@ class TurnManager:
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
             return self._start(request, Turn.off(prompt.reason))
-        store, tokens = self.store, np.unique(np.concatenate(prompt.rows))
+        store, tokens = self.store, np.concatenate(prompt.rows)
         codecs = store.lossy_codec, self._lossy_page_codec
         has_windows = self.layers.window is not None
         identity = identify(model, store.namespace, store.block_size, tokens, *codecs, has_windows=has_windows)

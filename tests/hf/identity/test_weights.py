@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import optimizer as torch_optimizer
 
+from kvtier.hf.identity.weights import block_sums, tensor_values
 from kvtier.hf.identity.weights import digest as weights
-from kvtier.hf.identity.weights import tensor_values
+from kvtier.hf.identity.weights.block_sums import BLOCK_BYTES, BLOCK_WORDS
 from kvtier.hf.identity.weights.digest import OptimizerSteps, Unread, digest_weights, forget_models
 from kvtier.hf.identity.weights.samples import SAMPLES, Sampler, _word_positions
-from kvtier.hf.identity.weights.tensor_values import BLOCK_BYTES, read_values, rows_differ
+from kvtier.hf.identity.weights.tensor_values import read_values, rows_differ
 
 
 def digest(tensor):
@@ -120,8 +121,8 @@ def test_digest_stays_the_same_as_in_existing_stores():
 
 
 def test_device_sums_equal_host_sums():
-    data = torch.randint(-(2**63), 2**63 - 1, (40, tensor_values.BLOCK_WORDS)).view(torch.uint8).view(-1)
-    assert np.array_equal(tensor_values._host_sums(data.cpu().numpy()), tensor_values._device_sums(data).cpu().numpy())
+    data = torch.randint(-(2**63), 2**63 - 1, (40, BLOCK_WORDS)).view(torch.uint8).view(-1)
+    assert np.array_equal(block_sums.block_sums(data.cpu().numpy()), tensor_values._device_sums(data).cpu().numpy())
 
 
 @pytest.mark.parametrize("fetched_bytes", [1, 20_000, 2**26], ids=["each", "some", "all"])

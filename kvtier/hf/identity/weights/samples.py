@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtier.hf.identity.weights.tensor_values import WORD_BYTES, byte_view, memory
+from kvtier.hf.identity.weights.block_sums import WORD_BYTES
+from kvtier.hf.identity.weights.tensor_values import byte_view, memory
 
 SAMPLES = 64
 # Samples gathered at once: few enough that PyTorch does not wake other threads, which can take milliseconds.

@@ -15,13 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-WORD_BYTES = 8
-BLOCK_WORDS = 256
-BLOCK_BYTES = BLOCK_WORDS * WORD_BYTES
-Sums = npt.NDArray[np.int64]
-"""One weighted sum per block, modulo 2**64: ``[blocks]``."""
+from kvtier.hf.identity.weights.block_sums import (
+    BLOCK_BYTES,
+    BLOCK_WORDS,
+    FACTORS,
+    WORD_BYTES,
+    Sums,
+    all_block_sums,
+    block_sums,
+)
 
-_FACTORS = (np.arange(1, 2 * BLOCK_WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
 _SMALL_BYTES = 16 * 1024
 # An expanded tensor is copied to be read: up to this size.
 _REPEATED_BYTES = 64 * 1024 * 1024
@@ -82,11 +85,15 @@ def read_values(tensors: Sequence[torch.Tensor]) -> list[Values]:
     """
     found: list[Values | None] = [None] * len(tensors)
     waiting: dict[torch.device, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    in_memory: list[tuple[int, torch.Tensor]] = []
     for index, tensor in enumerate(tensors):
         try:
             data = byte_view(tensor)
             if is_host(data.device):
-                found[index] = _host_values(data)
+                if data.data_ptr() == tensor.data_ptr() and data.data_ptr() % WORD_BYTES == 0:
+                    in_memory.append((index, data))
+                else:  # a copy is read at once: all of them together might not fit into memory
+                    found[index] = _host_values(data)
                 continue
             done = _summed_bytes(data)
             aligned = data if data.data_ptr() % WORD_BYTES == 0 else data.clone()
@@ -98,6 +105,11 @@ def read_values(tensors: Sequence[torch.Tensor]) -> list[Values]:
             raise UnreadableError(index, error) from error
     for of_device in waiting.values():
         _fetch(of_device, found)
+    wholes = [memory(data.data_ptr(), data.numel()) for _, data in in_memory]
+    sizes = [_summed_bytes(data) for _, data in in_memory]
+    all_sums = all_block_sums([whole[:size] for whole, size in zip(wholes, sizes, strict=True)])
+    for (index, _), whole, size, sums in zip(in_memory, wholes, sizes, all_sums, strict=True):
+        found[index] = _values(sums, whole[size:].tobytes())
     return [values for values in found if values is not None]
 
 
@@ -116,7 +128,7 @@ def _host_values(data: torch.Tensor) -> Values:
     done = _summed_bytes(data)
     host = memory(data.data_ptr(), data.numel())
     aligned = host if data.data_ptr() % WORD_BYTES == 0 else host.copy()
-    return _values(_host_sums(aligned[:done]), host[done:].tobytes())
+    return _values(block_sums(aligned[:done]), host[done:].tobytes())
 
 
 def _summed_bytes(data: torch.Tensor) -> int:
@@ -168,13 +180,13 @@ def rows_differ(table: torch.Tensor, values: Values, rows: npt.ArrayLike) -> boo
     """
     row_bytes = table[:1].numel() * table.element_size()
     chosen = np.asarray(rows, dtype=np.int64)
-    chosen = chosen[(chosen >= 0) & (chosen < len(table))]
+    chosen = _distinct(chosen[(chosen >= 0) & (chosen < len(table))], len(table))
     if row_bytes == 0 or len(chosen) == 0:
         return False
     data = byte_view(table)
     begins, ends = chosen * row_bytes // BLOCK_BYTES, ((chosen + 1) * row_bytes - 1) // BLOCK_BYTES
     reach = np.arange(int((ends - begins).max()) + 1)
-    blocks = np.unique(np.minimum(begins[:, None] + reach, ends[:, None]))
+    blocks = _distinct(np.minimum(begins[:, None] + reach, ends[:, None]), int(ends.max()) + 1)
     whole = blocks[blocks < len(values.sums)]
     done = len(values.sums) * BLOCK_BYTES
     if data.device.type == "cpu":
@@ -184,13 +196,23 @@ def rows_differ(table: torch.Tensor, values: Values, rows: npt.ArrayLike) -> boo
         rows_of_blocks = host[:done].reshape(-1, BLOCK_BYTES)
         for begin in range(0, len(whole), _BLOCKS_AT_ONCE):
             some = whole[begin : begin + _BLOCKS_AT_ONCE]
-            if (_host_sums(rows_of_blocks.take(some, axis=0)) != values.sums[some]).any():
+            if (block_sums(rows_of_blocks.take(some, axis=0)) != values.sums[some]).any():
                 return True
         return False
     if len(whole) < len(blocks) and data[done:].cpu().numpy().tobytes() != values.tail:
         return True
     gathered = data[:done].view(-1, BLOCK_BYTES).index_select(0, torch.from_numpy(whole).to(data.device))
     return bool((_device_sums(gathered).cpu().numpy() != values.sums[whole]).any())
+
+
+def _distinct(indices: npt.NDArray[np.int64], below: int) -> npt.NDArray[np.int64]:
+    """Return the different values of ``indices``, all smaller than ``below``, in order.
+
+    The first call of ``np.unique`` in a process imports masked arrays, which takes 10 ms.
+    """
+    seen = np.zeros(below, dtype=np.bool_)
+    seen[indices] = True
+    return np.flatnonzero(seen)
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
@@ -201,19 +223,9 @@ def _extent_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
-def _host_sums(data: npt.NDArray[np.uint8]) -> Sums:
-    """Return the sum of each block of aligned bytes, its words multiplied by one odd number each, modulo 2**64.
-
-    Exact in any order, so equal on every device. One thread of NumPy reads nearly as fast as memory delivers; PyTorch
-    would wake its threads for each tensor.
-    """
-    sums: Sums = np.einsum("bw,w->b", data.view(np.int64).reshape(-1, BLOCK_WORDS), _FACTORS)  # twice as fast as @
-    return sums
-
-
 @functools.lru_cache(maxsize=64)
 def _factors_on(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(_FACTORS).to(device)
+    return torch.from_numpy(FACTORS).to(device)
 
 
 def _device_sums(data: torch.Tensor) -> torch.Tensor:

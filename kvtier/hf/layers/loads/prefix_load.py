@@ -234,7 +234,10 @@ class PrefixLoad:
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
         landed = self._landed[layer]
         assert landed is not None
-        return self.place_in(landed, row)
+        view, origin = self.place_in(landed, row)
+        begin, end = (column - self.plans[row].pad - origin for column in self.loaded_columns(layer, row))
+        view.cut(max(begin, 0), max(end, 0)).provide()
+        return view, origin
 
     def place_in(self, buffer: KVBuffer, row: int) -> tuple[PageView, int]:
         """Return a view of ``row`` in ``buffer``, and the token at its index 0."""

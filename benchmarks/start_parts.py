@@ -1,0 +1,72 @@
+"""Clocks around the parts of a turn's start: who waits for what, in the thread that calls ``generate()``."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OPENING = "open the store"
+IDENTITY = "identity: the rest"
+REST = "transformers, and the model"
+_IDENTIFY, _MODULES, _WEIGHTS = "identify", "identity: modules and code", "identity: weights"
+
+
+def _clocked() -> list[tuple[Any, str, str]]:
+    """Return what is timed: its owner, its name there, and its part."""
+    from kvtier import PrefixStore
+    from kvtier.hf.identity import fingerprint
+    from kvtier.hf.turn import manager, start
+    from kvtier.store.load import LoadJob
+
+    return [
+        (manager, "identify", _IDENTIFY),
+        (fingerprint, "ModelWalk", _MODULES),
+        (fingerprint, "digest_weights", _WEIGHTS),
+        (start, "find_candidates", "find the prompt in the catalog"),
+        (PrefixStore, "restore", "open blocks"),
+        (manager, "start_load", "make buffers, start reading"),
+        (LoadJob, "give_head_start", "wait for pages"),
+        (LoadJob, "wait", "wait for pages"),
+    ]
+
+
+@contextmanager
+def part_clocks() -> Iterator[Callable[[float], dict[str, float]]]:
+    """Time the parts of the turn that runs inside.
+
+    Yields a function: the seconds of the whole turn → the seconds of each part, which add up to the whole.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    main = threading.current_thread()
+
+    def clocked(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if threading.current_thread() is main:
+                    seconds[part] += time.perf_counter() - started
+
+        return timed
+
+    def parts_of(whole_seconds: float) -> dict[str, float]:
+        found = dict(seconds)
+        found[IDENTITY] = found.pop(_IDENTIFY, 0.0) - found.get(_MODULES, 0.0) - found.get(_WEIGHTS, 0.0)
+        found[REST] = whole_seconds - sum(found.values())
+        return found
+
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _clocked()]
+    for owner, name, part in _clocked():
+        setattr(owner, name, clocked(getattr(owner, name), part))
+    try:
+        yield parts_of
+    finally:
+        for owner, name, call in before:
+            setattr(owner, name, call)
