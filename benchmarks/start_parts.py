@@ -21,7 +21,7 @@ def _clocked() -> list[tuple[Any, str, str]]:
     from kvtier import PrefixStore
     from kvtier.hf.identity import fingerprint
     from kvtier.hf.turn import manager, start
-    from kvtier.store.load import LoadJob
+    from kvtier.store.reading.load import LoadJob
 
     return [
         (manager, "identify", _IDENTIFY),

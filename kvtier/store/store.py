@@ -31,20 +31,20 @@ from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
-from kvtier.store.back_fetch import BackFetch
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.codec_choice import CodecChoice
 from kvtier.store.commit import BlockWriter, Read, States, Windows
-from kvtier.store.cost_books import CostBooks
+from kvtier.store.costs.books import CostBooks
+from kvtier.store.costs.codec_choice import CodecChoice
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
-from kvtier.store.load import LoadJob, UnusableBlocks, odd_ones, summary
-from kvtier.store.lookup import PrefixMatch, Span, checkpoints_of, longest_match, windows_of
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
 from kvtier.store.names import checked_ttl
+from kvtier.store.reading.back_fetch import BackFetch
+from kvtier.store.reading.load import LoadJob, UnusableBlocks, odd_ones, summary
+from kvtier.store.reading.lookup import PrefixMatch, Span, checkpoints_of, longest_match, windows_of
 from kvtier.store.tiers.base import Tier
 from kvtier.store.tiers.disk.catalog.connection import Connect, connect
 from kvtier.store.tiers.disk.folder import StoreFolder

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from kvtier.errors import UnavailableError
 from kvtier.kv.page import Page
 from kvtier.kv.spec import KVSpec, LayerSpec
-from kvtier.store.back_fetch import BackFetch
 from kvtier.store.chain import BlockId
-from kvtier.store.load import LoadJob
-from kvtier.store.lookup import Span
+from kvtier.store.reading.back_fetch import BackFetch
+from kvtier.store.reading.load import LoadJob
+from kvtier.store.reading.lookup import Span
 from kvtier.transfer import Readers
 
 SPEC = KVSpec((LayerSpec(1, 2, 1, 2, torch.float32),))

@@ -14,7 +14,7 @@ from kvtier.costs.transfer import TransferSample
 from kvtier.kv.page import Page, PageView
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
-from kvtier.store.codec_choice import CodecChoice
+from kvtier.store.costs.codec_choice import CodecChoice
 from tests.support.measured import measure
 from tests.support.stores import ROOT, block, block_files, commit, count, restored_length
 

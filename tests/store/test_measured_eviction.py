@@ -13,7 +13,7 @@ from benchmarks.eviction import CONTENDERS, DEFAULT, UNMEASURED
 from benchmarks.replay import Replay
 from kvtier import PrefixStore
 from kvtier.costs.prefill import PrefillSample
-from kvtier.store.cost_books import CostBooks
+from kvtier.store.costs.books import CostBooks
 from kvtier.store.eviction import Adaptive, LeastRecentlyUsed
 from kvtier.store.tiers.host.tier import HostTier
 from tests.support.measured import COST, measure

@@ -10,8 +10,8 @@ import torch
 from kvtier import BlockError, PrefixStore, RestoreError
 from kvtier.kv.page import PageView
 from kvtier.platform.descriptors import OF_THIS_PROCESS
-from kvtier.store import load as restore_module
 from kvtier.store.format.block_file import BlockFile
+from kvtier.store.reading import load as restore_module
 from tests.support.stores import (
     DAMAGES,
     DIM,

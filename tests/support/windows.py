@@ -10,7 +10,7 @@ from kvtier.kv.page import Page, PageView
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
 from kvtier.store.commit import Windows
-from kvtier.store.lookup import PrefixMatch, Span
+from kvtier.store.reading.lookup import PrefixMatch, Span
 from tests.support.stores import DIM, HEADS, ROOT, column, same_bits
 
 LAYERS = 3

@@ -14,7 +14,7 @@ from kvtier.kv.window import Window
 from kvtier.report import Divergence
 from kvtier.store import PrefixStore
 from kvtier.store.chain import BlockId, TokenIds
-from kvtier.store.lookup import PrefixMatch, Span
+from kvtier.store.reading.lookup import PrefixMatch, Span
 
 
 class HeldPrefix:

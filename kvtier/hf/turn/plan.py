@@ -13,7 +13,7 @@ from kvtier.hf.turn.choice.decision import COMPUTE, HELD, LOAD, Decision, Estima
 from kvtier.hf.turn.cost import Costs
 from kvtier.hf.turn.windows import first_column
 from kvtier.store.chain import BlockId
-from kvtier.store.lookup import PrefixMatch, Span
+from kvtier.store.reading.lookup import PrefixMatch, Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import MakeLoad, Turn
 from kvtier.hf.turn.windows import wanted_columns
 from kvtier.store import PrefixStore
-from kvtier.store.load import LoadJob
+from kvtier.store.reading.load import LoadJob
 from kvtier.transfer import CopyEngine
 
 

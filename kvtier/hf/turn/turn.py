@@ -23,8 +23,8 @@ from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
-from kvtier.store.load import LoadJob
-from kvtier.store.lookup import Span
+from kvtier.store.reading.load import LoadJob
+from kvtier.store.reading.lookup import Span
 
 MakeLoad = Callable[[int, int, Sequence[RowPlan], LoadJob | None, int], PrefixLoad]
 """``(columns, first, rows, job, held rows)`` → the load of a prefix, as the layers of this turn need it."""

@@ -15,7 +15,7 @@ FIRST, SECOND = (3, 1, 4, 1, 5, 2, 2, 5, 5, 3, 5, 1), (2, 4, 1, 3, 2, 5, 1, 2, 2
 def test_load_provides_the_bytes_that_it_writes(name, prompts, monkeypatch):
     model, provided, written = tiny(name, 3), [], []
     monkeypatch.setattr("kvtier.kv.page.provide", lambda address, nbytes: provided.append((address, nbytes)))
-    monkeypatch.setattr("kvtier.store.load._at", noting(written))
+    monkeypatch.setattr("kvtier.store.reading.load._at", noting(written))
     with PrefixStore(block_size=4) as store:
         with TieredCache(store) as cache:
             answer(model, left_padded(prompts), cache)
@@ -27,7 +27,7 @@ def test_load_provides_the_bytes_that_it_writes(name, prompts, monkeypatch):
 
 
 def noting(written):
-    from kvtier.store.load import _at
+    from kvtier.store.reading.load import _at
 
     def at(place, span):
         part = _at(place, span)

@@ -9,7 +9,7 @@ from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.turn.candidates import Candidates, RowCandidates
 from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.plan import Abilities, plan, plan_prefill
-from kvtier.store.lookup import PrefixMatch
+from kvtier.store.reading.lookup import PrefixMatch
 
 SPACING_TOKENS, WORTH_A_SNAPSHOT_TOKENS = COSTS.checkpoint_spacing_tokens, COSTS.checkpoint_worth_tokens
 

@@ -18,8 +18,8 @@ from kvtier.offload.extents import BorrowedExtent, Part
 from kvtier.offload.layer import OffloadedLayer
 from kvtier.offload.manager import OffloadManager
 from kvtier.store.block import BlockReader
-from kvtier.store.load import LoadJob
-from kvtier.store.lookup import Span
+from kvtier.store.reading.load import LoadJob
+from kvtier.store.reading.lookup import Span
 
 
 class BorrowedBlock:

@@ -19,7 +19,7 @@ from kvtier.kv.page import PageView
 from kvtier.kv.room import ON_DEMAND, Growth, WindowRoom
 from kvtier.kv.spec import LayerSpec
 from kvtier.kv.window import Window
-from kvtier.store.load import LoadJob
+from kvtier.store.reading.load import LoadJob
 
 MakeMemory = Callable[[torch.Tensor, torch.Tensor], LayerMemory]
 """``(K, V)`` → an empty memory for K and V like these, ``[batch, heads, tokens, dim]`` each."""

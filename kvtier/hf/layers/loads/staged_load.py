@@ -13,7 +13,7 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.room import Room
 from kvtier.kv.spec import LayerSpec
 from kvtier.kv.window import Window
-from kvtier.store.load import LoadJob
+from kvtier.store.reading.load import LoadJob
 from kvtier.transfer import CopyEngine, Fence
 from kvtier.transfer.base import Pair
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvtier.hf.turn.choice.decision import Estimates, next_chunk
 from kvtier.hf.turn.cost import Costs
-from kvtier.store.back_fetch import BackFetch
-from kvtier.store.load import LoadJob
+from kvtier.store.reading.back_fetch import BackFetch
+from kvtier.store.reading.load import LoadJob
 
 
 class Meeting:

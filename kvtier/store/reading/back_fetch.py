@@ -15,7 +15,7 @@ from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
 from kvtier.store.block import BlockReader
-from kvtier.store.load import LoadJob
+from kvtier.store.reading.load import LoadJob
 from kvtier.transfer import Readers
 
 

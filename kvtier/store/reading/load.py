@@ -19,7 +19,7 @@ from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
-from kvtier.store.lookup import Span
+from kvtier.store.reading.lookup import Span
 from kvtier.store.tiers.stack import TierStack
 from kvtier.transfer import Readers
 
