@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvtier.hf.turn.decision import BOTH, COMPUTE, LOAD, Estimates, StoredRange, decide
+from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, Estimates, StoredRange, decide
 
 from kvtier.costs.book import CostBook
 from kvtier.costs.prefill import PrefillCost, PrefillSample

@@ -139,9 +139,9 @@ def test_restore_reports_all_blocks_with_failed_pages_at_once(tmp_path, monkeypa
         commit(store, count(20))
     read, wait, waiting = BlockFile.land, restore_module.wait, threading.Event()
 
-    def wait_for_all(layers):
+    def wait_for_all(layers, seconds):
         waiting.set()
-        return wait(layers)
+        return wait(layers, seconds)
 
     with PrefixStore(tmp_path, block_size=4, host_budget=1) as store:
         spans = store.match(ROOT, count(20)).spans

@@ -195,10 +195,10 @@ os.fsync = lambda fd: None
 folder, whose, log = sys.argv[1:4]
 put = DiskTier.put
 
-def logged(tier, block):
+def logged(tier, block, **how):
     with open(log, "a") as file:
         print(os.getpid(), block.id.key, file=file)
-    return put(tier, block)
+    return put(tier, block, **how)
 
 DiskTier.put = logged
 settings = {"block_size": 4, "host_budget": 200_000}
