@@ -5,12 +5,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, Estimates, StoredRange, decide
 
 from kvtier.costs.book import CostBook
 from kvtier.costs.prefill import PrefillCost, PrefillSample
 from kvtier.costs.transfer import TransferCost, TransferSample
 from kvtier.costs.worth import ENOUGH_LOADS, LEAST_SHARE, TOO_SLOW_TIMES, Worth
+from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, Estimates, StoredRange, decide
 from kvtier.hf.turn.cost import COSTS
 
 SECONDS = st.floats(1e-9, 1e-2)
