@@ -18,7 +18,8 @@ _KINDS = 64  # of passes
 _LOADS = 24  # the latest of a tier: a link changes
 _TRIALS = 8  # the latest of a codec: prompts differ
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
-_GUESS_BELOW = TransferCost(0.05, 1e8)  # of tiers below: a network
+# Of tiers below. It is optimistic: what is never tried is never measured, and a turn gives up what comes too late.
+_GUESS_BELOW = TransferCost(0.005, 1e9)
 
 
 class CostBook:
@@ -139,6 +140,16 @@ class CostBook:
         return 1 / _GUESSES.get(tier, _GUESS_BELOW).refined(samples).bytes_per_second
 
     # --- to keep it -------------------------------------------------------------------------------------------------
+
+    def note_lookup(self, tier: str, seconds: float) -> None:
+        """Note how long it takes to ask ``tier`` what it has."""
+        self.note_load(f"{tier}, asking", TransferSample(1, seconds))
+
+    def lookup_seconds(self, tier: str) -> float:
+        """Return how long it takes to ask ``tier`` what it has; 0 if it was never timed."""
+        with self._lock:
+            samples = sorted(each.seconds for each in self._loads.get(f"{tier}, asking", ()))
+        return samples[len(samples) // 2] if samples else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return its samples as plain values; what is learnt from here on is news."""

@@ -61,7 +61,7 @@ DEFAULT_DISK_BUDGET = "50GiB"
 DEFAULT_FREE_SPACE_FLOOR = "1GiB"
 DEFAULT_TAIL_DELAY_SECONDS = 60.0
 _A_DAY = 86_400.0
-_FETCHING_THREADS = 4  # of tiers with latency: several requests are under way
+_FETCHING_THREADS = 8  # of tiers with latency: several requests are under way
 _EXPIRE_SECONDS = 60.0  # how often expired blocks are deleted; lookups skip them at once
 
 

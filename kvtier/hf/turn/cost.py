@@ -52,7 +52,7 @@ class Costs:
     watched_load_times: float = 1.5
     least_patience_seconds: float = 2.0
     shortest_chunk_tokens: int = 16
-    longest_chunk_tokens: int = 512
+    longest_chunk_tokens: int = 4096
 
 
 COSTS = Costs()

@@ -396,6 +396,9 @@ class TurnManager:
             return
         token_bytes = sum(layer.memory.spec.token_bytes for layer in self.layers.attention if layer.memory is not None)
         note_costs(self._book, turn, token_bytes)
+        lower = self.store.lookup_below()
+        if lower is not None and lower[1]:
+            self._book.note_lookup(*lower)
 
     def abort(self) -> None:
         """End an interrupted turn: keep the part of its prompt that every layer has."""

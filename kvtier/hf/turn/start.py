@@ -117,7 +117,8 @@ def planned_turn(
         break
     held_rows = len(resident.rows) if resident else 0
     decision = planned.decision
-    watched = planned.can_split and decision.load_seconds > costs.watched_load_seconds
+    from_below = weighing is not None and bool(set(weighing.tiers.values()) - {"host", "disk"})
+    watched = planned.can_split and (decision.load_seconds > costs.watched_load_seconds or from_below)
     if (decision.way == BOTH or watched) and job is not None and weighing is not None:
         make = partial(_prefix, model, request, layers, costs)
         turn = _fronted_turn(prompt, identity, planned, job, store, weighing, costs, make)
@@ -175,6 +176,7 @@ def _asks_below(
     if book is None or lower is None:
         return True
     name, lookup_seconds = lower
+    lookup_seconds = lookup_seconds or book.lookup_seconds(name)
     estimates = estimates_for(model, book, {name}, rows)
     if estimates is None:
         return True

@@ -81,6 +81,9 @@ class BackFetch:
         self.changed = threading.Condition()
         self._stopped = False
         self._last_at = self._began
+        self._stopped_after = 0.0
+        first = job.reader(self._spans[0].block.key)
+        self._first = first.tier, len(first.id.tokens) * sum(spec.token_bytes for spec in first.spec.layers)
         self._tasks: dict[str, Future[None]] = {
             key: reading.submit(partial(self._fetch, key))
             for key in dict.fromkeys(span.block.key for span in self._spans)
@@ -93,11 +96,11 @@ class BackFetch:
         except BlockError as error:
             failed = error
         with self.changed:
-            self._last_at = time.perf_counter()
             if failed is not None:
                 self._failed[key] = failed
             elif block is not None and not self._stopped:
                 self._fetched[key] = block
+                self._last_at = time.perf_counter()
             self.changed.notify_all()
 
     @property
@@ -130,8 +133,14 @@ class BackFetch:
         return time.perf_counter() - self._began
 
     def samples(self) -> Mapping[str, TransferSample]:
-        """Return by tier how many bytes have arrived, and how long that took."""
+        """Return by tier how many bytes have arrived, and how long that took.
+
+        Where it was stopped before anything came, the block that was needed first is taken to need as long again.
+        """
         with self.changed:
+            if not self._fetched and self._stopped:
+                tier, nbytes_of_one = self._first
+                return {tier: TransferSample(nbytes_of_one, 2 * self._stopped_after)}
             nbytes, decoded = Counter[str](), Counter[str]()
             for block in self._fetched.values():
                 n = len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
@@ -166,7 +175,7 @@ class BackFetch:
         From here on the job loads the rest from memory.
         """
         with self.changed:
-            self._stopped = True
+            self._stopped, self._stopped_after = True, self.elapsed_seconds
             for task in self._tasks.values():
                 task.cancel()
             begin = max(token, self._arrived())
