@@ -171,6 +171,6 @@ def _crossing(cases: list[Case]) -> float:
     closest: Callable[[Case], float] = lambda case: abs(  # noqa: E731
         case.row(_LOAD).spread.median / case.row(_COLD).spread.median - 1
     )
-    loaded = [case for case in cases if any(row.name == _LOAD for row in case.rows)]
+    loaded = [case for case in cases if any(row.name == _LOAD and row.also["cached"] > 0 for row in case.rows)]
     case = min(loaded, key=closest)
     return _best(case) / case.row(_AUTO).spread.median

@@ -15,6 +15,8 @@ from kvtier.costs.worth import ENOUGH_LOADS, Worth
 
 _OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup does not
 _KINDS = 64  # of passes
+_OUTCOMES = 7  # of a way, of which the middle one counts
+_LARGEST_CORRECTION = 4.0
 _LOADS = 24  # the latest of a tier: a link changes
 _TRIALS = 8  # the latest of a codec: prompts differ
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
@@ -46,6 +48,7 @@ class CostBook:
         self._loads: dict[str, deque[TransferSample]] = {}
         self._trials: dict[str, deque[EncodingSample]] = {}
         self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
+        self._outcomes: dict[str, deque[float]] = {}
         self._lock = lock or threading.RLock()
 
     def guess(self, cost: PrefillCost) -> None:
@@ -151,12 +154,25 @@ class CostBook:
             samples = sorted(each.seconds for each in self._loads.get(f"{tier}, asking", ()))
         return samples[len(samples) // 2] if samples else 0.0
 
+    def note_outcome(self, way: str, expected_seconds: float, seconds: float) -> None:
+        """Note what a turn took that began in a ``way``, and what it was expected to take before any correction."""
+        if expected_seconds > 0 and seconds > 0:
+            with self._lock:
+                self._outcomes.setdefault(way, deque(maxlen=_OUTCOMES)).append(seconds / expected_seconds)
+                self.news += 1
+
+    def corrections(self) -> dict[str, float]:
+        """Return by way how many times what was expected turns have taken lately: the middle of the last ones."""
+        with self._lock:
+            return {way: _bounded(sorted(ratios)[len(ratios) // 2]) for way, ratios in self._outcomes.items() if ratios}
+
     def to_dict(self) -> dict[str, Any]:
         """Return its samples as plain values; what is learnt from here on is news."""
         with self._lock:
             self.news = 0
             return {
                 "token_bytes": self.token_bytes,
+                "outcomes": {way: [[ratio] for ratio in ratios] for way, ratios in self._outcomes.items()},
                 "passes": [
                     [each.tokens, each.depth_tokens, each.rows, each.seconds]
                     for kind in self._passes.values()
@@ -181,9 +197,15 @@ class CostBook:
             self.note_pass(PrefillSample(int(tokens), int(depth), float(seconds), max(1, int(rows))))
         for tier, nbytes, seconds, decoded in _tuples_by_name(values.get("loads"), 3):
             self.note_load(tier, TransferSample(int(nbytes), float(seconds), int(decoded)))
+        for way, ratio in _tuples_by_name(values.get("outcomes"), 1):
+            self.note_outcome(way, 1.0, float(ratio))
         for codec, nbytes, kept, seconds in _tuples_by_name(values.get("trials"), 3):
             self.note_trial(codec, EncodingSample(int(nbytes), int(kept), float(seconds)))
         self.news = 0
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
 
 
 def _size(count: int) -> int:

@@ -96,3 +96,15 @@ def test_a_book_stays_small():
     for n in range(1, 3000):
         book.note_pass(PrefillSample(n, n * n, 1.0, n))
     assert len(book.to_dict()["passes"]) <= 64 * 5
+
+
+def test_expectations_are_corrected_by_what_turns_of_their_way_took():
+    book = CostBook()
+    for ratio in (2.0, 2.0, 50.0, 2.0):
+        book.note_outcome("load", 0.1, 0.1 * ratio)
+    book.note_outcome("both", 1.0, 100.0)
+    book.note_outcome("compute", 0.0, 1.0)
+    assert book.corrections() == {"load": 2.0, "both": 4.0}  # one stall does not count; no correction is larger
+    other = CostBook()
+    other.learn(json.loads(json.dumps(book.to_dict())))
+    assert other.corrections() == book.corrections()

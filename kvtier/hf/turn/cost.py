@@ -31,6 +31,7 @@ class Costs:
         other_way_share: a prefix is computed again, or loaded in part, if that takes less than this share of the time
             of loading it.
         both_share: the same for computing the front while the rest loads, in shorter and so less efficient passes.
+        asking_share: tiers below are asked if to ask and to load could take less than this share of computing.
         watched_load_seconds: a load that is expected to take longer is given up where computing overtakes it.
         watched_load_times: a load, or a wait for the rest of it, may take so many times what is expected.
         least_patience_seconds: a load that cannot be computed around is given up after so long, or as long as computing
@@ -48,6 +49,7 @@ class Costs:
     overlap_bytes_per_second: float = 1e9
     other_way_share: float = 0.97
     both_share: float = 0.9
+    asking_share: float = 0.95
     watched_load_seconds: float = 0.2
     watched_load_times: float = 1.5
     least_patience_seconds: float = 2.0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.loads.prefix_load import RowPlan
@@ -102,6 +103,7 @@ class TurnPlan:
         reason: why no more tokens are reused.
         decision: how the turn begins, and what that is expected to take.
         held: the reused columns that are on the device already.
+        corrections: what the expectations of the decision were multiplied by, by way.
         can_split: whether what follows them can be computed while the end of the prefix loads.
     """
 
@@ -117,6 +119,7 @@ class TurnPlan:
     decision: Decision
     held: int = 0
     can_split: bool = False
+    corrections: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def needs_store(self) -> bool:
@@ -146,7 +149,9 @@ def plan(
             reason = "this model takes what follows a prefix token by token, which would take longer"
     held = _held_columns(prompt, candidates, rows, columns, abilities, in_place=not checkpoints)
     decision = Decision(LOAD if columns > held else HELD if columns else COMPUTE, columns)
-    if weighing is not None and columns:
+    if weighing is not None and not columns:
+        decision = decide(prompt.columns, 0, (), (), weighing.estimates, costs, may_split=False)
+    elif weighing is not None:
         decision = _weighed(prompt, candidates, rows, columns, held, abilities, costs, weighing)
         if decision.columns != columns:
             columns, checkpoints = decision.columns, ()
@@ -173,6 +178,7 @@ def plan(
         decision,
         held,
         _can_split(prompt, candidates, held, abilities),
+        weighing.estimates.corrections if weighing is not None else MappingProxyType({}),
     )
 
 

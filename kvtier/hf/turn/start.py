@@ -25,7 +25,7 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import Candidates, find_candidates
-from kvtier.hf.turn.choice.decision import BOTH, LOAD, StoredRange, decide
+from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, StoredRange, decide
 from kvtier.hf.turn.choice.estimates import estimates_for
 from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.cost import Costs
@@ -184,23 +184,27 @@ def _asks_below(
     best = decide(
         end, known_tokens, [end - 1], [StoredRange(name, known_tokens, end - 1)], estimates, costs, may_split=True
     )
-    computing = estimates.compute_seconds(known_tokens, end)
-    return best.seconds is None or best.seconds + lookup_seconds < computing or known_tokens >= end - 1
+    computing = estimates.corrected(COMPUTE, estimates.compute_seconds(known_tokens, end))
+    gains = best.seconds is not None and best.seconds + lookup_seconds < costs.asking_share * computing
+    return gains or known_tokens >= end - 1
 
 
 def _weighing(
     model: PreTrainedModel, candidates: Candidates, store: PrefixStore, book: CostBook, rows: int
 ) -> Weighing | None:
-    """Return what the stored part of the candidates is weighed by; None where nothing is stored, or known of costs."""
+    """Return what the candidates are weighed by; None where too little is known of costs.
+
+    A cost is only guessed, by a probe, where something is stored that could be loaded.
+    """
     spans = [
         span
         for found in candidates.rows
         for span in (*found.match.spans, *found.windows)
         if span.stop > found.device_tokens
     ]
-    if not spans:
+    if not spans and not book.knows_passes:
         return None
-    tiers = store.where(spans)
+    tiers = store.where(spans) if spans else {}
     estimates = estimates_for(model, book, {*tiers.values(), "disk"}, rows)
     return Weighing(estimates, tiers) if estimates is not None else None
 

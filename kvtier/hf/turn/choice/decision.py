@@ -37,6 +37,7 @@ class Estimates:
         token_bytes: bytes of K and V of a token, over all layers.
         copying: of what keeps the cores busy in a load; None where copies do not use the cores that compute.
         rows: sequences that are computed.
+        corrections: by way, how many times what was expected such turns have taken lately.
     """
 
     prefill: PrefillCost
@@ -44,6 +45,11 @@ class Estimates:
     token_bytes: float
     copying: TransferCost | None = None
     rows: int = 1
+    corrections: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def corrected(self, way: str, seconds: float) -> float:
+        """Return ``seconds`` that a turn is expected to take, by what such turns have taken lately."""
+        return seconds * self.corrections.get(way, 1.0)
 
     def compute_seconds(self, begin: int, end: int) -> float:
         """Return the seconds to compute the columns ``[begin, end)`` in one pass."""
@@ -124,7 +130,8 @@ def decide(
     """
     computing = estimates.compute_seconds(held, end)
     if not cuts or cuts[-1] <= held:
-        return Decision(HELD if held else COMPUTE, held, seconds=computing)
+        way = HELD if held else COMPUTE
+        return Decision(way, held, seconds=estimates.corrected(way, computing))
     loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
     longest = cuts[-1]
     load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
@@ -133,7 +140,8 @@ def decide(
     if may_split:
         meeting = meeting_column(held, longest, stored, estimates)
         ways[BOTH] = _together(end, held, longest, meeting, stored, estimates)
-    way = COMPUTE if computing < costs.other_way_share * ways[LOAD] else LOAD
+    ways = {name: estimates.corrected(name, seconds) for name, seconds in ways.items()}
+    way = COMPUTE if ways[COMPUTE] < costs.other_way_share * ways[LOAD] else LOAD
     if BOTH in ways and ways[BOTH] < costs.both_share * ways[way]:
         way = BOTH
     others = MappingProxyType({name: seconds for name, seconds in ways.items() if name != way})

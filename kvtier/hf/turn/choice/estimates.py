@@ -43,6 +43,7 @@ def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows:
         book.token_bytes,
         book.transfer("host") if shares_cores else None,
         rows,
+        book.corrections(),
     )
 
 
