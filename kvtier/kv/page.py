@@ -10,7 +10,6 @@ import torch
 
 from kvtier.kv.allocation import new_buffer
 from kvtier.kv.spec import LayerSpec
-from kvtier.platform.page_faults import provide
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -66,11 +65,6 @@ class PageView:
     def cut(self, first: int, last: int) -> PageView:
         """Return the part for the tokens ``[first, last)``."""
         return PageView(self.k_htb[:, first:last], self.v_htb[:, first:last])
-
-    def provide(self) -> None:
-        """Let the system provide the memory of the whole view, which is about to be written."""
-        for head_tb in (*self.k_htb, *self.v_htb):
-            provide(head_tb.ctypes.data, head_tb.nbytes)
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""

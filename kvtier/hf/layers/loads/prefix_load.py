@@ -234,10 +234,7 @@ class PrefixLoad:
     def _place(self, layer: int, row: int) -> tuple[PageView, int]:
         landed = self._landed[layer]
         assert landed is not None
-        view, origin = self.place_in(landed, row)
-        begin, end = (column - self.plans[row].pad - origin for column in self.loaded_columns(layer, row))
-        view.cut(max(begin, 0), max(end, 0)).provide()
-        return view, origin
+        return self.place_in(landed, row)
 
     def place_in(self, buffer: KVBuffer, row: int) -> tuple[PageView, int]:
         """Return a view of ``row`` in ``buffer``, and the token at its index 0."""
