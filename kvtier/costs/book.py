@@ -18,6 +18,7 @@ _KINDS = 64  # of passes
 _OUTCOMES = 7  # of a way, of which the middle one counts
 _LARGEST_CORRECTION = 4.0
 _LOADS = 24  # the latest of a tier: a link changes
+_LARGEST = 1e15  # of numbers that another process has kept: larger ones are damage
 _TRIALS = 8  # the latest of a codec: prompts differ
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
 # Of tiers below. It is optimistic: what is never tried is never measured, and a turn gives up what comes too late.
@@ -59,6 +60,8 @@ class CostBook:
 
     def note_pass(self, sample: PrefillSample) -> None:
         """Note a forward pass that was timed."""
+        if sample.tokens < 1:
+            return
         kind = (_size(sample.tokens), _size(sample.depth_tokens), _size(sample.rows))
         with self._lock:
             self.changes += 1
@@ -142,8 +145,6 @@ class CostBook:
             return None
         return 1 / _GUESSES.get(tier, _GUESS_BELOW).refined(samples).bytes_per_second
 
-    # --- to keep it -------------------------------------------------------------------------------------------------
-
     def note_lookup(self, tier: str, seconds: float) -> None:
         """Note how long it takes to ask ``tier`` what it has."""
         self.note_load(f"{tier}, asking", TransferSample(1, seconds))
@@ -165,6 +166,8 @@ class CostBook:
         """Return by way how many times what was expected turns have taken lately: the middle of the last ones."""
         with self._lock:
             return {way: _bounded(sorted(ratios)[len(ratios) // 2]) for way, ratios in self._outcomes.items() if ratios}
+
+    # --- to keep it -------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return its samples as plain values; what is learnt from here on is news."""
@@ -236,7 +239,7 @@ def _supposed(samples: Iterable[PrefillSample]) -> PrefillCost:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def _tuples(values: Any, length: int) -> Iterable[tuple[Any, ...]]:

@@ -91,6 +91,14 @@ def test_what_no_book_has_written_is_left_out(damaged):
     assert book.encoding("x") is None or book.encoding("x").kept_share > 0
 
 
+@pytest.mark.parametrize("odd", [[0, 0, 1, 0.5], [10**200, 0, 1, 0.5], [5, 1e300, 1, 0.5], [5, 0, 1, 1e300]])
+def test_numbers_that_no_pass_has_are_damage(odd):
+    book = CostBook()
+    book.learn({"passes": [odd], "loads": {"disk": [[odd[0], odd[3], 0]]}})
+    assert book.prefill() is None
+    assert 0 < book.transfer("disk").seconds(10**6) < 10**6
+
+
 def test_a_book_stays_small():
     book = CostBook()
     for n in range(1, 3000):
