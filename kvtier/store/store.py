@@ -79,11 +79,6 @@ def _of_admin(method: Callable[Concatenate[StoreAdmin, P], R]) -> Callable[Conca
     return call
 
 
-def _asked(known_tokens: int) -> bool:
-    """Return True: tiers below are asked, whatever is known."""
-    return True
-
-
 class PrefixStore:
     """Stores prefixes of conversations in RAM and, given a path, on disk.
 
@@ -254,18 +249,19 @@ class PrefixStore:
     # --- a turn -----------------------------------------------------------------------------------------------------
 
     def match(
-        self, root: str, tokens: TokenIds, limit: int | None = None, *, below: Callable[[int], bool] = _asked
+        self, root: str, tokens: TokenIds, limit: int | None = None, *, below: Callable[[int], bool] | None = None
     ) -> PrefixMatch:
         """Return the longest stored prefix of ``tokens``, to the token, of at most ``limit`` tokens.
 
-        ``below`` is told how many tokens the store's own tiers have, and says whether custom tiers below are asked.
+        ``below`` is told how many tokens the store's own tiers have, and says whether custom tiers below are asked;
+        None asks all tiers at once.
         """
         self._check_open()
         self.admin.forget_what_is_due()
         limit = len(tokens) if limit is None else min(limit, len(tokens))
-        has_lower = self._tiers.has_lower
-        match = longest_match(self._tiers, root, tokens, limit, self.block_size, below=not has_lower)
-        if has_lower and match.length < limit and below(match.length):
+        in_steps = self._tiers.has_lower and below is not None
+        match = longest_match(self._tiers, root, tokens, limit, self.block_size, below=not in_steps)
+        if below is not None and in_steps and match.length < limit and below(match.length):
             match = longest_match(self._tiers, root, tokens, limit, self.block_size)
         with self._lock:
             self._tally.update(lookups=1, lookup_tokens=len(tokens), hit_tokens=match.length)

@@ -122,24 +122,24 @@ def find_candidates(
     *,
     states: bool,
     window: Window | None,
-    asks_below: Callable[[int], bool] = lambda known_tokens: True,
+    asks_below: Callable[[int], bool] | None = None,
 ) -> Candidates:
     """Return the known prefixes of ``prompt``.
 
     With ``states``, the model continues only from known states; with a ``window``, only where sliding layers can.
-    ``asks_below``: whether tiers below the store's own are asked where these have so many tokens.
+    ``asks_below``: whether tiers below the store's own are asked where these have so many tokens; None asks them.
     """
     # A row followed by padding may be known as a whole: the padding is still fed.
     usable = [len(tokens) - (not prompt.ends_early(row)) for row, tokens in enumerate(prompt.rows)]
     runs = [resident.best(tokens, row) if resident else (0, 0) for row, tokens in enumerate(prompt.rows)]
     asked: list[bool] = []
 
-    def below(held: int, stored: int) -> bool:
-        asked.append(asks_below(max(stored, held)))
+    def below(held: int, asks: Callable[[int], bool], stored: int) -> bool:
+        asked.append(asks(max(stored, held)))
         return asked[-1]
 
     matches = [
-        store.match(root, tokens, n, below=partial(below, run))
+        store.match(root, tokens, n, below=partial(below, run, asks_below) if asks_below is not None else None)
         for tokens, n, (_, run) in zip(prompt.rows, usable, runs, strict=True)
     ]
     known = tuple(min(n, max(run, m.length)) for (_, run), m, n in zip(runs, matches, usable, strict=True))

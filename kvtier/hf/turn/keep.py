@@ -81,10 +81,9 @@ def note_costs(book: CostBook, turn: Turn, token_bytes: int) -> None:
         loads = job.samples() if job is not None else {}
     for tier, load in loads.items():
         book.note_load(tier, load)
-    expected = turn.plan.decision.seconds if turn.plan is not None else None
-    if turn.plan is not None and expected is not None and turn.clock is not None:
-        way = turn.plan.decision.way
-        book.note_outcome(way, expected / turn.plan.corrections.get(way, 1.0), turn.clock.prompt_seconds)
+    if turn.plan is not None and turn.clock is not None:
+        decision = turn.plan.decision
+        book.note_outcome(decision.way, decision.uncorrected_seconds, turn.clock.prompt_seconds)
 
 
 def _commit(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import MappingProxyType
 
 from kvtier.hf.inputs.prompt import Prompt
 from kvtier.hf.layers.loads.prefix_load import RowPlan
@@ -103,7 +102,6 @@ class TurnPlan:
         reason: why no more tokens are reused.
         decision: how the turn begins, and what that is expected to take.
         held: the reused columns that are on the device already.
-        corrections: what the expectations of the decision were multiplied by, by way.
         can_split: whether what follows them can be computed while the end of the prefix loads.
     """
 
@@ -119,7 +117,6 @@ class TurnPlan:
     decision: Decision
     held: int = 0
     can_split: bool = False
-    corrections: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def needs_store(self) -> bool:
@@ -148,11 +145,12 @@ def plan(
             columns, checkpoints = 0, ()
             reason = "this model takes what follows a prefix token by token, which would take longer"
     held = _held_columns(prompt, candidates, rows, columns, abilities, in_place=not checkpoints)
+    splits = _can_split(prompt, candidates, held, abilities)
     decision = Decision(LOAD if columns > held else HELD if columns else COMPUTE, columns)
     if weighing is not None and not columns:
         decision = decide(prompt.columns, 0, (), (), weighing.estimates, costs, may_split=False)
     elif weighing is not None:
-        decision = _weighed(prompt, candidates, rows, columns, held, abilities, costs, weighing)
+        decision = _weighed(prompt, candidates, rows, columns, held, abilities, costs, weighing, splits=splits)
         if decision.columns != columns:
             columns, checkpoints = decision.columns, ()
             reason = _why_computed(decision)
@@ -177,8 +175,7 @@ def plan(
         reason,
         decision,
         held,
-        _can_split(prompt, candidates, held, abilities),
-        weighing.estimates.corrections if weighing is not None else MappingProxyType({}),
+        splits,
     )
 
 
@@ -211,6 +208,8 @@ def _weighed(
     abilities: Abilities,
     costs: Costs,
     weighing: Weighing,
+    *,
+    splits: bool,
 ) -> Decision:
     """Return how much of the known ``columns`` is loaded, if what is ``held`` suffices otherwise."""
     stored = tuple(
@@ -223,7 +222,6 @@ def _weighed(
         cuts |= {
             prompt.last_admitted(a.end) for a, b in pairwise(stored) if a.tier != b.tier and held < a.end < columns
         }
-    splits = _can_split(prompt, candidates, held, abilities)
     return decide(prompt.columns, held, sorted(cuts), stored, weighing.estimates, costs, may_split=splits)
 
 

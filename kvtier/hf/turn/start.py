@@ -103,7 +103,7 @@ def planned_turn(
     splits = feeds and not states and not request.watched and request.ids is not None
     abilities = Abilities(states, profile.token_by_token, feeds, splits)
     rows = len(prompt.rows) * request.repeats
-    asks_below = partial(_asks_below, model, prompt, store, book, rows, costs)
+    asks_below = partial(_asks_below, model, prompt, store, book, rows, costs) if book is not None else None
     while True:
         candidates = find_candidates(
             prompt, identity.root, resident, store, states=states, window=layers.window, asks_below=asks_below
@@ -166,14 +166,14 @@ def _asks_below(
     model: PreTrainedModel,
     prompt: Prompt,
     store: PrefixStore,
-    book: CostBook | None,
+    book: CostBook,
     rows: int,
     costs: Costs,
     known_tokens: int,
 ) -> bool:
     """Whether it could pay to ask the tiers below, if they had all of the prompt: the question takes time, too."""
     lower = store.lookup_below()
-    if book is None or lower is None:
+    if lower is None:
         return True
     name, lookup_seconds = lower
     lookup_seconds = lookup_seconds or book.lookup_seconds(name)

@@ -79,6 +79,7 @@ class Decision:
         seconds: until the prompt is computed, as expected; None where nothing is known of its cost.
         load_seconds: of these, for the load of what is not computed.
         others: the same for the other ways, by name.
+        uncorrected_seconds: what ``seconds`` was before it was corrected; 0 where nothing is known.
     """
 
     way: str
@@ -87,6 +88,7 @@ class Decision:
     seconds: float | None = None
     load_seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    uncorrected_seconds: float = 0.0
 
 
 def is_weighed(reuse: object) -> bool:
@@ -131,16 +133,16 @@ def decide(
     computing = estimates.compute_seconds(held, end)
     if not cuts or cuts[-1] <= held:
         way = HELD if held else COMPUTE
-        return Decision(way, held, seconds=estimates.corrected(way, computing))
+        return Decision(way, held, seconds=estimates.corrected(way, computing), uncorrected_seconds=computing)
     loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
     longest = cuts[-1]
     load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
-    ways = {COMPUTE: computing, LOAD: loads[load_to]}
+    uncorrected = {COMPUTE: computing, LOAD: loads[load_to]}
     meeting = 0
     if may_split:
         meeting = meeting_column(held, longest, stored, estimates)
-        ways[BOTH] = _together(end, held, longest, meeting, stored, estimates)
-    ways = {name: estimates.corrected(name, seconds) for name, seconds in ways.items()}
+        uncorrected[BOTH] = _together(end, held, longest, meeting, stored, estimates)
+    ways = {name: estimates.corrected(name, seconds) for name, seconds in uncorrected.items()}
     way = COMPUTE if ways[COMPUTE] < costs.other_way_share * ways[LOAD] else LOAD
     if BOTH in ways and ways[BOTH] < costs.both_share * ways[way]:
         way = BOTH
@@ -148,7 +150,7 @@ def decide(
     columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
     begin = {COMPUTE: columns, LOAD: held, BOTH: meeting}[way]
     loading = estimates.load_seconds(stored, begin, columns)
-    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others)
+    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others, uncorrected[way])
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:
