@@ -26,7 +26,9 @@ def machine_name(device: torch.device) -> str:
         return device.type
 
 
-def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows: int) -> Estimates | None:
+def estimates_for(
+    model: PreTrainedModel, book: CostBook, tiers: set[str], rows: int, block_columns: int
+) -> Estimates | None:
     """Return what a turn of ``rows`` sequences is expected to cost; None where too little is known to weigh it.
 
     Where no pass of the model was ever timed on this machine, its weights are counted and a matrix product is timed.
@@ -43,7 +45,8 @@ def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows:
         book.token_bytes,
         book.transfer("host") if shares_cores else None,
         rows,
-        book.corrections(),
+        block_columns,
+        book.around_seconds(),
     )
 
 
