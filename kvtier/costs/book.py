@@ -175,7 +175,7 @@ class CostBook:
     def around_seconds(self) -> float:
         """Return what turns have taken lately besides passes and loads: the middle of the last ones; 0 for none."""
         with self._lock:
-            return sorted(self._around)[len(self._around) // 2] if self._around else 0.0
+            return sorted(self._around)[(len(self._around) - 1) // 2] if self._around else 0.0
 
     # --- to keep it -------------------------------------------------------------------------------------------------
 

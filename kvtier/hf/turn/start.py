@@ -25,7 +25,7 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import Candidates, find_candidates
-from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, StoredRange, decide
+from kvtier.hf.turn.choice.decision import BOTH, LOAD, StoredRange, decide
 from kvtier.hf.turn.choice.estimates import estimates_for
 from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.cost import Costs

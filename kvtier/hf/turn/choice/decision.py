@@ -53,6 +53,10 @@ class Estimates:
         """Return the seconds to compute the columns ``[begin, end)`` in one pass."""
         return self.prefill.seconds(end - begin, begin, self.rows)
 
+    def front_seconds(self, begin: int, end: int, longest: int) -> float:
+        """Return the seconds to compute the columns ``[begin, end)`` in passes of at most ``longest`` columns."""
+        return sum(self.compute_seconds(at, min(at + longest, end)) for at in range(begin, end, longest))
+
     def load_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
         """Return the seconds to load what is stored of the columns ``[begin, end)``, one tier after the other."""
         tokens = _tokens_by_tier(stored, begin, end)
@@ -139,8 +143,8 @@ def decide(
     ways = {COMPUTE: computing, LOAD: loads[load_to]}
     meeting = 0
     if may_split:
-        meeting = meeting_column(held, longest, stored, estimates)
-        ways[BOTH] = _together(end, held, longest, meeting, stored, estimates)
+        meeting = meeting_column(held, longest, stored, estimates, costs)
+        ways[BOTH] = _together(end, held, longest, meeting, stored, estimates, costs)
     way = COMPUTE if ways[COMPUTE] < costs.other_way_share * ways[LOAD] else LOAD
     if BOTH in ways and ways[BOTH] < costs.both_share * ways[way]:
         way = BOTH
@@ -152,27 +156,26 @@ def decide(
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:
-    return (
-        estimates.around_seconds + estimates.load_seconds(stored, held, cut) + estimates.compute_seconds(cut, end)
-    )
+    return estimates.around_seconds + estimates.load_seconds(stored, held, cut) + estimates.compute_seconds(cut, end)
 
 
 def _together(
-    end: int, held: int, cut: int, meeting: int, stored: Sequence[StoredRange], estimates: Estimates
+    end: int, held: int, cut: int, meeting: int, stored: Sequence[StoredRange], estimates: Estimates, costs: Costs
 ) -> float:
     busy = estimates.busy_seconds(stored, meeting, cut)
-    front = estimates.compute_seconds(held, meeting) + busy
+    front = estimates.front_seconds(held, meeting, costs.longest_chunk_tokens) + busy
     # What has arrived is copied into the buffers once both have met.
     arriving = estimates.arrival_seconds(stored, meeting, cut)
     return estimates.around_seconds + max(front, arriving) + busy + estimates.compute_seconds(cut, end)
 
 
-def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> int:
+def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates, costs: Costs) -> int:
     """Return the column up to which computing takes as long as loading what follows, between ``held`` and ``cut``."""
     low, high = held, cut
     while low < high:  # computing takes longer with each column, loading the rest less long
         middle = (low + high) // 2
-        front = estimates.compute_seconds(held, middle) + estimates.busy_seconds(stored, middle, cut)
+        front = estimates.front_seconds(held, middle, costs.longest_chunk_tokens)
+        front += estimates.busy_seconds(stored, middle, cut)
         if front < estimates.arrival_seconds(stored, middle, cut):
             low = middle + 1
         else:
