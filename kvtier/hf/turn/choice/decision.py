@@ -63,7 +63,7 @@ class Estimates:
         return sum(self.transfers[tier].seconds(int(n * self.token_bytes)) for tier, n in tokens.items())
 
     def arrival_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
-        """Return the seconds to load the blocks of the columns ``[begin, end)``, of which the first may begin before."""
+        """Return the seconds to load the columns ``[begin, end)``, and those before that are in the same block."""
         return self.load_seconds(stored, begin - begin % self.block_columns, end)
 
     def busy_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
