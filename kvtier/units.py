@@ -1,4 +1,4 @@
-"""Byte counts as people write them."""
+"""Byte counts as people write and read them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def parse_bytes(value: int | str, argument: str) -> int:
     if count <= 0:
         raise ConfigurationError(f"{argument}={value!r} must be more than 0 bytes.")
     return count
+
+
+def size(nbytes: int) -> str:
+    """Return a byte count with three or four digits: ``512 B``, ``5.6 MiB``, ``1023 GiB``."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1023.5:
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    return f"{value / 1024:.1f} TiB"

@@ -23,7 +23,7 @@ from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.codecs import Codec
 from kvtier.offload.accounting import TransferStats
-from kvtier.report import TurnReport
+from kvtier.report import Totals, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
@@ -96,10 +96,27 @@ class TieredCache(DynamicCache):
         try_upstream(lambda: TieredCache(PrefixStore()))
         self.turns.lay_out(config)
 
+    def __repr__(self) -> str:
+        """Return what the cache holds, and the place of its store."""
+        held, turns = self._container, self.turns.log.totals.turns
+        rows = f" in {held.row_count} rows" if held.row_count > 1 else ""
+        state = "closed" if self.turns.closed else f"{held.columns:,} tokens{rows}, {len(held.layers)} layers"
+        return f"<TieredCache over {self.store!r}: {state}, {turns:,} turn{'s' * (turns != 1)}>"
+
     @property
     def last_turn(self) -> TurnReport | None:
         """The report of the last turn that has begun; None before the first."""
         return self.turns.last_turn
+
+    @property
+    def history(self) -> tuple[TurnReport, ...]:
+        """The reports of the last 1,000 turns that have ended, the oldest first. A fork begins with none."""
+        return self.turns.log.reports
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all turns that have ended since the cache was made or forked."""
+        return self.turns.log.totals
 
     @property
     def wait_seconds(self) -> float:

@@ -233,6 +233,12 @@ class PrefixStore:
             "process, PrefixStore(folder)"
         )
 
+    def __repr__(self) -> str:
+        """Return the place of the store, and what tells its blocks from those of others."""
+        space = f", namespace={self.namespace!r}" if self.namespace else ""
+        place = f"in {str(self.path)!r}" if self.path is not None else "in RAM"
+        return f"<PrefixStore {place}, block_size={self.block_size}{space}{', closed' if self._closed else ''}>"
+
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""

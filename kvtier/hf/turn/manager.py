@@ -32,7 +32,7 @@ from kvtier.hf.turn.keep import keep, note_costs
 from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
-from kvtier.report import TurnReport
+from kvtier.report import TurnLog, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
 
@@ -59,6 +59,7 @@ class TurnManager:
         weighs: whether a known prefix is loaded only where that is expected to be faster than to compute it.
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
+        log: the reports of turns that have ended, and their totals; those of forks have logs of their own.
         closed: whether the cache was closed.
 
     Raises:
@@ -81,6 +82,7 @@ class TurnManager:
         self.weighs = weighs
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
+        self.log = TurnLog()
         self.closed = False
         self.turn: Turn | None = None
         self._resident: HeldPrefix | None = None
@@ -285,7 +287,7 @@ class TurnManager:
     def pass_over(self, reason: str) -> None:
         """Drop all content, and report a turn that could neither reuse nor be kept."""
         self.start_over()
-        self.last_turn = Turn.off(reason).report()
+        self._ended(Turn.off(reason).report())
 
     @property
     def trace(self) -> TokenTrace | None:
@@ -352,8 +354,7 @@ class TurnManager:
         """
         turn, self.turn = self.turn, None
         if turn is None:  # the cache was closed inside generate(); the answer is still right
-            self.last_turn = Turn.off("the cache was closed before the turn ended").report()
-            return self.last_turn
+            return self._ended(Turn.off("the cache was closed before the turn ended").report())
         generated: list[TokenIds] = []
         try:
             if sequences is not None and not turn.reads(sequences):
@@ -383,9 +384,14 @@ class TurnManager:
         finally:
             self.layers.keep_dropped(None)
             turn.let_go()
-        report = turn.report(generated)
-        self.last_turn = self.layers.offload.account(report) if self.layers.offload is not None else report
-        return self.last_turn
+        kept_tokens = sum(map(len, self._resident.prefix.rows)) if self._resident is not None else 0
+        report = turn.report(generated, kept_tokens)
+        return self._ended(self.layers.offload.account(report) if self.layers.offload is not None else report)
+
+    def _ended(self, report: TurnReport) -> TurnReport:
+        self.last_turn = report
+        self.log.add(report)
+        return report
 
     def _note_costs(self, turn: Turn) -> None:
         """Note what the passes and loads of a turn took; in custom loops, a pass may have waited for the caller."""

@@ -300,8 +300,13 @@ class Turn:
             "tokens of other rows are computed again"
         )
 
-    def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
-        """Return the report of the turn; ``generated`` are the new tokens of each returned sequence."""
+    def report(self, generated: Sequence[TokenIds] = (), kept_tokens: int = 0) -> TurnReport:
+        """Return the report of the turn.
+
+        Args:
+            generated: the new tokens of each returned sequence.
+            kept_tokens: tokens of all sequences that the cache holds after the turn.
+        """
         if self.prompt is None:
             return TurnReport(miss_reason=self.reason)
         rows = []
@@ -331,6 +336,8 @@ class Turn:
             actual_seconds=self.clock.prompt_seconds if self.clock is not None else 0.0,
             first_token_seconds=self.clock.first_token_seconds if self.clock is not None else 0.0,
             other_ways=decision.others,
+            cold_seconds=decision.cold_seconds,
+            kept_tokens=kept_tokens,
         )
 
 

@@ -80,6 +80,8 @@ class Decision:
         load_seconds: of these, for the load of what is not computed.
         others: the same for the other ways, by name.
         uncorrected_seconds: what ``seconds`` was before it was corrected; 0 where nothing is known.
+        cold_seconds: what computing the whole prompt would take, as if nothing were known of it; 0 where its cost is
+            not known.
     """
 
     way: str
@@ -89,6 +91,7 @@ class Decision:
     load_seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     uncorrected_seconds: float = 0.0
+    cold_seconds: float = 0.0
 
 
 def is_weighed(reuse: object) -> bool:
@@ -131,9 +134,11 @@ def decide(
         may_split: whether the front can be computed before the rest is there.
     """
     computing = estimates.compute_seconds(held, end)
+    cold = estimates.corrected(COMPUTE, estimates.compute_seconds(0, end))
     if not cuts or cuts[-1] <= held:
         way = HELD if held else COMPUTE
-        return Decision(way, held, seconds=estimates.corrected(way, computing), uncorrected_seconds=computing)
+        seconds = estimates.corrected(way, computing)
+        return Decision(way, held, seconds=seconds, uncorrected_seconds=computing, cold_seconds=cold)
     loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
     longest = cuts[-1]
     load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
@@ -150,7 +155,8 @@ def decide(
     columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
     begin = {COMPUTE: columns, LOAD: held, BOTH: meeting}[way]
     loading = estimates.load_seconds(stored, begin, columns)
-    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others, uncorrected[way])
+    meeting = meeting if way == BOTH else 0
+    return Decision(way, columns, meeting, ways[way], loading, others, uncorrected[way], cold)
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:
