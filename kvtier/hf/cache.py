@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
+from kvtier.hf.identity.trusted_hooks import TrustedHooks
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.choice.decision import is_weighed
@@ -54,12 +56,15 @@ class TieredCache(DynamicCache):
         reuse: ``"auto"``: of a prefix that is known in the store, as much is loaded as is expected to be faster than to
             compute it again, by what both have cost on this machine so far; ``"always"``: all of it is loaded. None:
             what the environment variable ``KVTIER_REUSE`` says, or ``"auto"``.
+        trusted_hooks: hooks on models that change neither K nor V, as functions or as names
+            (``"package.module.function"``). Other hooks that kvtier does not know turn reuse off. Prefixes computed
+            under a trusted hook are found again under that hook only: its name is part of the model's root.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
-            ``reuse`` neither of its words.
+            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
+            ``reuse`` neither of its words, or ``trusted_hooks`` no list of hooks.
         StoreError: the folder cannot be used.
     """
 
@@ -74,6 +79,7 @@ class TieredCache(DynamicCache):
         page_compression: str | Codec = "raw",
         wait_seconds: float = 0.0,
         reuse: str | None = None,
+        trusted_hooks: Iterable[Any] = (),
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -90,7 +96,8 @@ class TieredCache(DynamicCache):
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
-        self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs)
+        hooks = TrustedHooks(trusted_hooks)
+        self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs, trusted_hooks=hooks)
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))

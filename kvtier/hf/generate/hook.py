@@ -18,6 +18,7 @@ from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.request import parse_request
 from kvtier.hf.generate.run import run_turn
 from kvtier.hf.identity.weights.digest import forget_models
+from kvtier.hf.not_reusable import warn_of
 from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving, note_wrapped
 from kvtier.hf.turn.manager import managed_among, turns_of
 
@@ -118,6 +119,7 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             if turns is not None and not is_serving(turns):
                 forget_notes(self, decoder_cache(past))
                 turns.begin_without_reuse(_TAKEN_BEFORE)
+                warn_of(_TAKEN_BEFORE)
         return original(self, *args, **kwargs)
 
     return prepare

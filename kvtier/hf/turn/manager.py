@@ -17,12 +17,13 @@ from kvtier.errors import BlockError, ClosedError, PromptError, UnannouncedError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.identity.fingerprint import Identity, identify
+from kvtier.hf.identity.trusted_hooks import NO_HOOKS, TrustedHooks
 from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
-from kvtier.hf.not_reusable import NotReusable
+from kvtier.hf.not_reusable import NotReusable, warn_of
 from kvtier.hf.turn.candidates import HeldPrefix
 from kvtier.hf.turn.choice.clock import TurnClock
 from kvtier.hf.turn.choice.estimates import machine_name
@@ -57,6 +58,7 @@ class TurnManager:
         wait_seconds: how long a call waits for a call on another thread that is using the cache.
         costs: constants of plans.
         weighs: whether a known prefix is loaded only where that is expected to be faster than to compute it.
+        trusted_hooks: hooks on models that leave K and V as they are.
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
         log: the reports of turns that have ended, and their totals; those of forks have logs of their own.
@@ -74,12 +76,14 @@ class TurnManager:
         lossy_page_codec: str | None,
         *,
         weighs: bool = False,
+        trusted_hooks: TrustedHooks = NO_HOOKS,
     ) -> None:
         self.layers = layers
         self.store = store
         self._lossy_page_codec = lossy_page_codec
         self.costs = COSTS
         self.weighs = weighs
+        self.trusted_hooks = trusted_hooks
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.log = TurnLog()
@@ -193,13 +197,21 @@ class TurnManager:
             self.lay_out(config)
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
-            return self._start(request, Turn.off(prompt.reason))
+            return self._start_without_reuse(request, prompt)
         store, tokens = self.store, np.concatenate(prompt.rows)
         codecs = store.lossy_codec, self._lossy_page_codec
         has_windows = self.layers.window is not None
-        identity = identify(model, store.namespace, store.block_size, tokens, *codecs, has_windows=has_windows)
+        identity = identify(
+            model,
+            store.namespace,
+            store.block_size,
+            tokens,
+            *codecs,
+            has_windows=has_windows,
+            trusted_hooks=self.trusted_hooks,
+        )
         if isinstance(identity, NotReusable):
-            return self._start(request, Turn.off(identity.reason))
+            return self._start_without_reuse(request, identity)
         changed = self._root is not None and identity.root != self._root
         if changed:
             self.lay_out(self.layers.config)
@@ -277,6 +289,11 @@ class TurnManager:
         self.last_turn = turn.report()
         return self.last_turn
 
+    def _start_without_reuse(self, request: GenerateRequest, why: NotReusable) -> TurnReport:
+        if why.lasts:
+            warn_of(why.reason)
+        return self._start(request, Turn.off(why.reason))
+
     def begin_without_reuse(self, reason: str) -> None:
         """Begin a turn with empty layers that neither reuses nor is kept."""
         self.check_open()
@@ -285,9 +302,10 @@ class TurnManager:
         self._start(GenerateRequest(reason), Turn.off(reason))
 
     def pass_over(self, reason: str) -> None:
-        """Drop all content, and report a turn that could neither reuse nor be kept."""
+        """Drop all content, and report a turn of a model that can neither reuse nor be kept."""
         self.start_over()
         self._ended(Turn.off(reason).report())
+        warn_of(reason)
 
     @property
     def trace(self) -> TokenTrace | None:
@@ -356,6 +374,7 @@ class TurnManager:
         if turn is None:  # the cache was closed inside generate(); the answer is still right
             return self._ended(Turn.off("the cache was closed before the turn ended").report())
         generated: list[TokenIds] = []
+        lasting: str | None = None
         try:
             if sequences is not None and not turn.reads(sequences):
                 turn.reason = "generate() returned no ids [rows, columns] that go on from the prompt: they are not kept"
@@ -370,7 +389,7 @@ class TurnManager:
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
                 self.lay_out(self.layers.config)
             elif self.layers.has_grown:
-                turn.reason = "the model appends layers to a cache that its config does not tell of"
+                turn.reason = lasting = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
                 kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole, weighs=self.weighs)
                 if kept is None:
@@ -386,7 +405,10 @@ class TurnManager:
             turn.let_go()
         kept_tokens = sum(map(len, self._resident.prefix.rows)) if self._resident is not None else 0
         report = turn.report(generated, kept_tokens)
-        return self._ended(self.layers.offload.account(report) if self.layers.offload is not None else report)
+        report = self._ended(self.layers.offload.account(report) if self.layers.offload is not None else report)
+        if lasting is not None:
+            warn_of(lasting)
+        return report
 
     def _ended(self, report: TurnReport) -> TurnReport:
         self.last_turn = report
@@ -441,6 +463,7 @@ class TurnManager:
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
         twin.costs, twin.weighs, twin._book = self.costs, self.weighs, self._book
+        twin.trusted_hooks = self.trusted_hooks
 
     def close(self) -> None:
         """Drop the turn and release the buffers."""
