@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.codecs import Codec
 from kvtier.offload.accounting import TransferStats
+from kvtier.progress import ProgressEvent, progress_of
 from kvtier.report import Totals, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
@@ -59,12 +60,14 @@ class TieredCache(DynamicCache):
         trusted_hooks: hooks on models that change neither K nor V, as functions or as names
             (``"package.module.function"``). Other hooks that kvtier does not know turn reuse off. Prefixes computed
             under a trusted hook are found again under that hook only: its name is part of the model's root.
+        progress: True: bars in terminals and notebooks for prompts, loads, commits and rebuilt catalogs that take
+            longer than half a second. Or a function that is told: it gets a ``kvtier.progress.ProgressEvent``.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
             count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
-            ``reuse`` neither of its words, or ``trusted_hooks`` no list of hooks.
+            ``reuse`` neither of its words, ``trusted_hooks`` no list of hooks, or ``progress`` no function.
         StoreError: the folder cannot be used.
     """
 
@@ -80,14 +83,16 @@ class TieredCache(DynamicCache):
         wait_seconds: float = 0.0,
         reuse: str | None = None,
         trusted_hooks: Iterable[Any] = (),
+        progress: bool | Callable[[ProgressEvent], object] = False,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
+        self._progress, told = progress, progress_of(progress)
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._handle = StoreHandle(store)
+            self._handle = StoreHandle(store, told)
             store = self._handle.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
@@ -96,8 +101,15 @@ class TieredCache(DynamicCache):
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
-        hooks = TrustedHooks(trusted_hooks)
-        self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs, trusted_hooks=hooks)
+        self.turns = TurnManager(
+            self._container,
+            store,
+            wait_seconds,
+            lossy,
+            weighs=weighs,
+            trusted_hooks=TrustedHooks(trusted_hooks),
+            progress=told,
+        )
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))
@@ -433,8 +445,9 @@ class TieredCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
         self.turns.check_open()
-        arguments = self._offload_config.arguments
-        twin = TieredCache(self.store, config=self._container.config, wait_seconds=self.wait_seconds, **arguments)
+        arguments = dict(self._offload_config.arguments)
+        arguments |= {"wait_seconds": self.wait_seconds, "progress": self._progress}
+        twin = TieredCache(self.store, config=self._container.config, **arguments)
         twin._handle = self._handle.twin() if self._handle is not None else None
         self.turns.copy_to(twin.turns, memo)
         return twin

@@ -30,9 +30,11 @@ from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep, note_costs
+from kvtier.hf.turn.reporting.turn_progress import progress_of_turn
 from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
+from kvtier.progress import Progress
 from kvtier.report import TurnLog, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
@@ -59,6 +61,7 @@ class TurnManager:
         costs: constants of plans.
         weighs: whether a known prefix is loaded only where that is expected to be faster than to compute it.
         trusted_hooks: hooks on models that leave K and V as they are.
+        progress: is told how far prompts, loads and commits are; None when nothing is.
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
         log: the reports of turns that have ended, and their totals; those of forks have logs of their own.
@@ -77,6 +80,7 @@ class TurnManager:
         *,
         weighs: bool = False,
         trusted_hooks: TrustedHooks = NO_HOOKS,
+        progress: Progress | None = None,
     ) -> None:
         self.layers = layers
         self.store = store
@@ -84,6 +88,7 @@ class TurnManager:
         self.costs = COSTS
         self.weighs = weighs
         self.trusted_hooks = trusted_hooks
+        self.progress = progress
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.log = TurnLog()
@@ -94,6 +99,7 @@ class TurnManager:
         self._root: str | None = None
         self._book: CostBook | None = None
         self._began = 0.0
+        self._on_host = False
         self._is_strict = False
         self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
         self._new_columns = 0
@@ -189,6 +195,7 @@ class TurnManager:
         self.check_open()
         self._began = time.perf_counter()
         self._new_columns = request.new_columns
+        self._on_host = model.device.type == "cpu"
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
@@ -269,6 +276,8 @@ class TurnManager:
         columns = turn.prompt.columns if turn.prompt is not None else 0
         if turn.prompt is not None:
             turn.clock = TurnClock(self._began, columns, len(turn.prompt.rows) * request.repeats)
+            if self.progress is not None:
+                turn.progress = progress_of_turn(turn, self.progress, len(self.layers.layers), by_layer=self._on_host)
         if turn.meeting is not None:
             turn.meet_at_once()
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
@@ -280,6 +289,7 @@ class TurnManager:
             try:
                 start_load(turn.prefix, columns, self.layers, self._checkpoints)
             except BaseException:
+                turn.let_go()
                 self.lay_out(self.layers.config)  # rows may have been moved in some of the layers
                 raise
         self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
@@ -327,6 +337,8 @@ class TurnManager:
             return None
         column = self.layers.columns
         end = turn.meeting.next_chunk(column)
+        if turn.progress is not None:
+            turn.progress.arrived(turn.meeting.arrived_share)
         if end is not None:
             return column, end
         prefix = turn.join(column)
@@ -341,6 +353,8 @@ class TurnManager:
         turn = self.turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
+        if turn.progress is not None:
+            turn.progress.reached(column)
         is_kept = column == turn.prompt.columns or column in turn.prefill.checkpoint_columns
         if is_kept and self.layers.in_step(turn.passes, ended=True):
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
@@ -373,6 +387,8 @@ class TurnManager:
         turn, self.turn = self.turn, None
         if turn is None:  # the cache was closed inside generate(); the answer is still right
             return self._ended(Turn.off("the cache was closed before the turn ended").report())
+        if turn.progress is not None:
+            turn.progress.end(whole=whole)
         generated: list[TokenIds] = []
         lasting: str | None = None
         try:
@@ -391,7 +407,16 @@ class TurnManager:
             elif self.layers.has_grown:
                 turn.reason = lasting = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
-                kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole, weighs=self.weighs)
+                kept = keep(
+                    named,
+                    turn,
+                    self.layers,
+                    self._checkpoints,
+                    self.store,
+                    whole=whole,
+                    weighs=self.weighs,
+                    progress=self.progress,
+                )
                 if kept is None:
                     self.lay_out(self.layers.config)
                 else:

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from kvtier import ClosedError, ConfigurationError, PrefixStore, PromptError, StoreError, StoreVersionError, TieredCache
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -206,6 +207,7 @@ class Bare(torch.nn.Module):
         return self.inner(ids, **{CACHE: cache}).logits
 
 
+@reuse_off
 def test_model_without_a_config_is_computed_without_reuse(model, cache, tokens):
     bare, ids = Bare(model), tokens(12)
     for _ in range(2):

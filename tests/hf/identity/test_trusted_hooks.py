@@ -1,4 +1,4 @@
-"""Hooks that an owner vouches for keep reuse on, and are part of the root; other hooks turn it off, once with a warning.
+"""Hooks that an owner vouches for keep reuse on, and are part of the root; others turn it off, with one warning.
 
 ``assert_reused`` compares each answer with that of plain ``generate()``.
 """
@@ -145,9 +145,13 @@ def test_fork_trusts_the_same_hooks(model, layer, generate, tokens, store):
             assert_reused(model, tokens(30), fork, generate, 29)
 
 
-@pytest.mark.parametrize("value", [NAME, count_tokens, 3, [3], [None], [""], [count_tokens, b"name"]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [NAME, count_tokens, 3, [3], [None], [""], [count_tokens, b"name"]],
+    ids=str.split("name function number numbers none empty bytes"),
+)
 def test_wrong_trusted_hooks_raise(value):
-    with pytest.raises(ConfigurationError, match="trusted_hooks.*pass"):
+    with pytest.raises(ConfigurationError, match=r"trusted_hooks.*pass"):
         TieredCache(trusted_hooks=value)
 
 
@@ -199,7 +203,8 @@ def test_reasons_that_differ_in_each_turn_are_not_warned_of_forever(monkeypatch)
     from kvtier.hf import not_reusable
 
     monkeypatch.setattr(not_reusable, "_MOST_WARNINGS", 3)
-    with pytest.warns(ReuseWarning) as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         for turn in range(10):
             not_reusable.warn_of(f"an object at {turn}")
     assert len(warned) == 3
