@@ -86,6 +86,7 @@ class Task:
         """Note that ``done`` of ``total`` is done; less than before is ignored."""
         total = self.total if total is None else total
         done = max(self.done, min(done, total))
+        total = max(done, total)
         if self.ended or (done, total) == (self.done, self.total):
             return
         self.done, self.total = done, total

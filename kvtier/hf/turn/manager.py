@@ -195,7 +195,6 @@ class TurnManager:
         self.check_open()
         self._began = time.perf_counter()
         self._new_columns = request.new_columns
-        self._on_host = model.device.type == "cpu"
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
@@ -223,6 +222,7 @@ class TurnManager:
         if changed:
             self.lay_out(self.layers.config)
         self._root = identity.root
+        self._on_host = model.device.type == "cpu"
         self._book = self.store.costs(identity.root, machine_name(model.device))
         cold = why_cold(prompt, request, self.layers)
         if cold is not None:
