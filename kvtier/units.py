@@ -11,8 +11,10 @@ _FACTORS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(value: int | str, argument: str) -> int:
+def parse_bytes(value: int | str, argument: str, other: str = "") -> int:
     """Return ``value`` as a number of bytes: ``1048576``, ``"2GiB"``, ``"500 MB"``.
+
+    ``other`` is what the caller takes besides byte counts, as its message says it.
 
     Raises:
         ConfigurationError: ``value`` is not a byte count, or not positive; the message names ``argument``.
@@ -24,7 +26,10 @@ def parse_bytes(value: int | str, argument: str) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         count = value
     else:
-        raise ConfigurationError(f'{argument}={value!r} is not a byte count; pass an int or e.g. "2GiB", "500MB".')
+        accepted = f'an int or e.g. "2GiB", "500MB"{other and f", or {other}"}'
+        is_share = isinstance(value, float) or (isinstance(value, str) and value.rstrip().endswith("%"))
+        hint = " Shares of a memory are not accepted." if is_share else ""
+        raise ConfigurationError(f"{argument}={value!r} is not a byte count; pass {accepted}.{hint}")
     if count <= 0:
         raise ConfigurationError(f"{argument}={value!r} must be more than 0 bytes.")
     return count

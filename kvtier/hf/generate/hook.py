@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         caches = managed_among(given)
         if not caches:
+            _refuse_paths(given)
             return original(self, *args, **kwargs)
         name, past = _the_one_of(caches, given)
         turns = turns_of(past)
@@ -89,6 +91,21 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return generate
+
+
+def _refuse_paths(given: Mapping[str, Any]) -> None:
+    """Refuse a path in place of a cache, which transformers would fail on without naming the argument.
+
+    Raises:
+        ConfigurationError: a cache argument is a path.
+    """
+    for name in CACHE_ARGUMENTS:
+        if isinstance(given.get(name), (str, os.PathLike)):
+            path = os.fspath(given[name])
+            raise ConfigurationError(
+                f"{name}={path!r} is a path, not a cache; make the cache once, cache = TieredCache({path!r}), and pass "
+                f"{name}=cache to each generate()"
+            )
 
 
 def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:

@@ -42,9 +42,11 @@ from kvtier.store.chain import TokenIds
 _log = logging.getLogger("kvtier.hf")
 
 _UNANNOUNCED = (
-    "a generate() that kvtier did not see feeds this cache, which holds tokens of another call. Take model.generate "
-    "after making the TieredCache, call reset() before each call, or feed the model in a loop with begin() and "
-    "commit(). If that was not it, kvtier does not know this version of transformers"
+    "a generate() that kvtier did not see feeds this TieredCache, which holds {tokens} tokens of an earlier call: they "
+    "may not be the start of its prompt. Call model.generate(…), taken from the model after kvtier was imported; or, in "
+    "a loop of your own, cache.begin(model, input_ids) before the model and cache.commit(sequences) after it; or "
+    "cache.reset() before the call, to begin with an empty cache. If none of these helps, kvtier does not know this "
+    "version of transformers"
 )
 
 
@@ -149,7 +151,7 @@ class TurnManager:
         running = running_generate()
         holds_tokens = self._resident is not None or bool(self.layers.columns)
         if running is not None and running is not self._unseen_generate and holds_tokens:
-            raise UnannouncedError(_UNANNOUNCED)
+            raise UnannouncedError(_UNANNOUNCED.format(tokens=self.layers.columns))
         self._unseen_generate = running
         self._resident = None  # the ids of the new tokens are not known
         self.layers.before_writing()
