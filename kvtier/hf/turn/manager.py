@@ -43,8 +43,8 @@ _log = logging.getLogger("kvtier.hf")
 
 _UNANNOUNCED = (
     "a generate() that kvtier did not see feeds this TieredCache, which holds {tokens} tokens of an earlier call: they "
-    "may not be the start of its prompt. Call model.generate(…), taken from the model after kvtier was imported; or, in "
-    "a loop of your own, cache.begin(model, input_ids) before the model and cache.commit(sequences) after it; or "
+    "may not be the start of its prompt. Call model.generate(…), taken from the model after kvtier was imported; in a "
+    "loop of your own, cache.begin(model, input_ids) before the model and cache.commit(sequences) after it; or "
     "cache.reset() before the call, to begin with an empty cache. If none of these helps, kvtier does not know this "
     "version of transformers"
 )
