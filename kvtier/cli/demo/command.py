@@ -146,7 +146,7 @@ class _LocalTurns:
 
         self._chat = chat
         self._max_new_tokens = max_new_tokens
-        self._store = PrefixStore(store)
+        self._store = PrefixStore(store, progress=True)
         self._cache = TieredCache(self._store)
 
     def run(self, prompt: _Ids) -> _TurnResult:
