@@ -416,4 +416,5 @@ class TieredCache(DynamicCache):
         return twin
 
 
-install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call
+install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call (see also
+# early_lookup.py, for `import kvtier`)

@@ -53,7 +53,7 @@ from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
-from kvtier.transfer import Readers
+from kvtier.transfer.threads import Readers
 from kvtier.units import parse_bytes
 
 DEFAULT_BLOCK_SIZE = 256

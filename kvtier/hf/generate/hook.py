@@ -14,6 +14,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, decoder_cache
 from kvtier.hf.generate import class_hooks
+from kvtier.hf.generate.early_lookup import original_of
 from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.request import parse_request
 from kvtier.hf.generate.run import run_turn
@@ -41,7 +42,7 @@ _hook: _Hook | None = None
 
 
 def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Called on import of kvtier, and by the first cache after ``uninstall``.
+    """Wrap ``GenerationMixin.generate``. Called when ``TieredCache`` is imported, and by the first cache after ``uninstall``.
 
     Calls without a ``TieredCache`` pass through untouched.
     """
@@ -54,7 +55,7 @@ def install() -> None:
             return
         if _hook is not None:
             _hook.active = False  # if it is still called, the new hook lies above it
-        originals = {"generate": GenerationMixin.generate}
+        originals = {"generate": original_of(GenerationMixin.generate)}
         if hasattr(GenerationMixin, PREPARE_CACHE):
             originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
         hook = _hook = _Hook(originals, {})

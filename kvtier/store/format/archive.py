@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 
 from kvtier.errors import ArchiveError, BlockError, ConfigurationError
+from kvtier.kv.codecs.base import as_tensor
 from kvtier.kv.page import Page, PageView
-from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.safetensors_header import dtype_name, encode_header
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import TokenIds
@@ -38,14 +38,18 @@ from kvtier.store.format.header import (
     STATES,
     check_hash,
     check_ids,
+    check_layers,
     fill,
     json_object,
-    layers_of,
     open_header,
     read_checksums,
+    spec_of,
     unique,
 )
 from kvtier.store.names import checked_name
+
+if TYPE_CHECKING:
+    import torch
 
 _FORMAT = "kvtier-prefix/1"
 _FORMATS = re.compile(r"kvtier-prefix/([0-9]{1,9})")
@@ -182,7 +186,7 @@ def _write(
     tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
     for i, layer in enumerate(layers):
         g, tokens = layer.spec, len(ids) - layer.start
-        dtype = DTYPE_NAMES.get(g.dtype)
+        dtype = dtype_name(g.dtype)
         if dtype is None:
             raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
         tensors.append((f"k.{i}", dtype, [g.k_heads, tokens, g.k_dim], g.k_bytes * tokens))
@@ -261,7 +265,6 @@ class Archive:
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
         name: its name; None if it has none, or an invalid one.
-        spec: its layers.
         window_start: index of the first token of layers that have the last tokens alone; ``len(tokens)`` without such.
         nbytes: size of the file.
 
@@ -299,7 +302,8 @@ class Archive:
         self.window_start, self._sliding = _read_windows(metadata.get("windows"), opened.layers, opened.tokens)
         starts = [self.window_start if layer in self._sliding else 0 for layer in range(opened.layers)]
         tokens_of_layers = [opened.tokens - start for start in starts]
-        self.spec = layers_of(layout.dtypes[pages], layout.shapes[pages], tokens_of_layers)
+        check_layers(layout.dtypes[pages], layout.shapes[pages], tokens_of_layers)
+        self._shapes = layout.shapes[pages], layout.dtypes[pages]
         self._is_snapshot = opened.is_checkpoint
         if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
             raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
@@ -312,6 +316,12 @@ class Archive:
             raise ValueError("the checksum of its tokens differs")
         self.tokens: TokenIds = tokens.astype(np.int64)
         check_ids(self.tokens)
+
+    @property
+    def spec(self) -> KVSpec:
+        """Its layers."""
+        shapes, dtypes = self._shapes
+        return spec_of(dtypes, shapes)
 
     def pages(self, start: int, stop: int) -> tuple[Page, ...]:
         """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
@@ -337,23 +347,25 @@ class Archive:
             raise ConfigurationError(
                 f"start={start} and stop={stop} are not within the {len(self.tokens) - begin} tokens from {begin} on."
             )
-        nothing = torch.empty(0, stop - start, 0, dtype=torch.float32, device="cpu")
+        nothing = Page.empty(stop - start)
         pages = []
         for i, g in enumerate(self.spec.layers):
             if (i in self._sliding) == windows:
                 k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start - begin, stop - begin)
                 pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start - begin, stop - begin)))
             else:
-                pages.append(Page(nothing, nothing))
+                pages.append(nothing)
         return tuple(pages)
 
     def states(self) -> torch.Tensor | None:
         """Return the states after the last token, U8 ``[bytes]``; None for models without."""
         if not self._is_snapshot:
             return None
-        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
-        self._fill(memoryview(states.numpy()), self._data_start + self._begins[-1])
-        return states
+        import torch  # here: the header of an archive is read without
+
+        states = np.empty(self._ends[-1] - self._begins[-1], dtype=np.uint8)
+        self._fill(memoryview(states), self._data_start + self._begins[-1])
+        return as_tensor(states, states.shape, torch.uint8)
 
     def _cut(self, index: int, heads: int, dim: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Return the tokens ``[start, stop)`` of tensor ``index``, counted from its own first token."""
@@ -364,9 +376,7 @@ class Archive:
         for head in range(heads):
             self._fill(memoryview(part[head]), begin + (head * tokens + start) * row_bytes)
         shape = (heads, stop - start, dim)
-        if not part.size:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        return torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
+        return as_tensor(part.reshape(-1), shape, dtype)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:
