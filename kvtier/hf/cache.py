@@ -27,7 +27,8 @@ from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
-from kvtier.transfer import MakeEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.engines import MakeEngine
 
 
 class TieredCache(DynamicCache):

@@ -42,9 +42,9 @@ _hook: _Hook | None = None
 
 
 def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Called when ``TieredCache`` is imported, and by the first cache after ``uninstall``.
+    """Wrap ``GenerationMixin.generate``. Calls without a ``TieredCache`` pass through untouched.
 
-    Calls without a ``TieredCache`` pass through untouched.
+    Called when ``TieredCache`` is imported, and by the first cache after ``uninstall``.
     """
     global _hook
     class_hooks.install()

@@ -1,4 +1,4 @@
-"""``import kvtier`` imports no transformers; a ``generate`` that is looked up before ``TieredCache`` is a turn anyway."""
+"""``import kvtier`` imports no transformers; ``generate`` may be looked up before ``TieredCache``."""
 
 from __future__ import annotations
 
