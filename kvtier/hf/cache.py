@@ -39,12 +39,14 @@ class TieredCache(DynamicCache):
     serves one ``generate`` at a time. Inference only: K and V that require grad are detached.
 
     Args:
-        store: a folder (one store for all caches of the process that name it), a ``PrefixStore``, or None for the
-            process-wide store in RAM.
+        store: a folder (one store for all caches of the process that name it), or a ``PrefixStore``. None: the folder
+            that the environment variable ``KVTIER_STORE`` names, or without one, the process-wide store in RAM.
         config: the model's config, to make the layers before the first turn; otherwise the first turn makes them.
         device_budget: bytes for K and V on each device that computes, e.g. ``"6GiB"``, or ``"auto"`` for its free
             memory less a reserve; layers that do not fit are cold. None: all are hot. On a machine without accelerator
             that device is the RAM.
+        disk_budget: bytes of files of a store that is opened by its folder, e.g. ``"20GiB"``; by default 50 GiB. Caches
+            of one process share an open store, and so its budget: another value is an error.
         host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
             machine's RAM. Without accelerator, cold layers go to disk at once.
         spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
@@ -59,7 +61,8 @@ class TieredCache(DynamicCache):
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
+            count, ``disk_budget`` comes with a ``PrefixStore``, or without a folder, or differs from that of the open
+            store, ``spill_dir`` is no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
             ``reuse`` neither of its words.
         StoreError: the folder cannot be used.
     """
@@ -70,6 +73,7 @@ class TieredCache(DynamicCache):
         *,
         config: PreTrainedConfig | None = None,
         device_budget: int | str | None = None,
+        disk_budget: int | str | None = None,
         host_budget: int | str | None = None,
         spill_dir: str | os.PathLike[str] | None = None,
         page_compression: str | Codec = "raw",
@@ -82,12 +86,16 @@ class TieredCache(DynamicCache):
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._handle = StoreHandle(store)
+            self._handle = StoreHandle(store, disk_budget)
             store = self._handle.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
+            )
+        elif disk_budget is not None:
+            raise ConfigurationError(
+                f"disk_budget={disk_budget!r} belongs to the store: pass it to the PrefixStore, not to the TieredCache."
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
@@ -302,7 +310,7 @@ class TieredCache(DynamicCache):
         return exclusively(self.turns, "begin()", partial(begin_loop, self, model, input_ids, attention_mask))
 
     def commit(
-        self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | None = None
+        self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | str | None = None
     ) -> TurnReport:
         """End a turn: keep the tokens whose K and V all layers hold.
 
@@ -310,7 +318,7 @@ class TieredCache(DynamicCache):
             sequences: ``[rows, columns]``, the prompt as it was given to ``begin`` and all tokens after it.
             name: name for the kept tokens of the first row, see ``name``.
             pin: never evict the named prefix.
-            ttl: seconds after its last use at which the named prefix is forgotten.
+            ttl: seconds after its last use at which the named prefix is forgotten, or a duration, e.g. ``"30d"``.
 
         Raises:
             BusyError: another call is using the cache.
@@ -322,7 +330,7 @@ class TieredCache(DynamicCache):
         self.turns.check_open()
         return exclusively(self.turns, "commit()", partial(self._commit, sequences, name, pin, ttl))
 
-    def _commit(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
+    def _commit(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | str | None) -> TurnReport:
         self.turns.check_open()  # again: the cache may have been closed while this call waited
         if name is not None:
             checked_name(name)
@@ -332,14 +340,15 @@ class TieredCache(DynamicCache):
             self.name(name, pin=pin, ttl=ttl)
         return report
 
-    def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+    def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | str | None = None) -> NamedPrefix:
         """Name the prefix that the last turn kept. An earlier prefix loses the name; its pin and ttl carry over.
 
         Args:
             name: 1 to 200 printable characters.
             row: which row of the batch.
             pin: never evict the named prefix.
-            ttl: seconds after its last use at which the named prefix is forgotten, pinned or not.
+            ttl: seconds after its last use at which the named prefix is forgotten, pinned or not, or a duration, e.g.
+                ``"30d"``.
 
         Raises:
             ClosedError: the cache was closed.

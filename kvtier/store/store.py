@@ -104,7 +104,8 @@ class PrefixStore:
         free_space_floor: bytes to leave free on the drive, by default 1 GiB.
         durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
             back when it chooses, and a power cut may lose blocks, which are then recomputed.
-        ttl: seconds from the last use of a block until it expires, unless it is pinned; None for never.
+        ttl: seconds from the last use of a block until it expires, unless it is pinned; or a duration, e.g. ``"30d"``;
+            None for never.
         policy: decides which blocks are evicted first when there is no room.
         tail_delay: seconds that a conversation is idle before its tail block, which the next turn replaces by a longer
             one, is written to disk; while turns follow each other, at most six times as long. ``flush`` and ``close``
@@ -134,7 +135,7 @@ class PrefixStore:
         namespace: str = "",
         free_space_floor: int | str = DEFAULT_FREE_SPACE_FLOOR,
         durability: str = "full",
-        ttl: float | None = None,
+        ttl: float | str | None = None,
         policy: EvictionPolicy | None = None,
         tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
         write_on: str = "first-use",
@@ -154,7 +155,7 @@ class PrefixStore:
             raise ConfigurationError(f"write_on={write_on!r} is unknown; pass 'first-use' or 'second-use'.")
         if isinstance(tail_delay, bool) or not isinstance(tail_delay, (int, float)) or not 0 <= tail_delay < _A_DAY:
             raise ConfigurationError(f"tail_delay={tail_delay!r} must be seconds, 0 or more, and less than a day.")
-        ttl = checked_ttl(ttl)
+        ttl_seconds = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._books = CostBooks(
             lambda root: self._tiers.costs(root), lambda *kept: self._tiers.keep_costs(*kept), clock
@@ -165,7 +166,7 @@ class PrefixStore:
             codec=codec,
             choose=CodecChoice(self._books.known, DiskTier.name) if is_chosen else None,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
-            ttl_seconds=ttl,
+            ttl_seconds=ttl_seconds,
         )
         self.block_size = block_size
         self.namespace = namespace

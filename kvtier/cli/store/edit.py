@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.output import make_console, name_record, parse_span, print_json, print_line, print_result, size
+from kvtier.cli.store.output import make_console, name_record, print_json, print_line, print_result, size
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
+from kvtier.units import parse_seconds
 
 
 def name(
@@ -27,7 +28,7 @@ def name(
 ) -> None:
     """Name a chain. A chain may have several names."""
     with told():
-        seconds = None if ttl is None else parse_span(ttl, "--ttl")
+        seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
     with opened(store) as open_store:
         found = chain(open_store, key)
         if not replace and any(each.name == new_name for each in open_store.names()):

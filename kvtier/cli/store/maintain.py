@@ -29,7 +29,6 @@ from kvtier.cli.store.output import (
     Column,
     make_console,
     parse_size,
-    parse_span,
     plain,
     print_json,
     print_line,
@@ -40,6 +39,7 @@ from kvtier.cli.store.output import (
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
 from kvtier.store.manage.verify import Problem, VerifyReport
+from kvtier.units import parse_seconds
 
 
 def rm(
@@ -111,7 +111,7 @@ def prune(
     """Make room. Expired prefixes are always removed. Pinned prefixes, and blocks being read, stay."""
     with told():
         to_bytes = None if to is None else parse_size(to, "--to")
-        seconds = None if unused_for is None else parse_span(unused_for, "--unused-for")
+        seconds = None if unused_for is None else parse_seconds(unused_for, "--unused-for")
     if to_bytes is None and seconds is None and not expired:
         fail(WRONG_USAGE, "say what may go: --to SIZE, --unused-for DURATION or --expired")
     if expired and (to_bytes is not None or seconds is not None):

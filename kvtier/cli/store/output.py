@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvtier.errors import ConfigurationError
 from kvtier.store.names import NamedPrefix
 from kvtier.units import parse_bytes
-
-_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def size(nbytes: int) -> str:
@@ -51,21 +46,6 @@ def span(seconds: float) -> str:
 def moment(unix_seconds: float) -> str:
     """Return a time in the local time zone: ``2026-01-31 09:05:00``."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
-
-
-def parse_span(text: str, option: str) -> float:
-    """Return the seconds in ``text``, e.g. ``30d``, ``12h``, ``1.5 h``.
-
-    Raises:
-        ConfigurationError: ``text`` is not a duration above 0; the message names ``option``.
-    """
-    match = _SPAN.fullmatch(text)
-    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    if not seconds:
-        raise ConfigurationError(
-            f"{option}={text!r:.80} is not a duration; write a number above 0 and s, min, h, d or w, e.g. 30d or 12h."
-        )
-    return seconds
 
 
 def parse_size(text: str, option: str) -> int:

@@ -74,7 +74,7 @@ class StoreAdmin:
             self._tiers.refresh_pins()
 
     def name(
-        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
+        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | str | None = None
     ) -> NamedPrefix:
         """Give a name to a committed chain; another chain that has it loses it, and passes on pin and ttl.
 
@@ -83,7 +83,8 @@ class StoreAdmin:
             root: the root it was committed under.
             tokens: its ids, as they were committed.
             pin: never evict its blocks, nor let them expire. False leaves a pin that the name has.
-            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves an existing one.
+            ttl: seconds after its last use at which it is forgotten, pinned or not, or a duration, e.g. ``"30d"``; None
+                leaves an existing one.
 
         Raises:
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
@@ -110,7 +111,7 @@ class StoreAdmin:
         windows: Sequence[str],
         tokens: int,
         pin: bool,
-        ttl: float | None,
+        ttl: float | str | None,
     ) -> NamedPrefix:
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
@@ -190,7 +191,9 @@ class StoreAdmin:
         with self._asked():
             return measure(self._tiers.entries(), (name for name, *_ in self._names.all()))
 
-    def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+    def name_chain(
+        self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | str | None = None
+    ) -> NamedPrefix:
         """Give a name to the chain whose last block's key begins with ``key_prefix``.
 
         Raises:
@@ -402,16 +405,20 @@ class StoreAdmin:
 
     # --- care -------------------------------------------------------------------------------------------------------
 
-    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
-        """Remove expired blocks, and blocks unused for ``unused_for`` seconds; then evict down to ``to_bytes``.
+    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | str | None = None) -> Forgotten:
+        """Remove expired blocks, and blocks unused for ``unused_for``; then evict down to ``to_bytes``.
 
         Pinned blocks stay, and files that are being read. RAM is pruned, too. The result counts the last tier.
+
+        Args:
+            to_bytes: bytes, e.g. ``"10GiB"``; 0 evicts all that may go.
+            unused_for: seconds, or a duration, e.g. ``"30d"``.
 
         Raises:
             ConfigurationError: an argument cannot be used.
         """
         limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
-        seconds = checked_ttl(unused_for)
+        seconds = checked_ttl(unused_for, "unused_for")
         self._flush()
         last = self._tiers.last
         before = last.stats(0)
