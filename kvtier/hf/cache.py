@@ -15,6 +15,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
+from kvtier.hf.inputs.vocabulary import checked_tokenizer
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.choice.decision import is_weighed
@@ -57,13 +58,15 @@ class TieredCache(DynamicCache):
         reuse: ``"auto"``: of a prefix that is known in the store, as much is loaded as is expected to be faster than to
             compute it again, by what both have cost on this machine so far; ``"always"``: all of it is loaded. None:
             what the environment variable ``KVTIER_REUSE`` says, or ``"auto"``.
+        tokenizer: the tokenizer of the prompts, or its processor: its vocabulary is kept beside the blocks, so that
+            ``kvtier store ls`` and ``show`` show text. Reuse does not need it. ``generate(tokenizer=…)`` sets it, too.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
             count, ``disk_budget`` comes with a ``PrefixStore``, or without a folder, or differs from that of the open
-            store, ``spill_dir`` is no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
-            ``reuse`` neither of its words.
+            store, ``spill_dir`` is no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
+            ``reuse`` neither of its words, or ``tokenizer`` has no vocabulary.
         StoreError: the folder cannot be used.
     """
 
@@ -79,6 +82,7 @@ class TieredCache(DynamicCache):
         page_compression: str | Codec = "raw",
         wait_seconds: float = 0.0,
         reuse: str | None = None,
+        tokenizer: Any = None,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -100,6 +104,7 @@ class TieredCache(DynamicCache):
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
         self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs)
+        self.tokenizer = tokenizer
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))
@@ -109,6 +114,19 @@ class TieredCache(DynamicCache):
     def last_turn(self) -> TurnReport | None:
         """The report of the last turn that has begun; None before the first."""
         return self.turns.last_turn
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that shows stored prefixes as text; None if it is not known. It may be set at any time.
+
+        Raises:
+            ConfigurationError: it is set to an object without a vocabulary.
+        """
+        return self.turns.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.turns.tokenizer = checked_tokenizer(tokenizer)
 
     @property
     def wait_seconds(self) -> float:

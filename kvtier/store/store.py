@@ -39,8 +39,10 @@ from kvtier.store.costs.codec_choice import CodecChoice
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
+from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.stats import StoreStats, store_stats
+from kvtier.store.manage.texts import Texts
 from kvtier.store.names import checked_ttl
 from kvtier.store.reading.back_fetch import BackFetch
 from kvtier.store.reading.load import LoadJob, UnusableBlocks, odd_ones, summary
@@ -196,7 +198,10 @@ class PrefixStore:
             on_second_use=write_on == "second-use",
             is_loaded_too_slowly=partial(self._books.is_loaded_too_slowly, DiskTier.name),
         )
-        self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
+        self._texts = Texts(folder, self._behind.submit)
+        self.admin = StoreAdmin(
+            self.path, self._tiers, self._block_writer, self._texts, self.flush, self._check_open, clock
+        )
         self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()
@@ -409,6 +414,18 @@ class PrefixStore:
         self._check_open()
         return self._books.book(root, machine)
 
+    def lacks_vocabulary(self, root: str) -> bool:
+        """Whether there is no whole vocabulary beside ``root`` yet, and this process has tried to keep none."""
+        return not self._closed and self._texts.lacks(root)
+
+    def keep_vocabulary(self, root: str, make: Callable[[], Vocabulary]) -> None:
+        """Keep the vocabulary that ``make`` returns beside ``root``, so that its prefixes can be shown as text.
+
+        ``make`` is called behind the caller. A store in RAM keeps none. A failure costs a line in the log.
+        """
+        self._check_open()
+        self._texts.keep(root, make)
+
     def lookup_below(self) -> tuple[str, float] | None:
         """Return the name of the first tier below, and how long lookups there take; None where there is none."""
         self._check_open()
@@ -458,6 +475,8 @@ class PrefixStore:
     unpin = _of_admin(StoreAdmin.unpin)
     chains = _of_admin(StoreAdmin.chains)
     tokens_of = _of_admin(StoreAdmin.tokens_of)
+    tokens_of_chain = _of_admin(StoreAdmin.tokens_of_chain)
+    vocabulary = _of_admin(StoreAdmin.vocabulary)
     usage = _of_admin(StoreAdmin.usage)
     forget = _of_admin(StoreAdmin.forget)
     forget_chain = _of_admin(StoreAdmin.forget_chain)

@@ -20,6 +20,7 @@ from kvtier.hf.identity.fingerprint import Identity, identify
 from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.inputs.vocabulary import vocabulary_of
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
@@ -60,6 +61,7 @@ class TurnManager:
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
         closed: whether the cache was closed.
+        tokenizer: shows stored prefixes as text; None if it is not known.
 
     Raises:
         ConfigurationError: ``wait_seconds`` is not a valid number of seconds.
@@ -82,6 +84,7 @@ class TurnManager:
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
         self.closed = False
+        self.tokenizer: Any = None
         self.turn: Turn | None = None
         self._resident: HeldPrefix | None = None
         self._checkpoints = StateCheckpoints()
@@ -376,6 +379,7 @@ class TurnManager:
                     self.lay_out(self.layers.config)
                 else:
                     self._resident = HeldPrefix(kept, self.layers)
+                    self._keep_vocabulary(turn.identity.root)
         except Exception as error:
             # The answer exists: failing to keep the turn must not lose it.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
@@ -419,6 +423,16 @@ class TurnManager:
         if turn is not None:
             turn.let_go()
 
+    def _keep_vocabulary(self, root: str) -> None:
+        """Keep the vocabulary of the tokenizer, if it is known, in the store. A failure costs a line in the log."""
+        if self.tokenizer is None or not self.store.lacks_vocabulary(root):
+            return
+        try:
+            self.store.keep_vocabulary(root, vocabulary_of(self.tokenizer))
+        except Exception as error:  # the tokenizer may be anybody's
+            self.tokenizer = None
+            _log.warning("stored prefixes have no text: %s: %s", type(error).__name__, error)
+
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
         """Copy the content and the running turn to ``twin``, the manager of a second cache."""
         turn = self.turn
@@ -434,6 +448,7 @@ class TurnManager:
         if self._resident is not None and self._resident.is_in(self.layers):
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
+        twin.tokenizer = self.tokenizer
         twin.costs, twin.weighs, twin._book = self.costs, self.weighs, self._book
 
     def close(self) -> None:

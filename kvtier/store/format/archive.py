@@ -2,7 +2,8 @@
 
 ``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; for
 a model with states also ``states`` (U8), valid after the last token. The metadata hold ``format``, ``root``,
-``manifest`` (description of the root, as JSON), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
+``manifest`` (description of the root, as JSON), ``block_size``, ``crc32`` of each tensor and, if they are known,
+``name`` and ``vocabulary`` (base64 of ``kvtier.store.format.vocabulary``, for the tokens of the prefix).
 
 A sliding layer has the last tokens alone, ``[heads, n - start, dim]``, or none, ``[0, n, 0]``. The metadata hold
 ``windows``, as JSON, if there are some: ``start``, and ``layers``, the indices of the layers that begin there.
@@ -10,6 +11,7 @@ A sliding layer has the last tokens alone, ``[heads, n - start, dim]``, or none,
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -46,6 +48,7 @@ from kvtier.store.format.header import (
     spec_of,
     unique,
 )
+from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.names import checked_name
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ _METADATA = ("format", "root", "manifest", "block_size", "crc32")
 _BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_MANIFEST_BYTES = 128 * 2**10  # a model with adapters needs some 10 KiB
 _MAX_MANIFEST_DEPTH = 32
+_MAX_VOCABULARY_BYTES = 128 * 2**10  # 10,000 tokens that all differ take 80 KiB
 _CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
@@ -71,6 +75,7 @@ def write_archive(
     manifest: Mapping[str, Any],
     block_size: int,
     name: str | None = None,
+    vocabulary: Vocabulary | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a prefix to ``file``, which only the user can read (0600): the whole file, or none.
@@ -86,6 +91,7 @@ def write_archive(
         manifest: description of the root; values that JSON does not know are written as strings.
         block_size: tokens of a full block in the store it comes from.
         name: the name of the prefix, if it has one.
+        vocabulary: the text of its token ids, if it is known; left out where it is long.
         overwrite: whether ``file`` may exist already.
 
     Returns:
@@ -105,6 +111,9 @@ def write_archive(
     if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
         raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
     spec, ids = _one_sequence(target, blocks, tokens)
+    if vocabulary is not None:
+        text = base64.b64encode(vocabulary.only(ids).encode()).decode()
+        metadata |= {"vocabulary": text} if len(text) <= _MAX_VOCABULARY_BYTES else {}
     start = sum(len(block.id.tokens) for block in blocks[: len(blocks) - len(windows)])
     layers = _layers(target, blocks, windows, start, spec)
     if sliding := [index for index, layer in enumerate(layers) if layer.blocks is windows]:
@@ -265,6 +274,7 @@ class Archive:
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
         name: its name; None if it has none, or an invalid one.
+        vocabulary: the text of its token ids; None if it has none.
         window_start: index of the first token of layers that have the last tokens alone; ``len(tokens)`` without such.
         nbytes: size of the file.
 
@@ -310,6 +320,7 @@ class Archive:
         self.block_size = int(metadata["block_size"])
         self.manifest = _read_manifest(metadata["manifest"])
         self.name = _read_name(metadata.get("name"))
+        self.vocabulary = _read_vocabulary(metadata.get("vocabulary"))
         tokens = np.empty(opened.tokens, dtype="<i8")
         fill(self._fd, memoryview(tokens.view(np.uint8)), self._data_start)
         if zlib.crc32(tokens) != self._crc32[0]:
@@ -416,6 +427,19 @@ class Archive:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _read_vocabulary(text: str | None) -> Vocabulary | None:
+    """Return the vocabulary in the metadata.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text is None:
+        return None
+    if len(text) > _MAX_VOCABULARY_BYTES:
+        raise ValueError("its vocabulary is too long")
+    return Vocabulary.decode(base64.b64decode(text, validate=True))
 
 
 def _read_windows(text: str | None, layers: int, tokens: int) -> tuple[int, frozenset[int]]:

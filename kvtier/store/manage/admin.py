@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,14 +18,17 @@ from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.commit import BlockWriter, Windows
 from kvtier.store.format.archive import Archive, write_archive
+from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.stats import StoreUsage, measure
+from kvtier.store.manage.texts import Texts
 from kvtier.store.manage.verify import Progress, VerifyReport, verify
 from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
 from kvtier.store.tiers.stack import TierStack
 from kvtier.units import parse_bytes
 
 _TRIES = 3
+_KEY = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger("kvtier.store")
 
 
@@ -38,6 +42,7 @@ class StoreAdmin:
         path: the folder of the store; None for one in RAM.
         tiers: the tiers of the store.
         writer: puts blocks into the tiers.
+        texts: the vocabularies of its roots.
         flush: waits until everything committed so far is on disk.
         check_open: raises ``ClosedError`` when the store was closed.
         clock: Unix time.
@@ -48,6 +53,7 @@ class StoreAdmin:
         path: Path | None,
         tiers: TierStack,
         writer: BlockWriter,
+        texts: Texts,
         flush: Callable[[], None],
         check_open: Callable[[], None],
         clock: Callable[[], float],
@@ -58,6 +64,7 @@ class StoreAdmin:
         self._names = tiers.names
         self._inventory = Inventory(tiers)
         self._writer = writer
+        self._texts = texts
         self._flush = flush
         self._check_open = check_open
         self._clock = clock
@@ -163,13 +170,35 @@ class StoreAdmin:
             self._names.get(name)
             self._names.remove(name)
 
-    def tokens_of(self, name: str) -> TokenIds:
-        """Return the token ids of ``name``, as far as the store has them."""
+    def tokens_of(self, name: str, *, last: int | None = None) -> TokenIds:
+        """Return the token ids of ``name``, as far as the store has them; with ``last``, at most its last so many."""
         with self._asked():
             written = self._names.get(name)
+            if last is not None:
+                return self._inventory.last_tokens(written.keys, written.tokens, last)
             blocks = self._blocks(written.keys)
         ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
         return ids[: written.tokens]
+
+    def tokens_of_chain(self, key_prefix: str, *, last: int | None = None) -> TokenIds:
+        """Return the token ids of the chain whose last block's key begins with ``key_prefix``; see ``tokens_of``.
+
+        Raises:
+            UnknownNameError: no key begins with it, or several do.
+        """
+        with self._asked():
+            block = self._tiers.find(key_prefix) if _KEY.fullmatch(key_prefix) else None
+            if last is not None and block is not None:
+                return self._inventory.tokens_up_from(block, last)
+            _, keys, tokens = self._inventory.keys_to(key_prefix)
+            blocks = self._blocks(keys)
+        ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])[:tokens]
+        return ids if last is None else ids[max(0, len(ids) - last) :]
+
+    def vocabulary(self, root: str) -> Vocabulary | None:
+        """Return what turns token ids of ``root`` into text; None unless a cache with a tokenizer has used the root."""
+        self._check_open()
+        return self._texts.vocabulary(root)
 
     def _blocks(self, keys: Sequence[str]) -> list[BlockId]:
         """Return the blocks ``keys`` of a chain, up to the first that is gone."""
@@ -289,11 +318,17 @@ class StoreAdmin:
                     "after that process is done",
                     self._path,
                 )
+        if not in_a_turn:
+            self._forget_texts()
         if untold:
             raise StoreError(f"the tier {untold[0]!r} could not be told to forget; its copies stay. Try again later.")
         if unread is not None:
             raise unread
         return Forgotten(sums["blocks"], sums["bytes"])
+
+    def _forget_texts(self) -> None:
+        """Delete the vocabularies of roots without blocks."""
+        self._texts.forget_all_but({entry.root for entry in self._tiers.entries()})
 
     def forget_what_is_due(self) -> None:
         """Forget expired names. Runs in a turn, so a failing disk raises no error."""
@@ -353,6 +388,7 @@ class StoreAdmin:
                 manifest=manifest,
                 block_size=block_size,
                 name=name,
+                vocabulary=self._texts.vocabulary(written.root),
                 overwrite=overwrite,
             )
 
@@ -401,6 +437,8 @@ class StoreAdmin:
             )
             if len(keys) < len(blocks) or len(windows) < window_blocks:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
+            if archive.vocabulary is not None:
+                self._texts.add(archive.root, archive.vocabulary)
             return self._set_name(name, archive.root, keys, windows, len(archive.tokens), False, None)
 
     # --- care -------------------------------------------------------------------------------------------------------
@@ -429,6 +467,7 @@ class StoreAdmin:
                 self._tiers.discard_unread(last.unused_since(self._clock() - seconds))
             if limit is not None:
                 self._tiers.shrink(limit)
+            self._forget_texts()
         after = last.stats(0)
         return Forgotten(before.blocks - after.blocks, before.nbytes - after.nbytes)
 

@@ -182,6 +182,38 @@ class Inventory:
                         found.append(block.window.key)
         return found
 
+    def last_tokens(self, keys: Sequence[str], tokens: int, count: int) -> TokenIds:
+        """Return the last ``count`` ids of ``tokens``, those of the chain ``keys``; fewer where blocks are gone."""
+        place = len(keys)
+        last: BlockId | None = None
+        while place and last is None:  # a chain is evicted from its end
+            place -= 1
+            last = self._tiers.find(keys[place])
+        if last is None:
+            return np.empty(0, dtype=np.int64)
+        ids = self.tokens_up_from(last, count + len(last.tokens))
+        if place == len(keys) - 1 and place:  # the last block may have more tokens than belong to the name
+            before = self._tiers.find(keys[place - 1])
+            if before is not None:
+                ids = ids[: len(ids) - max(0, place * len(before.tokens) + len(last.tokens) - tokens)]
+        elif place == len(keys) - 1:
+            ids = ids[:tokens]
+        return ids[max(0, len(ids) - count) :]
+
+    def tokens_up_from(self, block: BlockId, count: int) -> TokenIds:
+        """Return the last ``count`` ids of the chain that ends with ``block``; fewer where a block is gone."""
+        parts = [block.tokens]
+        seen = {block.key}
+        while sum(map(len, parts)) < count and block.parent not in seen:
+            found = self._tiers.find(block.parent)
+            if found is None:
+                break
+            block = found
+            seen.add(block.key)
+            parts.append(block.tokens)
+        ids = np.concatenate(parts[::-1])
+        return ids[max(0, len(ids) - count) :]
+
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, the last used first.
 

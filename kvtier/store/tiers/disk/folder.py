@@ -4,6 +4,7 @@ kvtier.json                                format version
 catalog.sqlite                             rows of blocks and names; can be rebuilt from the rest
 blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
 roots/<root>.json                          the description of a root
+roots/<root>.vocabulary                    the text of its token ids
 roots/<root>.costs.json                    what computing and loading cost its model, by machine
 names/<sha256 of the name>.json            a name and its chain
 owners/<process>-<random>.lock             a living store object
@@ -34,6 +35,7 @@ MANIFEST_BYTES = 16 * 2**20  # of the description of a root
 COSTS_BYTES = 2**20  # of what was measured with one root
 _MARKER_BYTES = 4096
 _BLOCK_SUFFIX = ".safetensors"
+_VOCABULARY_SUFFIX = ".vocabulary"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
 _PARTS = ("blocks", "roots", "names", "owners")
@@ -136,6 +138,15 @@ class StoreFolder:
     def costs(self, root: str) -> Path:
         """Return the file with the costs of a root."""
         return self.path / "roots" / f"{root}.costs.json"
+
+    def vocabulary(self, root: str) -> Path:
+        """Return the file with the texts of the token ids of a root."""
+        return self.path / "roots" / f"{root}{_VOCABULARY_SUFFIX}"
+
+    def vocabularies(self) -> list[tuple[str, Path]]:
+        """Return the roots that have a vocabulary, and its file."""
+        found = sorted((self.path / "roots").glob(f"*{_VOCABULARY_SUFFIX}"))
+        return [(path.name.removesuffix(_VOCABULARY_SUFFIX), path) for path in found]
 
     def name(self, name: str) -> Path:
         """Return the file of ``name``, which holds its chain."""
@@ -240,8 +251,19 @@ def read_record(path: Path, at_most_bytes: int) -> Any:
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read, or is a link.
-        ValueError: it is not JSON, not a regular file (a pipe would never end), or larger than ``at_most_bytes``.
+        ValueError: it is not JSON, not a regular file, or larger than ``at_most_bytes``.
         RecursionError: it is nested too deeply.
+    """
+    return json.loads(read_bytes(path, at_most_bytes).decode("utf-8"))
+
+
+def read_bytes(path: Path, at_most_bytes: int) -> bytes:
+    """Return the content of ``path``, a file of a store.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is a link.
+        ValueError: it is no regular file (a pipe would never end), or larger than ``at_most_bytes``.
     """
     fd = os.open(path, READ_FLAGS)
     with os.fdopen(fd, "rb") as file:
@@ -251,7 +273,7 @@ def read_record(path: Path, at_most_bytes: int) -> Any:
         data = file.read(at_most_bytes + 1)
     if len(data) > at_most_bytes:
         raise ValueError("it is too large")
-    return json.loads(data.decode("utf-8"))
+    return data
 
 
 def _files(folder: Path, depth: int, unlisted: list[str] | None = None) -> Iterator[Path]:
