@@ -271,6 +271,10 @@ class BlockWriter:
             return self._manifests[root]
         return self._tiers.description(root)
 
+    def forget_manifests(self) -> None:
+        """Describe every root anew with its next commit."""
+        self._manifests.clear()
+
     def hit(self, keys: Sequence[str]) -> None:
         """Count restored blocks; the next commit passes the counts to the tiers."""
         with self._counting:

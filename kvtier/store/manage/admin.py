@@ -19,6 +19,7 @@ from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.commit import BlockWriter, Windows
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.format.vocabulary import Vocabulary
+from kvtier.store.manage import dry_run
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.stats import StoreUsage, measure
 from kvtier.store.manage.texts import Texts
@@ -330,6 +331,56 @@ class StoreAdmin:
         """Delete the vocabularies of roots without blocks."""
         self._texts.forget_all_but({entry.root for entry in self._tiers.entries()})
 
+    def would_forget(self, names: Sequence[str]) -> Forgotten:
+        """Return what forgetting all of ``names`` would remove; nothing is changed."""
+        self._flush()
+        with self._asked():
+            return dry_run.would_forget(self._inventory, [self._names.get(name) for name in names])
+
+    def would_forget_chain(self, key_prefix: str) -> Forgotten:
+        """Return what ``forget_chain`` would remove; nothing is changed.
+
+        Raises:
+            UnknownNameError: no key begins with it, or several do.
+        """
+        self._flush()
+        with self._asked():
+            return dry_run.would_forget_chain(self._inventory, key_prefix)
+
+    def would_prune(self, *, to_bytes: int | str | None = None, unused_for: float | str | None = None) -> Forgotten:
+        """Return what ``prune`` would remove from disk; nothing is changed.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or the store has no folder.
+        """
+        limit, unused_before = self._limits(to_bytes, unused_for)
+        if not self._tiers.is_durable:
+            raise ConfigurationError("would_prune() needs a store with a folder: it counts files.")
+        self._flush()
+        with self._asked():
+            due = [self._names.get(name) for name in self._names.due()]
+            return dry_run.would_prune(self._tiers, self._inventory, due, unused_before, limit)
+
+    def _limits(self, to_bytes: int | str | None, unused_for: float | str | None) -> tuple[int | None, float | None]:
+        """Return bytes, and the Unix time of the latest use, for arguments of ``prune``."""
+        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
+        seconds = checked_ttl(unused_for, "unused_for")
+        return limit, None if seconds is None else self._clock() - seconds
+
+    def clear(self) -> Forgotten:
+        """Remove everything for good: all names and blocks, pinned ones too, and the descriptions of all roots."""
+        self._flush()
+        with self._asked():
+            for name, *_ in self._names.all():
+                self._names.remove(name.name)
+            entries = sorted(self._tiers.entries(all_or_nothing=True), key=lambda entry: -entry.depth_tokens)
+            try:
+                return self._remove(list(dict.fromkeys(entry.key for entry in entries)))
+            finally:
+                self._writer.forget_manifests()
+                if self._tiers.opened is not None:
+                    self._tiers.opened.folder.forget_roots({entry.root for entry in self._tiers.entries()})
+
     def forget_what_is_due(self) -> None:
         """Forget expired names. Runs in a turn, so a failing disk raises no error."""
         try:
@@ -455,16 +506,15 @@ class StoreAdmin:
         Raises:
             ConfigurationError: an argument cannot be used.
         """
-        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
-        seconds = checked_ttl(unused_for, "unused_for")
+        limit, unused_before = self._limits(to_bytes, unused_for)
         self._flush()
         last = self._tiers.last
         before = last.stats(0)
         self.forget_what_is_due()
         with self._asked():
             self._tiers.expire()
-            if seconds is not None:
-                self._tiers.discard_unread(last.unused_since(self._clock() - seconds))
+            if unused_before is not None:
+                self._tiers.discard_unread(last.unused_since(unused_before))
             if limit is not None:
                 self._tiers.shrink(limit)
             self._forget_texts()

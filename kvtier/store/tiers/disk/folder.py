@@ -20,7 +20,7 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,16 @@ class StoreFolder:
         """Return the roots that have a vocabulary, and its file."""
         found = sorted((self.path / "roots").glob(f"*{_VOCABULARY_SUFFIX}"))
         return [(path.name.removesuffix(_VOCABULARY_SUFFIX), path) for path in found]
+
+    def forget_roots(self, but: Container[str]) -> None:
+        """Delete the files of all roots but some.
+
+        Raises:
+            OSError: a file cannot be deleted.
+        """
+        for path in sorted((self.path / "roots").iterdir()):
+            if not path.name.startswith(".") and path.name.split(".")[0] not in but:
+                self.filesystem.delete(path)
 
     def name(self, name: str) -> Path:
         """Return the file of ``name``, which holds its chain."""
