@@ -35,6 +35,7 @@ Folder = Annotated[
     Path, typer.Option("--store", metavar="FOLDER", envvar=STORE_VARIABLE, help="The folder of the store.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Tell what would be removed, and remove nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where standard input is no terminal.")]
 
 
@@ -96,6 +97,17 @@ def told() -> Iterator[None]:
         fail(FAILED, error)
     except KeyboardInterrupt:
         fail(INTERRUPTED, "interrupted")
+
+
+@contextmanager
+def existing_store(folder: Path) -> Iterator[PrefixStore | None]:
+    """Open the store in ``folder``; yields None if there is none, and makes none."""
+    folder = folder.expanduser()
+    if not (folder / "kvtier.json").is_file():
+        yield None
+        return
+    with PrefixStore(folder, disk_budget=_NO_BUDGET) as store:
+        yield store
 
 
 @contextmanager
