@@ -22,7 +22,7 @@ from kvtier.cli.store.common import (
     opened,
     told,
 )
-from kvtier.cli.store.completion import complete_filter, complete_name
+from kvtier.cli.store.completion import InsteadOfAName, complete_filter, complete_name
 from kvtier.cli.store.listing import (
     CHAIN_COLUMNS,
     FIELDS,

@@ -26,7 +26,7 @@ from kvtier.cli.store.common import (
     spinner,
     told,
 )
-from kvtier.cli.store.completion import complete_name
+from kvtier.cli.store.completion import InsteadOfAName, complete_name
 from kvtier.cli.store.output import (
     Column,
     make_console,
