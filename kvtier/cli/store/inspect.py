@@ -13,6 +13,7 @@ import typer
 
 from kvtier.cli.store.common import (
     DEFAULT_FOLDER,
+    FAILED,
     WRONG_USAGE,
     AsJson,
     Folder,
