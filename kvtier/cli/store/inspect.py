@@ -52,6 +52,7 @@ from kvtier.cli.store.output import (
 from kvtier.cli.store.preview import Previews
 from kvtier.cli.store.roots import RootFile
 from kvtier.store import PrefixStore
+from kvtier.store.manage.stats import StoreUsage
 from kvtier.store.prometheus import exposition
 
 _SHOWN_TOKENS = 100  # as text, of the beginning and of the end
@@ -104,7 +105,7 @@ def ls(
         fitting = [item for item in found if all(test(item, previews) for test in tests)]
         shown = sort(fitting, order or (Order.USED if unnamed else Order.NAME), reverse=reverse)[:limit]
         texts = ["" if quiet else previews.last(item) for item in shown]
-        footer = _others(open_store, len(found), unnamed) if output in (Format.TABLE, Format.JSON) else None
+        others = None if quiet or unnamed or output in (Format.JSONL, Format.CSV) else open_store.usage()
         folder = str(open_store.path)
     if quiet:
         sys.stdout.writelines(f"{item.label}\n" for item in shown)
@@ -113,38 +114,32 @@ def ls(
         records = [record(item, text) for item, text in zip(shown, texts, strict=True)]
         if output is not Format.JSON:
             print_records(records, FIELDS[unnamed], output)
-        elif unnamed or footer is None:
+        elif others is None:
             print_json({"store": folder, "chains": records})
         else:
-            print_json({"store": folder, "names": records, "unnamed": {"chains": footer[0], "bytes": footer[1]}})
+            without = {"chains": others.unnamed_chains, "bytes": others.unnamed_bytes}
+            print_json({"store": folder, "names": records, "unnamed": without})
         return
-    _print_list(shown, texts, len(found), unnamed, footer or (0, 0), is_part=len(shown) < len(found))
+    _print_list(shown, texts, len(found), others)
 
 
-def _others(store: PrefixStore, listed: int, unnamed: bool) -> tuple[int, int]:
-    """Return the number of chains without a name, and the bytes that no name uses."""
-    chains = listed if unnamed else sum(not each.names for each in store.chains())
-    return chains, store.usage().unnamed_bytes
-
-
-def _print_list(
-    shown: Sequence[Item], texts: Sequence[str], of: int, unnamed: bool, others: tuple[int, int], *, is_part: bool
-) -> None:
+def _print_list(shown: Sequence[Item], texts: Sequence[str], of: int, others: StoreUsage | None) -> None:
+    """Print items ``shown`` of ``of``; ``others`` is the usage of the store for names, and None for chains."""
     console, now = make_console(), time.time()
     rows = [row(item, text, now) for item, text in zip(shown, texts, strict=True)]
     if rows:
-        print_table(console, CHAIN_COLUMNS if unnamed else NAME_COLUMNS, rows)
-    if is_part:
+        print_table(console, CHAIN_COLUMNS if others is None else NAME_COLUMNS, rows)
+    if len(shown) < of:
         print_line(console, f"{len(shown)} of {of} are shown.")
-    if unnamed:
+    if others is None:
         if not of:
             print_line(console, "Nothing here is without a name.")
         return
     if rows:
         console.print()
-    chains, nbytes = others
-    if chains:
-        without = f"{chains} chain{'' if chains == 1 else 's'} without a name, {size(nbytes)} that no name uses"
+    if chains := others.unnamed_chains:
+        without = f"{chains} chain{'' if chains == 1 else 's'} without a name"
+        without += f", {size(others.unnamed_bytes)} that no name uses"
         print_line(console, f"{without}; kvtier store ls --unnamed lists them.")
     else:
         print_line(console, "Everything here has a name." if of else "The store is empty.")
