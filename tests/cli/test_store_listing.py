@@ -83,8 +83,9 @@ def test_ls_sorts_by_every_key_and_the_other_way_round(folder, order, expected):
     ("filters", "expected"),
     [
         (["name=*a"], "alpha beta"),
-        (["model=tiny"], ""),
-        (["model=llama"], "alpha beta"),
+        (["model=tiny"], "alpha beta"),
+        (["model=ForCausal"], "alpha beta"),
+        (["model=gemma"], ""),
         ([f"root={OTHER_ROOT[:8]}"], "other"),
         (["text=w8"], "alpha beta"),
         (["text=LAST"], "alpha"),

@@ -61,6 +61,11 @@ class Item:
         return self.prefix.name if self.prefix is not None else self.chain.key if self.chain is not None else ""
 
     @property
+    def model_words(self) -> str:
+        """Its model's name, class and dtype, in lower case."""
+        return f"{self.model.name} {self.model.title}".casefold()
+
+    @property
     def root(self) -> str:
         """Its root."""
         return self._any.root
@@ -168,13 +173,13 @@ def _smaller(value: str) -> Condition:
 def _words(value: str) -> Condition:
     word = value.casefold()
     return lambda item, texts: (
-        word in item.label.casefold() or word in item.model.title.casefold() or word in texts.whole(item).casefold()
+        word in item.label.casefold() or word in item.model_words or word in texts.whole(item).casefold()
     )
 
 
 _FILTERS: Mapping[str, Callable[[str], Condition]] = {
     "name": lambda value: lambda item, _: fnmatchcase(item.label, value),
-    "model": lambda value: lambda item, _: value.casefold() in item.model.title.casefold(),
+    "model": lambda value: lambda item, _: value.casefold() in item.model_words,
     "root": lambda value: lambda item, _: item.root.startswith(value.lower()),
     "text": lambda value: lambda item, texts: value.casefold() in texts.whole(item).casefold(),
     "pinned": _pinned,
