@@ -134,7 +134,7 @@ def test_damaged_marker_without_blocks_is_refused_and_kept(tmp_path):
     assert (tmp_path / "kvtier.json").read_text() == "my notes"
 
 
-@pytest.mark.parametrize("ttl", [HUGE, 10**400, float("inf"), float("nan"), 0, -1, True, "30d"])
+@pytest.mark.parametrize("ttl", [HUGE, 10**400, float("inf"), float("nan"), 0, -1, True, "30 days"])
 def test_invalid_ttl_is_refused(ttl):
     with pytest.raises(ConfigurationError, match="ttl="):
         PrefixStore(ttl=ttl)
