@@ -53,6 +53,12 @@ def test_would_forget_is_what_forgetting_the_names_removes(lists, data):
         assert (told.blocks, told.nbytes) == _sum([store.forget(name) for name in wanted])
 
 
+def test_would_forget_counts_blocks_that_only_the_names_together_use(tmp_path):
+    with filled(tmp_path, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], Clock()) as store:
+        assert store.would_forget(["n0"]).blocks == store.would_forget(["n1"]).blocks == 1
+        assert store.would_forget(["n0", "n1"]).blocks == len(block_files(tmp_path)) == 4
+
+
 @given(sequences, st.data())
 def test_would_forget_chain_is_what_forget_chain_removes(lists, data):
     with tempfile.TemporaryDirectory() as folder, filled(Path(folder), lists, Clock()) as store:

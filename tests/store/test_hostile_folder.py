@@ -103,6 +103,7 @@ def test_owner_lock_that_cannot_be_opened_is_judged_by_its_process(folder, monke
         ("ttl_seconds", HUGE),
         ("ttl_seconds", 10**400),
         ("ttl_seconds", float("nan")),
+        ("ttl_seconds", "30d"),
         ("pinned", HUGE),
         ("keys", "abc"),
         ("keys", {"a": 1}),
