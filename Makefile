@@ -108,8 +108,9 @@ bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
 sweep: $(STAMP)  ## every causal language model, tiny, with kvtier; writes docs/models.md; see sweep/README.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m sweep
 
-docs: $(DOCS_STAMP)
+docs: $(DOCS_STAMP)  ## the documentation, as files to open in a browser: site/index.html; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	! grep -rE --include='*.html' '<(script|img|iframe|link)[^>]*(src|href)="(https?:)?//' site  # a page asks no network
 
 notebooks: $(NOTEBOOKS_STAMP)
 	$(BIN)/python notebooks/execute.py
