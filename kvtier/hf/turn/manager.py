@@ -201,7 +201,6 @@ class TurnManager:
         self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
-        self._is_asynchronous = is_asynchronous(model.device)
         self.abort()
         config = getattr(model, "config", None)
         if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
@@ -228,6 +227,7 @@ class TurnManager:
             self.lay_out(self.layers.config)
         self._root = identity.root
         self._book = self.store.costs(identity.root, machine_name(model.device))
+        self._is_asynchronous = is_asynchronous(model.device)
         cold = why_cold(prompt, request, self.layers)
         if cold is not None:
             return self._start(request, self._cold_turn(prompt, identity, request, cold))
