@@ -77,7 +77,11 @@ def _forget_chain(store: PrefixStore, key: str, yes: bool) -> Forgotten:
 
 
 def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, yes: bool) -> Forgotten:
-    found = [named(store, name) for name in names]  # all of them, or none
+    known = {each.name for each in store.names()}
+    chats = [name for name in names if name not in known and store.chats.read(name) is not None]
+    found = [named(store, name) for name in names if name not in chats]  # all of them, or none
+    for name in chats:
+        confirm(f"Forget the chat {plain(name)}, of which only the messages are kept?", yes)
     for each in found:
         pinned = ", which is pinned" if each.pinned else ""
         if name_only:
@@ -86,6 +90,8 @@ def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, yes
             own = f"{size(each.own_bytes)} that nothing else uses"
             confirm(f"Forget {plain(each.name)}{pinned}: {each.tokens} tokens, {own}?", yes)
     removed = Forgotten(0, 0)
+    for name in chats:
+        store.forget(name)
     for each in found:
         if name_only:
             store.unname(each.name)
