@@ -7,6 +7,7 @@ from kvtier.errors import (
     BlockError,
     BudgetError,
     BusyError,
+    ChangedError,
     ClosedError,
     ConfigurationError,
     KvtierError,
@@ -19,6 +20,7 @@ from kvtier.errors import (
     UnknownNameError,
 )
 from kvtier.hf.cache import TieredCache
+from kvtier.hf.chat.conversation import Chat
 from kvtier.hf.generate.hook import uninstall
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
@@ -30,6 +32,8 @@ __all__ = [
     "BlockError",
     "BudgetError",
     "BusyError",
+    "ChangedError",
+    "Chat",
     "ClosedError",
     "ConfigurationError",
     "KvtierError",

@@ -223,9 +223,10 @@ class StoreAdmin:
     ) -> Forgotten:
         """Remove a conversation for good, from RAM and disk.
 
-        By name: removes the name, the chat saved under it, and the blocks that no other sequence uses. By token ids: removes all sequences that
-        begin with them, named and pinned ones too, except blocks that other sequences use. Files are deleted and the
-        rows overwritten. Drives may keep old data, and other processes keep their blocks in RAM.
+        By name: removes the name, the chat saved under it, and the blocks that no other sequence uses. By token ids:
+        removes all sequences that begin with them, named and pinned ones too, except blocks that other sequences use.
+        Files are deleted and the rows overwritten. Drives may keep old data, and other processes keep their blocks in
+        RAM.
 
         Args:
             what: a name, or token ids, or a text.

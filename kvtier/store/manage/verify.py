@@ -29,8 +29,8 @@ class Problem:
     Attributes:
         kind: ``damaged`` (a block's bytes), ``unreadable`` (they cannot be read now, and stay), ``missing`` (a row
             without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a dead writer),
-            ``name`` (its file is damaged), ``chat`` (the same of a saved chat), ``permissions`` (others can read), ``catalog`` (SQLite finds it damaged;
-            with ``repair`` it is rebuilt at the next open).
+            ``name`` (its file is damaged), ``chat`` (the same of a saved chat), ``permissions`` (others can read),
+            ``catalog`` (SQLite finds it damaged; with ``repair`` it is rebuilt at the next open).
         subject: the affected file, or another subject.
         text: description of the problem.
         repaired: whether it was repaired.
