@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.support import families
+from tests.support.media import PLACE
 from tests.support.upstream import CACHE
 
 PAD, START, END = 0, 1, 2
@@ -53,6 +54,37 @@ def chat_tokenizer(template: str | None = CHATML) -> Any:
     made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<|im_end|>")
     made.chat_template = template
     return made
+
+
+class PictureProcessor:
+    """The processor of a tiny Llava: a picture is a seed, of which the model sees four columns."""
+
+    chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
+        "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+    def __init__(self) -> None:
+        self.tokenizer = chat_tokenizer(self.chat_template)
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **how: Any) -> Any:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=how["add_generation_prompt"]
+        )
+        if not tokenize:
+            return text
+        parts = [part for message in messages for part in message["content"]]
+        seeds = [part.get("path") or part.get("image") for part in parts if part["type"] == "image"]
+        pieces = [self.tokenizer(piece, add_special_tokens=False).input_ids for piece in text.split("<image>")]
+        ids = pieces[0] + [column for piece in pieces[1:] for column in [PLACE] * 4 + piece]
+        pixels = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        table = torch.tensor([ids])
+        return {
+            "input_ids": table,
+            "attention_mask": torch.ones_like(table),
+            **({"pixel_values": torch.stack(pixels)} if pixels else {}),
+        }
 
 
 def chat_model(seed: int = 0, **config: Any) -> PreTrainedModel:

@@ -108,11 +108,10 @@ class Chat:
         self._messages: list[Message] = [dict(message) for message in self._conversation.messages]
         self._prompter = Prompter(self._template, model.device, self._conversation.transcript)
 
-    @staticmethod
-    def _opening(system: str | None, document: str | None) -> list[Message]:
+    def _opening(self, system: str | None, document: str | None) -> list[Message]:
         parts = [] if system is None else [system]
         parts += [] if document is None else [_DOCUMENT + document]
-        return [{"role": "system", "content": "\n\n".join(parts)}] if parts else []
+        return [{"role": "system", "content": self._template.content("\n\n".join(parts))}] if parts else []
 
     def _identify(self) -> None:
         turns = self.cache.turns

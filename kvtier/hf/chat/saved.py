@@ -127,10 +127,15 @@ class SavedConversation:
                 self._cache.name(self.name, pin=self._pin, ttl=self._ttl)
         except PromptError as error:  # the report of the turn says why nothing was kept
             _log.debug("K and V of the chat %r are not named: %s", self.name, error)
-        except (StoreError, ConfigurationError) as error:
-            if not self._warned:
-                _log.warning("the chat %r is not saved, and goes on in memory: %s", self.name, error)
-            self._warned = True
+        except ConfigurationError as error:
+            self._warn(f"{error}; images are saved as paths or URLs, not as objects")
+        except StoreError as error:
+            self._warn(str(error))
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            _log.warning("the chat %r is not saved, and goes on in memory: %s", self.name, text)
+        self._warned = True
 
     def _write(self, conversation: Conversation) -> None:
         chats, content = self._cache.store.chats, conversation.to_json()
