@@ -373,6 +373,17 @@ class Chat:
         )
         self._saved.save(self._conversation, after_turn=after_turn)
 
+    def save_as(self, name: str) -> None:
+        """Save the chat under ``name`` from now on; what is saved under an earlier name stays as it is.
+
+        Raises:
+            BusyError: an answer is being made.
+            ConfigurationError: ``name`` cannot be used, or is the name of something else.
+        """
+        with self._alone():
+            self._saved = self._saved.branch(self.cache, name)
+            self._save(after_turn=self._last_turn is not None)
+
     def forget(self) -> None:
         """Forget the conversation: its messages, its saved form, and its K and V in the store.
 

@@ -75,7 +75,7 @@ def decoder_cache(value: Any) -> Any:
 def parsed_answer(tokenizer: Any, text: str, prompt: str) -> dict[str, Any] | None:
     """Return the parts of an answer ``text`` (content, reasoning, tool calls), where the tokenizer can tell them apart.
 
-    Since 5.24 a tokenizer with ``response_template`` can. None where it cannot, or where the answer is cut off.
+    A tokenizer with ``response_template`` can. None where it cannot, or where the answer is cut off.
     """
     if getattr(tokenizer, "response_template", None) is None:
         return None

@@ -24,7 +24,9 @@ def speaker():
 @pytest.fixture
 def make(speaker, store):
     def make(chat_template=CHATML, **arguments):
-        return Chat(speaker, chat_tokenizer(chat_template), cache=arguments.pop("cache", store), **{**SHORT, **arguments})
+        return Chat(
+            speaker, chat_tokenizer(chat_template), cache=arguments.pop("cache", store), **{**SHORT, **arguments}
+        )
 
     return make
 

@@ -90,5 +90,3 @@ def test_chat_with_pictures_in_memory_says_once_that_it_is_not_saved(make, store
     assert len(warned()) == 1
     assert store.chats.names() == ()
     assert_as_plain(chat)
-
-

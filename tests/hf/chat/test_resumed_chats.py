@@ -40,11 +40,10 @@ def chat_on(store, speaker, name="x", **arguments):
 
 
 def test_resumed_chat_goes_on_where_it_stopped(kept, speaker):
-    with kept() as store:
-        with chat_on(store, speaker, system="Be brief.") as chat:
-            chat.say("hello there")
-            chat.say("and then?")
-            messages, tokens = chat.messages, chat.tokens
+    with kept() as store, chat_on(store, speaker, system="Be brief.") as chat:
+        chat.say("hello there")
+        chat.say("and then?")
+        messages, tokens = chat.messages, chat.tokens
     with kept() as store, chat_on(store, speaker) as resumed:
         assert (resumed.messages, resumed.tokens) == (messages, tokens)
         resumed.say("so?")
@@ -110,7 +109,7 @@ def test_another_model_is_refused_or_goes_on_from_the_messages(store, speaker):
     chat = chat_on(store, speaker)
     chat.say("hello there")
     other = chat_model(seed=1)
-    with pytest.raises(ConfigurationError, match="'x' was held with another model .*on_other_model='render'"):
+    with pytest.raises(ConfigurationError, match=r"'x' was held with another model .*on_other_model='render'"):
         chat_on(store, other)
     rendered = chat_on(store, other, on_other_model="render")
     assert rendered.messages == chat.messages
@@ -142,7 +141,9 @@ def test_other_system_message_is_refused(store, speaker):
             chat_on(store, speaker, **other)
 
 
-@pytest.mark.parametrize("content", [{}, {"messages": [{"x": 1}]}, {"messages": 3}, {"segments": [["a", ["b"], None, 0]]}])
+@pytest.mark.parametrize(
+    "content", [{}, {"messages": [{"x": 1}]}, {"messages": 3}, {"segments": [["a", ["b"], None, 0]]}]
+)
 def test_damaged_content_is_an_error_that_names_the_chat(store, speaker, content):
     store.chats.write("x", {**({} if not content else Conversation([]).to_json()), **content}, after=None)
     with pytest.raises(StoreError, match="the chat 'x' cannot be resumed: it is no conversation"):
