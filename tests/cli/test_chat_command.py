@@ -73,13 +73,11 @@ def test_resumed_chat_reads_the_conversation_from_the_store(kvtier, tmp_path):
 def test_chat_about_a_warmed_document_computes_only_the_question(kvtier, document):
     warmed = json.loads(kvtier("warm", document, "--name", "lamp", "--system", "Be brief.", "--json").stdout)
     assert warmed["computed_tokens"] == warmed["tokens"] == warmed["kept_tokens"] > 100
-    for how in (("--document", document, "--system", "Be brief."), ("--resume", "lamp")):
-        report = kvtier("chat", *how, lines=["who?"]).stderr
-        assert f"{warmed['tokens']} from disk" in report
+    tokens = warmed["tokens"]
+    for question, *how in (("who?", "--document", document, "--system", "Be brief."), ("when?", "--resume", "lamp")):
+        assert f" {tokens} from disk" in kvtier("chat", *how, lines=[question]).stderr
     again = kvtier("warm", document, "--name", "lamp 2", "--system", "Be brief.")
-    assert again.stdout.startswith(
-        f"lamp 2: {warmed['tokens']} tokens, {warmed['tokens'] - 1} of them known, 1 computed"
-    )
+    assert again.stdout.startswith(f"lamp 2: {tokens} tokens, {tokens - 1} of them known, 1 computed")
 
 
 def test_warm_pins_and_expires(kvtier, document, tmp_path):

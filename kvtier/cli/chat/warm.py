@@ -32,7 +32,8 @@ def warm(
     without computing it.
     """
     with failures_of("warm"):
-        text, seconds = text_in(document), None if ttl is None else parse_span(ttl, "--ttl")
+        seconds = None if ttl is None else parse_span(ttl, "--ttl")
+        text = text_in(document)
         with open_chat(model, device, store, name=name, system=system, document=text, pin=pin, ttl=seconds) as talk:
             began = time.perf_counter()
             turn = talk.warm()
