@@ -74,7 +74,7 @@ def test_chat_about_a_warmed_document_computes_only_the_question(kvtier, documen
     warmed = json.loads(kvtier("warm", document, "--name", "lamp", "--system", "Be brief.", "--json").stdout)
     assert warmed["computed_tokens"] == warmed["tokens"] == warmed["kept_tokens"] > 100
     tokens = warmed["tokens"]
-    for question, *how in (("who?", "--document", document, "--system", "Be brief."), ("when?", "--resume", "lamp")):
+    for question, *how in (("who?", "--document", document, "--system", "Be brief."), ("name?", "--resume", "lamp")):
         assert f" {tokens} from disk" in kvtier("chat", *how, lines=[question]).stderr
     again = kvtier("warm", document, "--name", "lamp 2", "--system", "Be brief.")
     assert again.stdout.startswith(f"lamp 2: {tokens} tokens, {tokens - 1} of them known, 1 computed")
