@@ -383,6 +383,7 @@ class Chat:
         with self._alone():
             self._saved = self._saved.branch(self.cache, name)
             self._save(after_turn=self._last_turn is not None)
+            self._saved.close()
 
     def forget(self) -> None:
         """Forget the conversation: its messages, its saved form, and its K and V in the store.
@@ -407,7 +408,9 @@ class Chat:
             self._answering.release()
 
     def close(self) -> None:
-        """Write what is queued, and release the cache if the chat has made it."""
+        """Write what is queued, and release the cache if the chat has made it. May be called more than once."""
+        if hasattr(self, "_saved"):  # else a constructor has failed
+            self._saved.close()
         if self._is_own_cache:
             self.cache.close()
 

@@ -13,6 +13,7 @@ from kvtier.errors import ChangedError, ConfigurationError, PromptError, StoreEr
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.chat.template import Message
 from kvtier.hf.chat.transcript import Segment, Transcript
+from kvtier.store.chain import TokenIds
 from kvtier.store.names import checked_name, checked_ttl
 
 _log = logging.getLogger("kvtier.hf")
@@ -76,6 +77,22 @@ def _segment(text: Any, ids: Any, ended_text: Any, ended_ids: Any) -> Segment:
     return Segment(text, tuple(ids), ended_text, ended_ids)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The tokens whose K and V a turn has kept, under ``root``, in blocks of ``block_size``."""
+
+    root: str
+    tokens: TokenIds
+    block_size: int
+
+    def is_longer_tail_of(self, other: Kept | None) -> bool:
+        """Whether it differs from ``other`` at most by a longer last block: names of that then cover this, too."""
+        if other is None or self.root != other.root or len(self.tokens) < len(other.tokens):
+            return False
+        same_blocks = len(self.tokens) // self.block_size == len(other.tokens) // self.block_size
+        return same_blocks and bool((self.tokens[: len(other.tokens)] == other.tokens).all())
+
+
 class SavedConversation:
     """Loads and saves one named chat; the name also names the K and V of its last turn.
 
@@ -98,6 +115,8 @@ class SavedConversation:
         self._pin, self._ttl = pin, checked_ttl(ttl)
         self._revision: str | None = None
         self._warned = False
+        self._kept: Kept | None = None
+        self._named: Kept | None = None
 
     def load(self) -> Conversation | None:
         """Return the saved conversation; None when there is none.
@@ -118,18 +137,50 @@ class SavedConversation:
         return conversation
 
     def save(self, conversation: Conversation, *, after_turn: bool) -> None:
-        """Save a conversation; ``after_turn``: and name the K and V of the last turn of the cache."""
+        """Save a conversation; ``after_turn``: and name the K and V of the last turn of the cache.
+
+        They are named again only when a full block is new: naming writes the last block, which the next turn replaces
+        by a longer one. Until ``close``, the name covers them up to there.
+        """
         if self.name is None:
             return
         try:
             self._write(conversation)
-            if after_turn and self.name is not None:
-                self._cache.name(self.name, pin=self._pin, ttl=self._ttl)
-        except PromptError as error:  # the report of the turn says why nothing was kept
-            _log.debug("K and V of the chat %r are not named: %s", self.name, error)
+            if after_turn:
+                self._kept = self._kept_now()
+                if self._kept is not None and not self._kept.is_longer_tail_of(self._named):
+                    self._name()
         except ConfigurationError as error:
             self._warn(f"{error}; images are saved as paths or URLs, not as objects")
         except StoreError as error:
+            self._warn(str(error))
+
+    def _kept_now(self) -> Kept | None:
+        try:
+            root, tokens = self._cache.turns.kept_row(0)
+        except PromptError as error:  # the report of the turn says why nothing was kept
+            _log.debug("K and V of the chat %r are not named: %s", self.name, error)
+            return None
+        return Kept(root, tokens, self._cache.store.block_size)
+
+    def _name(self) -> None:
+        """Name what was kept last.
+
+        Raises:
+            StoreError: the store does not have all of it, or the disk fails.
+        """
+        if self.name is not None and self._kept is not None and self._kept is not self._named:
+            kept = self._kept
+            self._cache.store.name(self.name, kept.root, kept.tokens, pin=self._pin, ttl=self._ttl)
+            self._named = kept
+
+    def close(self) -> None:
+        """Name all that was kept. May be called more than once; a failure is warned about."""
+        if self._cache.store.closed:
+            return
+        try:
+            self._name()
+        except (StoreError, ConfigurationError) as error:
             self._warn(str(error))
 
     def _warn(self, text: str) -> None:
@@ -148,6 +199,7 @@ class SavedConversation:
                 self.name = None
                 return
             self._revision, before, self.name = None, self.name, self._free_name(self.name)
+            self._named = None
             _log.warning(
                 "the chat %r was continued elsewhere meanwhile, which stays; this one goes on as %r", before, self.name
             )
@@ -179,7 +231,7 @@ class SavedConversation:
             StoreError: the disk fails.
         """
         store = self._cache.store
-        self._revision = None
+        self._revision = self._kept = self._named = None
         if self.name is not None and (
             store.chats.read(self.name) is not None or any(each.name == self.name for each in store.names())
         ):

@@ -269,3 +269,37 @@ def test_cache_that_two_chats_share_serves_both(store, speaker):
             prompt = chat.tokens[: chat.last_turn.prompt_tokens]
             assert chat.tokens[len(prompt) :] == plain_answer(speaker, prompt, max_new_tokens=6)
         assert chat_on(store, speaker, "one").messages == one.messages
+
+
+def test_short_turns_write_the_last_block_when_it_is_full_or_the_chat_is_closed(tmp_path, speaker):
+    with PrefixStore(tmp_path, block_size=512) as store:
+        with chat_on(store, speaker) as chat:
+            chat.say("hello there")
+            first = store.named("x").tokens
+            written = store.stats().tiers[1].blocks
+            for text in ("one", "two", "three"):
+                chat.say(text)
+            assert store.named("x").tokens == first
+            assert written == store.stats().tiers[1].blocks == 1
+        assert store.named("x").tokens == store.named("x").kept_tokens == len(chat.tokens) - 1
+        assert store.forget("x").blocks == 1
+        assert store.chains() == ()
+
+
+def test_name_of_an_unclosed_chat_covers_the_longer_tail(tmp_path, speaker):
+    with PrefixStore(tmp_path, block_size=512) as store:
+        chat = chat_on(store, speaker)
+        for text in ("hello", "one", "two"):
+            chat.say(text)
+        store.forget("x")
+        assert store.chains() == ()
+
+
+def test_undone_turn_moves_the_name(tmp_path, speaker):
+    with PrefixStore(tmp_path, block_size=8) as store:
+        chat = chat_on(store, speaker)
+        chat.say("hello there")
+        chat.say("one")
+        chat.undo()
+        chat.say("two")
+        assert list(store.tokens_of("x")) == chat.tokens[:-1][: len(store.tokens_of("x"))]
