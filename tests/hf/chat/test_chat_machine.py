@@ -6,6 +6,7 @@ import functools
 import tempfile
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -136,3 +137,4 @@ class Conversations(RuleBasedStateMachine):
 
 
 TestConversations = Conversations.TestCase
+TestConversations.settings = settings(stateful_step_count=25)
