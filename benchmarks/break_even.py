@@ -53,7 +53,7 @@ class Setup:
             book.learn(self.learnt.get(link, {}))
             with TieredCache(store, reuse=reuse) as cache:
                 yield cache
-            self.learnt[link] = book.to_dict()
+        self.learnt[link] = book.to_dict()  # as a store keeps it when it is closed
 
 
 def run(options: Options) -> Result:

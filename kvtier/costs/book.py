@@ -15,8 +15,7 @@ from kvtier.costs.worth import ENOUGH_LOADS, Worth
 
 _OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup does not
 _KINDS = 64  # of passes
-_OUTCOMES = 7  # of a way, of which the middle one counts
-_LARGEST_CORRECTION = 4.0
+_TURNS = 7  # of which the middle one counts
 _LOADS = 24  # the latest of a tier: a link changes
 _LARGEST = 1e15  # of numbers that another process has kept: larger ones are damage
 _TRIALS = 8  # the latest of a codec: prompts differ
@@ -46,10 +45,11 @@ class CostBook:
         self.changes = 0
         self._guess: PrefillCost | None = None
         self._passes: dict[Hashable, deque[PrefillSample]] = {}
+        self._beside_loads: set[Hashable] = set()  # kinds of passes of which none ran alone
         self._loads: dict[str, deque[TransferSample]] = {}
         self._trials: dict[str, deque[EncodingSample]] = {}
         self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
-        self._outcomes: dict[str, deque[float]] = {}
+        self._around: deque[float] = deque(maxlen=_TURNS)
         self._lock = lock or threading.RLock()
 
     def guess(self, cost: PrefillCost) -> None:
@@ -58,12 +58,22 @@ class CostBook:
             self._guess = cost
             self._fitted.pop(None, None)
 
-    def note_pass(self, sample: PrefillSample) -> None:
-        """Note a forward pass that was timed."""
+    def note_pass(self, sample: PrefillSample, *, alone: bool = True) -> None:
+        """Note a forward pass that was timed.
+
+        If it was not ``alone``, a load may have slowed it down: it counts where no pass of its kind ran alone.
+        """
         if sample.tokens < 1:
             return
         kind = (_size(sample.tokens), _size(sample.depth_tokens), _size(sample.rows))
         with self._lock:
+            if not alone and kind in self._passes and kind not in self._beside_loads:
+                return
+            if not alone:
+                self._beside_loads.add(kind)
+            elif kind in self._beside_loads:
+                self._beside_loads.remove(kind)
+                del self._passes[kind]
             self.changes += 1
             self.news += _add(self._passes, kind, sample)
             self._fitted.pop(None, None)
@@ -155,17 +165,17 @@ class CostBook:
             samples = sorted(each.seconds for each in self._loads.get(f"{tier}, asking", ()))
         return samples[len(samples) // 2] if samples else 0.0
 
-    def note_outcome(self, way: str, expected_seconds: float, seconds: float) -> None:
-        """Note what a turn took that began in a ``way``, and what it was expected to take before any correction."""
-        if expected_seconds > 0 and seconds > 0:
+    def note_around(self, seconds: float) -> None:
+        """Note what a turn took besides its passes and loads, up to its first token: what ``generate`` itself does."""
+        if _is_positive(seconds):
             with self._lock:
-                self._outcomes.setdefault(way, deque(maxlen=_OUTCOMES)).append(seconds / expected_seconds)
+                self._around.append(float(seconds))
                 self.news += 1
 
-    def corrections(self) -> dict[str, float]:
-        """Return by way how many times what was expected turns have taken lately: the middle of the last ones."""
+    def around_seconds(self) -> float:
+        """Return what turns have taken lately besides passes and loads: the middle of the last ones; 0 for none."""
         with self._lock:
-            return {way: _bounded(sorted(ratios)[len(ratios) // 2]) for way, ratios in self._outcomes.items() if ratios}
+            return sorted(self._around)[(len(self._around) - 1) // 2] if self._around else 0.0
 
     # --- to keep it -------------------------------------------------------------------------------------------------
 
@@ -175,7 +185,7 @@ class CostBook:
             self.news = 0
             return {
                 "token_bytes": self.token_bytes,
-                "outcomes": {way: [[ratio] for ratio in ratios] for way, ratios in self._outcomes.items()},
+                "around": [[seconds] for seconds in self._around],
                 "passes": [
                     [each.tokens, each.depth_tokens, each.rows, each.seconds]
                     for kind in self._passes.values()
@@ -200,15 +210,11 @@ class CostBook:
             self.note_pass(PrefillSample(int(tokens), int(depth), float(seconds), max(1, int(rows))))
         for tier, nbytes, seconds, decoded in _tuples_by_name(values.get("loads"), 3):
             self.note_load(tier, TransferSample(int(nbytes), float(seconds), int(decoded)))
-        for way, ratio in _tuples_by_name(values.get("outcomes"), 1):
-            self.note_outcome(way, 1.0, float(ratio))
+        for (seconds,) in _tuples(values.get("around"), 1):
+            self.note_around(seconds)
         for codec, nbytes, kept, seconds in _tuples_by_name(values.get("trials"), 3):
             self.note_trial(codec, EncodingSample(int(nbytes), int(kept), float(seconds)))
         self.news = 0
-
-
-def _bounded(ratio: float) -> float:
-    return min(max(ratio, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
 
 
 def _size(count: int) -> int:
@@ -235,7 +241,7 @@ def _supposed(samples: Iterable[PrefillSample]) -> PrefillCost:
     """Return a guess by the largest pass: mostly matrix products."""
     largest = max(samples, key=lambda each: each.tokens * each.rows)
     token = largest.seconds / (largest.tokens * largest.rows)
-    return PrefillCost(4 * token, token, token / 32768, token / 1024)
+    return PrefillCost(4 * token, token, token / 32768, token / 1024, token)
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from kvtier.costs.fit import fitted
 
+_FEW_TOKENS = 32  # so few tokens in a pass do not fill the matrix units: one more costs more than in a long pass
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillSample:
@@ -23,19 +25,24 @@ class PrefillCost:
     """Seconds of a forward pass: a part for the pass, and others for each token, for each pair and for each one before.
 
     Weights, and K and V of the tokens before, are read once a pass. Matrix products grow with the tokens, attention
-    with the pairs of a token and a token that it sees (Kaplan et al., 2020, count the operations so).
+    with the pairs of a token and a token that it sees (Kaplan et al., 2020, count the operations so). Attention after
+    other tokens computes whole rectangles of pairs: transformers passes a mask for it, and kernels that are told of no
+    mask, but that they are causal, skip half of the pairs of a prompt's first pass.
 
     Attributes:
         pass_seconds: for the pass itself, however few tokens it is fed.
         token_seconds: for each token.
         pair_seconds: for each pair of a token and a token at or before it.
         depth_seconds: for each token before.
+        few_seconds: for each of the first tokens of a sequence's part of a pass, of which a matrix product makes less
+            use.
     """
 
     pass_seconds: float
     token_seconds: float
     pair_seconds: float
     depth_seconds: float = 0.0
+    few_seconds: float = 0.0
 
     def seconds(self, tokens: int, depth_tokens: int = 0, rows: int = 1) -> float:
         """Return the seconds of one pass; 0 for no tokens."""
@@ -45,7 +52,7 @@ class PrefillCost:
 
     @property
     def _coefficients(self) -> tuple[float, ...]:
-        return self.pass_seconds, self.token_seconds, self.pair_seconds, self.depth_seconds
+        return self.pass_seconds, self.token_seconds, self.pair_seconds, self.depth_seconds, self.few_seconds
 
     def refined(self, samples: Sequence[PrefillSample]) -> PrefillCost:
         """Return the cost that fits ``samples``, and this one where they say nothing."""
@@ -54,8 +61,8 @@ class PrefillCost:
 
 
 def _features(tokens: int, depth_tokens: int, rows: int) -> tuple[float, ...]:
-    pairs = tokens * depth_tokens + tokens * (tokens + 1) / 2
-    return 1.0, float(rows * tokens), rows * pairs, float(rows * depth_tokens)
+    pairs = tokens * (depth_tokens + tokens) if depth_tokens else tokens * (tokens + 1) / 2
+    return 1.0, float(rows * tokens), rows * pairs, float(rows * depth_tokens), float(min(rows * tokens, _FEW_TOKENS))
 
 
 def first_guess(
@@ -82,4 +89,5 @@ def first_guess(
         token_operations / operations_per_second,
         pair_operations / operations_per_second,
         token_bytes / bytes_per_second,
+        token_operations / operations_per_second,
     )

@@ -478,11 +478,11 @@ class PrefixStore:
         if self._closed:
             return
         self._closed = True
+        self._fetching.close()  # first: what still comes tells how slow a tier is
         if self._tiers.is_durable:
             self._behind.submit(partial(self._books.save, all_news=True))
         self._behind.close()
         self._reading.close()
-        self._fetching.close()
         self._tiers.close()
 
     def __enter__(self) -> PrefixStore:

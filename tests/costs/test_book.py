@@ -106,13 +106,22 @@ def test_a_book_stays_small():
     assert len(book.to_dict()["passes"]) <= 64 * 5
 
 
-def test_expectations_are_corrected_by_what_turns_of_their_way_took():
+def test_what_turns_take_around_their_passes_is_known():
     book = CostBook()
-    for ratio in (2.0, 2.0, 50.0, 2.0):
-        book.note_outcome("load", 0.1, 0.1 * ratio)
-    book.note_outcome("both", 1.0, 100.0)
-    book.note_outcome("compute", 0.0, 1.0)
-    assert book.corrections() == {"load": 2.0, "both": 4.0}  # one stall does not count; no correction is larger
+    assert book.around_seconds() == 0
+    for seconds in (0.02, 0.02, 5.0, 0.02, 0.0):
+        book.note_around(seconds)
+    assert book.around_seconds() == 0.02  # one stall does not count
     other = CostBook()
     other.learn(json.loads(json.dumps(book.to_dict())))
-    assert other.corrections() == book.corrections()
+    assert other.around_seconds() == 0.02
+
+
+def test_a_pass_beside_a_load_counts_until_one_of_its_kind_ran_alone():
+    book = seen(CostBook(), (1, 0), (64, 0), (4096, 0))
+    slow, quick = (PrefillSample(512, 0, factor * TRUE.seconds(512)) for factor in (3, 1))
+    book.note_pass(slow, alone=False)
+    assert book.prefill().seconds(512) > 1.1 * TRUE.seconds(512)
+    book.note_pass(quick)
+    book.note_pass(slow, alone=False)
+    assert book.prefill().seconds(512) == pytest.approx(TRUE.seconds(512), rel=0.1)

@@ -108,9 +108,10 @@ def test_pairs_are_counted_token_by_token(tokens, visible):
 
 
 @given(computes, st.integers(1, 5000), st.integers(1, 5000))
-def test_a_prompt_in_two_passes_costs_one_pass_more(compute, first, second):
-    apart = compute.seconds(first) + compute.seconds(second, first)
-    assert apart == pytest.approx(compute.seconds(first + second) + compute.every_layer.pass_seconds)
+def test_a_prompt_in_two_passes_costs_one_pass_more_and_pairs_that_no_token_sees(compute, first, second):
+    apart, layers = compute.seconds(first) + compute.seconds(second, first), compute.every_layer
+    unseen = layers.pair_seconds * second * (second - 1) / 2
+    assert apart == pytest.approx(compute.seconds(first + second) + layers.pass_seconds + unseen)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)

@@ -69,4 +69,4 @@ def test_a_link_that_turns_slow_is_believed_after_a_few_loads():
 
 def test_a_first_guess_counts_operations_and_bytes():
     guess = first_guess(10**9, 1e5, 2e9, 1e5, operations_per_second=1e12, bytes_per_second=1e10)
-    assert guess == PrefillCost(0.1, 2e-3, 1e-7, 1e-5)
+    assert guess == PrefillCost(0.1, 2e-3, 1e-7, 1e-5, 2e-3)

@@ -41,7 +41,7 @@ def test_blocks_of_some_layers_share_what_their_tokens_take():
 def test_what_is_saved_is_more_than_nothing_and_rises_with_depth(worth, tokens, deeper, depth, nbytes):
     saved = worth.saved_seconds("disk", tokens, depth, nbytes)
     computing = nbytes * worth.computing_byte_seconds(tokens, depth)
-    assert LEAST_SHARE * computing <= saved <= computing < math.inf
+    assert LEAST_SHARE * computing * 0.999 <= saved <= computing < math.inf
     assert 0 < saved <= worth.saved_seconds("disk", tokens, depth + deeper, nbytes)
 
 

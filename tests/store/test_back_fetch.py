@@ -168,3 +168,28 @@ def test_samples_tell_bytes_and_seconds_by_tier():
     (sample,) = case.fetch.samples().values()
     assert (sample.nbytes, sample.seconds) == (4 * 16, case.fetch.seconds)
     case.end()
+
+
+def test_the_first_block_after_a_stop_tells_how_slow_the_tier_is():
+    case, late = Case([4, 6]), []
+    case.fetch.stop(0)
+    (guessed,) = case.fetch.samples().values()  # as long again as it was waited for
+    case.fetch.when_late(lambda *sample: late.append(sample))
+    assert not late
+    case.readers["0.1"].gate.set()
+    assert case.readers["0.1"].closed.wait(20)
+    ((tier, sample),) = late
+    assert (tier, sample.nbytes) == ("far", 6 * 16)
+    assert sample.seconds >= guessed.seconds / 2
+    case.readers["0.0"].gate.set()
+    case.end()
+    assert len(late) == 1
+
+
+def test_what_comes_after_a_stop_does_not_count_where_something_came_before():
+    case, late = Case([4, 6]), []
+    case.let("0.1")
+    case.fetch.stop(4)
+    case.fetch.when_late(lambda *sample: late.append(sample))
+    case.end()
+    assert not late

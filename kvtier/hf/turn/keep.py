@@ -72,18 +72,20 @@ def note_costs(book: CostBook, turn: Turn, token_bytes: int) -> None:
     if token_bytes and token_bytes != book.token_bytes:
         book.token_bytes = float(token_bytes)
         book.news += 1
-    if turn.meeting is not None:  # passes and loads were in each other's way
+    for sample in turn.clock.samples() if turn.clock is not None else ():
+        book.note_pass(sample, alone=turn.meeting is None)
+    if turn.meeting is not None:
         loads = turn.meeting.fetch.samples()
     else:
-        for sample in turn.clock.samples() if turn.clock is not None else ():
-            book.note_pass(sample)
         job = turn.prefix.job if turn.prefix is not None else None
         loads = job.samples() if job is not None else {}
+        if job is None and turn.clock is not None:
+            book.note_around(turn.clock.around_seconds)
     for tier, load in loads.items():
         book.note_load(tier, load)
-    if turn.plan is not None and turn.clock is not None:
-        decision = turn.plan.decision
-        book.note_outcome(decision.way, decision.uncorrected_seconds, turn.clock.prompt_seconds)
+    if turn.meeting is not None:
+        turn.meeting.fetch.when_late(book.note_load)
+    book.prefill()  # fitted now, not while the next turn waits for its first token
 
 
 def _commit(

@@ -24,7 +24,7 @@ from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import HeldPrefix
-from kvtier.hf.turn.choice.clock import TurnClock
+from kvtier.hf.turn.choice.clock import TurnClock, is_asynchronous, wait_for_compute
 from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
@@ -88,7 +88,7 @@ class TurnManager:
         self._root: str | None = None
         self._book: CostBook | None = None
         self._began = 0.0
-        self._is_strict = False
+        self._is_strict = self._is_asynchronous = False
         self._unseen_generate: FrameType | None = None  # the frame itself: a later call could get the same id
         self._new_columns = 0
 
@@ -185,6 +185,7 @@ class TurnManager:
         self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
+        self._is_asynchronous = is_asynchronous(model.device)
         self.abort()
         config = getattr(model, "config", None)
         if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
@@ -271,7 +272,8 @@ class TurnManager:
             turn = Turn.off(f"the cache holds media that the loop would have to feed again: {reason}")
         columns = turn.prompt.columns if turn.prompt is not None else 0
         if turn.prompt is not None:
-            turn.clock = TurnClock(self._began, columns, len(turn.prompt.rows) * request.repeats)
+            rows = len(turn.prompt.rows) * request.repeats
+            turn.clock = TurnClock(self._began, columns, rows, is_asynchronous=self._is_asynchronous)
         if turn.meeting is not None:
             turn.meet_at_once()
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
@@ -323,6 +325,10 @@ class TurnManager:
         if turn is None or turn.meeting is None or turn.meeting.joined is not None:
             return None
         column = self.layers.columns
+        if column > turn.meeting.begin and turn.clock is not None:
+            # What has arrived meanwhile decides: a chunk that is only enqueued has left no time for it.
+            wait_for_compute({layer.memory.device for layer in self.layers.attention if layer.memory is not None})
+            turn.clock.end_pass(turn.waited_seconds, is_settled=True)
         end = turn.meeting.next_chunk(column)
         if end is not None:
             return column, end

@@ -25,7 +25,7 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.layers.states import UnreadableError
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.candidates import Candidates, find_candidates
-from kvtier.hf.turn.choice.decision import BOTH, COMPUTE, LOAD, StoredRange, decide
+from kvtier.hf.turn.choice.decision import BOTH, LOAD, StoredRange, decide
 from kvtier.hf.turn.choice.estimates import estimates_for
 from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.cost import Costs
@@ -177,14 +177,14 @@ def _asks_below(
         return True
     name, lookup_seconds = lower
     lookup_seconds = lookup_seconds or book.lookup_seconds(name)
-    estimates = estimates_for(model, book, {name}, rows)
+    estimates = estimates_for(model, book, {name}, rows, store.block_size)
     if estimates is None:
         return True
     end = prompt.columns
     best = decide(
         end, known_tokens, [end - 1], [StoredRange(name, known_tokens, end - 1)], estimates, costs, may_split=True
     )
-    computing = estimates.corrected(COMPUTE, estimates.compute_seconds(known_tokens, end))
+    computing = estimates.around_seconds + estimates.compute_seconds(known_tokens, end)
     gains = best.seconds is not None and best.seconds + lookup_seconds < costs.asking_share * computing
     return gains or known_tokens >= end - 1
 
@@ -205,7 +205,7 @@ def _weighing(
     if not spans and not book.knows_passes:
         return None
     tiers = store.where(spans) if spans else {}
-    estimates = estimates_for(model, book, {*tiers.values(), "disk"}, rows)
+    estimates = estimates_for(model, book, {*tiers.values(), "disk"}, rows, store.block_size)
     return Weighing(estimates, tiers) if estimates is not None else None
 
 

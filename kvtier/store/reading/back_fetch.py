@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 
@@ -80,6 +80,8 @@ class BackFetch:
         self._failed: dict[str, BlockError] = {}
         self.changed = threading.Condition()
         self._stopped = False
+        self._late: tuple[str, TransferSample] | None = None
+        self._note_late: Callable[[str, TransferSample], None] | None = None
         self._last_at = self._began
         self._stopped_after = 0.0
         first = job.reader(self._spans[0].block.key)
@@ -101,7 +103,25 @@ class BackFetch:
             elif block is not None and not self._stopped:
                 self._fetched[key] = block
                 self._last_at = time.perf_counter()
+            elif block is not None and not self._late:
+                self._late = block.tier, TransferSample(_nbytes(block), self.elapsed_seconds, _decoded_nbytes(block))
+                self._tell_late()
             self.changed.notify_all()
+
+    def when_late(self, note: Callable[[str, TransferSample], None]) -> None:
+        """Tell ``note``, now or later on another thread, how long the first block took that came after the end.
+
+        Only where nothing had come before: it shows how slow a link is that was given up.
+        """
+        with self.changed:
+            self._note_late = note
+            self._tell_late()
+
+    def _tell_late(self) -> None:
+        note, late = self._note_late, self._late
+        if note is not None and late is not None and not self._fetched:
+            self._note_late = None
+            note(*late)
 
     @property
     def arrived(self) -> int:
@@ -143,9 +163,8 @@ class BackFetch:
                 return {tier: TransferSample(nbytes_of_one, 2 * self._stopped_after)}
             nbytes, decoded = Counter[str](), Counter[str]()
             for block in self._fetched.values():
-                n = len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
-                nbytes[block.tier] += n
-                decoded[block.tier] += 0 if block.was_plain else n
+                nbytes[block.tier] += _nbytes(block)
+                decoded[block.tier] += _decoded_nbytes(block)
         total = sum(nbytes.values())
         return {tier: TransferSample(n, self.seconds * n / total, decoded[tier]) for tier, n in nbytes.items()}
 
@@ -182,3 +201,11 @@ class BackFetch:
             fetched, failed = dict(self._fetched), dict(self._failed)
         self.job.cut(begin, fetched, failed, self._tasks)
         return begin
+
+
+def _nbytes(block: FetchedBlock) -> int:
+    return len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
+
+
+def _decoded_nbytes(block: FetchedBlock) -> int:
+    return 0 if block.was_plain else _nbytes(block)

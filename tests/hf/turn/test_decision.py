@@ -1,6 +1,7 @@
 """Load, compute, or both at once: the pure decision, against trying every way by hand."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -60,6 +61,28 @@ def test_as_fast_as_computing_both_ways_meet_in_the_middle():
     assert found.seconds < 0.6 * min(found.others.values())
 
 
+def test_a_block_arrives_as_a_whole():
+    """While the only block loads, all of it is computed: nothing is gained by doing both."""
+    blocks = replace(estimates(1e6), block_columns=1000)
+    assert decide(1001, 0, [1000], far(0, 1000), blocks, COSTS, may_split=True).way != BOTH
+    halves = decide(1001, 0, [1000], far(0, 1000), replace(blocks, block_columns=500), COSTS, may_split=True)
+    assert (halves.way, halves.meeting) == (BOTH, 500)
+
+
+def test_a_front_in_several_passes_costs_more_than_one():
+    slow, chunk = estimates(1e6), COSTS.longest_chunk_tokens
+    assert slow.front_seconds(0, chunk, chunk) == slow.compute_seconds(0, chunk)
+    apart = slow.compute_seconds(0, chunk) + slow.compute_seconds(chunk, 2 * chunk - 5)
+    assert slow.front_seconds(0, 2 * chunk - 5, chunk) == apart > slow.compute_seconds(0, 2 * chunk - 5)
+
+
+def test_what_a_turn_takes_around_its_passes_is_expected_of_every_way():
+    quick, slow = estimates(1e6), replace(estimates(1e6), around_seconds=2.0)
+    plain, around = (decide(1001, 0, [1000], far(0, 1000), of, COSTS, may_split=False) for of in (quick, slow))
+    assert around.seconds == pytest.approx(plain.seconds + 2.0)
+    assert around.others == pytest.approx({way: seconds + 2.0 for way, seconds in plain.others.items()})
+
+
 def test_cores_that_copy_do_not_compute():
     """Where the load is all copying, nothing is gained by doing both."""
     busy = estimates(1e6, copying=TransferCost(0, 1e6))
@@ -93,7 +116,7 @@ def test_the_choice_is_never_much_slower_than_another_way(costs, held, more, res
 @given(some_estimates, st.integers(0, 500), st.integers(1, 4000))
 def test_both_meet_where_neither_waits_long(costs, held, more):
     cut = held + more
-    meeting = meeting_column(held, cut, far(held, cut), costs)
+    meeting = meeting_column(held, cut, far(held, cut), costs, COSTS)
     assert held <= meeting <= cut
     best = min(
         max(

@@ -18,6 +18,7 @@ from kvtier.costs.transfer import TransferCost, TransferSample
 from kvtier.errors import UnavailableError
 from kvtier.hf.generate import run
 from kvtier.hf.generate.prefill import prefill_chunk
+from kvtier.hf.turn import manager
 from kvtier.hf.turn.choice.decision import BOTH, Estimates
 from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.hf.turn.choice.meeting import Meeting
@@ -188,7 +189,7 @@ def test_front_is_computed_while_the_end_loads(model, tokens, generate, stored, 
         half.set()
         turn, met = cache.last_turn, chunks[-1][1]
         book = store.costs(cache.turns.kept_row(0)[0], machine_name(model.device))
-        assert len(book.to_dict()["passes"]) == 4  # set by the test: these passes were in the way of a load
+        assert len(book.to_dict()["passes"]) > 4  # those were set by the test
         assert turn.decision == BOTH
         assert 0 < turn.cached_tokens == turn.cached_by_tier["dict"]
         assert turn.cached_tokens + turn.computed_tokens == TOKENS
@@ -211,6 +212,23 @@ def test_a_tier_that_hangs_is_given_up_and_everything_is_computed(model, tokens,
         never.set()
         generate(model, ids, cache)
         assert cache.last_turn.cached_by_tier["device"] == TOKENS - 1
+
+
+def test_each_chunk_has_run_before_the_next_is_chosen(model, tokens, generate, stored, chunks, monkeypatch):
+    half, chosen = threading.Event(), []
+    store, _ = stored(lambda block: half.wait(20))
+    next_chunk = Meeting.next_chunk
+    monkeypatch.setattr(manager, "wait_for_compute", lambda devices: chosen.append((len(chunks), *devices)))
+    monkeypatch.setattr(
+        Meeting, "next_chunk", lambda meeting, column: chosen.append(column) or next_chunk(meeting, column)
+    )
+    with TieredCache(store, reuse="auto") as cache:
+        generate(model, tokens(TOKENS), cache)
+        half.set()
+    assert len(chunks) > 1
+    after_the_first = chosen[chosen.index(chunks[0][0], 1) + 1 :]
+    expected = [item for number, (_, end) in enumerate(chunks, 1) for item in ((number, model.device), end)]
+    assert after_the_first == expected
 
 
 def test_a_tier_that_fails_is_computed_around(model, tokens, generate, stored, warned):

@@ -37,7 +37,8 @@ class Estimates:
         token_bytes: bytes of K and V of a token, over all layers.
         copying: of what keeps the cores busy in a load; None where copies do not use the cores that compute.
         rows: sequences that are computed.
-        corrections: by way, how many times what was expected such turns have taken lately.
+        block_columns: columns of a block, which arrives as a whole.
+        around_seconds: what a turn takes besides passes and loads.
     """
 
     prefill: PrefillCost
@@ -45,20 +46,25 @@ class Estimates:
     token_bytes: float
     copying: TransferCost | None = None
     rows: int = 1
-    corrections: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-
-    def corrected(self, way: str, seconds: float) -> float:
-        """Return ``seconds`` that a turn is expected to take, by what such turns have taken lately."""
-        return seconds * self.corrections.get(way, 1.0)
+    block_columns: int = 1
+    around_seconds: float = 0.0
 
     def compute_seconds(self, begin: int, end: int) -> float:
         """Return the seconds to compute the columns ``[begin, end)`` in one pass."""
         return self.prefill.seconds(end - begin, begin, self.rows)
 
+    def front_seconds(self, begin: int, end: int, longest: int) -> float:
+        """Return the seconds to compute the columns ``[begin, end)`` in passes of at most ``longest`` columns."""
+        return sum(self.compute_seconds(at, min(at + longest, end)) for at in range(begin, end, longest))
+
     def load_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
         """Return the seconds to load what is stored of the columns ``[begin, end)``, one tier after the other."""
         tokens = _tokens_by_tier(stored, begin, end)
         return sum(self.transfers[tier].seconds(int(n * self.token_bytes)) for tier, n in tokens.items())
+
+    def arrival_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
+        """Return the seconds to load the columns ``[begin, end)``, and those before that are in the same block."""
+        return self.load_seconds(stored, begin - begin % self.block_columns, end)
 
     def busy_seconds(self, stored: Sequence[StoredRange], begin: int, end: int) -> float:
         """Return for how many of these seconds the cores that compute are busy with it."""
@@ -79,7 +85,6 @@ class Decision:
         seconds: until the prompt is computed, as expected; None where nothing is known of its cost.
         load_seconds: of these, for the load of what is not computed.
         others: the same for the other ways, by name.
-        uncorrected_seconds: what ``seconds`` was before it was corrected; 0 where nothing is known.
     """
 
     way: str
@@ -88,7 +93,6 @@ class Decision:
     seconds: float | None = None
     load_seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    uncorrected_seconds: float = 0.0
 
 
 def is_weighed(reuse: object) -> bool:
@@ -130,19 +134,17 @@ def decide(
         costs: how much sooner another way must be.
         may_split: whether the front can be computed before the rest is there.
     """
-    computing = estimates.compute_seconds(held, end)
+    computing = estimates.around_seconds + estimates.compute_seconds(held, end)
     if not cuts or cuts[-1] <= held:
-        way = HELD if held else COMPUTE
-        return Decision(way, held, seconds=estimates.corrected(way, computing), uncorrected_seconds=computing)
+        return Decision(HELD if held else COMPUTE, held, seconds=computing)
     loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
     longest = cuts[-1]
     load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
-    uncorrected = {COMPUTE: computing, LOAD: loads[load_to]}
+    ways = {COMPUTE: computing, LOAD: loads[load_to]}
     meeting = 0
     if may_split:
-        meeting = meeting_column(held, longest, stored, estimates)
-        uncorrected[BOTH] = _together(end, held, longest, meeting, stored, estimates)
-    ways = {name: estimates.corrected(name, seconds) for name, seconds in uncorrected.items()}
+        meeting = meeting_column(held, longest, stored, estimates, costs)
+        ways[BOTH] = _together(end, held, longest, meeting, stored, estimates, costs)
     way = COMPUTE if ways[COMPUTE] < costs.other_way_share * ways[LOAD] else LOAD
     if BOTH in ways and ways[BOTH] < costs.both_share * ways[way]:
         way = BOTH
@@ -150,27 +152,31 @@ def decide(
     columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
     begin = {COMPUTE: columns, LOAD: held, BOTH: meeting}[way]
     loading = estimates.load_seconds(stored, begin, columns)
-    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others, uncorrected[way])
+    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others)
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:
-    return estimates.load_seconds(stored, held, cut) + estimates.compute_seconds(cut, end)
+    return estimates.around_seconds + estimates.load_seconds(stored, held, cut) + estimates.compute_seconds(cut, end)
 
 
 def _together(
-    end: int, held: int, cut: int, meeting: int, stored: Sequence[StoredRange], estimates: Estimates
+    end: int, held: int, cut: int, meeting: int, stored: Sequence[StoredRange], estimates: Estimates, costs: Costs
 ) -> float:
-    front = estimates.compute_seconds(held, meeting) + estimates.busy_seconds(stored, meeting, cut)
-    return max(front, estimates.load_seconds(stored, meeting, cut)) + estimates.compute_seconds(cut, end)
+    busy = estimates.busy_seconds(stored, meeting, cut)
+    front = estimates.front_seconds(held, meeting, costs.longest_chunk_tokens) + busy
+    # What has arrived is copied into the buffers once both have met.
+    arriving = estimates.arrival_seconds(stored, meeting, cut)
+    return estimates.around_seconds + max(front, arriving) + busy + estimates.compute_seconds(cut, end)
 
 
-def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> int:
+def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates, costs: Costs) -> int:
     """Return the column up to which computing takes as long as loading what follows, between ``held`` and ``cut``."""
     low, high = held, cut
     while low < high:  # computing takes longer with each column, loading the rest less long
         middle = (low + high) // 2
-        front = estimates.compute_seconds(held, middle) + estimates.busy_seconds(stored, middle, cut)
-        if front < estimates.load_seconds(stored, middle, cut):
+        front = estimates.front_seconds(held, middle, costs.longest_chunk_tokens)
+        front += estimates.busy_seconds(stored, middle, cut)
+        if front < estimates.arrival_seconds(stored, middle, cut):
             low = middle + 1
         else:
             high = middle

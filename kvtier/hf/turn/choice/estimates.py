@@ -13,6 +13,7 @@ from kvtier.costs.prefill import PrefillCost, first_guess
 from kvtier.hf.turn.choice.decision import Estimates
 
 _PROBE_TOKENS = 128
+_CPU_PROBE_TOKENS, _CPU_PROBE_ELEMENTS = 64, 2**18  # a core reaches its speed with less, and takes longer
 
 
 def machine_name(device: torch.device) -> str:
@@ -26,7 +27,9 @@ def machine_name(device: torch.device) -> str:
         return device.type
 
 
-def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows: int) -> Estimates | None:
+def estimates_for(
+    model: PreTrainedModel, book: CostBook, tiers: set[str], rows: int, block_columns: int
+) -> Estimates | None:
     """Return what a turn of ``rows`` sequences is expected to cost; None where too little is known to weigh it.
 
     Where no pass of the model was ever timed on this machine, its weights are counted and a matrix product is timed.
@@ -43,7 +46,8 @@ def estimates_for(model: PreTrainedModel, book: CostBook, tiers: set[str], rows:
         book.token_bytes,
         book.transfer("host") if shares_cores else None,
         rows,
-        book.corrections(),
+        block_columns,
+        book.around_seconds(),
     )
 
 
@@ -53,15 +57,17 @@ def probed_cost(model: PreTrainedModel, token_bytes: float) -> PrefillCost | Non
     ``token_bytes`` are those of K and V of a token; 0 if not known.
 
     Two products with its largest matrix are timed: with many rows, which operations bound, and with one, which reading
-    the weights bounds. That takes some milliseconds.
+    the weights bounds. On a CPU, a part of the matrix does: the first turn waits for it, a few milliseconds at most.
     """
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and weight.is_floating_point()]
     inner = [weight for weight in matrices if max(weight.shape) <= 16 * min(weight.shape)]  # no table of embeddings
     if not inner or any(weight.device.type == "meta" for weight in matrices):
         return None
-    largest = max(inner, key=torch.Tensor.numel)
+    largest, tokens = max(inner, key=torch.Tensor.numel), _PROBE_TOKENS
+    if largest.device.type == "cpu":
+        largest, tokens = largest[: max(1, _CPU_PROBE_ELEMENTS // largest.shape[1])], _CPU_PROBE_TOKENS
     with torch.no_grad():
-        many = _seconds(largest, _PROBE_TOKENS)
+        many = _seconds(largest, tokens)
         single = _seconds(largest, 1)
     weights = sum(weight.numel() for weight in inner)
     text = model.config.get_text_config(decoder=True)
@@ -71,7 +77,7 @@ def probed_cost(model: PreTrainedModel, token_bytes: float) -> PrefillCost | Non
         token_bytes or 4.0 * layers * width,
         2.0 * weights,
         4.0 * layers * width,
-        operations_per_second=2.0 * largest.numel() * _PROBE_TOKENS / many,
+        operations_per_second=2.0 * largest.numel() * tokens / many,
         bytes_per_second=largest.nbytes / single,
     )
 
@@ -80,7 +86,7 @@ def _seconds(weight: torch.Tensor, rows: int) -> float:
     """Return the least seconds of a few products of ``rows`` rows with ``weight [out, in]``."""
     inputs = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         (inputs @ weight.T)[0, 0].item()  # waits for a device that computes asynchronously
         best = min(best, time.perf_counter() - began)
