@@ -18,6 +18,8 @@ KvtierError
         ├── UnavailableError          one block cannot be opened or read now; it is not known to be damaged
         │   └── GoneError             it was evicted or rewritten after the lookup
         └── RestoreError              either, detected while a turn was already reading it
+
+ReuseWarning (UserWarning)            nothing is reused, for a reason in the model or the set-up that lasts
 """
 
 
@@ -97,3 +99,7 @@ class RestoreError(BlockError):
 
     Before this is raised, the store has discarded a damaged block, or withheld a block that cannot be read now.
     """
+
+
+class ReuseWarning(UserWarning):
+    """Nothing is reused, for a reason that lies in the model or the set-up and lasts. One for each reason."""

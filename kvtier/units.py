@@ -1,4 +1,4 @@
-"""Byte counts as people write them."""
+"""Byte counts as people write and read them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _FACTORS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(value: int | str, argument: str) -> int:
+def parse_bytes(value: int | str, argument: str, other: str = "") -> int:
     """Return ``value`` as a number of bytes: ``1048576``, ``"2GiB"``, ``"500 MB"``.
+
+    ``other`` is what the caller takes besides byte counts, as its message says it.
 
     Raises:
         ConfigurationError: ``value`` is not a byte count, or not positive; the message names ``argument``.
@@ -24,7 +26,22 @@ def parse_bytes(value: int | str, argument: str) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         count = value
     else:
-        raise ConfigurationError(f'{argument}={value!r} is not a byte count; pass an int or e.g. "2GiB", "500MB".')
+        accepted = f'an int or e.g. "2GiB", "500MB"{other and f", or {other}"}'
+        is_share = isinstance(value, float) or (isinstance(value, str) and value.rstrip().endswith("%"))
+        hint = " Shares of a memory are not accepted." if is_share else ""
+        raise ConfigurationError(f"{argument}={value!r} is not a byte count; pass {accepted}.{hint}")
     if count <= 0:
         raise ConfigurationError(f"{argument}={value!r} must be more than 0 bytes.")
     return count
+
+
+def size(nbytes: int) -> str:
+    """Return a byte count with three or four digits: ``512 B``, ``5.6 MiB``, ``1023 GiB``."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1023.5:
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    return f"{value / 1024:.1f} TiB"

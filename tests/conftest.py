@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from transformers import DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
+from kvtier.hf.not_reusable import forget_warnings
 from kvtier.testing.device import DEVICE_TYPE, Machine, install
 from tests.support import families, samples
 from tests.support.upstream import CACHE
@@ -196,6 +197,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family", FAMILIES)
     if "sliding_family" in metafunc.fixturenames:
         metafunc.parametrize("sliding_family", SLIDING_FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _each_reason_is_warned_of() -> None:
+    """Warn again of reasons for which nothing is reused: once per process would be once per run."""
+    forget_warnings()
 
 
 @pytest.fixture

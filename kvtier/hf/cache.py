@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
+from kvtier.hf.identity.trusted_hooks import TrustedHooks
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.choice.decision import is_weighed
@@ -23,7 +25,8 @@ from kvtier.hf.turn.manager import TurnManager
 from kvtier.kv.allocation import writable_results
 from kvtier.kv.codecs import Codec
 from kvtier.offload.accounting import TransferStats
-from kvtier.report import TurnReport
+from kvtier.progress import ProgressEvent, progress_of
+from kvtier.report import Totals, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
@@ -54,12 +57,17 @@ class TieredCache(DynamicCache):
         reuse: ``"auto"``: of a prefix that is known in the store, as much is loaded as is expected to be faster than to
             compute it again, by what both have cost on this machine so far; ``"always"``: all of it is loaded. None:
             what the environment variable ``KVTIER_REUSE`` says, or ``"auto"``.
+        trusted_hooks: hooks on models that change neither K nor V, as functions or as names
+            (``"package.module.function"``). Other hooks that kvtier does not know turn reuse off. Prefixes computed
+            under a trusted hook are found again under that hook only: its name is part of the model's root.
+        progress: True: bars in terminals and notebooks for prompts, loads, commits and rebuilt catalogs that take
+            longer than half a second. Or a function that is told: it gets a ``kvtier.progress.ProgressEvent``.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds, or
-            ``reuse`` neither of its words.
+            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
+            ``reuse`` neither of its words, ``trusted_hooks`` no list of hooks, or ``progress`` no function.
         StoreError: the folder cannot be used.
     """
 
@@ -74,14 +82,17 @@ class TieredCache(DynamicCache):
         page_compression: str | Codec = "raw",
         wait_seconds: float = 0.0,
         reuse: str | None = None,
+        trusted_hooks: Iterable[Any] = (),
+        progress: bool | Callable[[ProgressEvent], object] = False,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
+        self._progress, told = progress, progress_of(progress)
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._handle = StoreHandle(store)
+            self._handle = StoreHandle(store, told)
             store = self._handle.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
@@ -90,16 +101,41 @@ class TieredCache(DynamicCache):
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
-        self.turns = TurnManager(self._container, store, wait_seconds, lossy, weighs=weighs)
+        self.turns = TurnManager(
+            self._container,
+            store,
+            wait_seconds,
+            lossy,
+            weighs=weighs,
+            trusted_hooks=TrustedHooks(trusted_hooks),
+            progress=told,
+        )
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))
         self.turns.lay_out(config)
 
+    def __repr__(self) -> str:
+        """Return what the cache holds, and the place of its store."""
+        held, turns = self._container, self.turns.log.totals.turns
+        rows = f" in {held.row_count} rows" if held.row_count > 1 else ""
+        state = "closed" if self.turns.closed else f"{held.columns:,} tokens{rows}, {len(held.layers)} layers"
+        return f"<TieredCache over {self.store!r}: {state}, {turns:,} turn{'s' * (turns != 1)}>"
+
     @property
     def last_turn(self) -> TurnReport | None:
         """The report of the last turn that has begun; None before the first."""
         return self.turns.last_turn
+
+    @property
+    def history(self) -> tuple[TurnReport, ...]:
+        """The reports of the last 1,000 turns that have ended, the oldest first. A fork begins with none."""
+        return self.turns.log.reports
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all turns that have ended since the cache was made or forked."""
+        return self.turns.log.totals
 
     @property
     def wait_seconds(self) -> float:
@@ -409,8 +445,9 @@ class TieredCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """Do as ``fork`` does."""
         self.turns.check_open()
-        arguments = self._offload_config.arguments
-        twin = TieredCache(self.store, config=self._container.config, wait_seconds=self.wait_seconds, **arguments)
+        arguments = dict(self._offload_config.arguments)
+        arguments |= {"wait_seconds": self.wait_seconds, "progress": self._progress}
+        twin = TieredCache(self.store, config=self._container.config, **arguments)
         twin._handle = self._handle.twin() if self._handle is not None else None
         self.turns.copy_to(twin.turns, memo)
         return twin

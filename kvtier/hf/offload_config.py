@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kvtier.errors import ConfigurationError
 from kvtier.kv.codecs import Codec, Raw, chosen_codec
 from kvtier.offload.manager import AUTO, OffloadManager, default_spill_folder
 from kvtier.platform.filesystem import folder_path
@@ -38,10 +39,13 @@ class OffloadConfig:
             "engine": engine,
         }
         if device_budget is not None and device_budget != AUTO:
-            device_budget = parse_bytes(device_budget, "device_budget")
+            of_device = f'"{AUTO}" for the free memory of the device less a reserve'
+            device_budget = parse_bytes(device_budget, "device_budget", of_device)
         self._device_budget = device_budget
         self._host_budget_bytes = None if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._spill = folder_path(spill_dir, "spill_dir") if spill_dir is not None else None
+        if self._spill is not None and self._spill.exists() and not self._spill.is_dir():
+            raise ConfigurationError(f"spill_dir={str(spill_dir)!r} is a file; pass a folder for pages of cold layers.")
         codec = chosen_codec(page_compression, "page_compression")
         self._page_codec = None if codec.name == Raw.name else codec
         self._engine = engine

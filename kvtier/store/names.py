@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvtier.errors import ConfigurationError
+from kvtier.units import size
 
 _LONGEST = 200
 
@@ -44,6 +45,12 @@ class NamedPrefix:
     hits: int
     pinned: bool
     expires_at: float | None
+
+    def __repr__(self) -> str:
+        """Return the name, how much of it the store has, and whether it stays."""
+        stays = ", pinned" if self.pinned else ", expires" if self.expires_at is not None else ""
+        tokens = f"{self.kept_tokens:,} of {self.tokens:,} tokens"
+        return f"<NamedPrefix {self.name!r}: {tokens}, {size(self.nbytes)}{stays}>"
 
 
 @dataclass(frozen=True, slots=True)

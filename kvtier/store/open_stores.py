@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass, field
 
 from kvtier.platform.filesystem import folder_path
+from kvtier.progress import Progress
 from kvtier.store.store import PrefixStore
 
 _IN_RAM = ""  # the name of the store without a folder; it lives as long as the process
@@ -28,17 +29,19 @@ if hasattr(os, "register_at_fork"):  # a child must not find it taken by a threa
 class StoreHandle:
     """One user's handle of a shared store. Closing the last handle closes the store, unless it is in RAM.
 
+    If this handle opens the store, ``progress`` is told how far a rebuild of the catalog is.
+
     Raises:
         ConfigurationError: ``folder`` is empty.
         StoreError: the folder cannot be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, progress: Progress | None = None) -> None:
         self._name = str(folder_path(folder, "store").resolve()) if folder is not None else _IN_RAM
         with _lock:
             shared = _stores.get(self._name)
             if shared is None or shared.store.closed:
-                shared = _stores[self._name] = _Shared(PrefixStore(self._name or None))
+                shared = _stores[self._name] = _Shared(PrefixStore(self._name or None, progress=progress or False))
             shared.leases.add(self)
         self.store = shared.store
 

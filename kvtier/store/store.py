@@ -31,6 +31,7 @@ from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
+from kvtier.progress import Progress, ProgressEvent, progress_of
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States, Windows
@@ -115,6 +116,8 @@ class PrefixStore:
             ``TieredCache(reuse="auto")`` commits stays in RAM, too, where no turn gains by loading it (see ``flush``).
         lower_tiers: custom tiers below the disk, the nearest first (``kvtier.store.tiers.base``). They keep a copy of
             each full block, and are asked for blocks that RAM and disk lack. The store closes them.
+        progress: True: a bar while the catalog is rebuilt from the files, if that takes longer than half a second. Or a
+            function that is told: it gets a ``kvtier.progress.ProgressEvent``.
         filesystem: performs all file operations; for tests and unusual drives.
         connect: opens connections to the catalog; for tests.
         clock: Unix time; for tests.
@@ -140,6 +143,7 @@ class PrefixStore:
         tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
         write_on: str = "first-use",
         lower_tiers: Sequence[Tier] = (),
+        progress: bool | Progress | Callable[[ProgressEvent], object] = False,
         filesystem: LocalFilesystem = LOCAL,
         connect: Connect = connect,
         clock: Callable[[], float] = time.time,
@@ -167,6 +171,7 @@ class PrefixStore:
             choose=CodecChoice(self._books.known, DiskTier.name) if is_chosen else None,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
             ttl_seconds=ttl,
+            progress=progress_of(progress),
         )
         self.block_size = block_size
         self.namespace = namespace
@@ -233,6 +238,12 @@ class PrefixStore:
             "a PrefixStore cannot be pickled or copied: it holds locks and files. Open its folder in the other "
             "process, PrefixStore(folder)"
         )
+
+    def __repr__(self) -> str:
+        """Return the place of the store, and what tells its blocks from those of others."""
+        space = f", namespace={self.namespace!r}" if self.namespace else ""
+        place = f"in {str(self.path)!r}" if self.path is not None else "in RAM"
+        return f"<PrefixStore {place}, block_size={self.block_size}{space}{', closed' if self._closed else ''}>"
 
     @property
     def closed(self) -> bool:

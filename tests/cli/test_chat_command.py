@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import signal
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +15,9 @@ from typer.testing import CliRunner
 from kvtier import Chat, PrefixStore
 from kvtier.cli import app
 from kvtier.cli.chat import terminal
-from kvtier.cli.chat.terminal import Terminal, summary
+from kvtier.cli.chat.terminal import Terminal
 from kvtier.hf.chat.report import ChatReport
+from kvtier.report import TurnReport
 from tests.support.chats import END, chat_model, chat_tokenizer
 
 DOCUMENT = "the lamp was lit for the first time in the rain, and then every night. " * 4
@@ -60,14 +63,14 @@ def test_lines_of_a_pipe_are_questions_and_answers_alone_go_to_standard_output(k
     messages = chats_in(tmp_path)["x"]
     assert [m["content"] for m in messages if m["role"] == "user"] == ["hello there", "and \nthen?"]
     assert result.stdout == "".join(m["content"] + "\n" for m in messages if m["role"] == "assistant")
-    assert len([line for line in result.stderr.splitlines() if line.startswith("prompt of")]) == 2
+    assert len([line for line in result.stderr.splitlines() if "prompt tokens reused" in line]) == 2
 
 
 def test_resumed_chat_reads_the_conversation_from_the_store(kvtier, tmp_path):
     kvtier("chat", "--resume", "x", lines=["hello there"])
     result = kvtier("chat", "--resume", "x", lines=["more"])
     assert len(chats_in(tmp_path)["x"]) == 4
-    assert " from disk, " in result.stderr
+    assert "(device 0, host 0, disk " in result.stderr
 
 
 def test_chat_about_a_warmed_document_computes_only_the_question(kvtier, document):
@@ -75,7 +78,7 @@ def test_chat_about_a_warmed_document_computes_only_the_question(kvtier, documen
     assert warmed["computed_tokens"] == warmed["tokens"] == warmed["kept_tokens"] > 100
     tokens = warmed["tokens"]
     for question, *how in (("who?", "--document", document, "--system", "Be brief."), ("name?", "--resume", "lamp")):
-        assert f" {tokens} from disk" in kvtier("chat", *how, lines=[question]).stderr
+        assert kvtier("chat", *how, lines=[question]).stderr.startswith(f"{tokens} of ")
     again = kvtier("warm", document, "--name", "lamp 2", "--system", "Be brief.")
     assert again.stdout.startswith(f"lamp 2: {tokens} tokens, {tokens - 1} of them known, 1 computed")
 
@@ -179,7 +182,7 @@ def test_commands_change_the_conversation(talk, store):
     assert "taken back: two" in shown.err
     assert "/branch NAME" in shown.err
     assert "there is no command /what" in shown.err
-    assert len([line for line in shown.err.splitlines() if line.startswith("prompt of")]) == 7
+    assert len([line for line in shown.err.splitlines() if "prompt tokens reused" in line]) == 7
 
 
 def test_wrong_commands_are_told_and_the_conversation_goes_on(talk):
@@ -232,13 +235,15 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(monkeypatch):
     assert terminal.sys.stdout.getvalue() == "a\ufffd[31mb\n\tc"
 
 
-def test_summary_names_tiers_losses_and_reasons():
-    known = ChatReport(
-        prompt_tokens=9, cached_tokens=7, computed_tokens=2, cached_by_tier={"device": 3, "disk": 4, "host": 0},
-        first_token_seconds=0.5,
-    )  # fmt: skip
-    assert summary(known) == "prompt of 9 tokens: 3 from device, 4 from disk, 2 computed; first token after 0.50 s"
-    lost = ChatReport(prompt_tokens=9, computed_tokens=9, next_lost_tokens=4, lost_reason="'a' where it had 'b'")
-    assert summary(lost).endswith("9 computed; the next prompt rewrites 4 tokens: 'a' where it had 'b'")
-    off = ChatReport(prompt_tokens=9, computed_tokens=9, miss_reason="no stored prefix")
-    assert summary(off).endswith("; no stored prefix")
+def test_report_of_a_chat_tells_what_the_template_rewrites_and_its_text_only_when_asked():
+    report = ChatReport(prompt_tokens=9, cached_tokens=7, computed_tokens=2, cached_by_tier={"disk": 7})
+    assert str(report) == str(
+        TurnReport(prompt_tokens=9, cached_tokens=7, computed_tokens=2, cached_by_tier={"disk": 7})
+    )
+    before = replace(report, lost_tokens=1000, lost_reason="'a' where it had 'b'")
+    assert str(before).endswith("; the chat template has rewritten 1,000 tokens")
+    after = replace(before, next_lost_tokens=4)
+    assert str(after).endswith("; the chat template rewrites 4 tokens in the next prompt")
+    assert "'a'" not in after.to_json()
+    assert "'a'" in after.to_json(tokens=True)
+    assert pickle.loads(pickle.dumps(after)) == after

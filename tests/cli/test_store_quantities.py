@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.cli.store.output import parse_size, parse_span, size, span
+from kvtier.cli.store.output import parse_size, parse_span, span
 from kvtier.errors import ConfigurationError
+from kvtier.units import size
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kvtier import PrefixStore, TieredCache
+from tests.support.reuse import reuse_off
 from tests.support.stores import DAMAGES, block_files, bytes_on_disk, damage, leftovers
 from tests.support.upstream import CACHE
 
@@ -334,6 +335,7 @@ def test_failing_read_during_a_turn_keeps_generation_exact(
     assert failed_at > 20
 
 
+@reuse_off
 @pytest.mark.sample(1)  # of 4
 @pytest.mark.parametrize("how", DAMAGES)
 def test_block_damaged_before_the_first_forward_pass_keeps_generation_exact(tmp_path, ask, warned, how):

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from kvtier.cli.store.output import plain
 from kvtier.errors import KvtierError
-from kvtier.hf.chat.report import ChatReport
 from kvtier.hf.chat.template import text_of
 
 if TYPE_CHECKING:
@@ -148,26 +147,15 @@ class Terminal:
 
     def _report(self) -> None:
         report = self._chat.last_turn
-        self._note(summary(report) if report is not None else "there was no turn yet")
+        if report is None:
+            self._note("there was no turn yet")
+            return
+        reason = f": {report.lost_reason}" if report.lost_reason is not None else ""
+        self._note(f"{report}{reason}")
 
     def _note(self, text: str, style: str = "dim") -> None:
         for line in text.split("\n"):
             self._notes.print(Text(plain(line), style=style), soft_wrap=True)
-
-
-def summary(report: ChatReport) -> str:
-    """Return a turn in one line: its prompt, where it came from, what the template rewrote, and its time."""
-    tiers = [f"{tokens} from {tier}" for tier, tokens in report.cached_by_tier.items() if tokens]
-    parts = [", ".join([*tiers, f"{report.computed_tokens} computed"])]
-    if report.first_token_seconds:
-        parts.append(f"first token after {report.first_token_seconds:.2f} s")
-    if report.next_lost_tokens:
-        parts.append(f"the next prompt rewrites {report.next_lost_tokens} tokens: {report.lost_reason}")
-    elif report.lost_tokens:
-        parts.append(f"rewritten: {report.lost_tokens} tokens: {report.lost_reason}")
-    elif report.miss_reason is not None and not report.cached_tokens:
-        parts.append(report.miss_reason)
-    return f"prompt of {report.prompt_tokens} tokens: " + "; ".join(parts)
 
 
 def _show(text: str) -> None:

@@ -152,7 +152,7 @@ class _LocalTurns:
         from kvtier import Chat, PrefixStore
 
         self._model = model
-        self._store = PrefixStore(store)
+        self._store = PrefixStore(store, progress=True)
         if is_new:
             self._store.chats.remove(_CHAT)  # the chat of an earlier demo; its K and V may be known
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}

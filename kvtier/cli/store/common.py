@@ -117,7 +117,7 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
                 f"there is no store in {folder} (it has no kvtier.json); name its folder with --store or in the "
                 "environment variable KVTIER_STORE",
             )
-        with PrefixStore(folder, disk_budget=_NO_BUDGET) as store:
+        with PrefixStore(folder, disk_budget=_NO_BUDGET, progress=True) as store:
             yield store
 
 

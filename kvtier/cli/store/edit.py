@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.output import make_console, name_record, parse_span, print_json, print_line, print_result, size
+from kvtier.cli.store.output import make_console, name_record, parse_span, print_json, print_line, print_result
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
+from kvtier.units import size
 
 
 def name(

@@ -21,7 +21,6 @@ from kvtier.cli.store.output import (
     print_json,
     print_line,
     print_table,
-    size,
     span,
 )
 from kvtier.cli.store.roots import RootFile
@@ -29,6 +28,7 @@ from kvtier.store.manage.inventory import Chain
 from kvtier.store.manage.stats import StoreUsage
 from kvtier.store.names import NamedPrefix
 from kvtier.store.prometheus import exposition
+from kvtier.units import size
 
 _NAME_COLUMNS = (
     Column("name", "left", folds=True),

@@ -35,11 +35,11 @@ from kvtier.cli.store.output import (
     print_line,
     print_result,
     print_table,
-    size,
 )
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
 from kvtier.store.manage.verify import Problem, VerifyReport
+from kvtier.units import size
 
 
 def rm(

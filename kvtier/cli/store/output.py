@@ -28,18 +28,6 @@ _SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-def size(nbytes: int) -> str:
-    """Return a byte count with three or four digits: ``512 B``, ``5.6 MiB``, ``1023 GiB``."""
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    value = float(nbytes)
-    for unit in ("KiB", "MiB", "GiB"):
-        value /= 1024
-        if value < 1023.5:
-            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
-    return f"{value / 1024:.1f} TiB"
-
-
 def span(seconds: float) -> str:
     """Return a duration in its largest whole unit, rounded down: ``45 s``, ``12 min``, ``3 h``, ``20 d``."""
     for unit, factor in (("d", 86400), ("h", 3600), ("min", 60)):

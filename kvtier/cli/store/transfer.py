@@ -19,9 +19,10 @@ from kvtier.cli.store.common import (
     spinner,
     told,
 )
-from kvtier.cli.store.output import name_record, print_result, size
+from kvtier.cli.store.output import name_record, print_result
 from kvtier.errors import ConfigurationError
 from kvtier.store.format.archive import Archive
+from kvtier.units import size
 
 
 def export(

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from kvtier.hf.compat import names
+from kvtier.hf.not_reusable import warn_of
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -48,7 +49,7 @@ def try_upstream(make_cache: Callable[[], Any]) -> None:
                 f"transformers {transformers.__version__} is newer than {newest}, the newest that kvtier was tested "
                 f"with, and a trial on a tiny model failed ({found}); upgrade kvtier, or install transformers {newest}"
             )
-            _log.warning("reuse is off: %s", _reason)
+            warn_of(_reason)
 
 
 def why_untrusted() -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.request import parse_request
 from kvtier.hf.generate.run import run_turn
 from kvtier.hf.identity.weights.digest import forget_models
+from kvtier.hf.not_reusable import warn_of
 from kvtier.hf.turn.exclusive_use import GENERATE, exclusively, is_serving, note_wrapped
 from kvtier.hf.turn.manager import managed_among, turns_of
 
@@ -74,6 +76,7 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         caches = managed_among(given)
         if not caches:
+            _refuse_paths(given)
             return original(self, *args, **kwargs)
         name, past = _the_one_of(caches, given)
         turns = turns_of(past)
@@ -88,6 +91,21 @@ def _wrapped(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return generate
+
+
+def _refuse_paths(given: Mapping[str, Any]) -> None:
+    """Refuse a path in place of a cache, which transformers would fail on without naming the argument.
+
+    Raises:
+        ConfigurationError: a cache argument is a path.
+    """
+    for name in CACHE_ARGUMENTS:
+        if isinstance(given.get(name), (str, os.PathLike)):
+            path = os.fspath(given[name])
+            raise ConfigurationError(
+                f"{name}={path!r} is a path, not a cache; make the cache once, cache = TieredCache({path!r}), and pass "
+                f"{name}=cache to each generate()"
+            )
 
 
 def _the_one_of(caches: dict[str, Any], given: dict[str, Any]) -> tuple[str, Any]:
@@ -118,6 +136,7 @@ def _noticing(hook: _Hook, original: Callable[..., Any]) -> Callable[..., Any]:
             if turns is not None and not is_serving(turns):
                 forget_notes(self, decoder_cache(past))
                 turns.begin_without_reuse(_TAKEN_BEFORE)
+                warn_of(_TAKEN_BEFORE)
         return original(self, *args, **kwargs)
 
     return prepare

@@ -43,7 +43,7 @@ def read_loop_request(
     prompt = read_prompt(input_ids, attention_mask)
     off = why_not_begin(model)
     if isinstance(prompt, NotReusable):
-        return GenerateRequest(off or prompt.reason, feeds=False)
+        return GenerateRequest(off or prompt.reason, feeds=False, lasts=off is not None)
     missing = _missing(model, {}, input_ids, attention_mask)
     if missing and off is None:
         inputs = read_inputs(model, {}, input_ids, attention_mask, 1, missing, resident)
@@ -53,7 +53,7 @@ def read_loop_request(
                 f"begin() is not told which {kinds} enters at the placeholders: {inputs.reason}", feeds=False
             )
         prompt = inputs.prompt
-    return GenerateRequest(off, prompt=prompt, feeds=False)
+    return GenerateRequest(off, prompt=prompt, feeds=False, lasts=off is not None)
 
 
 def parse_request(
@@ -71,17 +71,19 @@ def parse_request(
     if is_bare and getattr(model.config, "is_encoder_decoder", False):
         # Passed on as it is, the cache would take encoder output for decoder tokens.
         past, is_bare = EncoderDecoderCache(past, DynamicCache()), False
-    bypass = (why_untrusted() or why_no_cache(model)) if is_bare else None
-    bypass = bypass or _why_without_cache(model, arguments)
+    lasting = (why_untrusted() or why_no_cache(model)) if is_bare else None
+    bypass = lasting or _why_without_cache(model, arguments)
     if bypass is not None:
-        return _bypass(model, past, arguments, bypass)
+        return _bypass(model, past, arguments, bypass, lasts=lasting is not None)
     if not is_bare:
         _use_cache(model, arguments)
-        return GenerateRequest(ENCODER_DECODER, past=past, arguments=MappingProxyType(arguments))
+        return GenerateRequest(ENCODER_DECODER, past=past, arguments=MappingProxyType(arguments), lasts=True)
     return _parse(model, past, arguments, resident)
 
 
-def _bypass(model: PreTrainedModel, past: Any, arguments: Mapping[str, Any], reason: str) -> GenerateRequest:
+def _bypass(
+    model: PreTrainedModel, past: Any, arguments: Mapping[str, Any], reason: str, *, lasts: bool = False
+) -> GenerateRequest:
     """Return the request of a call that begins with an empty cache, and so must pass the media of all placeholders.
 
     Raises:
@@ -90,7 +92,8 @@ def _bypass(model: PreTrainedModel, past: Any, arguments: Mapping[str, Any], rea
     missing = _missing(model, arguments, _ids_of(arguments), arguments.get("attention_mask"))
     if missing:
         raise media_error(missing, reason)
-    return GenerateRequest(reason, bypass=reason, past=past, arguments=MappingProxyType(dict(arguments)))
+    passed = MappingProxyType(dict(arguments))
+    return GenerateRequest(reason, bypass=reason, past=past, arguments=passed, lasts=lasts)
 
 
 def _ids_of(arguments: Mapping[str, Any]) -> Any:

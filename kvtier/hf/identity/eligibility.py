@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,23 +14,40 @@ from kvtier.hf.identity.attribute_reads import reads_of_class
 from kvtier.hf.identity.code import Origin, behind, closed_over, origin_of_class, package_of
 from kvtier.hf.identity.contents import NOT_FORWARD
 from kvtier.hf.identity.module_walk import ModelWalk, ModuleInfo
+from kvtier.hf.identity.trusted_hooks import NO_HOOKS, TrustedHooks, qualified_name
 from kvtier.hf.not_reusable import NotReusable
 
 # Hooks and patches of these packages move weights and record outputs; torch's own compute weights from parameters.
 _TRUSTED = frozenset({"transformers", "accelerate", "kvtier"})
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _TRUSTED_MODULES = ("torch.nn.utils.", "torch.utils.")
 # Reuse would gain little: the decoder's prompt is a few tokens, and the encoder runs in every call.
 ENCODER_DECODER = "encoder-decoder models are not reused: K and V depend on the encoder's input too"
 
 
-def why_unsound(model: torch.nn.Module, walk: ModelWalk) -> NotReusable | None:
-    """Return why ``model``, as it is now, computes K and V that must not be reused; None when they may be."""
-    for reason in _reasons(model, walk):
-        return NotReusable(reason)
+def why_unsound(model: torch.nn.Module, walk: ModelWalk, hooks: TrustedHooks = NO_HOOKS) -> NotReusable | None:
+    """Return why ``model``, as it is now, computes K and V that must not be reused; None when they may be.
+
+    ``hooks`` leave K and V as they are.
+    """
+    for reason in _reasons(model, walk, hooks):
+        return NotReusable(reason, lasts=True)
     return None
 
 
-def _reasons(model: torch.nn.Module, walk: ModelWalk) -> Iterable[str]:
+def used_hooks(walk: ModelWalk, hooks: TrustedHooks) -> list[str]:
+    """Return the qualified names of those of ``hooks`` that the model has, and that would turn reuse off otherwise."""
+    if not hooks.given:
+        return []
+    everywhere = torch.nn.modules.module
+    registered = [everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks]
+    registered += [part.attributes[key] for part in walk.examined for key in _HOOKS]
+    found = [hook for each in registered for hook in list(each.values()) if not _trusted(hook)]
+    found += [hook for part in walk.examined for hook in _hooks_of_accelerate(part) if not _is_accelerates(hook)]
+    return sorted({qualified_name(hook) for hook in found if hooks.cover(hook)})
+
+
+def _reasons(model: torch.nn.Module, walk: ModelWalk, trusted: TrustedHooks) -> Iterable[str]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         yield ENCODER_DECODER
     processes = max(walk.processes, getattr(model, "_tp_size", None) or 1)
@@ -42,15 +59,16 @@ def _reasons(model: torch.nn.Module, walk: ModelWalk) -> Iterable[str]:
     if prompt_learning and not getattr(model, "_adapters_disabled", False):
         yield "prompt learning feeds virtual tokens that no prompt names"
     everywhere = torch.nn.modules.module
-    yield from _hooks("all modules", everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+    yield from _hooks("all modules", trusted, everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
     for part in walk.examined:
         if part.module.training and _minds_training(type(part.module)):
             yield f"{_called(part)} is in training mode (call model.eval())"
-        hooks = part.attributes["_forward_pre_hooks"], part.attributes["_forward_hooks"]
-        if hooks[0] or hooks[1]:
-            yield from _hooks(_called(part), *hooks)
-        if "_hf_hook" in part.attributes:
-            yield from _accelerate_hooks(part)
+        hooks = [part.attributes[key] for key in _HOOKS]
+        if any(hooks):
+            yield from _hooks(_called(part), trusted, *hooks)
+        for hook in _hooks_of_accelerate(part):
+            if not _is_accelerates(hook) and not trusted.cover(hook):
+                yield _may_change(hook, _called(part))
         if "rope_type" in part.attributes:
             yield from _lengths(part.attributes["rope_type"])
         is_8_bit = type(part.module).__module__.startswith("bitsandbytes.")
@@ -113,19 +131,27 @@ def _hook_name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
-def _hooks(where: str, *hooks: Mapping[int, Any]) -> Iterable[str]:
+def _hooks(where: str, trusted: TrustedHooks, *hooks: Mapping[int, Any]) -> Iterable[str]:
     for registered in hooks:
         for hook in list(registered.values()):  # another thread's turn may add hooks
-            if not _trusted(hook):
-                yield f"the hook {_hook_name(hook)} on {where} may change K and V"
+            if not _trusted(hook) and not trusted.cover(hook):
+                yield _may_change(hook, where)
 
 
-def _accelerate_hooks(part: ModuleInfo) -> Iterable[str]:
-    hook = part.attributes["_hf_hook"]
-    for one in getattr(hook, "hooks", (hook,)):
-        methods = [value for value in vars(one).values() if isinstance(value, types.FunctionType | types.MethodType)]
-        if package_of(type(one)) not in _TRUSTED or not all(map(_trusted, methods)):
-            yield f"the hook {type(one).__qualname__} on {_called(part)} may change K and V"
+def _may_change(hook: Any, where: str) -> str:
+    name = qualified_name(hook)
+    return f'the hook {name} on {where} may change K and V; if it does not: TieredCache(trusted_hooks=["{name}"])'
+
+
+def _hooks_of_accelerate(part: ModuleInfo) -> Sequence[Any]:
+    hook = part.attributes.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def _is_accelerates(hook: Any) -> bool:
+    """Whether an object of accelerate, and all functions that were set on it, come from trusted packages."""
+    methods = [value for value in vars(hook).values() if isinstance(value, types.FunctionType | types.MethodType)]
+    return package_of(type(hook)) in _TRUSTED and all(map(_trusted, methods))
 
 
 def _patches(walk: ModelWalk) -> Iterable[str]:

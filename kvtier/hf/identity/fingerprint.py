@@ -15,10 +15,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvtier.hf.identity.contents import config_values
-from kvtier.hf.identity.eligibility import why_unsound
+from kvtier.hf.identity.eligibility import used_hooks, why_unsound
 from kvtier.hf.identity.module_walk import ModelWalk
 from kvtier.hf.identity.numerics import settings
 from kvtier.hf.identity.stable_repr import Undescribable, describe
+from kvtier.hf.identity.trusted_hooks import NO_HOOKS, TrustedHooks
 from kvtier.hf.identity.weights.digest import Unread, digest_weights
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.store.format.block_file import FORMAT_VERSION
@@ -43,6 +44,7 @@ def identify(
     lossy_page_codec: str | None = None,
     *,
     has_windows: bool = False,
+    trusted_hooks: TrustedHooks = NO_HOOKS,
 ) -> Identity | NotReusable:
     """Return the identity of ``model`` as it is now, or why its K and V must not be reused.
 
@@ -52,7 +54,8 @@ def identify(
     disabled adapters of every kind, and their scaling; attention and expert implementations; autocast and PyTorch's
     precision settings (``numerics.py``); the minor version of transformers; namespace and block size; the names of
     a store's codec and of a codec of cold pages that lose bits; whether the pages of sliding layers are stored in
-    blocks of their own (``has_windows``). It is equal in every process and on every device.
+    blocks of their own (``has_windows``); the names of the ``trusted_hooks`` that the model has. It is equal in every
+    process and on every device.
 
     ``tokens`` are not part of the root: their embedding rows are checked for edits that PyTorch does not count.
 
@@ -64,12 +67,12 @@ def identify(
     of_cache = {"namespace": namespace, "block_size": block_size, **{k: v for k, v in codecs.items() if v is not None}}
     of_cache |= {"windows": "apart"} if has_windows else {}
     try:
-        return _identify(model, tokens, of_cache)
+        return _identify(model, tokens, of_cache, trusted_hooks)
     except Undescribable as reason:
-        return NotReusable(f"what the model computes with is not known: {reason}")
+        return NotReusable(f"what the model computes with is not known: {reason}", lasts=True)
     except Exception as error:  # from any code that the model holds: it must not end a generate()
         _log.debug("identifying %s failed", type(model).__name__, exc_info=True)
-        return NotReusable(f"the model cannot be identified: {_said(error)}")
+        return NotReusable(f"the model cannot be identified: {_said(error)}", lasts=True)
 
 
 def _said(error: Exception) -> str:
@@ -80,14 +83,17 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _identify(model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[str, object]) -> Identity | NotReusable:
+def _identify(
+    model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[str, object], trusted_hooks: TrustedHooks
+) -> Identity | NotReusable:
     walk = ModelWalk(model)
-    unsound = why_unsound(model, walk)
+    unsound = why_unsound(model, walk, trusted_hooks)
     if unsound is not None:
         return unsound
     weights = digest_weights(model, walk.tensors, tokens)
     if isinstance(weights, Unread):
-        return NotReusable(f"the values of {weights.name} cannot be read: {weights.error}")
+        return NotReusable(f"the values of {weights.name} cannot be read: {weights.error}", lasts=True)
+    hooks = used_hooks(walk, trusted_hooks)
     values = config_values(model.config)
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -101,6 +107,7 @@ def _identify(model: PreTrainedModel, tokens: npt.ArrayLike, of_cache: Mapping[s
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
         "torch": settings(),
         **of_cache,
+        **({"trusted_hooks": hooks} if hooks else {}),
     }
     text = json.dumps({name: value for name, value in manifest.items() if name != "config"}, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), MappingProxyType(manifest))

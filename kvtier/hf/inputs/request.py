@@ -24,6 +24,7 @@ class GenerateRequest:
     Attributes:
         off: why the turn must neither reuse nor be kept.
         cold: why the turn must not start from a stored prefix, though its tokens may be kept.
+        lasts: whether ``off`` lies in the model or the set-up, so that it holds for later calls too.
         bypass: why the call runs without a turn that feeds the cache; implies ``off``.
         past: the cache argument: a ``TieredCache``, or an ``EncoderDecoderCache`` of one.
         arguments: arguments of the call besides the cache, by name, as passed to transformers.
@@ -58,6 +59,7 @@ class GenerateRequest:
     watched: bool = False
     custom: bool = False
     missing: tuple[str, ...] = ()
+    lasts: bool = False
 
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

@@ -111,7 +111,7 @@ class Candidates:
         known, common = self.resident.rows[found.source_row], found.device_tokens
         if common == min(len(known), len(tokens)):
             return None
-        return Divergence(common, int(known[common]), int(tokens[common]))
+        return Divergence.at(common, tokens, known)
 
 
 def find_candidates(

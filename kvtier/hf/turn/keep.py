@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -18,10 +19,12 @@ from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.turn.turn import Turn
 from kvtier.hf.turn.windows import common, merged
 from kvtier.kv.base import LayerMemory
+from kvtier.kv.page import Page
 from kvtier.kv.window import Range
+from kvtier.progress import COMMIT, Progress, Task
 from kvtier.store import PrefixStore
 from kvtier.store.block import arrived
-from kvtier.store.commit import Windows
+from kvtier.store.commit import Read, Windows
 
 _log = logging.getLogger("kvtier.hf")
 
@@ -35,11 +38,12 @@ def keep(
     *,
     whole: bool,
     weighs: bool,
+    progress: Progress | None = None,
 ) -> ResidentPrefix | None:
     """Commit the tokens whose K and V every buffer holds, and return them; None where the layers must be emptied.
 
     ``named`` are the tokens in the rows of the layers. ``whole``: no forward pass of the turn was interrupted.
-    ``weighs``: turns compute what takes longer to load.
+    ``weighs``: turns compute what takes longer to load. ``progress`` is told which tokens the store has.
     """
     assert turn.identity is not None
     filled = layers.filled
@@ -55,7 +59,7 @@ def keep(
         if any(memory is not None and memory.spec.v_dtype is not None for memory in memories):
             _log.warning("this turn is not kept in the store: K and V of a layer have different dtypes")
         else:
-            _commit(resident, turn, memories, states, layers, store, weighs=weighs)
+            _commit(resident, turn, memories, states, layers, store, weighs=weighs, progress=progress)
         for _, layer in layers.sliding:
             layer.drop_at_rest()
     except StreamError as error:
@@ -97,6 +101,7 @@ def _commit(
     store: PrefixStore,
     *,
     weighs: bool,
+    progress: Progress | None,
 ) -> None:
     """Commit each row; beside an accelerator, pages arrive later."""
     identity, length, dropped = turn.identity, layers.common_columns, layers.dropped
@@ -105,6 +110,7 @@ def _commit(
     gather = layers.gather(memories)
     arrive = arrived if gather is None else gather.wait
     prompt_rows = turn.prompt_rows(len(resident.rows))
+    task = progress.begin(COMMIT, sum(map(len, resident.rows)), "tokens") if progress is not None else None
     try:
         for row, (tokens, pad) in enumerate(zip(resident.rows, resident.pads, strict=True)):
             pages = RowPages(memories, sliding, dropped, row, prompt_rows[row], pad, gather)
@@ -112,10 +118,21 @@ def _commit(
             if sliding and dropped is not None:
                 windows = Windows(_window_spans(pages, len(tokens), length, dropped), pages.read_window)
             of_row = states[row] if states else None
-            store.commit(identity.root, tokens, pages.read, identity.manifest, of_row, arrive, windows, weighs=weighs)
+            read = pages.read if task is None else partial(_read_and_tell, pages.read, task, task.done)
+            store.commit(identity.root, tokens, read, identity.manifest, of_row, arrive, windows, weighs=weighs)
+            if task is not None:
+                task.to(sum(map(len, resident.rows[: row + 1])))
     finally:
+        if task is not None:
+            task.end(complete=False)
         if gather is not None:
             gather.launch()
+
+
+def _read_and_tell(read: Read, task: Task, before: int, start: int, stop: int) -> tuple[Page, ...]:
+    """Return the pages of the tokens ``[start, stop)`` of a row; the store has those before them by now."""
+    task.to(before + start)
+    return read(start, stop)
 
 
 def _window_spans(pages: RowPages, tokens: int, columns: int, dropped: DroppedColumns) -> tuple[Range, ...]:

@@ -17,31 +17,36 @@ from kvtier.errors import BlockError, ClosedError, PromptError, UnannouncedError
 from kvtier.hf.compat.canary import why_untrusted
 from kvtier.hf.compat.names import decoder_cache
 from kvtier.hf.identity.fingerprint import Identity, identify
+from kvtier.hf.identity.trusted_hooks import NO_HOOKS, TrustedHooks
 from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
-from kvtier.hf.not_reusable import NotReusable
+from kvtier.hf.not_reusable import NotReusable, warn_of
 from kvtier.hf.turn.candidates import HeldPrefix
 from kvtier.hf.turn.choice.clock import TurnClock, is_asynchronous, wait_for_compute
 from kvtier.hf.turn.choice.estimates import machine_name
 from kvtier.hf.turn.cost import COSTS
 from kvtier.hf.turn.exclusive_use import check_wrapped, checked_wait_seconds, is_serving, running_generate
 from kvtier.hf.turn.keep import keep, note_costs
+from kvtier.hf.turn.reporting.turn_progress import progress_of_turn
 from kvtier.hf.turn.start import admit, dropped_columns, planned_turn, start_load, why_cold
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.hf.turn.turn import Turn
-from kvtier.report import TurnReport
+from kvtier.progress import Progress
+from kvtier.report import TurnLog, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.chain import TokenIds
 
 _log = logging.getLogger("kvtier.hf")
 
 _UNANNOUNCED = (
-    "a generate() that kvtier did not see feeds this cache, which holds tokens of another call. Take model.generate "
-    "after making the TieredCache, call reset() before each call, or feed the model in a loop with begin() and "
-    "commit(). If that was not it, kvtier does not know this version of transformers"
+    "a generate() that kvtier did not see feeds this TieredCache, which holds {tokens} tokens of an earlier call: they "
+    "may not be the start of its prompt. Call model.generate(…), taken from the model after kvtier was imported; in a "
+    "loop of your own, cache.begin(model, input_ids) before the model and cache.commit(sequences) after it; or "
+    "cache.reset() before the call, to begin with an empty cache. If none of these helps, kvtier does not know this "
+    "version of transformers"
 )
 
 
@@ -57,8 +62,11 @@ class TurnManager:
         wait_seconds: how long a call waits for a call on another thread that is using the cache.
         costs: constants of plans.
         weighs: whether a known prefix is loaded only where that is expected to be faster than to compute it.
+        trusted_hooks: hooks on models that leave K and V as they are.
+        progress: is told how far prompts, loads and commits are; None when nothing is.
         turn: the turn that has begun and is not committed.
         last_turn: the report of the last turn that has begun; None before the first.
+        log: the reports of turns that have ended, and their totals; those of forks have logs of their own.
         closed: whether the cache was closed.
 
     Raises:
@@ -73,14 +81,19 @@ class TurnManager:
         lossy_page_codec: str | None,
         *,
         weighs: bool = False,
+        trusted_hooks: TrustedHooks = NO_HOOKS,
+        progress: Progress | None = None,
     ) -> None:
         self.layers = layers
         self.store = store
         self._lossy_page_codec = lossy_page_codec
         self.costs = COSTS
         self.weighs = weighs
+        self.trusted_hooks = trusted_hooks
+        self.progress = progress
         self.wait_seconds = checked_wait_seconds(wait_seconds)
         self.last_turn: TurnReport | None = None
+        self.log = TurnLog()
         self.closed = False
         self.turn: Turn | None = None
         self._resident: HeldPrefix | None = None
@@ -137,7 +150,7 @@ class TurnManager:
         running = running_generate()
         holds_tokens = self._resident is not None or bool(self.layers.columns)
         if running is not None and running is not self._unseen_generate and holds_tokens:
-            raise UnannouncedError(_UNANNOUNCED)
+            raise UnannouncedError(_UNANNOUNCED.format(tokens=self.layers.columns))
         self._unseen_generate = running
         self._resident = None  # the ids of the new tokens are not known
         self.layers.before_writing()
@@ -192,10 +205,10 @@ class TurnManager:
             self.lay_out(config)
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
-            return self._start(request, Turn.off(prompt.reason))
+            return self._start_without_reuse(request, prompt)
         identity = self._identify(model, np.concatenate(prompt.rows))
         if isinstance(identity, NotReusable):
-            return self._start(request, Turn.off(identity.reason))
+            return self._start_without_reuse(request, identity)
         changed = self._root is not None and identity.root != self._root
         if changed:
             self.lay_out(self.layers.config)
@@ -220,7 +233,15 @@ class TurnManager:
     def _identify(self, model: PreTrainedModel, tokens: TokenIds) -> Identity | NotReusable:
         store, has_windows = self.store, self.layers.window is not None
         codecs = store.lossy_codec, self._lossy_page_codec
-        return identify(model, store.namespace, store.block_size, tokens, *codecs, has_windows=has_windows)
+        return identify(
+            model,
+            store.namespace,
+            store.block_size,
+            tokens,
+            *codecs,
+            has_windows=has_windows,
+            trusted_hooks=self.trusted_hooks,
+        )
 
     def identity_of(self, model: PreTrainedModel) -> Identity | NotReusable:
         """Return the identity under which a turn of ``model`` would be kept now, or why none would be.
@@ -274,6 +295,9 @@ class TurnManager:
         if turn.prompt is not None:
             rows = len(turn.prompt.rows) * request.repeats
             turn.clock = TurnClock(self._began, columns, rows, is_asynchronous=self._is_asynchronous)
+            if self.progress is not None:
+                layers = len(self.layers.layers)
+                turn.progress = progress_of_turn(turn, self.progress, layers, by_layer=not self._is_asynchronous)
         if turn.meeting is not None:
             turn.meet_at_once()
         self._resident = self._unseen_generate = None  # first: from here on, pages may land in the buffers
@@ -285,6 +309,7 @@ class TurnManager:
             try:
                 start_load(turn.prefix, columns, self.layers, self._checkpoints)
             except BaseException:
+                turn.let_go()
                 self.lay_out(self.layers.config)  # rows may have been moved in some of the layers
                 raise
         self.layers.keep_dropped(dropped_columns(turn, self.layers, self.costs))
@@ -294,6 +319,11 @@ class TurnManager:
         self.last_turn = turn.report()
         return self.last_turn
 
+    def _start_without_reuse(self, request: GenerateRequest, why: NotReusable) -> TurnReport:
+        if why.lasts:
+            warn_of(why.reason)
+        return self._start(request, Turn.off(why.reason))
+
     def begin_without_reuse(self, reason: str) -> None:
         """Begin a turn with empty layers that neither reuses nor is kept."""
         self.check_open()
@@ -302,9 +332,10 @@ class TurnManager:
         self._start(GenerateRequest(reason), Turn.off(reason))
 
     def pass_over(self, reason: str) -> None:
-        """Drop all content, and report a turn that could neither reuse nor be kept."""
+        """Drop all content, and report a turn of a model that can neither reuse nor be kept."""
         self.start_over()
-        self.last_turn = Turn.off(reason).report()
+        self._ended(Turn.off(reason).report())
+        warn_of(reason)
 
     @property
     def trace(self) -> TokenTrace | None:
@@ -330,6 +361,8 @@ class TurnManager:
             wait_for_compute({layer.memory.device for layer in self.layers.attention if layer.memory is not None})
             turn.clock.end_pass(turn.waited_seconds, is_settled=True)
         end = turn.meeting.next_chunk(column)
+        if turn.progress is not None:
+            turn.progress.arrived(turn.meeting.arrived_share)
         if end is not None:
             return column, end
         prefix = turn.join(column)
@@ -344,6 +377,8 @@ class TurnManager:
         turn = self.turn
         if turn is None or turn.prompt is None or not self.layers.states:
             return
+        if turn.progress is not None:
+            turn.progress.reached(column)
         is_kept = column == turn.prompt.columns or column in turn.prefill.checkpoint_columns
         if is_kept and self.layers.in_step(turn.passes, ended=True):
             self._checkpoints.take(self.layers.states, column, len(turn.prompt.rows))
@@ -375,9 +410,11 @@ class TurnManager:
         """
         turn, self.turn = self.turn, None
         if turn is None:  # the cache was closed inside generate(); the answer is still right
-            self.last_turn = Turn.off("the cache was closed before the turn ended").report()
-            return self.last_turn
+            return self._ended(Turn.off("the cache was closed before the turn ended").report())
+        if turn.progress is not None:
+            turn.progress.end(whole=whole)
         generated: list[TokenIds] = []
+        lasting: str | None = None
         try:
             if sequences is not None and not turn.reads(sequences):
                 turn.reason = "generate() returned no ids [rows, columns] that go on from the prompt: they are not kept"
@@ -392,9 +429,18 @@ class TurnManager:
                 turn.reason = "a forward pass of this turn did not reach all layers, and the next ones saw what it left"
                 self.lay_out(self.layers.config)
             elif self.layers.has_grown:
-                turn.reason = "the model appends layers to a cache that its config does not tell of"
+                turn.reason = lasting = "the model appends layers to a cache that its config does not tell of"
             elif named is not None and turn.identity is not None:
-                kept = keep(named, turn, self.layers, self._checkpoints, self.store, whole=whole, weighs=self.weighs)
+                kept = keep(
+                    named,
+                    turn,
+                    self.layers,
+                    self._checkpoints,
+                    self.store,
+                    whole=whole,
+                    weighs=self.weighs,
+                    progress=self.progress,
+                )
                 if kept is None:
                     self.lay_out(self.layers.config)
                 else:
@@ -406,9 +452,17 @@ class TurnManager:
         finally:
             self.layers.keep_dropped(None)
             turn.let_go()
-        report = turn.report(generated)
-        self.last_turn = self.layers.offload.account(report) if self.layers.offload is not None else report
-        return self.last_turn
+        kept_tokens = sum(map(len, self._resident.prefix.rows)) if self._resident is not None else 0
+        report = turn.report(generated, kept_tokens)
+        report = self._ended(self.layers.offload.account(report) if self.layers.offload is not None else report)
+        if lasting is not None:
+            warn_of(lasting)
+        return report
+
+    def _ended(self, report: TurnReport) -> TurnReport:
+        self.last_turn = report
+        self.log.add(report)
+        return report
 
     def _note_costs(self, turn: Turn) -> None:
         """Note what the passes and loads of a turn took; in custom loops, a pass may have waited for the caller."""
@@ -458,6 +512,7 @@ class TurnManager:
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
         twin.costs, twin.weighs, twin._book = self.costs, self.weighs, self._book
+        twin.trusted_hooks = self.trusted_hooks
 
     def close(self) -> None:
         """Drop the turn and release the buffers."""

@@ -44,11 +44,12 @@ def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContain
     ``layers`` are laid out for the model.
     """
     prompt, states = request.prompt, bool(layers.states)
-    reason = why_untrusted() or request.off
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-        reason = reason or "the model has no config"
-    else:
-        reason = reason or layers.no_reuse or why_off(model)
+    reason = request.off
+    lasting = why_untrusted() or (reason if request.lasts else None)
+    if not reason and not lasting:
+        lasting = _why_never(model, layers)
+    if lasting:
+        return NotReusable(lasting, lasts=True)
     if prompt is not None and not reason and states and prompt.is_padded:  # K and V then depend on the padding too
         reason = "padding would go into the states of this model"
     if prompt is not None and not reason:
@@ -56,8 +57,15 @@ def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContain
     if prompt is None or reason or prompt.columns == 0 or not prompt.rows:
         return NotReusable(reason or "the prompt is empty")
     if states and is_spread(model):
-        return NotReusable("states of layers on several devices are not restored")
+        return NotReusable("states of layers on several devices are not restored", lasts=True)
     return prompt
+
+
+def _why_never(model: PreTrainedModel, layers: LayerContainer) -> str | None:
+    """Return why no turn of ``model`` may reuse; None when turns may."""
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        return "the model has no config"
+    return layers.no_reuse or why_off(model)
 
 
 def why_cold(prompt: Prompt, request: GenerateRequest, layers: LayerContainer) -> str | None:

@@ -20,6 +20,7 @@ from kvtier.hf.turn.choice.clock import TurnClock
 from kvtier.hf.turn.choice.decision import COMPUTE, Decision
 from kvtier.hf.turn.choice.meeting import Meeting
 from kvtier.hf.turn.plan import NO_PREFILL, Prefill, TurnPlan
+from kvtier.hf.turn.reporting.turn_progress import TurnProgress
 from kvtier.hf.turn.token_trace import TokenTrace
 from kvtier.report import RowReport, TurnReport
 from kvtier.store.chain import TokenIds
@@ -56,6 +57,7 @@ class Turn:
         make_load: makes the load of what was not computed while it came; None without a meeting.
         fronted: columns of the prefix that were computed while the rest loaded.
         keeps_answer_states: whether states after generated tokens equal those after the same tokens in a prompt.
+        progress: is told how far the prompt is; None when nothing is, and once the prompt is computed.
     """
 
     prompt: Prompt | None
@@ -79,6 +81,7 @@ class Turn:
     make_load: MakeLoad | None = None
     fronted: int = 0
     keeps_answer_states: bool = True
+    progress: TurnProgress | None = None
 
     @classmethod
     def off(cls, reason: str) -> Turn:
@@ -113,7 +116,15 @@ class Turn:
         trace, ends = copy.deepcopy(self.trace), dict(self.ends)
         meeting = self.meeting if self.meeting is not None and self.meeting.joined is not None else None
         return replace(
-            self, prefix=prefix, row_of=row_of, trace=trace, ends=ends, is_strict=False, clock=None, meeting=meeting
+            self,
+            prefix=prefix,
+            row_of=row_of,
+            trace=trace,
+            ends=ends,
+            is_strict=False,
+            clock=None,
+            meeting=meeting,
+            progress=None,
         )
 
     def meet_at_once(self) -> None:
@@ -132,7 +143,11 @@ class Turn:
         assert self.prompt is not None
         assert self.plan is not None
         assert self.make_load is not None
+        share = self.meeting.arrived_share
         job = self.meeting.join(column)
+        if self.progress is not None:
+            self.progress.arrived(share)
+            self.progress.joined()
         if job is None:
             return None
         rows, resident = self.plan.rows, self.plan.candidates.resident
@@ -148,7 +163,10 @@ class Turn:
         return self.prefix
 
     def let_go(self) -> None:
-        """Stop loading. May be called more than once."""
+        """Stop loading, and telling of progress. May be called more than once."""
+        if self.progress is not None:
+            self.progress.end(whole=False)
+            self.progress = None
         if self.prefix is not None:
             self.prefix.close()
         if self.meeting is not None:
@@ -184,6 +202,8 @@ class Turn:
         elif last_pass != self.passes - 1:  # an interrupted pass skipped this layer; later passes saw its leftovers
             self.intact = min(self.intact, begin)
         ends[layer] = begin + columns, self.passes
+        if self.progress is not None and not self.progress.appending(layer, begin, columns, self.passes):
+            self.progress = None
         if self.cropped_to is not None:
             self.prompt_only = True
             if self.trace is None:
@@ -300,8 +320,13 @@ class Turn:
             "tokens of other rows are computed again"
         )
 
-    def report(self, generated: Sequence[TokenIds] = ()) -> TurnReport:
-        """Return the report of the turn; ``generated`` are the new tokens of each returned sequence."""
+    def report(self, generated: Sequence[TokenIds] = (), kept_tokens: int = 0) -> TurnReport:
+        """Return the report of the turn.
+
+        Args:
+            generated: the new tokens of each returned sequence.
+            kept_tokens: tokens of all sequences that the cache holds after the turn.
+        """
         if self.prompt is None:
             return TurnReport(miss_reason=self.reason)
         rows = []
@@ -331,6 +356,8 @@ class Turn:
             actual_seconds=self.clock.prompt_seconds if self.clock is not None else 0.0,
             first_token_seconds=self.clock.first_token_seconds if self.clock is not None else 0.0,
             other_ways=decision.others,
+            cold_seconds=decision.cold_seconds,
+            kept_tokens=kept_tokens,
         )
 
 

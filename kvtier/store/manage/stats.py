@@ -13,6 +13,7 @@ from kvtier.store.block import Entry
 from kvtier.store.names import Name
 from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.stack import TierStack
+from kvtier.units import size
 
 
 def _nothing() -> Mapping[str, int]:
@@ -54,6 +55,13 @@ class StoreStats:
     paused: str | None = None
     names: int = 0
     not_worth_writing: int = 0
+
+    def __repr__(self) -> str:
+        """Return the place, the bytes of each tier, and how many tokens were found."""
+        tiers = ", ".join(f"{each.tier} {size(each.nbytes)} in {each.blocks:,} blocks" for each in self.tiers)
+        found = f"{self.hit_tokens:,} of {self.lookup_tokens:,} tokens found"
+        state = ", writing is paused" if self.paused else ""
+        return f"<StoreStats of {self.path or 'RAM'}: {tiers}; {found}{state}>"
 
 
 def store_stats(path: Path | None, tiers: TierStack, tally: Mapping[str, int], queued_writes: int) -> StoreStats:

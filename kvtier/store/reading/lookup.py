@@ -83,7 +83,7 @@ def longest_match(
     if common:
         spans.append(Span(block, position, 0, min(common, limit - position)))
     parts = common < len(block.tokens) and common < len(expected)
-    divergence = Divergence(position + common, int(block.tokens[common]), int(expected[common])) if parts else None
+    divergence = Divergence.at(position + common, tokens, block.tokens, common) if parts else None
     return PrefixMatch(tuple(spans), divergence)
 
 

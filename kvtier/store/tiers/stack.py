@@ -94,7 +94,8 @@ class TierStack:
             self.database = Database(None)
             self.names = Names(self.database, None, clock)
         else:
-            self.opened = opened = open_folder(folder, policy, clock, connect, partial(saved_seconds, DiskTier.name))
+            saved = partial(saved_seconds, DiskTier.name)
+            self.opened = opened = open_folder(folder, policy, clock, connect, saved, disk.progress)
             self.database, self.names = opened.database, opened.names
             self._disk = DiskTier(folder, opened.catalog, opened.owner, disk, clock)
             self._disk.expire()

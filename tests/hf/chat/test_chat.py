@@ -188,6 +188,7 @@ def test_interrupted_answer_is_kept_as_far_as_it_came(make, speaker, times):
     assert partial["content"] in chat_tokenizer().decode(prompt_of(chat))
 
 
+@pytest.mark.filterwarnings("ignore::kvtier.errors.ReuseWarning")  # the model is changed
 def test_interrupt_before_the_first_token_takes_the_question_back(chat, monkeypatch, speaker):
     monkeypatch.setattr(speaker.model.layers[0], "forward", Interrupting(1))
     with pytest.raises(KeyboardInterrupt):
@@ -314,6 +315,7 @@ def test_stop_strings_and_output_objects_pass_through(make):
     assert isinstance(chat.say("hello"), str)
 
 
+@pytest.mark.filterwarnings("ignore::kvtier.errors.ReuseWarning")  # the model is changed
 def test_answers_have_at_most_512_tokens_unless_something_says_otherwise(speaker, store, monkeypatch):
     seen = []
     monkeypatch.setattr(type(speaker), "generate", lambda self, **given: seen.append(given) or given["input_ids"])

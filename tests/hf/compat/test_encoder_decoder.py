@@ -11,9 +11,10 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvtier import TieredCache
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*`max_length`.*:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*`max_length`.*:UserWarning"), reuse_off]
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}

@@ -9,7 +9,10 @@ from transformers import Cache, DynamicCache
 import kvtier
 from kvtier import ConfigurationError, PrefixStore, TieredCache
 from sweep.models import tiny_model
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
+
+pytestmark = reuse_off
 
 CARRIERS = ["rwkv", "xlstm", "minimax"]
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}

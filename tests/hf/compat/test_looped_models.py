@@ -10,6 +10,9 @@ from transformers import DynamicCache
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.compat.model_profiles import passed_argument
 from sweep.models import architectures, tiny_config, tiny_model
+from tests.support.reuse import reuse_off
+
+pytestmark = reuse_off
 
 REUSED = ["dory per_loop", "inkling2_loop_text"]
 MODELS = [*REUSED, "dory last_loop"]

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from kvtier import ClosedError, ConfigurationError, PrefixStore, PromptError, StoreError, StoreVersionError, TieredCache
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -26,6 +27,40 @@ def test_store_path_that_is_a_file_raises_and_keeps_the_file(tmp_path, make):
         make(place)
     with pytest.raises(StoreError, match=r"notes\.txt.*pass a folder you can write to"):
         make(place / "below")
+    assert place.read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [PrefixStore, TieredCache], ids=["PrefixStore", "TieredCache"])
+def test_error_of_a_path_that_is_a_file_says_so(tmp_path, make):
+    place = tmp_path / "notes.txt"
+    place.write_text("mine")
+    for path in (place, place / "below"):
+        with pytest.raises(StoreError, match=r"notes\.txt is a file, and a store is a folder; pass a folder"):
+            make(path)
+
+
+@pytest.mark.parametrize("path", ["~/.cache", Path("store")], ids=["str", "Path"])
+def test_path_in_place_of_a_cache_raises_and_shows_the_call(model, tokens, path):
+    written = re.escape(f"{CACHE}={str(path)!r} is a path, not a cache; make the cache once, cache = TieredCache(")
+    with pytest.raises(ConfigurationError, match=written):
+        model.generate(tokens(12), **{CACHE: path}, max_new_tokens=2)
+    assert not Path("store").exists()
+
+
+@pytest.mark.parametrize("value", ["50%", "0.5 %", 0.5, "Auto", "half"], ids=repr)
+def test_error_of_a_device_budget_says_what_is_accepted(value):
+    with pytest.raises(ConfigurationError, match=re.escape(f"device_budget={value!r} is not a byte count")) as error:
+        TieredCache(device_budget=value)
+    text = str(error.value)
+    assert '"auto" for the free memory of the device less a reserve' in text
+    assert ("Shares of a memory are not accepted" in text) == (value not in ("Auto", "half"))
+
+
+def test_spill_dir_that_is_a_file_raises_and_keeps_the_file(tmp_path):
+    place = tmp_path / "notes.txt"
+    place.write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"spill_dir=.*notes\.txt' is a file; pass a folder"):
+        TieredCache(device_budget="1GiB", spill_dir=place)
     assert place.read_text() == "mine"
 
 
@@ -206,6 +241,7 @@ class Bare(torch.nn.Module):
         return self.inner(ids, **{CACHE: cache}).logits
 
 
+@reuse_off
 def test_model_without_a_config_is_computed_without_reuse(model, cache, tokens):
     bare, ids = Bare(model), tokens(12)
     for _ in range(2):

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvtier
 from kvtier import BusyError, PrefixStore, PromptError, TieredCache, UninstalledError
 from kvtier.hf.inputs.request import DROPPED
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
 
 
@@ -412,6 +413,7 @@ def test_assistant_model_gives_the_answer_of_a_fresh_cache(model, make_model, us
     assert torch.equal(generate(model, ids, cache).sequences, expected)
 
 
+@reuse_off
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_encoder_decoder_model_is_answered_without_reuse(tokens, cache, settings):
     config = transformers.T5Config(

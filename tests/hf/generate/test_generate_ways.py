@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from kvtier import PrefixStore, TieredCache
+from tests.support.reuse import reuse_off
 
 pytestmark = pytest.mark.sample(2)
 
@@ -256,6 +257,7 @@ def test_cache_implementation_beside_a_cache_raises_and_leaves_it_usable(model, 
     assert torch.equal(generate(model, ids, cache).sequences, generate(model, ids).sequences)
 
 
+@reuse_off
 def test_model_with_its_own_cache_is_answered_without_reuse(make_model, tokens, cache, monkeypatch):
     model = make_model("llama")
     monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", classmethod(lambda cls: False))

@@ -8,7 +8,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import kvtier
 from kvtier import TieredCache
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
+
+pytestmark = reuse_off
 
 
 def greedy(model, ids, cache):

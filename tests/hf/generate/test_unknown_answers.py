@@ -11,7 +11,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 from kvtier import TieredCache
 from kvtier.hf.turn.turn import Turn
 from tests.support import oddities
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
+
+pytestmark = reuse_off
 
 SETTINGS = {"max_new_tokens": 4, "do_sample": False}
 UNREAD = "returned no ids [rows, columns] that go on from the prompt"

@@ -12,9 +12,11 @@ from transformers import AttentionInterface, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP, eager_attention_forward
 
 from kvtier import PrefixStore, TieredCache, UninstalledError, uninstall
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE, PEFT_KNOWS_IT
 
 pytestmark = [
+    reuse_off,
     # Older transformers versions assume that offloaded models are on the meta device.
     pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate:UserWarning"),  # peft on IA3

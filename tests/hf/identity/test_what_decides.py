@@ -16,9 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kvtier import TieredCache
 from kvtier.hf.identity.fingerprint import Identity, identify
+from tests.support.reuse import reuse_off
 from tests.support.upstream import PEFT_KNOWS_IT
 
 pytestmark = [
+    reuse_off,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # asked for by peft
     pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),

@@ -23,6 +23,7 @@ from tests.support.media import (
     words,
 )
 from tests.support.media_families import SEERS, make_seer, seer_prompt
+from tests.support.reuse import reuse_off
 from tests.support.upstream import CACHE
 
 pytestmark = [
@@ -286,6 +287,7 @@ def loop(model, cache, ids, steps=5):
     return sequences, cache.commit(sequences)
 
 
+@reuse_off
 def test_begin_refuses_models_without_a_config(cache, tokens):
     report = cache.begin(torch.nn.Linear(2, 2), tokens(5))
     assert report.miss_reason == "the model has no config"

@@ -12,6 +12,7 @@ from transformers import Cache, LogitsProcessor, StoppingCriteria
 from kvtier import BusyError, ClosedError, ConfigurationError, TieredCache
 from kvtier.errors import KvtierError
 from tests.support import families
+from tests.support.reuse import reuse_off
 from tests.support.upstream import given
 
 KINDS = ["llama", "gemma3", "qwen3_next", "falcon_h1", "mamba2"]
@@ -139,6 +140,7 @@ def test_change_during_generate_gives_right_tokens_or_a_kvtier_error(build, stor
         assert torch.equal(found, model.generate(longer, max_new_tokens=5, do_sample=False, attention_mask=mask))
 
 
+@reuse_off
 @pytest.mark.parametrize("change", ["close", "crop", "clear layers"])
 @pytest.mark.parametrize("name", KINDS)
 def test_change_after_the_last_token_leaves_answer_and_next_turn_right(build, store, name, change):

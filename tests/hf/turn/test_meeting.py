@@ -202,6 +202,22 @@ def test_front_is_computed_while_the_end_loads(model, tokens, generate, stored, 
         assert torch.equal(answer.sequences, expected.sequences)
 
 
+def test_progress_counts_what_is_computed_and_what_has_arrived(model, tokens, generate, stored):
+    ids, events, half, front = tokens(TOKENS), [], threading.Event(), set()
+    store, held = stored(lambda block: half.wait(20) if block.key in front else None)
+    chain = [block.id for block in held.blocks.values()]
+    front.update(block.key for block in chain[: len(chain) // 2])
+    with TieredCache(store, reuse="auto", progress=events.append) as cache:
+        generate(model, ids, cache)
+        half.set()
+        report = cache.last_turn
+    prefill, load = ([event for event in events if event.kind == kind] for kind in ("prefill", "load"))
+    assert 0 < report.computed_tokens < TOKENS
+    assert (prefill[-1].done, prefill[-1].total, prefill[-1].ended) == (*[report.computed_tokens] * 2, True)
+    assert 0 < load[-1].done == load[-1].total < load[0].total
+    assert load[-1].ended
+
+
 def test_a_tier_that_hangs_is_given_up_and_everything_is_computed(model, tokens, generate, stored):
     ids, never = tokens(TOKENS), threading.Event()
     store, _ = stored(lambda block: never.wait(20))

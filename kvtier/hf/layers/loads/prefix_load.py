@@ -61,6 +61,7 @@ class PrefixLoad:
         self.seconds = 0.0
         self.overlap_bytes_per_second = 1e9  # slower pages are not waited for before the first layer computes
         self.patience_seconds: float | None = None  # what has not landed after so long is given up
+        self.on_landed: Callable[[int], None] | None = None  # is told each layer whose pages have landed
         self.plans = tuple(plans)
         self.job = job
         self.in_place = held_rows == len(plans) and all(
@@ -259,6 +260,8 @@ class PrefixLoad:
         started = time.perf_counter()
         memory = self._fill(layer, old, k_bhtd, v_bhtd, make)
         self._left.discard(layer)
+        if self.on_landed is not None:
+            self.on_landed(layer)
         if not self._left:
             self.close()
         self.seconds += time.perf_counter() - started
@@ -324,6 +327,8 @@ class PrefixLoad:
         if self.job is not None:
             for layer in range(len(self._landed)):
                 self.job.wait(layer)
+                if self.on_landed is not None:
+                    self.on_landed(layer)
 
     def close(self) -> None:
         """Stop loading. May be called more than once."""
@@ -334,7 +339,7 @@ class PrefixLoad:
         """Wait for all pages, then share the buffers in which they landed."""
         self.wait()
         twin = copy.copy(self)
-        twin.job = None
+        twin.job = twin.on_landed = None
         twin._landed = [
             memo.get(id(memory)) or memory.share(memory.capacity) if memory is not None else None
             for memory in self._landed

@@ -145,8 +145,10 @@ class StagedPrefixLoad(PrefixLoad):
         Raises:
             RestoreError: a page could not be read.
         """
-        for fence in self._arriving.values():
+        for layer, fence in self._arriving.items():
             self._engine.settle(fence)
+            if self.on_landed is not None:
+                self.on_landed(layer)
         self._arriving.clear()
 
     def close(self) -> None:

@@ -85,6 +85,8 @@ class Decision:
         seconds: until the prompt is computed, as expected; None where nothing is known of its cost.
         load_seconds: of these, for the load of what is not computed.
         others: the same for the other ways, by name.
+        cold_seconds: what computing the whole prompt would take, as if nothing were known of it; 0 where its cost is
+            not known.
     """
 
     way: str
@@ -93,6 +95,7 @@ class Decision:
     seconds: float | None = None
     load_seconds: float = 0.0
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    cold_seconds: float = 0.0
 
 
 def is_weighed(reuse: object) -> bool:
@@ -135,8 +138,9 @@ def decide(
         may_split: whether the front can be computed before the rest is there.
     """
     computing = estimates.around_seconds + estimates.compute_seconds(held, end)
+    cold = estimates.around_seconds + estimates.compute_seconds(0, end)
     if not cuts or cuts[-1] <= held:
-        return Decision(HELD if held else COMPUTE, held, seconds=computing)
+        return Decision(HELD if held else COMPUTE, held, seconds=computing, cold_seconds=cold)
     loads = {cut: _loading(end, held, cut, stored, estimates) for cut in cuts if cut > held}
     longest = cuts[-1]
     load_to = min(loads, key=lambda cut: loads[cut] * (1 if cut == longest else 1 / costs.other_way_share))
@@ -152,7 +156,8 @@ def decide(
     columns = {COMPUTE: held, LOAD: load_to, BOTH: longest}[way]
     begin = {COMPUTE: columns, LOAD: held, BOTH: meeting}[way]
     loading = estimates.load_seconds(stored, begin, columns)
-    return Decision(way, columns, meeting if way == BOTH else 0, ways[way], loading, others)
+    meeting = meeting if way == BOTH else 0
+    return Decision(way, columns, meeting, ways[way], loading, others, cold)
 
 
 def _loading(end: int, held: int, cut: int, stored: Sequence[StoredRange], estimates: Estimates) -> float:

@@ -76,6 +76,11 @@ class Meeting:
                 return end
             self.fetch.wait(column, self._costs.watched_load_times * missing / speed)
 
+    @property
+    def arrived_share(self) -> float:
+        """How much of the prefix has arrived from the back, from 0 to 1."""
+        return (self._end - self.fetch.arrived) / max(1, self._end - self.begin)
+
     def join(self, column: int) -> LoadJob | None:
         """End the meeting at ``column``. Return the load of what was not computed; None when all was."""
         self.joined = min(column, self._end)

@@ -82,6 +82,9 @@ class StoreFolder:
             probe = path / f".probe-{uuid.uuid4().hex}"
             filesystem.write_whole(probe, [], durable=False)
             filesystem.delete(probe)
+        except NotADirectoryError as error:
+            what = f"{error.filename or path} is a file, and a store is a folder"
+            raise StoreError(f"cannot keep a store in {path}: {what}; pass a folder you can write to") from error
         except OSError as error:
             raise StoreError(f"cannot keep a store in {path}: {error}; pass a folder you can write to") from error
 

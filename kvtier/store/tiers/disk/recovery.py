@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from kvtier.errors import BlockError, StoreError, UnavailableError
 from kvtier.platform.mounts import is_shared_over_network
+from kvtier.progress import REBUILD, Progress
 from kvtier.store.chain import BlockId
 from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds, nothing_known
 from kvtier.store.tiers.backoff import is_full, is_locked
@@ -37,7 +36,6 @@ from kvtier.store.tiers.disk.owners import Owner
 _log = logging.getLogger("kvtier.store.disk")
 _FILES_AT_ONCE = 500
 _KEY = re.compile("[0-9a-f]{64}")
-_LONG_SECONDS = 2.0  # a longer rebuild shows its progress
 # Messages of SQLite about a sound file that cannot be used now.
 _NOT_DAMAGED = ("unable to open", "disk I/O", "full")
 
@@ -69,8 +67,9 @@ def open_folder(
     clock: Callable[[], float],
     connect: Connect,
     saved_seconds: SavedSeconds,
+    progress: Progress | None = None,
 ) -> OpenedFolder:
-    """Open ``folder`` in any state.
+    """Open ``folder`` in any state; ``progress`` is told how far a rebuild of its catalog is.
 
     Raises:
         StoreError: it cannot be opened.
@@ -80,7 +79,7 @@ def open_folder(
     except OSError as error:
         raise StoreError(f"cannot keep a store in {folder.path}: {error}; pass a folder you can write to") from error
     try:
-        return open_catalog(folder, owner, policy, clock, connect, saved_seconds)
+        return open_catalog(folder, owner, policy, clock, connect, saved_seconds, progress)
     except BaseException:
         owner.close()
         raise
@@ -93,6 +92,7 @@ def open_catalog(
     clock: Callable[[], float],
     connect: Connect,
     saved_seconds: SavedSeconds = nothing_known,
+    progress: Progress | None = None,
 ) -> OpenedFolder:
     """Open the catalog of ``folder``; rebuild it when it is missing or damaged.
 
@@ -107,7 +107,7 @@ def open_catalog(
         is_of_another_version = False
         if damage is None:
             try:
-                return _opened(folder, owner, policy, clock, connect, alone, saved_seconds)
+                return _opened(folder, owner, policy, clock, connect, alone, saved_seconds, progress)
             except sqlite3.DatabaseError as error:
                 if alone and is_locked(error):
                     raise StoreError(
@@ -124,7 +124,7 @@ def open_catalog(
         for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
         folder.damage_mark.unlink(missing_ok=True)
-        return _opened(folder, owner, policy, clock, connect, alone, saved_seconds)
+        return _opened(folder, owner, policy, clock, connect, alone, saved_seconds, progress)
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot open {path}: {error}") from error
 
@@ -145,6 +145,7 @@ def _opened(
     connect: Connect,
     alone: bool,
     saved_seconds: SavedSeconds,
+    progress: Progress | None,
 ) -> OpenedFolder:
     with contextlib.suppress(FileExistsError):
         # It holds token ids; SQLite would let others read. Only if it is new: closing a file ends all locks of this
@@ -157,17 +158,17 @@ def _opened(
         catalog = Catalog(database, policy, clock, saved_seconds)
         names = Names(database, folder, clock)
         audit = Audit(folder, catalog, names, owner)
-        _recover(folder, catalog, audit)
+        _recover(folder, catalog, audit, progress)
     except BaseException:
         database.close()
         raise
     return OpenedFolder(folder, owner, database, catalog, names, audit)
 
 
-def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
+def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit, progress: Progress | None) -> None:
     """Make files and catalog agree."""
     unavailable: list[str] = []
-    rebuilt = catalog.rebuild(lambda: _shown(_whole_files(folder, catalog, audit, unavailable)))
+    rebuilt = catalog.rebuild(lambda: _whole_files(folder, catalog, audit, unavailable, progress))
     same_boot = catalog.begin_boot(boot_id() if not unavailable else "")
     if unavailable:
         text = "%s (and %d more); left as it is, and looked at again at the next open"
@@ -196,14 +197,18 @@ def _recover(folder: StoreFolder, catalog: Catalog, audit: Audit) -> None:
 
 
 def _whole_files(
-    folder: StoreFolder, catalog: Catalog, audit: Audit, unavailable: list[str]
+    folder: StoreFolder, catalog: Catalog, audit: Audit, unavailable: list[str], progress: Progress | None
 ) -> Iterator[tuple[BlockId, int, float]]:
     """Yield identity, bytes and Unix time of last use of block files without a row; damaged files are removed.
 
     Errors of files that cannot be read now go to ``unavailable``.
     """
     damaged = 0
-    for path in _unknown(sorted(folder.block_files(unavailable)), catalog):
+    paths = sorted(folder.block_files(unavailable))
+    task = progress.begin(REBUILD, len(paths), "blocks") if progress is not None else None
+    for path in _unknown(paths, catalog):
+        if task is not None:
+            task.to(task.done + 1)
         try:
             yield audit.look_at(path)
         except UnavailableError as error:
@@ -214,6 +219,8 @@ def _whole_files(
             damaged += 1
             if damaged == 1:
                 _log.warning("%s; removed, like all that cannot be used", error)
+    if task is not None:
+        task.end()
 
 
 def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
@@ -225,10 +232,3 @@ def _unknown(paths: list[Path], catalog: Catalog) -> Iterator[Path]:
     for some in batches(paths[begin:] + paths[:begin], _FILES_AT_ONCE):
         unknown = set(catalog.absent([path.stem for path in some if _KEY.fullmatch(path.stem)]))
         yield from (path for path in some if path.stem in unknown or not _KEY.fullmatch(path.stem))
-
-
-def _shown(blocks: Iterator[tuple[BlockId, int, float]]) -> Iterator[tuple[BlockId, int, float]]:
-    """Yield ``blocks``; show their number once it takes long."""
-    yield from tqdm(
-        blocks, desc="kvtier: rebuilding the catalog", unit=" blocks", delay=_LONG_SECONDS, mininterval=1.0, leave=False
-    )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtier.kv.codecs import BUILT_IN, Codec
+from kvtier.progress import Progress
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.tiers.backoff import is_full
@@ -33,6 +34,7 @@ class DiskSettings:
         choose: returns the codec of a block that is written behind a turn; None for ``codec``.
         floor_bytes: bytes to leave free on the drive.
         ttl_seconds: how long a block is kept after its last use; None for ever.
+        progress: is told how far a rebuild of the catalog is; None when nothing is.
     """
 
     budget_bytes: int
@@ -40,6 +42,7 @@ class DiskSettings:
     choose: Callable[[Block], Codec] | None = None
     floor_bytes: int = 0
     ttl_seconds: float | None = None
+    progress: Progress | None = None
 
 
 class NoRoom(Exception):  # noqa: N818  nothing went wrong: the block stays out

@@ -1,0 +1,1 @@
+"""What a running turn tells of itself."""
