@@ -19,7 +19,8 @@ from benchmarks.workload import KeysValues, reported, timed_turn
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.demo.model import demo_model_folder
 from kvtier.cli.doctor.devices import accelerators, link
-from kvtier.transfer import MakeEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.engines import MakeEngine
 
 PLAIN = "DynamicCache"
 OFFLOADED = "DynamicCache, offloading"

@@ -18,7 +18,8 @@ from benchmarks.result import Case, Result, make_case
 from benchmarks.workload import TimedTurn, timed_turn
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.doctor.devices import accelerators
-from kvtier.transfer import MakeEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.engines import MakeEngine
 
 PLAIN = "DynamicCache"
 CONTINUED = "DynamicCache, continued"

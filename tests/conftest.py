@@ -32,6 +32,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # What tiny models compute in a millisecond is not worth a load; tests are about loads, in processes of theirs too.
 os.environ.setdefault("KVTIER_REUSE", "always")
+os.environ.pop("KVTIER_STORE", None)  # tests, and processes of theirs, must not use the store of a person
 
 
 def pytest_configure(config: pytest.Config) -> None:

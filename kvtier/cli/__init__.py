@@ -1,9 +1,17 @@
-"""The ``kvtier`` command."""
+"""The ``kvtier`` command.
+
+Modules of commands import only what ``--help`` needs; a command imports its heavy parts when it runs. Looking after a
+store takes neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated
+
 import typer
 
+import kvtier
 from kvtier.cli import store
 from kvtier.cli.bench import command as bench
 from kvtier.cli.chat import command as chat
@@ -16,13 +24,22 @@ app = typer.Typer(
     name="kvtier",
     help="Keep attention state across generate() calls and processes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"kvtier {kvtier.__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Keep attention state across generate() calls and processes."""
 
 

@@ -17,6 +17,7 @@ from kvtier.hf.compat.canary import try_upstream
 from kvtier.hf.generate.hook import install
 from kvtier.hf.generate.run import begin_loop, commit_loop
 from kvtier.hf.identity.trusted_hooks import TrustedHooks
+from kvtier.hf.inputs.vocabulary import checked_tokenizer
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.offload_config import OffloadConfig
 from kvtier.hf.turn.choice.decision import is_weighed
@@ -30,7 +31,8 @@ from kvtier.report import Totals, TurnReport
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix, checked_name, checked_ttl
 from kvtier.store.open_stores import StoreHandle
-from kvtier.transfer import MakeEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.engines import MakeEngine
 
 
 class TieredCache(DynamicCache):
@@ -41,12 +43,14 @@ class TieredCache(DynamicCache):
     serves one ``generate`` at a time. Inference only: K and V that require grad are detached.
 
     Args:
-        store: a folder (one store for all caches of the process that name it), a ``PrefixStore``, or None for the
-            process-wide store in RAM.
+        store: a folder (one store for all caches of the process that name it), or a ``PrefixStore``. None: the folder
+            that the environment variable ``KVTIER_STORE`` names, or without one, the process-wide store in RAM.
         config: the model's config, to make the layers before the first turn; otherwise the first turn makes them.
         device_budget: bytes for K and V on each device that computes, e.g. ``"6GiB"``, or ``"auto"`` for its free
             memory less a reserve; layers that do not fit are cold. None: all are hot. On a machine without accelerator
             that device is the RAM.
+        disk_budget: bytes of files of a store that is opened by its folder, e.g. ``"20GiB"``; by default 50 GiB. Caches
+            of one process share an open store, and so its budget: another value is an error.
         host_budget: bytes of RAM for pages of cold layers, beyond which they go to disk; by default half of the
             machine's RAM. Without accelerator, cold layers go to disk at once.
         spill_dir: folder for pages of cold layers; by default beside the store's blocks, or in the user's cache folder.
@@ -62,12 +66,16 @@ class TieredCache(DynamicCache):
             under a trusted hook are found again under that hook only: its name is part of the model's root.
         progress: True: bars in terminals and notebooks for prompts, loads, commits and rebuilt catalogs that take
             longer than half a second. Or a function that is told: it gets a ``kvtier.progress.ProgressEvent``.
+        tokenizer: the tokenizer of the prompts, or its processor: its vocabulary is kept beside the blocks, so that
+            ``kvtier store ls`` and ``show`` show text. Reuse does not need it. ``generate(tokenizer=…)`` sets it, too.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
 
     Raises:
         ConfigurationError: ``store`` is neither a path nor a ``PrefixStore``, ``config`` no config, a budget no byte
-            count, ``spill_dir`` no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
-            ``reuse`` neither of its words, ``trusted_hooks`` no list of hooks, or ``progress`` no function.
+            count, ``disk_budget`` comes with a ``PrefixStore``, or without a folder, or differs from that of the open
+            store, ``spill_dir`` is no path, ``page_compression`` no codec, ``wait_seconds`` no number of seconds,
+            ``reuse`` neither of its words, ``trusted_hooks`` no list of hooks, ``progress`` no function, or
+            ``tokenizer`` has no vocabulary.
         StoreError: the folder cannot be used.
     """
 
@@ -77,6 +85,7 @@ class TieredCache(DynamicCache):
         *,
         config: PreTrainedConfig | None = None,
         device_budget: int | str | None = None,
+        disk_budget: int | str | None = None,
         host_budget: int | str | None = None,
         spill_dir: str | os.PathLike[str] | None = None,
         page_compression: str | Codec = "raw",
@@ -84,6 +93,7 @@ class TieredCache(DynamicCache):
         reuse: str | None = None,
         trusted_hooks: Iterable[Any] = (),
         progress: bool | Callable[[ProgressEvent], object] = False,
+        tokenizer: Any = None,
         engine: MakeEngine = engine_for,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -92,12 +102,16 @@ class TieredCache(DynamicCache):
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
-            self._handle = StoreHandle(store, told)
+            self._handle = StoreHandle(store, disk_budget, told)
             store = self._handle.store
         elif not isinstance(store, PrefixStore):
             raise ConfigurationError(
                 f"store is a {type(store).__name__}, neither a folder nor a PrefixStore (pass a model's config as "
                 "config=…)."
+            )
+        elif disk_budget is not None:
+            raise ConfigurationError(
+                f"disk_budget={disk_budget!r} belongs to the store: pass it to the PrefixStore, not to the TieredCache."
             )
         self._container = LayerContainer(partial(self._offload_config.open, store), engine, store.block_size)
         lossy, weighs = self._offload_config.lossy_codec, is_weighed(reuse)
@@ -110,6 +124,7 @@ class TieredCache(DynamicCache):
             trusted_hooks=TrustedHooks(trusted_hooks),
             progress=told,
         )
+        self.tokenizer = tokenizer
         Cache.__init__(self, layers=[])
         install()
         try_upstream(lambda: TieredCache(PrefixStore()))
@@ -136,6 +151,19 @@ class TieredCache(DynamicCache):
     def totals(self) -> Totals:
         """Sums over all turns that have ended since the cache was made or forked."""
         return self.turns.log.totals
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that shows stored prefixes as text; None if it is not known. It may be set at any time.
+
+        Raises:
+            ConfigurationError: it is set to an object without a vocabulary.
+        """
+        return self.turns.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.turns.tokenizer = checked_tokenizer(tokenizer)
 
     @property
     def wait_seconds(self) -> float:
@@ -337,7 +365,7 @@ class TieredCache(DynamicCache):
         return exclusively(self.turns, "begin()", partial(begin_loop, self, model, input_ids, attention_mask))
 
     def commit(
-        self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | None = None
+        self, sequences: torch.Tensor, name: str | None = None, *, pin: bool = False, ttl: float | str | None = None
     ) -> TurnReport:
         """End a turn: keep the tokens whose K and V all layers hold.
 
@@ -345,7 +373,7 @@ class TieredCache(DynamicCache):
             sequences: ``[rows, columns]``, the prompt as it was given to ``begin`` and all tokens after it.
             name: name for the kept tokens of the first row, see ``name``.
             pin: never evict the named prefix.
-            ttl: seconds after its last use at which the named prefix is forgotten.
+            ttl: seconds after its last use at which the named prefix is forgotten, or a duration, e.g. ``"30d"``.
 
         Raises:
             BusyError: another call is using the cache.
@@ -357,7 +385,7 @@ class TieredCache(DynamicCache):
         self.turns.check_open()
         return exclusively(self.turns, "commit()", partial(self._commit, sequences, name, pin, ttl))
 
-    def _commit(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | None) -> TurnReport:
+    def _commit(self, sequences: torch.Tensor, name: str | None, pin: bool, ttl: float | str | None) -> TurnReport:
         self.turns.check_open()  # again: the cache may have been closed while this call waited
         if name is not None:
             checked_name(name)
@@ -367,14 +395,15 @@ class TieredCache(DynamicCache):
             self.name(name, pin=pin, ttl=ttl)
         return report
 
-    def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+    def name(self, name: str, *, row: int = 0, pin: bool = False, ttl: float | str | None = None) -> NamedPrefix:
         """Name the prefix that the last turn kept. An earlier prefix loses the name; its pin and ttl carry over.
 
         Args:
             name: 1 to 200 printable characters.
             row: which row of the batch.
             pin: never evict the named prefix.
-            ttl: seconds after its last use at which the named prefix is forgotten, pinned or not.
+            ttl: seconds after its last use at which the named prefix is forgotten, pinned or not, or a duration, e.g.
+                ``"30d"``.
 
         Raises:
             ClosedError: the cache was closed.
@@ -453,4 +482,5 @@ class TieredCache(DynamicCache):
         return twin
 
 
-install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call
+install()  # on import: Python looks up `model.generate` before it makes a cache in the arguments of that call (see also
+# early_lookup.py, for `import kvtier`)

@@ -12,7 +12,7 @@ from kvtier.offload.manager import AUTO, OffloadManager, default_spill_folder
 from kvtier.platform.filesystem import folder_path
 from kvtier.platform.memory import host_memory_bytes
 from kvtier.store import PrefixStore
-from kvtier.transfer import MakeEngine
+from kvtier.transfer.engines import MakeEngine
 from kvtier.units import parse_bytes
 
 

@@ -1,20 +1,25 @@
 """Allocation of tensors that stay writable, in inference mode and outside of it.
 
 PyTorch refuses to write a tensor made in inference mode in place once that mode has ended. A cache outlives the call
-that made its buffers, so every tensor that kvtier writes later is made here.
+that made its buffers, so every tensor that kvtier writes later is made here. torch is imported when the first
+tensor is made: looking after a store's files needs none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
 def writable_results() -> Iterator[None]:
     """Make tensors created inside writable outside of inference mode too; no gradients are recorded."""
+    import torch
+
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -31,6 +36,8 @@ def new_buffer(
     Raises:
         RuntimeError: the memory cannot be allocated or pinned.
     """
+    import torch
+
     with writable_results():
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvtier.kv.allocation import new_buffer
 from kvtier.kv.spec import LayerSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,7 +27,9 @@ class Page:
     @classmethod
     def empty(cls, tokens: int) -> Page:
         """Return the page of a layer that has nothing for ``tokens`` tokens."""
-        nothing = torch.empty(0, tokens, 0, device="cpu")
+        import torch  # here and below: looking after a store's files needs no tensors, and torch takes a second
+
+        nothing = torch.empty(0, tokens, 0, dtype=torch.float32, device="cpu")
         return cls(nothing, nothing)
 
     @classmethod
@@ -60,7 +65,7 @@ class PageView:
     @classmethod
     def on(cls, k_htd: torch.Tensor, v_htd: torch.Tensor) -> PageView:
         """Return a view of host tensors ``[heads, tokens, dim]``."""
-        return cls(k_htd.view(torch.uint8).numpy(), v_htd.view(torch.uint8).numpy())
+        return cls(_bytes_of(k_htd), _bytes_of(v_htd))
 
     def cut(self, first: int, last: int) -> PageView:
         """Return the part for the tokens ``[first, last)``."""
@@ -68,5 +73,13 @@ class PageView:
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""
-        np.copyto(self.k_htb, page.k_htd.view(torch.uint8).numpy()[:, first:last])
-        np.copyto(self.v_htb, page.v_htd.view(torch.uint8).numpy()[:, first:last])
+        np.copyto(self.k_htb, _bytes_of(page.k_htd)[:, first:last])
+        np.copyto(self.v_htb, _bytes_of(page.v_htd)[:, first:last])
+
+
+def _bytes_of(tensor_htd: torch.Tensor) -> Bytes:
+    """Return a host tensor ``[heads, tokens, dim]`` as ``[heads, tokens, bytes]``, without a copy."""
+    import torch
+
+    array: Bytes = tensor_htd.view(torch.uint8).numpy()
+    return array

@@ -5,20 +5,37 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",  # positions, which some indexers keep
+
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",  # positions, which some indexers keep
 }
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_NAMES = {f"torch.{torch_name}": name for name, torch_name in _TORCH_NAMES.items()}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8}
+"""Bytes of one number, by the dtypes that K and V can have."""
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """Return what files call ``dtype``; None if they cannot hold it."""
+    return _NAMES.get(str(dtype))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype that files call ``name``, one of ``ITEM_BYTES``."""
+    import torch  # here, so that headers can be read without it
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype
 
 
 def encode_header(

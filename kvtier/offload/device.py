@@ -21,7 +21,7 @@ from kvtier.offload.accounting import (
 )
 from kvtier.offload.placement import PagePlacement
 from kvtier.offload.prefetch import ColdLayer, PrefetchRing
-from kvtier.transfer import CopyEngine
+from kvtier.transfer.base import CopyEngine
 
 
 class BudgetedLayer(ColdLayer, Protocol):

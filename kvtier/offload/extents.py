@@ -14,8 +14,7 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.host_memory import HostPool, Slice, StagingBuffer
-from kvtier.transfer import CopyEngine, Fence
-from kvtier.transfer.base import Pair
+from kvtier.transfer.base import CopyEngine, Fence, Pair
 
 
 class Extent(Protocol):

@@ -12,7 +12,7 @@ from kvtier.errors import BudgetError
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
-from kvtier.transfer import Fence
+from kvtier.transfer.base import Fence
 
 _PIECES = 3  # one is read into, one is copied from, one is in between
 _PIECE_BYTES = 4 * 2**20

@@ -19,7 +19,7 @@ from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.filesystem import user_cache_folder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.report import TurnReport
-from kvtier.transfer import MakeEngine
+from kvtier.transfer.engines import MakeEngine
 
 AUTO = "auto"
 

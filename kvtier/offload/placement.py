@@ -18,7 +18,7 @@ from kvtier.offload.host_memory import HostPool, StagingBuffer
 from kvtier.offload.storage.encoded_pages import EncodedPages, FilePayloads, HostPayloads
 from kvtier.offload.storage.page_file import PageFile
 from kvtier.offload.storage.spill_folder import SpillFolder
-from kvtier.transfer import CopyEngine, Fence
+from kvtier.transfer.base import CopyEngine, Fence
 
 
 class ColdPages:

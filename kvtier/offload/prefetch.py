@@ -21,7 +21,7 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import PREFETCH_DEPTH, MemoryBudget, TransferStats
 from kvtier.offload.extents import Part
-from kvtier.transfer import CopyEngine, Fence
+from kvtier.transfer.base import CopyEngine, Fence
 
 _log = logging.getLogger("kvtier.offload")
 

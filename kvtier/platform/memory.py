@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
 
 _GIB = 2**30
 
@@ -100,6 +102,8 @@ def free_device_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         free, total = free_host_memory_bytes(), host_memory_bytes()
     else:
+        import torch  # only device budgets need it; a store is opened without
+
         try:
             module = torch.get_device_module(device)
         except RuntimeError:

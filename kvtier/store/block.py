@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec
 from kvtier.store.chain import BlockId
+
+if TYPE_CHECKING:
+    import torch
 
 
 def arrived() -> None:
@@ -82,7 +83,10 @@ class BlockReader(Protocol):
 
     id: BlockId
     tier: str
-    spec: KVSpec
+
+    @property
+    def spec(self) -> KVSpec:
+        """Its layers."""
 
     @property
     def is_plain(self) -> bool:

@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvtier.errors import UnavailableError
 from kvtier.kv.page import Page
@@ -22,12 +20,15 @@ from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
 
+if TYPE_CHECKING:
+    import torch
+
 _log = logging.getLogger("kvtier.store")
 Read = Callable[[int, int], tuple[Page, ...]]
 """``(start, stop)`` → host copies of the pages of all layers for those tokens; the store owns them."""
 
 
-States = Mapping[int, torch.Tensor]
+States: TypeAlias = "Mapping[int, torch.Tensor]"
 """Number of tokens of a sequence → states valid after them, U8 ``[bytes]``; the store owns them."""
 
 
@@ -269,6 +270,10 @@ class BlockWriter:
         if root in self._manifests:
             return self._manifests[root]
         return self._tiers.description(root)
+
+    def forget_manifests(self) -> None:
+        """Describe every root anew with its next commit."""
+        self._manifests.clear()
 
     def hit(self, keys: Sequence[str]) -> None:
         """Count restored blocks; the next commit passes the counts to the tiers."""

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvtier.errors import ConfigurationError
-from kvtier.units import size
+from kvtier.units import parse_seconds, size
 
 _LONGEST = 200
-
-
-LONGEST_SECONDS = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +88,10 @@ def checked_name(name: object) -> str:
     return name
 
 
-def checked_ttl(ttl: object) -> float | None:
-    """Return ``ttl`` in seconds.
+def checked_ttl(ttl: float | str | None, argument: str = "ttl") -> float | None:
+    """Return ``ttl`` in seconds: a number of seconds, or a duration, e.g. ``"30d"``; None stays None.
 
     Raises:
-        ConfigurationError: it is no positive number, or one of more than 30,000 years.
+        ConfigurationError: it is no duration above 0, or one of more than 30,000 years; the message names ``argument``.
     """
-    if ttl is None:
-        return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= LONGEST_SECONDS:
-        raise ConfigurationError(
-            f"ttl={ttl!r:.80} must be a number of seconds greater than 0 and at most {LONGEST_SECONDS:.0e}, or None."
-        )
-    return float(ttl)
+    return None if ttl is None else parse_seconds(ttl, argument)

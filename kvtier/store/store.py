@@ -40,9 +40,11 @@ from kvtier.store.costs.codec_choice import CodecChoice
 from kvtier.store.eviction.adaptive import Adaptive
 from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
+from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.manage.admin import StoreAdmin
 from kvtier.store.manage.chats import SavedChats
 from kvtier.store.manage.stats import StoreStats, store_stats
+from kvtier.store.manage.texts import Texts
 from kvtier.store.names import checked_ttl
 from kvtier.store.reading.back_fetch import BackFetch
 from kvtier.store.reading.load import LoadJob, UnusableBlocks, odd_ones, summary
@@ -55,7 +57,7 @@ from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.lower import checked_tiers
 from kvtier.store.tiers.stack import TierStack
 from kvtier.store.write_behind import WriteBehind
-from kvtier.transfer import Readers
+from kvtier.transfer.threads import Readers
 from kvtier.units import parse_bytes
 
 DEFAULT_BLOCK_SIZE = 256
@@ -106,7 +108,8 @@ class PrefixStore:
         free_space_floor: bytes to leave free on the drive, by default 1 GiB.
         durability: ``"full"``: after ``flush``, written blocks survive a power cut; ``"lazy"``: the system writes data
             back when it chooses, and a power cut may lose blocks, which are then recomputed.
-        ttl: seconds from the last use of a block until it expires, unless it is pinned; None for never.
+        ttl: seconds from the last use of a block until it expires, unless it is pinned; or a duration, e.g. ``"30d"``;
+            None for never.
         policy: decides which blocks are evicted first when there is no room.
         tail_delay: seconds that a conversation is idle before its tail block, which the next turn replaces by a longer
             one, is written to disk; while turns follow each other, at most six times as long. ``flush`` and ``close``
@@ -138,7 +141,7 @@ class PrefixStore:
         namespace: str = "",
         free_space_floor: int | str = DEFAULT_FREE_SPACE_FLOOR,
         durability: str = "full",
-        ttl: float | None = None,
+        ttl: float | str | None = None,
         policy: EvictionPolicy | None = None,
         tail_delay: float = DEFAULT_TAIL_DELAY_SECONDS,
         write_on: str = "first-use",
@@ -159,7 +162,7 @@ class PrefixStore:
             raise ConfigurationError(f"write_on={write_on!r} is unknown; pass 'first-use' or 'second-use'.")
         if isinstance(tail_delay, bool) or not isinstance(tail_delay, (int, float)) or not 0 <= tail_delay < _A_DAY:
             raise ConfigurationError(f"tail_delay={tail_delay!r} must be seconds, 0 or more, and less than a day.")
-        ttl = checked_ttl(ttl)
+        ttl_seconds = checked_ttl(ttl)
         host_bytes = default_host_budget_bytes() if host_budget is None else parse_bytes(host_budget, "host_budget")
         self._books = CostBooks(
             lambda root: self._tiers.costs(root), lambda *kept: self._tiers.keep_costs(*kept), clock
@@ -170,7 +173,7 @@ class PrefixStore:
             codec=codec,
             choose=CodecChoice(self._books.known, DiskTier.name) if is_chosen else None,
             floor_bytes=0 if free_space_floor == 0 else parse_bytes(free_space_floor, "free_space_floor"),
-            ttl_seconds=ttl,
+            ttl_seconds=ttl_seconds,
             progress=progress_of(progress),
         )
         self.block_size = block_size
@@ -201,7 +204,10 @@ class PrefixStore:
             on_second_use=write_on == "second-use",
             is_loaded_too_slowly=partial(self._books.is_loaded_too_slowly, DiskTier.name),
         )
-        self.admin = StoreAdmin(self.path, self._tiers, self._block_writer, self.flush, self._check_open, clock)
+        self._texts = Texts(folder, self._behind.submit)
+        self.admin = StoreAdmin(
+            self.path, self._tiers, self._block_writer, self._texts, self.flush, self._check_open, clock
+        )
         self._reading, self._fetching = Readers(), Readers(_FETCHING_THREADS)
         self._expire_at = clock() + _EXPIRE_SECONDS
         self._tally: Counter[str] = Counter()
@@ -420,6 +426,18 @@ class PrefixStore:
         self._check_open()
         return self._books.book(root, machine)
 
+    def lacks_vocabulary(self, root: str) -> bool:
+        """Whether there is no whole vocabulary beside ``root`` yet, and this process has tried to keep none."""
+        return not self._closed and self._texts.lacks(root)
+
+    def keep_vocabulary(self, root: str, make: Callable[[], Vocabulary]) -> None:
+        """Keep the vocabulary that ``make`` returns beside ``root``, so that its prefixes can be shown as text.
+
+        ``make`` is called behind the caller. A store in RAM keeps none. A failure costs a line in the log.
+        """
+        self._check_open()
+        self._texts.keep(root, make)
+
     def lookup_below(self) -> tuple[str, float] | None:
         """Return the name of the first tier below, and how long lookups there take; None where there is none."""
         self._check_open()
@@ -474,10 +492,16 @@ class PrefixStore:
     unpin = _of_admin(StoreAdmin.unpin)
     chains = _of_admin(StoreAdmin.chains)
     tokens_of = _of_admin(StoreAdmin.tokens_of)
+    tokens_of_chain = _of_admin(StoreAdmin.tokens_of_chain)
+    vocabulary = _of_admin(StoreAdmin.vocabulary)
     usage = _of_admin(StoreAdmin.usage)
     forget = _of_admin(StoreAdmin.forget)
     forget_chain = _of_admin(StoreAdmin.forget_chain)
     prune = _of_admin(StoreAdmin.prune)
+    clear = _of_admin(StoreAdmin.clear)
+    would_forget = _of_admin(StoreAdmin.would_forget)
+    would_forget_chain = _of_admin(StoreAdmin.would_forget_chain)
+    would_prune = _of_admin(StoreAdmin.would_prune)
     export = _of_admin(StoreAdmin.export)
     import_ = _of_admin(StoreAdmin.import_)
     verify = _of_admin(StoreAdmin.verify)

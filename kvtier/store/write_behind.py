@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kvtier.transfer import Writer
+from kvtier.transfer.writer import Writer
 
 LONGEST_RESTS = 6
 """Longest wait of a tail, in multiples of ``rest_seconds``, while each turn replaces it."""

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from kvtier.cli import app
 from kvtier.cli.doctor import command as doctor
-from kvtier.cli.doctor import devices, findings, scripts, selftest, spill
-from kvtier.transfer import InlineEngine, ThreadEngine, engine_for
+from kvtier.cli.doctor import devices, examination, findings, scripts, selftest, spill
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.base import InlineEngine
+from kvtier.transfer.cpu import ThreadEngine
 
 CPU = torch.device("cpu")
 Partition = namedtuple("Partition", "mountpoint fstype")
@@ -109,7 +111,7 @@ def test_json_on_standard_output_is_not_mixed_with_text(tmp_path, monkeypatch):
     [(LosesOneByte, "logits that are off by|another token"), (Fails, "ends with RuntimeError: the link is down")],
 )
 def test_broken_engine_is_reported_as_a_problem(tmp_path, monkeypatch, engine, says):
-    monkeypatch.setattr(doctor, "engine_for", lambda device: engine())
+    monkeypatch.setattr(examination, "engine_for", lambda device: engine())
     monkeypatch.setattr(selftest.SelfTest, "races", lambda self, seconds: ())
     report = tmp_path / "report.json"
     done = run("--spill-dir", tmp_path / "spill", "--json", report)
@@ -143,7 +145,7 @@ class Interrupted(ThreadEngine):
 @pytest.mark.usefixtures("without_accelerator")
 def test_interrupt_during_page_transfers_leaves_no_files_or_threads(tmp_path, monkeypatch):
     threads = threading.active_count()
-    monkeypatch.setattr(doctor, "engine_for", lambda device: Interrupted())
+    monkeypatch.setattr(examination, "engine_for", lambda device: Interrupted())
     assert run("--spill-dir", tmp_path / "spill", "--seconds", 0).exit_code == 130
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
@@ -198,7 +200,7 @@ def test_check_that_raises_is_a_problem_and_the_next_check_runs(tmp_path, monkey
         raise ZeroDivisionError("no clock")
 
     monkeypatch.setattr(devices, "memory_copies", broken)
-    found = by_subject(doctor.examine(tmp_path, 0, engine_for))
+    found = by_subject(examination.examine(tmp_path, 0, engine_for))
     assert found["memory"].level == "problem"
     assert found["memory"].text == "could not be looked at: ZeroDivisionError: no clock"
     assert "disk" in found
@@ -211,7 +213,7 @@ def test_every_accelerator_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "accelerator", lambda device: findings.Finding("ok", "accelerator", "stands in"))
     tested = []
     monkeypatch.setattr(selftest.SelfTest, "run", lambda self, seconds: tested.append((self.device, seconds)) or ())
-    found = list(doctor.examine(tmp_path, 3, lambda device: Beside()))
+    found = list(examination.examine(tmp_path, 3, lambda device: Beside()))
     subjects = [finding.subject for finding in found]
     assert subjects.count("accelerator") == subjects.count("streams") == subjects.count("link") == 2
     assert not findings.has_problem(found)

@@ -178,9 +178,10 @@ def test_ls_lists_names_and_counts_unnamed_chains(folder):
         "pinned",
         "expires",
         "in",
+        "model",
     ]
     assert lines[1].startswith("a note  ")
-    assert lines[1].rstrip().endswith("59 min")
+    assert lines[1].rstrip().endswith("59 min  root a1a1a1a1a1a1")
     assert lines[2].startswith("letter  ")
     assert lines[-1].startswith("1 chain without a name, ")
 

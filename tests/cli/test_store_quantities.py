@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.cli.store.output import parse_size, parse_span, span
+from kvtier.cli.store.output import parse_size, span
 from kvtier.errors import ConfigurationError
 from kvtier.units import size
 
@@ -42,20 +42,6 @@ def test_size_is_formatted_in_a_suitable_binary_unit(nbytes, text):
 )
 def test_duration_is_formatted_rounded_down(seconds, text):
     assert span(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("1s", 1), ("90 min", 5400), ("1.5h", 5400), ("30d", 2_592_000), (" 2 w ", 1_209_600)],
-)
-def test_parse_span_accepts_common_durations(text, seconds):
-    assert parse_span(text, "--ttl") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "5", "5m", "0s", "-1d", "1e3s", "1d2h", "d", "٣d x", "1 month"])
-def test_parse_span_refuses_invalid_durations(text):
-    with pytest.raises(ConfigurationError, match=r"--ttl=.* is not a duration"):
-        parse_span(text, "--ttl")
 
 
 def test_parse_size_accepts_byte_counts_and_refuses_other_text():

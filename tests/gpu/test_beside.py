@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from kvtier import PrefixStore, TieredCache
 from kvtier.kv.room import with_slack
 from kvtier.testing import Recorder
-from kvtier.transfer import StreamEngine
+from kvtier.transfer.accelerator import StreamEngine
 from tests.support.families import build
 
 HOT_PATH = ("/kvtier/hf/layers/", "/kvtier/kv/", "/kvtier/transfer/", "/kvtier/store/", "/kvtier/offload/")

@@ -25,7 +25,7 @@ from kvtier.cli.doctor.scripts import (
 )
 from kvtier.cli.doctor.selftest import busy
 from kvtier.hf.compat.names import CHUNKS_CONTINUE
-from kvtier.transfer import StreamEngine
+from kvtier.transfer.accelerator import StreamEngine
 from tests.support.places import Place
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]

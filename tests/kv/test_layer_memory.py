@@ -11,7 +11,8 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.codecs import ExponentZstd
 from kvtier.offload.manager import OffloadManager
 from kvtier.testing import LayerMemoryChecks, SimulatedEngine
-from kvtier.transfer import InlineEngine, ThreadEngine
+from kvtier.transfer.base import InlineEngine
+from kvtier.transfer.cpu import ThreadEngine
 
 
 class TestBuffer(LayerMemoryChecks):

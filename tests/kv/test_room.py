@@ -10,7 +10,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.room import Room
 from kvtier.offload.manager import OffloadManager
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 from tests.support.counted_memory import CountedMemory
 
 META = torch.device("meta")

@@ -19,7 +19,7 @@ from kvtier.kv.spec import LayerSpec
 from kvtier.offload.accounting import MemoryBudget
 from kvtier.offload.storage.encoded_pages import EncodedPages, FilePayloads, HostPayloads
 from kvtier.offload.storage.spill_folder import SpillFolder
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 from tests.support.int8_codec import Int8
 
 PAGE = 4

@@ -20,7 +20,9 @@ from kvtier.offload.placement import PagePlacement
 from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.memory import free_device_bytes
 from kvtier.testing import SimulatedEngine
-from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
+from kvtier.transfer.accelerator import StreamEngine, engine_for
+from kvtier.transfer.base import InlineEngine
+from kvtier.transfer.cpu import ThreadEngine
 
 
 @given(st.integers(1, 200))

@@ -1,9 +1,9 @@
-"""Parsing of byte counts."""
+"""Parsing of byte counts and durations."""
 
 import pytest
 
 from kvtier.errors import ConfigurationError
-from kvtier.units import parse_bytes
+from kvtier.units import parse_bytes, parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,23 @@ def test_parse_bytes_refuses_counts_below_one_byte(wrong):
 def test_invalid_byte_count_raises_a_value_error():
     with pytest.raises(ValueError, match="parsecs"):
         parse_bytes("12 parsecs", "budget")
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [(90, 90), (0.5, 0.5), ("1s", 1), ("90 min", 5400), ("1.5h", 5400), ("30d", 2_592_000), (" 2 w ", 1_209_600)],
+)
+def test_parse_seconds_accepts_common_durations(written, seconds):
+    assert parse_seconds(written, "--ttl") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "5m", "0s", "-1d", "1e3s", "1d2h", "d", "٣d x", "1 month"])
+def test_parse_seconds_refuses_invalid_durations(text):
+    with pytest.raises(ConfigurationError, match=r"--ttl=.* is not a duration"):
+        parse_seconds(text, "--ttl")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), 1e13, True, None, b"1d"])
+def test_parse_seconds_refuses_invalid_numbers(wrong):
+    with pytest.raises(ConfigurationError, match=r"ttl=.* must be a number of seconds"):
+        parse_seconds(wrong, "ttl")

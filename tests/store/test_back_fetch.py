@@ -16,7 +16,7 @@ from kvtier.store.chain import BlockId
 from kvtier.store.reading.back_fetch import BackFetch
 from kvtier.store.reading.load import LoadJob
 from kvtier.store.reading.lookup import Span
-from kvtier.transfer import Readers
+from kvtier.transfer.threads import Readers
 
 SPEC = KVSpec((LayerSpec(1, 2, 1, 2, torch.float32),))
 

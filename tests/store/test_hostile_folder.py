@@ -103,6 +103,7 @@ def test_owner_lock_that_cannot_be_opened_is_judged_by_its_process(folder, monke
         ("ttl_seconds", HUGE),
         ("ttl_seconds", 10**400),
         ("ttl_seconds", float("nan")),
+        ("ttl_seconds", "30d"),
         ("pinned", HUGE),
         ("keys", "abc"),
         ("keys", {"a": 1}),
@@ -134,7 +135,7 @@ def test_damaged_marker_without_blocks_is_refused_and_kept(tmp_path):
     assert (tmp_path / "kvtier.json").read_text() == "my notes"
 
 
-@pytest.mark.parametrize("ttl", [HUGE, 10**400, float("inf"), float("nan"), 0, -1, True, "30d"])
+@pytest.mark.parametrize("ttl", [HUGE, 10**400, float("inf"), float("nan"), 0, -1, True, "30 days"])
 def test_invalid_ttl_is_refused(ttl):
     with pytest.raises(ConfigurationError, match="ttl="):
         PrefixStore(ttl=ttl)

@@ -15,7 +15,7 @@ from kvtier.store.tiers.host.ranking import Leaves, RamValuation
 from kvtier.store.tiers.host.residents import Residents
 from kvtier.store.tiers.host.siblings import Siblings
 from kvtier.store.tiers.host.tier import HostTier
-from kvtier.transfer import Writer
+from kvtier.transfer.writer import Writer
 from tests.support.interrupts import InterruptAtLine
 from tests.support.stores import bytes_in_ram, commit, count, leftovers, restored_length, truth
 

@@ -209,7 +209,20 @@ def test_store_ttl_expires_all_blocks_except_pinned_ones(place):
         assert restored_length(store, count(8, first=50)) == 8
 
 
-@pytest.mark.parametrize("ttl", [0, -1, "1d", True, float("inf"), float("nan")])
+def test_ttl_and_unused_for_may_be_durations(place):
+    clock = Clock()
+    with new_store(place, clock=clock, ttl="2d") as store:
+        commit(store, count(10))
+        store.flush()
+        named = store.name("short", ROOT, count(10), ttl="12h")
+        assert named.expires_at == named.used_at + 12 * 3600
+        clock.now += 7199
+        assert store.prune(unused_for="2h").blocks == 0
+        clock.now += 2
+        assert store.prune(unused_for="2h").blocks > 0
+
+
+@pytest.mark.parametrize("ttl", [0, -1, "1 day", True, float("inf"), float("nan")])
 def test_invalid_ttl_is_refused(ttl):
     with pytest.raises(ConfigurationError, match="ttl="):
         PrefixStore(ttl=ttl)

@@ -87,6 +87,15 @@ def test_forget_unname_and_forget_by_tokens_remove_the_chat(chats):
         assert chats.chats.names() == ()
 
 
+def test_clear_removes_all_chats_damaged_ones_too(folder):
+    with PrefixStore(folder, block_size=4) as store:
+        store.chats.write("other", CHAT, after=None)
+        (folder / "chats" / f"{'0' * 64}.json").write_text("{")
+        store.clear()
+        assert store.chats.names() == ()
+    assert list((folder / "chats").iterdir()) == []
+
+
 def test_chat_without_a_named_chain_is_forgotten_unnamed_and_renamed(chats):
     chats.chats.write("x", CHAT, after=None)
     chats.rename("x", "y")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from kvtier.testing.device import DEVICE_TYPE
-from kvtier.transfer import CopyEngine, ThreadEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.base import CopyEngine
+from kvtier.transfer.cpu import ThreadEngine
 
 
 class StandIn(ThreadEngine):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 
 SEEDS = [*range(25), None]  # None: lazy
 LAYERS, SIZE = 5, 8

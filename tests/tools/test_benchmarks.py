@@ -35,7 +35,7 @@ from benchmarks.table import format_value
 from benchmarks.workload import copied, expect_source, keys_values, reported, running_text, seeded, timed_turn
 from kvtier import PrefixStore, TieredCache
 from kvtier.hf.compat.names import passed
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 from tests.support.upstream import CACHE
 
 VOCABULARY = 200  # vocabulary size of the tiny models

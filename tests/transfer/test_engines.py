@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kvtier.testing import EngineChecks, Recorder, SimulatedEngine
-from kvtier.transfer import InlineEngine, StreamEngine, ThreadEngine, engine_for
+from kvtier.transfer.accelerator import StreamEngine, engine_for
+from kvtier.transfer.base import InlineEngine
+from kvtier.transfer.cpu import ThreadEngine
 
 
 class TestInlineEngine(EngineChecks):

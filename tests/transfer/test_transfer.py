@@ -7,7 +7,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from kvtier.transfer import Readers, Writer
+from kvtier.transfer.threads import Readers
+from kvtier.transfer.writer import Writer
 from tests.support.interrupts import InterruptAtLine
 
 

@@ -10,7 +10,8 @@ import typer
 
 from kvtier.cli.chat.model import Device, Model, System, failures_of, open_chat, text_in
 from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder
-from kvtier.cli.store.output import parse_span, print_result
+from kvtier.cli.store.output import print_result
+from kvtier.units import parse_seconds
 
 
 def warm(
@@ -32,7 +33,7 @@ def warm(
     without computing it.
     """
     with failures_of("warm"):
-        seconds = None if ttl is None else parse_span(ttl, "--ttl")
+        seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
         text = text_in(document)
         with open_chat(model, device, store, name=name, system=system, document=text, pin=pin, ttl=seconds) as talk:
             began = time.perf_counter()

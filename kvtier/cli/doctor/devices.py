@@ -14,7 +14,8 @@ import torch
 
 from kvtier.cli.doctor.findings import Finding, gigabytes
 from kvtier.platform.memory import free_host_memory_bytes, host_memory_bytes
-from kvtier.transfer import CopyEngine, InlineEngine, MakeEngine
+from kvtier.transfer.base import CopyEngine, InlineEngine
+from kvtier.transfer.engines import MakeEngine
 
 _PACKAGES = ("kvtier", "torch", "transformers", "accelerate", "safetensors")
 _PIECE_BYTES = 64 * 2**20  # offloading pins this much at once

@@ -29,7 +29,10 @@ from kvtier.cli.doctor.scripts import (
 from kvtier.hf.cache import TieredCache
 from kvtier.report import TurnReport
 from kvtier.store import PrefixStore
-from kvtier.transfer import CopyEngine, MakeEngine, Readers, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.base import CopyEngine
+from kvtier.transfer.engines import MakeEngine
+from kvtier.transfer.threads import Readers
 
 _log = logging.getLogger("kvtier.cli")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kvtier.transfer import CopyEngine, engine_for
+from kvtier.transfer.accelerator import engine_for
+from kvtier.transfer.base import CopyEngine
 
 _SECONDS = 0.25  # of each kind; the fastest of a few counts, because disturbances only make things slower
 _ROWS = 512  # tokens of a piece of a prompt

@@ -26,6 +26,7 @@ for _command in (
     transfer.export,
     maintain.rm,
     maintain.prune,
+    maintain.clear,
     maintain.verify,
 ):
     app.command()(_command)

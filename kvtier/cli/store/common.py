@@ -22,6 +22,7 @@ from kvtier.errors import ConfigurationError, KvtierError, UnknownNameError
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.names import NamedPrefix
+from kvtier.store.open_stores import STORE_VARIABLE
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -31,9 +32,10 @@ DEFAULT_FOLDER = Path("~/.cache/kvtier")
 _NO_BUDGET = 2**62
 
 Folder = Annotated[
-    Path, typer.Option("--store", metavar="FOLDER", envvar="KVTIER_STORE", help="The folder of the store.")
+    Path, typer.Option("--store", metavar="FOLDER", envvar=STORE_VARIABLE, help="The folder of the store.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Tell what would be removed, and remove nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where standard input is no terminal.")]
 
 
@@ -98,6 +100,17 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
+def existing_store(folder: Path) -> Iterator[PrefixStore | None]:
+    """Open the store in ``folder``; yields None if there is none, and makes none."""
+    folder = folder.expanduser()
+    if not (folder / "kvtier.json").is_file():
+        yield None
+        return
+    with PrefixStore(folder, disk_budget=_NO_BUDGET) as store:
+        yield store
+
+
+@contextmanager
 def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
     """Open the store in ``folder`` until the command ends; failures within are reported as by ``told``.
 
@@ -115,7 +128,7 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
             fail(
                 WRONG_USAGE,
                 f"there is no store in {folder} (it has no kvtier.json); name its folder with --store or in the "
-                "environment variable KVTIER_STORE",
+                f"environment variable {STORE_VARIABLE}",
             )
         with PrefixStore(folder, disk_budget=_NO_BUDGET, progress=True) as store:
             yield store

@@ -9,14 +9,18 @@ from typing import Annotated
 import typer
 
 from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
-from kvtier.cli.store.output import make_console, name_record, parse_span, print_json, print_line, print_result
+from kvtier.cli.store.completion import complete_key, complete_name
+from kvtier.cli.store.listing import name_record
+from kvtier.cli.store.output import make_console, print_json, print_line, print_result
 from kvtier.store import PrefixStore
 from kvtier.store.names import NamedPrefix
-from kvtier.units import size
+from kvtier.units import parse_seconds, size
 
 
 def name(
-    key: Annotated[str, typer.Argument(help="How the key of a chain begins; ls --unnamed lists them.")],
+    key: Annotated[
+        str, typer.Argument(autocompletion=complete_key, help="How the key of a chain begins; ls --unnamed lists them.")
+    ],
     new_name: Annotated[str, typer.Argument(metavar="NAME", help="What it shall be called.")],
     pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
     ttl: Annotated[
@@ -28,7 +32,7 @@ def name(
 ) -> None:
     """Name a chain. A chain may have several names."""
     with told():
-        seconds = None if ttl is None else parse_span(ttl, "--ttl")
+        seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
     with opened(store) as open_store:
         found = chain(open_store, key)
         if not replace and any(each.name == new_name for each in open_store.names()):
@@ -38,7 +42,7 @@ def name(
 
 
 def rename(
-    old: Annotated[str, typer.Argument(metavar="NAME", help="What it is called now.")],
+    old: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_name, help="What it is called now.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="What it shall be called.")],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -52,7 +56,9 @@ def rename(
 
 
 def pin(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What shall stay.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", autocompletion=complete_name, help="What shall stay.")
+    ],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +73,12 @@ def _pinned(prefix: NamedPrefix) -> str:
 
 
 def unpin(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What may go again when there is no room.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", autocompletion=complete_name, help="What may go again when there is no room."
+        ),
+    ],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:

@@ -11,48 +11,54 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder, named, opened
+from kvtier.cli.store.common import (
+    DEFAULT_FOLDER,
+    FAILED,
+    WRONG_USAGE,
+    AsJson,
+    Folder,
+    chain,
+    fail,
+    named,
+    opened,
+    told,
+)
+from kvtier.cli.store.completion import InsteadOfAName, complete_filter, complete_name
+from kvtier.cli.store.listing import (
+    CHAIN_COLUMNS,
+    FIELDS,
+    NAME_COLUMNS,
+    Item,
+    Order,
+    items,
+    parse_filter,
+    record,
+    row,
+    sort,
+)
 from kvtier.cli.store.output import (
     Column,
+    Format,
     make_console,
     moment,
-    name_record,
     print_facts,
     print_json,
     print_line,
+    print_records,
     print_table,
     span,
 )
+from kvtier.cli.store.preview import Previews
 from kvtier.cli.store.roots import RootFile
-from kvtier.store.manage.inventory import Chain
+from kvtier.store import PrefixStore
 from kvtier.store.manage.stats import StoreUsage
-from kvtier.store.names import NamedPrefix
 from kvtier.store.prometheus import exposition
 from kvtier.units import size
 
-_NAME_COLUMNS = (
-    Column("name", "left", folds=True),
-    Column("tokens"),
-    Column("kept", dispensable=3),
-    Column("size"),
-    Column("own", dispensable=2),
-    Column("last use", dispensable=1),
-    Column("age", dispensable=6),
-    Column("hits", dispensable=5),
-    Column("pinned", "left", dispensable=4),
-    Column("expires in", dispensable=4),
-)
-_CHAIN_COLUMNS = (
-    Column("key", "left"),
-    Column("tokens"),
-    Column("size"),
-    Column("last use", dispensable=1),
-    Column("hits", dispensable=3),
-    Column("model", "left", dispensable=2),
-)
+_SHOWN_TOKENS = 100  # as text, of the beginning and of the end
 
 
-class Format(str, Enum):
+class StatsFormat(str, Enum):
     """How ``stats`` prints."""
 
     TABLE = "table"
@@ -65,122 +71,147 @@ def ls(
     unnamed: Annotated[
         bool, typer.Option("--unnamed", help="List what has no name instead, by key, the last used first.")
     ] = False,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            "-f",
+            metavar="KEY=VALUE|WORD",
+            autocompletion=complete_filter,
+            help="Only what fits; repeat it for more conditions. name=GLOB, model=, root=, text=, pinned=yes|no, "
+            "unused-for=30d, larger=1GiB, smaller=; a word is looked for in name, model and text.",
+        ),
+    ] = None,
+    order: Annotated[
+        Order | None, typer.Option("--sort", "-s", help="Default: name; with --unnamed: used.", show_choices=True)
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The other way round.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=0, help="Only the first so many.")] = None,
+    output: Annotated[
+        Format, typer.Option("--format", help="table; json, as --json; jsonl and csv have one line for each.")
+    ] = Format.TABLE,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only names, or keys, one a line.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the named prefixes, and the size of all others."""
+    output = Format.JSON if as_json else output
+    if quiet and output is not Format.TABLE:
+        fail(WRONG_USAGE, "--quiet prints names alone: pass it without --format and --json")
+    with told():
+        tests = [parse_filter(text) for text in filters or ()]
     with opened(store) as open_store:
-        names = open_store.names()
-        chains = [chain for chain in open_store.chains() if not chain.names]
-        used = open_store.usage()
+        previews = Previews(open_store)
+        found = items(open_store, unnamed=unnamed)
+        fitting = [item for item in found if all(test(item, previews) for test in tests)]
+        shown = sort(fitting, order or (Order.USED if unnamed else Order.NAME), reverse=reverse)[:limit]
+        texts = ["" if quiet else previews.last(item) for item in shown]
+        others = None if quiet or unnamed or output in (Format.JSONL, Format.CSV) else open_store.usage()
         folder = str(open_store.path)
-    if unnamed:
-        _list_chains(Path(folder), chains, as_json)
-    elif as_json:
-        without = {"chains": len(chains), "bytes": used.unnamed_bytes}
-        print_json({"store": folder, "names": [name_record(each) for each in names], "unnamed": without})
-    else:
-        _list_names(names, chains, used)
+    if quiet:
+        sys.stdout.writelines(f"{item.label}\n" for item in shown)
+        return
+    if output is not Format.TABLE:
+        records = [record(item, text) for item, text in zip(shown, texts, strict=True)]
+        if output is not Format.JSON:
+            print_records(records, FIELDS[unnamed], output)
+        elif others is None:
+            print_json({"store": folder, "chains": records})
+        else:
+            without = {"chains": others.unnamed_chains, "bytes": others.unnamed_bytes}
+            print_json({"store": folder, "names": records, "unnamed": without})
+        return
+    _print_list(shown, texts, len(found), others)
 
 
-def _list_names(names: Sequence[NamedPrefix], chains: Sequence[Chain], used: StoreUsage) -> None:
+def _print_list(shown: Sequence[Item], texts: Sequence[str], of: int, others: StoreUsage | None) -> None:
+    """Print items ``shown`` of ``of``; ``others`` is the usage of the store for names, and None for chains."""
     console, now = make_console(), time.time()
-    if names:
-        print_table(console, _NAME_COLUMNS, [_name_row(each, now) for each in names])
+    rows = [row(item, text, now) for item, text in zip(shown, texts, strict=True)]
+    if rows:
+        print_table(console, CHAIN_COLUMNS if others is None else NAME_COLUMNS, rows)
+    if len(shown) < of:
+        print_line(console, f"{len(shown)} of {of} are shown.")
+    if others is None:
+        if not of:
+            print_line(console, "Nothing here is without a name.")
+        return
+    if rows:
         console.print()
-    if chains:
-        without = f"{len(chains)} chain{'' if len(chains) == 1 else 's'} without a name"
-        without += f", {size(used.unnamed_bytes)} that no name uses"
+    if chains := others.unnamed_chains:
+        without = f"{chains} chain{'' if chains == 1 else 's'} without a name"
+        without += f", {size(others.unnamed_bytes)} that no name uses"
         print_line(console, f"{without}; kvtier store ls --unnamed lists them.")
-    elif names:
-        print_line(console, "Everything here has a name.")
     else:
-        print_line(console, "The store is empty.")
-
-
-def _name_row(each: NamedPrefix, now: float) -> Sequence[str]:
-    return (
-        each.name,
-        str(each.tokens),
-        str(each.kept_tokens),
-        size(each.nbytes),
-        size(each.own_bytes),
-        f"{span(now - each.used_at)} ago",
-        span(now - each.created_at),
-        str(each.hits),
-        "yes" if each.pinned else "",
-        "" if each.expires_at is None else span(each.expires_at - now),
-    )
-
-
-def _list_chains(folder: Path, chains: Sequence[Chain], as_json: bool) -> None:
-    if as_json:
-        records = [
-            {
-                "key": chain.key,
-                "root": chain.root,
-                "tokens": chain.tokens,
-                "bytes": chain.nbytes,
-                "used_unix_seconds": chain.used_at,
-                "hits": chain.hits,
-                "names": list(chain.names),
-            }
-            for chain in chains
-        ]
-        print_json({"store": str(folder), "chains": records})
-        return
-    console, now = make_console(), time.time()
-    if not chains:
-        print_line(console, "Nothing here is without a name.")
-        return
-    titles = {root: RootFile.read(folder, root).title for root in {chain.root for chain in chains}}
-    rows = [
-        (
-            chain.key[:12],
-            str(chain.tokens),
-            size(chain.nbytes),
-            f"{span(now - chain.used_at)} ago",
-            str(chain.hits),
-            titles[chain.root],
-        )
-        for chain in chains
-    ]
-    print_table(console, _CHAIN_COLUMNS, rows)
+        print_line(console, "Everything here has a name." if of else "The store is empty.")
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="What is to be shown.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", autocompletion=complete_name, help="What is to be shown.")
+    ] = None,
+    key: InsteadOfAName = None,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="How many of its first token ids to show.")] = 16,
+    whole_text: Annotated[bool, typer.Option("--text", help="Print its text, and nothing else.")] = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Show one named prefix: its size, its model, its first token ids."""
+    """Show one prefix: its size, its model, its text if its tokenizer is known, and its first token ids."""
+    if (name is None) == (key is None):
+        fail(WRONG_USAGE, "show takes a name, or the key of a chain with --key")
     with opened(store) as open_store:
-        prefix = named(open_store, name)
-        first = [int(token) for token in open_store.tokens_of(name)[:tokens]]
-        folder = Path(str(open_store.path))
-    file = RootFile.read(folder, prefix.root)
+        if name is not None:
+            prefix = named(open_store, name)
+            item, ids = Item(prefix, None, RootFile.read(_path(open_store), prefix.root)), open_store.tokens_of(name)
+        else:
+            found = chain(open_store, key or "")
+            item = Item(None, found, RootFile.read(_path(open_store), found.root))
+            ids = open_store.tokens_of_chain(found.key)
+        previews = Previews(open_store)
+        text = previews.lines(item.root, ids) if whole_text else None
+        begin = previews.line(item.root, ids[:_SHOWN_TOKENS])
+        end = previews.line(item.root, ids[_SHOWN_TOKENS:][-_SHOWN_TOKENS:])
+        folder = _path(open_store)
+        if whole_text and text is None:
+            fail(FAILED, f"no text of {item.label!r:.80} is known: no cache with a tokenizer has used its model")
+    first = ids[:tokens].tolist()
     if as_json:
-        more = {"first_token_ids": first, "manifest": file.manifest, "manifest_problem": file.problem}
-        print_json({"store": str(folder), **name_record(prefix), **more})
-        return
-    now = time.time()
-    dropped = "" if prefix.kept_tokens == prefix.tokens else f", of which {prefix.kept_tokens} are still kept"
-    expires = "never" if prefix.expires_at is None else moment(prefix.expires_at)
-    facts = [
-        ("name", prefix.name),
-        ("tokens", f"{prefix.tokens}{dropped}"),
-        ("size", f"{size(prefix.nbytes)}, of which {size(prefix.own_bytes)} are used by nothing else"),
-        ("named", moment(prefix.created_at)),
-        ("last use", f"{moment(prefix.used_at)} ({span(now - prefix.used_at)} ago)"),
-        ("hits", str(prefix.hits)),
-        ("pinned", "yes" if prefix.pinned else "no"),
-        ("expires", expires),
-        *file.facts,
-    ]
+        more = {"first_token_ids": first, "manifest": item.model.manifest, "manifest_problem": item.model.problem}
+        texts = {"first_text": begin, "last_text": end or begin} | ({"whole_text": text} if whole_text else {})
+        print_json({"store": str(folder), **record(item, end or begin), **texts, **more})
+    elif text is not None:
+        sys.stdout.write(f"{text}\n")
+    else:
+        print_facts(make_console(), _facts(item, begin, end, first, more_follow=len(ids) > len(first)))
+
+
+def _path(store: PrefixStore) -> Path:
+    return Path(str(store.path))
+
+
+def _facts(item: Item, begin: str, end: str, first: Sequence[int], *, more_follow: bool) -> list[tuple[str, str]]:
+    """Return what ``show`` tells, a heading and a text each."""
+    now, prefix = time.time(), item.prefix
+    last_use = ("last use", f"{moment(item.used_at)} ({span(now - item.used_at)} ago)")
+    if prefix is None:
+        facts = [("key", item.label), ("tokens", str(item.tokens)), ("size", size(item.nbytes)), last_use]
+        facts.append(("hits", str(item.hits)))
+    else:
+        dropped = "" if prefix.kept_tokens == prefix.tokens else f", of which {prefix.kept_tokens} are still kept"
+        facts = [
+            ("name", prefix.name),
+            ("tokens", f"{prefix.tokens}{dropped}"),
+            ("size", f"{size(prefix.nbytes)}, of which {size(prefix.own_bytes)} are used by nothing else"),
+            ("named", moment(prefix.created_at)),
+            last_use,
+            ("hits", str(prefix.hits)),
+            ("pinned", "yes" if prefix.pinned else "no"),
+            ("expires", "never" if prefix.expires_at is None else moment(prefix.expires_at)),
+        ]
+    facts += item.model.facts
+    facts += [(title, text) for title, text in (("begins", begin), ("ends", end)) if text]
     if first:
-        more_follow = " …" if prefix.kept_tokens > len(first) else ""
-        facts.append(("token ids", " ".join(map(str, first)) + more_follow))
-    print_facts(make_console(), facts)
+        facts.append(("token ids", " ".join(map(str, first)) + (" …" if more_follow else "")))
+    return facts
 
 
 def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
@@ -188,7 +219,7 @@ def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
     with opened(store) as open_store:
         used = open_store.usage()
         names = sorted(open_store.names(), key=lambda each: (-each.own_bytes, -each.nbytes, each.name))
-        folder = Path(str(open_store.path))
+        folder = _path(open_store)
     files = {root.root: RootFile.read(folder, root.root) for root in used.roots}
     if as_json:
         roots = [
@@ -238,9 +269,9 @@ def du(store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
 def stats(
     store: Folder = DEFAULT_FOLDER,
     output: Annotated[
-        Format,
+        StatsFormat,
         typer.Option("--format", help="table; json, as --json; or prometheus, the text format of its exporters."),
-    ] = Format.TABLE,
+    ] = StatsFormat.TABLE,
     as_json: AsJson = False,
 ) -> None:
     """Show how much is stored. Cache hits are counted by each program that uses the store, for itself."""
@@ -248,11 +279,11 @@ def stats(
         found = open_store.stats()
         chains = open_store.chains()
         unnamed = open_store.usage().unnamed_bytes
-    if output is Format.PROMETHEUS and not as_json:
+    if output is StatsFormat.PROMETHEUS and not as_json:
         sys.stdout.write(exposition(found, of_process=False))
         return
     disk = next(tier for tier in found.tiers if tier.tier == "disk")
-    if output is Format.JSON or as_json:
+    if output is StatsFormat.JSON or as_json:
         print_json(
             {
                 "store": found.path,

@@ -1,4 +1,4 @@
-"""The commands that delete, after asking: ``rm``, ``prune`` and ``verify --repair``; ``verify`` alone only checks."""
+"""The commands that delete, after asking: ``rm``, ``prune``, ``clear``, ``verify --repair``. ``verify`` only checks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvtier.cli.store.common import (
     FAILED,
     WRONG_USAGE,
     AsJson,
+    DryRun,
     Folder,
     Yes,
     chain,
@@ -25,11 +26,11 @@ from kvtier.cli.store.common import (
     spinner,
     told,
 )
+from kvtier.cli.store.completion import InsteadOfAName, complete_name
 from kvtier.cli.store.output import (
     Column,
     make_console,
     parse_size,
-    parse_span,
     plain,
     print_json,
     print_line,
@@ -39,17 +40,19 @@ from kvtier.cli.store.output import (
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Forgotten
 from kvtier.store.manage.verify import Problem, VerifyReport
-from kvtier.units import size
+from kvtier.units import parse_seconds, size
 
 
 def rm(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="What shall be forgotten.")] = None,
-    key: Annotated[
-        str | None, typer.Option("--key", help="Instead of a name: how the key of a chain begins (ls --unnamed).")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME...]", autocompletion=complete_name, help="What shall be forgotten."),
     ] = None,
+    key: InsteadOfAName = None,
     name_only: Annotated[
         bool, typer.Option("--name-only", help="Take only the names away; what they named stays until it is evicted.")
     ] = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -62,24 +65,28 @@ def rm(
         fail(WRONG_USAGE, "--name-only goes with names: a chain without a name has none to lose")
     with opened(store) as open_store:
         if key is not None:
-            removed = _forget_chain(open_store, key, yes)
+            removed = _forget_chain(open_store, key, dry_run, yes)
         else:
-            removed = _forget_names(open_store, wanted, name_only, yes)
-    _tell(removed, as_json)
+            removed = _forget_names(open_store, wanted, name_only, dry_run, yes)
+    _tell(removed, as_json, dry_run)
 
 
-def _forget_chain(store: PrefixStore, key: str, yes: bool) -> Forgotten:
+def _forget_chain(store: PrefixStore, key: str, dry_run: bool, yes: bool) -> Forgotten:
     found = chain(store, key)
     if found.names:
         fail(WRONG_USAGE, f"the chain {found.key[:12]} is called {found.names[0]!r}; pass its name instead of --key")
+    if dry_run:
+        return store.would_forget_chain(found.key)
     confirm(f"Forget the chain {found.key[:12]}, {found.tokens} tokens?", yes)
     return store.forget_chain(found.key)
 
 
-def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, yes: bool) -> Forgotten:
+def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, dry_run: bool, yes: bool) -> Forgotten:
     known = {each.name for each in store.names()}
     chats = [name for name in names if name not in known and store.chats.read(name) is not None]
     found = [named(store, name) for name in names if name not in chats]  # all of them, or none
+    if dry_run:
+        return Forgotten(0, 0) if name_only else store.would_forget([each.name for each in found])
     for name in chats:
         confirm(f"Forget the chat {plain(name)}, of which only the messages are kept?", yes)
     for each in found:
@@ -110,6 +117,7 @@ def prune(
         typer.Option("--unused-for", metavar="DURATION", help="Remove what was not used for so long, e.g. 30d."),
     ] = None,
     expired: Annotated[bool, typer.Option("--expired", help="Remove only what has expired; nothing is asked.")] = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -117,12 +125,15 @@ def prune(
     """Make room. Expired prefixes are always removed. Pinned prefixes, and blocks being read, stay."""
     with told():
         to_bytes = None if to is None else parse_size(to, "--to")
-        seconds = None if unused_for is None else parse_span(unused_for, "--unused-for")
+        seconds = None if unused_for is None else parse_seconds(unused_for, "--unused-for")
     if to_bytes is None and seconds is None and not expired:
         fail(WRONG_USAGE, "say what may go: --to SIZE, --unused-for DURATION or --expired")
     if expired and (to_bytes is not None or seconds is not None):
         fail(WRONG_USAGE, "--expired is for itself: the other options remove what has expired, too")
     with opened(store) as open_store:
+        if dry_run:
+            _tell(open_store.would_prune(to_bytes=to_bytes, unused_for=seconds), as_json, dry_run)
+            return
         before = _disk_bytes(open_store)
         if seconds is not None:
             confirm(f"Remove what was not used for {unused_for}, pinned names excepted?", yes)
@@ -140,20 +151,40 @@ def _disk_bytes(store: PrefixStore) -> int:
     return sum(tier.nbytes for tier in store.stats().tiers if tier.tier == "disk")
 
 
-def _tell(removed: Forgotten, as_json: bool) -> None:
-    text = f"Removed {removed.blocks} block{'' if removed.blocks == 1 else 's'}, {size(removed.nbytes)}."
-    print_result({"removed_blocks": removed.blocks, "removed_bytes": removed.nbytes}, text, as_json)
+def clear(dry_run: DryRun = False, yes: Yes = False, store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
+    """Remove everything for good: all names, chats and blocks, pinned ones too. The empty store stays."""
+    with opened(store) as open_store:
+        usage = open_store.usage()
+        if dry_run:
+            removed = Forgotten(sum(root.blocks for root in usage.roots), usage.nbytes)
+        else:
+            names = len(open_store.names())
+            confirm(f"Remove all {size(usage.nbytes)} in {plain(open_store.path)}, {names} names among them?", yes)
+            with spinner("Removing …"):
+                removed = open_store.clear()
+    _tell(removed, as_json, dry_run)
+
+
+def _tell(removed: Forgotten, as_json: bool, dry_run: bool = False) -> None:
+    done = "Would remove" if dry_run else "Removed"
+    text = f"{done} {removed.blocks} block{'' if removed.blocks == 1 else 's'}, {size(removed.nbytes)}."
+    record = {"removed_blocks": removed.blocks, "removed_bytes": removed.nbytes}
+    print_result({**record, "dry_run": True} if dry_run else record, text, as_json)
 
 
 def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Put right what can be; damaged blocks are deleted, and recomputed later.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="With --repair: only tell which problems there are.")
+    ] = False,
     yes: Yes = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
     """Read every file and compare it with its checksum and with the catalog. Exit code 1 when something is wrong."""
+    repair = repair and not dry_run
     with opened(store) as open_store:
         if repair:
             confirm("Delete what is damaged, and put right what can be?", yes)

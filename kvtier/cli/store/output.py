@@ -6,13 +6,14 @@ names, and times as Unix seconds.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 from rich.cells import cell_len
@@ -20,12 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvtier.errors import ConfigurationError
-from kvtier.store.names import NamedPrefix
 from kvtier.units import parse_bytes
-
-_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def span(seconds: float) -> str:
@@ -41,21 +37,6 @@ def moment(unix_seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
 
 
-def parse_span(text: str, option: str) -> float:
-    """Return the seconds in ``text``, e.g. ``30d``, ``12h``, ``1.5 h``.
-
-    Raises:
-        ConfigurationError: ``text`` is not a duration above 0; the message names ``option``.
-    """
-    match = _SPAN.fullmatch(text)
-    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    if not seconds:
-        raise ConfigurationError(
-            f"{option}={text!r:.80} is not a duration; write a number above 0 and s, min, h, d or w, e.g. 30d or 12h."
-        )
-    return seconds
-
-
 def parse_size(text: str, option: str) -> int:
     """Return the bytes in ``text``, e.g. ``10GiB``; 0 is allowed.
 
@@ -66,7 +47,8 @@ def parse_size(text: str, option: str) -> int:
 
 
 _GAP = 2
-_NARROWEST = 16  # a long name is folded down to this width before columns are left out
+_NARROWEST = 16  # a long name is folded, and a text cut, down to this width before columns are left out
+_WIDEST_TEXT = 80
 _WIDTH_OF_A_FILE = 200  # without a terminal
 
 
@@ -79,12 +61,15 @@ class Column:
         justify: alignment of its cells.
         dispensable: 0 if it must be shown; the larger, the sooner it is left out.
         folds: whether its cells may wrap to the next line.
+        fills: whether its cells take the width that is left, and are cut at their beginning where that is too small. A
+            column that fills and has only empty cells is left out.
     """
 
     title: str
     justify: Literal["left", "right"] = "right"
     dispensable: int = 0
     folds: bool = False
+    fills: bool = False
 
 
 def plain(text: object) -> str:
@@ -100,28 +85,47 @@ def make_console() -> Console:
 
 def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, without the most dispensable columns where the width is too small."""
-    widths = [_width(column, [row[i] for row in rows]) for i, column in enumerate(columns)]
-    shown = list(range(len(columns)))
+    lines = [[plain(cell) for cell in row] for row in rows]
+    widths = [_width(column, [row[i] for row in lines]) for i, column in enumerate(columns)]
+    shown = [i for i, column in enumerate(columns) if not column.fills or any(row[i] for row in lines)]
+    without_text = [i for i in range(len(columns)) if i not in shown]
     while sum(widths[i] + _GAP for i in shown) - _GAP > console.width:
         last = max(shown, key=lambda i: columns[i].dispensable)
         if not columns[last].dispensable:
             break
         shown.remove(last)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    others = [i for i in shown if not columns[i].fills]
+    unfolded = (max(map(cell_len, (columns[i].title, *(row[i] for row in lines)))) for i in others)
+    natural = console.width - sum(width + _GAP for width in unfolded)
+    left = natural if natural >= _NARROWEST else console.width - sum(widths[i] + _GAP for i in others)
     for i in shown:
         column = columns[i]
+        if column.fills:
+            for row in lines:
+                row[i] = _cut_front(row[i], min(left, _WIDEST_TEXT))
         table.add_column(column.title, justify=column.justify, no_wrap=not column.folds, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(plain(row[i])) for i in shown))
+    for row in lines:
+        table.add_row(*(Text(row[i]) for i in shown))
     console.print(table)
-    left_out = [column.title for i, column in enumerate(columns) if i not in shown]
+    left_out = [column.title for i, column in enumerate(columns) if i not in (*shown, *without_text)]
     if left_out:
         print_line(console, f"Too narrow for: {', '.join(left_out)}. They are in --json.", style="dim")
 
 
 def _width(column: Column, cells: Iterable[str]) -> int:
     widest = max(cell_len(text) for text in (column.title, *cells))
-    return max(cell_len(column.title), min(widest, _NARROWEST)) if column.folds else widest
+    return max(cell_len(column.title), min(widest, _NARROWEST)) if column.folds or column.fills else widest
+
+
+def _cut_front(text: str, width: int) -> str:
+    """Return the end of ``text`` that fits into ``width`` cells, after an ellipsis if it is not all."""
+    if cell_len(text) <= width:
+        return text
+    begin = max(0, len(text) - width + 1)
+    while cell_len(text[begin:]) > width - 1:
+        begin += 1
+    return f"…{text[begin:].lstrip()}"
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
@@ -141,26 +145,35 @@ def print_json(record: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
 
+class Format(str, Enum):
+    """How a listing is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+def print_records(records: Sequence[Mapping[str, Any]], fields: Sequence[str], output: Format) -> None:
+    """Print records to standard output, one a line: as JSON objects, or as CSV after a heading."""
+    if output is Format.JSONL:
+        sys.stdout.writelines(json.dumps(record) + "\n" for record in records)
+        return
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(fields)
+    for record in records:
+        writer.writerow([_csv_cell(record[field]) for field in fields])
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return plain(" ".join(map(str, value)))
+    return "" if value is None else value if isinstance(value, (int, float)) else plain(value)
+
+
 def print_result(record: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Print ``record`` for programs, or one line for people."""
     if as_json:
         print_json(record)
     else:
         print_line(make_console(), text)
-
-
-def name_record(named: NamedPrefix) -> dict[str, Any]:
-    """Return a named prefix for programs."""
-    return {
-        "name": named.name,
-        "root": named.root,
-        "tokens": named.tokens,
-        "kept_tokens": named.kept_tokens,
-        "bytes": named.nbytes,
-        "own_bytes": named.own_bytes,
-        "created_unix_seconds": named.created_at,
-        "used_unix_seconds": named.used_at,
-        "expires_unix_seconds": named.expires_at,
-        "hits": named.hits,
-        "pinned": named.pinned,
-    }

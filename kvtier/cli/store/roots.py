@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,15 @@ class RootFile:
             f"namespace {self.manifest['namespace']}" if self.manifest.get("namespace") else None,
         ]
         return ", ".join(str(part) for part in parts if part)
+
+    @property
+    def name(self) -> str:
+        """What the model is called, without its folder or owner; else its class; else the root."""
+        called = self._setting("_model_name_or_path") or self._setting("_name_or_path")
+        if isinstance(called, str) and called.strip("/\\. "):
+            return re.split(r"[/\\]", called.rstrip("/\\ "))[-1]
+        model = self.manifest.get("model") if self.manifest is not None else None
+        return str(model) if model else f"root {self.root[:12]}"
 
     def _setting(self, name: str) -> Any:
         config = self.manifest.get("config") if self.manifest else None

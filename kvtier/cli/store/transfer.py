@@ -19,14 +19,16 @@ from kvtier.cli.store.common import (
     spinner,
     told,
 )
-from kvtier.cli.store.output import name_record, print_result
+from kvtier.cli.store.completion import complete_name
+from kvtier.cli.store.listing import name_record
+from kvtier.cli.store.output import print_result
 from kvtier.errors import ConfigurationError
 from kvtier.store.format.archive import Archive
 from kvtier.units import size
 
 
 def export(
-    name: Annotated[str, typer.Argument(help="What shall be written.")],
+    name: Annotated[str, typer.Argument(autocompletion=complete_name, help="What shall be written.")],
     file: Annotated[Path, typer.Argument(help="Where to; it must not exist.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     store: Folder = DEFAULT_FOLDER,

@@ -90,7 +90,7 @@ class Chat:
         self._template = ChatTemplate(tokenizer, tools, template or {})
         self.model = model
         self._is_own_cache = not isinstance(cache, TieredCache)
-        self.cache = cache if isinstance(cache, TieredCache) else TieredCache(cache)
+        self.cache = cache if isinstance(cache, TieredCache) else TieredCache(cache, tokenizer=self._template.tokenizer)
         self._settings, self._rewarm = settings, rewarm
         self._answering = threading.Lock()
         self._last_turn: ChatReport | None = None

@@ -15,6 +15,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.model_profiles import cache_argument, forget_notes
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, POSITIONAL, PREPARE_CACHE, decoder_cache
 from kvtier.hf.generate import class_hooks
+from kvtier.hf.generate.early_lookup import original_of
 from kvtier.hf.generate.prefill import restore_classes
 from kvtier.hf.generate.request import parse_request
 from kvtier.hf.generate.run import run_turn
@@ -43,9 +44,9 @@ _hook: _Hook | None = None
 
 
 def install() -> None:
-    """Wrap ``GenerationMixin.generate``. Called on import of kvtier, and by the first cache after ``uninstall``.
+    """Wrap ``GenerationMixin.generate``. Calls without a ``TieredCache`` pass through untouched.
 
-    Calls without a ``TieredCache`` pass through untouched.
+    Called when ``TieredCache`` is imported, and by the first cache after ``uninstall``.
     """
     global _hook
     class_hooks.install()
@@ -56,7 +57,7 @@ def install() -> None:
             return
         if _hook is not None:
             _hook.active = False  # if it is still called, the new hook lies above it
-        originals = {"generate": GenerationMixin.generate}
+        originals = {"generate": original_of(GenerationMixin.generate)}
         if hasattr(GenerationMixin, PREPARE_CACHE):
             originals[PREPARE_CACHE] = getattr(GenerationMixin, PREPARE_CACHE)
         hook = _hook = _Hook(originals, {})

@@ -40,6 +40,8 @@ def run_turn(original: Generate, model: PreTrainedModel, turns: TurnManager, req
     if isinstance(request.past, EncoderDecoderCache):
         return _run_encoder_decoder(original, model, turns, request)
     settle(model)
+    if turns.tokenizer is None and hasattr(given := request.arguments.get("tokenizer"), "get_vocab"):
+        turns.tokenizer = given
     streamer, stream_failed = request.arguments.get("streamer"), False
     while True:
         report = turns.begin(model, request)

@@ -35,7 +35,8 @@ from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.room import Room, WindowRoom
 from kvtier.kv.window import Window
 from kvtier.offload.manager import OffloadManager
-from kvtier.transfer import CopyEngine, Engines, MakeEngine
+from kvtier.transfer.base import CopyEngine
+from kvtier.transfer.engines import Engines, MakeEngine
 
 _log = logging.getLogger("kvtier.hf")
 

@@ -14,7 +14,7 @@ from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
 from kvtier.kv.window import Range
-from kvtier.transfer import CopyEngine, Fence
+from kvtier.transfer.base import CopyEngine, Fence
 
 
 @dataclass(frozen=True, slots=True, eq=False)

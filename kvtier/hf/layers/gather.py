@@ -16,8 +16,7 @@ from kvtier.hf.layers.dropped import Piece
 from kvtier.kv.base import LayerMemory
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.page import Page
-from kvtier.transfer import CopyEngine, Fence
-from kvtier.transfer.base import Pair, copy_pairs
+from kvtier.transfer.base import CopyEngine, Fence, Pair, copy_pairs
 
 _log = logging.getLogger("kvtier.hf")
 _STAGE_BYTES = 256 * 2**20  # pinned memory for a commit; more would be slow to pin

@@ -21,6 +21,7 @@ from kvtier.hf.identity.trusted_hooks import NO_HOOKS, TrustedHooks
 from kvtier.hf.inputs.continued import media_error
 from kvtier.hf.inputs.prompt import Prompt, ResidentPrefix
 from kvtier.hf.inputs.request import GenerateRequest
+from kvtier.hf.inputs.vocabulary import vocabulary_of
 from kvtier.hf.layers.container import LayerContainer
 from kvtier.hf.layers.state_checkpoints import StateCheckpoints
 from kvtier.hf.not_reusable import NotReusable, warn_of
@@ -68,6 +69,7 @@ class TurnManager:
         last_turn: the report of the last turn that has begun; None before the first.
         log: the reports of turns that have ended, and their totals; those of forks have logs of their own.
         closed: whether the cache was closed.
+        tokenizer: shows stored prefixes as text; None if it is not known.
 
     Raises:
         ConfigurationError: ``wait_seconds`` is not a valid number of seconds.
@@ -95,6 +97,7 @@ class TurnManager:
         self.last_turn: TurnReport | None = None
         self.log = TurnLog()
         self.closed = False
+        self.tokenizer: Any = None
         self.turn: Turn | None = None
         self._resident: HeldPrefix | None = None
         self._checkpoints = StateCheckpoints()
@@ -198,7 +201,6 @@ class TurnManager:
         self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
-        self._is_asynchronous = is_asynchronous(model.device)
         self.abort()
         config = getattr(model, "config", None)
         if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
@@ -214,6 +216,7 @@ class TurnManager:
             self.lay_out(self.layers.config)
         self._root = identity.root
         self._book = self.store.costs(identity.root, machine_name(model.device))
+        self._is_asynchronous = is_asynchronous(model.device)
         cold = why_cold(prompt, request, self.layers)
         if cold is not None:
             return self._start(request, self._cold_turn(prompt, identity, request, cold))
@@ -445,6 +448,7 @@ class TurnManager:
                     self.lay_out(self.layers.config)
                 else:
                     self._resident = HeldPrefix(kept, self.layers)
+                    self._keep_vocabulary(turn.identity.root)
         except Exception as error:
             # The answer exists: failing to keep the turn must not lose it.
             _log.warning("this turn is not kept: %s: %s", type(error).__name__, error, exc_info=error)
@@ -496,6 +500,16 @@ class TurnManager:
         if turn is not None:
             turn.let_go()
 
+    def _keep_vocabulary(self, root: str) -> None:
+        """Keep the vocabulary of the tokenizer, if it is known, in the store. A failure costs a line in the log."""
+        if self.tokenizer is None or not self.store.lacks_vocabulary(root):
+            return
+        try:
+            self.store.keep_vocabulary(root, vocabulary_of(self.tokenizer))
+        except Exception as error:  # the tokenizer may be anybody's
+            self.tokenizer = None
+            _log.warning("stored prefixes have no text: %s: %s", type(error).__name__, error)
+
     def copy_to(self, twin: TurnManager, memo: dict[int, Any]) -> None:
         """Copy the content and the running turn to ``twin``, the manager of a second cache."""
         turn = self.turn
@@ -511,6 +525,7 @@ class TurnManager:
         if self._resident is not None and self._resident.is_in(self.layers):
             twin._resident = HeldPrefix(self._resident.prefix, twin.layers)
         twin._root, twin.last_turn, twin._checkpoints = self._root, self.last_turn, self._checkpoints.copy()
+        twin.tokenizer = self.tokenizer
         twin.costs, twin.weighs, twin._book = self.costs, self.weighs, self._book
         twin.trusted_hooks = self.trusted_hooks
 

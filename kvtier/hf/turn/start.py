@@ -35,7 +35,7 @@ from kvtier.hf.turn.turn import MakeLoad, Turn
 from kvtier.hf.turn.windows import wanted_columns
 from kvtier.store import PrefixStore
 from kvtier.store.reading.load import LoadJob
-from kvtier.transfer import CopyEngine
+from kvtier.transfer.base import CopyEngine
 
 
 def admit(model: PreTrainedModel, request: GenerateRequest, layers: LayerContainer) -> Prompt | NotReusable:

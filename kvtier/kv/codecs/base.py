@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvtier.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import torch
 
 Bytes = npt.NDArray[np.uint8]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._/-]{0,39}")
@@ -47,8 +49,19 @@ class Codec(Protocol):
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
+    import torch  # here and in ``as_tensor``: looking after a store's files needs no tensors, and torch takes a second
+
     array: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
     return array
+
+
+def as_tensor(payload: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the CPU tensor whose bytes are ``payload``, which it shares. A tensor without elements shares nothing."""
+    import torch
+
+    if not payload.nbytes:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.from_numpy(payload).view(dtype).view(shape)
 
 
 def is_name(text: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.errors import BlockError
-from kvtier.kv.codecs.base import Bytes, as_bytes
+from kvtier.kv.codecs.base import Bytes, as_bytes, as_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Raw:
@@ -33,6 +35,4 @@ class Raw:
         size = self.encoded_nbytes(shape, dtype)
         if payload.nbytes != size:
             raise BlockError(f"payload has {payload.nbytes} bytes where {shape} of {dtype} takes {size}")
-        if not size:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        return torch.from_numpy(payload).view(dtype).view(shape)
+        return as_tensor(payload, shape, dtype)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import zstandard
 
 from kvtier.errors import BlockError
-from kvtier.kv.codecs.base import Bytes, as_bytes
+from kvtier.kv.codecs.base import Bytes, as_bytes, as_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 _LEVEL = 1
 _MIN_WINDOW = 8 * 2**20  # accepted by every decompressor; frames of smaller tensors need no more
@@ -63,7 +66,7 @@ class ExponentZstd:
             raise BlockError("compressed payload is cut short")
         top = _decompressed(memoryview(frame), plane)
         if word is None or not split:
-            return torch.from_numpy(np.frombuffer(bytearray(top), dtype=np.uint8)).view(dtype).view(shape)
+            return as_tensor(np.frombuffer(bytearray(top), dtype=np.uint8), shape, dtype)
         words = np.frombuffer(top, dtype=np.uint8).astype(word)
         for lower in reversed(rest.reshape(dtype.itemsize - 1, plane)):
             words <<= word(8)
@@ -71,7 +74,7 @@ class ExponentZstd:
         lowest_bit = words << word(8 * dtype.itemsize - 1)
         words >>= word(1)
         words |= lowest_bit
-        return torch.from_numpy(words.view(np.uint8)).view(dtype).view(shape)
+        return as_tensor(words.view(np.uint8), shape, dtype)
 
 
 def _decompressed(frame: memoryview, size: int) -> bytes:

@@ -11,7 +11,7 @@ import torch
 
 from kvtier.errors import StreamError
 from kvtier.kv.page import PageView
-from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.safetensors_header import dtype_name, encode_header
 from kvtier.kv.spec import LayerSpec
 from kvtier.offload.storage.spill_folder import SpillFolder
 from kvtier.platform.descriptors import OF_THIS_PROCESS
@@ -33,7 +33,7 @@ class PageFile:
     def __init__(self, folder: SpillFolder, rows: int, tokens: int, spec: LayerSpec) -> None:
         g = spec
         self.rows, self.tokens, self.spec = rows, tokens, spec
-        k_name, v_name = DTYPE_NAMES.get(g.dtype), DTYPE_NAMES.get(g.values_dtype)
+        k_name, v_name = dtype_name(g.dtype), dtype_name(g.values_dtype)
         if k_name is None or v_name is None:
             raise StreamError(f"cold pages of {g.dtype} and {g.values_dtype} cannot be kept in files")
         k_bytes, v_bytes = rows * tokens * g.k_bytes, rows * tokens * g.v_bytes

@@ -2,8 +2,9 @@
 
 ``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; for
 a model with states also ``states`` (U8), valid after the last token. The metadata hold ``format``, ``root``,
-``manifest`` (description of the root, as JSON), ``block_size``, ``name`` (may be missing) and ``crc32`` of each tensor.
-``chat`` (may be missing) is the conversation saved under the name: a JSON object, compressed by zlib, as base64.
+``manifest`` (description of the root, as JSON), ``block_size``, ``crc32`` of each tensor and, if they are known,
+``name``, ``vocabulary`` (base64 of ``kvtier.store.format.vocabulary``, for the tokens of the prefix) and ``chat`` (the
+conversation saved under the name: a JSON object, compressed by zlib, as base64).
 
 A sliding layer has the last tokens alone, ``[heads, n - start, dim]``, or none, ``[0, n, 0]``. The metadata hold
 ``windows``, as JSON, if there are some: ``start``, and ``layers``, the indices of the layers that begin there.
@@ -23,14 +24,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 
 from kvtier.errors import ArchiveError, BlockError, ConfigurationError
+from kvtier.kv.codecs.base import as_tensor
 from kvtier.kv.page import Page, PageView
-from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.safetensors_header import dtype_name, encode_header
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import TokenIds
@@ -41,14 +42,19 @@ from kvtier.store.format.header import (
     STATES,
     check_hash,
     check_ids,
+    check_layers,
     fill,
     json_object,
-    layers_of,
     open_header,
     read_checksums,
+    spec_of,
     unique,
 )
+from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.names import checked_name
+
+if TYPE_CHECKING:
+    import torch
 
 _FORMAT = "kvtier-prefix/1"
 _FORMATS = re.compile(r"kvtier-prefix/([0-9]{1,9})")
@@ -59,6 +65,7 @@ _MAX_MANIFEST_DEPTH = 32
 _MAX_PACKED_CHAT_BYTES = 16 * 2**20  # some ten million tokens
 _MAX_CHAT_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = MAX_HEADER_BYTES + _MAX_PACKED_CHAT_BYTES
+_MAX_VOCABULARY_BYTES = 128 * 2**10  # 10,000 tokens that all differ take 80 KiB
 _CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
@@ -74,6 +81,7 @@ def write_archive(
     block_size: int,
     name: str | None = None,
     chat: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a prefix to ``file``, which only the user can read (0600): the whole file, or none.
@@ -90,6 +98,7 @@ def write_archive(
         block_size: tokens of a full block in the store it comes from.
         name: the name of the prefix, if it has one.
         chat: the conversation that was saved under the name, if there is one.
+        vocabulary: the text of its token ids, if it is known; left out where it is long.
         overwrite: whether ``file`` may exist already.
 
     Returns:
@@ -113,6 +122,9 @@ def write_archive(
     if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
         raise ArchiveError(f"cannot write {target}: a block size of {block_size} would be refused when it is read")
     spec, ids = _one_sequence(target, blocks, tokens)
+    if vocabulary is not None:
+        text = base64.b64encode(vocabulary.only(ids).encode()).decode()
+        metadata |= {"vocabulary": text} if len(text) <= _MAX_VOCABULARY_BYTES else {}
     start = sum(len(block.id.tokens) for block in blocks[: len(blocks) - len(windows)])
     layers = _layers(target, blocks, windows, start, spec)
     if sliding := [index for index, layer in enumerate(layers) if layer.blocks is windows]:
@@ -194,7 +206,7 @@ def _write(
     tensors: list[tuple[str, str, Sequence[int], int]] = [("tokens", "I64", [len(ids)], 8 * len(ids))]
     for i, layer in enumerate(layers):
         g, tokens = layer.spec, len(ids) - layer.start
-        dtype = DTYPE_NAMES.get(g.dtype)
+        dtype = dtype_name(g.dtype)
         if dtype is None:
             raise BlockError(f"K and V of {g.dtype} cannot be kept in files")
         tensors.append((f"k.{i}", dtype, [g.k_heads, tokens, g.k_dim], g.k_bytes * tokens))
@@ -274,7 +286,7 @@ class Archive:
         tokens: its token ids.
         name: its name; None if it has none, or an invalid one.
         chat: the conversation that was saved under the name; None without one.
-        spec: its layers.
+        vocabulary: the text of its token ids; None if it has none.
         window_start: index of the first token of layers that have the last tokens alone; ``len(tokens)`` without such.
         nbytes: size of the file.
 
@@ -312,7 +324,8 @@ class Archive:
         self.window_start, self._sliding = _read_windows(metadata.get("windows"), opened.layers, opened.tokens)
         starts = [self.window_start if layer in self._sliding else 0 for layer in range(opened.layers)]
         tokens_of_layers = [opened.tokens - start for start in starts]
-        self.spec = layers_of(layout.dtypes[pages], layout.shapes[pages], tokens_of_layers)
+        check_layers(layout.dtypes[pages], layout.shapes[pages], tokens_of_layers)
+        self._shapes = layout.shapes[pages], layout.dtypes[pages]
         self._is_snapshot = opened.is_checkpoint
         if not _BLOCK_SIZE.fullmatch(metadata["block_size"]):
             raise ValueError(f"its block size {metadata['block_size']!r:.40} is not a number of tokens")
@@ -320,12 +333,19 @@ class Archive:
         self.manifest = _read_manifest(metadata["manifest"])
         self.name = _read_name(metadata.get("name"))
         self.chat = _unpacked(metadata["chat"]) if "chat" in metadata else None
+        self.vocabulary = _read_vocabulary(metadata.get("vocabulary"))
         tokens = np.empty(opened.tokens, dtype="<i8")
         fill(self._fd, memoryview(tokens.view(np.uint8)), self._data_start)
         if zlib.crc32(tokens) != self._crc32[0]:
             raise ValueError("the checksum of its tokens differs")
         self.tokens: TokenIds = tokens.astype(np.int64)
         check_ids(self.tokens)
+
+    @property
+    def spec(self) -> KVSpec:
+        """Its layers."""
+        shapes, dtypes = self._shapes
+        return spec_of(dtypes, shapes)
 
     def pages(self, start: int, stop: int) -> tuple[Page, ...]:
         """Return K and V of all layers for the tokens ``[start, stop)``, in memory owned by the caller.
@@ -351,23 +371,25 @@ class Archive:
             raise ConfigurationError(
                 f"start={start} and stop={stop} are not within the {len(self.tokens) - begin} tokens from {begin} on."
             )
-        nothing = torch.empty(0, stop - start, 0, dtype=torch.float32, device="cpu")
+        nothing = Page.empty(stop - start)
         pages = []
         for i, g in enumerate(self.spec.layers):
             if (i in self._sliding) == windows:
                 k = self._cut(1 + 2 * i, g.k_heads, g.k_dim, g.dtype, start - begin, stop - begin)
                 pages.append(Page(k, self._cut(2 + 2 * i, g.v_heads, g.v_dim, g.dtype, start - begin, stop - begin)))
             else:
-                pages.append(Page(nothing, nothing))
+                pages.append(nothing)
         return tuple(pages)
 
     def states(self) -> torch.Tensor | None:
         """Return the states after the last token, U8 ``[bytes]``; None for models without."""
         if not self._is_snapshot:
             return None
-        states = torch.empty(self._ends[-1] - self._begins[-1], dtype=torch.uint8, device="cpu")
-        self._fill(memoryview(states.numpy()), self._data_start + self._begins[-1])
-        return states
+        import torch  # here: the header of an archive is read without
+
+        states = np.empty(self._ends[-1] - self._begins[-1], dtype=np.uint8)
+        self._fill(memoryview(states), self._data_start + self._begins[-1])
+        return as_tensor(states, states.shape, torch.uint8)
 
     def _cut(self, index: int, heads: int, dim: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         """Return the tokens ``[start, stop)`` of tensor ``index``, counted from its own first token."""
@@ -378,9 +400,7 @@ class Archive:
         for head in range(heads):
             self._fill(memoryview(part[head]), begin + (head * tokens + start) * row_bytes)
         shape = (heads, stop - start, dim)
-        if not part.size:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        return torch.from_numpy(part.reshape(-1)).view(dtype).view(shape)
+        return as_tensor(part.reshape(-1), shape, dtype)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:
@@ -420,6 +440,19 @@ class Archive:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _read_vocabulary(text: str | None) -> Vocabulary | None:
+    """Return the vocabulary in the metadata.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text is None:
+        return None
+    if len(text) > _MAX_VOCABULARY_BYTES:
+        raise ValueError("its vocabulary is too long")
+    return Vocabulary.decode(base64.b64decode(text, validate=True))
 
 
 def _read_windows(text: str | None, layers: int, tokens: int) -> tuple[int, frozenset[int]]:

@@ -17,16 +17,15 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kvtier.errors import BlockError, UnavailableError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw
-from kvtier.kv.codecs.base import as_bytes, is_name
+from kvtier.kv.codecs.base import as_bytes, as_tensor, is_name
 from kvtier.kv.page import Page, PageView
-from kvtier.kv.safetensors_header import DTYPE_NAMES, encode_header
+from kvtier.kv.safetensors_header import dtype_name, encode_header
 from kvtier.kv.spec import KVSpec
 from kvtier.platform.descriptors import ReadFile
 from kvtier.platform.filesystem import READ_FLAGS
@@ -38,13 +37,17 @@ from kvtier.store.format.header import (
     STATES,
     check_hash,
     check_ids,
+    check_layers,
     fill,
     json_object,
-    layers_of,
     open_header,
     read_checksums,
+    spec_of,
     tensor_names,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT_VERSION = 1
 _FORMAT = f"kvtier/{FORMAT_VERSION}"
@@ -74,10 +77,11 @@ def encode_block(block: Block, codec: Codec = BUILT_IN[Raw.name]) -> list[memory
     dtypes: dict[str, str] = {}
     for layer, page in enumerate(block.pages):
         for name, tensor in ((f"k.{layer}", page.k_htd), (f"v.{layer}", page.v_htd)):
-            if tensor.dtype not in DTYPE_NAMES:
+            dtype = dtype_name(tensor.dtype)
+            if dtype is None:
                 raise BlockError(f"blocks of {tensor.dtype} cannot be kept in files")
             payload = codec.encode(tensor)
-            shapes[name], dtypes[name] = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
+            shapes[name], dtypes[name] = list(tensor.shape), dtype
             stored = (dtypes[name], shapes[name]) if codec.name == Raw.name else ("U8", [payload.nbytes])
             payloads.append((name, *stored, payload))
     if block.states is not None:
@@ -98,8 +102,8 @@ def encode_block(block: Block, codec: Codec = BUILT_IN[Raw.name]) -> list[memory
 
 
 @functools.lru_cache(maxsize=64)
-def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> tuple[KVSpec, _Shapes]:
-    """Return the layers in the metadata, and the shapes and dtypes of their K and V.
+def _read_shapes(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> _Shapes:
+    """Return the shapes and dtypes of K and V of the layers in the metadata.
 
     Raises:
         ValueError: they contradict each other.
@@ -112,8 +116,8 @@ def _read_spec(shapes_text: str, dtypes_text: str, layers: int, tokens: int) -> 
     told = [shapes[name] for name in names]
     if not all(type(shape) is list for shape in told):
         raise ValueError("a shape is no shape")
-    spec = layers_of([dtypes[name] for name in names], told, [tokens] * layers)
-    return spec, (tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names))
+    check_layers([dtypes[name] for name in names], told, [tokens] * layers)
+    return tuple(tuple(shape) for shape in told), tuple(dtypes[name] for name in names)
 
 
 # Indices of tensors in the order of a header.
@@ -147,7 +151,6 @@ class BlockFile:
 
     Attributes:
         id: its tokens, and their place in the chain.
-        spec: its layers.
         is_plain: whether pages are stored as they are.
 
     Args:
@@ -203,7 +206,7 @@ class BlockFile:
         self.nbytes, self._data_start = opened.nbytes, opened.data_start
         if not is_name(metadata["codec"]):
             raise ValueError(f"no codec has the name {metadata['codec']!r:.40}")
-        self.spec, told = _read_spec(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
+        self._shapes = told = _read_shapes(metadata["shapes"], metadata["dtypes"], opened.layers, opened.tokens)
         pages = slice(1, 1 + 2 * opened.layers)
         self.is_plain = metadata["codec"] == Raw.name
         if self.is_plain:
@@ -229,6 +232,12 @@ class BlockFile:
         if not any(map(self.id.is_a, kinds)):
             raise ValueError("its ids do not give its key")
 
+    @property
+    def spec(self) -> KVSpec:
+        """Its layers."""
+        shapes, dtypes = self._shapes
+        return spec_of(dtypes, shapes)
+
     def _payload(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         begin, end = self._begins[index], self._ends[index]
         try:
@@ -245,6 +254,8 @@ class BlockFile:
 
     def page(self, layer: int) -> Page:
         """Read the page of ``layer``."""
+        import torch  # here: verifying a store reads files, but makes no tensors
+
         g, tokens = self.spec.layers[layer], len(self.id.tokens)
         k, v = self._payload(_k(layer)), self._payload(_v(layer))
         try:
@@ -295,7 +306,12 @@ class BlockFile:
 
     def states(self) -> torch.Tensor | None:
         """Read the states of a checkpoint."""
-        return torch.from_numpy(self._payload(len(self._begins) - 1)) if self._is_snapshot else None
+        if not self._is_snapshot:
+            return None
+        import torch
+
+        payload = self._payload(len(self._begins) - 1)
+        return as_tensor(payload, payload.shape, torch.uint8)
 
     def check(self) -> None:
         """Read every byte once."""

@@ -17,7 +17,7 @@ from itertools import accumulate, chain
 from math import prod
 from typing import Any, NoReturn
 
-from kvtier.kv.safetensors_header import DTYPES
+from kvtier.kv.safetensors_header import ITEM_BYTES, dtype_named
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.chain import TokenIds
 
@@ -28,7 +28,7 @@ MAX_TOKENS = 2**24  # of one file
 _MAX_HEADS = _MAX_DIM = 2**16
 _MAX_TOKEN_BYTES = 2**20  # of K, or of V, of one layer; 128 heads of 256 floats take 128 KiB
 _MAX_DIMENSIONS = 8
-_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U8": 1, "I64": 8}
+_ITEM_BYTES = ITEM_BYTES | {"U8": 1, "I64": 8}
 _METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 _TENSORS = re.compile(r"\s*,(?=\s*\")")
 _LONG_NUMBER = re.compile(r"[0-9]{19}")
@@ -271,28 +271,34 @@ def tensor_names(layers: int, *, checkpoint: bool = False) -> tuple[str, ...]:
     return ("tokens", *(f"{part}.{i}" for i in range(layers) for part in "kv"), *(STATES,) * checkpoint)
 
 
-def layers_of(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: Sequence[int]) -> KVSpec:
-    """Return the layers with these dtypes and shapes ``[heads, tokens, dim]``, given for K and V of each in turn.
+def check_layers(dtypes: Sequence[str], shapes: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
+    """Check dtypes and shapes ``[heads, tokens, dim]``, given for K and V of each layer in turn.
 
     ``tokens`` has the number of tokens of each layer.
 
     Raises:
         ValueError: K and V do not belong together, do not have as many tokens, or are larger than those of any model.
     """
-    layers = []
     for i in range(0, len(shapes), 2):
-        dtype = DTYPES.get(dtypes[i]) if isinstance(dtypes[i], str) else None
-        if dtypes[i + 1] != dtypes[i] or dtype is None:
+        item_bytes = ITEM_BYTES.get(dtypes[i]) if isinstance(dtypes[i], str) else None
+        if dtypes[i + 1] != dtypes[i] or item_bytes is None:
             raise ValueError(f"layer {i // 2} is not of one type that K and V can have")
         for shape in shapes[i : i + 2]:
             if len(shape) != 3 or not all(type(size) is int for size in shape) or shape[1] != tokens[i // 2]:
                 raise ValueError(f"layer {i // 2} does not fit the {tokens[i // 2]} tokens")
             if not (0 <= shape[0] <= _MAX_HEADS and 0 <= shape[2] <= _MAX_DIM):
                 raise ValueError(f"layer {i // 2} has more heads or larger ones than any model")
-            if shape[0] * shape[2] * dtype.itemsize > _MAX_TOKEN_BYTES:
+            if shape[0] * shape[2] * item_bytes > _MAX_TOKEN_BYTES:
                 raise ValueError(f"layer {i // 2} takes more than {_MAX_TOKEN_BYTES} bytes a token")
+
+
+@functools.lru_cache(maxsize=64)
+def spec_of(dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> KVSpec:
+    """Return the layers with these dtypes and shapes ``[heads, tokens, dim]``, which ``check_layers`` has checked."""
+    layers = []
+    for i in range(0, len(shapes), 2):
         (k_heads, _, k_dim), (v_heads, _, v_dim) = shapes[i], shapes[i + 1]
-        layers.append(LayerSpec(k_heads, k_dim, v_heads, v_dim, dtype))
+        layers.append(LayerSpec(k_heads, k_dim, v_heads, v_dim, dtype_named(dtypes[i])))
     return KVSpec(tuple(layers))
 
 

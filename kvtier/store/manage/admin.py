@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,15 +18,19 @@ from kvtier.store.block import BlockReader
 from kvtier.store.chain import BlockId, TokenIds, chain_keys
 from kvtier.store.commit import BlockWriter, Windows
 from kvtier.store.format.archive import Archive, write_archive
+from kvtier.store.format.vocabulary import Vocabulary
+from kvtier.store.manage import dry_run
 from kvtier.store.manage.chats import SavedChats
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.stats import StoreUsage, measure
+from kvtier.store.manage.texts import Texts
 from kvtier.store.manage.verify import Progress, VerifyReport, verify
 from kvtier.store.names import Name, NamedPrefix, checked_name, checked_ttl
 from kvtier.store.tiers.stack import TierStack
 from kvtier.units import parse_bytes
 
 _TRIES = 3
+_KEY = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger("kvtier.store")
 
 
@@ -39,6 +44,7 @@ class StoreAdmin:
         path: the folder of the store; None for one in RAM.
         tiers: the tiers of the store.
         writer: puts blocks into the tiers.
+        texts: the vocabularies of its roots.
         flush: waits until everything committed so far is on disk.
         check_open: raises ``ClosedError`` when the store was closed.
         clock: Unix time.
@@ -52,6 +58,7 @@ class StoreAdmin:
         path: Path | None,
         tiers: TierStack,
         writer: BlockWriter,
+        texts: Texts,
         flush: Callable[[], None],
         check_open: Callable[[], None],
         clock: Callable[[], float],
@@ -63,6 +70,7 @@ class StoreAdmin:
         self._inventory = Inventory(tiers)
         self.chats = SavedChats(tiers.database, tiers.opened.folder if tiers.opened is not None else None, check_open)
         self._writer = writer
+        self._texts = texts
         self._flush = flush
         self._check_open = check_open
         self._clock = clock
@@ -79,7 +87,7 @@ class StoreAdmin:
             self._tiers.refresh_pins()
 
     def name(
-        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | None = None
+        self, name: str, root: str, tokens: TokenIds, *, pin: bool = False, ttl: float | str | None = None
     ) -> NamedPrefix:
         """Give a name to a committed chain; another chain that has it loses it, and passes on pin and ttl.
 
@@ -88,7 +96,8 @@ class StoreAdmin:
             root: the root it was committed under.
             tokens: its ids, as they were committed.
             pin: never evict its blocks, nor let them expire. False leaves a pin that the name has.
-            ttl: seconds after its last use at which it is forgotten, pinned or not; None leaves an existing one.
+            ttl: seconds after its last use at which it is forgotten, pinned or not, or a duration, e.g. ``"30d"``; None
+                leaves an existing one.
 
         Raises:
             ConfigurationError: ``name`` or ``ttl`` cannot be used.
@@ -115,7 +124,7 @@ class StoreAdmin:
         windows: Sequence[str],
         tokens: int,
         pin: bool,
-        ttl: float | None,
+        ttl: float | str | None,
     ) -> NamedPrefix:
         checked_name(name)
         ttl_seconds = checked_ttl(ttl)
@@ -178,13 +187,35 @@ class StoreAdmin:
         self.chats.remove(name)  # first: if this fails half-way, the name is still there to be removed again
         self._names.remove(name)
 
-    def tokens_of(self, name: str) -> TokenIds:
-        """Return the token ids of ``name``, as far as the store has them."""
+    def tokens_of(self, name: str, *, last: int | None = None) -> TokenIds:
+        """Return the token ids of ``name``, as far as the store has them; with ``last``, at most its last so many."""
         with self._asked():
             written = self._names.get(name)
+            if last is not None:
+                return self._inventory.last_tokens(written.keys, written.tokens, last)
             blocks = self._blocks(written.keys)
         ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
         return ids[: written.tokens]
+
+    def tokens_of_chain(self, key_prefix: str, *, last: int | None = None) -> TokenIds:
+        """Return the token ids of the chain whose last block's key begins with ``key_prefix``; see ``tokens_of``.
+
+        Raises:
+            UnknownNameError: no key begins with it, or several do.
+        """
+        with self._asked():
+            block = self._tiers.find(key_prefix) if _KEY.fullmatch(key_prefix) else None
+            if last is not None and block is not None:
+                return self._inventory.tokens_up_from(block, last)
+            _, keys, tokens = self._inventory.keys_to(key_prefix)
+            blocks = self._blocks(keys)
+        ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])[:tokens]
+        return ids if last is None else ids[max(0, len(ids) - last) :]
+
+    def vocabulary(self, root: str) -> Vocabulary | None:
+        """Return what turns token ids of ``root`` into text; None unless a cache with a tokenizer has used the root."""
+        self._check_open()
+        return self._texts.vocabulary(root)
 
     def _blocks(self, keys: Sequence[str]) -> list[BlockId]:
         """Return the blocks ``keys`` of a chain, up to the first that is gone."""
@@ -206,7 +237,9 @@ class StoreAdmin:
         with self._asked():
             return measure(self._tiers.entries(), (name for name, *_ in self._names.all()))
 
-    def name_chain(self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | None = None) -> NamedPrefix:
+    def name_chain(
+        self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | str | None = None
+    ) -> NamedPrefix:
         """Give a name to the chain whose last block's key begins with ``key_prefix``.
 
         Raises:
@@ -305,11 +338,68 @@ class StoreAdmin:
                     "after that process is done",
                     self._path,
                 )
+        if not in_a_turn:
+            self._forget_texts()
         if untold:
             raise StoreError(f"the tier {untold[0]!r} could not be told to forget; its copies stay. Try again later.")
         if unread is not None:
             raise unread
         return Forgotten(sums["blocks"], sums["bytes"])
+
+    def _forget_texts(self) -> None:
+        """Delete the vocabularies of roots without blocks."""
+        self._texts.forget_all_but({entry.root for entry in self._tiers.entries()})
+
+    def would_forget(self, names: Sequence[str]) -> Forgotten:
+        """Return what forgetting all of ``names`` would remove; nothing is changed."""
+        self._flush()
+        with self._asked():
+            return dry_run.would_forget(self._inventory, [self._names.get(name) for name in names])
+
+    def would_forget_chain(self, key_prefix: str) -> Forgotten:
+        """Return what ``forget_chain`` would remove; nothing is changed.
+
+        Raises:
+            UnknownNameError: no key begins with it, or several do.
+        """
+        self._flush()
+        with self._asked():
+            return dry_run.would_forget_chain(self._inventory, key_prefix)
+
+    def would_prune(self, *, to_bytes: int | str | None = None, unused_for: float | str | None = None) -> Forgotten:
+        """Return what ``prune`` would remove from disk; nothing is changed.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or the store has no folder.
+        """
+        limit, unused_before = self._limits(to_bytes, unused_for)
+        if not self._tiers.is_durable:
+            raise ConfigurationError("would_prune() needs a store with a folder: it counts files.")
+        self._flush()
+        with self._asked():
+            due = [self._names.get(name) for name in self._names.due()]
+            return dry_run.would_prune(self._tiers, self._inventory, due, unused_before, limit)
+
+    def _limits(self, to_bytes: int | str | None, unused_for: float | str | None) -> tuple[int | None, float | None]:
+        """Return bytes, and the Unix time of the latest use, for arguments of ``prune``."""
+        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
+        seconds = checked_ttl(unused_for, "unused_for")
+        return limit, None if seconds is None else self._clock() - seconds
+
+    def clear(self) -> Forgotten:
+        """Remove everything for good: names, chats, blocks, pinned ones too, and the descriptions of all roots."""
+        self._flush()
+        with self._asked():
+            self.chats.clear()
+            for name, *_ in self._names.all():
+                self._names.remove(name.name)
+            entries = sorted(self._tiers.entries(all_or_nothing=True), key=lambda entry: -entry.depth_tokens)
+            try:
+                return self._remove(list(dict.fromkeys(entry.key for entry in entries)))
+            finally:
+                self._writer.forget_manifests()
+                if self._tiers.opened is not None:
+                    self._tiers.opened.folder.forget_roots({entry.root for entry in self._tiers.entries()})
 
     def forget_what_is_due(self) -> None:
         """Forget expired names. Runs in a turn, so a failing disk raises no error."""
@@ -373,6 +463,7 @@ class StoreAdmin:
                 block_size=block_size,
                 name=name,
                 chat=saved.content if saved is not None else None,
+                vocabulary=self._texts.vocabulary(written.root),
                 overwrite=overwrite,
             )
 
@@ -425,30 +516,36 @@ class StoreAdmin:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
             if archive.chat is not None and saved is None:
                 self.chats.write(name, archive.chat, after=None)
+            if archive.vocabulary is not None:
+                self._texts.add(archive.root, archive.vocabulary)
             return self._set_name(name, archive.root, keys, windows, len(archive.tokens), False, None)
 
     # --- care -------------------------------------------------------------------------------------------------------
 
-    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | None = None) -> Forgotten:
-        """Remove expired blocks, and blocks unused for ``unused_for`` seconds; then evict down to ``to_bytes``.
+    def prune(self, *, to_bytes: int | str | None = None, unused_for: float | str | None = None) -> Forgotten:
+        """Remove expired blocks, and blocks unused for ``unused_for``; then evict down to ``to_bytes``.
 
         Pinned blocks stay, and files that are being read. RAM is pruned, too. The result counts the last tier.
+
+        Args:
+            to_bytes: bytes, e.g. ``"10GiB"``; 0 evicts all that may go.
+            unused_for: seconds, or a duration, e.g. ``"30d"``.
 
         Raises:
             ConfigurationError: an argument cannot be used.
         """
-        limit = None if to_bytes is None else 0 if to_bytes == 0 else parse_bytes(to_bytes, "to_bytes")
-        seconds = checked_ttl(unused_for)
+        limit, unused_before = self._limits(to_bytes, unused_for)
         self._flush()
         last = self._tiers.last
         before = last.stats(0)
         self.forget_what_is_due()
         with self._asked():
             self._tiers.expire()
-            if seconds is not None:
-                self._tiers.discard_unread(last.unused_since(self._clock() - seconds))
+            if unused_before is not None:
+                self._tiers.discard_unread(last.unused_since(unused_before))
             if limit is not None:
                 self._tiers.shrink(limit)
+            self._forget_texts()
         after = last.stats(0)
         return Forgotten(before.blocks - after.blocks, before.nbytes - after.nbytes)
 

@@ -132,6 +132,14 @@ class SavedChats:
                 return self._in_ram.pop(name, None) is not None
             return self._folder.filesystem.delete(self._folder.chat(name))
 
+    def clear(self) -> None:
+        """Delete all chats, damaged ones too."""
+        with self._alone():
+            self._in_ram.clear()
+            if self._folder is not None:
+                for path in self._folder.chats():
+                    self._folder.filesystem.delete(path)
+
     def rename(self, old: str, new: str) -> bool:
         """Rename the chat ``old``, if there is one, to ``new``; return whether it existed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 
 import numpy as np
@@ -109,14 +110,35 @@ class Inventory:
             expires_at=expires_at,
         )
 
-    def own(self, keys: Sequence[str], names: set[str], linked: _Linked | None = None) -> list[str]:
+    def own_together(self, names: Sequence[Name]) -> list[str]:
+        """Return the blocks that only the chains of ``names`` use."""
+        together = {name.name for name in names}
+        gone: dict[str, str] = {}
+        for name in names:
+            kept = list(takewhile(lambda key: self._tiers.find(key) is not None, name.keys))
+            for key in self.own(kept, together, gone=gone):
+                entry = self._tiers.kept_entry(key)
+                gone.setdefault(key, entry.parent if entry is not None else "")
+        return list(gone)
+
+    def own(
+        self,
+        keys: Sequence[str],
+        names: set[str],
+        linked: _Linked | None = None,
+        gone: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[str]:
         """Return the blocks of the chain ``keys`` that only this chain and ``names`` use.
 
         The checkpoints and window blocks beside them are part of it, except where other names use them. With
-        ``linked``, for listings, window blocks beside shared blocks may lack.
+        ``linked``, for listings, window blocks beside shared blocks may lack. ``gone`` (key → parent) are blocks that
+        count as removed.
         """
         own: list[str] = []
         for key, after in zip(reversed(keys), [None, *reversed(keys[1:])], strict=False):
+            if key in gone:
+                own.append(key)
+                continue
             entries = self._entries_of(key, linked)
             if not any(entries):
                 continue
@@ -127,6 +149,8 @@ class Inventory:
                 beside = self._beside(key, after)
             unnamed = [each for each in beside if not self._names_of([each.key], linked) - names]
             children = max(entry.children for entry in entries if entry is not None)
+            counted = {after, *(each.key for each in beside)}
+            children -= sum(parent == key and other not in counted for other, parent in gone.items())
             if is_shared or children > len(beside) + is_followed or len(unnamed) < len(beside):
                 own += [each.key for each in unnamed if each.is_window and is_followed]
                 break
@@ -181,6 +205,38 @@ class Inventory:
                     if block is not None and self._tiers.find(block.window.key) is None:
                         found.append(block.window.key)
         return found
+
+    def last_tokens(self, keys: Sequence[str], tokens: int, count: int) -> TokenIds:
+        """Return the last ``count`` ids of ``tokens``, those of the chain ``keys``; fewer where blocks are gone."""
+        place = len(keys)
+        last: BlockId | None = None
+        while place and last is None:  # a chain is evicted from its end
+            place -= 1
+            last = self._tiers.find(keys[place])
+        if last is None:
+            return np.empty(0, dtype=np.int64)
+        ids = self.tokens_up_from(last, count + len(last.tokens))
+        if place == len(keys) - 1 and place:  # the last block may have more tokens than belong to the name
+            before = self._tiers.find(keys[place - 1])
+            if before is not None:
+                ids = ids[: len(ids) - max(0, place * len(before.tokens) + len(last.tokens) - tokens)]
+        elif place == len(keys) - 1:
+            ids = ids[:tokens]
+        return ids[max(0, len(ids) - count) :]
+
+    def tokens_up_from(self, block: BlockId, count: int) -> TokenIds:
+        """Return the last ``count`` ids of the chain that ends with ``block``; fewer where a block is gone."""
+        parts = [block.tokens]
+        seen = {block.key}
+        while sum(map(len, parts)) < count and block.parent not in seen:
+            found = self._tiers.find(block.parent)
+            if found is None:
+                break
+            block = found
+            seen.add(block.key)
+            parts.append(block.tokens)
+        ids = np.concatenate(parts[::-1])
+        return ids[max(0, len(ids) - count) :]
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, the last used first.

@@ -116,9 +116,11 @@ class StoreUsage:
 
     Attributes:
         roots: usage by root, the largest first.
+        unnamed_chains: how many sequences have no name.
     """
 
     roots: tuple[RootUsage, ...]
+    unnamed_chains: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -137,10 +139,15 @@ def measure(entries: Iterable[Entry], names: Iterable[Name]) -> StoreUsage:
     blocks: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     named_bytes: Counter[str] = Counter()
+    ends: set[str] = set()
+    parents: set[str] = set()
     for entry in entries:
+        parents.add(entry.parent)
+        if not entry.is_window and entry.key not in named:
+            ends.add(entry.key)
         blocks[entry.root] += 1
         nbytes[entry.root] += entry.nbytes
         if entry.key in named:
             named_bytes[entry.root] += entry.nbytes
     roots = (RootUsage(root, blocks[root], nbytes[root], named_bytes[root]) for root in blocks)
-    return StoreUsage(tuple(sorted(roots, key=lambda root: (-root.nbytes, root.root))))
+    return StoreUsage(tuple(sorted(roots, key=lambda root: (-root.nbytes, root.root))), len(ends - parents))

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
 from kvtier.store.block import BlockReader
 from kvtier.store.reading.load import LoadJob
-from kvtier.transfer import Readers
+from kvtier.transfer.threads import Readers
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FetchedBlock:

@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
@@ -21,7 +20,10 @@ from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.reading.lookup import Span
 from kvtier.store.tiers.stack import TierStack
-from kvtier.transfer import Readers
+from kvtier.transfer.threads import Readers
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger("kvtier.store")
 _UNAVAILABLE = "unavailable"  # an entry of ``_warned``, beside keys of blocks

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier.errors import BlockError, GoneError, UnavailableError
 from kvtier.kv.page import Page, PageView
 from kvtier.store.block import BlockReader
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 

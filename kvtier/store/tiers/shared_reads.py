@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
@@ -22,6 +21,9 @@ from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile
 from kvtier.store.tiers.leases import BlockLease, Leases
+
+if TYPE_CHECKING:
+    import torch
 
 HELD_BYTES = 256 * 2**20
 

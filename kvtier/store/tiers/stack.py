@@ -24,6 +24,7 @@ from kvtier.store.eviction.base import EvictionPolicy
 from kvtier.store.tiers.base import OrderedTier, Outcome, Presence, Tier, TierStats, close_all, is_asked_for, is_open
 from kvtier.store.tiers.disk.catalog.connection import Connect
 from kvtier.store.tiers.disk.catalog.database import Database
+from kvtier.store.tiers.disk.catalog.ranking import Place
 from kvtier.store.tiers.disk.folder import StoreFolder
 from kvtier.store.tiers.disk.names import Names
 from kvtier.store.tiers.disk.recovery import OpenedFolder, open_folder
@@ -410,6 +411,14 @@ class TierStack:
         """
         for tier in self._all:
             tier.shrink(to_bytes)
+
+    def would_evict(self, nbytes: int) -> list[Place]:
+        """Return the files that would be evicted next to free ``nbytes``, in order; none without a folder."""
+        return self._disk.would_evict(nbytes) if self._disk is not None else []
+
+    def expired(self) -> list[str]:
+        """Return the keys of files that were not used for as long as blocks are kept."""
+        return self._disk.expired() if self._disk is not None else []
 
     def refresh_pins(self) -> None:
         """Pass the pinned blocks to the RAM tier; with a disk tier, its rows hold the pins."""

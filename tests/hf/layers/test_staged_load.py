@@ -21,7 +21,7 @@ from kvtier.hf.generate.request import read_loop_request
 from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.hf.layers.loads.staged_load import StagedPrefixLoad
 from kvtier.testing import Drop, Mutant, RaceError, Recorder, SimulatedEngine, drops
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 from tests.support.places import StandIn
 from tests.support.stores import block_files, damage
 from tests.support.tiny import FedAlike, answer, assert_same_answer, left_padded, tiny

@@ -22,7 +22,7 @@ from kvtier.hf.layers.row_pages import RowPages
 from kvtier.kv.buffer import KVBuffer
 from kvtier.kv.spec import LayerSpec
 from kvtier.testing import Mutant, RaceError, Recorder, SimulatedEngine, drops
-from kvtier.transfer import InlineEngine
+from kvtier.transfer.base import InlineEngine
 from tests.support import samples
 from tests.support.places import StandIn
 from tests.support.stores import block_files

@@ -22,7 +22,8 @@ from kvtier import PrefixStore, TieredCache
 from kvtier.hf.layers import gather
 from kvtier.hf.layers.attention import AttentionLayer
 from kvtier.testing import Mutant, RaceError, Recorder, drops
-from kvtier.transfer import StreamEngine, accelerator
+from kvtier.transfer import accelerator
+from kvtier.transfer.accelerator import StreamEngine
 from tests.support.tiny import FedAlike, answer, assert_same_answer, left_padded, tiny
 
 LAYERS = 4  # more than a load has stages

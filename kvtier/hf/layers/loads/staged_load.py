@@ -14,8 +14,7 @@ from kvtier.kv.room import Room
 from kvtier.kv.spec import LayerSpec
 from kvtier.kv.window import Window
 from kvtier.store.reading.load import LoadJob
-from kvtier.transfer import CopyEngine, Fence
-from kvtier.transfer.base import Pair
+from kvtier.transfer.base import CopyEngine, Fence, Pair
 
 _STAGES = 3  # one layer is read, one is copied to the device, one is in between
 

@@ -66,6 +66,15 @@ class Eviction:
                 all_gone += gone
         return all_gone
 
+    def would_evict(self, nbytes: int) -> list[Place]:
+        """Return the blocks that would be evicted next to free ``nbytes``, in order, as far as there are some.
+
+        Raises:
+            sqlite3.Error: the catalog fails.
+        """
+        with self._claims() as is_leased:
+            return self._catalog.would_evict(nbytes, is_leased)
+
     @contextmanager
     def _claims(self) -> Iterator[Callable[[Place], bool]]:
         """Yield a test whether a block is being read; it claims unread blocks, so no read begins before this ends."""

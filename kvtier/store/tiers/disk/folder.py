@@ -4,6 +4,7 @@ kvtier.json                                format version
 catalog.sqlite                             rows of blocks and names; can be rebuilt from the rest
 blocks/<root>/<kk>/<key>.safetensors       ``kk``: the first two digits of the key, so that no folder grows too large
 roots/<root>.json                          the description of a root
+roots/<root>.vocabulary                    the text of its token ids
 roots/<root>.costs.json                    what computing and loading cost its model, by machine
 names/<sha256 of the name>.json            a name and its chain
 chats/<sha256 of the name>.json            a conversation that was saved under a name
@@ -20,7 +21,7 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ MANIFEST_BYTES = 16 * 2**20  # of the description of a root
 COSTS_BYTES = 2**20  # of what was measured with one root
 _MARKER_BYTES = 4096
 _BLOCK_SUFFIX = ".safetensors"
+_VOCABULARY_SUFFIX = ".vocabulary"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
 _PARTS = ("blocks", "roots", "names", "chats", "owners")
@@ -140,6 +142,25 @@ class StoreFolder:
     def costs(self, root: str) -> Path:
         """Return the file with the costs of a root."""
         return self.path / "roots" / f"{root}.costs.json"
+
+    def vocabulary(self, root: str) -> Path:
+        """Return the file with the texts of the token ids of a root."""
+        return self.path / "roots" / f"{root}{_VOCABULARY_SUFFIX}"
+
+    def vocabularies(self) -> list[tuple[str, Path]]:
+        """Return the roots that have a vocabulary, and its file."""
+        found = sorted((self.path / "roots").glob(f"*{_VOCABULARY_SUFFIX}"))
+        return [(path.name.removesuffix(_VOCABULARY_SUFFIX), path) for path in found]
+
+    def forget_roots(self, but: Container[str]) -> None:
+        """Delete the files of all roots but some.
+
+        Raises:
+            OSError: a file cannot be deleted.
+        """
+        for path in sorted((self.path / "roots").iterdir()):
+            if not path.name.startswith(".") and path.name.split(".")[0] not in but:
+                self.filesystem.delete(path)
 
     def name(self, name: str) -> Path:
         """Return the file of ``name``, which holds its chain."""
@@ -252,8 +273,19 @@ def read_record(path: Path, at_most_bytes: int) -> Any:
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read, or is a link.
-        ValueError: it is not JSON, not a regular file (a pipe would never end), or larger than ``at_most_bytes``.
+        ValueError: it is not JSON, not a regular file, or larger than ``at_most_bytes``.
         RecursionError: it is nested too deeply.
+    """
+    return json.loads(read_bytes(path, at_most_bytes).decode("utf-8"))
+
+
+def read_bytes(path: Path, at_most_bytes: int) -> bytes:
+    """Return the content of ``path``, a file of a store.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, or is a link.
+        ValueError: it is no regular file (a pipe would never end), or larger than ``at_most_bytes``.
     """
     fd = os.open(path, READ_FLAGS)
     with os.fdopen(fd, "rb") as file:
@@ -263,7 +295,7 @@ def read_record(path: Path, at_most_bytes: int) -> Any:
         data = file.read(at_most_bytes + 1)
     if len(data) > at_most_bytes:
         raise ValueError("it is too large")
-    return json.loads(data.decode("utf-8"))
+    return data
 
 
 def _files(folder: Path, depth: int, unlisted: list[str] | None = None) -> Iterator[Path]:

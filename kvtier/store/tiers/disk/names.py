@@ -13,10 +13,11 @@ from operator import itemgetter
 from pathlib import Path
 
 from kvtier.errors import ConfigurationError, UnknownNameError
-from kvtier.store.names import LONGEST_SECONDS, Name, checked_name, checked_ttl
+from kvtier.store.names import Name, checked_name, checked_ttl
 from kvtier.store.tiers.disk.catalog.connection import Statements
 from kvtier.store.tiers.disk.catalog.database import Database
 from kvtier.store.tiers.disk.folder import StoreFolder, read_record
+from kvtier.units import LONGEST_SECONDS
 
 _OF_NAME = itemgetter(slice(8))
 _MOST_TOKENS = 2**53
@@ -234,6 +235,8 @@ def _read(path: Path) -> Name:
     """
     values = read_record(path, _MAX_FILE_BYTES)
     try:
+        if isinstance(values["ttl_seconds"], str):  # people write durations, files seconds
+            raise ValueError(f"its ttl_seconds {values['ttl_seconds']!r:.40} is no number")
         name = Name(
             checked_name(values["name"]),
             values["root"],

@@ -210,11 +210,13 @@ class DiskTier:
 
     def expire(self) -> list[Place]:
         """Forget blocks that were not used for ``settings.ttl_seconds``."""
-        if self.settings.ttl_seconds is None:
-            return []
-        gone = self.discard_unread(self.unused_since(self._since))
+        gone = self.discard_unread(self.expired())
         self.failures.count("expirations", len(gone))
         return gone
+
+    def expired(self) -> list[str]:
+        """Return the keys of blocks that were not used for ``settings.ttl_seconds``."""
+        return [] if self.settings.ttl_seconds is None else self.unused_since(self._since)
 
     def unused_since(self, since: float) -> list[str]:
         """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
@@ -239,6 +241,14 @@ class DiskTier:
             sqlite3.Error: the catalog fails.
         """
         return self._eviction.shrink(to_bytes)
+
+    def would_evict(self, nbytes: int) -> list[Place]:
+        """Return the blocks that would be evicted next to free ``nbytes``, in order.
+
+        Raises:
+            sqlite3.Error: the catalog fails.
+        """
+        return self._eviction.would_evict(nbytes)
 
     # --- finding ----------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
@@ -21,6 +20,9 @@ from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered, op
 from kvtier.store.tiers.host.ranking import RamValuation
 from kvtier.store.tiers.host.residents import Resident, Residents
 from kvtier.store.tiers.leases import BlockLease, Leases
+
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_WAIT_SECONDS = 2.0
 """How long a put waits in total for writes of other blocks, which never end on a drive that hangs."""

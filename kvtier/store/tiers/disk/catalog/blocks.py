@@ -53,6 +53,10 @@ class _NotEnoughError(Exception):
     """Less can be evicted than is needed: the transaction is rolled back."""
 
 
+class _RolledBackError(Exception):
+    """A trial has ended: the transaction is rolled back."""
+
+
 class Catalog:
     """The blocks of one store. Thread-safe, and shared by processes. Methods raise ``sqlite3.Error``.
 
@@ -256,6 +260,23 @@ class Catalog:
             session.end()
             return gone
         return []
+
+    def would_evict(self, nbytes: int, leased: Callable[[Place], bool]) -> list[Place]:
+        """Return the blocks that ``evict`` would mark to free ``nbytes``, as far as there are some; change nothing."""
+        gone: list[Place] = []
+        with suppress(_RolledBackError), self._database.transaction(long=True) as connection:
+            if not is_filled(connection):
+                return []
+            session = Session(self._policy, connection, self._saved_seconds)
+            freed = 0
+            while freed < nbytes and (valued := session.least()) is not None:
+                if not leased(valued.place):
+                    move(connection, valued.place.key, Move.EVICT)
+                    session.evicted(valued)
+                    gone.append(valued.place)
+                    freed += valued.place.nbytes
+            raise _RolledBackError
+        return gone
 
     def discard(self, keys: Iterable[str], owner: str) -> list[Place]:
         """Mark ready blocks as leaving, for ``owner`` to delete their files; return the marked blocks."""
