@@ -342,10 +342,10 @@ def test_spill_dir_that_becomes_a_file_raises_stream_error(make_model, generate,
     with (
         PrefixStore(block_size=PAGE) as store,
         TieredCache(store, device_budget=budget, spill_dir=tmp_path / "file") as cache,
-        pytest.raises(StreamError, match="spill_dir"),
     ):
         (tmp_path / "file").write_text("")
-        generate(model, tokens(60), cache)
+        with pytest.raises(StreamError, match="spill_dir"):
+            generate(model, tokens(60), cache)
 
 
 def test_budget_error_names_the_smallest_budget_that_works(make_model, generate, tokens, spill):
