@@ -19,7 +19,7 @@ from tests.support.snippets import PAGES, SETUPS, Snippet, save_tiny_model, setu
 
 pytestmark = [
     pytest.mark.cpu_only("the documentation describes the devices that people have"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT asks for it
 ]
 WITH_PYTHON = [name for name, page in PAGES.items() if any(s.language == "python" for s in snippets(page.read_text()))]
 # Pages that run with the demo model too, where it is cached; KVTIER_SNIPPETS=demo runs all.
