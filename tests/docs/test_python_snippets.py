@@ -23,7 +23,9 @@ pytestmark = [
 ]
 WITH_PYTHON = [name for name, page in PAGES.items() if any(s.language == "python" for s in snippets(page.read_text()))]
 # Pages that run with the demo model too, where it is cached; KVTIER_SNIPPETS=demo runs all.
-WITH_DEMO_MODEL = WITH_PYTHON if os.environ.get("KVTIER_SNIPPETS") == "demo" else ["README.md", "docs/getting-started.md"]
+WITH_DEMO_MODEL = (
+    WITH_PYTHON if os.environ.get("KVTIER_SNIPPETS") == "demo" else ["README.md", "docs/getting-started.md"]
+)
 DEMO = demo_model_folder()
 _NUMBER = re.compile(r"\d[\d,.]*")
 _SECONDS = re.compile(r"\d[\d,.]* (ms|s)\b")
