@@ -65,11 +65,11 @@ def _result(name: str) -> dict[str, Any]:
 
 
 def _drawn(draw: Any, size: tuple[float, float]) -> str:
-    import matplotlib
+    import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(dict(_SETTINGS)):
+    with matplotlib.style.context(["default", dict(_SETTINGS)]):  # whatever the settings of the reader are
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())
