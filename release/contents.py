@@ -18,7 +18,7 @@ def tracked_files(checkout: Path = CHECKOUT) -> set[str]:
 
 
 def sdist_faults(sdist: Path, tracked: set[str]) -> list[str]:
-    """Compare an sdist with the tracked files. It holds all of them, so that tests and docs run from it, and no other."""
+    """Compare an sdist with the tracked files: tests and docs run from it, so it holds all of them, and no other."""
     with tarfile.open(sdist) as archive:
         names = {str(PurePosixPath(*PurePosixPath(each.name).parts[1:])) for each in archive if not each.isdir()}
     missing, foreign = tracked - names, names - tracked - _MADE_BY_THE_BUILD
@@ -29,7 +29,7 @@ def sdist_faults(sdist: Path, tracked: set[str]) -> list[str]:
 
 
 def wheel_faults(wheel: Path, tracked: set[str]) -> list[str]:
-    """Compare a wheel with the tracked files of ``kvtier/``. Besides them it holds its metadata and the license alone."""
+    """Compare a wheel with the tracked files of ``kvtier/``. It also holds its metadata and the license, no more."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     about = f"kvtier-{version_of(wheel)}.dist-info"

@@ -25,7 +25,7 @@ def expect(holds: bool, what: str) -> None:
 
 
 def check_installation(version: str) -> None:
-    """The package comes from this environment, whole, and states the version of the release."""
+    """Check that the package is this environment's own, is whole, and states the version of the release."""
     package = Path(kvtier.__file__).resolve().parent
     expect(package.is_relative_to(Path(sys.prefix).resolve()), f"kvtier was imported from {package}")
     expect((package / "py.typed").exists(), "py.typed is missing: type checkers would ignore kvtier's types")
@@ -34,7 +34,7 @@ def check_installation(version: str) -> None:
 
 
 def check_turns(folder: Path) -> None:
-    """A second turn reuses the first one, also in a new cache on the same folder, and answers do not change."""
+    """Check that a second turn reuses the first one, also in a new cache on the folder, with the same answers."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -58,7 +58,7 @@ def check_turns(folder: Path) -> None:
 
 
 def check_command(version: str, folder: Path) -> None:
-    """The command states the version and lists the store."""
+    """Check that the command states the version and lists the store."""
     command = str(Path(sys.executable).parent / "kvtier")
     shown = subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
     expect(shown == f"kvtier {version}\n", f"kvtier --version printed {shown!r}")

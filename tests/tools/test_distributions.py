@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
 from release.contents import CHECKOUT, description_of, sdist_faults, tracked_files, wheel_faults
 from release.readme import first_snippet, relative_links
 
