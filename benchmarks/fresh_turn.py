@@ -103,6 +103,7 @@ def run_fresh_turn(
 
 def main(task_name: str, result_name: str) -> None:
     """Run the turn that ``task_name`` describes."""
+    from kvtier import PrefixStore, TieredCache  # noqa: F401  # programs import them at their start, off this clock
     from kvtier.cli.demo.conversation import ChatModel
 
     task = json.loads(Path(task_name).read_text(encoding="utf-8"))

@@ -40,15 +40,15 @@ def document() -> str:
     return resources.files("kvtier.cli.demo").joinpath("lighthouse.txt").read_text(encoding="utf-8").strip()
 
 
-def first_prompt(chat: ChatModel, tokens: int) -> Tokens:
-    """Return the prompt of a first turn of about ``tokens`` tokens: the document, cut to fit, and a question.
+def _first_text(chat: ChatModel, tokens: int) -> str:
+    """Return the message of a first turn of about ``tokens`` tokens: the document, cut to fit, and a question.
 
     The whole document where it is shorter than that.
     """
     ids = chat.tokenizer(document(), add_special_tokens=False).input_ids
     rest = len(chat.first_prompt(f"\n\n{FIRST_QUESTION}"))
     text = chat.tokenizer.decode(ids[: max(1, tokens - rest)])
-    return chat.first_prompt(f"{text}\n\n{FIRST_QUESTION}")
+    return f"{text}\n\n{FIRST_QUESTION}"
 
 
 def running_text(chat: ChatModel, tokens: int) -> Tokens:
@@ -88,8 +88,9 @@ class Conversation:
 def hold_first_turn(chat: ChatModel, tokens: int) -> Conversation:
     """Hold a first turn of about ``tokens`` prompt tokens with plain transformers."""
     plain = DynamicCache(config=chat.model.config)
-    answer = chat.answer(first_prompt(chat, tokens), plain, _FIRST_ANSWER_TOKENS)
-    return Conversation(answer.sequence, chat.next_prompt(answer.sequence, NEXT_QUESTION), plain)
+    text = _first_text(chat, tokens)
+    answer = chat.answer(chat.first_prompt(text), plain, _FIRST_ANSWER_TOKENS)
+    return Conversation(answer.sequence, chat.next_prompt(text, answer, NEXT_QUESTION), plain)
 
 
 def prefill(chat: ChatModel, tokens: Tokens) -> Any:

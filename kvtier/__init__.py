@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BlockError,
         BudgetError,
         BusyError,
+        ChangedError,
         ClosedError,
         ConfigurationError,
         KvtierError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from kvtier.hf.cache import TieredCache
+    from kvtier.hf.chat.conversation import Chat
     from kvtier.hf.generate.hook import uninstall
     from kvtier.report import TurnReport
     from kvtier.store import PrefixStore
@@ -40,6 +42,8 @@ __all__ = [
     "BlockError",
     "BudgetError",
     "BusyError",
+    "ChangedError",
+    "Chat",
     "ClosedError",
     "ConfigurationError",
     "KvtierError",
@@ -58,6 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Chat": "kvtier.hf.chat.conversation",
     "PrefixStore": "kvtier.store",
     "TieredCache": "kvtier.hf.cache",
     "TurnReport": "kvtier.report",

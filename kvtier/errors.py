@@ -13,6 +13,7 @@ KvtierError
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
     ├── ArchiveError                  a file of an exported prefix cannot be written or imported
+    ├── ChangedError                  another process has saved or removed a chat since it was read
     └── BlockError                    one block is missing, damaged or not what it claims to be
         ├── UnavailableError          one block cannot be opened or read now; it is not known to be damaged
         │   └── GoneError             it was evicted or rewritten after the lookup
@@ -75,6 +76,10 @@ class StoreVersionError(StoreError):
 
 class ArchiveError(StoreError):
     """The file of an exported prefix cannot be written or imported; the message names it."""
+
+
+class ChangedError(StoreError):
+    """Another writer has saved or removed a chat since it was read; the message names the chat."""
 
 
 class BlockError(StoreError):

@@ -14,6 +14,8 @@ import typer
 import kvtier
 from kvtier.cli import store
 from kvtier.cli.bench import command as bench
+from kvtier.cli.chat import command as chat
+from kvtier.cli.chat import warm
 from kvtier.cli.demo import command as demo
 from kvtier.cli.doctor import command as doctor
 from kvtier.cli.plan import command as plan
@@ -42,6 +44,8 @@ def _root(
 
 
 app.command()(demo.demo)
+app.command()(chat.chat)
+app.command()(warm.warm)
 app.command()(doctor.doctor)
 app.command()(plan.plan)
 app.command()(bench.bench)

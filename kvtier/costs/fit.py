@@ -43,13 +43,19 @@ def fitted(
 
 def _non_negative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the ``x >= 0`` with the least squares of ``a @ x - b``, by trying every set of positive coefficients."""
-    best, least = np.zeros(a.shape[1]), float(b @ b)
     scales = np.maximum(np.abs(a).max(axis=0), 1e-300)  # coefficients differ by twelve orders of magnitude
-    for count in range(1, a.shape[1] + 1):
+    a = a / scales
+    products, targets = a.T @ a, a.T @ b
+    best, least = np.zeros(a.shape[1]), 0.0
+    for count in range(a.shape[1], 0, -1):
         for some in map(list, combinations(range(a.shape[1]), count)):
-            found = np.linalg.lstsq(a[:, some] / scales[some], b, rcond=None)[0] / scales[some]
-            error = a[:, some] @ found - b
-            if (found >= 0).all() and float(error @ error) < least:
-                best, least = np.zeros(a.shape[1]), float(error @ error)
+            found = np.linalg.lstsq(products[np.ix_(some, some)], targets[some], rcond=None)[0]
+            if not (found >= 0).all():
+                continue
+            error = float(found @ (products[np.ix_(some, some)] @ found - 2 * targets[some]))
+            if error < least:
+                best, least = np.zeros(a.shape[1]), error
                 best[some] = found
-    return best
+            if count == a.shape[1]:
+                return best / scales  # nothing is better than what is best without a bound
+    return best / scales

@@ -42,6 +42,7 @@ from kvtier.store.eviction.base import EvictionPolicy, check_policy
 from kvtier.store.eviction.guarded import GuardedPolicy
 from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.manage.admin import StoreAdmin
+from kvtier.store.manage.chats import SavedChats
 from kvtier.store.manage.stats import StoreStats, store_stats
 from kvtier.store.manage.texts import Texts
 from kvtier.store.names import checked_ttl
@@ -475,6 +476,11 @@ class PrefixStore:
         return store_stats(self.path, self._tiers, tally, self._behind.queued)
 
     # --- between turns ----------------------------------------------------------------------------------------------
+
+    @property
+    def chats(self) -> SavedChats:
+        """The conversations that were saved under names; they are renamed, exported and forgotten with their names."""
+        return self.admin.chats
 
     name = _of_admin(StoreAdmin.name)
     names = _of_admin(StoreAdmin.names)

@@ -632,3 +632,13 @@ def test_help_names_every_command_and_the_exit_codes():
     for command in {command[0] for command in COMMANDS} | {"import"}:
         assert f" {command} " in text
     assert "Exit codes" in text
+
+
+def test_rm_forgets_a_chat_of_which_only_the_messages_are_kept(folder):
+    with PrefixStore(folder) as store:
+        store.chats.write("talk", {"messages": []}, after=None)
+    assert "pass --yes" in refusal("rm", "talk", "--store", folder, code=2)
+    done("rm", "talk", "letter", "--yes", "--store", folder)
+    with PrefixStore(folder) as store:
+        assert store.chats.names() == ()
+    assert sorted(names_in(folder)) == ["a note"]

@@ -90,6 +90,12 @@ IMPORTS = [
     Reliance("transformers.LlamaConfig", "cli/doctor/scripts.py"),
     Reliance("transformers.LlamaForCausalLM", "cli/doctor/scripts.py"),
     Reliance("transformers.TextStreamer", "cli/demo/conversation.py"),
+    Reliance("transformers.TextStreamer.on_finalized_text", "hf/chat/answer.py", "(self, text, stream_end=False)"),
+    Reliance("transformers.PreTrainedTokenizerBase.apply_chat_template", "hf/chat/template.py"),
+    Reliance("transformers.PreTrainedTokenizerBase.all_special_ids", "hf/chat/template.py"),
+    Reliance("transformers.PreTrainedTokenizerBase.decode", "hf/chat/template.py"),
+    Reliance("transformers.PreTrainedTokenizerFast.get_added_vocab", "hf/chat/template.py"),
+    Reliance("transformers.ProcessorMixin.apply_chat_template", "hf/chat/template.py"),
     Reliance("transformers.utils.logging", "cli/demo/conversation.py"),
 ]
 

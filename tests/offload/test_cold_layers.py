@@ -336,16 +336,16 @@ def test_invalid_budget_is_rejected(argument, value):
 
 
 @pytest.mark.cpu_only("beside an accelerator, pages go to RAM before files")
-def test_spill_dir_that_is_a_file_raises_stream_error(make_model, generate, tokens, tmp_path):
-    (tmp_path / "file").write_text("")
+def test_spill_dir_that_becomes_a_file_raises_stream_error(make_model, generate, tokens, tmp_path):
     model = make_model("llama", num_hidden_layers=6)
     budget = int(0.6 * everything(model, 68))
     with (
         PrefixStore(block_size=PAGE) as store,
         TieredCache(store, device_budget=budget, spill_dir=tmp_path / "file") as cache,
-        pytest.raises(StreamError, match="spill_dir"),
     ):
-        generate(model, tokens(60), cache)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StreamError, match="spill_dir"):
+            generate(model, tokens(60), cache)
 
 
 def test_budget_error_names_the_smallest_budget_that_works(make_model, generate, tokens, spill):

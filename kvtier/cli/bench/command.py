@@ -94,7 +94,7 @@ def _bench(
             if status is not None:
                 status.update(what)
 
-        where = _device(device)
+        where = device_called(device)
         machine = describe_machine(where)
         model = load_model(name, where)
         text = model.config.get_text_config(decoder=True)
@@ -124,7 +124,12 @@ def _bench(
     return subject, machine, replace(found, notes=(*notes, *found.notes))
 
 
-def _device(name: str) -> Any:
+def device_called(name: str) -> Any:
+    """Return the device ``here``, this machine's accelerator if it has one, or ``cpu``.
+
+    Raises:
+        ConfigurationError: it is called otherwise.
+    """
     import torch
 
     if name == "cpu":

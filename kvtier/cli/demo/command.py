@@ -1,6 +1,6 @@
 """``kvtier demo``: a conversation about a long document, in three turns and two processes.
 
-Turn 1 is cold, turn 2 continues it from memory, turn 3 continues it in a new process that has only the store's
+Turn 1 is cold, turn 2 continues it from memory, turn 3 resumes the chat in a new process that has only the store's
 files. Every turn is repeated with plain transformers: on a fresh cache, for its time, and on a cache that is fed
 the same forward calls, for the expected tokens.
 """
@@ -11,13 +11,14 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -33,6 +34,7 @@ _LIGHTHOUSE_QUESTIONS = (
     "Who was the principal keeper when the great wave put out the light?",
     "What does the card in the museum say?",
 )
+_CHAT = "kvtier demo"
 _ANY_QUESTIONS = ("What is this text about?", "Which names does it mention?", "How does it end?")
 
 
@@ -115,65 +117,74 @@ def _converse(
         questions = _LIGHTHOUSE_QUESTIONS
     else:
         text, questions = document.read_text(encoding="utf-8"), _ANY_QUESTIONS
-    chat = ChatModel(model_folder)
-    reference = PlainReference(chat)
+    model = ChatModel(model_folder)
+    reference = PlainReference(model)
     rows: list[_Row] = []
 
-    def turn(title: str, row: str, question: str, prompt: _Ids, run: Callable[[_Ids], _TurnResult]) -> _Ids:
+    def turn(title: str, row: str, question: str, said: str, run: Callable[[str], _TurnResult]) -> None:
         console.print(f"\n[bold]Turn {title}[/]\n[cyan]> {question}[/]")
-        result = run(prompt)
+        result = run(said)
+        prompt = result.sequence[: result.prompt_tokens]
         plain = reference.answer(prompt, result.cached_tokens, max_new_tokens)
         rows.append(_Row(row, result, reference.cold(prompt), plain.sequence == result.sequence))
-        return result.sequence
 
-    prompt = chat.first_prompt(f"{text.strip()}\n\n{questions[0]}")
-    with closing(_LocalTurns(chat, store, max_new_tokens)) as turns:
-        said = turn("1  this process, first time", "1  first time", questions[0], prompt, turns.run)
-        prompt = chat.next_prompt(said, questions[1])
-        said = turn("2  this process, from memory", "2  from memory", questions[1], prompt, turns.run)
-    # From here on, only the files are left.
-    prompt = chat.next_prompt(said, questions[2])
+    first, second, third = questions
+    with closing(_LocalTurns(model, store, max_new_tokens, is_new=True)) as turns:
+        turn("1  this process, first time", "1  first time", first, f"{text.strip()}\n\n{first}", turns.run)
+        turn("2  this process, from memory", "2  from memory", second, second, turns.run)
+    # From here on, only the files are left: another process resumes the chat by its name.
     in_new_process = partial(_run_in_new_process, model_folder, store, scratch, max_new_tokens)
-    turn("3  a new process, from disk", "3  new process", questions[2], prompt, in_new_process)
+    turn("3  a new process, from disk", "3  new process", third, third, in_new_process)
     return rows
 
 
 class _LocalTurns:
-    """Turns on one TieredCache of this process, printed as they come."""
+    """Turns of a saved chat in this process, printed as they come.
 
-    def __init__(self, chat: ChatModel, store: Path, max_new_tokens: int) -> None:
-        from kvtier import PrefixStore, TieredCache
+    Args:
+        model: the model.
+        store: the folder of the chat.
+        max_new_tokens: longest answer.
+        is_new: begin the chat anew; otherwise it is resumed.
+    """
 
-        self._chat = chat
-        self._max_new_tokens = max_new_tokens
+    def __init__(self, model: ChatModel, store: Path, max_new_tokens: int, *, is_new: bool) -> None:
+        from kvtier import Chat, PrefixStore
+
+        self._model = model
         self._store = PrefixStore(store, progress=True)
-        self._cache = TieredCache(self._store)
+        if is_new:
+            self._store.chats.remove(_CHAT)  # the chat of an earlier demo; its K and V may be known
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        self._chat = Chat(model.model, model.tokenizer, cache=self._store, name=_CHAT, **how)
 
-    def run(self, prompt: _Ids) -> _TurnResult:
-        answer = self._chat.answer(prompt, self._cache, self._max_new_tokens, show=partial(typer.echo, nl=False))
-        report = self._cache.last_turn
+    def run(self, said: str) -> _TurnResult:
+        from kvtier.cli.demo.conversation import Clock
+
+        clock = Clock(self._model.tokenizer, partial(typer.echo, nl=False))
+        started_at = time.perf_counter()
+        self._chat.say(said, stream=clock)
+        report = self._chat.last_turn
         assert report is not None
+        assert clock.first_token_at is not None
         return _TurnResult(
-            sequence=answer.sequence,
+            sequence=tuple(self._chat.tokens),
             prompt_tokens=report.prompt_tokens,
             cached_tokens=report.cached_tokens,
             computed_tokens=report.computed_tokens,
             cached_by_tier=dict(report.cached_by_tier),
-            first_token_seconds=answer.first_token_seconds,
+            first_token_seconds=clock.first_token_at - started_at,
         )
 
     def close(self) -> None:
         """Write all blocks and close the store."""
-        self._cache.flush()
-        self._cache.close()
+        self._chat.close()
         self._store.close()
 
 
-def _run_in_new_process(
-    model_folder: str, store: Path, scratch: Path, max_new_tokens: int, prompt: _Ids
-) -> _TurnResult:
+def _run_in_new_process(model_folder: str, store: Path, scratch: Path, max_new_tokens: int, said: str) -> _TurnResult:
     task, result = scratch / "task.json", scratch / "result.json"
-    fields = {"model": model_folder, "store": str(store), "prompt": prompt, "max_new_tokens": max_new_tokens}
+    fields = {"model": model_folder, "store": str(store), "said": said, "max_new_tokens": max_new_tokens}
     task.write_text(json.dumps(fields | {"result": str(result)}), encoding="utf-8")
     # Only a path is passed, and the answer streams through the inherited standard output.
     done = subprocess.run([sys.executable, "-m", "kvtier", "demo", "--worker", str(task)], check=False)
@@ -187,15 +198,15 @@ def _run_worker(task: Path) -> None:
     from kvtier.cli.demo.conversation import ChatModel
 
     fields = json.loads(task.read_text(encoding="utf-8"))
-    chat = ChatModel(fields["model"])
-    with closing(_LocalTurns(chat, Path(fields["store"]), fields["max_new_tokens"])) as turns:
-        result = turns.run(tuple(fields["prompt"]))
+    model, store = ChatModel(fields["model"]), Path(fields["store"])
+    with closing(_LocalTurns(model, store, fields["max_new_tokens"], is_new=False)) as turns:
+        result = turns.run(fields["said"])
     Path(fields["result"]).write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 
 def _table(rows: list[_Row]) -> Table:
     table = Table(
-        title="Tokens of each prompt by where they came from; seconds from calling generate() to its first token",
+        title="Tokens of each prompt by where they came from; seconds to the first token",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,  # so that the table fits into 80 columns

@@ -1,4 +1,4 @@
-"""A greedy chat at the level of tokens, timed, with and without a kvtier cache."""
+"""Answers at the level of tokens, always greedy and timed: what the demo compares a chat with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from kvtier.hf.chat.prompt import Prompter
+from kvtier.hf.chat.template import ChatTemplate, Message
+from kvtier.hf.chat.transcript import Transcript
 from kvtier.hf.compat.names import passed
 
-_PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}answer\N{OBJECT REPLACEMENT CHARACTER}"
+
+def _question(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Answer:
         return self.sequence[self.prompt_tokens :]
 
 
-class _Clock(TextStreamer):
+class Clock(TextStreamer):
     """Prints an answer as it is made and notes when its first token came."""
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
@@ -41,21 +46,19 @@ class _Clock(TextStreamer):
         self.first_token_at: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then one token at a time."""
         self._puts += 1
         if self._puts == 2:  # generate() puts the prompt first
             self.first_token_at = time.perf_counter()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show a piece of the answer."""
         self._show(text + ("\n" if stream_end else ""))
 
 
 class ChatModel:
-    """A model and its tokenizer, always decoding greedily.
-
-    Conversations are lists of tokens, not of text: the tokens that a model generated may differ from the tokenization
-    of their text, and a prompt that differs in one token shares nothing after it.
-    """
+    """A model and its tokenizer, always decoding greedily."""
 
     def __init__(self, folder: str) -> None:
         transformers_logging.disable_progress_bar()  # it would mix with the answers
@@ -67,34 +70,23 @@ class ChatModel:
 
     def first_prompt(self, text: str) -> tuple[int, ...]:
         """Return the prompt of a conversation that starts with ``text``."""
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        return self._prompter().next([_question(text)]).ids
 
-    def next_prompt(self, sequence: tuple[int, ...], text: str) -> tuple[int, ...]:
-        """Return the prompt that continues ``sequence``, token for token, with the user saying ``text``."""
-        rendered = self.tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": "-"},
-                {"role": "assistant", "content": _PLACEHOLDER},
-                {"role": "user", "content": text},
-            ],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        after_answer = rendered.split(_PLACEHOLDER)[1]
-        tail = tuple(self.tokenizer(after_answer, add_special_tokens=False).input_ids)
-        if sequence[-1] == tail[0]:  # the answer ended by itself; the template would end it again
-            tail = tail[1:]
-        return sequence + tail
+    def next_prompt(self, text: str, answer: Answer, next_text: str) -> tuple[int, ...]:
+        """Return the prompt that continues the ``answer`` to ``text`` when the user says ``next_text``."""
+        prompter, messages = self._prompter(), [_question(text)]
+        message = prompter.answered(prompter.next(messages), answer.new_tokens)
+        return prompter.next([*messages, message, _question(next_text)]).ids
+
+    def _prompter(self) -> Prompter:
+        return Prompter(ChatTemplate(self.tokenizer, None, {}), self.model.device, Transcript())
 
     def answer(
         self, prompt: tuple[int, ...], cache: Any, max_new_tokens: int, show: Callable[[str], None] = lambda _: None
     ) -> Answer:
         """Generate on ``cache``. The clock runs from the call of ``generate()``, so all work of the cache counts."""
         input_ids = torch.tensor([prompt], device=self.model.device)
-        clock = _Clock(self.tokenizer, show)
+        clock = Clock(self.tokenizer, show)
         started_at = time.perf_counter()
         sequences = self.model.generate(
             input_ids=input_ids,

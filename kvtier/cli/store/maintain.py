@@ -82,9 +82,13 @@ def _forget_chain(store: PrefixStore, key: str, dry_run: bool, yes: bool) -> For
 
 
 def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, dry_run: bool, yes: bool) -> Forgotten:
-    found = [named(store, name) for name in names]  # all of them, or none
+    known = {each.name for each in store.names()}
+    chats = [name for name in names if name not in known and store.chats.read(name) is not None]
+    found = [named(store, name) for name in names if name not in chats]  # all of them, or none
     if dry_run:
-        return Forgotten(0, 0) if name_only else store.would_forget(names)
+        return Forgotten(0, 0) if name_only else store.would_forget([each.name for each in found])
+    for name in chats:
+        confirm(f"Forget the chat {plain(name)}, of which only the messages are kept?", yes)
     for each in found:
         pinned = ", which is pinned" if each.pinned else ""
         if name_only:
@@ -93,6 +97,8 @@ def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, dry
             own = f"{size(each.own_bytes)} that nothing else uses"
             confirm(f"Forget {plain(each.name)}{pinned}: {each.tokens} tokens, {own}?", yes)
     removed = Forgotten(0, 0)
+    for name in chats:
+        store.forget(name)
     for each in found:
         if name_only:
             store.unname(each.name)
@@ -146,7 +152,7 @@ def _disk_bytes(store: PrefixStore) -> int:
 
 
 def clear(dry_run: DryRun = False, yes: Yes = False, store: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
-    """Remove everything for good: all names and blocks, pinned ones too. The empty store stays."""
+    """Remove everything for good: all names, chats and blocks, pinned ones too. The empty store stays."""
     with opened(store) as open_store:
         usage = open_store.usage()
         if dry_run:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import transformers
 from transformers import Cache, EncoderDecoderCache, GenerationMixin, cache_utils
 
+_log = logging.getLogger(__name__)
 Version = tuple[int, int]
 
 OLDEST_TESTED: Version = (5, 17)
@@ -68,6 +70,21 @@ def decoder_cache(value: Any) -> Any:
     if isinstance(value, EncoderDecoderCache):
         return value.self_attention_cache
     return value.stands_for if isinstance(getattr(type(value), "stands_for", None), property) else value
+
+
+def parsed_answer(tokenizer: Any, text: str, prompt: str) -> dict[str, Any] | None:
+    """Return the parts of an answer ``text`` (content, reasoning, tool calls), where the tokenizer can tell them apart.
+
+    A tokenizer with ``response_template`` can. None where it cannot, or where the answer is cut off.
+    """
+    if getattr(tokenizer, "response_template", None) is None:
+        return None
+    try:
+        message = tokenizer.parse_response(text, prefix=prompt)
+    except Exception as error:  # whatever a template of a stranger raises; the text itself is kept
+        _log.debug("an answer cannot be parsed: %s", error)
+        return None
+    return message if isinstance(message, dict) and isinstance(message.get("content"), str) else None
 
 
 # Positional arguments of generate(), in order.

@@ -201,7 +201,6 @@ class TurnManager:
         self._new_columns = request.new_columns
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
-        self._is_asynchronous = is_asynchronous(model.device)
         self.abort()
         config = getattr(model, "config", None)
         if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
@@ -209,18 +208,7 @@ class TurnManager:
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
             return self._start_without_reuse(request, prompt)
-        store, tokens = self.store, np.concatenate(prompt.rows)
-        codecs = store.lossy_codec, self._lossy_page_codec
-        has_windows = self.layers.window is not None
-        identity = identify(
-            model,
-            store.namespace,
-            store.block_size,
-            tokens,
-            *codecs,
-            has_windows=has_windows,
-            trusted_hooks=self.trusted_hooks,
-        )
+        identity = self._identify(model, np.concatenate(prompt.rows))
         if isinstance(identity, NotReusable):
             return self._start_without_reuse(request, identity)
         changed = self._root is not None and identity.root != self._root
@@ -228,6 +216,7 @@ class TurnManager:
             self.lay_out(self.layers.config)
         self._root = identity.root
         self._book = self.store.costs(identity.root, machine_name(model.device))
+        self._is_asynchronous = is_asynchronous(model.device)
         cold = why_cold(prompt, request, self.layers)
         if cold is not None:
             return self._start(request, self._cold_turn(prompt, identity, request, cold))
@@ -243,6 +232,34 @@ class TurnManager:
                 return self._start(request, turn)
             except BlockError:
                 continue  # the blocks do not fit the model and are withheld: plan without them
+
+    def _identify(self, model: PreTrainedModel, tokens: TokenIds) -> Identity | NotReusable:
+        store, has_windows = self.store, self.layers.window is not None
+        codecs = store.lossy_codec, self._lossy_page_codec
+        return identify(
+            model,
+            store.namespace,
+            store.block_size,
+            tokens,
+            *codecs,
+            has_windows=has_windows,
+            trusted_hooks=self.trusted_hooks,
+        )
+
+    def identity_of(self, model: PreTrainedModel) -> Identity | NotReusable:
+        """Return the identity under which a turn of ``model`` would be kept now, or why none would be.
+
+        Between turns: a cache that was laid out for another model drops its content.
+
+        Raises:
+            ClosedError: the cache was closed.
+        """
+        self.check_open()
+        self.abort()
+        config = getattr(model, "config", None)
+        if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
+            self.lay_out(config)
+        return self._identify(model, np.empty(0, np.int64))
 
     def _cold_turn(self, prompt: Prompt, identity: Identity, request: GenerateRequest, reason: str) -> Turn:
         if self.layers.states:

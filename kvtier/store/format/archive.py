@@ -3,7 +3,8 @@
 ``tokens`` [n], and ``k.0``, ``v.0``, ``k.1``, … ``[heads, n, dim]`` for the whole sequence, as they are in memory; for
 a model with states also ``states`` (U8), valid after the last token. The metadata hold ``format``, ``root``,
 ``manifest`` (description of the root, as JSON), ``block_size``, ``crc32`` of each tensor and, if they are known,
-``name`` and ``vocabulary`` (base64 of ``kvtier.store.format.vocabulary``, for the tokens of the prefix).
+``name``, ``vocabulary`` (base64 of ``kvtier.store.format.vocabulary``, for the tokens of the prefix) and ``chat`` (the
+conversation saved under the name: a JSON object, compressed by zlib, as base64).
 
 A sliding layer has the last tokens alone, ``[heads, n - start, dim]``, or none, ``[0, n, 0]``. The metadata hold
 ``windows``, as JSON, if there are some: ``start``, and ``layers``, the indices of the layers that begin there.
@@ -35,6 +36,7 @@ from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import BlockReader
 from kvtier.store.chain import TokenIds
 from kvtier.store.format.header import (
+    MAX_HEADER_BYTES,
     MAX_LAYERS,
     NOT_JSON,
     STATES,
@@ -60,6 +62,9 @@ _METADATA = ("format", "root", "manifest", "block_size", "crc32")
 _BLOCK_SIZE = re.compile(r"[1-9][0-9]{0,8}")
 _MAX_MANIFEST_BYTES = 128 * 2**10  # a model with adapters needs some 10 KiB
 _MAX_MANIFEST_DEPTH = 32
+_MAX_PACKED_CHAT_BYTES = 16 * 2**20  # some ten million tokens
+_MAX_CHAT_BYTES = 256 * 2**20
+_MAX_HEADER_BYTES = MAX_HEADER_BYTES + _MAX_PACKED_CHAT_BYTES
 _MAX_VOCABULARY_BYTES = 128 * 2**10  # 10,000 tokens that all differ take 80 KiB
 _CHECKED_BYTES = 4 * 2**20  # read at once by ``check``
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
@@ -75,6 +80,7 @@ def write_archive(
     manifest: Mapping[str, Any],
     block_size: int,
     name: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -91,6 +97,7 @@ def write_archive(
         manifest: description of the root; values that JSON does not know are written as strings.
         block_size: tokens of a full block in the store it comes from.
         name: the name of the prefix, if it has one.
+        chat: the conversation that was saved under the name, if there is one.
         vocabulary: the text of its token ids, if it is known; left out where it is long.
         overwrite: whether ``file`` may exist already.
 
@@ -104,6 +111,10 @@ def write_archive(
     target = Path(file)
     metadata = {"format": _FORMAT, "root": root, "manifest": json.dumps(dict(manifest), default=str)}
     metadata |= {"block_size": str(block_size)} | ({} if name is None else {"name": name})
+    if chat is not None:
+        metadata["chat"] = _packed(chat)
+        if len(metadata["chat"]) > _MAX_PACKED_CHAT_BYTES:
+            raise ArchiveError(f"cannot write {target}: its chat takes more than {_MAX_PACKED_CHAT_BYTES} bytes")
     if len(metadata["manifest"]) > _MAX_MANIFEST_BYTES:
         raise ArchiveError(
             f"cannot write {target}: what its root stands for takes more than {_MAX_MANIFEST_BYTES} bytes"
@@ -274,6 +285,7 @@ class Archive:
         block_size: tokens of a full block in the store it comes from.
         tokens: its token ids.
         name: its name; None if it has none, or an invalid one.
+        chat: the conversation that was saved under the name; None without one.
         vocabulary: the text of its token ids; None if it has none.
         window_start: index of the first token of layers that have the last tokens alone; ``len(tokens)`` without such.
         nbytes: size of the file.
@@ -296,7 +308,7 @@ class Archive:
         return ArchiveError(f"{self.path} cannot be imported: {problem}; export the prefix again where it comes from")
 
     def _read_header(self) -> None:
-        opened = open_header(self._fd, _METADATA)
+        opened = open_header(self._fd, _METADATA, at_most_bytes=_MAX_HEADER_BYTES)
         metadata, layout = opened.metadata, opened.layout
         if metadata["format"] != _FORMAT:
             newer = _FORMATS.fullmatch(metadata["format"])
@@ -320,6 +332,7 @@ class Archive:
         self.block_size = int(metadata["block_size"])
         self.manifest = _read_manifest(metadata["manifest"])
         self.name = _read_name(metadata.get("name"))
+        self.chat = _unpacked(metadata["chat"]) if "chat" in metadata else None
         self.vocabulary = _read_vocabulary(metadata.get("vocabulary"))
         tokens = np.empty(opened.tokens, dtype="<i8")
         fill(self._fd, memoryview(tokens.view(np.uint8)), self._data_start)
@@ -474,6 +487,31 @@ def _read_manifest(text: str) -> dict[str, Any]:
         raise ValueError("its manifest is no JSON object")
     _check_depth(manifest, _MAX_MANIFEST_DEPTH)
     return manifest
+
+
+def _packed(chat: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(chat), ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(zlib.compress(text.encode())).decode("ascii")
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    """Return a chat.
+
+    Raises:
+        ValueError: it is no base64, not compressed, longer than any chat, or no JSON object.
+        RecursionError: it is nested too deeply to be parsed.
+    """
+    unpack = zlib.decompressobj()
+    try:
+        data = unpack.decompress(base64.b64decode(text, validate=True), _MAX_CHAT_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"its chat cannot be unpacked: {error}") from error
+    if not unpack.eof:
+        raise ValueError(f"its chat is cut short, or has more than {_MAX_CHAT_BYTES} bytes")
+    chat = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    if not isinstance(chat, dict):
+        raise ValueError("its chat is no JSON object")
+    return chat
 
 
 def _check_depth(value: object, levels: int) -> None:

@@ -157,7 +157,10 @@ class Opened:
 
 
 def open_header(
-    fd: int, required: Sequence[str], accept: Callable[[dict[str, str]], object] = lambda metadata: None
+    fd: int,
+    required: Sequence[str],
+    accept: Callable[[dict[str, str]], object] = lambda metadata: None,
+    at_most_bytes: int = MAX_HEADER_BYTES,
 ) -> Opened:
     """Read the header of an open file, whose metadata must hold the ``required`` keys. ``accept`` is given them first.
 
@@ -174,8 +177,8 @@ def open_header(
     header_bytes = int.from_bytes(size, "little")
     if header_bytes > status.st_size - 8:
         raise ValueError("header is longer than the file")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"header is longer than {MAX_HEADER_BYTES} bytes")
+    if header_bytes > at_most_bytes:
+        raise ValueError(f"header is longer than {at_most_bytes} bytes")
     header = bytearray(header_bytes)
     fill(fd, memoryview(header), 8)
     metadata, layout = read_header(header, accept)

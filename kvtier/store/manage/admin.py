@@ -20,6 +20,7 @@ from kvtier.store.commit import BlockWriter, Windows
 from kvtier.store.format.archive import Archive, write_archive
 from kvtier.store.format.vocabulary import Vocabulary
 from kvtier.store.manage import dry_run
+from kvtier.store.manage.chats import SavedChats
 from kvtier.store.manage.inventory import Chain, Forgotten, Inventory
 from kvtier.store.manage.stats import StoreUsage, measure
 from kvtier.store.manage.texts import Texts
@@ -47,6 +48,9 @@ class StoreAdmin:
         flush: waits until everything committed so far is on disk.
         check_open: raises ``ClosedError`` when the store was closed.
         clock: Unix time.
+
+    Attributes:
+        chats: conversations that were saved under names; they go with their names.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class StoreAdmin:
         self._tiers = tiers
         self._names = tiers.names
         self._inventory = Inventory(tiers)
+        self.chats = SavedChats(tiers.database, tiers.opened.folder if tiers.opened is not None else None, check_open)
         self._writer = writer
         self._texts = texts
         self._flush = flush
@@ -157,19 +162,30 @@ class StoreAdmin:
             self._names.set_pinned(name, False)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename ``old`` to ``new``.
+        """Rename ``old``, and the chat that was saved under it, to ``new``.
 
         Raises:
             ConfigurationError: ``new`` cannot be a name, or exists already.
         """
+        checked_name(new)
         with self._asked():
-            self._names.rename(old, checked_name(new))
+            if self._names.find(new) is not None or self.chats.read(new) is not None:
+                raise ConfigurationError(f"{new!r} is the name of something else already; unname or forget that first.")
+            is_named = self._names.find(old) is not None
+            if not self.chats.rename(old, new) or is_named:
+                self._names.rename(old, new)
 
     def unname(self, name: str) -> None:
-        """Remove a name; its blocks are kept like all other blocks."""
+        """Remove a name, and the chat that was saved under it; its blocks are kept like all other blocks."""
         with self._asked():
+            if self._names.find(name) is None and self.chats.remove(name):
+                return
             self._names.get(name)
-            self._names.remove(name)
+            self._remove_name(name)
+
+    def _remove_name(self, name: str) -> None:
+        self.chats.remove(name)  # first: if this fails half-way, the name is still there to be removed again
+        self._names.remove(name)
 
     def tokens_of(self, name: str, *, last: int | None = None) -> TokenIds:
         """Return the token ids of ``name``, as far as the store has them; with ``last``, at most its last so many."""
@@ -240,9 +256,10 @@ class StoreAdmin:
     ) -> Forgotten:
         """Remove a conversation for good, from RAM and disk.
 
-        By name: removes the name, and the blocks that no other sequence uses. By token ids: removes all sequences that
-        begin with them, named and pinned ones too, except blocks that other sequences use. Files are deleted and the
-        rows overwritten. Drives may keep old data, and other processes keep their blocks in RAM.
+        By name: removes the name, the chat saved under it, and the blocks that no other sequence uses. By token ids:
+        removes all sequences that begin with them, named and pinned ones too, except blocks that other sequences use.
+        Files are deleted and the rows overwritten. Drives may keep old data, and other processes keep their blocks in
+        RAM.
 
         Args:
             what: a name, or token ids, or a text.
@@ -267,7 +284,7 @@ class StoreAdmin:
         with self._asked():
             keys = self._inventory.holding(tokens.astype(np.int64))
             for name in self._names.of_blocks(keys):
-                self._names.remove(name)
+                self._remove_name(name)
             return self._remove(keys)
 
     def forget_chain(self, key_prefix: str) -> Forgotten:
@@ -282,9 +299,11 @@ class StoreAdmin:
             return self._remove(self._inventory.own(keys, set()), root, keys)
 
     def _forget_name(self, name: str, *, in_a_turn: bool = False) -> Forgotten:
+        if self._names.find(name) is None and self.chats.remove(name):
+            return Forgotten(0, 0)  # a chat of which nothing was computed that could be kept
         written = self._names.get(name)
         keys = self._inventory.own([block.key for block in self._blocks(written.keys)], {name})
-        self._names.remove(name)
+        self._remove_name(name)
         return self._remove(keys, written.root, written.keys, in_a_turn=in_a_turn)
 
     def _remove(
@@ -368,9 +387,10 @@ class StoreAdmin:
         return limit, None if seconds is None else self._clock() - seconds
 
     def clear(self) -> Forgotten:
-        """Remove everything for good: all names and blocks, pinned ones too, and the descriptions of all roots."""
+        """Remove everything for good: names, chats, blocks, pinned ones too, and the descriptions of all roots."""
         self._flush()
         with self._asked():
+            self.chats.clear()
             for name, *_ in self._names.all():
                 self._names.remove(name.name)
             entries = sorted(self._tiers.entries(all_or_nothing=True), key=lambda entry: -entry.depth_tokens)
@@ -397,6 +417,8 @@ class StoreAdmin:
     def export(self, name: str, file: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the prefix ``name`` to one safetensors file, for another store or other tools.
 
+        A chat that was saved under the name is part of it.
+
         Returns:
             Bytes of the file, which only the user can read.
 
@@ -418,6 +440,7 @@ class StoreAdmin:
                 readers.append(reader)
             if sum(len(reader.id.tokens) for reader in readers) < written.tokens:
                 raise StoreError(f"{name!r:.80} cannot be exported: the store does not have all of it any more")
+            saved = self.chats.read(name)
             manifest = self._writer.manifest(written.root)
             block_size = len(readers[0].id.tokens) if len(readers) > 1 else manifest.get("block_size", self._block_size)
             ids = np.concatenate([reader.id.tokens for reader in readers])[: written.tokens]
@@ -439,6 +462,7 @@ class StoreAdmin:
                 manifest=manifest,
                 block_size=block_size,
                 name=name,
+                chat=saved.content if saved is not None else None,
                 vocabulary=self._texts.vocabulary(written.root),
                 overwrite=overwrite,
             )
@@ -466,7 +490,9 @@ class StoreAdmin:
             with self._asked():
                 blocks = chain_keys(archive.root, archive.tokens, archive.block_size)
                 before = self._names.find(name)
-                if before is not None and (before.root, before.tokens) != (archive.root, len(archive.tokens)):
+                saved = self.chats.read(name)
+                is_other = before is not None and (before.root, before.tokens) != (archive.root, len(archive.tokens))
+                if is_other or (saved is not None and saved.content != archive.chat):
                     raise ConfigurationError(f"{name!r} is the name of something else already; give another.")
             archive.check(progress)
             states = archive.states()
@@ -488,6 +514,8 @@ class StoreAdmin:
             )
             if len(keys) < len(blocks) or len(windows) < window_blocks:
                 raise StoreError(f"there was no room for all of {archive.nbytes} bytes of {os.fspath(file)}")
+            if archive.chat is not None and saved is None:
+                self.chats.write(name, archive.chat, after=None)
             if archive.vocabulary is not None:
                 self._texts.add(archive.root, archive.vocabulary)
             return self._set_name(name, archive.root, keys, windows, len(archive.tokens), False, None)

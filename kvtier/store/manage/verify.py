@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kvtier.errors import BlockError, UnavailableError
+from kvtier.errors import BlockError, StoreVersionError, UnavailableError
+from kvtier.store.manage.chats import read_chat
 from kvtier.store.tiers.disk.audit import Audit, Discrepancy
 from kvtier.store.tiers.disk.recovery import OpenedFolder
 
@@ -28,8 +29,8 @@ class Problem:
     Attributes:
         kind: ``damaged`` (a block's bytes), ``unreadable`` (they cannot be read now, and stay), ``missing`` (a row
             without its file), ``orphan`` (a file without its row), ``accounting``, ``leftover`` (of a dead writer),
-            ``name`` (its file is damaged), ``permissions`` (others can read), ``catalog`` (SQLite finds it damaged;
-            with ``repair`` it is rebuilt at the next open).
+            ``name`` (its file is damaged), ``chat`` (the same of a saved chat), ``permissions`` (others can read),
+            ``catalog`` (SQLite finds it damaged; with ``repair`` it is rebuilt at the next open).
         subject: the affected file, or another subject.
         text: description of the problem.
         repaired: whether it was repaired.
@@ -83,6 +84,7 @@ def verify(opened: OpenedFolder, *, repair: bool, progress: Progress | None) -> 
     note(audit.leftovers())
     note(audit.files())
     note(audit.names())
+    note(_damaged_chats(opened))
     blocks, nbytes = 0, 0
     for path, size, error in _read_all(opened, progress):
         if error is None:
@@ -96,6 +98,19 @@ def verify(opened: OpenedFolder, *, repair: bool, progress: Progress | None) -> 
     note(audit.total())
     note(audit.permissions())
     return VerifyReport(blocks, nbytes, time.perf_counter() - started, tuple(problems))
+
+
+def _damaged_chats(opened: OpenedFolder) -> Iterator[Discrepancy]:
+    folder = opened.folder
+    for path in folder.chats():
+        try:
+            if folder.chat(read_chat(path).name) != path:
+                raise ValueError("it is the file of another name")
+        except (FileNotFoundError, StoreVersionError):
+            continue  # removed meanwhile; or whole, for a newer kvtier
+        except (OSError, ValueError, RecursionError) as error:
+            text = f"cannot be read: {error}"
+            yield Discrepancy("chat", str(path), text, partial(folder.filesystem.delete, path))
 
 
 def _mended(discrepancy: Discrepancy) -> bool:

@@ -184,7 +184,7 @@ class Audit:
 
     def permissions(self) -> Iterator[Discrepancy]:
         """Yield files and folders that other users can read or change."""
-        for path in [*self._folder.parts, *self._folder.names(), *self._folder.block_files()]:
+        for path in [*self._folder.parts, *self._folder.names(), *self._folder.chats(), *self._folder.block_files()]:
             try:
                 mode = stat.S_IMODE(path.lstat().st_mode)
             except FileNotFoundError:

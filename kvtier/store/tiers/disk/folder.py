@@ -7,6 +7,7 @@ roots/<root>.json                          the description of a root
 roots/<root>.vocabulary                    the text of its token ids
 roots/<root>.costs.json                    what computing and loading cost its model, by machine
 names/<sha256 of the name>.json            a name and its chain
+chats/<sha256 of the name>.json            a conversation that was saved under a name
 owners/<process>-<random>.lock             a living store object
 leases.lock                                leases on blocks
 """
@@ -38,7 +39,7 @@ _BLOCK_SUFFIX = ".safetensors"
 _VOCABULARY_SUFFIX = ".vocabulary"
 _BLOCKS_TO_TRY = 16  # before a folder with a damaged marker counts as no store
 _FILES = ("kvtier.json", "catalog.sqlite", "leases.lock")
-_PARTS = ("blocks", "roots", "names", "owners")
+_PARTS = ("blocks", "roots", "names", "chats", "owners")
 
 
 class StoreFolder:
@@ -169,6 +170,14 @@ class StoreFolder:
         """Return the files of all names."""
         return sorted((self.path / "names").glob("*.json"))
 
+    def chat(self, name: str) -> Path:
+        """Return the file of the chat ``name``."""
+        return self.path / "chats" / self.name(name).name
+
+    def chats(self) -> list[Path]:
+        """Return the files of all chats."""
+        return sorted((self.path / "chats").glob("*.json"))
+
     def block_files(self, unlisted: list[str] | None = None) -> Iterator[Path]:
         """Yield every block file. Links are not followed. Folders that cannot be listed now go to ``unlisted``."""
         for path in _files(self.path / "blocks", 2, unlisted):
@@ -177,7 +186,7 @@ class StoreFolder:
 
     def leftovers(self, *, blocks: bool = True) -> Iterator[Path]:
         """Yield the temporary files of dead writers; without ``blocks``, only those outside ``blocks/``."""
-        places = [(self.path, 0), (self.path / "roots", 0), (self.path / "names", 0)]
+        places = [(self.path, 0), (self.path / "roots", 0), (self.path / "names", 0), (self.path / "chats", 0)]
         for folder, depth in places + [(self.path / "blocks", 2)] * blocks:
             for path in _files(folder, depth):
                 if path.name.startswith(".") and is_leftover(path):

@@ -1,0 +1,164 @@
+"""Terminal: questions from standard input, answers to standard output, and everything else to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from kvtier.cli.store.output import plain
+from kvtier.errors import KvtierError
+from kvtier.hf.chat.template import text_of
+
+if TYPE_CHECKING:
+    from kvtier.hf.chat.conversation import Chat
+
+_HELP = """\
+/undo           take the last question and its answer back
+/retry          answer the last question again
+/edit TEXT      ask TEXT instead of the last question; /edit N TEXT instead of question N
+/branch NAME    go on in a copy called NAME; this chat stays as it is
+/save NAME      keep this chat as NAME from now on
+/report         what the last turn reused, computed and lost
+/help           this list
+/quit           end, as Ctrl-D does
+A line that ends with \\ goes on in the next one."""
+_SHOWN_AT_RESUME = 400  # characters of the last message
+
+
+class Terminal:
+    """A conversation at the terminal, or with the lines of a pipe.
+
+    Args:
+        chat: the chat.
+        is_interactive: whether a person types the questions.
+    """
+
+    def __init__(self, chat: Chat, *, is_interactive: bool) -> None:
+        self._chat = chat
+        self._is_interactive = is_interactive
+        self._notes = Console(stderr=True, highlight=False)
+        self._branches: list[Chat] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/undo": self._undo,
+            "/retry": lambda _: self._answer(self._chat.retry),
+            "/edit": self._edit,
+            "/branch": self._branch,
+            "/save": self._save,
+            "/report": lambda _: self._report(),
+            "/help": lambda _: self._note(_HELP),
+        }
+
+    def run(self) -> None:
+        """Ask and answer until the input ends."""
+        try:
+            if self._is_interactive:
+                with suppress(ImportError):
+                    import readline  # noqa: F401  (arrow keys and a history)
+                self._greet()
+            while (line := self._line()) is not None:
+                if line.split(maxsplit=1)[:1] == ["/quit"]:
+                    break
+                if line.strip():
+                    self._do(line)
+        finally:
+            for branch in self._branches:
+                branch.close()
+
+    def _greet(self) -> None:
+        messages = self._chat.messages
+        if not messages:
+            self._note("Ctrl-C stops an answer, Ctrl-D ends; /help lists commands.")
+            return
+        self._note(f"{len(messages)} messages, {len(self._chat.tokens)} tokens so far. The last one:")
+        self._note(text_of(messages[-1])[-_SHOWN_AT_RESUME:])
+
+    def _line(self) -> str | None:
+        """Return the next question; None when there is none."""
+        parts: list[str] = []
+        while True:
+            try:
+                line = input("" if not self._is_interactive else "… " if parts else "> ")
+            except EOFError:
+                if self._is_interactive:
+                    self._note("")
+                return "\n".join(parts) if parts else None
+            except KeyboardInterrupt:  # at the prompt: begin the line again
+                self._note("")
+                return ""
+            if not line.endswith("\\"):
+                return "\n".join([*parts, line])
+            parts.append(line[:-1])
+
+    def _do(self, line: str) -> None:
+        """Run a command, or ask a question; failures are told, and the conversation goes on."""
+        word, _, rest = line.partition(" ")
+        try:
+            if word in self._commands:
+                self._commands[word](rest.strip())
+            elif line.startswith("/"):
+                self._note(f"there is no command {word}; /help lists them")
+            else:
+                self._answer(lambda **how: self._chat.say(line, **how))
+        except KvtierError as error:
+            self._note(str(error), style="red")
+
+    def _answer(self, ask: Callable[..., str]) -> None:
+        try:
+            ask(stream=_show)
+        except KeyboardInterrupt:
+            messages = self._chat.messages
+            was_begun = bool(messages) and messages[-1].get("partial")
+            _show("\n")
+            self._note("stopped" + ("" if was_begun else "; the question is taken back"))
+            return
+        _show("\n")
+        self._report()
+
+    def _undo(self, _: str) -> None:
+        self._note(f"taken back: {self._chat.undo()}")
+
+    def _edit(self, rest: str) -> None:
+        number, _, text = rest.partition(" ")
+        questions = [i for i, message in enumerate(self._chat.messages) if message["role"] == "user"]
+        if not number.isdecimal() or not text:
+            number, text = str(len(questions)), rest
+        if not text or not 1 <= int(number) <= len(questions):
+            self._note(f"/edit TEXT, or /edit N TEXT with N from 1 to {len(questions)}")
+            return
+        self._chat.edit(questions[int(number) - 1], text)
+        self._answer(self._chat.reply)
+
+    def _branch(self, name: str) -> None:
+        self._chat = self._chat.branch(name or None)
+        self._branches.append(self._chat)
+        self._note(f"this is now {name or 'a chat without a name, which is not saved'}")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._note("/save NAME")
+            return
+        self._chat.save_as(name)
+        self._note(f"saved as {name}; go on with --resume {name!r}")
+
+    def _report(self) -> None:
+        report = self._chat.last_turn
+        if report is None:
+            self._note("there was no turn yet")
+            return
+        reason = f": {report.lost_reason}" if report.lost_reason is not None else ""
+        self._note(f"{report}{reason}")
+
+    def _note(self, text: str, style: str = "dim") -> None:
+        for line in text.split("\n"):
+            self._notes.print(Text(plain(line), style=style), soft_wrap=True)
+
+
+def _show(text: str) -> None:
+    """Write a piece of an answer; characters that would control the terminal are replaced."""
+    sys.stdout.write("".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text))
+    sys.stdout.flush()
