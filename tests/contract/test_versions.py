@@ -38,9 +38,9 @@ def test_documentation_states_the_supported_versions():
     stated = [
         each for page in pages for each in re.findall(r"(Python|PyTorch|transformers)\s\(?([\d.]+) or later", page)
     ]
-    assert {name for name, _ in stated} == set(lowest)
+    assert {"Python", "transformers"} <= {name for name, _ in stated}
     assert [each for each in stated if lowest[each[0]] != each[1]] == []
-    tested = [each for page in pages for each in re.findall(r"tested with ([\d.]+), ([\d.]+) and ([\d.]+\d)", page)]
+    tested = [each for page in pages for each in re.findall(r"tested with\s([\d.]+),\s([\d.]+)\sand\s([\d.]+\d)", page)]
     assert tested
     newest = ".".join(map(str, names.NEWEST_TESTED))
     assert all(each == (lowest["transformers"], previous, newest) for each in tested)
