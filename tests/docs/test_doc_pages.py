@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 import kvtier
 import kvtier.testing
 from kvtier import progress, report
@@ -23,15 +21,3 @@ def test_every_public_name_is_in_the_reference():
     errors = {name for name in kvtier.__all__ if name.endswith("Error")}  # ::: kvtier.errors lists them
     public = {*kvtier.__all__, *report.__all__, "Bars", progress.ProgressEvent.__name__, *kvtier.testing.__all__}
     assert public - errors - {"__version__", "TurnLog"} <= listed
-
-
-def test_the_readme_of_an_index_has_no_link_that_leads_nowhere():
-    tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
-    text = (CHECKOUT / "README.md").read_text()
-    assert "](docs/" in text
-    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
-        text = re.sub(each["pattern"], each["replacement"], text)
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    assert [link for link in links if not re.match(r"https?://|#", link)] == []
-    assert "Getting started goes on from here" in text
