@@ -51,7 +51,7 @@ def break_even() -> str:
     lines = {way: [(x / 1e6, seconds) for x, seconds in points] for way, points in found.items()}
 
     def draw(axes: Any) -> None:
-        plot_lengths(lines, axes, "MB/s of the link that the store is behind")
+        plot_lengths(lines, axes, "MB/s of the link that the store is behind").get_legend().set_loc("lower left")
         axes.set_title(
             f"a known prefix of {longest:,} tokens: computed, loaded, or what is expected sooner", fontsize=11
         )
@@ -65,11 +65,11 @@ def _result(name: str) -> dict[str, Any]:
 
 
 def _drawn(draw: Any, size: tuple[float, float]) -> str:
-    import matplotlib
+    import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(dict(_SETTINGS)):
+    with matplotlib.style.context(["default", dict(_SETTINGS)]):  # whatever the settings of the reader are
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())

@@ -8,7 +8,7 @@ import pytest
 from kvtier import TurnReport, plots
 from kvtier.errors import ConfigurationError
 
-matplotlib = pytest.importorskip("matplotlib")
+pyplot = pytest.importorskip("matplotlib.pyplot")
 REPORTS = [
     TurnReport(prompt_tokens=10, computed_tokens=10, first_token_seconds=0.5, cold_seconds=0.5),
     TurnReport(
@@ -22,17 +22,16 @@ REPORTS = [
 ]
 
 
-@pytest.fixture
-def axes():
-    return matplotlib.figure.Figure().subplots()
-
-
 @pytest.fixture(autouse=True)
-def _without_a_window(monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    matplotlib.use("agg")
+def _without_a_window():
+    pyplot.switch_backend("agg")
     yield
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
+
+
+@pytest.fixture
+def axes(_without_a_window):
+    return pyplot.subplots()[1]
 
 
 def bars(axes):
@@ -73,7 +72,7 @@ def test_a_plan_is_drawn_as_computing_beside_loading(axes):
 
 
 def test_without_axes_a_figure_is_made():
-    assert plots.plot_turns(REPORTS).figure in map(matplotlib.pyplot.figure, matplotlib.pyplot.get_fignums())
+    assert plots.plot_turns(REPORTS).figure in map(pyplot.figure, pyplot.get_fignums())
 
 
 @pytest.mark.parametrize(
