@@ -89,10 +89,10 @@ def _refuse_own_folders(path: Path, notebook: Any) -> None:
     """Exit when an output names a folder that only this machine has."""
     own = (str(Path.home()), sys.prefix, str(HERE.resolve().parent), tempfile.gettempdir())
     for cell in notebook.cells:
-        shown = "\n".join(_texts(cell.get("outputs", [])))
-        named = [folder for folder in own if folder in shown]
+        lines = "\n".join(_texts(cell.get("outputs", []))).splitlines()
+        named = [line for line in lines if any(folder in line for folder in own)]
         if named:
-            sys.exit(f"{path.name}, {cell.id}: an output names {', '.join(named)}; the notebook was not written")
+            sys.exit(f"{path.name}, {cell.id}: an output names a folder of this machine; not written: {named[0]:.500}")
 
 
 def _texts(value: Any) -> Iterator[str]:
