@@ -140,7 +140,11 @@ def test_every_notebook_is_listed(page):
 
 def test_eight_lines_of_the_quickstart_are_eight_and_work_in_a_script():
     """The lines of a reader: the same before and after the restart, but for the question."""
-    both = ["".join(each["source"]) for each in code_of(cells_of(FOLDER / "quickstart.ipynb")) if "Chat(" in "".join(each["source"])]
+    both = [
+        "".join(each["source"])
+        for each in code_of(cells_of(FOLDER / "quickstart.ipynb"))
+        if "Chat(" in "".join(each["source"])
+    ]
     lines = [[line for line in source.splitlines() if line.strip()] for source in both]
     assert [len(each) for each in lines] == [8, 8]
     assert lines[0][:-1] == lines[1][:-1]
