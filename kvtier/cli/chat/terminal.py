@@ -122,7 +122,7 @@ class Terminal:
         except KeyboardInterrupt:
             _show("\n")
             is_kept = self._chat.messages != before
-            self._note("stopped" if is_kept else "stopped before the answer began; the conversation is as it was")
+            self._note("stopped" if is_kept else "stopped before the answer began; nothing was added")
             return
         _show("\n")
         self._report()

@@ -184,8 +184,8 @@ def _text(given: Any) -> str:
     text = given.get("text") if isinstance(given, Mapping) and given.get("type") == "text" else given
     if not isinstance(text, str):
         raise ConfigurationError(
-            f"content={given!r:.80} is no text: a tokenizer takes no images or sounds. Pass a text, or for images the "
-            "model's processor to Chat."
+            f"content={given!r:.80} is no text. A tokenizer takes no images or sounds; for these, pass the model's "
+            "processor to Chat."
         )
     return _unicode(text)
 
