@@ -167,7 +167,7 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """A copy of all messages. An answer that was stopped has ``"partial": True``."""
-        return _copied(self._messages)
+        return [_copied(message) for message in self._messages]
 
     @property
     def tokens(self) -> list[int]:

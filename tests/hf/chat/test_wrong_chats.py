@@ -155,13 +155,13 @@ def test_save_as_the_same_name_saves_and_as_no_name_is_an_error(store, speaker):
 
 
 @pytest.mark.parametrize("block_size", [8, 512])
-def test_chat_that_was_forgotten_elsewhere_leaves_nothing_when_it_is_closed(tmp_path, speaker, block_size):
+def test_chat_that_was_forgotten_elsewhere_leaves_nothing_when_it_is_closed(tmp_path, speaker, warned, block_size):
     with PrefixStore(tmp_path, block_size=block_size) as store:
         with chat_on(store, speaker, name="x") as chat:
             chat.say("hello there")
             chat.say("and then?")
             store.forget("x")
-        assert (store.names(), store.chats.names()) == ((), ())
+        assert (store.names(), store.chats.names(), warned()) == ((), (), [])
 
 
 def test_closed_store_costs_a_warning_and_no_message(speaker, warned):
