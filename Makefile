@@ -6,11 +6,13 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
 FUZZ_STAMP := $(VENV)/.installed-fuzz
+RELEASE_STAMP := $(VENV)/.installed-release
 FUZZ_SECONDS ?= 60
 # A file's tests stay together: they share what is made once. tests/conftest.py has the order of the files.
 ON_ALL_CORES := --numprocesses auto --dist loadfile --no-loadscope-reorder
-# Versions of transformers besides the newest one, which constraints.txt pins.
-LOWEST_TRANSFORMERS := 5.17
+# Versions of transformers besides the newest one, which constraints.txt pins: the lowest that pyproject.toml admits, and
+# the one before the newest.
+LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 PREVIOUS_TRANSFORMERS := 5.23
 OLDER := $(LOWEST_TRANSFORMERS) $(PREVIOUS_TRANSFORMERS)
 # What the lowest needs in older form than the newest one does; the rest is shared with $(VENV).
@@ -24,7 +26,7 @@ ON_THE_TEST_DEVICE := tests/testing/device/test_device_machine.py tests/transfer
 NEWEST := .venv-newest
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all check contract format wheel bench sweep docs notebooks older newest fuzz crash clean
+.PHONY: demo test test-all check contract format wheel release-check bench sweep docs notebooks older newest fuzz crash clean
 .PHONY: $(OLDER:%=contract-%) $(OLDER:%=older-%)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +46,10 @@ $(NOTEBOOKS_STAMP): $(STAMP)
 
 $(FUZZ_STAMP): $(STAMP)
 	$(PIP_INSTALL) --editable '.[fuzz]'
+	touch $@
+
+$(RELEASE_STAMP): $(STAMP)
+	$(PIP_INSTALL) --editable '.[release]'
 	touch $@
 
 demo: $(STAMP)  ## three turns on a long document, the last one in a new process
@@ -102,14 +108,20 @@ wheel: $(STAMP)
 	assert (where.parent / "py.typed").exists() and (where.parent / "cli" / "demo" / "lighthouse.txt").exists(); \
 	print("wheel: kvtier imports from", where.parent.relative_to(pathlib.Path.cwd()))'
 
+# Leaves both files in dist/. Each new environment shares torch, and the libraries of its accelerator, with $(VENV); pip
+# installs all else that kvtier requires. Needs the package index alone.
+release-check: $(RELEASE_STAMP)  ## sdist and wheel: contents, metadata, and each installed in a new environment and used
+	$(BIN)/python -m release
+
 bench: $(STAMP)  ## how fast it is, in ratios; see benchmarks/README.md
 	$(BIN)/python -m benchmarks
 
 sweep: $(STAMP)  ## every causal language model, tiny, with kvtier; writes docs/models.md; see sweep/README.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m sweep
 
-docs: $(DOCS_STAMP)
+docs: $(DOCS_STAMP)  ## the documentation, as files to open in a browser: site/index.html; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	! grep -rE --include='*.html' '<(script|img|iframe|link)[^>]*(src|href)="(https?:)?//' site  # a page asks no network
 
 notebooks: $(NOTEBOOKS_STAMP)
 	$(BIN)/python notebooks/execute.py

@@ -1,5 +1,6 @@
 """Every exception kvtier raises, as one tree.
 
+```text
 KvtierError
 ├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
 │   └── BudgetError                   ``device_budget`` is too small: the message names the smallest that works
@@ -20,6 +21,7 @@ KvtierError
         └── RestoreError              either, detected while a turn was already reading it
 
 ReuseWarning (UserWarning)            nothing is reused, for a reason in the model or the set-up that lasts
+```
 """
 
 

@@ -162,6 +162,7 @@ def _prompts(ids: tuple[int, ...], tokens: int, rounds: int) -> tuple[tuple[int,
 
 def _write(subject: Subject, machine: Machine, found: Measured, output: Path | None, as_json: bool) -> None:
     from kvtier.cli.bench import output as written
+    from kvtier.plots import HOW_TO_DRAW
 
     text = json.dumps(written.as_json(subject, machine, found), indent=1) + "\n"
     if as_json:
@@ -178,6 +179,4 @@ def _write(subject: Subject, machine: Machine, found: Measured, output: Path | N
         raise ConfigurationError(
             f"--output={str(output)!r:.200} cannot be written: {error}; name another folder."
         ) from error
-    typer.echo(
-        f"{output / 'bench.json'}" + (f", {output / 'bench.png'}" if drawn else f" ({written.HOW_TO_DRAW})"), err=True
-    )
+    typer.echo(f"{output / 'bench.json'}" + (f", {output / 'bench.png'}" if drawn else f" ({HOW_TO_DRAW})"), err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from rich.table import Table
 from kvtier.cli.bench.machine import Machine
 from kvtier.cli.bench.measure import Measured, Row
 from kvtier.cli.bench.places import COLD
-
-HOW_TO_DRAW = "matplotlib draws the picture: pip install 'kvtier[plots]'"
+from kvtier.plots import can_draw, plot_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +114,14 @@ def as_json(subject: Subject, machine: Machine, found: Measured) -> dict[str, An
 
 def draw(subject: Subject, machine: Machine, found: Measured, path: Path) -> bool:
     """Draw the times into a PNG file; return False, and do nothing, where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(found.rows)), layout="constrained")
     FigureCanvasAgg(figure)  # without a window system
-    axes = figure.subplots()
-    rows = found.rows[::-1]
-    medians = [row.median_seconds for row in rows]
-    spread = [
-        [row.median_seconds - min(row.seconds) for row in rows],
-        [max(row.seconds) - row.median_seconds for row in rows],
-    ]
-    colors = ["0.6" if "kvtier" not in row.place else "tab:green" for row in rows]
-    bars = axes.barh([row.place for row in rows], medians, xerr=spread, color=colors, capsize=3)
-    cold = found.row(COLD).median_seconds
-    labels = [f"  {_seconds(each)}  ({cold / each:.0f}×)" for each in medians]
-    axes.bar_label(bars, labels)
-    axes.set_xscale("log")
-    axes.set_xlim(min(medians) / 3, max(medians) * 8)
-    axes.set_xlabel("seconds to the first token (median, least and most)")
+    axes = plot_seconds({row.place: row.seconds for row in found.rows}, COLD, figure.subplots())
     axes.set_title(
         f"{subject.model_type}, {subject.prompt_tokens:,} tokens, {subject.known_tokens:,} known, {machine.device}",
         fontsize=10,

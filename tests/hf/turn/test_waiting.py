@@ -62,6 +62,11 @@ class Elsewhere(threading.Thread):
         except BaseException as error:
             self.outcome = error
 
+    def reaches(self, event):
+        """Wait until the call sets ``event``; fail with what it ended in, if it ends before."""
+        while not event.wait(0.1):
+            assert self.is_alive(), f"the call has ended: {self.outcome!r}"
+
     def result(self):
         self.join(LONG_SECONDS)
         assert not self.is_alive()
@@ -137,7 +142,7 @@ def test_second_call_waits_for_the_first_and_then_succeeds(model, generate, toke
     longer = torch.cat([ids, tokens(6, seed=1)], 1)
     expected = answer(model, generate, None, longer)
     first = Elsewhere(lambda: generate(model, ids, patient, streamer=pause, stopping_criteria=[pause]))
-    assert pause.inside.wait(LONG_SECONDS)
+    first.reaches(pause.inside)
     second = Elsewhere(lambda: when_waiting(pause.go_on.set, lambda: ASKS[ask](model, generate, patient, longer)))
     found = second.result()
     pause.go_on.set()
@@ -158,7 +163,7 @@ def test_wait_timeout_raises_busy_error_that_names_wait_seconds(model, generate,
     expected = answer(model, generate, None, ids)
     with TieredCache(store, wait_seconds=wait_seconds) as cache:
         first = Elsewhere(lambda: answer_with(model, generate, cache, ids, pause))
-        assert pause.inside.wait(LONG_SECONDS)
+        first.reaches(pause.inside)
         second = Elsewhere(lambda: ASKS[ask](model, generate, cache, ids))
         found = second.result()
         pause.go_on.set()
@@ -224,7 +229,7 @@ def test_generate_waits_for_begin_commit_and_reset_on_another_thread(model, gene
             first_of[what]()
 
     thread = Elsewhere(first)
-    assert pause.inside.wait(LONG_SECONDS)
+    thread.reaches(pause.inside)
     waited = []
 
     def go_on():
@@ -244,7 +249,7 @@ def test_closing_the_cache_ends_a_wait_with_closed_error(model, generate, tokens
     ids, pause = tokens(30), Pause()
     asks = {"begin": lambda: patient.begin(model, ids), "commit": lambda: patient.commit(ids)}
     first = Elsewhere(lambda: answer_with(model, generate, patient, ids, pause))
-    assert pause.inside.wait(LONG_SECONDS)
+    first.reaches(pause.inside)
 
     def close():
         patient.close()
@@ -289,7 +294,7 @@ def test_keyboard_interrupt_ends_a_wait(model, generate, tokens, patient):
             signal.pthread_kill(main, signal.SIGINT)
 
     first = Elsewhere(lambda: answer_with(model, generate, patient, ids, pause))
-    assert pause.inside.wait(LONG_SECONDS)
+    first.reaches(pause.inside)
     before = signal.signal(signal.SIGINT, once)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -371,7 +376,7 @@ class TestChildren:
             "generate": lambda: generate(model, ids, patient),
         }
         first = Elsewhere(lambda: answer_with(model, generate, patient, ids, pause))
-        assert pause.inside.wait(LONG_SECONDS)
+        first.reaches(pause.inside)
         found = in_a_child(lambda: when_waiting(lambda: os._exit(3), asks[what]))
         pause.go_on.set()
         assert found.startswith("BusyError")

@@ -1,17 +1,12 @@
-"""Draw the life of a block from ``kvtier.store.tiers.block_states.TABLE``: ``python docs/lifecycle_drawing.py``.
-
-Writes ``docs/images/lifecycle.svg`` and prints nothing. A test sees to it that the drawing is the table's.
-"""
+"""The life of a block, drawn from ``kvtier.store.tiers.block_states.TABLE``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 
 from kvtier.store.tiers.block_states import TABLE, Move, State
 
-DRAWING = Path(__file__).parent / "images" / "lifecycle.svg"
 _WIDTH, _HEIGHT, _BOX = 860, 430, (110, 40)
 _CENTRES: Mapping[State, tuple[int, int]] = {
     State.ABSENT: (100, 215),
@@ -90,8 +85,3 @@ def _edge(centre: tuple[float, float], towards: tuple[float, float]) -> tuple[fl
     dx, dy = towards[0] - centre[0], towards[1] - centre[1]
     scale = min(_BOX[0] / 2 / abs(dx) if dx else 1e9, _BOX[1] / 2 / abs(dy) if dy else 1e9)
     return centre[0] + dx * scale, centre[1] + dy * scale
-
-
-if __name__ == "__main__":
-    DRAWING.parent.mkdir(exist_ok=True)
-    DRAWING.write_text(drawing(), encoding="utf-8")
