@@ -70,7 +70,7 @@ _HOMES = {
     "TurnReport": "kvtier.report",
     "uninstall": "kvtier.hf.generate.hook",
 }
-_MODULES = ("errors", "kv", "progress", "report", "store")
+_MODULES = ("errors", "progress", "report", "store")
 """Modules of public names that are not imported from here: ``kvtier.progress.ProgressEvent``."""
 
 
