@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         KvtierError,
         PromptError,
         RestoreError,
+        ReuseWarning,
         StoreError,
         StoreVersionError,
         StreamError,
@@ -50,6 +51,7 @@ __all__ = [
     "PrefixStore",
     "PromptError",
     "RestoreError",
+    "ReuseWarning",
     "StoreError",
     "StoreVersionError",
     "StreamError",
@@ -68,6 +70,8 @@ _HOMES = {
     "TurnReport": "kvtier.report",
     "uninstall": "kvtier.hf.generate.hook",
 }
+_MODULES = ("errors", "progress", "report", "store")
+"""Modules of public names that are not imported from here: ``kvtier.progress.ProgressEvent``."""
 
 
 def __getattr__(name: str) -> Any:
@@ -76,6 +80,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("kvtier")
+    elif name in _MODULES:
+        value = import_module(f"kvtier.{name}")
     elif name in __all__:
         value = getattr(import_module(_HOMES.get(name, "kvtier.errors")), name)
     else:
@@ -85,7 +91,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 put_stand_in()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvtier.errors import ConfigurationError
@@ -138,7 +139,7 @@ class Bars:
         if self._make_bar is None:
             from tqdm.auto import tqdm  # looks for a notebook when it is imported
 
-            self._make_bar = tqdm
+            self._make_bar = partial(tqdm, disable=None)  # none where standard error is no terminal: a log
         is_bytes = event.unit == "bytes"
         return self._make_bar(
             total=event.total,

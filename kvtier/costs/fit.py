@@ -43,19 +43,19 @@ def fitted(
 
 def _non_negative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the ``x >= 0`` with the least squares of ``a @ x - b``, by trying every set of positive coefficients."""
-    scales = np.maximum(np.abs(a).max(axis=0), 1e-300)  # coefficients differ by twelve orders of magnitude
-    a = a / scales
-    products, targets = a.T @ a, a.T @ b
-    best, least = np.zeros(a.shape[1]), 0.0
-    for count in range(a.shape[1], 0, -1):
-        for some in map(list, combinations(range(a.shape[1]), count)):
-            found = np.linalg.lstsq(products[np.ix_(some, some)], targets[some], rcond=None)[0]
-            if not (found >= 0).all():
-                continue
-            error = float(found @ (products[np.ix_(some, some)] @ found - 2 * targets[some]))
-            if error < least:
-                best, least = np.zeros(a.shape[1]), error
+    scales: npt.NDArray[np.float64] = np.maximum(np.abs(a).max(axis=0), 1e-300)  # they differ by twelve orders
+    scaled = a / scales
+    products, targets = scaled.T @ scaled, scaled.T @ b
+    best: npt.NDArray[np.float64] = np.zeros(len(scales))
+    least = 0.0
+    for count in range(len(scales), 0, -1):
+        for some in map(list, combinations(range(len(scales)), count)):
+            within = products[np.ix_(some, some)]
+            found = np.linalg.lstsq(within, targets[some], rcond=None)[0]
+            error = float(found @ (within @ found - 2 * targets[some]))
+            if (found >= 0).all() and error < least:
+                best, least = np.zeros(len(scales)), error
                 best[some] = found
-            if count == a.shape[1]:
-                return best / scales  # nothing is better than what is best without a bound
-    return best / scales
+        if best.all():
+            break  # what is best without a bound is within it
+    return np.divide(best, scales)

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.external_state import external_states
 from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.layers.build import build_layers
+from kvtier.platform.filesystem import folder_path
 
 _FED_TOKENS = 8
 
@@ -35,7 +35,7 @@ def read_config(model: str) -> PreTrainedConfig:
     Raises:
         ConfigurationError: there is no config that the installed transformers can read; the message says why.
     """
-    folder = Path(model).expanduser()
+    folder = folder_path(model, "model")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigurationError(f"model={model!r:.200}: the folder has no config.json; name a folder that has one.")
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from kvtier.errors import ConfigurationError
 from kvtier.report.divergence import Divergence
 from kvtier.report.html import bar_html
 from kvtier.report.text import reused_text, seconds_text
@@ -160,8 +161,13 @@ class TurnReport:
             row: which row of the batch.
 
         Raises:
+            ConfigurationError: ``tokenizer`` has no method ``decode``.
             IndexError: the report has rows, but not this one.
         """
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise ConfigurationError(
+                f"tokenizer is a {type(tokenizer).__name__}, which has no decode(); pass a tokenizer."
+            )
         lines = [str(self)]
         divergence = self.rows[row].divergence if self.rows else self.divergence
         if divergence is not None:

@@ -16,7 +16,10 @@ from kvtier import Chat, PrefixStore
 from kvtier.cli import app
 from kvtier.cli.chat import terminal
 from kvtier.cli.chat.terminal import Terminal
+from kvtier.cli.store.output import plain
 from kvtier.hf.chat.report import ChatReport
+from kvtier.hf.chat.saved import Conversation
+from kvtier.hf.not_reusable import NotReusable
 from kvtier.report import TurnReport
 from tests.support.chats import END, chat_model, chat_tokenizer
 
@@ -233,6 +236,92 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.StringIO())
     terminal._show("a\x1b[31mb\n\tc")
     assert terminal.sys.stdout.getvalue() == "a\ufffd[31mb\n\tc"
+
+
+def test_letters_and_spaces_of_all_languages_reach_the_terminal(monkeypatch):
+    text = (
+        "\u00ab\u00a0oui\u202f\u00bb \u3000\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f468\u200d\U0001f469"
+    )
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    terminal._show(text)
+    assert terminal.sys.stdout.getvalue() == text
+    assert plain(text) == text
+    assert plain("\u202e\u2066\u2028\u200b\ufeff\x9b") == "\ufffd" * 6
+
+
+def test_failing_answer_is_told_and_the_conversation_goes_on(talk, monkeypatch):
+    def failing(**_):
+        raise RuntimeError("too little memory")
+
+    monkeypatch.setattr(talk.chat, "retry", failing)
+    _, shown = talk("one", "/retry", "two")
+    assert "RuntimeError: too little memory" in shown.err
+    assert questions(talk.chat) == ["one", "two"]
+
+
+def test_reader_of_the_answers_that_has_gone_ends_the_conversation(talk, monkeypatch):
+    def broken(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(terminal, "_show", broken)
+    with pytest.raises(BrokenPipeError):
+        talk("one", "two")
+
+
+def test_edit_of_a_number_that_no_list_has_is_told(talk):
+    _, shown = talk("one", f"/edit {'9' * 5000} x")
+    assert questions(talk.chat) == [f"{'9' * 5000} x"]
+    assert "Traceback" not in shown.err
+
+
+def test_line_that_is_no_text_is_left_out(talk, monkeypatch):
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    lines = iter(["one", error, "two"])
+
+    def read(prompt):
+        line = next(lines, EOFError())
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    Terminal(talk.chat, is_interactive=False).run()
+    assert questions(talk.chat) == ["one", "two"]
+
+
+@pytest.mark.parametrize("command", ["/retry", "/edit two"])
+def test_answer_that_is_stopped_before_it_begins_is_told(talk, monkeypatch, command):
+    def stopped(**_):
+        raise KeyboardInterrupt
+
+    talk("one")
+    for method in ("retry", "reply"):
+        monkeypatch.setattr(talk.chat, method, stopped)
+    _, shown = talk(command)
+    assert "stopped before the answer began" in shown.err
+
+
+def test_words_of_a_saved_chat_do_not_control_the_terminal(kvtier, tmp_path):
+    with PrefixStore(tmp_path / "store") as store:
+        content = Conversation([], model={"name": "\x1b[2J"}).to_json()
+        store.chats.write("x", content, after=None)
+    assert "\x1b" not in kvtier("chat", "--resume", "x", code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "warm"])
+def test_home_of_an_unknown_user_is_one_line(model_folder, document, command):
+    how = [str(document), "--name", "x"] if command == "warm" else []
+    for model, store in ((str(model_folder), "~no-such-user/x"), ("~no-such-user/x", "store")):
+        given = [command, model, *how, "--store", store, "--device", "cpu"]
+        result = CliRunner().invoke(app, given, input="x", env={"COLUMNS": "200"})
+        assert result.exit_code == 2
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("kvtier")]
+        assert "no-such-user" in line
+
+
+def test_warmed_document_that_cannot_be_kept_is_told_with_the_reason(kvtier, document, monkeypatch):
+    monkeypatch.setattr("kvtier.hf.turn.manager.identify", lambda *_, **__: NotReusable("a test says so"))
+    assert "nothing of 'x' is kept: a test says so" in kvtier("warm", document, "--name", "x", code=1).stderr
 
 
 def test_report_of_a_chat_tells_what_the_template_rewrites_and_its_text_only_when_asked():

@@ -65,3 +65,9 @@ def test_store_commands_need_neither_torch_nor_transformers(tmp_path):
     commands += [["doctor", "--help"], ["demo", "--help"]]
     done = run(f"HEAVY = {_HEAVY!r}; COMMANDS = {commands!r}; STORE = {str(tmp_path)!r}\n{_SCRIPT}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["ReuseWarning", "errors.GoneError", "progress.ProgressEvent", "report"])
+def test_public_names_and_modules_are_there_after_one_import(name):
+    code = f"import kvtier; assert {name.split('.')[0]!r} in dir(kvtier); kvtier.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -642,3 +642,15 @@ def test_rm_forgets_a_chat_of_which_only_the_messages_are_kept(folder):
     with PrefixStore(folder) as store:
         assert store.chats.names() == ()
     assert sorted(names_in(folder)) == ["a note"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls", "--store", "~no-such-user/x"], ["import", "x" * 5000], ["export", "x", "x" * 5000]],
+    ids=["unknown user", "import", "export"],
+)
+def test_place_that_cannot_be_looked_at_is_one_line(tmp_path, arguments):
+    result = CliRunner().invoke(app, ["store", *arguments], env={"KVTIER_STORE": str(tmp_path)})
+    assert result.exit_code in (1, 2)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("kvtier store: ")

@@ -144,8 +144,12 @@ def test_bars_of_two_kinds_stand_beside_each_other():
     prefill.end()
 
 
-def test_default_bars_are_those_of_tqdm(capsys):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_default_bars_are_those_of_tqdm_in_terminals_alone(monkeypatch, is_terminal):
+    errors = io.StringIO()
+    errors.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", errors)
     bars = Bars(delay_seconds=0.0)
     bars(ProgressEvent("load", 0, 10, "bytes", 0.0))
     bars(ProgressEvent("load", 10, 10, "bytes", 0.1, True))
-    assert "kvtier: load" in capsys.readouterr().err
+    assert ("kvtier: load" in errors.getvalue()) == is_terminal

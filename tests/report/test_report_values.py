@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtier.errors import ConfigurationError
 from kvtier.report import Divergence, RowReport, Totals, TurnLog, TurnReport
 
 DIVERGENCE = Divergence.at(3, np.arange(70_000, 70_030), np.arange(70_000, 70_030) + (np.arange(30) >= 3) * 1000)
@@ -274,3 +275,9 @@ def test_reports_are_imported_without_torch():
 
     run = [sys.executable, "-c", prelude + loaded, str(kvtier.__path__[0])]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("tokenizer", [None, "a name", object()])
+def test_explain_without_a_tokenizer_is_an_error_that_says_so(tokenizer):
+    with pytest.raises(ConfigurationError, match=r"which has no decode\(\); pass a tokenizer"):
+        TurnReport(prompt_tokens=3).explain(tokenizer)

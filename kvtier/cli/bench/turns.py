@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from kvtier.errors import ConfigurationError
 from kvtier.hf.compat.names import passed
 from kvtier.hf.meta_model import read_config
+from kvtier.platform.filesystem import folder_path
 
 Ids = tuple[int, ...]
 _FEW = 8  # different ids
@@ -85,7 +86,7 @@ def load_model(name: str, device: torch.device) -> Any:
 
 
 def _local(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = folder_path(name, "model")
     return str(folder) if folder.is_dir() else name
 
 

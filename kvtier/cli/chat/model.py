@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from kvtier.cli.store.output import plain
 from kvtier.errors import ConfigurationError, KvtierError
+from kvtier.platform.filesystem import folder_path
 
 if TYPE_CHECKING:
     from kvtier.hf.chat.conversation import Chat
@@ -25,7 +27,7 @@ System = Annotated[str | None, typer.Option(help="The system message.")]
 
 def fail(command: str, code: int, error: object) -> NoReturn:
     """End ``command`` with ``code`` and one line on standard error."""
-    typer.echo(f"kvtier {command}: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"kvtier {command}: {plain(' '.join(str(error).split()))}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -60,7 +62,7 @@ def open_chat(model: str, device: str, store: Path, **arguments: Any) -> Chat:
     with console.status("loading the model") if console.is_terminal else nullcontext():
         name = _demo_model() if model == DEMO else model
         loaded = load_model(name, device_called(device))
-        folder = Path(name).expanduser()
+        folder = folder_path(name, "model")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
         except Exception as error:  # of the hub's client, the file system or a parser
@@ -68,7 +70,7 @@ def open_chat(model: str, device: str, store: Path, **arguments: Any) -> Chat:
             raise ConfigurationError(
                 f"model={model!r:.200} has no tokenizer that can be loaded: {text:.300}"
             ) from error
-    return Chat(loaded, tokenizer, cache=store.expanduser(), **arguments)
+    return Chat(loaded, tokenizer, cache=store, **arguments)
 
 
 def _demo_model() -> str:
@@ -88,7 +90,7 @@ def text_in(document: Path) -> str:
     """
     try:
         text = document.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: ~ of an unknown user
         raise ConfigurationError(f"{document} cannot be read as a text: {error}") from error
     if not text:
         raise ConfigurationError(f"{document} has no text; name another file.")

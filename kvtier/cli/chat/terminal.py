@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from kvtier.cli.store.output import plain
+from kvtier.cli.store.output import is_shown, plain
 from kvtier.errors import KvtierError
 from kvtier.hf.chat.template import text_of
 
@@ -83,6 +84,9 @@ class Terminal:
         while True:
             try:
                 line = input("" if not self._is_interactive else "… " if parts else "> ")
+            except UnicodeDecodeError as error:
+                self._note(f"a line is left out: it is no text in {error.encoding}", style="red")
+                return ""
             except EOFError:
                 if self._is_interactive:
                     self._note("")
@@ -106,15 +110,19 @@ class Terminal:
                 self._answer(lambda **how: self._chat.say(line, **how))
         except KvtierError as error:
             self._note(str(error), style="red")
+        except OSError:  # of standard output, whose reader has gone
+            raise
+        except Exception as error:  # of transformers or torch: too long a prompt, too little memory
+            self._note(f"{type(error).__name__}: {error}", style="red")
 
     def _answer(self, ask: Callable[..., str]) -> None:
+        before = self._chat.messages
         try:
             ask(stream=_show)
         except KeyboardInterrupt:
-            messages = self._chat.messages
-            was_begun = bool(messages) and messages[-1].get("partial")
             _show("\n")
-            self._note("stopped" + ("" if was_begun else "; the question is taken back"))
+            is_kept = self._chat.messages != before
+            self._note("stopped" if is_kept else "stopped before the answer began; nothing was added")
             return
         _show("\n")
         self._report()
@@ -125,7 +133,7 @@ class Terminal:
     def _edit(self, rest: str) -> None:
         number, _, text = rest.partition(" ")
         questions = [i for i, message in enumerate(self._chat.messages) if message["role"] == "user"]
-        if not number.isdecimal() or not text:
+        if not re.fullmatch("[0-9]{1,9}", number) or not text:
             number, text = str(len(questions)), rest
         if not text or not 1 <= int(number) <= len(questions):
             self._note(f"/edit TEXT, or /edit N TEXT with N from 1 to {len(questions)}")
@@ -160,5 +168,5 @@ class Terminal:
 
 def _show(text: str) -> None:
     """Write a piece of an answer; characters that would control the terminal are replaced."""
-    sys.stdout.write("".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text))
+    sys.stdout.write("".join(each if each in "\n\t" or is_shown(each) else "\ufffd" for each in text))
     sys.stdout.flush()

@@ -11,6 +11,7 @@ import typer
 from kvtier.cli.chat.model import Device, Model, System, failures_of, open_chat, text_in
 from kvtier.cli.store.common import DEFAULT_FOLDER, AsJson, Folder
 from kvtier.cli.store.output import print_result
+from kvtier.errors import StoreError, UnknownNameError
 from kvtier.units import parse_seconds
 
 
@@ -39,8 +40,13 @@ def warm(
             began = time.perf_counter()
             turn = talk.warm()
             took = time.perf_counter() - began
-            kept = talk.cache.store.named(name).kept_tokens if turn is not None else 0
-    assert turn is not None
+            assert turn is not None
+            try:
+                kept = talk.cache.store.named(name).kept_tokens
+            except UnknownNameError:
+                raise StoreError(
+                    f"nothing of {name!r} is kept: {turn.miss_reason or 'see the warning above'}"
+                ) from None
     record = {
         "name": name,
         "tokens": turn.prompt_tokens,

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from kvtier.cli.store.output import plain
 from kvtier.errors import ConfigurationError, KvtierError, UnknownNameError
+from kvtier.platform.filesystem import folder_path
 from kvtier.store import PrefixStore
 from kvtier.store.manage.inventory import Chain
 from kvtier.store.names import NamedPrefix
@@ -80,6 +81,14 @@ def spinner(what: str) -> Iterator[None]:
         yield
 
 
+def exists(file: Path) -> bool:
+    """Return whether ``file`` exists; end the command when its folder cannot be looked into."""
+    try:
+        return file.exists()
+    except OSError as error:
+        fail(FAILED, f"cannot look for {file}: {error}")
+
+
 def fail(code: int, text: object) -> NoReturn:
     """End the command with ``code`` and one line on standard error."""
     typer.echo(f"kvtier store: {plain(' '.join(str(text).split()))}", err=True)
@@ -118,8 +127,8 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
         folder: folder of the store.
         create: make a missing store. Otherwise a missing store is an error, and nothing is written.
     """
-    folder = folder.expanduser()
     with told():
+        folder = folder_path(folder, "--store")
         try:
             exists = create or (folder / "kvtier.json").is_file()
         except OSError as error:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -72,9 +73,18 @@ class Column:
     fills: bool = False
 
 
+# Python calls all spaces but one unprintable, and the two signs that join or part letters in Persian, Hindi and emoji.
+_JOINERS = "\u200c\u200d"
+
+
+def is_shown(character: str) -> bool:
+    """Return whether a terminal may get ``character``: it controls nothing, and changes no direction of writing."""
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
+
+
 def plain(text: object) -> str:
     """Return ``text`` in one line without control characters: it may come from an untrusted file."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in str(text))
+    return "".join(each if is_shown(each) else "\ufffd" for each in str(text))
 
 
 def make_console() -> Console:

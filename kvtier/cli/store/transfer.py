@@ -12,6 +12,7 @@ from kvtier.cli.store.common import (
     WRONG_USAGE,
     AsJson,
     Folder,
+    exists,
     fail,
     named,
     opened,
@@ -35,7 +36,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a named prefix to one file. Every reader of the file can read the tokens of the conversation."""
-    if file.exists() and not overwrite:
+    if exists(file) and not overwrite:
         fail(WRONG_USAGE, f"{file} exists already; pass --overwrite to replace it, or name another file")
     with opened(store) as open_store:
         prefix = named(open_store, name)
@@ -58,7 +59,7 @@ def import_(
     Import only from sources that you trust: no check can tell whether a file holds the K and V that the model would
     compute.
     """
-    if not file.exists():
+    if not exists(file):
         fail(WRONG_USAGE, f"there is no file {file}")
     with told(), Archive(file) as archive:  # checked before a store is made for it
         if name is None and archive.name is None:

@@ -83,14 +83,9 @@ def run_answer(
     streamer: BaseStreamer | None,
     control: AnswerControl,
 ) -> Answer:
-    """Generate an answer to ``inputs``, whose ``input_ids`` are ``[1, columns]``. Exceptions are returned.
-
-    Ctrl-C in the main thread stops the answer between two tokens, unless the program handles that signal itself.
-    """
+    """Generate an answer to ``inputs``, whose ``input_ids`` are ``[1, columns]``. Exceptions are returned."""
     columns = inputs["input_ids"].shape[1]
     settings = dict(arguments)
-    if (settings.get("num_return_sequences") or 1) > 1:
-        raise ConfigurationError("num_return_sequences: a chat has one answer at a time; use branch() for others.")
     if not any(settings.get(name) is not None for name in _LENGTHS) and model.generation_config.max_new_tokens is None:
         settings["max_new_tokens"] = DEFAULT_NEW_TOKENS
     if settings.get("stop_strings"):
@@ -99,8 +94,7 @@ def run_answer(
     if streamer is not None:
         settings["streamer"] = streamer
     try:
-        with _stopped_by_interrupts(control):
-            output = model.generate(**inputs, **passed(cache), **settings)
+        output = model.generate(**inputs, **passed(cache), **settings)
     except BaseException as error:
         return Answer(tuple(control.new_ids(columns)), error, is_partial=True)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -109,14 +103,18 @@ def run_answer(
 
 
 @contextlib.contextmanager
-def _stopped_by_interrupts(control: AnswerControl) -> Iterator[None]:
+def stopped_by_interrupts(control: AnswerControl) -> Iterator[None]:
+    """Let Ctrl-C stop the answer between two tokens, in the main thread of a program that leaves the signal to Python.
+
+    After the last token, Ctrl-C is only noted in ``control``, so that the whole answer is kept and saved.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if is_main else None
     if before is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, control.interrupt)
     try:
+        signal.signal(signal.SIGINT, control.interrupt)  # within: the first interrupt may come before it returns
         yield
     finally:
         signal.signal(signal.SIGINT, before)
@@ -193,6 +191,7 @@ def iterate(say: Callable[[Show], object], control: AnswerControl) -> Iterator[s
         control.stop()
         raise
     finally:
-        thread.join()
+        if thread is not threading.current_thread():  # which may collect this iterator as garbage
+            thread.join()
     if errors:
         raise errors[0]

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import BusyError, ConfigurationError
+from kvtier.errors import BusyError, ConfigurationError, StoreError
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.chat.answer import Answer, AnswerControl, iterate, run_answer, streamer_for
-from kvtier.hf.chat.prompt import NextPrompt, Prompter
+from kvtier.hf.chat.answer import Answer, AnswerControl, iterate, run_answer, stopped_by_interrupts, streamer_for
+from kvtier.hf.chat.arguments import check_model, check_settings, opening_text
+from kvtier.hf.chat.prompt import Prompter
 from kvtier.hf.chat.report import ChatReport, chat_report
 from kvtier.hf.chat.saved import Conversation, SavedConversation
 from kvtier.hf.chat.template import PARTIAL, ChatTemplate, Message, text_of
@@ -25,8 +26,14 @@ from kvtier.hf.compat.names import passed
 from kvtier.hf.not_reusable import NotReusable
 from kvtier.hf.turn.exclusive_use import exclusively
 from kvtier.store import PrefixStore
+from kvtier.store.names import checked_name
 
-_DOCUMENT = "Answer questions about the following text.\n\n"
+
+def _copied(value: Any) -> Any:
+    """Return a copy of the lists and dicts of messages; images, which may be large, are shared."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _nothing() -> None:
@@ -44,7 +51,8 @@ class Chat:
     Args:
         model: the model.
         tokenizer: its tokenizer; the processor for a model that takes images.
-        cache: a folder, a ``PrefixStore`` or a ``TieredCache``; None for the process-wide store in RAM.
+        cache: a folder, a ``PrefixStore`` or a ``TieredCache``; None: the folder in the environment variable
+            ``KVTIER_STORE``, or without it, the process-wide store in RAM.
         name: 1 to 200 printable characters, under which the chat is saved in the store and resumed. None: not saved.
         system: the system message. Templates without one get it in front of the first message.
         document: a text to talk about, at the end of the system message.
@@ -85,8 +93,8 @@ class Chat:
     ) -> None:
         if on_other_model not in ("refuse", "render"):
             raise ConfigurationError(f"on_other_model={on_other_model!r} is unknown; pass 'refuse' or 'render'.")
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ConfigurationError("model: a chat needs a model with a decoder alone.")
+        check_model(model)
+        check_settings(settings)
         self._template = ChatTemplate(tokenizer, tools, template or {})
         self.model = model
         self._is_own_cache = not isinstance(cache, TieredCache)
@@ -109,9 +117,8 @@ class Chat:
         self._prompter = Prompter(self._template, model.device, self._conversation.transcript)
 
     def _opening(self, system: str | None, document: str | None) -> list[Message]:
-        parts = [] if system is None else [system]
-        parts += [] if document is None else [_DOCUMENT + document]
-        return [{"role": "system", "content": self._template.content("\n\n".join(parts))}] if parts else []
+        text = opening_text(system, document)
+        return [] if text is None else [{"role": "system", "content": self._template.content(text)}]
 
     def _identify(self) -> None:
         turns = self.cache.turns
@@ -135,6 +142,12 @@ class Chat:
             )
         ours = {key: self._model[key] for key in self._model if key != "name"}
         if {key: found.model.get(key) for key in ours} == ours:
+            known = getattr(self.model.config.get_text_config(), "vocab_size", None)
+            if isinstance(known, int) and max(found.transcript.ids, default=0) >= known:
+                raise StoreError(
+                    f"the chat {self.name!r:.80} cannot be resumed: it has token ids that the model does not have; "
+                    "forget it, or use another name"
+                )
             return
         if on_other_model == "refuse":
             saved = found.model.get("name") or found.model.get("class")
@@ -154,7 +167,7 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """A copy of all messages. An answer that was stopped has ``"partial": True``."""
-        return [copy.copy(message) for message in self._messages]
+        return [_copied(message) for message in self._messages]
 
     @property
     def tokens(self) -> list[int]:
@@ -213,12 +226,12 @@ class Chat:
     def stream(self, content: Any = None, **settings: Any) -> Iterator[str]:
         """Say ``content`` (None: ``reply``) and yield the answer piece by piece, as a thread makes it.
 
-        Leaving the loop stops the answer after its current token; what there is of it is kept as a message. Exceptions
-        are those of ``say``.
+        The answer begins when its first piece is asked for. Leaving the loop stops the answer after its current token;
+        what there is of it is kept as a message. Exceptions are those of ``say``.
         """
         control = AnswerControl()
         change = self._adding(content) if content is not None else _nothing
-        yield from iterate(lambda show: self._turn(change, show, settings, control), control)
+        return iterate(lambda show: self._turn(change, show, settings, control), control)
 
     def _adding(self, content: Any) -> Callable[[], None]:
         message = {"role": "user", "content": self._template.content(content)}
@@ -228,36 +241,46 @@ class Chat:
         self, change: Callable[[], None], stream: Any, settings: Mapping[str, Any], control: AnswerControl
     ) -> str:
         """Answer the messages after a ``change`` of them, which is undone when there is no answer."""
+        check_settings(settings)
         streamer = streamer_for(stream, self._template.tokenizer)
         with self._alone():
-            before = list(self._messages)
-            try:
-                change()
-                prompt = self._prompter.next(self._messages)
-                run = partial(run_answer, self.model, prompt.inputs, self.cache, {**self._settings, **settings})
-                answer = run(self._template.tokenizer, streamer, control)
-                if answer.error is not None and not answer.ids:
-                    raise answer.error
-            except BaseException:
-                self._messages[:] = before
-                raise
-            text = self._take(prompt, answer)
+            with stopped_by_interrupts(control):
+                answer, text, next_lost = self._answered(change, streamer, settings, control)
+            if self._rewarm and next_lost and answer.error is None and not control.interrupts:
+                self._warm()
         if answer.error is not None:
             raise answer.error
+        if control.interrupts:  # after the last token
+            raise KeyboardInterrupt
         return text
 
-    def _take(self, prompt: NextPrompt, answer: Answer) -> str:
-        """Add the answer to the conversation, save it, and return its text."""
-        turn = self.cache.last_turn
-        message = self._prompter.answered(prompt, answer.ids)
+    def _answered(
+        self,
+        change: Callable[[], None],
+        streamer: BaseStreamer | None,
+        settings: Mapping[str, Any],
+        control: AnswerControl,
+    ) -> tuple[Answer, str, int]:
+        """Make and save an answer; return it, its text, and how many tokens the next prompt will show otherwise."""
+        before = list(self._messages)
+        try:
+            change()
+            prompt = self._prompter.next(self._messages)
+            run = partial(run_answer, self.model, prompt.inputs, self.cache, {**self._settings, **settings})
+            answer = run(self._template.tokenizer, streamer, control)
+            if answer.error is not None and not answer.ids:
+                raise answer.error
+            turn = self.cache.last_turn
+            message = self._prompter.answered(prompt, answer.ids)
+        except BaseException:
+            self._messages[:] = before
+            raise
         self._messages.append({**message, PARTIAL: True} if answer.is_partial else message)
         next_lost, reason = self._prompter.preview(self._messages)
         if turn is not None:
             self._last_turn = chat_report(turn, prompt.lost_tokens, next_lost, reason or prompt.lost_reason)
         self._save(after_turn=True)
-        if self._rewarm and next_lost and answer.error is None:
-            self._warm()
-        return text_of(message)
+        return answer, text_of(message), next_lost
 
     def warm(self) -> ChatReport | None:
         """Compute what the next prompt will show before the user's message, so that its answer begins at once.
@@ -296,7 +319,7 @@ class Chat:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ConfigurationError(f"message={message!r:.80} has no role; pass {{'role': …, 'content': …}}.")
         with self._alone():
-            self._messages.append(dict(message))
+            self._messages.append(_copied(dict(message)))
             self._save(after_turn=False)
 
     def edit(self, index: int, content: Any) -> None:
@@ -309,7 +332,7 @@ class Chat:
             ConfigurationError: there is no such message.
         """
         with self._alone():
-            if not -len(self._messages) <= index < len(self._messages):
+            if not isinstance(index, int) or not -len(self._messages) <= index < len(self._messages):
                 raise ConfigurationError(f"index={index!r}: the chat has {len(self._messages)} messages.")
             message = self._messages[index]
             changed = {key: value for key, value in message.items() if key != PARTIAL}
@@ -351,7 +374,8 @@ class Chat:
             ConfigurationError: ``name`` cannot be used, or is the name of something else.
         """
         with self._alone():
-            twin = copy.copy(self)
+            twin = object.__new__(type(self))
+            vars(twin).update(vars(self))
             twin.cache, twin._is_own_cache = self.cache.fork(), True
             try:
                 twin._saved = self._saved.branch(twin.cache, name)
@@ -359,11 +383,26 @@ class Chat:
                 twin.cache.close()
                 raise
             twin._answering = threading.Lock()
-            twin._messages = copy.copy(self._messages)
+            twin._messages = _copied(self._messages)
             twin._prompter = copy.copy(self._prompter)
             twin._conversation = replace(self._conversation, created_at=Conversation([]).created_at)
             twin._save(after_turn=False)
         return twin
+
+    def __copy__(self) -> Chat:
+        """Do as ``branch`` does."""
+        return self.branch()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
+        """Do as ``branch`` does."""
+        return self.branch()
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, with a ``TypeError``."""
+        raise TypeError(
+            "a Chat cannot be pickled: give it a folder and a name, Chat(…, cache=folder, name=…), close it, and make "
+            "the same Chat in the other process"
+        )
 
     # --- to keep it -------------------------------------------------------------------------------------------------
 
@@ -381,7 +420,8 @@ class Chat:
             ConfigurationError: ``name`` cannot be used, or is the name of something else.
         """
         with self._alone():
-            self._saved = self._saved.branch(self.cache, name)
+            if checked_name(name) != self.name:
+                self._saved = self._saved.branch(self.cache, name)
             self._save(after_turn=self._last_turn is not None)
             self._saved.close()
 

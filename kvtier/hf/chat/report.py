@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvtier.report import TurnReport
@@ -22,7 +22,7 @@ class ChatReport(TurnReport):
 
     lost_tokens: int = 0
     next_lost_tokens: int = 0
-    lost_reason: str | None = None
+    lost_reason: str | None = field(default=None, repr=False)
 
     def to_dict(self, *, tokens: bool = False) -> dict[str, Any]:
         """Return all fields as JSON types; ``lost_reason``, which is user text, only with ``tokens``."""
@@ -41,5 +41,5 @@ class ChatReport(TurnReport):
 
 def chat_report(turn: TurnReport, lost_tokens: int, next_lost_tokens: int, lost_reason: str | None) -> ChatReport:
     """Return the report of ``turn`` with what the chat template rewrites."""
-    values = {field.name: getattr(turn, field.name) for field in fields(TurnReport)}
+    values = {each.name: getattr(turn, each.name) for each in fields(TurnReport)}
     return ChatReport(**values, lost_tokens=lost_tokens, next_lost_tokens=next_lost_tokens, lost_reason=lost_reason)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtier.errors import ChangedError, ConfigurationError, PromptError, StoreError
+from kvtier.errors import ChangedError, ClosedError, ConfigurationError, PromptError, StoreError
 from kvtier.hf.cache import TieredCache
 from kvtier.hf.chat.template import Message
 from kvtier.hf.chat.transcript import Segment, Transcript
@@ -122,10 +122,14 @@ class SavedConversation:
         """Return the saved conversation; None when there is none.
 
         Raises:
+            ConfigurationError: the name is that of a prefix that is no chat.
             StoreError: it is damaged, or cannot be read.
         """
-        saved = self._cache.store.chats.read(self.name) if self.name is not None else None
+        if self.name is None:
+            return None
+        saved = self._cache.store.chats.read(self.name)
         if saved is None:
+            self._check_free(self.name)
             return None
         try:
             conversation = Conversation.from_json(saved.content)
@@ -152,7 +156,7 @@ class SavedConversation:
                     self._name()
         except ConfigurationError as error:
             self._warn(f"{error}; images are saved as paths or URLs, not as objects")
-        except StoreError as error:
+        except (StoreError, ClosedError) as error:
             self._warn(str(error))
 
     def _kept_now(self) -> Kept | None:
@@ -175,11 +179,17 @@ class SavedConversation:
             self._named = kept
 
     def close(self) -> None:
-        """Name all that was kept. May be called more than once; a failure is warned about."""
-        if self._cache.store.closed:
+        """Name all that was kept, unless another writer has forgotten or continued the chat; a failure is warned about.
+
+        May be called more than once.
+        """
+        store = self._cache.store
+        if self.name is None or store.closed:
             return
         try:
-            self._name()
+            saved = store.chats.read(self.name)
+            if saved is not None and saved.revision == self._revision:
+                self._name()
         except (StoreError, ConfigurationError) as error:
             self._warn(str(error))
 
@@ -211,9 +221,13 @@ class SavedConversation:
         Raises:
             ConfigurationError: ``name`` cannot be used, or is the name of something else.
         """
-        if name is not None and name in self._taken():
-            raise ConfigurationError(f"name={name!r:.80} is the name of something else already; pass another.")
+        if name is not None:
+            self._check_free(checked_name(name))
         return SavedConversation(cache, name, self._pin, self._ttl)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._taken():
+            raise ConfigurationError(f"name={name!r:.80} is the name of something else already; pass another.")
 
     def _taken(self) -> set[str]:
         store = self._cache.store

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvtier.errors import ConfigurationError, PromptError
+from kvtier.hf.chat.arguments import check_template
 from kvtier.hf.chat.transcript import Segment
 from kvtier.hf.compat.names import parsed_answer
 
@@ -31,10 +32,11 @@ class ChatTemplate:
         tokenizer: the tokenizer, also where a processor was given.
 
     Raises:
-        ConfigurationError: there is no chat template.
+        ConfigurationError: there is no chat template, or its arguments cannot be used.
     """
 
     def __init__(self, tokenizer: Any, tools: Sequence[Any] | None, arguments: Mapping[str, Any]) -> None:
+        check_template(tools, arguments)
         inner = getattr(tokenizer, "tokenizer", None)
         self._processor = tokenizer if inner is not None else None
         self._owner = tokenizer
@@ -55,14 +57,12 @@ class ChatTemplate:
         """Return the content of a message from a text, or a list of texts, images and content parts.
 
         Raises:
-            ConfigurationError: media without a processor.
+            ConfigurationError: it is no text, and there is no processor to see or hear it, or no Unicode text.
         """
-        parts = [_part(each) for each in (given if isinstance(given, (list, tuple)) else [given])]
+        given = given if isinstance(given, (list, tuple)) else [given]
         if self._processor is not None:
-            return parts
-        if any(part.get("type") != "text" for part in parts):
-            raise ConfigurationError("a tokenizer takes no images or sounds: pass the model's processor to Chat.")
-        return "".join(part["text"] for part in parts)
+            return [_part(each) for each in given]
+        return "".join(_text(each) for each in given)
 
     def has_media(self, messages: Sequence[Message]) -> bool:
         """Return whether images, sounds or videos are among the messages."""
@@ -107,8 +107,10 @@ class ChatTemplate:
             raise _refused(error) from error
 
     def _folded(self, messages: list[Message]) -> list[Message]:
-        if len(messages) < 2 or messages[0].get("role") != "system" or messages[1].get("role") != "user":
+        if [message.get("role") for message in messages[:2]] != ["system", "user"]:
             return messages
+        if not all("content" in message for message in messages[:2]):
+            return messages  # the template tells
         system, first = messages[0]["content"], messages[1]["content"]
         if isinstance(system, str) and isinstance(first, str):
             both: Any = f"{system}\n\n{first}"
@@ -166,13 +168,37 @@ class ChatTemplate:
 
 
 def _part(given: Any) -> Message:
+    if given is None:
+        raise ConfigurationError("content=None is no content; pass a text, or a list of texts and images.")
     if isinstance(given, str):
-        return {"type": "text", "text": given}
+        return {"type": "text", "text": _unicode(given)}
     if isinstance(given, Mapping):
         return dict(given)
     if hasattr(given, "__fspath__"):
         return {"type": "image", "path": str(given)}
     return {"type": "image", "image": given}
+
+
+def _text(given: Any) -> str:
+    """Return a text, or that of a text part."""
+    text = given.get("text") if isinstance(given, Mapping) and given.get("type") == "text" else given
+    if not isinstance(text, str):
+        raise ConfigurationError(
+            f"content={given!r:.80} is no text. A tokenizer takes no images or sounds; for these, pass the model's "
+            "processor to Chat."
+        )
+    return _unicode(text)
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"content: character {error.start} is half of a surrogate pair, which no tokenizer takes; decode the text "
+            "with errors='replace'."
+        ) from error
+    return text
 
 
 def _refused(error: Exception) -> PromptError:

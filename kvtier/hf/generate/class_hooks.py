@@ -16,10 +16,11 @@ from typing import Any
 from transformers import GenerationMixin
 
 from kvtier.hf.compat.names import CACHE_ARGUMENT, CACHE_ARGUMENTS
+from kvtier.hf.generate.replaced_method import ReplacedMethod
 from kvtier.hf.turn.manager import managed_among, turns_of
 
 _lock = threading.Lock()
-_originals: dict[type, Callable[..., Any]] = {}
+_replaced = ReplacedMethod("generate")
 _listens = False
 _OWN_HOOK: Any = vars(GenerationMixin).get("__init_subclass__")
 """``__init_subclass__`` of ``GenerationMixin`` in transformers; None when it defines none."""
@@ -50,9 +51,7 @@ def uninstall() -> None:
     """Restore ``generate`` of all classes, and stop wrapping new classes."""
     global _listens
     with _lock:
-        for owner, original in _originals.items():
-            owner.generate = original  # type: ignore[attr-defined]
-        _originals.clear()
+        _replaced.restore()
         if _listens and _OWN_HOOK is not None:
             GenerationMixin.__init_subclass__ = _OWN_HOOK
         elif _listens:
@@ -61,9 +60,8 @@ def uninstall() -> None:
 
 
 def _wrap(owner: type) -> None:
-    if "generate" in vars(owner) and owner not in _originals:
-        _originals[owner] = vars(owner)["generate"]
-        owner.generate = _guarded(_originals[owner])  # type: ignore[attr-defined]
+    if "generate" in vars(owner):
+        _replaced.wrap(owner, _guarded)
 
 
 def _below(owner: type) -> Iterator[type]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriter
 from kvtier.hf.compat.external_state import ExternalState
 from kvtier.hf.compat.model_profiles import passed_argument
 from kvtier.hf.compat.names import CACHE_ARGUMENTS, CARRIED_ARGUMENTS
+from kvtier.hf.generate.replaced_method import ReplacedMethod
 from kvtier.hf.turn.manager import turns_of
 
 
@@ -65,9 +65,7 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, ExternalState) or turns_of(value) is not None
 
 
-_lock = threading.Lock()
-_originals: dict[type, Callable[..., Any] | None] = {}
-"""Classes with a wrapped ``prepare_inputs_for_generation`` → their own method; None when it was inherited."""
+_prepare_inputs = ReplacedMethod("prepare_inputs_for_generation")
 
 
 def patch_prepare_inputs(model: PreTrainedModel) -> None:
@@ -79,39 +77,31 @@ def patch_prepare_inputs(model: PreTrainedModel) -> None:
     owner: Any = next(c for c in type(model).__mro__ if "prepare_inputs_for_generation" in vars(c))
     if owner is GenerationMixin:
         owner = type(model)
-    with _lock:
-        if owner in _originals:
-            return
-        _originals[owner] = vars(owner).get("prepare_inputs_for_generation")
-        original = owner.prepare_inputs_for_generation
+    _prepare_inputs.wrap(owner, _feeding_unknown_tokens)
 
-        @functools.wraps(original)
-        def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            given = (kwargs.get(name) for name in (*CACHE_ARGUMENTS, *CARRIED_ARGUMENTS))
-            cache: Any = next((value for value in given if _is_ours(value)), None)
-            is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
-            if cache is not None and is_whole and all(cache.is_linear):
-                known = cache.get_seq_length()
-                if known:
-                    input_ids = input_ids[:, known:]
-                    if kwargs.get("inputs_embeds") is not None:
-                        kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, known:]
-                    kwargs["attention_mask"] = None  # no row is padded
-            inputs = original(self, input_ids, *args, **kwargs)
-            if isinstance(cache, ExternalState):
-                fed = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-                cache.feeding(fed.shape[1])
-            return inputs
 
-        owner.prepare_inputs_for_generation = prepare
+def _feeding_unknown_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = (kwargs.get(name) for name in (*CACHE_ARGUMENTS, *CARRIED_ARGUMENTS))
+        cache: Any = next((value for value in given if _is_ours(value)), None)
+        is_whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+        if cache is not None and is_whole and all(cache.is_linear):
+            known = cache.get_seq_length()
+            if known:
+                input_ids = input_ids[:, known:]
+                if kwargs.get("inputs_embeds") is not None:
+                    kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, known:]
+                kwargs["attention_mask"] = None  # no row is padded
+        inputs = original(self, input_ids, *args, **kwargs)
+        if isinstance(cache, ExternalState):
+            fed = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+            cache.feeding(fed.shape[1])
+        return inputs
+
+    return prepare
 
 
 def restore_classes() -> None:
     """Restore the original methods of all classes."""
-    with _lock:
-        for owner, original in _originals.items():
-            if original is not None:
-                owner.prepare_inputs_for_generation = original  # type: ignore[attr-defined]
-            else:
-                del owner.prepare_inputs_for_generation  # type: ignore[attr-defined]
-        _originals.clear()
+    _prepare_inputs.restore()

@@ -113,3 +113,18 @@ def test_uninstall_restores_the_generate_of_subclasses(tokens, of_class):
     with TieredCache():
         assert vars(kind)["generate"] is not original
         assert looping().generate.__code__ is not original.__code__
+
+
+def test_uninstall_leaves_what_a_class_has_got_since(tokens, of_class, monkeypatch):
+    kind, patched = looping(), looping()
+    inherits = type("Inherits", (type(of_class(looping())),), {})
+    own = vars(kind)["generate"]
+    for owner in (kind, patched, inherits):
+        monkeypatch.setattr(owner, "generate", lambda self, *args, **kwargs: None)
+    with TieredCache():  # wraps what is there now
+        monkeypatch.undo()
+        later = patched.generate = lambda self, *args, **kwargs: None
+        kvtier.uninstall()
+    assert vars(kind)["generate"] is own
+    assert vars(patched)["generate"] is later
+    assert "generate" not in vars(inherits)
