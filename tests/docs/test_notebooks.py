@@ -138,7 +138,7 @@ def test_every_notebook_is_listed(page):
     assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in text] == []
 
 
-def test_eight_lines_of_the_quickstart_are_eight_and_work_in_a_script():
+def test_the_quickstart_has_eight_lines_before_and_after_the_restart():
     """The lines of a reader: the same before and after the restart, but for the question."""
     both = [
         "".join(each["source"])
