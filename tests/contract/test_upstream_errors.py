@@ -18,6 +18,7 @@ from kvtier import TieredCache
 from kvtier.hf.compat.names import CHUNKS_CONTINUE
 from sweep.models import tiny_model
 from tests.support import oddities
+from tests.support.reuse import states_alone_off
 from tests.support.upstream import CACHE, given
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
@@ -246,6 +247,7 @@ def test_rows_of_hybrid_layers_cannot_be_repeated(tokens):
     still_wrong(wrong, "rows of layers with states cannot be repeated", "hf/layers/container.py: move_rows")
 
 
+@states_alone_off
 def test_state_models_are_exact_with_tiered_cache_in_every_version(tokens, store):
     """From 5.21 on, ``Cache.get_conv_state`` lets kvtier tell how many tokens such a model has seen."""
     model, ids = tiny(*STATEFUL["mamba"][:2], **STATEFUL["mamba"][2]), tokens(12) % 49 + 1
