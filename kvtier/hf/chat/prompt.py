@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvtier.hf.chat.template import ChatTemplate, Message
-from kvtier.hf.chat.transcript import Transcript, common_ids
+from kvtier.hf.chat.transcript import Transcript, common_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Prompter:
         return NextPrompt(inputs, ids, None, lost, reason)
 
     def _lost(self, ids: Sequence[int]) -> int:
-        return 0 if self._is_edited else len(self._computed) - common_ids(self._computed, ids)
+        return 0 if self._is_edited else len(self._computed) - common_length(self._computed, ids)
 
     def _inputs(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
         input_ids = torch.tensor([list(ids)], dtype=torch.long, device=self._device)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _EXCERPT = 40  # characters
 
@@ -82,7 +85,7 @@ class Transcript:
             found = _repeated(segment, text, at)
             if found is None:
                 was, now = segment.text, text[at:]
-                same = _common(was, now)
+                same = common_length(was, now)
                 difference = f"{now[same : same + _EXCERPT]!r} where it had {was[same : same + _EXCERPT]!r}"
                 return Transcript((*kept, Segment(text[at:], encode(text, at)))), difference
             part, at = found
@@ -109,10 +112,6 @@ def _repeated(segment: Segment, text: str, at: int) -> tuple[Segment, int] | Non
     return Segment(text[at:end], ended.ids, text[at:end], len(ended.ids)), end
 
 
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def common_ids(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many first ids are the same."""
+def common_length(a: Sequence[T], b: Sequence[T]) -> int:
+    """Return how many first ids, or characters, are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -202,9 +202,7 @@ class TurnManager:
         # Cold and custom calls may crop or change the cache otherwise; nothing is known of calls with unread arguments.
         self._is_strict = is_serving(self) and request.ids is not None and request.cold is None and not request.custom
         self.abort()
-        config = getattr(model, "config", None)
-        if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
-            self.lay_out(config)
+        self._lay_out_for(model)
         prompt = admit(model, request, self.layers)
         if isinstance(prompt, NotReusable):
             return self._start_without_reuse(request, prompt)
@@ -233,6 +231,11 @@ class TurnManager:
             except BlockError:
                 continue  # the blocks do not fit the model and are withheld: plan without them
 
+    def _lay_out_for(self, model: PreTrainedModel) -> None:
+        config = getattr(model, "config", None)
+        if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
+            self.lay_out(config)
+
     def _identify(self, model: PreTrainedModel, tokens: TokenIds) -> Identity | NotReusable:
         store, has_windows = self.store, self.layers.window is not None
         codecs = store.lossy_codec, self._lossy_page_codec
@@ -256,9 +259,7 @@ class TurnManager:
         """
         self.check_open()
         self.abort()
-        config = getattr(model, "config", None)
-        if isinstance(config, PreTrainedConfig) and not self.layers.fits(config):
-            self.lay_out(config)
+        self._lay_out_for(model)
         return self._identify(model, np.empty(0, np.int64))
 
     def _cold_turn(self, prompt: Prompt, identity: Identity, request: GenerateRequest, reason: str) -> Turn:

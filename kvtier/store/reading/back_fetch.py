@@ -87,7 +87,7 @@ class BackFetch:
         self._last_at = self._began
         self._stopped_after = 0.0
         first = job.reader(self._spans[0].block.key)
-        self._first = first.tier, len(first.id.tokens) * sum(spec.token_bytes for spec in first.spec.layers)
+        self._first = first.tier, _nbytes(first)
         self._tasks: dict[str, Future[None]] = {
             key: reading.submit(partial(self._fetch, key))
             for key in dict.fromkeys(span.block.key for span in self._spans)
@@ -205,7 +205,7 @@ class BackFetch:
         return begin
 
 
-def _nbytes(block: FetchedBlock) -> int:
+def _nbytes(block: BlockReader) -> int:
     return len(block.id.tokens) * sum(spec.token_bytes for spec in block.spec.layers)
 
 
