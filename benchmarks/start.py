@@ -14,7 +14,7 @@ from benchmarks.start_parts import OPENING
 from benchmarks.workload import Conversation, copied, expect_source, hold_first_turn, load_chat, reported, seeded
 from kvtier import PrefixStore, TieredCache
 from kvtier.cli.demo.conversation import ChatModel
-from kvtier.cli.demo.model import ensure_demo_model
+from kvtier import demo_model
 
 CONTINUED = "DynamicCache, same object"
 BY_HAND = "torch.load mmap, new process"
@@ -114,13 +114,13 @@ class _Bench:
         return sample
 
     def _loaded_by_hand(self) -> Sample:
-        turn = run_fresh_turn(ensure_demo_model(), "torch_load_mmap", self._talk.prompt, _NEW_TOKENS, self._by_hand)
+        turn = run_fresh_turn(demo_model(), "torch_load_mmap", self._talk.prompt, _NEW_TOKENS, self._by_hand)
         return _of(turn)
 
     def _new_process(self) -> Sample:
         with copied(self._template) as folder:
             turn = run_fresh_turn(
-                ensure_demo_model(), "tiered_folder", self._talk.prompt, _NEW_TOKENS, folder, in_parts=True
+                demo_model(), "tiered_folder", self._talk.prompt, _NEW_TOKENS, folder, in_parts=True
             )
         expect_source(turn.cached_by_tier, {"disk": self._talk.known})
         self._parts.append({OPENING: turn.opening_seconds, **turn.parts})

@@ -28,6 +28,8 @@ def can_draw() -> bool:
 def plot_turns(reports: Iterable[TurnReport], axes: Any = None) -> Any:
     """Draw a bar for each turn: how many of its prompt tokens came from which tier, and how many were computed.
 
+    The legend is to the right of the axes, where it covers no bar: a figure with ``layout="constrained"`` makes room.
+
     Args:
         reports: such as ``cache.history``.
         axes: of matplotlib.
@@ -55,7 +57,7 @@ def plot_turns(reports: Iterable[TurnReport], axes: Any = None) -> Any:
     axes.set_ylabel("prompt tokens")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(bottoms):
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, reverse=True)
     return axes
 
 

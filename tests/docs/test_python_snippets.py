@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.demo.model import HUB_NAME, demo_model_folder
+from kvtier.hf.demo_model import HUB_NAME, demo_model_folder
 from tests.support.snippets import PAGES, SETUPS, Snippet, save_tiny_model, setup_of, snippets
 
 pytestmark = [

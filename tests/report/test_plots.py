@@ -44,6 +44,20 @@ def test_bars_of_turns_add_up_to_their_prompts(axes):
     assert [max(b.get_y() + b.get_height() for c in axes.containers for b in [c[i]]) for i in (0, 1)] == [10, 30]
 
 
+@pytest.mark.parametrize("size", [(6.4, 4.8), (5, 2.6)], ids=["default", "small"])
+@pytest.mark.parametrize("turns", [1, 2, 12])
+def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(_without_a_window, size, turns):
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    plots.plot_turns([REPORTS[1], *REPORTS[:1] * (turns - 1)], axes)
+    axes.set_title("as high as a bar can be")
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert not [bar for each in axes.containers for bar in each if bar.get_window_extent().overlaps(legend)]
+    assert figure.bbox.fully_containsx(legend.x0)
+    assert figure.bbox.fully_containsx(legend.x1)
+    assert not axes.title.get_window_extent().overlaps(legend)
+
+
 def test_first_tokens_are_beside_what_a_cold_turn_would_take(axes):
     plots.plot_first_token([*REPORTS, TurnReport()], axes)
     assert axes.collections[0].get_offsets().tolist() == [[10, 0.5], [30, 0.25]]
