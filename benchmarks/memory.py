@@ -9,8 +9,7 @@ from benchmarks.fresh_turn import CacheKind, run_fresh_turn, save_by_hand
 from benchmarks.measure import Competitor, Options, Sample, Tokens, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import copied, hold_first_turn, load_chat, seeded
-from kvtier import PrefixStore
-from kvtier import demo_model
+from kvtier import PrefixStore, demo_model
 
 PLAIN = "DynamicCache"
 BY_HAND = "torch.load"

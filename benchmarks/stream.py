@@ -30,9 +30,8 @@ from benchmarks.workload import (
     seeded,
     seeded_cache,
 )
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 from kvtier.cli.demo.conversation import ChatModel
-from kvtier import demo_model
 from kvtier.hf.compat.names import passed
 
 PLAIN = "DynamicCache"

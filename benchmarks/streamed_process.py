@@ -40,7 +40,8 @@ def measure_growth(model_folder: Path, store: Path, prompt: Tokens, budget_bytes
     Raises:
         BenchmarkError: the process failed; the message has what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.streamed_process", str(model_folder), str(store), str(budget_bytes or 0)]
+    arguments = [str(model_folder), str(store), str(budget_bytes or 0)]
+    command = [sys.executable, "-m", "benchmarks.streamed_process", *arguments]
     given = prompt if budget_bytes is not None else prompt[:1]
     with subprocess.Popen(
         [*command, str(tokens)],

@@ -14,9 +14,8 @@ from benchmarks.fresh_turn import CacheKind, run_fresh_turn, save_by_hand
 from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import Conversation, copied, expect_source, hold_first_turn, load_chat, reported, seeded
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 from kvtier.cli.demo.conversation import Answer, ChatModel
-from kvtier import demo_model
 
 COLD = "DynamicCache, cold"
 CONTINUED = "DynamicCache, same object"

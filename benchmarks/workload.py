@@ -17,9 +17,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import BenchmarkError, Tokens
-from kvtier import PrefixStore, TieredCache, TurnReport
+from kvtier import PrefixStore, TieredCache, TurnReport, demo_model
 from kvtier.cli.demo.conversation import ChatModel
-from kvtier import demo_model
 from kvtier.hf.compat.names import passed
 
 KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]

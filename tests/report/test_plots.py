@@ -46,7 +46,7 @@ def test_bars_of_turns_add_up_to_their_prompts(axes):
 
 @pytest.mark.parametrize("size", [(6.4, 4.8), (5, 2.6)], ids=["default", "small"])
 @pytest.mark.parametrize("turns", [1, 2, 12])
-def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(_without_a_window, size, turns):
+def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(size, turns):
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     plots.plot_turns([REPORTS[1], *REPORTS[:1] * (turns - 1)], axes)
     axes.set_title("as high as a bar can be")
