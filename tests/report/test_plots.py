@@ -9,6 +9,7 @@ from kvtier import TurnReport, plots
 from kvtier.errors import ConfigurationError
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 REPORTS = [
     TurnReport(prompt_tokens=10, computed_tokens=10, first_token_seconds=0.5, cold_seconds=0.5),
     TurnReport(
@@ -56,6 +57,12 @@ def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(size, turns):
     assert figure.bbox.fully_containsx(legend.x0)
     assert figure.bbox.fully_containsx(legend.x1)
     assert not axes.title.get_window_extent().overlaps(legend)
+
+
+def test_tokens_have_the_colours_of_reports_in_notebooks(axes):
+    plots.plot_turns(REPORTS, axes)
+    html = REPORTS[1]._repr_html_()
+    assert [each.get_label() for each in axes.containers if to_hex(each[0].get_facecolor()) not in html] == []
 
 
 def test_first_tokens_are_beside_what_a_cold_turn_would_take(axes):
