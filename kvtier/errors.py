@@ -10,6 +10,7 @@ KvtierError
 │   └── UnannouncedError              a ``generate()`` that kvtier did not see feeds a cache that holds other tokens
 ├── UnknownNameError (KeyError)       the store has no prefix of this name
 ├── UninstalledError                  a cache is used in generate() after ``uninstall()``
+├── DemoModelError                    ``demo_model()`` cannot fetch, convert or keep its model: the message says why
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
@@ -66,6 +67,10 @@ class UnknownNameError(KvtierError, KeyError):
 
 class UninstalledError(KvtierError):
     """``generate`` is not wrapped any more: the cache cannot know its tokens."""
+
+
+class DemoModelError(KvtierError):
+    """The model of ``demo_model()`` can neither be fetched from the hub nor with pip; the message says what to do."""
 
 
 class StoreError(KvtierError):

@@ -9,6 +9,7 @@ from kvtier import TurnReport, plots
 from kvtier.errors import ConfigurationError
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 REPORTS = [
     TurnReport(prompt_tokens=10, computed_tokens=10, first_token_seconds=0.5, cold_seconds=0.5),
     TurnReport(
@@ -42,6 +43,26 @@ def test_bars_of_turns_add_up_to_their_prompts(axes):
     assert plots.plot_turns(iter(REPORTS), axes) is axes
     assert bars(axes) == {"device": [0, 9], "disk": [0, 12], "shelf": [0, 4], "computed": [10, 5]}
     assert [max(b.get_y() + b.get_height() for c in axes.containers for b in [c[i]]) for i in (0, 1)] == [10, 30]
+
+
+@pytest.mark.parametrize("size", [(6.4, 4.8), (5, 2.6)], ids=["default", "small"])
+@pytest.mark.parametrize("turns", [1, 2, 12])
+def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(size, turns):
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    plots.plot_turns([REPORTS[1], *REPORTS[:1] * (turns - 1)], axes)
+    axes.set_title("as high as a bar can be")
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert not [bar for each in axes.containers for bar in each if bar.get_window_extent().overlaps(legend)]
+    assert figure.bbox.fully_containsx(legend.x0)
+    assert figure.bbox.fully_containsx(legend.x1)
+    assert not axes.title.get_window_extent().overlaps(legend)
+
+
+def test_tokens_have_the_colours_of_reports_in_notebooks(axes):
+    plots.plot_turns(REPORTS, axes)
+    html = REPORTS[1]._repr_html_()
+    assert [each.get_label() for each in axes.containers if to_hex(each[0].get_facecolor()) not in html] == []
 
 
 def test_first_tokens_are_beside_what_a_cold_turn_would_take(axes):

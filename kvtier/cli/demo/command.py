@@ -95,14 +95,15 @@ def demo(
 def _model_folder(console: Console, model: str | None) -> str:
     if model is not None:
         return model
-    from kvtier.cli.demo.model import DemoModelError, demo_model_folder, ensure_demo_model
+    from kvtier.errors import DemoModelError
+    from kvtier.hf.demo_model import demo_model, demo_model_folder
 
     if not demo_model_folder().exists():
         console.print("[dim]Fetching the demo model (once; 100 to 270 MB) …[/]")
     try:
-        return ensure_demo_model()
+        return str(demo_model())
     except DemoModelError as error:
-        console.print(f"[red]{error}[/]")
+        console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None
 
 
