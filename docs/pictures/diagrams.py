@@ -11,7 +11,7 @@ _BLOCK = 256
 def turn() -> str:
     """Draw one call of generate(): what is done before, during and after the model runs."""
     canvas = Canvas(
-        720, 395, "A turn: the prompt is matched, what is known is loaded, the rest computed, the new part kept"
+        720, 395, "A turn: the prompt is matched, known K and V are loaded, the rest is computed, new K and V are kept"
     )
     canvas.words(20, 28, "the prompt of this turn", bold=True)
     parts = [
@@ -72,7 +72,7 @@ def tiers() -> str:
     canvas.words(20, 285, "lower", bold=True)
     canvas.arrow((180, 234), (180, 257), dashed=True)
     canvas.arrow((230, 257), (230, 237), dashed=True)
-    canvas.words(622, 285, "as they keep it", small=True)
+    canvas.words(622, 285, "by their own rules", small=True)
     return canvas.svg()
 
 
@@ -96,7 +96,7 @@ def chain() -> str:
     canvas.words(
         20,
         262,
-        "The first 301 tokens are computed once, in either order. An edit of token 0 shares nothing.",
+        "The first 301 tokens are computed once. A conversation that differs in token 0 shares nothing.",
         small=True,
     )
     return canvas.svg()
