@@ -72,7 +72,7 @@ def tiers() -> str:
     canvas.words(20, 285, "lower", bold=True)
     canvas.arrow((180, 234), (180, 257), dashed=True)
     canvas.arrow((230, 257), (230, 237), dashed=True)
-    canvas.words(622, 285, "by their own rules", small=True)
+    canvas.words(622, 285, "by their\nown rules", small=True)
     return canvas.svg()
 
 
@@ -115,10 +115,13 @@ def ring() -> str:
         layer = i % 6
         canvas.box(left + i * width + 2, 40, width - 4, 44, f"{layer}", fill=GREY if layer in cold else TEAL)
     canvas.words(10, 62, "layer")
+    reads = [i for i in range(layers) if i % 6 in cold]
+    for turn_number, i in enumerate(reads):  # before the boxes, so that no arrow crosses their words
+        middle = left + (i + 0.5) * width
+        canvas.arrow((middle, 127 + turn_number % 2 * 62), (middle, 87), dashed=True)
     for row, slot in enumerate("AB"):
         y = 130 + row * 62
         canvas.words(10, y + 22, f"slot {slot}")
-        reads = [i for i in range(layers) if i % 6 in cold]
         for turn_number, i in enumerate(reads):
             if turn_number % 2 != row:
                 continue
@@ -135,7 +138,6 @@ def ring() -> str:
                 dashed=True,
             )
             canvas.box(end + 2, y, width - 4, 44, f"read {i % 6}", fill=BLUE, small=True)
-            canvas.arrow((end + width / 2, y - 3), (end + width / 2, 87), dashed=True)
     canvas.words(
         10,
         272,

@@ -17,18 +17,19 @@ _CENTRES: Mapping[State, tuple[int, int]] = {
     State.LEAVING: (310, 350),
 }
 _STYLE = f"""
-  text {{ font: 13px sans-serif; text-anchor: middle; dominant-baseline: middle; fill: {INK} }}
+  text {{ font: 13px sans-serif; text-anchor: middle; dominant-baseline: middle; fill: {INK};
+    paint-order: stroke; stroke: {PAPER}; stroke-width: 4px }}
   rect {{ fill: {TEAL}; rx: 8px }}
   .paper {{ fill: {PAPER}; rx: 0 }}
   path {{ fill: none; stroke: {LINE}; stroke-width: 1.5; marker-end: url(#arrow) }}
   polygon {{ fill: {LINE} }}
   @media (prefers-color-scheme: dark) {{
-    text {{ fill: {DARK_INK} }}
+    text {{ fill: {DARK_INK}; stroke: {DARK_PAPER} }}
     .paper {{ fill: {DARK_PAPER} }}
     path {{ stroke: {DARK_LINE} }}
     polygon {{ fill: {DARK_LINE} }}
   }}
-  .state {{ font-weight: bold; fill: #fff }}
+  text.state {{ font-weight: bold; fill: #fff; stroke: none }}
 """
 
 
