@@ -63,9 +63,7 @@ class Canvas:
         look = 'class="pale line"' if is_pale else 'class="line"' if dashed else ""
         look += "" if is_pale else f' fill="{fill}"'
         look += ' stroke-dasharray="5 4"' if dashed else ""
-        self._parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" {look.strip()}/>'
-        )
+        self._parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" {look.strip()}/>')
         self.words(x + width / 2, y + height / 2, words, centred=True, light=not is_pale, small=small, bold=True)
 
     def words(

@@ -18,7 +18,7 @@ _SETTINGS: Mapping[str, Any] = {
     "font.family": "sans-serif",
     "path.simplify": False,
 }
-_PLAIN_STYLE = "<style type=\"text/css\">*{stroke-linejoin: round; stroke-linecap: butt}</style>"
+_PLAIN_STYLE = '<style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style>'
 # matplotlib writes colours into each element: paper and ink are exchanged by what it writes.
 _DARK_STYLE = f"""<style type="text/css">
   @media (prefers-color-scheme: dark) {{
