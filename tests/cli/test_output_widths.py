@@ -102,7 +102,7 @@ def test_a_finding_goes_on_below_its_text(width, monkeypatch, capsys):
     assert first.startswith("ok       disk          writes")
     assert all(line.startswith(" " * 23) and line.strip() for line in others)
     assert too_long("\n".join([first, *others]), width) == []
-    assert bool(others) == (width < 80)
+    assert bool(others) == (width < 200)
 
 
 def test_without_a_terminal_a_line_stays_one_line(monkeypatch, capsys):
