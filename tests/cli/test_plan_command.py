@@ -31,6 +31,13 @@ def data(*arguments):
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("folder", ["/nowhere", "./nowhere", "~/nowhere", "no/such/model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(folder):
+    done = plan(folder)
+    assert done.exit_code == 2
+    assert "there is no such folder" in done.stderr
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_plan_fits_the_terminal_and_keeps_figures_whole(tiny, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
