@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.text import Text
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from kvtier.cli import app
-from kvtier.cli.demo.results import Row, TurnResult, print_results
+from kvtier.cli.bench.compare import Difference
+from kvtier.cli.bench.machine import describe_machine
+from kvtier.cli.bench.measure import Measured, Row
+from kvtier.cli.bench.output import Subject, print_measured
+from kvtier.cli.bench.places import COLD, PROCESS
+from kvtier.cli.demo.results import Row as DemoRow
+from kvtier.cli.demo.results import TurnResult, print_results
 from kvtier.cli.doctor.findings import Finding, print_finding
 from kvtier.cli.store.output import make_console, print_below
 from kvtier.store import PrefixStore
@@ -112,10 +119,27 @@ def test_without_a_terminal_a_line_stays_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_results_of_a_bench_fit(width, monkeypatch, capsys):
+    equal = Difference(equal_bits=True, largest_logit_delta=0.0, flipped_tokens=0, tokens=8)
+    drift = Difference(equal_bits=False, largest_logit_delta=0.0123, flipped_tokens=1, tokens=24)
+    cold = Row(COLD, (3.5, 3.25, 4.0), {}, None, None, True, None)
+    warm = Row(PROCESS, (0.298, 0.25, 0.31), {"disk": 4096}, None, equal, True, drift)
+    monkeypatch.setenv("COLUMNS", str(width))
+    subject = Subject("someone/Tiny-Llama-with-a-long-name", "llama", "bfloat16", 4131, 4099, 8, "the shipped text")
+    print_measured(
+        make_console(), subject, describe_machine(torch.device("cpu")), Measured((cold, warm), drift, ("a note",))
+    )
+    printed = capsys.readouterr().out
+    assert too_long(printed, width) == []
+    assert "…" not in printed
+    assert "298 ms" in printed, "a figure and its unit are together"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_results_of_the_demo_fit(width, monkeypatch, capsys):
     result = TurnResult((1, 2), 4131, 4105, 26, {"device": 0, "host": 0, "disk": 4105}, 0.81)
     monkeypatch.setenv("COLUMNS", str(width))
-    print_results(make_console(), [Row("2  from memory", result, 60.02, True)])
+    print_results(make_console(), [DemoRow("2  from memory", result, 60.02, True)])
     printed = capsys.readouterr().out
     assert too_long(printed, width) == []
     assert "…" not in printed

@@ -63,7 +63,7 @@ def print_measured(console: Console, subject: Subject, machine: Machine, found: 
     for note in found.notes:
         print_line(console, note, style="yellow")
     if wrong := ", ".join(row.place for row in found.rows if row.is_wrong):
-        text = f"Bits differ from plain transformers for the same calls ({wrong}). This is a bug in kvtier."
+        text = f"This is a bug in kvtier: bits differ from plain transformers for the same calls ({wrong})."
         print_line(console, text, style="bold red")
 
 
