@@ -112,9 +112,10 @@ def plot_seconds(times: Mapping[str, Sequence[float]], baseline: str | None = No
     colors = [_KVTIER if "kvtier" in way or "Tiered" in way else _COLD for way in ways]
     bars = axes.barh(ways, medians, xerr=[least, most], color=colors, capsize=3)
     slow = median(times[baseline]) if baseline is not None else 0.0
-    labels = [f"  {_seconds(each)}" + (f"  ({slow / each:.0f}×)" if slow else "") for each in medians]
-    axes.bar_label(bars, labels)
+    labels = [_seconds(each) + (f" ({slow / each:.0f}×)" if slow else "") for each in medians]
+    axes.bar_label(bars, labels, padding=5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(min(medians) / 3, max(medians) * 8)
     axes.set_xlabel("seconds to the first token (median, least and most)")
     return axes
@@ -144,8 +145,9 @@ def plot_lengths(
         points = sorted(lines[way])
         is_plain = not ("kvtier" in way or "Tiered" in way)
         axes.plot(*zip(*points, strict=True), marker=".", label=way, linestyle="--" if is_plain else "-")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_formatter("{x:g}")
     return _labelled(axes, x_label)
 
 

@@ -75,6 +75,8 @@ def check(words: list[str]) -> None:
         assert find_spec(words[2]) is not None
     elif name == "python":
         assert (CHECKOUT / words[1]).exists() or words[1] in SCRIPTS
+    elif name == "jupyter":
+        assert (CHECKOUT / words[2]).exists()
     else:
         assert name in {"pip", "rm", "du", "cat"}, f"say in tests/docs how {name} is checked"
 

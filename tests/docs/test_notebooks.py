@@ -132,10 +132,10 @@ def test_notebook_begins_with_a_title_and_ends_with_more_to_read(path):
     assert [link for link in links if not (FOLDER / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_every_notebook_is_listed(page):
+@pytest.mark.parametrize("page", ["README.md", "docs/notebooks.md"])
+def test_every_notebook_is_linked(page):
     text = (CHECKOUT / page).read_text(encoding="utf-8")
-    assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in text] == []
+    assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name})" not in text] == []
 
 
 def test_the_quickstart_has_eight_lines_before_and_after_the_restart():

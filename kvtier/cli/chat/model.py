@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 DEMO = "demo"
 
-Model = Annotated[str, typer.Argument(help="A chat model: a folder, a name on the hub, or demo for the demo's model.")]
-Device = Annotated[str, typer.Option(help="here: the accelerator of this machine, if it has one; cpu.")]
-System = Annotated[str | None, typer.Option(help="The system message.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A chat model: a folder, a name on the hub, or demo for the demo's model."),
+]
+Device = Annotated[
+    str, typer.Option(metavar="here|cpu", help="here: the accelerator of this machine, or its CPU; cpu: its CPU.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
 
 
 def fail(command: str, code: int, error: object) -> NoReturn:
