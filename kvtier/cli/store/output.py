@@ -84,7 +84,10 @@ def is_shown(character: str) -> bool:
 
 def plain(text: object) -> str:
     """Return ``text`` in one line without control characters: it may come from an untrusted file."""
-    return "".join(each if is_shown(each) else "\ufffd" for each in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(each if is_shown(each) else "\ufffd" for each in text)
 
 
 def make_console() -> Console:

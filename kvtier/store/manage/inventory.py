@@ -115,10 +115,11 @@ class Inventory:
         together = {name.name for name in names}
         gone: dict[str, str] = {}
         for name in names:
-            kept = list(takewhile(lambda key: self._tiers.find(key) is not None, name.keys))
-            for key in self.own(kept, together, gone=gone):
-                entry = self._tiers.kept_entry(key)
-                gone.setdefault(key, entry.parent if entry is not None else "")
+            here = self._tiers.find_all(name.keys)
+            own = self.own(list(takewhile(lambda key: key in here, name.keys)), together, gone=gone)
+            entries = self._tiers.kept_entries(own)
+            for key in own:
+                gone.setdefault(key, entries[key].parent if key in entries else "")
         return list(gone)
 
     def own(
@@ -206,37 +207,53 @@ class Inventory:
                         found.append(block.window.key)
         return found
 
-    def last_tokens(self, keys: Sequence[str], tokens: int, count: int) -> TokenIds:
-        """Return the last ``count`` ids of ``tokens``, those of the chain ``keys``; fewer where blocks are gone."""
-        place = len(keys)
-        last: BlockId | None = None
-        while place and last is None:  # a chain is evicted from its end
-            place -= 1
-            last = self._tiers.find(keys[place])
-        if last is None:
-            return np.empty(0, dtype=np.int64)
-        ids = self.tokens_up_from(last, count + len(last.tokens))
-        if place == len(keys) - 1 and place:  # the last block may have more tokens than belong to the name
-            before = self._tiers.find(keys[place - 1])
-            if before is not None:
-                ids = ids[: len(ids) - max(0, place * len(before.tokens) + len(last.tokens) - tokens)]
-        elif place == len(keys) - 1:
-            ids = ids[:tokens]
-        return ids[max(0, len(ids) - count) :]
+    def last_tokens(self, names: Sequence[Name], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` ids of the chain of each name, by name; fewer where blocks are gone.
 
-    def tokens_up_from(self, block: BlockId, count: int) -> TokenIds:
-        """Return the last ``count`` ids of the chain that ends with ``block``; fewer where a block is gone."""
-        parts = [block.tokens]
-        seen = {block.key}
-        while sum(map(len, parts)) < count and block.parent not in seen:
-            found = self._tiers.find(block.parent)
-            if found is None:
-                break
-            block = found
-            seen.add(block.key)
-            parts.append(block.tokens)
-        ids = np.concatenate(parts[::-1])
-        return ids[max(0, len(ids) - count) :]
+        The blocks of all names are read together.
+        """
+        places = self._last_places(names)
+        lasts = self._tiers.find_all(dict.fromkeys(name.keys[places[name.name]] for name in names if name.keys))
+        ends = {name.name: last for name in names if name.keys and (last := lasts.get(name.keys[places[name.name]]))}
+        ways = self._ways_up(ends, count)
+        return {name.name: _last_ids(name, places[name.name], ways.get(name.name, ()), count) for name in names}
+
+    def _last_places(self, names: Sequence[Name]) -> dict[str, int]:
+        """Return the place of the last block of each chain that the store has, by name: chains go from their ends."""
+        ends = self._tiers.present([name.keys[-1] for name in names if name.keys], below=False)
+        cut = [name for name in names if name.keys and name.keys[-1] not in ends]
+        here = self._tiers.present(list(dict.fromkeys(key for name in cut for key in name.keys)), below=False)
+        places = {name.name: len(name.keys) - 1 for name in names}
+        for name in cut:
+            places[name.name] = next((i for i in reversed(range(len(name.keys))) if name.keys[i] in here), 0)
+        return places
+
+    def tokens_up_from(self, blocks: Mapping[str, BlockId], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` ids of the chains that end with ``blocks``, each under the key given for it.
+
+        There are fewer where a block is gone.
+        """
+        return {name: _ids(way)[-count:] if count else _ids(()) for name, way in self._ways_up(blocks, count).items()}
+
+    def _ways_up(self, ends: Mapping[str, BlockId], count: int) -> dict[str, list[BlockId]]:
+        """Return each of ``ends`` after the blocks before it that have ``count`` tokens, as far as there are such.
+
+        Blocks at the same distance from the ends are read together.
+        """
+        ways = {name: [block] for name, block in ends.items()}
+        wanted = {name: count for name in ends}
+        while wanted:
+            parents = {name: ways[name][0].parent for name in wanted if ways[name][0].parent != ways[name][0].root}
+            found = self._tiers.find_all(dict.fromkeys(parents.values()))
+            ahead: dict[str, int] = {}
+            for name, parent in parents.items():
+                block = found.get(parent)
+                if block is not None and all(block.key != each.key for each in ways[name]):
+                    ways[name].insert(0, block)
+                    if len(block.tokens) < wanted[name]:
+                        ahead[name] = wanted[name] - len(block.tokens)
+            wanted = ahead
+        return ways
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, the last used first.
@@ -256,22 +273,23 @@ class Inventory:
                 sums[each] = tokens, nbytes
             return tokens, nbytes
 
+        by_block = self._names.by_block()
         chains = []
         for entry in entries.values():
             if entry.key in followed or entry.is_window:
                 continue
             tokens, nbytes = sum_up(entry.key)
-            names = tuple(sorted(self._names.of_blocks([entry.key])))
+            names = tuple(by_block.get(entry.key, ()))
             chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
 
     def _windows_beside(self, entries: Mapping[str, Entry]) -> Counter[str]:
         """Return the bytes of window blocks, by the key of a block beside each."""
         nbytes: Counter[str] = Counter()
-        for entry in entries.values():
-            if not entry.is_window:
-                continue
-            window = self._tiers.find(entry.key)  # those in lower tiers alone are not asked for
+        windows = [entry for entry in entries.values() if entry.is_window]
+        found = self._tiers.find_all([entry.key for entry in windows])  # those in lower tiers alone are not asked for
+        for entry in windows:
+            window = found.get(entry.key)
             if window is not None:
                 beside = (BlockId.of(window.root, window.parent, window.tokens), window.checkpoint)
                 nbytes[next((each.key for each in beside if each.key in entries), "")] += entry.nbytes
@@ -366,8 +384,22 @@ class Inventory:
 
         Blocks count even if their removal failed before and lookups no longer find them.
         """
-        found = [entry for entry in map(self._tiers.kept_entry, keys) if entry is not None]
+        found = self._tiers.kept_entries(keys).values()
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+
+def _ids(blocks: Sequence[BlockId]) -> TokenIds:
+    return np.concatenate([np.empty(0, dtype=np.int64), *(block.tokens for block in blocks)])
+
+
+def _last_ids(name: Name, place: int, way: Sequence[BlockId], count: int) -> TokenIds:
+    """Return the last ``count`` ids of a name; ``way`` ends with the block at ``place`` of its chain."""
+    ids = _ids(way)
+    if way and place == len(name.keys) - 1:  # it may have more tokens than belong to the name
+        before = place * len(way[-2].tokens) if len(way) > 1 else 0
+        if before or not place:
+            ids = ids[: len(ids) - max(0, before + len(way[-1].tokens) - name.tokens)]
+    return ids[max(0, len(ids) - count) :]
 
 
 def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:

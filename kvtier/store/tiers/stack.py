@@ -139,6 +139,15 @@ class TierStack:
         """Return the identity of a block of the store's own tiers."""
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
 
+    def find_all(self, keys: Iterable[str]) -> dict[str, BlockId]:
+        """Return the identities of the blocks among ``keys`` that the store's own tiers have, by key."""
+        wanted = list(keys)
+        found: dict[str, BlockId] = {}
+        for tier in self.tiers:
+            left = [key for key in wanted if key not in found]
+            found.update((block.key, block) for block in (tier.find_all(left) if left else ()))
+        return found
+
     def find_below(self, block: Entry | BlockId) -> BlockId | None:
         """Return the identity of a block of the lower tiers; it is opened to read its ids.
 
@@ -264,10 +273,14 @@ class TierStack:
             found.update((entry.key, entry) for entry in tier.entries())
         return found.values()
 
-    def kept_entry(self, key: str) -> Entry | None:
-        """Return the entry of a block, even if its removal failed and lookups no longer find it."""
-        found = (tier.kept_entry(key) for tier in reversed(self.tiers))
-        return next((entry for entry in found if entry is not None), None)
+    def kept_entries(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return the entries of blocks, by key, even if their removal failed and lookups no longer find them."""
+        wanted = list(keys)
+        found: dict[str, Entry] = {}
+        for tier in reversed(self.tiers):
+            left = [key for key in wanted if key not in found]
+            found.update((entry.key, entry) for entry in (tier.kept_entries(left) if left else ()))
+        return found
 
     def description(self, root: str) -> Mapping[str, Any]:
         """Return the description of ``root``; empty when the durable tier has none."""

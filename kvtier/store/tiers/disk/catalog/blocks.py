@@ -107,11 +107,20 @@ class Catalog:
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a ready block."""
+        found = self.find_all([key])
+        return found[0] if found else None
+
+    def find_all(self, keys: Iterable[str]) -> list[BlockId]:
+        """Return the identities of the ready blocks among ``keys``, in any order."""
+        found: list[BlockId] = []
         with self._database.reading() as connection:
-            row = connection.execute(
-                f"SELECT {_IDENTITY} FROM blocks WHERE key = ? AND {_READY}", (bytes.fromhex(key),)
-            ).fetchone()
-            return _block_id(row) if row else None
+            for some in batches(dict.fromkeys(keys), _KEYS_AT_ONCE):
+                which = f"key IN ({','.join('?' * len(some))}) AND {_READY}"
+                rows = connection.execute(
+                    f"SELECT {_IDENTITY} FROM blocks WHERE {which}", [*map(bytes.fromhex, some)]
+                )
+                found += map(_block_id, rows)
+        return found
 
     def nearest(
         self, parent: str, tokens: TokenIds, since: float = _FOREVER, *, windows: bool = False
@@ -156,6 +165,14 @@ class Catalog:
     def entries(self) -> list[Entry]:
         """Return the entries of all ready blocks."""
         return self._entries("", long=True)
+
+    def entries_of(self, keys: Iterable[str]) -> list[Entry]:
+        """Return the entries of the ready blocks among ``keys``."""
+        found: list[Entry] = []
+        for some in batches(dict.fromkeys(keys), _KEYS_AT_ONCE):
+            which = f"AND key IN ({','.join('?' * len(some))})"
+            found += self._entries(which, *map(bytes.fromhex, some), long=True)
+        return found
 
     def linked_entries(self) -> list[Entry]:
         """Return the entries of the ready blocks of all named chains."""
