@@ -50,10 +50,19 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class _Linked:
-    """The blocks of all named chains: their entries, and the names of each block."""
+    """What a listing reads at once: the blocks of all named chains, and those that have the same parents.
 
-    entries: Mapping[str, Entry]
+    Attributes:
+        entries: of each block, its entry in each tier, as ``entries_of`` returns them.
+        names: of each block of a named chain, its names.
+        following: of each parent, the blocks after it.
+        blocks: identities, of as many as ``_beside`` compares.
+    """
+
+    entries: Mapping[str, list[Entry | None]]
     names: Mapping[str, set[str]]
+    following: Mapping[str, list[Entry]]
+    blocks: Mapping[str, BlockId]
 
 
 class Inventory:
@@ -69,8 +78,25 @@ class Inventory:
         for name, *_ in names:
             for key in (*name.keys, *name.windows):
                 by_key.setdefault(key, set()).add(name.name)
-        linked = _Linked(self._tiers.linked(), by_key)
+        linked = self._read_linked(by_key)
         return tuple(self.described(*each, linked) for each in names)
+
+    def _read_linked(self, names: Mapping[str, set[str]]) -> _Linked:
+        """Read the blocks of all named chains; ``names`` has the names of each."""
+        of_tiers = self._tiers.linked()
+        keys = dict.fromkeys(key for each in (*of_tiers, names) for key in each)
+        entries = {key: [each.get(key) for each in of_tiers] for key in keys}
+        following: dict[str, list[Entry]] = {}
+        for of_block in entries.values():
+            if (entry := next(filter(None, of_block), None)) is not None:
+                following.setdefault(entry.parent, []).append(entry)
+        compared: set[str] = set()
+        for siblings in following.values():
+            named = [entry for entry in siblings if entry.key in names] if len(siblings) > 1 else []
+            longest = max((entry.tokens for entry in named), default=0)
+            compared.update(entry.key for entry in siblings if entry.tokens < longest)
+            compared.update(entry.key for entry in named)
+        return _Linked(entries, names, following, self._tiers.find_all(compared))
 
     def described(
         self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None = None
@@ -147,7 +173,7 @@ class Inventory:
             is_followed = bool(own) and own[-1] == after
             beside: list[BlockId] = []
             if (linked is None or not is_shared) and self._has_others(entries, after, linked):
-                beside = self._beside(key, after)
+                beside = self._beside(key, after, linked)
             unnamed = [each for each in beside if not self._names_of([each.key], linked) - names]
             children = max(entry.children for entry in entries if entry is not None)
             counted = {after, *(each.key for each in beside)}
@@ -157,14 +183,15 @@ class Inventory:
                 break
             own += [*(each.key for each in beside), key]
         else:
-            if keys and (first := self._tiers.find(keys[0])) is not None:
-                beside = self._beside(first.root, keys[0])
+            if keys and (first := next(filter(None, self._entries_of(keys[0], linked)), None)) is not None:
+                beside = self._beside(first.root, keys[0], linked)
                 own += [each.key for each in beside if not self._names_of([each.key], linked) - names]
         return own
 
     def _entries_of(self, key: str, linked: _Linked | None) -> list[Entry | None]:
         """Return the entry of a block in each tier; first in the tier to whose blocks names refer."""
-        return self._tiers.entries_of(key, linked.entries if linked is not None else None)
+        known = linked.entries.get(key) if linked is not None else None
+        return known if known is not None else self._tiers.entries_of(key)
 
     def _has_others(self, entries: Sequence[Entry | None], after: str | None, linked: _Linked | None) -> bool:
         """Whether a block with ``entries`` in the tiers has children other than ``after`` in one of them."""
@@ -181,15 +208,27 @@ class Inventory:
             return self._names.of_blocks(keys)
         return set[str]().union(*(linked.names.get(key, ()) for key in keys))
 
-    def _beside(self, parent: str, after: str | None) -> list[BlockId]:
+    def _beside(self, parent: str, after: str | None, linked: _Linked | None) -> list[BlockId]:
         """Return checkpoints and window blocks after ``parent`` whose ids begin the block ``after``, the next one."""
-        block = self._tiers.find(after) if after is not None else None
+        if linked is not None and len(linked.following.get(parent, ())) < 2:
+            return []
+        block = self._find(after, linked) if after is not None else None
         if block is None:
             return []
-        found = {tail.key: tail for tail in self._tiers.tails(parent, block.tokens) if not tail.is_a(BlockKind.PAGES)}
-        found |= {each.key: each for each in (block.checkpoint, block.window) if each.key in self._tiers}
+        if linked is None:
+            begun = list(self._tiers.tails(parent, block.tokens))
+            equal = [each for each in (block.checkpoint, block.window) if each.key in self._tiers]
+        else:
+            shorter = (linked.blocks.get(each.key) for each in linked.following[parent])
+            begun = [each for each in shorter if each is not None and _begins(each, block)]
+            equal = [each for each in (block.checkpoint, block.window) if any(linked.entries.get(each.key, ()))]
+        found = {each.key: each for each in begun if not each.is_a(BlockKind.PAGES)}
+        found |= {each.key: each for each in equal}
         found.pop(block.key, None)
         return [found[key] for key in sorted(found)]
+
+    def _find(self, key: str, linked: _Linked | None) -> BlockId | None:
+        return self._tiers.find(key) if linked is None else linked.blocks.get(key)
 
     def windows_below(self, root: str, chain: Sequence[str], gone: Container[str]) -> list[str]:
         """Return the keys of window blocks that lower tiers alone may have, beside the blocks ``gone`` of a chain.
@@ -386,6 +425,11 @@ class Inventory:
         """
         found = self._tiers.kept_entries(keys).values()
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+
+def _begins(shorter: BlockId, block: BlockId) -> bool:
+    """Whether the ids of ``shorter`` are a proper prefix of those of ``block``."""
+    return len(shorter.tokens) < len(block.tokens) and common_run(shorter.tokens, block.tokens) == len(shorter.tokens)
 
 
 def _ids(blocks: Sequence[BlockId]) -> TokenIds:

@@ -162,7 +162,7 @@ class OrderedTier(Tier, Protocol):
         """Return the entries of blocks, also of those that no turn finds since they could not be removed."""
 
     def linked_entries(self) -> Iterable[Entry]:
-        """Return what is known of every block that a name is about, and maybe of others."""
+        """Return the entries of all blocks of named chains and of those with the same parents; maybe of others."""
 
     def open(self, block: BlockId) -> BlockReader | None:
         """Open a block at once.

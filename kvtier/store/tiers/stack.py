@@ -248,14 +248,13 @@ class TierStack:
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
-    def entries_of(self, key: str, linked: Mapping[str, Entry] | None = None) -> list[Entry | None]:
-        """Return the entry of a block in each of the store's own tiers, the last first; ``linked`` answers for it."""
-        last = self.last.entry(key) if linked is None else linked.get(key)
-        return [last, *(tier.entry(key) for tier in reversed(self.tiers[:-1]))]
+    def entries_of(self, key: str) -> list[Entry | None]:
+        """Return the entry of a block in each of the store's own tiers, the last first."""
+        return [tier.entry(key) for tier in reversed(self.tiers)]
 
-    def linked(self) -> Mapping[str, Entry]:
-        """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
-        return {entry.key: entry for entry in self.last.linked_entries()}
+    def linked(self) -> list[Mapping[str, Entry]]:
+        """Return the blocks of named chains, and those beside them, by key: of each own tier, the last first."""
+        return [{entry.key: entry for entry in tier.linked_entries()} for tier in reversed(self.tiers)]
 
     def entries(self, *, all_or_nothing: bool = False) -> Iterable[Entry]:
         """Return one entry for every block: that of files first, then RAM, then the lower tiers.

@@ -308,7 +308,7 @@ class DiskTier:
         return self.ask(self.catalog.entries, list[Entry]())
 
     def linked_entries(self) -> list[Entry]:
-        """Return the entries of the blocks of all named chains."""
+        """Return the entries of the blocks of all named chains, and of those that have the same parents."""
         return self.ask(self.catalog.linked_entries, list[Entry]())
 
     def open(self, block: BlockId) -> SharedReader | None:

@@ -175,8 +175,9 @@ class Catalog:
         return found
 
     def linked_entries(self) -> list[Entry]:
-        """Return the entries of the ready blocks of all named chains."""
-        return self._entries("AND key IN (SELECT key FROM links)", long=True)
+        """Return the entries of the ready blocks of all named chains, and of those that have the same parents."""
+        linked = "SELECT parent FROM blocks WHERE key IN (SELECT key FROM links)"
+        return self._entries(f"AND parent IN ({linked})", long=True)
 
     def _entries(self, condition: str, *values: object, long: bool = False) -> list[Entry]:
         with self._database.reading(long=long) as connection:
