@@ -55,13 +55,13 @@ class _Linked:
     Attributes:
         entries: of each block, its entry in each tier, as ``entries_of`` returns them.
         names: of each block of a named chain, its names.
-        following: of each parent, the blocks after it.
+        shorter: of each parent of several blocks, those that are shorter than a block of a named chain beside them.
         blocks: identities, of as many as ``_beside`` compares.
     """
 
     entries: Mapping[str, list[Entry | None]]
     names: Mapping[str, set[str]]
-    following: Mapping[str, list[Entry]]
+    shorter: Mapping[str, list[str]]
     blocks: Mapping[str, BlockId]
 
 
@@ -90,13 +90,15 @@ class Inventory:
         for of_block in entries.values():
             if (entry := next(filter(None, of_block), None)) is not None:
                 following.setdefault(entry.parent, []).append(entry)
+        shorter: dict[str, list[str]] = {}
         compared: set[str] = set()
-        for siblings in following.values():
-            named = [entry for entry in siblings if entry.key in names] if len(siblings) > 1 else []
-            longest = max((entry.tokens for entry in named), default=0)
-            compared.update(entry.key for entry in siblings if entry.tokens < longest)
-            compared.update(entry.key for entry in named)
-        return _Linked(entries, names, following, self._tiers.find_all(compared))
+        for parent, siblings in following.items():
+            if len(siblings) > 1:
+                named = [entry for entry in siblings if entry.key in names]
+                longest = max((entry.tokens for entry in named), default=0)
+                shorter[parent] = [entry.key for entry in siblings if entry.tokens < longest]
+                compared.update(shorter[parent], (entry.key for entry in named))
+        return _Linked(entries, names, shorter, self._tiers.find_all(compared))
 
     def described(
         self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None = None
@@ -210,7 +212,7 @@ class Inventory:
 
     def _beside(self, parent: str, after: str | None, linked: _Linked | None) -> list[BlockId]:
         """Return checkpoints and window blocks after ``parent`` whose ids begin the block ``after``, the next one."""
-        if linked is not None and len(linked.following.get(parent, ())) < 2:
+        if linked is not None and parent not in linked.shorter:
             return []
         block = self._find(after, linked) if after is not None else None
         if block is None:
@@ -219,7 +221,7 @@ class Inventory:
             begun = list(self._tiers.tails(parent, block.tokens))
             equal = [each for each in (block.checkpoint, block.window) if each.key in self._tiers]
         else:
-            shorter = (linked.blocks.get(each.key) for each in linked.following[parent])
+            shorter = map(linked.blocks.get, linked.shorter[parent])
             begun = [each for each in shorter if each is not None and _begins(each, block)]
             equal = [each for each in (block.checkpoint, block.window) if any(linked.entries.get(each.key, ()))]
         found = {each.key: each for each in begun if not each.is_a(BlockKind.PAGES)}

@@ -290,7 +290,7 @@ class Catalog:
             while freed < nbytes and (valued := session.least()) is not None:
                 if not leased(valued.place):
                     move(connection, valued.place.key, Move.EVICT)
-                    session.evicted(valued)
+                    session.would_be_evicted(valued)
                     gone.append(valued.place)
                     freed += valued.place.nbytes
             raise _RolledBackError
