@@ -42,13 +42,17 @@ def run(options: Options) -> Result:
         for label, command in _commands(Path(scratch)).items():
             runs = [Competitor(f"{size} store", _runner(folder, command)) for size, folder in stores.items()]
             samples = interleave(runs, rounds, options.say)
-            cases.append(make_case(f"kvtier store {label}", samples, "seconds", baseline="small store", ratio_kind="cost"))
+            cases.append(
+                make_case(f"kvtier store {label}", samples, "seconds", baseline="small store", ratio_kind="cost")
+            )
     targets = tuple(
         Target(f"seconds of {case.title}", case.row("large store").spread.median, _MOST_SECONDS, "less than", "s")
         for case in cases
         if "verify" not in case.title  # it reads every file
     )
-    notes = ("Blocks have one layer with one head of one dimension: their number is measured. Each name has a saved chat.",)
+    notes = (
+        "Blocks have one layer with one head of one dimension: their number is measured. Each name has a saved chat.",
+    )
     return Result("commands", (__doc__ or "").strip(), rounds, options.quick, tuple(cases), targets, notes)
 
 

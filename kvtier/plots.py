@@ -14,6 +14,7 @@ from typing import Any
 
 from kvtier.errors import ConfigurationError
 from kvtier.report import TurnReport
+from kvtier.report.text import duration_text
 
 _COLORS = {"device": "#00796b", "host": "#1565c0", "disk": "#78909c"}
 _COMPUTED, _COLD = "#ef6c00", "0.6"
@@ -109,7 +110,7 @@ def plot_seconds(times: Mapping[str, Sequence[float]], baseline: str | None = No
     colors = [_COLORS["device"] if "kvtier" in way or "Tiered" in way else _COLD for way in ways]
     bars = axes.barh(ways, medians, xerr=[least, most], color=colors, capsize=3)
     slow = median(times[baseline]) if baseline is not None else 0.0
-    labels = [f"  {_seconds(each)}" + (f"  ({slow / each:.0f}×)" if slow else "") for each in medians]
+    labels = [f"  {duration_text(each)}" + (f"  ({slow / each:.0f}×)" if slow else "") for each in medians]
     axes.bar_label(bars, labels)
     axes.set_xscale("log")
     axes.set_xlim(min(medians) / 3, max(medians) * 8)
@@ -212,7 +213,3 @@ def _some(values: Iterable[Any], what: str) -> list[Any]:
     if not found:
         raise ConfigurationError(f"there is nothing to draw: {what} is empty.")
     return found
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"

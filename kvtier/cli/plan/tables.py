@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvtier.cli.plan.figures import Figure, seconds
+from kvtier.cli.plan.figures import Figure
 from kvtier.cli.plan.forecast import Forecast
 from kvtier.cli.plan.surroundings import Surroundings
 from kvtier.costs.break_even import Split
 from kvtier.hf.model_sheet import ModelSheet
+from kvtier.report.text import duration_text
 
 _TITLES = {
     "kv_bytes_per_token": "K and V of a token",
@@ -98,13 +99,17 @@ def _predictions(where: Surroundings, found: Forecast) -> Table:
         table.add_column("both (computed)", justify="right", no_wrap=True)
     table.add_column("break-even", justify="right", no_wrap=True)
     for each in found.predictions:
-        cells = [f"{each.tokens:,}", Figure(each.prefix_bytes, "bytes", "derived", "").text, seconds(each.cold_seconds)]
+        cells = [
+            f"{each.tokens:,}",
+            Figure(each.prefix_bytes, "bytes", "derived", "").text,
+            duration_text(each.cold_seconds),
+        ]
         for tier in where.rates:
-            cells += [seconds(each.load_seconds[tier]), _split(each.both[tier], each.tokens)]
+            cells += [duration_text(each.load_seconds[tier]), _split(each.both[tier], each.tokens)]
         even = Figure(each.break_even_bytes_per_second, "bytes/s", "derived", "")
         table.add_row(*cells, even.text)
     return table
 
 
 def _split(split: Split, tokens: int) -> str:
-    return f"{seconds(split.seconds)} ({split.computed_tokens / tokens:.0%})"
+    return f"{duration_text(split.seconds)} ({split.computed_tokens / tokens:.0%})"

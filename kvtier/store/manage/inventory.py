@@ -282,7 +282,7 @@ class Inventory:
         Blocks at the same distance from the ends are read together.
         """
         ways = {name: [block] for name, block in ends.items()}
-        wanted = {name: count for name in ends}
+        wanted = dict.fromkeys(ends, count)
         while wanted:
             parents = {name: ways[name][0].parent for name in wanted if ways[name][0].parent != ways[name][0].root}
             found = self._tiers.find_all(dict.fromkeys(parents.values()))

@@ -116,9 +116,7 @@ class Catalog:
         with self._database.reading() as connection:
             for some in batches(dict.fromkeys(keys), _KEYS_AT_ONCE):
                 which = f"key IN ({','.join('?' * len(some))}) AND {_READY}"
-                rows = connection.execute(
-                    f"SELECT {_IDENTITY} FROM blocks WHERE {which}", [*map(bytes.fromhex, some)]
-                )
+                rows = connection.execute(f"SELECT {_IDENTITY} FROM blocks WHERE {which}", [*map(bytes.fromhex, some)])
                 found += map(_block_id, rows)
         return found
 
