@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def run(options: Options) -> Result:
         if "verify" not in case.title  # it reads every file
     )
     notes = (
-        "Blocks have one layer with one head of one dimension: their number is measured. Each name has a saved chat.",
+        "Blocks have one layer with one head of one dimension: it is their number that is measured.",
+        "Each name has a saved chat. Each command runs in a new interpreter; its start and imports count.",
     )
     return Result("commands", (__doc__ or "").strip(), rounds, options.quick, tuple(cases), targets, notes)
 
@@ -109,7 +111,7 @@ def _commands(scratch: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _runner(folder: Path, command: tuple[str, ...]) -> object:
+def _runner(folder: Path, command: tuple[str, ...]) -> Callable[[], Sample]:
     def run_once() -> Sample:
         environment = {**os.environ, "KVTIER_STORE": str(folder), "COLUMNS": "160"}
         started = time.perf_counter()

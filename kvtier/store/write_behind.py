@@ -41,7 +41,10 @@ class WriteBehind:
         self._since, self._writer = {}, Writer(clock=self._clock)
 
     def submit(self, task: Task, nbytes: int = 0) -> bool:
-        """Queue ``task``, which writes ``nbytes``. Returns False when the queue stays full: the drive hangs, or is slow."""
+        """Queue ``task``, which writes ``nbytes``.
+
+        Returns False when the queue stays full: the drive hangs, or is much too slow.
+        """
         queued = self._writer.submit(task, nbytes)
         if not queued:
             self.note_stall()

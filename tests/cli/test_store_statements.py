@@ -40,7 +40,7 @@ def fill(folder, names):
             store.flush()
             if number < names:
                 store.name(f"name {number}", ROOT, tokens)
-        store.keep_vocabulary(ROOT, lambda: Vocabulary.of({index: b" w" for index in range(5000)}))
+        store.keep_vocabulary(ROOT, lambda: Vocabulary.of(dict.fromkeys(range(5000), b" w")))
 
 
 @pytest.fixture

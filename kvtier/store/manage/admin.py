@@ -239,7 +239,7 @@ class StoreAdmin:
     def _blocks(self, keys: Sequence[str]) -> list[BlockId]:
         """Return the blocks ``keys`` of a chain, up to the first that is gone."""
         here = self._tiers.find_all(keys)
-        return [here[key] for key in takewhile(lambda key: key in here, keys)]
+        return [here[key] for key in takewhile(here.__contains__, keys)]
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, named or not, the last used first."""

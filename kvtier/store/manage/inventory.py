@@ -144,7 +144,7 @@ class Inventory:
         gone: dict[str, str] = {}
         for name in names:
             here = self._tiers.find_all(name.keys)
-            own = self.own(list(takewhile(lambda key: key in here, name.keys)), together, gone=gone)
+            own = self.own(list(takewhile(here.__contains__, name.keys)), together, gone=gone)
             entries = self._tiers.kept_entries(own)
             for key in own:
                 gone.setdefault(key, entries[key].parent if key in entries else "")
