@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,14 +68,28 @@ class PageView:
         """Return a view of host tensors ``[heads, tokens, dim]``."""
         return cls(_bytes_of(k_htd), _bytes_of(v_htd))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.k_htb.nbytes + self.v_htb.nbytes
+
     def cut(self, first: int, last: int) -> PageView:
         """Return the part for the tokens ``[first, last)``."""
         return PageView(self.k_htb[:, first:last], self.v_htb[:, first:last])
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""
-        np.copyto(self.k_htb, _bytes_of(page.k_htd)[:, first:last])
-        np.copyto(self.v_htb, _bytes_of(page.v_htd)[:, first:last])
+        self.taking(page, first, last)()
+
+    def taking(self, page: Page, first: int, last: int) -> Callable[[], None]:
+        """Return what copies the tokens ``[first, last)`` of ``page`` here."""
+        k_htb, v_htb = (_bytes_of(part)[:, first:last] for part in (page.k_htd, page.v_htd))
+
+        def copy() -> None:
+            np.copyto(self.k_htb, k_htb)
+            np.copyto(self.v_htb, v_htb)
+
+        return copy
 
 
 def _bytes_of(tensor_htd: torch.Tensor) -> Bytes:

@@ -24,8 +24,8 @@ class DictReader:
     def page(self, layer):
         return self._block.pages[layer]
 
-    def land(self, layer, first, last, view, *, check=True):
-        view.take(self._block.pages[layer], first, last)
+    def landing(self, layer, first, last, view, *, check=True):
+        return view.taking(self._block.pages[layer], first, last)
 
     def states(self):
         return self._block.states

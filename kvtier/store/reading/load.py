@@ -17,7 +17,7 @@ from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
-from kvtier.store.block import BlockReader
+from kvtier.store.block import BlockReader, Landing
 from kvtier.store.reading.lookup import Span
 from kvtier.store.tiers.stack import TierStack
 from kvtier.transfer.threads import Readers
@@ -198,32 +198,34 @@ class LoadJob:
         """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
         rows = {row for uses in self._uses[layer].values() for row, _ in uses}
         views = {row: place(layer, row) for row in rows}
+        token_bytes = self.spec.layers[layer].token_bytes
+        prepared: list[tuple[str, int, Landing]] = []  # key, bytes
         complete = True
         for key, all_uses in self._uses[layer].items():
-            uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
-            if not uses:
-                continue
-            if key in self._failed:
-                complete = False
-                continue
-            reader = self._readers[key]
-            began = time.perf_counter()
+            uses = [(_at(views[row], span), span) for row, span in all_uses if begin <= span.start < end]
             try:
-                if len(uses) == 1:
-                    ((row, span),) = uses
-                    reader.land(layer, span.first, span.last, _at(views[row], span))
-                else:
-                    page = reader.page(layer)
-                    for row, span in uses:
-                        _at(views[row], span).take(page, span.first, span.last)
+                if uses and key not in self._failed:
+                    nbytes = token_bytes * sum(span.tokens for _, span in uses)
+                    prepared.append((key, nbytes, _landing(self._readers[key], layer, uses)))
             except BlockError as error:
                 self._failed[key] = error
-                complete = False
-                continue
-            nbytes = self.spec.layers[layer].token_bytes * sum(span.tokens for _, span in uses)
-            decoded = 0 if reader.is_plain else nbytes
-            self._timed.append((reader.tier, nbytes, decoded, began, time.perf_counter()))
+            complete = complete and not (uses and key in self._failed)
+        for key, nbytes, land in prepared:
+            complete = self._landed(key, nbytes, land) and complete
         return complete
+
+    def _landed(self, key: str, nbytes: int, land: Landing) -> bool:
+        """Call ``land``, which brings ``nbytes`` of a block; return whether they came."""
+        reader, began = self._readers[key], time.perf_counter()
+        try:
+            if key in self._failed:
+                return False
+            land()
+        except BlockError as error:
+            self._failed[key] = error
+            return False
+        self._timed.append((reader.tier, nbytes, 0 if reader.is_plain else nbytes, began, time.perf_counter()))
+        return True
 
     def samples(self) -> Mapping[str, TransferSample]:
         """Return by tier how many bytes have landed and how long that took, several threads at once."""
@@ -412,6 +414,20 @@ def _united(kinds: Sequence[tuple[KVSpec, _Uses]]) -> tuple[KVSpec, list[_Uses]]
         layers.append(specs[found or 0])
         uses.append({} if found is None else kinds[found][1])
     return KVSpec(tuple(layers)), uses
+
+
+def _landing(reader: BlockReader, layer: int, uses: Sequence[tuple[PageView, Span]]) -> Landing:
+    """Prepare to put the page of ``layer`` into the places of ``uses``. It is read once."""
+    if len(uses) == 1:
+        ((view, span),) = uses
+        return reader.landing(layer, span.first, span.last, view)
+
+    def land() -> None:
+        page = reader.page(layer)
+        for view, span in uses:
+            view.take(page, span.first, span.last)
+
+    return land
 
 
 def _at(place: tuple[PageView, int], span: Span) -> PageView:

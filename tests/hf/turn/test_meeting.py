@@ -104,8 +104,8 @@ class HeldReader(DictReader):
         self._gate(self.id)
         return super().page(layer)
 
-    def land(self, layer, first, last, view, *, check=True):
-        view.take(self.page(layer), first, last)
+    def landing(self, layer, first, last, view, *, check=True):
+        return view.taking(self.page(layer), first, last)
 
     def close(self):
         super().close()
