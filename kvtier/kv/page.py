@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,17 +78,12 @@ class PageView:
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""
-        self.taking(page, first, last)()
+        self.copy(PageView.on(page.k_htd, page.v_htd).cut(first, last))
 
-    def taking(self, page: Page, first: int, last: int) -> Callable[[], None]:
-        """Return what copies the tokens ``[first, last)`` of ``page`` here."""
-        k_htb, v_htb = (_bytes_of(part)[:, first:last] for part in (page.k_htd, page.v_htd))
-
-        def copy() -> None:
-            np.copyto(self.k_htb, k_htb)
-            np.copyto(self.v_htb, v_htb)
-
-        return copy
+    def copy(self, source: PageView) -> None:
+        """Copy what ``source``, which has the same size, has."""
+        np.copyto(self.k_htb, source.k_htb)
+        np.copyto(self.v_htb, source.v_htb)
 
 
 def _bytes_of(tensor_htd: torch.Tensor) -> Bytes:

@@ -45,7 +45,7 @@ class FetchedBlock:
 
     def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
         """Prepare to put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
-        return view.taking(self.page(layer), first, last)
+        return partial(view.take, self.page(layer), first, last)
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a checkpoint."""

@@ -31,6 +31,7 @@ _Uses = Mapping[str, Sequence[tuple[int, Span]]]
 """Key of a block → the rows that use it, each with its span."""
 Place = Callable[[int, int], tuple[PageView, int]]
 """``(layer, row)`` → the view that takes K and V of that layer and row, and the row's token at its index 0."""
+_Views = Mapping[int, tuple[PageView, int]]  # by row, what ``Place`` returns
 
 
 def summary(errors: Mapping[str, BlockError]) -> str:
@@ -179,8 +180,8 @@ class LoadJob:
         """
         self._place = place
         self._until = None if patience_seconds is None else time.monotonic() + patience_seconds
-        layers = range(len(self.spec.layers))
-        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
+        views = [self._views(layer, place) for layer in range(len(self.spec.layers))]  # here: nothing waits for threads
+        self._layers = [self._reading.submit(partial(self._land, layer, rows)) for layer, rows in enumerate(views)]
 
     def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
         """Copy the pages of ``layer`` now, in the calling thread.
@@ -191,13 +192,15 @@ class LoadJob:
             begin: skip spans that start before this token of their sequence.
             end: skip spans that start at this token or later.
         """
-        if not self._land(layer, place, begin, end):
+        if not self._land(layer, self._views(layer, place), begin, end):
             raise self._lost()
 
-    def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
-        """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
+    def _views(self, layer: int, place: Place) -> _Views:
         rows = {row for uses in self._uses[layer].values() for row, _ in uses}
-        views = {row: place(layer, row) for row in rows}
+        return {row: place(layer, row) for row in rows}
+
+    def _land(self, layer: int, views: _Views, begin: int = 0, end: int = sys.maxsize) -> bool:
+        """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
         token_bytes = self.spec.layers[layer].token_bytes
         prepared: list[tuple[str, int, Landing]] = []  # key, bytes
         complete = True
@@ -333,7 +336,7 @@ class LoadJob:
         for layer, landed in enumerate(self._layers):
             if not landed.done() and self._place is not None:
                 self._layers[layer] = Future()
-                self._layers[layer].set_result(self._land(layer, self._place))
+                self._layers[layer].set_result(self._land(layer, self._views(layer, self._place)))
 
     def _lost(self) -> RestoreError:
         """Report the failed blocks; return the error to raise."""

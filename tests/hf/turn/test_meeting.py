@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import pytest
@@ -105,7 +106,7 @@ class HeldReader(DictReader):
         return super().page(layer)
 
     def landing(self, layer, first, last, view, *, check=True):
-        return view.taking(self.page(layer), first, last)
+        return partial(view.take, self.page(layer), first, last)
 
     def close(self):
         super().close()

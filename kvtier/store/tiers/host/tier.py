@@ -37,6 +37,8 @@ class HostReader:
     def __init__(self, block: Block, lease: BlockLease) -> None:
         self.id = block.id
         self.spec = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        # Views of tensors are made here, in one thread: the threads that land pages would wait for each other.
+        self._views = tuple(PageView.on(page.k_htd, page.v_htd) for page in block.pages)
         self._block = block
         self._lease = lease
 
@@ -54,11 +56,11 @@ class HostReader:
 
         The result raises ``UnavailableError`` if its bytes do not arrive from the device.
         """
-        arrive, copy = self._block.arrive, view.taking(self._block.pages[layer], first, last)
+        arrive, page = self._block.arrive, self._views[layer].cut(first, last)
 
         def land() -> None:
             arrive()
-            copy()
+            view.copy(page)
 
         return land
 
