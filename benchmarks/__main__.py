@@ -24,6 +24,7 @@ NAMES = (
     "decode",
     "first_turn",
     "imports",
+    "commands",
     "identity",
     "memory",
     "stream",

@@ -15,6 +15,7 @@ from typing import Any
 from kvtier.errors import ConfigurationError
 from kvtier.report import TurnReport
 from kvtier.report.html import COMPUTED_COLOUR, LOWER_TIER_COLOUR, TIER_COLOURS
+from kvtier.report.text import duration_text
 
 _KVTIER, _COLD = "#00796b", "0.6"
 HOW_TO_DRAW = "matplotlib draws pictures: pip install 'kvtier[plots]'"
@@ -112,7 +113,7 @@ def plot_seconds(times: Mapping[str, Sequence[float]], baseline: str | None = No
     colors = [_KVTIER if "kvtier" in way or "Tiered" in way else _COLD for way in ways]
     bars = axes.barh(ways, medians, xerr=[least, most], color=colors, capsize=3)
     slow = median(times[baseline]) if baseline is not None else 0.0
-    labels = [_seconds(each) + (f" ({slow / each:.0f}×)" if slow else "") for each in medians]
+    labels = [duration_text(each) + (f" ({slow / each:.0f}×)" if slow else "") for each in medians]
     axes.bar_label(bars, labels, padding=5)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
@@ -217,7 +218,3 @@ def _some(values: Iterable[Any], what: str) -> list[Any]:
     if not found:
         raise ConfigurationError(f"there is nothing to draw: {what} is empty.")
     return found
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"

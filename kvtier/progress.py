@@ -14,8 +14,9 @@ from kvtier.errors import ConfigurationError
 _log = logging.getLogger("kvtier.progress")
 _BAR_DELAY_SECONDS = 0.5
 
-PREFILL, LOAD, COMMIT, REBUILD = "prefill", "load", "commit", "rebuild"
-"""Kinds of work: a prompt is computed; K and V are loaded; a turn is kept; the catalog of a folder is rebuilt."""
+PREFILL, LOAD, COMMIT, FLUSH, REBUILD = "prefill", "load", "commit", "flush", "rebuild"
+"""Kinds of work: a prompt is computed; K and V are loaded; a turn is kept; blocks are written; the catalog of a folder
+is rebuilt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class ProgressEvent:
     """How far a piece of work is.
 
     Attributes:
-        kind: ``"prefill"``, ``"load"``, ``"commit"`` or ``"rebuild"``.
+        kind: ``"prefill"``, ``"load"``, ``"commit"``, ``"flush"`` or ``"rebuild"``.
         done: how much is done, in ``unit``. It never shrinks.
         total: how much there is to do, as far as it is known now.
         unit: ``"tokens"``, ``"bytes"`` or ``"blocks"``.

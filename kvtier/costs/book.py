@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 from kvtier.costs.encoding import EncodingCost, EncodingSample, as_read, encoding_cost
 from kvtier.costs.prefill import PrefillCost, PrefillSample
@@ -17,11 +17,16 @@ _OF_A_KIND = 5  # samples that are kept: the middle one counts, so that a hiccup
 _KINDS = 64  # of passes
 _TURNS = 7  # of which the middle one counts
 _LOADS = 24  # the latest of a tier: a link changes
+_LOOKUPS = 24  # the same
 _LARGEST = 1e15  # of numbers that another process has kept: larger ones are damage
+_OLD_LOOKUPS = ", asking"  # earlier files have lookups among loads, under the name of the tier with this
 _TRIALS = 8  # the latest of a codec: prompts differ
 _GUESSES = {"host": TransferCost(2e-4, 5e9), "disk": TransferCost(2e-3, 1e9)}
 # Of tiers below. It is optimistic: what is never tried is never measured, and a turn gives up what comes too late.
 _GUESS_BELOW = TransferCost(0.005, 1e9)
+
+
+T = TypeVar("T")
 
 
 class CostBook:
@@ -49,6 +54,7 @@ class CostBook:
         self._loads: dict[str, deque[TransferSample]] = {}
         self._trials: dict[str, deque[EncodingSample]] = {}
         self._fitted: dict[str | None, PrefillCost | TransferCost] = {}
+        self._lookups: dict[str, deque[float]] = {}
         self._around: deque[float] = deque(maxlen=_TURNS)
         self._lock = lock or threading.RLock()
 
@@ -105,7 +111,7 @@ class CostBook:
         with self._lock:
             found = self._fitted.get(None)
             if found is None:
-                samples = [_middle(kind) for kind in self._passes.values()]
+                samples = [_middle(kind, key=lambda each: each.seconds) for kind in self._passes.values()]
                 if self._guess is None and not samples:
                     return None
                 guess = self._guess or _supposed(samples)
@@ -157,13 +163,16 @@ class CostBook:
 
     def note_lookup(self, tier: str, seconds: float) -> None:
         """Note how long it takes to ask ``tier`` what it has."""
-        self.note_load(f"{tier}, asking", TransferSample(1, seconds))
+        if _is_positive(seconds):
+            with self._lock:
+                self._lookups.setdefault(tier, deque(maxlen=_LOOKUPS)).append(float(seconds))
+                self.news += 1
+                self.changes += 1
 
     def lookup_seconds(self, tier: str) -> float:
         """Return how long it takes to ask ``tier`` what it has; 0 if it was never timed."""
         with self._lock:
-            samples = sorted(each.seconds for each in self._loads.get(f"{tier}, asking", ()))
-        return samples[len(samples) // 2] if samples else 0.0
+            return _middle(self._lookups.get(tier, (0.0,)))
 
     def note_around(self, seconds: float) -> None:
         """Note what a turn took besides its passes and loads, up to its first token: what ``generate`` itself does."""
@@ -175,7 +184,7 @@ class CostBook:
     def around_seconds(self) -> float:
         """Return what turns have taken lately besides passes and loads: the middle of the last ones; 0 for none."""
         with self._lock:
-            return sorted(self._around)[(len(self._around) - 1) // 2] if self._around else 0.0
+            return _middle(self._around or (0.0,))
 
     # --- to keep it -------------------------------------------------------------------------------------------------
 
@@ -195,6 +204,7 @@ class CostBook:
                     tier: [[each.nbytes, each.seconds, each.decoded_nbytes] for each in samples]
                     for tier, samples in self._loads.items()
                 },
+                "lookups": {tier: [[seconds] for seconds in samples] for tier, samples in self._lookups.items()},
                 "trials": {
                     codec: [[each.nbytes, each.kept_bytes, each.decode_seconds] for each in samples]
                     for codec, samples in self._trials.items()
@@ -209,7 +219,12 @@ class CostBook:
         for tokens, depth, rows, seconds in _tuples(values.get("passes"), 4):
             self.note_pass(PrefillSample(int(tokens), int(depth), float(seconds), max(1, int(rows))))
         for tier, nbytes, seconds, decoded in _tuples_by_name(values.get("loads"), 3):
-            self.note_load(tier, TransferSample(int(nbytes), float(seconds), int(decoded)))
+            if tier.endswith(_OLD_LOOKUPS):
+                self.note_lookup(tier.removesuffix(_OLD_LOOKUPS), seconds)
+            else:
+                self.note_load(tier, TransferSample(int(nbytes), float(seconds), int(decoded)))
+        for tier, seconds in _tuples_by_name(values.get("lookups"), 1):
+            self.note_lookup(tier, seconds)
         for (seconds,) in _tuples(values.get("around"), 1):
             self.note_around(seconds)
         for codec, nbytes, kept, seconds in _tuples_by_name(values.get("trials"), 3):
@@ -232,8 +247,9 @@ def _add(kinds: dict[Hashable, deque[PrefillSample]], kind: Hashable, sample: Pr
     return found is None
 
 
-def _middle(samples: Iterable[PrefillSample]) -> PrefillSample:
-    ordered = sorted(samples, key=lambda each: each.seconds)
+def _middle(samples: Iterable[T], key: Callable[[T], float] | None = None) -> T:
+    """Return the median, the lower one of two: a pause of the machine can only lengthen a sample."""
+    ordered = sorted(samples, key=key)  # type: ignore[type-var,arg-type]  # without a key they are numbers
     return ordered[(len(ordered) - 1) // 2]
 
 

@@ -64,8 +64,8 @@ class TieredCache(DynamicCache):
         trusted_hooks: hooks on models that change neither K nor V, as functions or as names
             (``"package.module.function"``). Other hooks that kvtier does not know turn reuse off. Prefixes computed
             under a trusted hook are found again under that hook only: its name is part of the model's root.
-        progress: True: bars in terminals and notebooks for prompts, loads, commits and rebuilt catalogs that take
-            longer than half a second. Or a function that is told: it gets a ``kvtier.progress.ProgressEvent``.
+        progress: True: bars in terminals and notebooks for prompts, loads, commits, flushes and rebuilt catalogs that
+            take longer than half a second. Or a function that is told: it gets a ``kvtier.progress.ProgressEvent``.
         tokenizer: the tokenizer of the prompts, or its processor: its vocabulary is kept beside the blocks, so that
             ``kvtier store ls`` and ``show`` show text. Reuse does not need it. ``generate(tokenizer=…)`` sets it, too.
         engine: ``device`` → its copy engine; for tests and new kinds of devices.
@@ -99,6 +99,7 @@ class TieredCache(DynamicCache):
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ConfigurationError(f"config={config!r:.80} is not the config of a model; pass model.config.")
         self._progress, told = progress, progress_of(progress)
+        self._told = told
         self._offload_config = OffloadConfig(device_budget, host_budget, spill_dir, page_compression, engine)
         self._handle: StoreHandle | None = None  # on a shared store; a passed PrefixStore belongs to the caller
         if store is None or isinstance(store, (str, os.PathLike)):
@@ -422,11 +423,20 @@ class TieredCache(DynamicCache):
         """The store behind this cache."""
         return self.turns.store
 
-    def flush(self) -> None:
-        """Wait until all committed blocks are on disk."""
+    def flush(self, *, progress: bool | Callable[[ProgressEvent], object] | None = None) -> None:
+        """Wait until all committed blocks are on disk.
+
+        Args:
+            progress: as for the cache, for this call alone; None does what the cache was told. The bytes of K and V are
+                counted that were written, of those that were queued.
+
+        Raises:
+            ConfigurationError: ``progress`` is neither True, False, None nor a function.
+        """
+        told = self._told if progress is None else progress_of(progress)
         self.turns.check_open()
         self._container.settle()
-        self.store.flush()
+        self.store.flush(progress=told or False)
 
     def close(self) -> None:
         """Release the buffers and write queued blocks. Closes a store that was opened here, unless other caches use it.

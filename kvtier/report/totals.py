@@ -42,7 +42,7 @@ class Totals:
     computed_tokens: int = 0
     generated_tokens: int = 0
     cached_by_tier: Mapping[str, int] = field(
-        default_factory=lambda: MappingProxyType({"device": 0, "host": 0, "disk": 0})
+        default_factory=lambda: MappingProxyType({"device": 0, "host": 0, "disk": 0}), hash=False
     )
     restored_bytes: int = 0
     restore_seconds: float = 0.0

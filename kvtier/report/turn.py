@@ -90,7 +90,7 @@ class TurnReport:
     computed_tokens: int = 0
     generated_tokens: int = 0
     cached_by_tier: Mapping[str, int] = field(
-        default_factory=lambda: MappingProxyType({"device": 0, "host": 0, "disk": 0})
+        default_factory=lambda: MappingProxyType({"device": 0, "host": 0, "disk": 0}), hash=False
     )
     restored_bytes: int = 0
     restore_seconds: float = 0.0
@@ -110,7 +110,7 @@ class TurnReport:
     predicted_seconds: float = 0.0
     actual_seconds: float = 0.0
     first_token_seconds: float = 0.0
-    other_ways: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    other_ways: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     cold_seconds: float = 0.0
     kept_tokens: int = 0
 

@@ -234,9 +234,10 @@ class BlockWriter:
         if not self._tiers.writes_behind:
             return
         # The other blocks are on disk, or will be.
-        in_ram = [key for key in keys if self._host.block(key) is not None and not self._behind.waits(key)]
-        if not in_ram:
+        found = [block for key in keys if (block := self._host.block(key)) is not None and not self._behind.waits(key)]
+        if not found:
             return
+        in_ram = [block.id.key for block in found]
 
         def write() -> None:
             for key in self._tiers.absent_below(in_ram):
@@ -245,7 +246,7 @@ class BlockWriter:
                 if not is_kept and (block is None or not block.id.is_window):
                     break  # later blocks would be orphans
 
-        self._behind.submit(write)
+        self._behind.submit(write, sum(block.nbytes for block in found))
 
     def _keep_snapshots(
         self, block: BlockId, start: int, read: Read, states: States, arrive: Callable[[], None], *, stays: bool
@@ -363,9 +364,9 @@ class BlockWriter:
                 return False
             since = None if keep_tails else self._drop_shorter(self._host, block.id)
             queued = (
-                self._behind.submit_at_rest(key, write, since)
+                self._behind.submit_at_rest(key, write, since, block.nbytes)
                 if is_tail and not keep_tails
-                else self._behind.submit(write)
+                else self._behind.submit(write, block.nbytes)
             )
             if not queued:
                 self._host.written(key)  # it stays in RAM, and is written when a turn uses it again

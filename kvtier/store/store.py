@@ -31,7 +31,7 @@ from kvtier.kv.codecs import BUILT_IN, Codec, Raw, chosen_codec
 from kvtier.platform.filesystem import LOCAL, LocalFilesystem, folder_path
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.platform.memory import default_host_budget_bytes
-from kvtier.progress import Progress, ProgressEvent, progress_of
+from kvtier.progress import FLUSH, Progress, ProgressEvent, progress_of
 from kvtier.store.block import BlockReader, arrived
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.commit import BlockWriter, Read, States, Windows
@@ -452,7 +452,7 @@ class PrefixStore:
         self._tiers.last.expire()
         self._tiers.database.finish_overwriting()
 
-    def flush(self) -> None:
+    def flush(self, *, progress: bool | Progress | Callable[[ProgressEvent], object] = False) -> None:
         """Wait until all committed blocks are on disk, except those that stay in RAM.
 
         In RAM stay, while there is room:
@@ -463,9 +463,27 @@ class PrefixStore:
           counted as ``stats().not_worth_writing``. Files that exist stay, and are loaded where that pays.
 
         A named or pinned prefix is on disk after ``flush`` in any case, as far as it was in RAM when it was named.
+
+        Args:
+            progress: True: a bar, if this takes longer than half a second. Or a function that is told: it gets a
+                ``kvtier.progress.ProgressEvent`` with the bytes of K and V that were written, and that were queued.
+
+        Raises:
+            ConfigurationError: ``progress`` is neither.
         """
-        self._behind.flush()
-        self._tiers.flush_below()
+        told, nbytes = progress_of(progress), self._behind.queued_bytes
+        if told is None or not nbytes:
+            self._behind.flush()
+            self._tiers.flush_below()
+            return
+        task = told.begin(FLUSH, nbytes, "bytes")
+        is_complete = False
+        try:
+            self._behind.flush(task.to)
+            self._tiers.flush_below()
+            is_complete = True
+        finally:
+            task.end(complete=is_complete)
 
     def stats(self) -> StoreStats:
         """Return the contents of the store in numbers, and its counts since it was opened."""

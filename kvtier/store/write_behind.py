@@ -40,26 +40,30 @@ class WriteBehind:
         """Start with an empty queue in a forked child; the parent does its own work."""
         self._since, self._writer = {}, Writer(clock=self._clock)
 
-    def submit(self, task: Task) -> bool:
-        """Queue ``task``. Returns False when the queue stays full: the drive hangs, or is much too slow."""
-        queued = self._writer.submit(task)
+    def submit(self, task: Task, nbytes: int = 0) -> bool:
+        """Queue ``task``, which writes ``nbytes``.
+
+        Returns False when the queue stays full: the drive hangs, or is much too slow.
+        """
+        queued = self._writer.submit(task, nbytes)
         if not queued:
             self.note_stall()
         return queued
 
-    def submit_at_rest(self, key: str, task: Task, since: float | None) -> bool:
+    def submit_at_rest(self, key: str, task: Task, since: float | None, nbytes: int = 0) -> bool:
         """Queue ``task``, which writes the tail ``key``, to run when its conversation is idle.
 
         Args:
             key: the tail's key.
             task: writes the tail.
             since: result of ``take_back`` for the tail that this one replaces; None if none waited.
+            nbytes: what it writes.
 
         Returns:
             Whether it is queued.
         """
         if not self._rest_seconds:
-            return self.submit(task)
+            return self.submit(task, nbytes)
         now = self._clock()
         began = now if since is None else since
         self._since[key] = began
@@ -69,7 +73,7 @@ class WriteBehind:
             task()
 
         left = began + LONGEST_RESTS * self._rest_seconds - now
-        self._writer.postpone(key, max(0.0, min(self._rest_seconds, left)), write)
+        self._writer.postpone(key, max(0.0, min(self._rest_seconds, left)), write, nbytes)
         return True
 
     def take_back(self, key: str) -> float | None:
@@ -92,9 +96,17 @@ class WriteBehind:
         """Run waiting tasks soon."""
         self._writer.hurry()
 
-    def flush(self) -> None:
-        """Run all queued tasks, tails included, and wait for them."""
-        self._writer.flush()
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of K and V that wait to be written, or are being written."""
+        return self._writer.queued_bytes
+
+    def flush(self, tell: Callable[[int, int], None] | None = None) -> None:
+        """Run all queued tasks, tails included, and wait for them.
+
+        ``tell`` gets the bytes that were written so far, and those and the queued ones together.
+        """
+        self._writer.flush(tell)
 
     def close(self) -> None:
         """Run all queued tasks, and end the thread."""

@@ -13,6 +13,7 @@ _log = logging.getLogger("kvtier.transfer")
 LONGEST_WAIT_SECONDS = 2.0
 """The longest time that a caller waits for room in the queue."""
 Task = Callable[[], None]
+_Sized = tuple[Task, int]  # a task, and the bytes that it writes
 
 
 class Writer:
@@ -36,8 +37,10 @@ class Writer:
         self._depth = depth
         self._wait_seconds = wait_seconds
         self._clock = clock
-        self._tasks: deque[Task] = deque()
-        self._later: dict[str, tuple[float, Task]] = {}  # due time and task
+        self._tasks: deque[_Sized] = deque()
+        self._later: dict[str, tuple[float, _Sized]] = {}  # due time and task
+        self._running_bytes = 0
+        self._done_bytes = 0  # of all tasks that have run
         self._is_running = False
         self._is_stalled = False  # a caller has waited for room without success since the last task ended
         self._is_closing = False
@@ -47,13 +50,16 @@ class Writer:
         self._changed = threading.Condition(self._lock)
         self._pid = os.getpid()
 
-    def submit(self, task: Task) -> bool:
-        """Queue ``task``, waiting up to ``wait_seconds`` for room; return whether it is queued, or done."""
+    def submit(self, task: Task, nbytes: int = 0) -> bool:
+        """Queue ``task``, waiting up to ``wait_seconds`` for room; return whether it is queued, or done.
+
+        ``nbytes``: what it writes, for ``flush``.
+        """
         with self._lock:
             if self._has_thread():
                 if not self._wait_for_room():
                     return False
-                self._tasks.append(task)
+                self._tasks.append((task, nbytes))
                 self._changed.notify_all()
                 return True
         self._do(task)
@@ -70,10 +76,13 @@ class Writer:
             self._changed.wait(left)
         return True
 
-    def postpone(self, key: str, seconds: float, task: Task) -> None:
-        """Run ``task`` in ``seconds``, or sooner if ``hurry`` or ``flush`` is called; ``drop`` cancels it."""
+    def postpone(self, key: str, seconds: float, task: Task, nbytes: int = 0) -> None:
+        """Run ``task`` in ``seconds``, or sooner if ``hurry`` or ``flush`` is called; ``drop`` cancels it.
+
+        ``nbytes``: what it writes, for ``flush``.
+        """
         with self._lock:
-            self._later[key] = (self._clock() + seconds, task)
+            self._later[key] = (self._clock() + seconds, (task, nbytes))
             if self._has_thread():
                 self._changed.notify_all()
 
@@ -92,14 +101,16 @@ class Writer:
                 self._tasks.extend(tasks)
                 self._changed.notify_all()
                 return
-        for task in tasks:
+        for task, nbytes in tasks:
             self._do(task)
+            self._done_bytes += nbytes
 
     def _has_thread(self) -> bool:
         """Start the thread unless it runs; return whether it runs."""
         if self._pid != os.getpid():  # the parent's queue and thread are not ours after a fork
             self._tasks, self._later, self._thread, self._pid = deque(), {}, None, os.getpid()
             self._is_running = self._is_stalled = False
+            self._running_bytes = 0
         if self._thread is None or not self._thread.is_alive():  # it was closed, or an interrupt came before its start
             self._is_closing = False
             self._thread = threading.Thread(target=self._run, name="kvtier-write", daemon=True)
@@ -116,6 +127,8 @@ class Writer:
             finally:
                 with self._lock:
                     self._is_running = self._is_stalled = False
+                    self._done_bytes += self._running_bytes
+                    self._running_bytes = 0
                     self._changed.notify_all()
 
     def _next(self) -> Task | None:
@@ -123,15 +136,17 @@ class Writer:
         with self._lock:
             while True:
                 if self._tasks:
+                    task, self._running_bytes = self._tasks.popleft()
                     self._is_running = True
-                    return self._tasks.popleft()
-                key, (due, task) = min(self._later.items(), key=lambda item: item[1][0], default=("", (None, None)))
-                if due is None or task is None:
+                    return task
+                key, (due, sized) = min(self._later.items(), key=lambda item: item[1][0], default=("", (None, None)))
+                if due is None or sized is None:
                     if self._is_closing:
                         return None
                     self._changed.wait()
                 elif due <= self._clock():
                     del self._later[key]
+                    task, self._running_bytes = sized
                     self._is_running = True
                     return task
                 else:
@@ -152,14 +167,35 @@ class Writer:
         with self._lock:
             return len(self._tasks) + len(self._later) + self._is_running
 
-    def flush(self) -> None:
-        """Wait until every task queued or postponed so far has run."""
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that the tasks write that are waiting or running, postponed tasks included."""
+        if self._pid != os.getpid():
+            return 0
+        with self._lock:
+            later = sum(nbytes for _, (_, nbytes) in self._later.values())
+            return later + sum(nbytes for _, nbytes in self._tasks) + self._running_bytes
+
+    def flush(self, tell: Callable[[int, int], None] | None = None) -> None:
+        """Wait until every task queued or postponed so far has run.
+
+        ``tell`` gets the bytes that were written meanwhile, and those and the bytes that are still queued; no lock is
+        held.
+        """
         if self._pid != os.getpid():
             return
-        self.hurry()
         with self._lock:
-            while self._thread is not None and (self._tasks or self._is_running):
-                self._changed.wait()
+            before = self._done_bytes
+        self.hurry()
+        is_busy = True
+        while is_busy:
+            with self._lock:
+                is_busy = self._thread is not None and bool(self._tasks or self._is_running)
+                if is_busy:
+                    self._changed.wait()
+                done, left = self._done_bytes - before, self.queued_bytes
+            if tell is not None:
+                tell(done, done + left)
 
     def close(self) -> None:
         """Run all queued and postponed tasks, then end the thread."""

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from kvtier.cli import app
 from kvtier.cli.plan import probe, surroundings
-from kvtier.cli.plan.figures import readable, seconds
+from kvtier.cli.plan.figures import readable
+from kvtier.report.text import duration_text
 from tests.hf.test_model_sheet import gemma3_12b, llama_8b, qwen3_4b
 from tests.support import families
 
@@ -169,7 +170,7 @@ def test_a_folder_without_config_is_one_line_and_exit_code_2(tmp_path):
 
 @given(st.floats(1e-9, 1e6))
 def test_durations_have_a_unit_and_few_digits(value):
-    number, unit = seconds(value).split(" ")
+    number, unit = duration_text(value).split(" ")
     assert float(number.replace(",", "")) * {"µs": 1e-6, "ms": 1e-3, "s": 1}[unit] == pytest.approx(value, rel=0.01)
 
 

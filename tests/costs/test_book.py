@@ -81,7 +81,7 @@ values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["passes", "loads", "trials", "token_bytes", "x"]), values))
+@given(st.dictionaries(st.sampled_from(["passes", "loads", "lookups", "trials", "token_bytes", "x"]), values))
 def test_what_no_book_has_written_is_left_out(damaged):
     book = CostBook()
     book.learn(damaged)
@@ -125,3 +125,23 @@ def test_a_pass_beside_a_load_counts_until_one_of_its_kind_ran_alone():
     book.note_pass(quick)
     book.note_pass(slow, alone=False)
     assert book.prefill().seconds(512) == pytest.approx(TRUE.seconds(512), rel=0.1)
+
+
+def test_lookups_are_kept_beside_loads_and_the_middle_one_counts():
+    book = CostBook()
+    assert book.lookup_seconds("s3") == 0
+    for seconds in (0.1, 0.2, 0.1, 9.0, 0.0):
+        book.note_lookup("s3", seconds)
+    assert book.lookup_seconds("s3") == 0.1  # the lower one of the two in the middle
+    assert set(book.to_dict()["loads"]) == set()
+    other = CostBook()
+    other.learn(json.loads(json.dumps(book.to_dict())))
+    assert other.lookup_seconds("s3") == 0.1
+    assert other.transfer("s3") == CostBook().transfer("s3")
+
+
+def test_lookups_of_earlier_files_are_read():
+    book = CostBook()
+    book.learn({"loads": {"s3, asking": [[1, 0.25, 0]], "s3": [[10**7, 0.5, 0]]}})
+    assert book.lookup_seconds("s3") == 0.25
+    assert set(book.to_dict()["loads"]) == {"s3"}

@@ -281,3 +281,22 @@ def test_reports_are_imported_without_torch():
 def test_explain_without_a_tokenizer_is_an_error_that_says_so(tokenizer):
     with pytest.raises(ConfigurationError, match=r"which has no decode\(\); pass a tokenizer"):
         TurnReport(prompt_tokens=3).explain(tokenizer)
+
+
+# --- keys and tables --------------------------------------------------------------------------------------------------
+
+
+def test_equal_reports_and_totals_are_one_key():
+    other = pickle.loads(pickle.dumps(REPORT))
+    assert {REPORT: "seen"}[other] == "seen"
+    assert len({REPORT, other, TurnReport()}) == 2
+    assert hash(Totals()) == hash(Totals())
+
+
+def test_reports_become_tables_of_pandas_as_documented():
+    pandas = pytest.importorskip("pandas")
+    history = [REPORT, TurnReport(prompt_tokens=5)]
+    table = pandas.DataFrame(r.to_dict() for r in history)
+    assert table["prompt_tokens"].tolist() == [1167, 5]
+    wide = pandas.json_normalize([r.to_dict() for r in history])
+    assert wide["cached_by_tier.disk"].tolist() == [1153, 0]

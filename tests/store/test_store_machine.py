@@ -180,6 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert 0 <= each.own_bytes <= each.nbytes
             assert 0 <= each.kept_tokens <= each.tokens
             assert each.kept_tokens == each.tokens or not expected.whole
+            assert self.store.named(name) == each  # a listing reads all names at once, this one alone
 
     @invariant()
     def what_is_pinned_is_there(self):

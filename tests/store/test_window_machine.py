@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,14 @@ class WindowMachine(RuleBasedStateMachine):
         assert record.kept_tokens == len(new)
         assert record.own_bytes <= record.nbytes
         self.named[name] = root, new, [each for each in self.covered(root, new) if each[1] == len(new)]
+
+    @invariant()
+    def listings_tell_the_same_as_each_name(self):
+        for store in getattr(self, "stores", ())[:1]:
+            for listed in store.names():
+                alone = store.named(listed.name)
+                assert replace(listed, own_bytes=0) == replace(alone, own_bytes=0)
+                assert listed.own_bytes <= alone.own_bytes  # window blocks beside shared blocks may lack
 
     @invariant()
     def names_can_be_restored_at_their_ends(self):

@@ -253,3 +253,27 @@ def test_hanging_drive_with_ram_full_of_unwritten_blocks_does_not_block_commits(
         assert restored_length(store, count(40)) == 12
         assert sum("hangs" in record.message for record in caplog.records) == 1
         assert commit(store, count(40)) == 28
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_flush_tells_the_bytes_of_all_queued_blocks_and_nothing_when_none_is_queued(tmp_path):
+    events = []
+    with PrefixStore(tmp_path, block_size=4) as store:
+        tails = (count(3), count(2, 100))  # they wait for their conversations to rest
+        for tokens in tails:
+            commit(store, tokens)
+        store.flush(progress=events.append)
+        nbytes = sum(page.nbytes for tokens in tails for page in truth(ROOT, tokens, 0, len(tokens)))
+        assert {(event.kind, event.unit, event.total) for event in events} == {("flush", "bytes", nbytes)}
+        assert [event.done for event in events] == sorted(event.done for event in events)
+        assert (events[0].done, events[-1].done, events[-1].ended) == (0, nbytes, True)
+        events.clear()
+        store.flush(progress=events.append)
+        assert events == []
+
+
+def test_flush_refuses_progress_of_another_type(tmp_path):
+    with PrefixStore(tmp_path) as store, pytest.raises(ConfigurationError, match="progress='bars'"):
+        store.flush(progress="bars")

@@ -233,3 +233,19 @@ def test_closed_writer_can_be_used_again():
         writer.submit(lambda: done.append(1))
         writer.close()
     assert done == [1, 1]
+
+
+def test_flush_tells_the_bytes_that_were_written_and_are_queued():
+    writer, told = Writer(), []
+    for nbytes in (10, 20, 30, 500):
+        writer.postpone(str(nbytes), 1000.0, lambda: None, nbytes)
+    assert writer.drop("500")
+    assert writer.queued_bytes == 60
+    writer.flush(lambda done, total: told.append((done, total)))
+    assert told[-1] == (60, 60)
+    assert told == sorted(told)
+    assert {total for _, total in told} == {60}
+    assert writer.queued_bytes == 0
+    writer.flush(lambda done, total: told.append((done, total)))
+    assert told[-1] == (0, 0)
+    writer.close()

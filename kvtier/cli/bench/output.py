@@ -14,6 +14,7 @@ from kvtier.cli.bench.measure import Measured, Row
 from kvtier.cli.bench.places import COLD
 from kvtier.cli.store.output import Column, print_line, print_table
 from kvtier.plots import can_draw, plot_seconds
+from kvtier.report.text import duration_text
 
 _COLUMNS = (
     Column("", "left", folds=True),
@@ -72,8 +73,8 @@ def _rows(found: Measured) -> list[tuple[str, ...]]:
     return [
         (
             row.place,
-            _seconds(row.median_seconds),
-            f"{_seconds(min(row.seconds))} – {_seconds(max(row.seconds))}",
+            duration_text(row.median_seconds),
+            f"{duration_text(min(row.seconds))} – {duration_text(max(row.seconds))}",
             f"{cold / row.median_seconds:.1f}×",
             _reused(row),
             row.same_calls.text if row.same_calls is not None else "–",
@@ -87,10 +88,6 @@ def _rows(found: Measured) -> list[tuple[str, ...]]:
 def _reused(row: Row) -> str:
     parts = [f"{tokens:,} {tier}" for tier, tokens in row.cached_by_tier.items() if tokens]
     return ", ".join(parts) or "–"
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def as_json(subject: Subject, machine: Machine, found: Measured) -> dict[str, Any]:

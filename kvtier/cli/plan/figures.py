@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvtier.report.text import duration_text
+
 Origin = Literal["measured here", "derived", "data sheet", "assumed", "given"]
 """Where a figure comes from: a probe on this machine, a formula, a data sheet, a common value, or an option."""
 
@@ -42,7 +44,7 @@ def readable(value: float, unit: Unit) -> str:
     if unit == "tokens":
         return f"{value:,.0f}"
     if unit == "s":
-        return seconds(value)
+        return duration_text(value)
     if unit == "bytes" and value < 10_000_000:
         return f"{value / 1024:.4g} KiB"
     short = {"bytes": "B", "bytes/s": "B/s", "operations/s": "op/s", "operations": "op"}.get(unit, "")
@@ -50,12 +52,3 @@ def readable(value: float, unit: Unit) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{short}"
     return f"{value:.3g} {short}".rstrip()
-
-
-def seconds(value: float) -> str:
-    """Return a duration: ``350 µs``, ``1.25 ms``, ``12.5 s``, ``1,234 s``."""
-    if value < 0.9995e-3:
-        return f"{value * 1e6:.3g} µs"
-    if value < 0.9995:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"

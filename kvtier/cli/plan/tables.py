@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from kvtier.cli.plan.figures import Figure, seconds
+from kvtier.cli.plan.figures import Figure
 from kvtier.cli.plan.forecast import Forecast
 from kvtier.cli.plan.surroundings import Surroundings
 from kvtier.cli.store.output import Column, print_line, print_table
 from kvtier.costs.break_even import Split
 from kvtier.hf.model_sheet import ModelSheet
+from kvtier.report.text import duration_text
 
 _TITLES = {
     "kv_bytes_per_token": "K and V of a token",
@@ -88,12 +89,16 @@ def _predictions(where: Surroundings, found: Forecast) -> tuple[list[Column], li
     columns.append(Column("break-even", dispensable=2))
     rows = []
     for each in found.predictions:
-        cells = [f"{each.tokens:,}", Figure(each.prefix_bytes, "bytes", "derived", "").text, seconds(each.cold_seconds)]
+        cells = [
+            f"{each.tokens:,}",
+            Figure(each.prefix_bytes, "bytes", "derived", "").text,
+            duration_text(each.cold_seconds),
+        ]
         for tier in where.rates:
-            cells += [seconds(each.load_seconds[tier]), _split(each.both[tier], each.tokens)]
+            cells += [duration_text(each.load_seconds[tier]), _split(each.both[tier], each.tokens)]
         rows.append([*cells, Figure(each.break_even_bytes_per_second, "bytes/s", "derived", "").text])
     return columns, rows
 
 
 def _split(split: Split, tokens: int) -> str:
-    return f"{seconds(split.seconds)} ({split.computed_tokens / tokens:.0%})"
+    return f"{duration_text(split.seconds)} ({split.computed_tokens / tokens:.0%})"

@@ -143,12 +143,20 @@ def opened(folder: Path, *, create: bool = False) -> Iterator[PrefixStore]:
             yield store
 
 
-def named(store: PrefixStore, name: str) -> NamedPrefix:
-    """Return the prefix called ``name``; end the command when there is none."""
+def find_named(store: PrefixStore, name: str) -> NamedPrefix | None:
+    """Return the prefix called ``name``; None when there is none."""
     try:
         return store.named(name)
     except UnknownNameError:
+        return None
+
+
+def named(store: PrefixStore, name: str) -> NamedPrefix:
+    """Return the prefix called ``name``; end the command when there is none."""
+    found = find_named(store, name)
+    if found is None:
         fail(WRONG_USAGE, f"nothing in {store.path} is called {name!r:.80}; kvtier store ls lists what has a name")
+    return found
 
 
 def chain(store: PrefixStore, key: str) -> Chain:

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from kvtier.cli.store.common import DEFAULT_FOLDER, WRONG_USAGE, AsJson, Folder, chain, fail, named, opened, told
+from kvtier.cli.store.common import (
+    DEFAULT_FOLDER,
+    WRONG_USAGE,
+    AsJson,
+    Folder,
+    chain,
+    fail,
+    find_named,
+    named,
+    opened,
+    told,
+)
 from kvtier.cli.store.completion import complete_key, complete_name
 from kvtier.cli.store.listing import name_record
 from kvtier.cli.store.output import make_console, print_json, print_line, print_result
@@ -40,7 +51,7 @@ def name(
         seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
     with opened(store) as open_store:
         found = chain(open_store, key)
-        if not replace and any(each.name == new_name for each in open_store.names()):
+        if not replace and find_named(open_store, new_name) is not None:
             fail(WRONG_USAGE, f"{new_name!r:.80} is the name of something else already; pass --replace to take it")
         done = open_store.name_chain(found.key, new_name, pin=pin, ttl=seconds)
     print_result(name_record(done), f"{done.name} now names {done.tokens} tokens, {size(done.nbytes)}.", as_json)

@@ -104,7 +104,7 @@ def ls(
         found = items(open_store, unnamed=unnamed)
         fitting = [item for item in found if all(test(item, previews) for test in tests)]
         shown = sort(fitting, order or (Order.USED if unnamed else Order.NAME), reverse=reverse)[:limit]
-        texts = ["" if quiet else previews.last(item) for item in shown]
+        texts = [""] * len(shown) if quiet else previews.last(shown)
         others = None if quiet or unnamed or output in (Format.JSONL, Format.CSV) else open_store.usage()
         folder = str(open_store.path)
     if quiet:

@@ -20,6 +20,7 @@ from kvtier.cli.store.common import (
     chain,
     confirm,
     fail,
+    find_named,
     named,
     opened,
     progress_bar,
@@ -82,8 +83,7 @@ def _forget_chain(store: PrefixStore, key: str, dry_run: bool, yes: bool) -> For
 
 
 def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, dry_run: bool, yes: bool) -> Forgotten:
-    known = {each.name for each in store.names()}
-    chats = [name for name in names if name not in known and store.chats.read(name) is not None]
+    chats = [name for name in names if find_named(store, name) is None and store.chats.read(name) is not None]
     found = [named(store, name) for name in names if name not in chats]  # all of them, or none
     if dry_run:
         return Forgotten(0, 0) if name_only else store.would_forget([each.name for each in found])

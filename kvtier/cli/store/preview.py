@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvtier.store.manage.inventory import Chain
 from kvtier.store.names import NamedPrefix
 
 _PREVIEW_TOKENS = 32
+_NO_TOKENS: TokenIds = np.empty(0, dtype=np.int64)
 
 
 class _Listed(Protocol):
@@ -41,13 +43,21 @@ class Previews:
         self._store = store
         self._vocabularies: dict[str, Vocabulary | None] = {}
 
-    def last(self, item: _Listed) -> str:
-        """Return the last few words in one line, without special tokens."""
-        return self.line(item.root, self._tokens(item, _PREVIEW_TOKENS))
+    def last(self, items: Sequence[_Listed]) -> list[str]:
+        """Return the last few words of each item in one line, without special tokens; all are read together."""
+        with_text = [item for item in items if self._vocabulary(item.root) is not None]
+        admin, tokens = self._store.admin, dict[str, TokenIds]()
+        try:
+            tokens |= admin.last_tokens([each.prefix.name for each in with_text if each.prefix], _PREVIEW_TOKENS)
+            chains = [each.chain.key for each in with_text if each.prefix is None and each.chain]
+            tokens |= admin.last_tokens_of_chains(chains, _PREVIEW_TOKENS)
+        except StoreError:  # the disk fails: a listing without text is better than none
+            pass
+        return [self.line(item.root, tokens.get(_label(item), _NO_TOKENS)) for item in items]
 
     def whole(self, item: _Listed) -> str:
         """Return all text in one line, without special tokens."""
-        return self.line(item.root, self._tokens(item, None))
+        return self.line(item.root, self._tokens(item))
 
     def line(self, root: str, tokens: TokenIds) -> str:
         """Return the text of ``tokens`` in one line, without special tokens and cut characters."""
@@ -68,13 +78,17 @@ class Previews:
             self._vocabularies[root] = self._store.vocabulary(root)
         return self._vocabularies[root]
 
-    def _tokens(self, item: _Listed, last: int | None) -> TokenIds:
+    def _tokens(self, item: _Listed) -> TokenIds:
         if self._vocabulary(item.root) is not None:
             try:
                 if item.prefix is not None:
-                    return self._store.tokens_of(item.prefix.name, last=last)
+                    return self._store.tokens_of(item.prefix.name)
                 if item.chain is not None:
-                    return self._store.tokens_of_chain(item.chain.key, last=last)
+                    return self._store.tokens_of_chain(item.chain.key)
             except (StoreError, KeyError):  # removed meanwhile
                 pass
-        return np.empty(0, dtype=np.int64)
+        return _NO_TOKENS
+
+
+def _label(item: _Listed) -> str:
+    return item.prefix.name if item.prefix is not None else item.chain.key if item.chain is not None else ""

@@ -40,6 +40,9 @@ class Vocabulary:
         is_whole: bool,
     ) -> None:
         self._ids, self._ends, self._specials, self._texts = ids, ends, specials, texts
+        self._begins = np.concatenate([np.zeros(1, dtype=ends.dtype), ends])[:-1]
+        # A token without text takes its text from behind all others, and so does a special one that is not wanted.
+        self._bytes = np.frombuffer(texts + _UNKNOWN + b" ", dtype=np.uint8)
         self.is_whole = is_whole
 
     @classmethod
@@ -61,14 +64,19 @@ class Vocabulary:
 
     def text(self, tokens: TokenIds, *, specials: bool = True) -> str:
         """Return the text of ``tokens``; ids without text become U+FFFD. Without ``specials`` those become a space."""
-        places = np.searchsorted(self._ids, tokens)
-        parts = []
-        for token, place in zip(tokens.tolist(), places.tolist(), strict=True):
-            if place == len(self._ids) or int(self._ids[place]) != token:
-                parts.append(_UNKNOWN)
-            else:
-                parts.append(b" " if self._specials[place] and not specials else self._text(place))
-        return b"".join(parts).decode("utf-8", errors="replace")
+        begin = np.full(len(tokens), len(self._texts))
+        end = begin + len(_UNKNOWN)
+        if len(self._ids):
+            places = np.minimum(np.searchsorted(self._ids, tokens), len(self._ids) - 1)
+            is_known = self._ids[places] == tokens
+            begin[is_known], end[is_known] = self._begins[places[is_known]], self._ends[places[is_known]]
+            if not specials:
+                is_special = is_known & (self._specials[places] != 0)
+                begin[is_special], end[is_special] = len(self._bytes) - 1, len(self._bytes)
+        lengths = end - begin
+        written = np.cumsum(lengths) - lengths  # where the text of each token goes
+        where = np.repeat(begin - written, lengths) + np.arange(int(lengths.sum()))
+        return self._bytes[where].tobytes().decode("utf-8", errors="replace")
 
     def _text(self, place: int) -> bytes:
         return self._texts[int(self._ends[place - 1]) if place else 0 : int(self._ends[place])]

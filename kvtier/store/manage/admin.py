@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +193,28 @@ class StoreAdmin:
         with self._asked():
             written = self._names.get(name)
             if last is not None:
-                return self._inventory.last_tokens(written.keys, written.tokens, last)
+                return self._inventory.last_tokens([written], last)[name]
             blocks = self._blocks(written.keys)
         ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])
         return ids[: written.tokens]
+
+    def last_tokens(self, names: Collection[str], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` token ids of each of ``names``, by name, as far as the store has them.
+
+        All are read together. Names that do not exist are left out.
+        """
+        wanted = set(names)
+        with self._asked():
+            known = [name for name, *_ in self._names.all() if name.name in wanted]
+            return self._inventory.last_tokens(known, count)
+
+    def last_tokens_of_chains(self, keys: Collection[str], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` token ids of the chains that end with the blocks ``keys``, by key.
+
+        All are read together. Chains that do not exist are left out.
+        """
+        with self._asked():
+            return self._inventory.tokens_up_from(self._tiers.find_all(keys), count)
 
     def tokens_of_chain(self, key_prefix: str, *, last: int | None = None) -> TokenIds:
         """Return the token ids of the chain whose last block's key begins with ``key_prefix``; see ``tokens_of``.
@@ -206,7 +225,7 @@ class StoreAdmin:
         with self._asked():
             block = self._tiers.find(key_prefix) if _KEY.fullmatch(key_prefix) else None
             if last is not None and block is not None:
-                return self._inventory.tokens_up_from(block, last)
+                return self._inventory.tokens_up_from({block.key: block}, last)[block.key]
             _, keys, tokens = self._inventory.keys_to(key_prefix)
             blocks = self._blocks(keys)
         ids = np.concatenate([np.empty(0, np.int64), *(block.tokens for block in blocks)])[:tokens]
@@ -219,13 +238,8 @@ class StoreAdmin:
 
     def _blocks(self, keys: Sequence[str]) -> list[BlockId]:
         """Return the blocks ``keys`` of a chain, up to the first that is gone."""
-        blocks: list[BlockId] = []
-        for key in keys:
-            block = self._tiers.find(key)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        here = self._tiers.find_all(keys)
+        return [here[key] for key in takewhile(here.__contains__, keys)]
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, named or not, the last used first."""
@@ -235,7 +249,7 @@ class StoreAdmin:
     def usage(self) -> StoreUsage:
         """Return the bytes of all blocks, by root."""
         with self._asked():
-            return measure(self._tiers.entries(), (name for name, *_ in self._names.all()))
+            return measure(self._tiers.entries(), self._names.blocks())
 
     def name_chain(
         self, key_prefix: str, name: str, *, pin: bool = False, ttl: float | str | None = None

@@ -50,10 +50,19 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class _Linked:
-    """The blocks of all named chains: their entries, and the names of each block."""
+    """What a listing reads at once: the blocks of all named chains, and those that have the same parents.
 
-    entries: Mapping[str, Entry]
+    Attributes:
+        entries: of each block, its entry in each tier, as ``entries_of`` returns them.
+        names: of each block of a named chain, its names.
+        shorter: of each parent of several blocks, those that are shorter than a block of a named chain beside them.
+        blocks: identities, of as many as ``_beside`` compares.
+    """
+
+    entries: Mapping[str, list[Entry | None]]
     names: Mapping[str, set[str]]
+    shorter: Mapping[str, list[str]]
+    blocks: Mapping[str, BlockId]
 
 
 class Inventory:
@@ -69,8 +78,27 @@ class Inventory:
         for name, *_ in names:
             for key in (*name.keys, *name.windows):
                 by_key.setdefault(key, set()).add(name.name)
-        linked = _Linked(self._tiers.linked(), by_key)
+        linked = self._read_linked(by_key)
         return tuple(self.described(*each, linked) for each in names)
+
+    def _read_linked(self, names: Mapping[str, set[str]]) -> _Linked:
+        """Read the blocks of all named chains; ``names`` has the names of each."""
+        of_tiers = self._tiers.linked()
+        keys = dict.fromkeys(key for each in (*of_tiers, names) for key in each)
+        entries = {key: [each.get(key) for each in of_tiers] for key in keys}
+        following: dict[str, list[Entry]] = {}
+        for of_block in entries.values():
+            if (entry := next(filter(None, of_block), None)) is not None:
+                following.setdefault(entry.parent, []).append(entry)
+        shorter: dict[str, list[str]] = {}
+        compared: set[str] = set()
+        for parent, siblings in following.items():
+            if len(siblings) > 1:
+                named = [entry for entry in siblings if entry.key in names]
+                longest = max((entry.tokens for entry in named), default=0)
+                shorter[parent] = [entry.key for entry in siblings if entry.tokens < longest]
+                compared.update(shorter[parent], (entry.key for entry in named))
+        return _Linked(entries, names, shorter, self._tiers.find_all(compared))
 
     def described(
         self, name: Name, used_at: float, expires_at: float | None, linked: _Linked | None = None
@@ -115,10 +143,11 @@ class Inventory:
         together = {name.name for name in names}
         gone: dict[str, str] = {}
         for name in names:
-            kept = list(takewhile(lambda key: self._tiers.find(key) is not None, name.keys))
-            for key in self.own(kept, together, gone=gone):
-                entry = self._tiers.kept_entry(key)
-                gone.setdefault(key, entry.parent if entry is not None else "")
+            here = self._tiers.find_all(name.keys)
+            own = self.own(list(takewhile(here.__contains__, name.keys)), together, gone=gone)
+            entries = self._tiers.kept_entries(own)
+            for key in own:
+                gone.setdefault(key, entries[key].parent if key in entries else "")
         return list(gone)
 
     def own(
@@ -146,7 +175,7 @@ class Inventory:
             is_followed = bool(own) and own[-1] == after
             beside: list[BlockId] = []
             if (linked is None or not is_shared) and self._has_others(entries, after, linked):
-                beside = self._beside(key, after)
+                beside = self._beside(key, after, linked)
             unnamed = [each for each in beside if not self._names_of([each.key], linked) - names]
             children = max(entry.children for entry in entries if entry is not None)
             counted = {after, *(each.key for each in beside)}
@@ -156,14 +185,15 @@ class Inventory:
                 break
             own += [*(each.key for each in beside), key]
         else:
-            if keys and (first := self._tiers.find(keys[0])) is not None:
-                beside = self._beside(first.root, keys[0])
+            if keys and (first := next(filter(None, self._entries_of(keys[0], linked)), None)) is not None:
+                beside = self._beside(first.root, keys[0], linked)
                 own += [each.key for each in beside if not self._names_of([each.key], linked) - names]
         return own
 
     def _entries_of(self, key: str, linked: _Linked | None) -> list[Entry | None]:
         """Return the entry of a block in each tier; first in the tier to whose blocks names refer."""
-        return self._tiers.entries_of(key, linked.entries if linked is not None else None)
+        known = linked.entries.get(key) if linked is not None else None
+        return known if known is not None else self._tiers.entries_of(key)
 
     def _has_others(self, entries: Sequence[Entry | None], after: str | None, linked: _Linked | None) -> bool:
         """Whether a block with ``entries`` in the tiers has children other than ``after`` in one of them."""
@@ -180,15 +210,27 @@ class Inventory:
             return self._names.of_blocks(keys)
         return set[str]().union(*(linked.names.get(key, ()) for key in keys))
 
-    def _beside(self, parent: str, after: str | None) -> list[BlockId]:
+    def _beside(self, parent: str, after: str | None, linked: _Linked | None) -> list[BlockId]:
         """Return checkpoints and window blocks after ``parent`` whose ids begin the block ``after``, the next one."""
-        block = self._tiers.find(after) if after is not None else None
+        if linked is not None and parent not in linked.shorter:
+            return []
+        block = self._find(after, linked) if after is not None else None
         if block is None:
             return []
-        found = {tail.key: tail for tail in self._tiers.tails(parent, block.tokens) if not tail.is_a(BlockKind.PAGES)}
-        found |= {each.key: each for each in (block.checkpoint, block.window) if each.key in self._tiers}
+        if linked is None:
+            begun = list(self._tiers.tails(parent, block.tokens))
+            equal = [each for each in (block.checkpoint, block.window) if each.key in self._tiers]
+        else:
+            shorter = map(linked.blocks.get, linked.shorter[parent])
+            begun = [each for each in shorter if each is not None and _begins(each, block)]
+            equal = [each for each in (block.checkpoint, block.window) if any(linked.entries.get(each.key, ()))]
+        found = {each.key: each for each in begun if not each.is_a(BlockKind.PAGES)}
+        found |= {each.key: each for each in equal}
         found.pop(block.key, None)
         return [found[key] for key in sorted(found)]
+
+    def _find(self, key: str, linked: _Linked | None) -> BlockId | None:
+        return self._tiers.find(key) if linked is None else linked.blocks.get(key)
 
     def windows_below(self, root: str, chain: Sequence[str], gone: Container[str]) -> list[str]:
         """Return the keys of window blocks that lower tiers alone may have, beside the blocks ``gone`` of a chain.
@@ -206,37 +248,53 @@ class Inventory:
                         found.append(block.window.key)
         return found
 
-    def last_tokens(self, keys: Sequence[str], tokens: int, count: int) -> TokenIds:
-        """Return the last ``count`` ids of ``tokens``, those of the chain ``keys``; fewer where blocks are gone."""
-        place = len(keys)
-        last: BlockId | None = None
-        while place and last is None:  # a chain is evicted from its end
-            place -= 1
-            last = self._tiers.find(keys[place])
-        if last is None:
-            return np.empty(0, dtype=np.int64)
-        ids = self.tokens_up_from(last, count + len(last.tokens))
-        if place == len(keys) - 1 and place:  # the last block may have more tokens than belong to the name
-            before = self._tiers.find(keys[place - 1])
-            if before is not None:
-                ids = ids[: len(ids) - max(0, place * len(before.tokens) + len(last.tokens) - tokens)]
-        elif place == len(keys) - 1:
-            ids = ids[:tokens]
-        return ids[max(0, len(ids) - count) :]
+    def last_tokens(self, names: Sequence[Name], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` ids of the chain of each name, by name; fewer where blocks are gone.
 
-    def tokens_up_from(self, block: BlockId, count: int) -> TokenIds:
-        """Return the last ``count`` ids of the chain that ends with ``block``; fewer where a block is gone."""
-        parts = [block.tokens]
-        seen = {block.key}
-        while sum(map(len, parts)) < count and block.parent not in seen:
-            found = self._tiers.find(block.parent)
-            if found is None:
-                break
-            block = found
-            seen.add(block.key)
-            parts.append(block.tokens)
-        ids = np.concatenate(parts[::-1])
-        return ids[max(0, len(ids) - count) :]
+        The blocks of all names are read together.
+        """
+        places = self._last_places(names)
+        lasts = self._tiers.find_all(dict.fromkeys(name.keys[places[name.name]] for name in names if name.keys))
+        ends = {name.name: last for name in names if name.keys and (last := lasts.get(name.keys[places[name.name]]))}
+        ways = self._ways_up(ends, count)
+        return {name.name: _last_ids(name, places[name.name], ways.get(name.name, ()), count) for name in names}
+
+    def _last_places(self, names: Sequence[Name]) -> dict[str, int]:
+        """Return the place of the last block of each chain that the store has, by name: chains go from their ends."""
+        ends = self._tiers.present([name.keys[-1] for name in names if name.keys], below=False)
+        cut = [name for name in names if name.keys and name.keys[-1] not in ends]
+        here = self._tiers.present(list(dict.fromkeys(key for name in cut for key in name.keys)), below=False)
+        places = {name.name: len(name.keys) - 1 for name in names}
+        for name in cut:
+            places[name.name] = next((i for i in reversed(range(len(name.keys))) if name.keys[i] in here), 0)
+        return places
+
+    def tokens_up_from(self, blocks: Mapping[str, BlockId], count: int) -> dict[str, TokenIds]:
+        """Return the last ``count`` ids of the chains that end with ``blocks``, each under the key given for it.
+
+        There are fewer where a block is gone.
+        """
+        return {name: _ids(way)[-count:] if count else _ids(()) for name, way in self._ways_up(blocks, count).items()}
+
+    def _ways_up(self, ends: Mapping[str, BlockId], count: int) -> dict[str, list[BlockId]]:
+        """Return each of ``ends`` after the blocks before it that have ``count`` tokens, as far as there are such.
+
+        Blocks at the same distance from the ends are read together.
+        """
+        ways = {name: [block] for name, block in ends.items()}
+        wanted = dict.fromkeys(ends, count)
+        while wanted:
+            parents = {name: ways[name][0].parent for name in wanted if ways[name][0].parent != ways[name][0].root}
+            found = self._tiers.find_all(dict.fromkeys(parents.values()))
+            ahead: dict[str, int] = {}
+            for name, parent in parents.items():
+                block = found.get(parent)
+                if block is not None and all(block.key != each.key for each in ways[name]):
+                    ways[name].insert(0, block)
+                    if len(block.tokens) < wanted[name]:
+                        ahead[name] = wanted[name] - len(block.tokens)
+            wanted = ahead
+        return ways
 
     def chains(self) -> tuple[Chain, ...]:
         """Return every chain that is not part of a longer one, the last used first.
@@ -256,22 +314,23 @@ class Inventory:
                 sums[each] = tokens, nbytes
             return tokens, nbytes
 
+        by_block = self._names.by_block()
         chains = []
         for entry in entries.values():
             if entry.key in followed or entry.is_window:
                 continue
             tokens, nbytes = sum_up(entry.key)
-            names = tuple(sorted(self._names.of_blocks([entry.key])))
+            names = tuple(by_block.get(entry.key, ()))
             chains.append(Chain(entry.key, entry.root, tokens, nbytes, entry.used_at, entry.hits, names))
         return tuple(sorted(chains, key=lambda chain: -chain.used_at))
 
     def _windows_beside(self, entries: Mapping[str, Entry]) -> Counter[str]:
         """Return the bytes of window blocks, by the key of a block beside each."""
         nbytes: Counter[str] = Counter()
-        for entry in entries.values():
-            if not entry.is_window:
-                continue
-            window = self._tiers.find(entry.key)  # those in lower tiers alone are not asked for
+        windows = [entry for entry in entries.values() if entry.is_window]
+        found = self._tiers.find_all([entry.key for entry in windows])  # those in lower tiers alone are not asked for
+        for entry in windows:
+            window = found.get(entry.key)
             if window is not None:
                 beside = (BlockId.of(window.root, window.parent, window.tokens), window.checkpoint)
                 nbytes[next((each.key for each in beside if each.key in entries), "")] += entry.nbytes
@@ -366,8 +425,27 @@ class Inventory:
 
         Blocks count even if their removal failed before and lookups no longer find them.
         """
-        found = [entry for entry in map(self._tiers.kept_entry, keys) if entry is not None]
+        found = self._tiers.kept_entries(keys).values()
         return Counter(bytes=sum(entry.nbytes for entry in found), blocks=len(found))
+
+
+def _begins(shorter: BlockId, block: BlockId) -> bool:
+    """Whether the ids of ``shorter`` are a proper prefix of those of ``block``."""
+    return len(shorter.tokens) < len(block.tokens) and common_run(shorter.tokens, block.tokens) == len(shorter.tokens)
+
+
+def _ids(blocks: Sequence[BlockId]) -> TokenIds:
+    return np.concatenate([np.empty(0, dtype=np.int64), *(block.tokens for block in blocks)])
+
+
+def _last_ids(name: Name, place: int, way: Sequence[BlockId], count: int) -> TokenIds:
+    """Return the last ``count`` ids of a name; ``way`` ends with the block at ``place`` of its chain."""
+    ids = _ids(way)
+    if way and place == len(name.keys) - 1:  # it may have more tokens than belong to the name
+        before = place * len(way[-2].tokens) if len(way) > 1 else 0
+        if before or not place:
+            ids = ids[: len(ids) - max(0, before + len(way[-1].tokens) - name.tokens)]
+    return ids[max(0, len(ids) - count) :]
 
 
 def _way_up(key: str, entries: Mapping[str, Entry], known: Container[str] = ()) -> list[str]:

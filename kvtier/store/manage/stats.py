@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from kvtier.store.block import Entry
-from kvtier.store.names import Name
 from kvtier.store.tiers.base import TierStats
 from kvtier.store.tiers.stack import TierStack
 from kvtier.units import size
@@ -133,9 +132,8 @@ class StoreUsage:
         return self.nbytes - sum(root.named_bytes for root in self.roots)
 
 
-def measure(entries: Iterable[Entry], names: Iterable[Name]) -> StoreUsage:
-    """Add up ``entries``, all blocks of a store; ``names`` are all its names."""
-    named = {key for name in names for key in (*name.keys, *name.windows)}
+def measure(entries: Iterable[Entry], named: Container[str]) -> StoreUsage:
+    """Add up ``entries``, all blocks of a store; ``named`` has the keys of all blocks that names use."""
     blocks: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     named_bytes: Counter[str] = Counter()

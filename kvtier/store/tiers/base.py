@@ -155,11 +155,14 @@ class OrderedTier(Tier, Protocol):
     def entry(self, key: str) -> Entry | None:
         """Return what is known of a block that lives here."""
 
-    def kept_entry(self, key: str) -> Entry | None:
-        """Return the same, also of a block that no turn finds any more since it could not be removed."""
+    def find_all(self, keys: Sequence[str]) -> Sequence[BlockId]:
+        """Return the identities of the blocks among ``keys`` that live here, in any order."""
+
+    def kept_entries(self, keys: Sequence[str]) -> Sequence[Entry]:
+        """Return the entries of blocks, also of those that no turn finds since they could not be removed."""
 
     def linked_entries(self) -> Iterable[Entry]:
-        """Return what is known of every block that a name is about, and maybe of others."""
+        """Return the entries of all blocks of named chains and of those with the same parents; maybe of others."""
 
     def open(self, block: BlockId) -> BlockReader | None:
         """Open a block at once.

@@ -139,6 +139,15 @@ class TierStack:
         """Return the identity of a block of the store's own tiers."""
         return next((found for tier in self.tiers if (found := tier.find(key)) is not None), None)
 
+    def find_all(self, keys: Iterable[str]) -> dict[str, BlockId]:
+        """Return the identities of the blocks among ``keys`` that the store's own tiers have, by key."""
+        wanted = list(keys)
+        found: dict[str, BlockId] = {}
+        for tier in self.tiers:
+            left = [key for key in wanted if key not in found]
+            found.update((block.key, block) for block in (tier.find_all(left) if left else ()))
+        return found
+
     def find_below(self, block: Entry | BlockId) -> BlockId | None:
         """Return the identity of a block of the lower tiers; it is opened to read its ids.
 
@@ -239,14 +248,13 @@ class TierStack:
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
-    def entries_of(self, key: str, linked: Mapping[str, Entry] | None = None) -> list[Entry | None]:
-        """Return the entry of a block in each of the store's own tiers, the last first; ``linked`` answers for it."""
-        last = self.last.entry(key) if linked is None else linked.get(key)
-        return [last, *(tier.entry(key) for tier in reversed(self.tiers[:-1]))]
+    def entries_of(self, key: str) -> list[Entry | None]:
+        """Return the entry of a block in each of the store's own tiers, the last first."""
+        return [tier.entry(key) for tier in reversed(self.tiers)]
 
-    def linked(self) -> Mapping[str, Entry]:
-        """Return the entries, by key, of the blocks of all named chains in the last tier, read at once."""
-        return {entry.key: entry for entry in self.last.linked_entries()}
+    def linked(self) -> list[Mapping[str, Entry]]:
+        """Return the blocks of named chains, and those beside them, by key: of each own tier, the last first."""
+        return [{entry.key: entry for entry in tier.linked_entries()} for tier in reversed(self.tiers)]
 
     def entries(self, *, all_or_nothing: bool = False) -> Iterable[Entry]:
         """Return one entry for every block: that of files first, then RAM, then the lower tiers.
@@ -264,10 +272,14 @@ class TierStack:
             found.update((entry.key, entry) for entry in tier.entries())
         return found.values()
 
-    def kept_entry(self, key: str) -> Entry | None:
-        """Return the entry of a block, even if its removal failed and lookups no longer find it."""
-        found = (tier.kept_entry(key) for tier in reversed(self.tiers))
-        return next((entry for entry in found if entry is not None), None)
+    def kept_entries(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """Return the entries of blocks, by key, even if their removal failed and lookups no longer find them."""
+        wanted = list(keys)
+        found: dict[str, Entry] = {}
+        for tier in reversed(self.tiers):
+            left = [key for key in wanted if key not in found]
+            found.update((entry.key, entry) for entry in (tier.kept_entries(left) if left else ()))
+        return found
 
     def description(self, root: str) -> Mapping[str, Any]:
         """Return the description of ``root``; empty when the durable tier has none."""

@@ -255,3 +255,20 @@ def test_rebuilt_catalog_tells_its_blocks(model, generate, tokens, tmp_path, eve
 def test_progress_of_another_type_raises(make):
     with pytest.raises(ConfigurationError, match="progress=3 is unknown"):
         make(progress=3)
+
+
+def test_flush_tells_what_the_cache_was_told_unless_it_is_told_otherwise(model, generate, tokens, tmp_path, events):
+    other = Events()
+    with PrefixStore(tmp_path, block_size=4) as store, TieredCache(store, progress=events) as cache:
+        generate(model, tokens(10), cache)  # its tail waits
+        cache.flush()
+        assert events.of("flush")[-1].ended
+        assert events.of("flush")[-1].done > 0
+        generate(model, tokens(23), cache)
+        events.take()
+        cache.flush(progress=False)
+        assert events.of("flush") == []
+        generate(model, tokens(34), cache)
+        cache.flush(progress=other)
+        assert events.of("flush") == []
+        assert other.of("flush")[-1].ended

@@ -72,6 +72,8 @@ class Eviction:
         Raises:
             sqlite3.Error: the catalog fails.
         """
+        if not self._between.are_held():  # the usual case: no block needs to be asked for
+            return self._catalog.would_evict(nbytes, lambda place: place.key in self._leases)
         with self._claims() as is_leased:
             return self._catalog.would_evict(nbytes, is_leased)
 

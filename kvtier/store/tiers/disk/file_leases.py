@@ -133,6 +133,21 @@ class FileLeases:
             self._claimed.add(place)
             return True
 
+    def are_held(self) -> bool:
+        """Whether any block may be shared or claimed now, in this process or another one; one call for all blocks."""
+        with self._lock:
+            if self._shared or self._claimed:
+                return True
+            self._look_for_another_file()
+            if not hasattr(fcntl, "F_OFD_GETLK") or self._fd < 0:
+                return False  # ``claim`` finds none either
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # all bytes of the file
+            try:
+                found, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))
+            except OSError:  # a drive without locks, which only one process uses at a time
+                return False
+            return bool(found != fcntl.F_UNLCK)
+
     def unclaim(self, key: str) -> None:
         """End the claim on block ``key``, so that it can be read again."""
         place = _place(key)

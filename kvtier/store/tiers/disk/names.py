@@ -155,6 +155,19 @@ class Names:
                 found.update(name for (name,) in rows)
         return found
 
+    def blocks(self) -> set[str]:
+        """Return the keys of all blocks of chains that have a name, and of the window blocks that end them."""
+        with self._database.reading(long=True) as connection:
+            return {key.hex() for (key,) in connection.execute("SELECT DISTINCT key FROM links")}
+
+    def by_block(self) -> dict[str, list[str]]:
+        """Return the names of each block that has some, in order."""
+        found: dict[str, list[str]] = {}
+        with self._database.reading(long=True) as connection:
+            for key, name in connection.execute("SELECT DISTINCT key, name FROM links ORDER BY name"):
+                found.setdefault(key.hex(), []).append(name)
+        return found
+
     def pinned_blocks(self) -> set[str]:
         """Return the keys of all blocks that are pinned."""
         with self._database.reading(long=True) as connection:

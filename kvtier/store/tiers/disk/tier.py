@@ -291,20 +291,24 @@ class DiskTier:
         """Return the entry of a stored block."""
         return self.ask(lambda: self.catalog.entry(key), None) if key not in self._lost else None
 
-    def kept_entry(self, key: str) -> Entry | None:
-        """Return the entry of a block, even if its removal failed and lookups no longer find it."""
-        return self.ask(lambda: self.catalog.entry(key), None)
+    def kept_entries(self, keys: Sequence[str]) -> list[Entry]:
+        """Return the entries of the blocks ``keys``, even if their removal failed and lookups no longer find them."""
+        return self.ask(lambda: self.catalog.entries_of(keys), list[Entry]())
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a stored block."""
         return self.ask(lambda: self.catalog.find(key), None)
+
+    def find_all(self, keys: Sequence[str]) -> list[BlockId]:
+        """Return the identities of the stored blocks among ``keys``, in any order."""
+        return self.ask(lambda: self.catalog.find_all(keys), list[BlockId]())
 
     def entries(self) -> list[Entry]:
         """Return the entries of all blocks."""
         return self.ask(self.catalog.entries, list[Entry]())
 
     def linked_entries(self) -> list[Entry]:
-        """Return the entries of the blocks of all named chains."""
+        """Return the entries of the blocks of all named chains, and of those that have the same parents."""
         return self.ask(self.catalog.linked_entries, list[Entry]())
 
     def open(self, block: BlockId) -> SharedReader | None:

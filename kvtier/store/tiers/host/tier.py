@@ -319,7 +319,11 @@ class HostTier:
         uses = (self._blocks.children(key), usage.uses, resident.hits, resident.used_at)
         return Entry(*place, *uses, pinned=key in self._pinned(), is_window=block.is_window)
 
-    linked_entries, kept_entry = entries, entry
+    linked_entries = entries
+
+    def kept_entries(self, keys: Sequence[str]) -> list[Entry]:
+        """Return the entries of the blocks among ``keys`` that can be opened."""
+        return [entry for key in keys if (entry := self.entry(key)) is not None]
 
     def stats(self, hits: int) -> TierStats:
         """Return the statistics of this tier; ``hits`` is the number of blocks restored from it."""
@@ -340,6 +344,10 @@ class HostTier:
         """Return the identity of a block that can be opened."""
         resident = self._blocks.get(key)
         return resident.block.id if resident is not None and key in self else None
+
+    def find_all(self, keys: Sequence[str]) -> list[BlockId]:
+        """Return the identities of the blocks among ``keys`` that can be opened."""
+        return [block for key in keys if (block := self.find(key)) is not None]
 
     def block(self, key: str) -> Block | None:
         """Return a stored block, even if it is expired or withheld."""

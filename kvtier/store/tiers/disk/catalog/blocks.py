@@ -107,11 +107,18 @@ class Catalog:
 
     def find(self, key: str) -> BlockId | None:
         """Return the identity of a ready block."""
+        found = self.find_all([key])
+        return found[0] if found else None
+
+    def find_all(self, keys: Iterable[str]) -> list[BlockId]:
+        """Return the identities of the ready blocks among ``keys``, in any order."""
+        found: list[BlockId] = []
         with self._database.reading() as connection:
-            row = connection.execute(
-                f"SELECT {_IDENTITY} FROM blocks WHERE key = ? AND {_READY}", (bytes.fromhex(key),)
-            ).fetchone()
-            return _block_id(row) if row else None
+            for some in batches(dict.fromkeys(keys), _KEYS_AT_ONCE):
+                which = f"key IN ({','.join('?' * len(some))}) AND {_READY}"
+                rows = connection.execute(f"SELECT {_IDENTITY} FROM blocks WHERE {which}", [*map(bytes.fromhex, some)])
+                found += map(_block_id, rows)
+        return found
 
     def nearest(
         self, parent: str, tokens: TokenIds, since: float = _FOREVER, *, windows: bool = False
@@ -157,9 +164,18 @@ class Catalog:
         """Return the entries of all ready blocks."""
         return self._entries("", long=True)
 
+    def entries_of(self, keys: Iterable[str]) -> list[Entry]:
+        """Return the entries of the ready blocks among ``keys``."""
+        found: list[Entry] = []
+        for some in batches(dict.fromkeys(keys), _KEYS_AT_ONCE):
+            which = f"AND key IN ({','.join('?' * len(some))})"
+            found += self._entries(which, *map(bytes.fromhex, some), long=True)
+        return found
+
     def linked_entries(self) -> list[Entry]:
-        """Return the entries of the ready blocks of all named chains."""
-        return self._entries("AND key IN (SELECT key FROM links)", long=True)
+        """Return the entries of the ready blocks of all named chains, and of those that have the same parents."""
+        linked = "SELECT parent FROM blocks WHERE key IN (SELECT key FROM links)"
+        return self._entries(f"AND parent IN ({linked})", long=True)
 
     def _entries(self, condition: str, *values: object, long: bool = False) -> list[Entry]:
         with self._database.reading(long=long) as connection:
@@ -272,7 +288,7 @@ class Catalog:
             while freed < nbytes and (valued := session.least()) is not None:
                 if not leased(valued.place):
                     move(connection, valued.place.key, Move.EVICT)
-                    session.evicted(valued)
+                    session.would_be_evicted(valued)
                     gone.append(valued.place)
                     freed += valued.place.nbytes
             raise _RolledBackError

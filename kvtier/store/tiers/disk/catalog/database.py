@@ -24,7 +24,7 @@ from kvtier.store.tiers.disk.catalog.connection import (
     Statements,
     connect,
 )
-from kvtier.store.tiers.disk.catalog.schema import SCHEMA, SCHEMA_VERSION, is_made, sound_row, statements
+from kvtier.store.tiers.disk.catalog.schema import SCHEMA, SCHEMA_VERSION, SoundRows, is_made, statements
 
 _PAGE_BYTES = 8192  # the row of a block of 256 tokens fits in one page, with room
 _RETRY_SECONDS = 0.01
@@ -69,7 +69,7 @@ class Database:
     def _connect(self, mode: str, *, only_reads: bool = False) -> Statements:
         uri = f"{self._path.as_uri()}?mode={mode}" if self._path is not None else "file::memory:"
         made = self._make_connection(uri, 0.0 if self._exclusive else LOCKED_SECONDS)
-        made.row_factory = sound_row
+        made.row_factory = SoundRows()
         connection = Statements(made)
         try:
             connection.execute("PRAGMA trusted_schema=OFF")  # the schema is not trusted before it is compared

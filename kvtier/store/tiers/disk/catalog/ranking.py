@@ -66,6 +66,8 @@ class Session:
         # For each queue: priority and key of the last leaf from the index, and a heap of later leaves before it.
         self._passed: defaultdict[int, tuple[float, bytes]] = defaultdict(lambda: (-math.inf, b""))
         self._exposed: defaultdict[int, list[_Leaf]] = defaultdict(list)
+        self._heads: dict[int, _Leaf | None] = {}  # the first leaves of queues, as far as nothing has changed them
+        self._known_queues: list[int] | None = None
 
     def _read_state(self) -> PolicyState:
         """Return the stored state of the policy; if unreadable, a fresh one, later than every use of a block."""
@@ -125,13 +127,18 @@ class Session:
         A block becomes a leaf when ``evicted`` is called for its last child.
         """
         heads = []
-        for queue in self._queues():
-            if row := self._head(queue):
+        if self._known_queues is None:
+            self._known_queues = self._queues()
+        for queue in self._known_queues:
+            if queue not in self._heads:
+                self._heads[queue] = self._head(queue)
+            if row := self._heads[queue]:
                 lead = self._policy.lead(queue_among(self._policy, queue), self._state)
                 heads.append((row[0] + lead, queue, row))
         if not heads:
             return None
         _, queue, row = min(heads, key=lambda each: each[0])
+        del self._heads[queue]
         priority, key, parent, root, nbytes, uses, last_use, tokens, depth, note, _ = row
         exposed = self._exposed[queue]
         if exposed and exposed[0] is row:
@@ -170,7 +177,7 @@ class Session:
         Ghosts beyond the number of blocks (or ``_MIN_GHOSTS``, if that is larger) are deleted in steps, the oldest
         first.
         """
-        self._state = self._policy.evicted(valued.usage, self._state)
+        self.would_be_evicted(valued)
         self._connection.execute(
             "INSERT INTO ghosts VALUES (?, ?, ?, ?) ON CONFLICT (key) "
             "DO UPDATE SET uses = excluded.uses, last_use = excluded.last_use, note = excluded.note",
@@ -183,6 +190,10 @@ class Session:
                 "DELETE FROM ghosts WHERE key IN (SELECT key FROM ghosts ORDER BY last_use LIMIT ?)",
                 (min(too_many, _GHOSTS_AT_ONCE),),
             )
+
+    def would_be_evicted(self, valued: Valued) -> None:
+        """Do the part of ``evicted`` that decides which blocks follow: ghosts count for blocks that are put."""
+        self._state = self._policy.evicted(valued.usage, self._state)
         self._expose(bytes.fromhex(valued.parent))
 
     def _expose(self, key: bytes) -> None:
@@ -190,6 +201,9 @@ class Session:
         row = self._connection.execute(f"SELECT {_LEAF} FROM blocks WHERE {_IS_LEAF} AND key = ?", (key,)).fetchone()
         if row is not None:
             queue = row[-1]
+            self._heads.pop(queue, None)
+            if self._known_queues is not None and queue not in self._known_queues:
+                self._known_queues.append(queue)
             if row[:2] <= self._passed[queue]:
                 heapq.heappush(self._exposed[queue], row)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import cache
+from functools import cache, lru_cache
 
 from kvtier.store.tiers.block_states import State
 from kvtier.store.tiers.disk.catalog.connection import Statements
@@ -131,16 +131,39 @@ _SOUND: dict[str, Callable[[object], bool]] = {
 }
 
 
-def sound_row(cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
-    """Return ``row`` if its values are valid.
+_Checks = tuple[tuple[int, str, Callable[[object], bool]], ...]
 
-    Raises:
-        sqlite3.DatabaseError: a value is not valid in its column.
+
+@lru_cache(maxsize=256)
+def _checks_of(columns: tuple[tuple[str, ...], ...]) -> _Checks:
+    """Return the place, the name and the test of each column that has a test."""
+    named = ((place, column) for place, (column, *_) in enumerate(columns))
+    return tuple((place, column, _SOUND[column]) for place, column in named if column in _SOUND)
+
+
+class SoundRows:
+    """The row factory of one connection: it returns rows whose values are valid.
+
+    The tests of a statement are looked up once, not for each of its rows.
     """
-    for (column, *_), value in zip(cursor.description, row, strict=True):
-        if column in _SOUND and not _SOUND[column](value):
-            raise sqlite3.DatabaseError(f"database disk image is malformed: {value!r:.40} as {column}")
-    return row
+
+    def __init__(self) -> None:
+        self._columns: object = None  # a reference, so that no other description gets its address
+        self._checks: _Checks = ()
+
+    def __call__(self, cursor: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+        """Return ``row`` if its values are valid.
+
+        Raises:
+            sqlite3.DatabaseError: a value is not valid in its column.
+        """
+        columns = cursor.description
+        if columns is not self._columns:
+            self._columns, self._checks = columns, _checks_of(columns)
+        for place, column, is_sound in self._checks:
+            if not is_sound(row[place]):
+                raise sqlite3.DatabaseError(f"database disk image is malformed: {row[place]!r:.40} as {column}")
+        return row
 
 
 def statements(script: str) -> Iterator[str]:
