@@ -1,5 +1,6 @@
 """The SQLite database of a store shared with other processes; a second connection stands for each of them."""
 
+import gc
 import sqlite3
 import threading
 from contextlib import closing, contextmanager
@@ -51,6 +52,34 @@ def opened(folder, **more):
 
 def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelname == "WARNING"]
+
+
+class Closable(sqlite3.Connection):
+    is_closed = False
+
+    def close(self):
+        self.is_closed = True
+        super().close()
+
+
+def test_connections_of_a_database_that_was_not_closed_are_closed_with_it(path):
+    made = []
+
+    def noting(uri, seconds):
+        made.append(
+            sqlite3.connect(
+                uri, uri=True, timeout=seconds, isolation_level=None, check_same_thread=False, factory=Closable
+            )
+        )
+        return made[-1]
+
+    database = Database(path, make_connection=noting)
+    with database.reading() as connection:
+        connection.execute("SELECT count(*) FROM blocks").fetchone()
+    assert len(made) == 2
+    del database, connection
+    gc.collect()
+    assert [each.is_closed for each in made] == [True, True]
 
 
 def test_both_connections_are_opened_with_the_lock_timeout(path):
