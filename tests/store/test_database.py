@@ -12,7 +12,7 @@ from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.connection import LOCKED_SECONDS, connect
 from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.testing.faults import Faults
+from kvtier.testing.faults import Deed, Fault, Faults
 from tests.support.stores import block, commit, count, restored_length
 
 PATIENCE_SECONDS = 0.01
@@ -80,6 +80,18 @@ def test_connections_of_a_database_that_was_not_closed_are_closed_with_it(path):
     del database, connection
     gc.collect()
     assert [each.is_closed for each in made] == [True, True]
+
+
+def test_change_that_cannot_be_rolled_back_blocks_no_later_one(path):
+    faults = Faults()
+    with new_database(path, faults.connect) as database:
+        faults.plan(*(Fault(Deed.FAIL, subject=text) for text in ("DELETE*", "ROLLBACK")))
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"), database.transaction() as connection:
+            connection.execute("DELETE FROM blocks")
+        with another_process_writes(path):
+            pass
+        with database.transaction() as connection:
+            connection.execute("DELETE FROM blocks")
 
 
 def test_both_connections_are_opened_with_the_lock_timeout(path):
