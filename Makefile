@@ -123,8 +123,8 @@ docs: $(DOCS_STAMP)  ## the documentation, as files to open in a browser: site/i
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	! grep -rE --include='*.html' '<(script|img|iframe|link)[^>]*(src|href)="(https?:)?//' site  # a page asks no network
 
-notebooks: $(NOTEBOOKS_STAMP)
-	$(BIN)/python notebooks/execute.py
+notebooks: $(NOTEBOOKS_STAMP)  ## executes them again; NOTEBOOKS='quickstart.ipynb' that one alone
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 # An environment of its own: what this transformers needs may be newer than any pin.
 newest: $(STAMP)  ## whatever transformers the index has today, pre-releases too: contract, modes, edited histories, sweep

@@ -68,7 +68,7 @@ def save_by_hand(keys_values: KeysValues, path: Path) -> None:
 
 
 def run_fresh_turn(
-    model_folder: str,
+    model_folder: Path,
     kind: CacheKind,
     prompt: Tokens,
     max_new_tokens: int,
@@ -91,7 +91,7 @@ def run_fresh_turn(
     """
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-") as scratch_name:
         task, result = Path(scratch_name) / "task.json", Path(scratch_name) / "result.json"
-        fields = {"model": model_folder, "kind": kind, "prompt": prompt, "max_new_tokens": max_new_tokens}
+        fields = {"model": str(model_folder), "kind": kind, "prompt": prompt, "max_new_tokens": max_new_tokens}
         fields |= {"path": str(path) if path else None, "in_parts": in_parts}
         task.write_text(json.dumps(fields), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.fresh_turn", str(task), str(result)]

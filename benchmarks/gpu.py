@@ -17,8 +17,8 @@ from benchmarks.measure import BenchmarkError, Competitor, Options, Sample, Skip
 from benchmarks.result import Case, Result, make_case
 from benchmarks.workload import KeysValues, reported, timed_turn
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.demo.model import demo_model_folder
 from kvtier.cli.doctor.devices import accelerators, link
+from kvtier.hf.demo_model import demo_model_folder
 from kvtier.transfer.accelerator import engine_for
 from kvtier.transfer.engines import MakeEngine
 

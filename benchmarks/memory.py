@@ -9,8 +9,7 @@ from benchmarks.fresh_turn import CacheKind, run_fresh_turn, save_by_hand
 from benchmarks.measure import Competitor, Options, Sample, Tokens, interleave
 from benchmarks.result import Result, make_case
 from benchmarks.workload import copied, hold_first_turn, load_chat, seeded
-from kvtier import PrefixStore
-from kvtier.cli.demo.model import ensure_demo_model
+from kvtier import PrefixStore, demo_model
 
 PLAIN = "DynamicCache"
 BY_HAND = "torch.load"
@@ -25,7 +24,7 @@ def run(options: Options) -> Result:
     first_prompt = talk.prompt[: talk.known]
 
     def turn(kind: CacheKind, prompt: Tokens, path: Path | None = None) -> Sample:
-        done = run_fresh_turn(ensure_demo_model(), kind, prompt, _NEW_TOKENS, path)
+        done = run_fresh_turn(demo_model(), kind, prompt, _NEW_TOKENS, path)
         growth = done.peak_bytes - done.start_peak_bytes
         return Sample({"peak_bytes": done.peak_bytes, "growth_bytes": growth}, done.answer)
 

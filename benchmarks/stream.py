@@ -30,9 +30,8 @@ from benchmarks.workload import (
     seeded,
     seeded_cache,
 )
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 from kvtier.cli.demo.conversation import ChatModel
-from kvtier.cli.demo.model import ensure_demo_model
 from kvtier.hf.compat.names import passed
 
 PLAIN = "DynamicCache"
@@ -64,9 +63,9 @@ def run(options: Options) -> Result:
         with PrefixStore(scratch / "store") as store:
             seeded(store, chat, prompt, keys_values(plain, known)).close()
         options.say("watching a new process")
-        grown = measure_growth(ensure_demo_model(), scratch / "store", prompt, budget, _TOKENS_A_RUN)
+        grown = measure_growth(demo_model(), scratch / "store", prompt, budget, _TOKENS_A_RUN)
         options.say("watching one without K and V")
-        idle = measure_growth(ensure_demo_model(), scratch / "store", prompt, None, _TOKENS_A_RUN)
+        idle = measure_growth(demo_model(), scratch / "store", prompt, None, _TOKENS_A_RUN)
     up, down = bytes_that_offloading_moves(chat, plain, known)
     facts = dict(case.facts)
     hot, cold = case.row(_HOT).spread.median, case.row(_COLD).spread.median

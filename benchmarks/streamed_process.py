@@ -26,7 +26,7 @@ _READY = "ready\n"
 _STORE_RAM = 2**20  # blocks of the store have a budget of their own, which is not what is measured
 
 
-def measure_growth(model_folder: str, store: Path, prompt: Tokens, budget_bytes: int | None, tokens: int) -> int:
+def measure_growth(model_folder: Path, store: Path, prompt: Tokens, budget_bytes: int | None, tokens: int) -> int:
     """Return how many bytes of resident memory a new process gains while it restores ``prompt`` and decodes.
 
     Args:
@@ -40,7 +40,8 @@ def measure_growth(model_folder: str, store: Path, prompt: Tokens, budget_bytes:
     Raises:
         BenchmarkError: the process failed; the message has what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.streamed_process", model_folder, str(store), str(budget_bytes or 0)]
+    arguments = [str(model_folder), str(store), str(budget_bytes or 0)]
+    command = [sys.executable, "-m", "benchmarks.streamed_process", *arguments]
     given = prompt if budget_bytes is not None else prompt[:1]
     with subprocess.Popen(
         [*command, str(tokens)],

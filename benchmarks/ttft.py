@@ -14,9 +14,8 @@ from benchmarks.fresh_turn import CacheKind, run_fresh_turn, save_by_hand
 from benchmarks.measure import Competitor, Options, Sample, interleave
 from benchmarks.result import Case, Result, Target, make_case
 from benchmarks.workload import Conversation, copied, expect_source, hold_first_turn, load_chat, reported, seeded
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 from kvtier.cli.demo.conversation import Answer, ChatModel
-from kvtier.cli.demo.model import ensure_demo_model
 
 COLD = "DynamicCache, cold"
 CONTINUED = "DynamicCache, same object"
@@ -150,7 +149,7 @@ class _Bench:
             return self._new_process("tiered_folder", folder, {"disk": self._talk.known})
 
     def _new_process(self, kind: CacheKind, path: Path, expected: dict[str, int] | None = None) -> Sample:
-        turn = run_fresh_turn(ensure_demo_model(), kind, self._talk.prompt, _NEW_TOKENS, path)
+        turn = run_fresh_turn(demo_model(), kind, self._talk.prompt, _NEW_TOKENS, path)
         expect_source(turn.cached_by_tier, expected or {})
         return Sample(
             {

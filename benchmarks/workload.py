@@ -17,9 +17,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.measure import BenchmarkError, Tokens
-from kvtier import PrefixStore, TieredCache, TurnReport
+from kvtier import PrefixStore, TieredCache, TurnReport, demo_model
 from kvtier.cli.demo.conversation import ChatModel
-from kvtier.cli.demo.model import ensure_demo_model
 from kvtier.hf.compat.names import passed
 
 KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -32,7 +31,7 @@ _FIRST_ANSWER_TOKENS = 16
 
 def load_chat() -> ChatModel:
     """Load the demo model and warm it up."""
-    return ChatModel(ensure_demo_model())
+    return ChatModel(demo_model())
 
 
 def document() -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+parser.add_argument("--model", help="a name on the hub or a folder; by default SmolLM2-135M-Instruct")
 parser.add_argument("--document", type=Path, help="a text file; by default the one that comes with kvtier")
 parser.add_argument("--tokens", type=int, default=6000, help="repeat a shorter document up to here")
 parser.add_argument("--question", default="When was the lamp lit for the first time?")
@@ -28,9 +28,10 @@ parser.add_argument("--prefill-chunk-size", type=int, default=512, help="tokens 
 parser.add_argument("--max-new-tokens", type=int, default=32)
 args = parser.parse_args()
 
-tokenizer = AutoTokenizer.from_pretrained(args.model)
+name = args.model or demo_model()
+tokenizer = AutoTokenizer.from_pretrained(name)
 device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
 bundled = resources.files("kvtier.cli.demo") / "lighthouse.txt"
 text = args.document.read_text() if args.document else bundled.read_text()
 document = tokenizer(text).input_ids

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvtier import Chat
+from kvtier import Chat, demo_model
 
 
 def main() -> None:
     """Resume the conversation in the folder, or begin one."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
+    name = sys.argv[1] if len(sys.argv) > 1 else demo_model()
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else "~/.cache/kvtier-chat").expanduser()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")

@@ -7,9 +7,9 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvtier import PrefixStore, TieredCache
+from kvtier import PrefixStore, TieredCache, demo_model
 
-name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
+name = sys.argv[1] if len(sys.argv) > 1 else demo_model()
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 rules = "\n".join(f"Rule {n}: whoever draws card {n} moves {n % 6 + 1} squares." for n in range(100))

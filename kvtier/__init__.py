@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ChangedError,
         ClosedError,
         ConfigurationError,
+        DemoModelError,
         KvtierError,
         PromptError,
         RestoreError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     )
     from kvtier.hf.cache import TieredCache
     from kvtier.hf.chat.conversation import Chat
+    from kvtier.hf.demo_model import demo_model
     from kvtier.hf.generate.hook import uninstall
     from kvtier.report import TurnReport
     from kvtier.store import PrefixStore
@@ -47,6 +49,7 @@ __all__ = [
     "Chat",
     "ClosedError",
     "ConfigurationError",
+    "DemoModelError",
     "KvtierError",
     "PrefixStore",
     "PromptError",
@@ -60,6 +63,7 @@ __all__ = [
     "UninstalledError",
     "UnknownNameError",
     "__version__",
+    "demo_model",
     "uninstall",
 ]
 
@@ -68,6 +72,7 @@ _HOMES = {
     "PrefixStore": "kvtier.store",
     "TieredCache": "kvtier.hf.cache",
     "TurnReport": "kvtier.report",
+    "demo_model": "kvtier.hf.demo_model",
     "uninstall": "kvtier.hf.generate.hook",
 }
 _MODULES = ("errors", "progress", "report", "store")

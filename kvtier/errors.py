@@ -1,15 +1,16 @@
-"""Every exception kvtier raises, as one tree.
+"""The exceptions of kvtier, as one tree.
 
 ```text
 KvtierError
 ├── ConfigurationError (ValueError)   an argument is wrong: the message names it and says what to pass
-│   └── BudgetError                   ``device_budget`` is too small: the message names the smallest that works
-├── ClosedError                       a cache or store is used after ``close()``
+│   └── BudgetError                   device_budget is too small: the message names the smallest that works
+├── ClosedError                       a cache or store is used after close()
 ├── BusyError                         a cache is changed, or asked for a second turn, before its turn has ended
 ├── PromptError (ValueError)          tokens and mask contradict each other or the content of the cache
-│   └── UnannouncedError              a ``generate()`` that kvtier did not see feeds a cache that holds other tokens
+│   └── UnannouncedError              a generate() call that kvtier did not see feeds a cache that holds tokens
 ├── UnknownNameError (KeyError)       the store has no prefix of this name
-├── UninstalledError                  a cache is used in generate() after ``uninstall()``
+├── UninstalledError                  a cache is used in generate() after uninstall()
+├── DemoModelError                    demo_model() cannot fetch, convert or keep its model: the message says why
 ├── StreamError                       K and V of a cold layer are lost, or cannot be moved
 └── StoreError                        the folder of a store cannot be used
     ├── StoreVersionError             written by a newer kvtier
@@ -66,6 +67,10 @@ class UnknownNameError(KvtierError, KeyError):
 
 class UninstalledError(KvtierError):
     """``generate`` is not wrapped any more: the cache cannot know its tokens."""
+
+
+class DemoModelError(KvtierError):
+    """The model of ``demo_model()`` can neither be fetched from the hub nor with pip; the message says what to do."""
 
 
 class StoreError(KvtierError):

@@ -14,9 +14,9 @@ from typing import Any
 
 from kvtier.errors import ConfigurationError
 from kvtier.report import TurnReport
+from kvtier.report.html import COMPUTED_COLOUR, LOWER_TIER_COLOUR, TIER_COLOURS
 
-_COLORS = {"device": "#00796b", "host": "#1565c0", "disk": "#78909c"}
-_COMPUTED, _COLD = "#ef6c00", "0.6"
+_KVTIER, _COLD = "#00796b", "0.6"
 HOW_TO_DRAW = "matplotlib draws pictures: pip install 'kvtier[plots]'"
 
 
@@ -27,6 +27,9 @@ def can_draw() -> bool:
 
 def plot_turns(reports: Iterable[TurnReport], axes: Any = None) -> Any:
     """Draw a bar for each turn: how many of its prompt tokens came from which tier, and how many were computed.
+
+    Colours are those of reports in notebooks. The legend is to the right of the axes, where it covers no bar: a figure
+    with ``layout="constrained"`` makes room.
 
     Args:
         reports: such as ``cache.history``.
@@ -41,21 +44,21 @@ def plot_turns(reports: Iterable[TurnReport], axes: Any = None) -> Any:
     shown = _some(reports, "reports")
     axes = _axes(axes)
     numbers = range(1, len(shown) + 1)
-    tiers = list(dict.fromkeys([*_COLORS, *(tier for report in shown for tier in report.cached_by_tier)]))
+    tiers = list(dict.fromkeys([*TIER_COLOURS, *(tier for report in shown for tier in report.cached_by_tier)]))
     heights = {tier: [report.cached_by_tier.get(tier, 0) for report in shown] for tier in tiers}
     heights["computed"] = [report.computed_tokens for report in shown]
     bottoms = [0] * len(shown)
     for name, tokens in heights.items():
         if not any(tokens):
             continue
-        color = _COMPUTED if name == "computed" else _COLORS.get(name)
+        color = COMPUTED_COLOUR if name == "computed" else TIER_COLOURS.get(name, LOWER_TIER_COLOUR)
         axes.bar(numbers, tokens, bottom=bottoms, label=name, color=color)
         bottoms = [below + height for below, height in zip(bottoms, tokens, strict=True)]
     axes.set_xlabel("turn")
     axes.set_ylabel("prompt tokens")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(bottoms):
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, reverse=True)
     return axes
 
 
@@ -80,7 +83,7 @@ def plot_first_token(reports: Iterable[TurnReport], axes: Any = None) -> Any:
     if cold:
         axes.plot(*zip(*cold, strict=True), color=_COLD, linestyle="--", marker=".", label="cold, expected")
     times = [(report.prompt_tokens, report.first_token_seconds) for report in shown]
-    axes.scatter(*zip(*times, strict=True), color=_COLORS["device"], label="this turn", zorder=3)
+    axes.scatter(*zip(*times, strict=True), color=_KVTIER, label="this turn", zorder=3)
     axes.set_ylim(bottom=0)
     return _labelled(axes, "prompt tokens")
 
@@ -106,12 +109,13 @@ def plot_seconds(times: Mapping[str, Sequence[float]], baseline: str | None = No
     medians = [median(times[way]) for way in ways]
     least = [middle - min(times[way]) for way, middle in zip(ways, medians, strict=True)]
     most = [max(times[way]) - middle for way, middle in zip(ways, medians, strict=True)]
-    colors = [_COLORS["device"] if "kvtier" in way or "Tiered" in way else _COLD for way in ways]
+    colors = [_KVTIER if "kvtier" in way or "Tiered" in way else _COLD for way in ways]
     bars = axes.barh(ways, medians, xerr=[least, most], color=colors, capsize=3)
     slow = median(times[baseline]) if baseline is not None else 0.0
-    labels = [f"  {_seconds(each)}" + (f"  ({slow / each:.0f}×)" if slow else "") for each in medians]
-    axes.bar_label(bars, labels)
+    labels = [_seconds(each) + (f" ({slow / each:.0f}×)" if slow else "") for each in medians]
+    axes.bar_label(bars, labels, padding=5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(min(medians) / 3, max(medians) * 8)
     axes.set_xlabel("seconds to the first token (median, least and most)")
     return axes
@@ -141,8 +145,9 @@ def plot_lengths(
         points = sorted(lines[way])
         is_plain = not ("kvtier" in way or "Tiered" in way)
         axes.plot(*zip(*points, strict=True), marker=".", label=way, linestyle="--" if is_plain else "-")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_formatter("{x:g}")
     return _labelled(axes, x_label)
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kvtier.cli.demo.model import ensure_demo_model
+from kvtier import demo_model
 from release.contents import CHECKOUT, description_of, sdist_faults, tracked_files, version_of, wheel_faults
 from release.environment import Environment, ReleaseError
 from release.readme import relative_links
@@ -48,7 +48,7 @@ def main() -> None:
     check_files(sdist, wheel)
     say(f"{sdist.name} and {wheel.name}: contents, metadata and description are right")
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    model_folder = ensure_demo_model()
+    model_folder = demo_model()
     for distribution in (wheel, sdist):
         with tempfile.TemporaryDirectory(prefix="kvtier-release-") as folder:
             environment = Environment(Path(folder))

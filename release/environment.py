@@ -17,7 +17,6 @@ import venv
 from importlib.metadata import distributions
 from pathlib import Path
 
-from kvtier.cli.demo.model import HUB_NAME
 from release.contents import CHECKOUT
 from release.readme import first_snippet
 
@@ -54,25 +53,25 @@ class Environment:
         """Run ``smoke.py``."""
         self._run([str(self.python), "-P", str(CHECKOUT / "release" / "smoke.py"), version], "the smoke test failed")
 
-    def run_readme(self, readme: str, model_folder: str) -> str:
+    def run_readme(self, readme: str, model_folder: Path) -> str:
         """Run the first snippet of the README as it stands, and return what it printed.
 
-        Its working directory has the demo's model under its name on the hub, so that no hub is needed. Its home is new.
+        Its home is new, but for the model of ``kvtier.demo_model()``, so that nothing is fetched.
         """
         with tempfile.TemporaryDirectory(dir=self._scratch) as name:
             scratch = Path(name)
             snippet = scratch / "snippet.py"
             snippet.write_text(first_snippet(readme), encoding="utf-8")
-            link = scratch / HUB_NAME
-            link.parent.mkdir()
-            link.symlink_to(model_folder)
             home = scratch / "home"
-            home.mkdir()
+            cache = home / ".cache"
+            cache.mkdir(parents=True)
+            (cache / model_folder.parent.name).symlink_to(model_folder.parent)
             return self._run(
                 [str(self.python), "-P", str(snippet)],
                 "the first Python snippet of README.md failed",
                 folder=scratch,
                 HOME=str(home),
+                XDG_CACHE_HOME=str(cache),
                 HF_HUB_OFFLINE="1",
             )
 

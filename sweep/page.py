@@ -34,7 +34,7 @@ _COLUMNS = {
 }
 _HEAD = """# Models
 
-Which models work with `TieredCache`, and how far. This page is written by a program. Do not edit it: run `make sweep`.
+This page says which models work with `TieredCache`, and how far. A program writes it: do not edit it, run `make sweep`.
 
 The program takes every architecture that transformers lists as a causal language model, shrinks its config to a few
 layers with at least one of each kind, gives it random weights in fp32, and holds one conversation of two turns with

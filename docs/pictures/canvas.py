@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from html import escape
 
-INK, PALE, LINE = "#37474f", "#eceff1", "#607d8b"
-TEAL, AMBER, BLUE, GREY = "#00796b", "#ef6c00", "#1565c0", "#78909c"
+PALE = "pale"
+TEAL, AMBER, BLUE, GREY = "#00796b", "#bf4d00", "#1565c0", "#546e7a"
+PAPER, INK, LINE = "#fff", "#37474f", "#607d8b"
+DARK_PAPER, DARK_INK, DARK_LINE = "#1e2129", "#cfd8dc", "#90a4ae"  # the paper of the site's dark scheme
 _STYLE = f"""
   text {{ font: 14px sans-serif; dominant-baseline: middle; fill: {INK} }}
   .small {{ font-size: 12px }}
   .bold {{ font-weight: bold }}
-  .light {{ fill: #fff }}
+  .paper {{ fill: {PAPER} }}
+  .pale {{ fill: #eceff1 }}
+  .line {{ stroke: {LINE} }}
+  .head {{ fill: {LINE} }}
+  @media (prefers-color-scheme: dark) {{
+    text {{ fill: {DARK_INK} }}
+    .paper {{ fill: {DARK_PAPER} }}
+    .pale {{ fill: #2e3440 }}
+    .line {{ stroke: {DARK_LINE} }}
+    .head {{ fill: {DARK_LINE} }}
+  }}
+  text.light {{ fill: #fff }}
 """
 
 
 class Canvas:
-    """A white sheet of ``width`` by ``height`` units; the origin is the upper left corner.
+    """A sheet of ``width`` by ``height`` units, white, or dark in a dark scheme; the origin is the upper left corner.
 
     Args:
         width: of the sheet.
@@ -29,8 +42,8 @@ class Canvas:
             f"<title>{escape(title)}</title>",
             f"<style>{_STYLE}</style>",
             '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
-            f' orient="auto"><polygon points="0,0 8,4 0,8" fill="{LINE}"/></marker></defs>',
-            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            ' orient="auto"><polygon points="0,0 8,4 0,8" class="head"/></marker></defs>',
+            f'<rect width="{width}" height="{height}" class="paper"/>',
         ]
 
     def box(
@@ -46,13 +59,12 @@ class Canvas:
         dashed: bool = False,
     ) -> None:
         """Draw a box with ``words`` in its middle; the lines of ``words`` lie below each other."""
-        border = f'stroke="{LINE}" stroke-dasharray="5 4"' if dashed else f'stroke="{LINE}"' if fill == PALE else ""
-        self._parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" {border}/>'
-        )
-        self.words(
-            x + width / 2, y + height / 2, words, centred=True, light=fill not in (PALE, "#fff"), small=small, bold=True
-        )
+        is_pale = fill == PALE
+        look = 'class="pale line"' if is_pale else 'class="line"' if dashed else ""
+        look += "" if is_pale else f' fill="{fill}"'
+        look += ' stroke-dasharray="5 4"' if dashed else ""
+        self._parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" {look.strip()}/>')
+        self.words(x + width / 2, y + height / 2, words, centred=True, light=not is_pale, small=small, bold=True)
 
     def words(
         self,
@@ -78,7 +90,7 @@ class Canvas:
         way = " L".join(f"{x:g},{y:g}" for x, y in points)
         dashes = ' stroke-dasharray="5 4"' if dashed else ""
         end = ' marker-end="url(#head)"' if head else ""
-        self._parts.append(f'<path d="M{way}" fill="none" stroke="{LINE}" stroke-width="1.6"{dashes}{end}/>')
+        self._parts.append(f'<path d="M{way}" fill="none" class="line" stroke-width="1.6"{dashes}{end}/>')
 
     def svg(self) -> str:
         """Return the picture."""

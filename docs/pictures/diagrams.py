@@ -11,7 +11,7 @@ _BLOCK = 256
 def turn() -> str:
     """Draw one call of generate(): what is done before, during and after the model runs."""
     canvas = Canvas(
-        720, 395, "A turn: the prompt is matched, what is known is loaded, the rest computed, the new part kept"
+        720, 395, "A turn: the prompt is matched, known K and V are loaded, the rest is computed, new K and V are kept"
     )
     canvas.words(20, 28, "the prompt of this turn", bold=True)
     parts = [
@@ -72,7 +72,7 @@ def tiers() -> str:
     canvas.words(20, 285, "lower", bold=True)
     canvas.arrow((180, 234), (180, 257), dashed=True)
     canvas.arrow((230, 257), (230, 237), dashed=True)
-    canvas.words(622, 285, "as they keep it", small=True)
+    canvas.words(622, 285, "by their\nown rules", small=True)
     return canvas.svg()
 
 
@@ -96,7 +96,7 @@ def chain() -> str:
     canvas.words(
         20,
         262,
-        "The first 301 tokens are computed once, in either order. An edit of token 0 shares nothing.",
+        "The first 301 tokens are computed once. A conversation that differs in token 0 shares nothing.",
         small=True,
     )
     return canvas.svg()
@@ -115,10 +115,13 @@ def ring() -> str:
         layer = i % 6
         canvas.box(left + i * width + 2, 40, width - 4, 44, f"{layer}", fill=GREY if layer in cold else TEAL)
     canvas.words(10, 62, "layer")
+    reads = [i for i in range(layers) if i % 6 in cold]
+    for turn_number, i in enumerate(reads):  # before the boxes, so that no arrow crosses their words
+        middle = left + (i + 0.5) * width
+        canvas.arrow((middle, 127 + turn_number % 2 * 62), (middle, 87), dashed=True)
     for row, slot in enumerate("AB"):
         y = 130 + row * 62
         canvas.words(10, y + 22, f"slot {slot}")
-        reads = [i for i in range(layers) if i % 6 in cold]
         for turn_number, i in enumerate(reads):
             if turn_number % 2 != row:
                 continue
@@ -135,7 +138,6 @@ def ring() -> str:
                 dashed=True,
             )
             canvas.box(end + 2, y, width - 4, 44, f"read {i % 6}", fill=BLUE, small=True)
-            canvas.arrow((end + width / 2, y - 3), (end + width / 2, 87), dashed=True)
     canvas.words(
         10,
         272,

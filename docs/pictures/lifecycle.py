@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
+from docs.pictures.canvas import DARK_INK, DARK_LINE, DARK_PAPER, INK, LINE, PAPER, TEAL
 from kvtier.store.tiers.block_states import TABLE, Move, State
 
 _WIDTH, _HEIGHT, _BOX = 860, 430, (110, 40)
@@ -15,12 +16,20 @@ _CENTRES: Mapping[State, tuple[int, int]] = {
     State.LEASED: (740, 350),
     State.LEAVING: (310, 350),
 }
-_STYLE = """
-  text { font: 13px sans-serif; text-anchor: middle; dominant-baseline: middle; fill: #333 }
-  .state { font-weight: bold; fill: #fff }
-  rect { fill: #00796b; rx: 8px }
-  .paper { fill: #fff; rx: 0 }
-  path { fill: none; stroke: #607d8b; stroke-width: 1.5; marker-end: url(#arrow) }
+_STYLE = f"""
+  text {{ font: 13px sans-serif; text-anchor: middle; dominant-baseline: middle; fill: {INK};
+    paint-order: stroke; stroke: {PAPER}; stroke-width: 4px }}
+  rect {{ fill: {TEAL}; rx: 8px }}
+  .paper {{ fill: {PAPER}; rx: 0 }}
+  path {{ fill: none; stroke: {LINE}; stroke-width: 1.5; marker-end: url(#arrow) }}
+  polygon {{ fill: {LINE} }}
+  @media (prefers-color-scheme: dark) {{
+    text {{ fill: {DARK_INK}; stroke: {DARK_PAPER} }}
+    .paper {{ fill: {DARK_PAPER} }}
+    path {{ stroke: {DARK_LINE} }}
+    polygon {{ fill: {DARK_LINE} }}
+  }}
+  text.state {{ font-weight: bold; fill: #fff; stroke: none }}
 """
 
 
@@ -34,7 +43,7 @@ def drawing() -> str:
         "<title>The states of a block, and the moves between them</title>",
         f"<style>{_STYLE}</style>",
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-        '<polygon points="0,0 8,4 0,8" fill="#607d8b"/></marker></defs>',
+        '<polygon points="0,0 8,4 0,8"/></marker></defs>',
         f'<rect class="paper" width="{_WIDTH}" height="{_HEIGHT}"/>',
     ]
     for (source, target), moves in arrows.items():

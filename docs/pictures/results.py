@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from docs.pictures.canvas import DARK_INK, DARK_PAPER
 from kvtier.plots import benchmark_lines, plot_lengths, plot_seconds
 
 _RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -17,6 +18,15 @@ _SETTINGS: Mapping[str, Any] = {
     "font.family": "sans-serif",
     "path.simplify": False,
 }
+_PLAIN_STYLE = '<style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style>'
+# matplotlib writes colours into each element: paper and ink are exchanged by what it writes.
+_DARK_STYLE = f"""<style type="text/css">
+  @media (prefers-color-scheme: dark) {{
+    text {{ fill: {DARK_INK} }}
+    [style*="fill: #ffffff"] {{ fill: {DARK_PAPER} !important }}
+    [style*="stroke: #000000"] {{ stroke: {DARK_INK} !important }}
+  }}
+</style>"""
 _WAYS = {
     "DynamicCache, cold": "plain transformers, cold",
     "DynamicCache, same object": "plain transformers, same object",
@@ -75,5 +85,8 @@ def _drawn(draw: Any, size: tuple[float, float]) -> str:
         draw(figure.subplots())
         written = StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    lines = written.getvalue().splitlines()
+    picture = written.getvalue()
+    if _PLAIN_STYLE not in picture:
+        raise ValueError(f"matplotlib no longer writes {_PLAIN_STYLE}, which the dark colours are put behind.")
+    lines = picture.replace(_PLAIN_STYLE, f"{_PLAIN_STYLE}\n{_DARK_STYLE}").splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -18,10 +18,12 @@ from kvtier.cli.chat import command as chat
 from kvtier.cli.chat import warm
 from kvtier.cli.demo import command as demo
 from kvtier.cli.doctor import command as doctor
+from kvtier.cli.help import Command, Group
 from kvtier.cli.plan import command as plan
 
 app = typer.Typer(
     name="kvtier",
+    cls=Group,
     help="Keep attention state across generate() calls and processes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,10 +45,10 @@ def _root(
     """Keep attention state across generate() calls and processes."""
 
 
-app.command()(demo.demo)
-app.command()(chat.chat)
-app.command()(warm.warm)
-app.command()(doctor.doctor)
-app.command()(plan.plan)
-app.command()(bench.bench)
+app.command(cls=Command)(demo.demo)
+app.command(cls=Command)(chat.chat)
+app.command(cls=Command)(warm.warm)
+app.command(cls=Command)(doctor.doctor)
+app.command(cls=Command)(plan.plan)
+app.command(cls=Command)(bench.bench)
 app.add_typer(store.app)

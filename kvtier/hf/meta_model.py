@@ -27,6 +27,7 @@ from kvtier.hf.layers.build import build_layers
 from kvtier.platform.filesystem import folder_path
 
 _FED_TOKENS = 8
+_PATH_STARTS = ("/", "./", "../", "~")
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -38,6 +39,8 @@ def read_config(model: str) -> PreTrainedConfig:
     folder = folder_path(model, "model")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigurationError(f"model={model!r:.200}: the folder has no config.json; name a folder that has one.")
+    if not folder.exists() and (model.startswith(_PATH_STARTS) or model.count("/") > 1):  # no name on the hub is so
+        raise ConfigurationError(f"model={model!r:.200}: there is no such folder; name one with a config.json.")
     try:
         with _quiet():
             config: PreTrainedConfig = AutoConfig.from_pretrained(

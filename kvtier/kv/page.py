@@ -67,14 +67,23 @@ class PageView:
         """Return a view of host tensors ``[heads, tokens, dim]``."""
         return cls(_bytes_of(k_htd), _bytes_of(v_htd))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return self.k_htb.nbytes + self.v_htb.nbytes
+
     def cut(self, first: int, last: int) -> PageView:
         """Return the part for the tokens ``[first, last)``."""
         return PageView(self.k_htb[:, first:last], self.v_htb[:, first:last])
 
     def take(self, page: Page, first: int, last: int) -> None:
         """Copy the tokens ``[first, last)`` of ``page`` here."""
-        np.copyto(self.k_htb, _bytes_of(page.k_htd)[:, first:last])
-        np.copyto(self.v_htb, _bytes_of(page.v_htd)[:, first:last])
+        self.copy(PageView.on(page.k_htd, page.v_htd).cut(first, last))
+
+    def copy(self, source: PageView) -> None:
+        """Copy what ``source``, which has the same size, has."""
+        np.copyto(self.k_htb, source.k_htb)
+        np.copyto(self.v_htb, source.v_htb)
 
 
 def _bytes_of(tensor_htd: torch.Tensor) -> Bytes:

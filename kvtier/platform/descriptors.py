@@ -11,8 +11,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -152,19 +151,18 @@ class ReadFile:
         self._identity: tuple[int, ...] | None = None
         self._is_held = False
 
-    @contextmanager
-    def reading(self) -> Iterator[int]:
-        """Yield a descriptor of the file.
+    def __enter__(self) -> int:
+        """Return a descriptor of the file, which stays open until ``__exit__``. Threads may use one file side by side.
 
         Raises:
             OSError: it cannot be opened.
             GoneError: the file was deleted or replaced since it was first read.
         """
-        fd = self._descriptors.borrow(self, self._open_same)
-        try:
-            yield fd
-        finally:
-            self._descriptors.give_back(self)
+        return self._descriptors.borrow(self, self._open_same)
+
+    def __exit__(self, *_: object) -> None:
+        """End this use of the descriptor."""
+        self._descriptors.give_back(self)
 
     def _open_same(self) -> int:
         try:

@@ -18,6 +18,11 @@ def arrived() -> None:
     """Return at once: pages that were copied before they were passed on."""
 
 
+Landing = Callable[[], None]
+"""Reads a page into its place, once. Preparing it takes Python, calling it mostly system calls and checksums: several
+threads that prepare many pages before they read them wait less for each other."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """The pages of all layers for the tokens of ``id``. Immutable: its tensors are never written to.
@@ -77,8 +82,8 @@ class Entry:
 class BlockReader(Protocol):
     """One block of a tier, opened for reading layer by layer. May be read by several threads at once.
 
-    ``page``, ``land`` and ``states`` raise ``BlockError`` when the bytes cannot be read, or differ from the written
-    ones.
+    ``page``, ``states`` and what ``landing`` returns raise ``BlockError`` when the bytes cannot be read, or differ from
+    the written ones.
     """
 
     id: BlockId
@@ -95,8 +100,8 @@ class BlockReader(Protocol):
     def page(self, layer: int) -> Page:
         """Return the page of ``layer``."""
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``, which has their size.
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to put the tokens ``[first, last)`` of the page of ``layer`` into ``view``, which has their size.
 
         Without ``check`` the bytes are trusted: they were checked before. After an error ``view`` holds undefined
         values.

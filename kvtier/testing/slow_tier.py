@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import torch
 
 from kvtier.kv.page import Page, PageView
-from kvtier.store.block import Block, BlockReader, Entry
+from kvtier.store.block import Block, BlockReader, Entry, Landing
 from kvtier.store.chain import BlockId
 from kvtier.store.tiers.base import Presence, PutResult, Tier, TierStats, answered
 
@@ -72,9 +72,14 @@ class _SlowReader:
         self._come()
         return self._reader.page(layer)
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        self._come()
-        self._reader.land(layer, first, last, view, check=check)
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        land = self._reader.landing(layer, first, last, view, check=check)
+
+        def come_and_land() -> None:
+            self._come()
+            land()
+
+        return come_and_land
 
     def states(self) -> torch.Tensor | None:
         self._come()

@@ -60,7 +60,7 @@ class TierChecks:
             for first, last in ((1, 3), (0, _BLOCK_TOKENS)):
                 k = torch.zeros(page.k_htd.shape[0], 9, page.k_htd.shape[2], dtype=page.k_htd.dtype)
                 v = torch.zeros(page.v_htd.shape[0], 9, page.v_htd.shape[2], dtype=page.v_htd.dtype)
-                reader.land(layer, first, last, PageView.on(k, v).cut(2, 2 + last - first))
+                reader.landing(layer, first, last, PageView.on(k, v).cut(2, 2 + last - first))()
                 assert torch.equal(k[:, 2 : 2 + last - first], page.k_htd[:, first:last])
                 assert torch.equal(v[:, 2 : 2 + last - first], page.v_htd[:, first:last])
                 assert not k[:, :2].any()
@@ -140,7 +140,7 @@ class TierChecks:
             for layer, page in enumerate(block.pages):
                 _assert_same(reader.page(layer), page)
                 k, v = (torch.zeros_like(part) for part in (page.k_htd, page.v_htd))
-                reader.land(layer, 0, _BLOCK_TOKENS, PageView.on(k, v))
+                reader.landing(layer, 0, _BLOCK_TOKENS, PageView.on(k, v))()
                 _assert_same(Page(k, v), page)
             reader.close()
 

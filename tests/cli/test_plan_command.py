@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from kvtier.cli import app
@@ -27,6 +29,22 @@ def data(*arguments):
     done = plan(*arguments, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("folder", ["/nowhere", "./nowhere", "~/nowhere", "no/such/model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(folder):
+    done = plan(folder)
+    assert done.exit_code == 2
+    assert "there is no such folder" in done.stderr
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_plan_fits_the_terminal_and_keeps_figures_whole(tiny, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = plan(tiny, "--device", "RTX 4090").output
+    assert [line for line in printed.splitlines() if cell_len(line) > width] == []
+    assert "…" not in printed
+    assert re.search(r"loading from host +24.9 GB/s", printed)
 
 
 @pytest.fixture

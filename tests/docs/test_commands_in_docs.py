@@ -35,6 +35,13 @@ def commands(language: str, text: str) -> list[list[str]]:
     return found
 
 
+SCRIPTS = {
+    snippet.comments["script"]
+    for page in PAGES.values()
+    for snippet in snippets(page.read_text(encoding="utf-8"))
+    if "script" in snippet.comments
+}
+"""Programs that the documentation shows; tests/docs/test_python_snippets.py runs them."""
 COMMANDS = [
     pytest.param(words, id=f"{name}:{snippet.line}: {' '.join(words)}")
     for name, page in PAGES.items()
@@ -67,7 +74,9 @@ def check(words: list[str]) -> None:
     elif name == "python" and words[1] == "-m":
         assert find_spec(words[2]) is not None
     elif name == "python":
-        assert (CHECKOUT / words[1]).exists()
+        assert (CHECKOUT / words[1]).exists() or words[1] in SCRIPTS
+    elif name == "jupyter":
+        assert (CHECKOUT / words[2]).exists()
     else:
         assert name in {"pip", "rm", "du", "cat"}, f"say in tests/docs how {name} is checked"
 

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from docs.pictures import diagrams, lifecycle
+from docs.pictures.canvas import DARK_INK, DARK_PAPER
 from docs.pictures.catalog import FOLDER, PICTURES
 from kvtier.store.store import DEFAULT_BLOCK_SIZE
 from kvtier.store.tiers.block_states import TABLE, Move, State
@@ -21,6 +22,14 @@ def test_the_picture_says_what_it_shows_and_asks_no_network(name):
     root = ElementTree.fromstring(svg)
     assert any(element.tag.endswith("}title") or element.tag.endswith("}text") for element in root.iter())
     assert 'href="http' not in svg
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_picture_has_dark_colours(name):
+    _, found, dark = PICTURES[name]().partition("@media (prefers-color-scheme: dark) {")
+    assert found
+    for colour in (DARK_PAPER, DARK_INK):
+        assert f"fill: {colour}" in dark
 
 
 def test_there_is_no_other_picture():

@@ -28,7 +28,7 @@ def read_file(path, descriptors):
 
 
 def text(file):
-    with file.reading() as fd:
+    with file as fd:
         return os.pread(fd, 10, 0).decode()
 
 
@@ -55,7 +55,7 @@ def test_descriptor_stays_open_while_there_is_room(files):
 def test_descriptor_in_use_is_not_closed(files):
     descriptors = Descriptors(0)
     file = read_file(files[0], descriptors)
-    with file.reading() as fd:
+    with file as fd:
         assert text(file) == "0"
         assert text(read_file(files[1], descriptors)) == "1"
         assert os.pread(fd, 1, 0) == b"0"
@@ -132,7 +132,7 @@ def test_concurrent_opens_of_one_file_share_a_descriptor(files):
 def test_forked_child_opens_its_own_descriptors(files):
     descriptors = Descriptors(10)
     file = read_file(files[0], descriptors)
-    with file.reading():
+    with file:
         child = os.fork()
         if child == 0:
             os._exit(0 if len(descriptors) == 0 and text(file) == "0" else 1)
@@ -145,7 +145,7 @@ def test_cold_layer_pages_move_although_idle_files_use_all_descriptors(tmp_path,
     idle = [tmp_path / str(n) for n in range(3)]
     for path in idle:
         path.touch()
-        with read_file(path, OF_THIS_PROCESS).reading():
+        with read_file(path, OF_THIS_PROCESS):
             pass
     real = os.open
 

@@ -9,6 +9,7 @@ from kvtier import TurnReport, plots
 from kvtier.errors import ConfigurationError
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 REPORTS = [
     TurnReport(prompt_tokens=10, computed_tokens=10, first_token_seconds=0.5, cold_seconds=0.5),
     TurnReport(
@@ -44,6 +45,26 @@ def test_bars_of_turns_add_up_to_their_prompts(axes):
     assert [max(b.get_y() + b.get_height() for c in axes.containers for b in [c[i]]) for i in (0, 1)] == [10, 30]
 
 
+@pytest.mark.parametrize("size", [(6.4, 4.8), (5, 2.6)], ids=["default", "small"])
+@pytest.mark.parametrize("turns", [1, 2, 12])
+def test_legend_of_turns_covers_no_bar_and_lies_in_the_figure(size, turns):
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    plots.plot_turns([REPORTS[1], *REPORTS[:1] * (turns - 1)], axes)
+    axes.set_title("as high as a bar can be")
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert not [bar for each in axes.containers for bar in each if bar.get_window_extent().overlaps(legend)]
+    assert figure.bbox.fully_containsx(legend.x0)
+    assert figure.bbox.fully_containsx(legend.x1)
+    assert not axes.title.get_window_extent().overlaps(legend)
+
+
+def test_tokens_have_the_colours_of_reports_in_notebooks(axes):
+    plots.plot_turns(REPORTS, axes)
+    html = REPORTS[1]._repr_html_()
+    assert [each.get_label() for each in axes.containers if to_hex(each[0].get_facecolor()) not in html] == []
+
+
 def test_first_tokens_are_beside_what_a_cold_turn_would_take(axes):
     plots.plot_first_token([*REPORTS, TurnReport()], axes)
     assert axes.collections[0].get_offsets().tolist() == [[10, 0.5], [30, 0.25]]
@@ -53,7 +74,14 @@ def test_first_tokens_are_beside_what_a_cold_turn_would_take(axes):
 def test_a_bar_is_the_median_and_says_how_much_faster(axes):
     plots.plot_seconds({"cold": [4.0, 8.0, 6.0], "kvtier": [0.5, 0.6, 0.7]}, "cold", axes)
     assert [bar.get_width() for bar in axes.patches] == [0.6, 6.0]
-    assert [text.get_text().strip() for text in axes.texts] == ["600 ms  (10×)", "6.00 s  (1×)"]
+    assert [text.get_text() for text in axes.texts] == ["600 ms (10×)", "6.00 s (1×)"]
+
+
+def test_labels_keep_off_the_whiskers(axes):
+    plots.plot_seconds({"kvtier": [0.5, 0.6, 0.7]}, axes=axes)
+    (label,) = axes.texts
+    assert label.xy[0] == pytest.approx(0.7), "the longest round, not the median"
+    assert label.xyann[0] > 0, "padding: SVG drops leading spaces"
 
 
 def test_lines_of_a_benchmark_are_drawn_by_length(axes):

@@ -638,15 +638,10 @@ def test_block_being_read_is_not_evicted_by_any_store(tmp_path):
 
 def test_open_readers_of_one_block_read_each_layer_once(tmp_path, monkeypatch):
     first, reads = block(count(4)), []
-    page, land = BlockFile.page, BlockFile.land
-
-    def landed(self, layer, *where, check=True):
-        reads.append(layer)
-        land(self, layer, *where, check=check)
-
+    page, landing = BlockFile.page, BlockFile.landing
     monkeypatch.setattr(BlockFile, "page", lambda self, layer: reads.append(layer) or page(self, layer))
     monkeypatch.setattr(
-        BlockFile, "land", lambda self, layer, *a, **k: reads.append(layer) or land(self, layer, *a, **k)
+        BlockFile, "landing", lambda self, layer, *a, **k: reads.append(layer) or landing(self, layer, *a, **k)
     )
     with opened(tmp_path) as tier:
         tier.put(first)
@@ -654,7 +649,7 @@ def test_open_readers_of_one_block_read_each_layer_once(tmp_path, monkeypatch):
         for reader in readers:
             for layer, expected in enumerate(first.pages):
                 k_htd, v_htd = torch.zeros_like(expected.k_htd), torch.zeros_like(expected.v_htd)
-                reader.land(layer, 0, 4, PageView.on(k_htd, v_htd))
+                reader.landing(layer, 0, 4, PageView.on(k_htd, v_htd))()
                 assert same_bits(k_htd, expected.k_htd)
                 assert same_bits(v_htd, expected.v_htd)
         assert sorted(reads) == [0, 1]
@@ -664,7 +659,7 @@ def test_open_readers_of_one_block_read_each_layer_once(tmp_path, monkeypatch):
         assert tier._loads._left == HELD_BYTES
         alone = tier.open(first.id)
         k_htd, v_htd = torch.zeros_like(first.pages[0].k_htd), torch.zeros_like(first.pages[0].v_htd)
-        alone.land(0, 0, 4, PageView.on(k_htd, v_htd))
+        alone.landing(0, 0, 4, PageView.on(k_htd, v_htd))()
         assert len(reads) > 2
         alone.close()
 

@@ -29,9 +29,9 @@ class Drive(HostReader):
         self.reads.append(layer)
         return super().page(layer)
 
-    def land(self, layer, *where, check=True):
+    def landing(self, layer, *where, check=True):
         self.reads.append(layer)
-        super().land(layer, *where)
+        return super().landing(layer, *where)
 
     def hold(self):
         pass
@@ -42,7 +42,7 @@ class Drive(HostReader):
 
 def landed(reader, layer):
     k_htd, v_htd = torch.zeros_like(BLOCK.pages[layer].k_htd), torch.zeros_like(BLOCK.pages[layer].v_htd)
-    reader.land(layer, 0, 4, PageView.on(k_htd, v_htd))
+    reader.landing(layer, 0, 4, PageView.on(k_htd, v_htd))()
     return same_bits(k_htd, BLOCK.pages[layer].k_htd) and same_bits(v_htd, BLOCK.pages[layer].v_htd)
 
 

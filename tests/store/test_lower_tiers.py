@@ -201,7 +201,7 @@ def test_unreadable_page_of_a_lower_tier_is_a_miss_and_deletes_nothing(new_store
     def fail(self, *args, **more):
         raise UnavailableError("the line is dead")
 
-    monkeypatch.setattr(DictReader, "land", fail)
+    monkeypatch.setattr(DictReader, "landing", fail)
     monkeypatch.setattr(DictReader, "page", fail)
     second = new_store()
     load = second.restore([second.match(ROOT, tokens).spans])
@@ -350,13 +350,16 @@ def test_lower_tier_block_of_another_chain_or_kind_is_refused(new_store, tier, w
 
 
 @pytest.mark.parametrize("error", [ConnectionError("cut off"), KeyError("oops"), BlockError("rotten")])
-@pytest.mark.parametrize("method", ["page", "land"])
+@pytest.mark.parametrize("method", ["page", "landing", "land"])
 def test_failing_reader_of_a_lower_tier_costs_a_recompute(new_store, tier, monkeypatch, method, error):
     tokens = count(8)
     first = new_store()
     commit(first, tokens)
     first.flush()
-    monkeypatch.setattr(DictReader, method, failing(error))
+    if method == "land":
+        monkeypatch.setattr(DictReader, "landing", lambda *args, **more: failing(error))
+    else:
+        monkeypatch.setattr(DictReader, method, failing(error))
     monkeypatch.setattr(DictReader, "close", failing(OSError("closing")))
     second = new_store()
     load = second.restore([second.match(ROOT, tokens).spans])

@@ -42,6 +42,22 @@ def store(request, tmp_path):
         yield store
 
 
+def before_landing(patch, then):
+    """Let each page of a file call ``then(file, layer)`` before it is read into its place."""
+    prepare = BlockFile.landing
+
+    def landing(self, layer, *where, **how):
+        land = prepare(self, layer, *where, **how)
+
+        def then_land():
+            then(self, layer)
+            land()
+
+        return then_land
+
+    patch.setattr(BlockFile, "landing", landing)
+
+
 def empty_buffers(rows, columns):
     return [tuple(torch.zeros(rows, HEADS, columns, DIM) for _ in "kv") for _ in range(LAYERS)]
 
@@ -89,15 +105,14 @@ def test_rejected_blocks_are_not_matched_again_at_once(store, caplog):
 def test_failed_page_read_is_raised_when_its_layer_is_waited_for(tmp_path, monkeypatch, caplog):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
-    read, landed = BlockFile.land, threading.Event()
+    landed = threading.Event()
 
-    def land(self, layer, first, last, view, *, check=True):
+    def scratch(file, layer):
         if layer == 1:
             assert landed.wait(timeout=30)
             raise BlockError("the platter is scratched")
-        read(self, layer, first, last, view)
 
-    monkeypatch.setattr(BlockFile, "land", land)
+    before_landing(monkeypatch, scratch)
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
@@ -137,7 +152,7 @@ def test_restore_reports_all_blocks_with_failed_pages_at_once(tmp_path, monkeypa
     """Pages fail in two layers; the second is still unread when the first is known to have failed."""
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(20))
-    read, wait, waiting = BlockFile.land, restore_module.wait, threading.Event()
+    wait, waiting = restore_module.wait, threading.Event()
 
     def wait_for_all(layers, seconds):
         waiting.set()
@@ -147,15 +162,14 @@ def test_restore_reports_all_blocks_with_failed_pages_at_once(tmp_path, monkeypa
         spans = store.match(ROOT, count(20)).spans
         bad = {(spans[i].block.key, layer) for i, layer in ((3, 0), (2, 0), (1, LAYERS - 1))}
 
-        def land(self, layer, first, last, view, *, check=True):
+        def scratch(file, layer):
             if layer == LAYERS - 1:
                 assert waiting.wait(timeout=30)
-            if (self.id.key, layer) in bad:
-                raise BlockError(f"{self.path} is scratched")
-            read(self, layer, first, last, view)
+            if (file.id.key, layer) in bad:
+                raise BlockError(f"{file.path} is scratched")
 
         with monkeypatch.context() as patched:
-            patched.setattr(BlockFile, "land", land)
+            before_landing(patched, scratch)
             patched.setattr(restore_module, "wait", wait_for_all)
             buffers = empty_buffers(1, 20)
             restore = store.restore([spans])
@@ -174,12 +188,12 @@ def test_failed_read_is_recorded_even_if_no_layer_is_waited_for(tmp_path, monkey
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
-    def land(self, *where, check=True):
+    def scratch(file, layer):
         raise BlockError("the platter is scratched")
 
     with PrefixStore(tmp_path, block_size=4) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(BlockFile, "land", land)
+            before_landing(patched, scratch)
             buffers = empty_buffers(1, 8)
             restore = store.restore([store.match(ROOT, count(8)).spans])
             restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
@@ -194,11 +208,11 @@ def test_block_committed_after_a_failure_survives_a_second_failure(tmp_path, mon
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
 
-    def land(self, *where, check=True):
+    def scratch(file, layer):
         raise BlockError("the platter is scratched")
 
     with PrefixStore(tmp_path, block_size=4) as store:
-        monkeypatch.setattr(BlockFile, "land", land)
+        before_landing(monkeypatch, scratch)
         buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])
         restore.start(lambda layer, row: (PageView.on(*(t[row] for t in buffers[layer])), 0))
@@ -211,19 +225,27 @@ def test_block_committed_after_a_failure_survives_a_second_failure(tmp_path, mon
         assert store.match(ROOT, count(8)).length == 8
 
 
+def test_page_that_comes_in_pieces_lands_whole(tmp_path, monkeypatch):
+    """A system call may return fewer bytes than asked for."""
+    with PrefixStore(tmp_path, block_size=4, compression="raw") as store:
+        commit(store, count(18))
+    read = os.preadv
+    with PrefixStore(tmp_path, block_size=4, compression="raw") as store:
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:24]], offset))
+        assert restored_length(store, count(18)) == 18
+
+
 def test_no_page_lands_after_a_restore_is_closed(tmp_path, monkeypatch):
     with PrefixStore(tmp_path, block_size=4) as store:
         commit(store, count(8))
     reading, go, landed, open_before = threading.Event(), threading.Event(), [], len(OF_THIS_PROCESS)
-    read = BlockFile.land
 
-    def land(self, *where, check=True):
+    def wait(file, layer):
         reading.set()
         assert go.wait(timeout=30)
-        read(self, *where)
-        landed.append(where)
+        landed.append(layer)
 
-    monkeypatch.setattr(BlockFile, "land", land)
+    before_landing(monkeypatch, wait)
     with PrefixStore(tmp_path, block_size=4) as store:
         buffers = empty_buffers(1, 8)
         restore = store.restore([store.match(ROOT, count(8)).spans])

@@ -15,7 +15,8 @@ from kvtier.errors import BlockError, UnavailableError
 from kvtier.platform.filesystem import LocalFilesystem, SystemCalls
 from kvtier.store.block import Block
 from kvtier.store.chain import TokenIds
-from kvtier.store.format.block_file import BlockFile, encode_block
+from kvtier.store.format import block_file
+from kvtier.store.format.block_file import encode_block
 from tests.support.stores import ROOT, chain, commit, count, restored_length
 
 KNOWN = 18
@@ -112,7 +113,7 @@ def test_memory_error_during_a_read_is_a_miss_and_deletes_nothing(reopened, cloc
 
     with monkeypatch.context() as patched:
         patched.setattr(np, "empty", none_left)
-        patched.setattr(BlockFile, "_read_straight", lambda *_: False)
+        patched.setattr(block_file, "_MAX_PIECES", 0)  # each page is read into memory of its own
         assert attempt(reopened) == 0
     assert files(reopened) == before
     clock.now += 1.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
+from functools import partial
 
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.store.block import Entry
@@ -24,8 +25,8 @@ class DictReader:
     def page(self, layer):
         return self._block.pages[layer]
 
-    def land(self, layer, first, last, view, *, check=True):
-        view.take(self._block.pages[layer], first, last)
+    def landing(self, layer, first, last, view, *, check=True):
+        return partial(view.take, self._block.pages[layer], first, last)
 
     def states(self):
         return self._block.states

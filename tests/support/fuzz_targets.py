@@ -46,7 +46,7 @@ def read_as_block(path: Path) -> Outcome:
             check_page(page, file.spec, layer, n)
             landed = Page(torch.zeros_like(page.k_htd), torch.zeros_like(page.v_htd))
             if page.nbytes:
-                file.land(layer, 0, n, PageView.on(landed.k_htd, landed.v_htd))
+                file.landing(layer, 0, n, PageView.on(landed.k_htd, landed.v_htd))()
                 assert landed.k_htd.view(torch.uint8).equal(page.k_htd.view(torch.uint8))
         file.check()
     except BlockError as error:

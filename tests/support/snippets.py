@@ -6,6 +6,7 @@ Comments in a page steer how its snippets are tested; `grep -rn '<!-- ' docs REA
 - ``<!-- not run: reason -->``: the next snippet is not run.
 - ``<!-- prints -->``: the next block is what the snippet before it prints. With the tiny model, numbers may differ.
 - ``<!-- prints with the demo model -->``: the same, compared with the demo model alone.
+- ``<!-- script: name.py -->``: the next snippet is a program, run in new processes as the console block after it shows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ CHECKOUT = Path(__file__).parents[2]
 _PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
 PAGES = {page.relative_to(CHECKOUT).as_posix(): page for page in _PAGES}
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)")
-_COMMENT = re.compile(r"<!-- (?P<key>setup|not run|prints)(?:: (?P<value>.+?)| (?P<model>with the demo model))? -->$")
+_COMMENT = re.compile(
+    r"<!-- (?P<key>setup|not run|prints|script)(?:: (?P<value>.+?)| (?P<model>with the demo model))? -->$"
+)
 _VOCABULARY = 1024
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _TEMPLATE = (

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from kvtier import PrefixStore, TieredCache
-from kvtier.cli.demo.model import demo_model_folder
 from kvtier.hf.compat.names import passed
+from kvtier.hf.demo_model import demo_model_folder
 from tests.support.stores import block_files
 
 HERE = demo_model_folder()

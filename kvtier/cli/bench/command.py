@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from kvtier.cli.store.output import make_console
 from kvtier.errors import ConfigurationError, KvtierError
 
 if TYPE_CHECKING:
@@ -29,20 +30,34 @@ _TAIL_TOKENS = 32  # of each prompt, which no store knows
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A model with weights: a folder, or a name on the hub.")],
-    tokens: Annotated[int, typer.Option(min=2 * _TAIL_TOKENS, help="Length of the prompt.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers that are compared.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each place answers.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0, help="No round begins after so many seconds, but the first.")] = 120,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model with weights: a folder, or a name on the hub.")
+    ],
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=2 * _TAIL_TOKENS, help="Length of the prompt, in tokens.")
+    ] = 1024,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the compared answers, in tokens.")] = 8,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each way answers.")] = 3,
+    seconds: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Begin no further round after so many seconds.")
+    ] = 120,
     document: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A text for the prompt instead of the shipped one.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="A text for the prompt instead of the shipped one."
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="here: the accelerator of this machine, if it has one; cpu.")] = "here",
+    device: Annotated[
+        str, typer.Option(metavar="here|cpu", help="here: the accelerator of this machine, or its CPU; cpu: its CPU.")
+    ] = "here",
     output: Annotated[
-        Path | None, typer.Option(file_okay=False, help="A folder for bench.json and, with matplotlib, bench.png.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", file_okay=False, help="A folder for bench.json and, with matplotlib, bench.png."
+        ),
     ] = None,
     new_process: Annotated[
-        bool, typer.Option(help="Answer in new processes too, each of which loads the model beside this one.")
+        bool, typer.Option(help="Also answer in new processes. Each loads the model once more.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else.")] = False,
     worker: Annotated[Path | None, typer.Option(hidden=True, help="Answer the prompt described in this file.")] = None,
@@ -168,7 +183,7 @@ def _write(subject: Subject, machine: Machine, found: Measured, output: Path | N
     if as_json:
         sys.stdout.write(text)
     else:
-        written.print_measured(Console(width=None if sys.stdout.isatty() else 150), subject, machine, found)
+        written.print_measured(make_console(), subject, machine, found)
     if output is None:
         return
     try:

@@ -6,15 +6,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from kvtier.cli.bench.machine import Machine
 from kvtier.cli.bench.measure import Measured, Row
 from kvtier.cli.bench.places import COLD
+from kvtier.cli.store.output import Column, print_line, print_table
 from kvtier.plots import can_draw, plot_seconds
+
+_COLUMNS = (
+    Column("", "left", folds=True),
+    Column("median"),
+    Column("min – max", dispensable=4),
+    Column("faster", dispensable=1),
+    Column("reused", dispensable=5),
+    Column("same calls", "left", dispensable=2, folds=True),
+    Column("against cold", "left", dispensable=3, folds=True),
+    Column("control", "left", dispensable=3, folds=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,53 +42,46 @@ class Subject:
 
 def print_measured(console: Console, subject: Subject, machine: Machine, found: Measured) -> None:
     """Print the times, the comparisons and the notes."""
-    console.print(
-        f"[bold]{escape(subject.model)}[/] ({subject.model_type}, {subject.dtype}) on {escape(machine.device)}: "
-        f"{escape(machine.cpu)}, {machine.cores} cores, {machine.threads} threads",
-        highlight=False,
+    title = Text.assemble(
+        (subject.model, "bold"),
+        f" ({subject.model_type}, {subject.dtype}) on {machine.device}: {machine.cpu}, {machine.cores} cores, "
+        f"{machine.threads} threads",
+        overflow="fold",
     )
-    console.print(_table(subject, found))
+    console.print(title)
+    print_line(console, "")
+    known = f"Time to the first token of {subject.prompt_tokens:,} tokens, {subject.known_tokens:,} of them known"
+    print_line(console, known, style="italic")
+    print_table(console, _COLUMNS, _rows(found))
     text = (
         f"The prompt is {subject.text}. Seconds are medians from the call of generate(), or of opening the store, to "
         f"the first of {subject.new_tokens} new tokens; files are in the page cache. Tokens and logits are compared "
         "with plain transformers that is fed the same calls, and with the prompt computed in one pass, beside a "
         "control without kvtier: plain transformers that computes the prompt in two passes, against one."
     )
-    console.print(f"[dim]{escape(text)}[/]", highlight=False)
+    print_line(console, text, style="dim")
     for note in found.notes:
-        console.print(f"[yellow]{escape(note)}[/]", highlight=False)
-    if any(row.is_wrong for row in found.rows):
-        console.print("[bold red]Bits differ from plain transformers for the same calls. This is a bug in kvtier.[/]")
+        print_line(console, note, style="yellow")
+    if wrong := ", ".join(row.place for row in found.rows if row.is_wrong):
+        text = f"This is a bug in kvtier: bits differ from plain transformers for the same calls ({wrong})."
+        print_line(console, text, style="bold red")
 
 
-def _table(subject: Subject, found: Measured) -> Table:
-    table = Table(
-        title=f"Time to the first token of {subject.prompt_tokens:,} tokens, {subject.known_tokens:,} of them known",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("median", "min – max", "faster", "reused"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("same calls")
-    table.add_column("against cold")
-    table.add_column("control")
+def _rows(found: Measured) -> list[tuple[str, ...]]:
     cold = found.row(COLD).median_seconds
-    for row in found.rows:
-        wrong = "[bold red]{}[/]" if row.is_wrong else "{}"
-        table.add_row(
+    return [
+        (
             row.place,
             _seconds(row.median_seconds),
             f"{_seconds(min(row.seconds))} – {_seconds(max(row.seconds))}",
             f"{cold / row.median_seconds:.1f}×",
             _reused(row),
-            wrong.format(row.same_calls.text) if row.same_calls is not None else "–",
+            row.same_calls.text if row.same_calls is not None else "–",
             row.against_cold.text if row.against_cold is not None else "–",
             found.control.text if row.place != COLD else "–",
         )
-    return table
+        for row in found.rows
+    ]
 
 
 def _reused(row: Row) -> str:

@@ -20,18 +20,20 @@ def chat(
     model: Model,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="NAME", help="Go on with the chat of this name; a missing one is begun."),
+        typer.Option("--resume", metavar="NAME", help="Continue the saved chat NAME, or begin it."),
     ] = None,
     document: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file to talk about.")
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A text file to talk about.")
     ] = None,
     system: System = None,
     store: Folder = DEFAULT_FOLDER,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="How freely to choose tokens.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0.01, help="Sample tokens; the larger T, the more freely.")
+    ] = None,
     other_model: Annotated[
-        bool, typer.Option("--render", help="Go on from the messages of a chat that another model has held.")
+        bool, typer.Option("--render", help="With --resume: continue the messages of a chat that another model held.")
     ] = False,
     device: Device = "here",
 ) -> None:

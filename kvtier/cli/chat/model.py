@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 DEMO = "demo"
 
-Model = Annotated[str, typer.Argument(help="A chat model: a folder, a name on the hub, or demo for the demo's model.")]
-Device = Annotated[str, typer.Option(help="here: the accelerator of this machine, if it has one; cpu.")]
-System = Annotated[str | None, typer.Option(help="The system message.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A chat model: a folder, a name on the hub, or demo for the demo's model."),
+]
+Device = Annotated[
+    str, typer.Option(metavar="here|cpu", help="here: the accelerator of this machine, or its CPU; cpu: its CPU.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
 
 
 def fail(command: str, code: int, error: object) -> NoReturn:
@@ -49,6 +54,7 @@ def open_chat(model: str, device: str, store: Path, **arguments: Any) -> Chat:
 
     Raises:
         ConfigurationError: the model cannot be loaded or does not chat, or an argument cannot be used.
+        DemoModelError: the demo's model cannot be fetched.
         StoreError: the folder cannot be used, or a saved chat cannot be read.
     """
     # Imported here: `kvtier --help` need not wait for transformers.
@@ -57,10 +63,11 @@ def open_chat(model: str, device: str, store: Path, **arguments: Any) -> Chat:
     from kvtier.cli.bench.command import device_called
     from kvtier.cli.bench.turns import load_model
     from kvtier.hf.chat.conversation import Chat
+    from kvtier.hf.demo_model import demo_model
 
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
-        name = _demo_model() if model == DEMO else model
+        name = str(demo_model()) if model == DEMO else model
         loaded = load_model(name, device_called(device))
         folder = folder_path(name, "model")
         try:
@@ -71,15 +78,6 @@ def open_chat(model: str, device: str, store: Path, **arguments: Any) -> Chat:
                 f"model={model!r:.200} has no tokenizer that can be loaded: {text:.300}"
             ) from error
     return Chat(loaded, tokenizer, cache=store, **arguments)
-
-
-def _demo_model() -> str:
-    from kvtier.cli.demo.model import DemoModelError, ensure_demo_model
-
-    try:
-        return ensure_demo_model()
-    except DemoModelError as error:
-        raise ConfigurationError(f"model='demo': {error}") from error
 
 
 def text_in(document: Path) -> str:

@@ -8,10 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
-
-from kvtier.cli.store.output import is_shown, plain
+from kvtier.cli.store.output import is_shown, make_console, print_line
 from kvtier.errors import KvtierError
 from kvtier.hf.chat.template import text_of
 
@@ -42,7 +39,7 @@ class Terminal:
     def __init__(self, chat: Chat, *, is_interactive: bool) -> None:
         self._chat = chat
         self._is_interactive = is_interactive
-        self._notes = Console(stderr=True, highlight=False)
+        self._notes = make_console(stderr=True)
         self._branches: list[Chat] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/undo": self._undo,
@@ -163,7 +160,7 @@ class Terminal:
 
     def _note(self, text: str, style: str = "dim") -> None:
         for line in text.split("\n"):
-            self._notes.print(Text(plain(line), style=style), soft_wrap=True)
+            print_line(self._notes, line, style)
 
 
 def _show(text: str) -> None:

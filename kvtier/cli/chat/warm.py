@@ -18,7 +18,9 @@ from kvtier.units import parse_seconds
 def warm(
     model: Model,
     document: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A text file.")],
-    name: Annotated[str, typer.Option("--name", help="What the prompt, and the chat about it, are called.")],
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="The name of the prompt, and of the chat about it.")
+    ],
     system: System = None,
     pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
     ttl: Annotated[
@@ -28,11 +30,7 @@ def warm(
     device: Device = "here",
     as_json: AsJson = False,
 ) -> None:
-    """Compute a document's prompt and keep it.
-
-    `kvtier chat MODEL --document FILE`, with the same --system, and `kvtier chat MODEL --resume NAME` then begin
-    without computing it.
-    """
+    """Compute the prompt of a document once. Later, chat --document FILE and chat --resume NAME begin at once."""
     with failures_of("warm"):
         seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
         text = text_in(document)

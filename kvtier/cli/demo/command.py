@@ -12,23 +12,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from kvtier.cli.demo.results import Row, TurnResult, print_results
+from kvtier.cli.store.output import make_console
 
 if TYPE_CHECKING:
     from kvtier.cli.demo.conversation import ChatModel
 
-_Ids = tuple[int, ...]
 _LIGHTHOUSE_QUESTIONS = (
     "When was the lamp lit for the first time?",
     "Who was the principal keeper when the great wave put out the light?",
@@ -38,54 +38,40 @@ _CHAT = "kvtier demo"
 _ANY_QUESTIONS = ("What is this text about?", "Which names does it mention?", "How does it end?")
 
 
-@dataclass(frozen=True, slots=True)
-class _TurnResult:
-    """One turn on a TieredCache, as the new process reports it to its parent."""
-
-    sequence: _Ids
-    prompt_tokens: int
-    cached_tokens: int
-    computed_tokens: int
-    cached_by_tier: Mapping[str, int]
-    first_token_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table: a turn, and plain transformers on the same prompt."""
-
-    title: str
-    result: _TurnResult
-    cold_seconds: float
-    equal: bool
-
-
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="A chat model: folder or hub name. Default: SmolLM2-135M-Instruct, fetched once.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A chat model: folder or hub name. Default: SmolLM2-135M-Instruct, fetched once."
+        ),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Where the files go, to be kept. Default: a folder that is removed at the end.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where the files go, to be kept. Default: a folder that is removed at the end."
+        ),
     ] = None,
     document: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A text file to talk about instead of the shipped one."),
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="A text file to talk about instead of the shipped one."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Longest answer, in tokens.")] = 48,
     worker: Annotated[Path | None, typer.Option(hidden=True, help="Run the turn described in this file.")] = None,
 ) -> None:
     """Talk about a long document in three turns; the last one in a new process, from disk."""
     if worker is not None:
         _run_worker(worker)
         return
-    console = Console()
+    console = make_console()
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-demo-")))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvtier-demo-")))
         rows = _converse(console, _model_folder(console, model), store, scratch, document, max_new_tokens)
     console.print()
-    console.print(_table(rows))
+    print_results(console, rows)
     if not all(row.equal for row in rows):
         console.print("[bold red]The tokens differ from plain transformers. This is a bug in kvtier.[/]")
         raise typer.Exit(1)
@@ -95,20 +81,21 @@ def demo(
 def _model_folder(console: Console, model: str | None) -> str:
     if model is not None:
         return model
-    from kvtier.cli.demo.model import DemoModelError, demo_model_folder, ensure_demo_model
+    from kvtier.errors import DemoModelError
+    from kvtier.hf.demo_model import demo_model, demo_model_folder
 
     if not demo_model_folder().exists():
         console.print("[dim]Fetching the demo model (once; 100 to 270 MB) …[/]")
     try:
-        return ensure_demo_model()
+        return str(demo_model())
     except DemoModelError as error:
-        console.print(f"[red]{error}[/]")
+        console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None
 
 
 def _converse(
     console: Console, model_folder: str, store: Path, scratch: Path, document: Path | None, max_new_tokens: int
-) -> list[_Row]:
+) -> list[Row]:
     # Imported here: `kvtier --help` need not wait for transformers.
     from kvtier.cli.demo.conversation import ChatModel, PlainReference
 
@@ -119,14 +106,14 @@ def _converse(
         text, questions = document.read_text(encoding="utf-8"), _ANY_QUESTIONS
     model = ChatModel(model_folder)
     reference = PlainReference(model)
-    rows: list[_Row] = []
+    rows: list[Row] = []
 
-    def turn(title: str, row: str, question: str, said: str, run: Callable[[str], _TurnResult]) -> None:
+    def turn(title: str, row: str, question: str, said: str, run: Callable[[str], TurnResult]) -> None:
         console.print(f"\n[bold]Turn {title}[/]\n[cyan]> {question}[/]")
         result = run(said)
         prompt = result.sequence[: result.prompt_tokens]
         plain = reference.answer(prompt, result.cached_tokens, max_new_tokens)
-        rows.append(_Row(row, result, reference.cold(prompt), plain.sequence == result.sequence))
+        rows.append(Row(row, result, reference.cold(prompt), plain.sequence == result.sequence))
 
     first, second, third = questions
     with closing(_LocalTurns(model, store, max_new_tokens, is_new=True)) as turns:
@@ -158,7 +145,7 @@ class _LocalTurns:
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         self._chat = Chat(model.model, model.tokenizer, cache=self._store, name=_CHAT, **how)
 
-    def run(self, said: str) -> _TurnResult:
+    def run(self, said: str) -> TurnResult:
         from kvtier.cli.demo.conversation import Clock
 
         clock = Clock(self._model.tokenizer, partial(typer.echo, nl=False))
@@ -167,7 +154,7 @@ class _LocalTurns:
         report = self._chat.last_turn
         assert report is not None
         assert clock.first_token_at is not None
-        return _TurnResult(
+        return TurnResult(
             sequence=tuple(self._chat.tokens),
             prompt_tokens=report.prompt_tokens,
             cached_tokens=report.cached_tokens,
@@ -182,7 +169,7 @@ class _LocalTurns:
         self._store.close()
 
 
-def _run_in_new_process(model_folder: str, store: Path, scratch: Path, max_new_tokens: int, said: str) -> _TurnResult:
+def _run_in_new_process(model_folder: str, store: Path, scratch: Path, max_new_tokens: int, said: str) -> TurnResult:
     task, result = scratch / "task.json", scratch / "result.json"
     fields = {"model": model_folder, "store": str(store), "said": said, "max_new_tokens": max_new_tokens}
     task.write_text(json.dumps(fields | {"result": str(result)}), encoding="utf-8")
@@ -191,7 +178,7 @@ def _run_in_new_process(model_folder: str, store: Path, scratch: Path, max_new_t
     if done.returncode != 0:
         raise typer.Exit(done.returncode)
     fields = json.loads(result.read_text(encoding="utf-8"))
-    return _TurnResult(**fields | {"sequence": tuple(fields["sequence"])})
+    return TurnResult(**fields | {"sequence": tuple(fields["sequence"])})
 
 
 def _run_worker(task: Path) -> None:
@@ -202,31 +189,3 @@ def _run_worker(task: Path) -> None:
     with closing(_LocalTurns(model, store, fields["max_new_tokens"], is_new=False)) as turns:
         result = turns.run(fields["said"])
     Path(fields["result"]).write_text(json.dumps(asdict(result)), encoding="utf-8")
-
-
-def _table(rows: list[_Row]) -> Table:
-    table = Table(
-        title="Tokens of each prompt by where they came from; seconds to the first token",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,  # so that the table fits into 80 columns
-    )
-    table.add_column("turn", no_wrap=True)
-    for heading in ("prompt", "device", "RAM", "disk", "computed", "plain", "kvtier", "faster"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("tokens", no_wrap=True)
-    for row in rows:
-        result = row.result
-        tiers = [str(result.cached_by_tier.get(tier, 0)) for tier in ("device", "host", "disk")]
-        table.add_row(
-            row.title,
-            str(result.prompt_tokens),
-            *tiers,
-            str(result.computed_tokens),
-            f"{row.cold_seconds:.2f}",
-            f"{result.first_token_seconds:.2f}",
-            # Without reuse there is no gain: the two times beside it show the overhead, and the noise.
-            f"{row.cold_seconds / result.first_token_seconds:.1f}×" if result.cached_tokens else "–",
-            "equal" if row.equal else "[bold red]differ[/]",
-        )
-    return table

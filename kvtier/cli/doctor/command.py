@@ -13,26 +13,29 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kvtier.cli.doctor.findings import Finding, as_json, has_problem, print_finding
+from kvtier.cli.store.output import make_console
 
 
 def doctor(
     spill_dir: Annotated[
         Path | None,
-        typer.Option(help="Where cold pages would go. Default: in the user's cache folder."),
+        typer.Option(metavar="FOLDER", help="Where cold pages would go. Default: in the user's cache folder."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long to look for races, on all devices together.")] = 10,
+    seconds: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Seconds of race tests, on all devices together.")
+    ] = 10,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all findings here as JSON; - is standard output.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all findings here as JSON; - is standard output."),
     ] = None,
 ) -> None:
     """Report the hardware of this machine, and test offloading. Exit code 1 if there is a problem."""
     from kvtier.cli.doctor import examination  # here: it imports torch and transformers, which --help does not need
 
     on_stdout = json_path == Path("-")
-    console = Console(stderr=on_stdout)
+    console = make_console(stderr=on_stdout)
     findings: list[Finding] = []
     with closing(examination.examine(spill_dir, seconds)) as found:  # an interrupt may come between two findings
         for finding in found:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+from kvtier.cli.store.output import print_below
 
 Level = Literal["ok", "note", "problem"]
 
 _STYLES: Mapping[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
-_SUBJECT_WIDTH = 12
+_LEVEL_WIDTH, _SUBJECT_WIDTH = 7, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,9 @@ class Finding:
 
 
 def print_finding(console: Console, finding: Finding) -> None:
-    """Print one line."""
-    style = _STYLES[finding.level]
-    line = f"[{style}]{finding.level:<8}[/] {finding.subject:<{_SUBJECT_WIDTH}} {escape(finding.text)}"
-    console.print(line, highlight=False, soft_wrap=True)
+    """Print one line, whose text wraps below itself in a narrow terminal."""
+    level = Text(f"{finding.level:<{_LEVEL_WIDTH}}", style=_STYLES[finding.level])
+    print_below(console, [level, Text(f"{finding.subject:<{_SUBJECT_WIDTH}}")], finding.text)
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:

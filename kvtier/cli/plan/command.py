@@ -10,8 +10,8 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvtier.cli.store.output import make_console
 from kvtier.errors import ConfigurationError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -19,32 +19,44 @@ _DEFAULT_LENGTHS = (1024, 8192, 32768)
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a name on the hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a config.json, or a name on the hub.")],
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Length of a prompt; repeat it for several. Default: 1024, 8192, 32768."),
+        typer.Option(metavar="N", min=2, help="Length of a prompt; repeat it for several. Default: 1024, 8192, 32768."),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="here: the accelerator or CPU of this machine, measured; cpu: its CPU, measured; or a name like T4, "
-            "RTX 4090, A100, H100, from a table of data sheets."
+            "RTX 4090, A100, H100, from a table of data sheets.",
         ),
     ] = "here",
     dtype: Annotated[
-        str | None, typer.Option(help=f"dtype of weights, K and V: {', '.join(_DTYPES)}. Default: the config's.")
+        str | None,
+        typer.Option(metavar="DTYPE", help=f"dtype of weights, K and V: {', '.join(_DTYPES)}. Default: the config's."),
     ] = None,
     device_budget: Annotated[
         str | None,
-        typer.Option(help="Bytes for K and V on the device, e.g. 6GiB. Default: its memory less the weights."),
+        typer.Option(
+            metavar="BYTES", help="Bytes for K and V on the device, e.g. 6GiB. Default: its memory less the weights."
+        ),
     ] = None,
-    host_budget: Annotated[str | None, typer.Option(help="Bytes of RAM for a store.")] = None,
-    disk_budget: Annotated[str | None, typer.Option(help="Bytes of files for a store.")] = None,
-    host_rate: Annotated[str | None, typer.Option(help="Bytes a second from RAM to the device, if you know.")] = None,
-    disk_rate: Annotated[str | None, typer.Option(help="Bytes a second from the drive, e.g. 3GB, if you know.")] = None,
+    host_budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes of RAM for a store, e.g. 4GiB.")
+    ] = None,
+    disk_budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes of files for a store, e.g. 50GiB.")
+    ] = None,
+    host_rate: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes a second from RAM to the device, if you know.")
+    ] = None,
+    disk_rate: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes a second from the drive, e.g. 3GB, if you know.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else.")] = False,
 ) -> None:
-    """Predict bytes and seconds of a model's K and V without its weights."""
+    """Predict what K and V of a model take, and how fast reuse is, from its config alone."""
     try:
         _plan(
             model,
@@ -87,5 +99,4 @@ def _plan(
     if as_json:
         sys.stdout.write(json.dumps({"model_name": model, **forecast.as_json(sheet, where, found)}, indent=1) + "\n")
         return
-    wide = None if sys.stdout.isatty() else 140
-    tables.print_plan(Console(width=wide), model, sheet, where, found)
+    tables.print_plan(make_console(), model, sheet, where, found)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from rich import box
+from collections.abc import Sequence
+
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from kvtier.cli.plan.figures import Figure, seconds
 from kvtier.cli.plan.forecast import Forecast
 from kvtier.cli.plan.surroundings import Surroundings
+from kvtier.cli.store.output import Column, print_line, print_table
 from kvtier.costs.break_even import Split
 from kvtier.hf.model_sheet import ModelSheet
 
@@ -22,22 +23,32 @@ _TITLES = {
     "weight_bytes": "weights",
     "operations_per_token": "operations a token",
 }
+_FIGURES = (
+    Column("", "left"),
+    Column("figure"),
+    Column("origin", "left", dispensable=1),
+    Column("how", "left", dispensable=2, folds=True),
+)
+_FITS = (Column("tier", "left"), Column("tokens"), Column("of a budget of", "left", folds=True))
 
 
 def print_plan(console: Console, model: str, sheet: ModelSheet, where: Surroundings, found: Forecast) -> None:
     """Print the figures of the model and the machine, what fits, and the predictions."""
     dtype = str(sheet.dtype).removeprefix("torch.")
-    console.print(f"[bold]{escape(model)}[/] ({sheet.model_type}, {dtype}) on {escape(where.name)}", highlight=False)
+    title = Text.assemble((model, "bold"), f" ({sheet.model_type}, {dtype}) on {where.name}", overflow="fold")
+    console.print(title)
     if sheet.not_reusable is not None:
-        console.print(
-            f"[yellow]kvtier reuses nothing with this model:[/] {escape(sheet.not_reusable)}", highlight=False
-        )
-    console.print(_figures(sheet, where, found))
-    console.print(_fits(found))
-    console.print(_predictions(where, found))
+        print_line(console, f"kvtier reuses nothing with this model: {sheet.not_reusable}", style="yellow")
+    _print(console, "Figures", _FIGURES, _figures(where, found))
+    fits = [
+        (tier, figure.text if figure.value is not None else "any number", figure.how)
+        for tier, figure in found.fits.items()
+    ]
+    _print(console, "What fits", _FITS, fits)
+    _print(console, "Time to the first token (derived)", *_predictions(where, found))
     for tier, tokens in found.break_even_tokens.items():
         text = f"loading is no slower from prompts of {tokens:,} tokens on" if tokens else "loading is always slower"
-        console.print(f"from {tier}: {text}", highlight=False)
+        print_line(console, f"from {tier}: {text}")
     shared = (
         "both: cores that copy do not compute, so the seconds of the two parts add up."
         if where.shares_cores
@@ -45,65 +56,43 @@ def print_plan(console: Console, model: str, sheet: ModelSheet, where: Surroundi
     )
     longest = sheet.longest_tokens
     if longest is not None and found.predictions and found.predictions[-1].tokens > longest:
-        console.print(f"[yellow]The model is made for {longest:,} tokens at most.[/]", highlight=False)
+        print_line(console, f"The model is made for {longest:,} tokens at most.", style="yellow")
     text = (
-        f"Seconds, break-even points and bandwidths are derived: all but the last token of a prompt are known. {shared}"
+        "Seconds, break-even points and bandwidths are derived: all but the last token of a prompt are known. "
+        f"{shared} In brackets is the share of the prompt that is computed."
     )
-    console.print(f"[dim]{text}[/]", highlight=False)
+    print_line(console, text, style="dim")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+def _print(console: Console, title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    print_line(console, "")
+    print_line(console, title, style="italic")
+    print_table(console, columns, rows)
 
 
-def _figures(sheet: ModelSheet, where: Surroundings, found: Forecast) -> Table:
-    table = _table("\nFigures")
-    table.add_column("")
-    table.add_column("figure", justify="right", no_wrap=True)
-    table.add_column("origin", no_wrap=True)
-    table.add_column("how")
-
-    def add(title: str, figure: Figure) -> None:
-        table.add_row(title, figure.text, figure.origin, escape(figure.how))
-
-    for name, figure in found.figures.items():
-        add(_TITLES[name], figure)
-    add("computing", where.operations)
+def _figures(where: Surroundings, found: Forecast) -> list[tuple[str, ...]]:
+    figures = [(_TITLES[name], figure) for name, figure in found.figures.items()]
+    figures.append(("computing", where.operations))
     if where.pair_operations != where.operations:
-        add("attention", where.pair_operations)
-    add("reading weights", where.memory)
-    for tier, figure in where.rates.items():
-        add(f"loading from {tier}", figure)
-    for tier, figure in where.latencies.items():
-        add(f"wait for {tier}", figure)
-    return table
+        figures.append(("attention", where.pair_operations))
+    figures.append(("reading weights", where.memory))
+    figures += [(f"loading from {tier}", figure) for tier, figure in where.rates.items()]
+    figures += [(f"wait for {tier}", figure) for tier, figure in where.latencies.items()]
+    return [(title, figure.text, figure.origin, figure.how) for title, figure in figures]
 
 
-def _fits(found: Forecast) -> Table:
-    table = _table("\nWhat fits")
-    table.add_column("tier")
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("of a budget of")
-    for tier, figure in found.fits.items():
-        table.add_row(tier, figure.text if figure.value is not None else "any number", escape(figure.how))
-    return table
-
-
-def _predictions(where: Surroundings, found: Forecast) -> Table:
-    table = _table("\nTime to the first token (derived)")
-    for heading in ("prompt", "K and V", "cold"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _predictions(where: Surroundings, found: Forecast) -> tuple[list[Column], list[list[str]]]:
+    columns = [Column("prompt"), Column("K and V", dispensable=3), Column("cold")]
     for tier in where.rates:
-        table.add_column(tier, justify="right", no_wrap=True)
-        table.add_column("both (computed)", justify="right", no_wrap=True)
-    table.add_column("break-even", justify="right", no_wrap=True)
+        columns += [Column(tier), Column(f"{tier} (both)", dispensable=1)]
+    columns.append(Column("break-even", dispensable=2))
+    rows = []
     for each in found.predictions:
         cells = [f"{each.tokens:,}", Figure(each.prefix_bytes, "bytes", "derived", "").text, seconds(each.cold_seconds)]
         for tier in where.rates:
             cells += [seconds(each.load_seconds[tier]), _split(each.both[tier], each.tokens)]
-        even = Figure(each.break_even_bytes_per_second, "bytes/s", "derived", "")
-        table.add_row(*cells, even.text)
-    return table
+        rows.append([*cells, Figure(each.break_even_bytes_per_second, "bytes/s", "derived", "").text])
+    return columns, rows
 
 
 def _split(split: Split, tokens: int) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from kvtier.cli.help import Command, Group
 from kvtier.cli.store import edit, inspect, maintain, transfer
 
 app = typer.Typer(
     name="store",
+    cls=Group,
     help="Look after a store: see what it holds, name, pin, remove, verify and carry it.",
     epilog="Exit codes: 0 fine, 1 problems found or failed, 2 called wrongly, 130 interrupted.",
     no_args_is_help=True,
@@ -29,5 +31,5 @@ for _command in (
     maintain.clear,
     maintain.verify,
 ):
-    app.command()(_command)
-app.command(name="import")(transfer.import_)
+    app.command(cls=Command)(_command)
+app.command(name="import", cls=Command)(transfer.import_)

@@ -36,7 +36,7 @@ Folder = Annotated[
     Path, typer.Option("--store", metavar="FOLDER", envvar=STORE_VARIABLE, help="The folder of the store.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Tell what would be removed, and remove nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="List what would be removed, and remove nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where standard input is no terminal.")]
 
 

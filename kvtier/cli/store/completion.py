@@ -74,7 +74,8 @@ InsteadOfAName = Annotated[
     str | None,
     typer.Option(
         "--key",
+        metavar="KEY",
         autocompletion=complete_key,
-        help="Instead of a name: how the key of a chain begins (ls --unnamed).",
+        help="Instead of a name: the first digits of a key, from ls --unnamed.",
     ),
 ]

@@ -19,18 +19,23 @@ from kvtier.units import parse_seconds, size
 
 def name(
     key: Annotated[
-        str, typer.Argument(autocompletion=complete_key, help="How the key of a chain begins; ls --unnamed lists them.")
+        str,
+        typer.Argument(
+            metavar="KEY", autocompletion=complete_key, help="The first digits of a key, from ls --unnamed."
+        ),
     ],
-    new_name: Annotated[str, typer.Argument(metavar="NAME", help="What it shall be called.")],
+    new_name: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
     pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
     ttl: Annotated[
         str | None, typer.Option("--ttl", metavar="DURATION", help="Forget it when unused for so long, e.g. 30d.")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Take the name from what bears it.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="If another prefix has the name, take it from that prefix.")
+    ] = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Name a chain. A chain may have several names."""
+    """Give a name to an unnamed chain. A chain may have several names."""
     with told():
         seconds = None if ttl is None else parse_seconds(ttl, "--ttl")
     with opened(store) as open_store:
@@ -42,8 +47,8 @@ def name(
 
 
 def rename(
-    old: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_name, help="What it is called now.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="What it shall be called.")],
+    old: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_name, help="The name of the prefix.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +62,7 @@ def rename(
 
 def pin(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", autocompletion=complete_name, help="What shall stay.")
+        list[str], typer.Argument(metavar="NAME", autocompletion=complete_name, help="The names of prefixes.")
     ],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -75,9 +80,7 @@ def _pinned(prefix: NamedPrefix) -> str:
 def unpin(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME...", autocompletion=complete_name, help="What may go again when there is no room."
-        ),
+        typer.Argument(metavar="NAME", autocompletion=complete_name, help="The names of prefixes."),
     ],
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,

@@ -69,7 +69,7 @@ class StatsFormat(str, Enum):
 def ls(
     store: Folder = DEFAULT_FOLDER,
     unnamed: Annotated[
-        bool, typer.Option("--unnamed", help="List what has no name instead, by key, the last used first.")
+        bool, typer.Option("--unnamed", help="List the chains without a name instead, by key, the last used first.")
     ] = False,
     filters: Annotated[
         list[str] | None,
@@ -78,17 +78,17 @@ def ls(
             "-f",
             metavar="KEY=VALUE|WORD",
             autocompletion=complete_filter,
-            help="Only what fits; repeat it for more conditions. name=GLOB, model=, root=, text=, pinned=yes|no, "
-            "unused-for=30d, larger=1GiB, smaller=; a word is looked for in name, model and text.",
+            help="Only prefixes that fit; repeat it for more conditions. name=GLOB, model=, root=, text=, "
+            "pinned=yes|no, unused-for=30d, larger=1GiB, smaller=; a word is looked for in name, model and text.",
         ),
     ] = None,
     order: Annotated[
         Order | None, typer.Option("--sort", "-s", help="Default: name; with --unnamed: used.", show_choices=True)
     ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The other way round.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=0, help="Only the first so many.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Reverse the order.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", metavar="N", min=0, help="Only the first N.")] = None,
     output: Annotated[
-        Format, typer.Option("--format", help="table; json, as --json; jsonl and csv have one line for each.")
+        Format, typer.Option("--format", help="table; json, as --json; jsonl and csv, a line for each prefix.")
     ] = Format.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only names, or keys, one a line.")] = False,
     as_json: AsJson = False,
@@ -147,10 +147,12 @@ def _print_list(shown: Sequence[Item], texts: Sequence[str], of: int, others: St
 
 def show(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", autocompletion=complete_name, help="What is to be shown.")
+        str | None, typer.Argument(metavar="NAME", autocompletion=complete_name, help="The name of the prefix.")
     ] = None,
     key: InsteadOfAName = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="How many of its first token ids to show.")] = 16,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=0, help="How many of its first token ids to show.")
+    ] = 16,
     whole_text: Annotated[bool, typer.Option("--text", help="Print its text, and nothing else.")] = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -274,7 +276,7 @@ def stats(
     ] = StatsFormat.TABLE,
     as_json: AsJson = False,
 ) -> None:
-    """Show how much is stored. Cache hits are counted by each program that uses the store, for itself."""
+    """Show how much is stored. Cache hits are not in a store: each program counts its own (store.stats())."""
     with opened(store) as open_store:
         found = open_store.stats()
         chains = open_store.chains()

@@ -46,11 +46,11 @@ from kvtier.units import parse_seconds, size
 def rm(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", autocompletion=complete_name, help="What shall be forgotten."),
+        typer.Argument(metavar="NAME", autocompletion=complete_name, help="The names of prefixes."),
     ] = None,
     key: InsteadOfAName = None,
     name_only: Annotated[
-        bool, typer.Option("--name-only", help="Take only the names away; what they named stays until it is evicted.")
+        bool, typer.Option("--name-only", help="Remove the names alone; the prefixes stay until they are evicted.")
     ] = False,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -110,13 +110,16 @@ def _forget_names(store: PrefixStore, names: Sequence[str], name_only: bool, dry
 
 def prune(
     to: Annotated[
-        str | None, typer.Option("--to", metavar="SIZE", help="Evict until the store takes no more, e.g. 10GiB.")
+        str | None,
+        typer.Option("--to", metavar="SIZE", help="Evict until the store takes no more than SIZE, e.g. 10GiB."),
     ] = None,
     unused_for: Annotated[
         str | None,
-        typer.Option("--unused-for", metavar="DURATION", help="Remove what was not used for so long, e.g. 30d."),
+        typer.Option(
+            "--unused-for", metavar="DURATION", help="Remove blocks that were not used for so long, e.g. 30d."
+        ),
     ] = None,
-    expired: Annotated[bool, typer.Option("--expired", help="Remove only what has expired; nothing is asked.")] = False,
+    expired: Annotated[bool, typer.Option("--expired", help="Remove expired prefixes alone, without asking.")] = False,
     dry_run: DryRun = False,
     yes: Yes = False,
     store: Folder = DEFAULT_FOLDER,
@@ -174,10 +177,11 @@ def _tell(removed: Forgotten, as_json: bool, dry_run: bool = False) -> None:
 
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Put right what can be; damaged blocks are deleted, and recomputed later.")
+        bool,
+        typer.Option("--repair", help="Repair the catalog and delete damaged blocks; they are recomputed when needed."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="With --repair: only tell which problems there are.")
+        bool, typer.Option("--dry-run", "-n", help="With --repair: list the problems, and change nothing.")
     ] = False,
     yes: Yes = False,
     store: Folder = DEFAULT_FOLDER,

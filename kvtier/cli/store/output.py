@@ -87,10 +87,16 @@ def plain(text: object) -> str:
     return "".join(each if is_shown(each) else "\ufffd" for each in str(text))
 
 
-def make_console() -> Console:
-    """Return the console of standard output, as wide as the terminal, or wide without a terminal."""
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=_WIDTH_OF_A_FILE if wide else None)
+def make_console(*, stderr: bool = False) -> Console:
+    """Return the console of standard output, or error.
+
+    It is as wide as the terminal, or as ``COLUMNS`` says, and wraps longer lines at words. Without a terminal it is
+    wide, and a line stays one line: other programs read it.
+    """
+    has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(
+        stderr=stderr, highlight=False, width=None if has_width else _WIDTH_OF_A_FILE, soft_wrap=not has_width
+    )
 
 
 def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -117,7 +123,7 @@ def print_table(console: Console, columns: Sequence[Column], rows: Sequence[Sequ
         table.add_column(column.title, justify=column.justify, no_wrap=not column.folds, overflow="fold")
     for row in lines:
         table.add_row(*(Text(row[i]) for i in shown))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     left_out = [column.title for i, column in enumerate(columns) if i not in (*shown, *without_text)]
     if left_out:
         print_line(console, f"Too narrow for: {', '.join(left_out)}. They are in --json.", style="dim")
@@ -139,15 +145,27 @@ def _cut_front(text: str, width: int) -> str:
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Print one line as it is."""
-    console.print(Text(plain(text), style=style), soft_wrap=True)
+    """Print one line, wrapped at words if the console wraps."""
+    console.print(Text(plain(text), style=style, overflow="fold"))
 
 
 def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Print facts, one line each."""
+    """Print facts, one line each. Where the console wraps, the next lines of a text begin below its first one."""
     width = max(len(title) for title, _ in facts)
     for title, text in facts:
-        console.print(Text.assemble((f"{title:<{width}}", "bold"), "  ", plain(text)), soft_wrap=True)
+        print_below(console, [Text(f"{title:<{width}}", style="bold")], text)
+
+
+def print_below(console: Console, headings: Sequence[Text], text: str) -> None:
+    """Print headings, and ``text`` beside them, which keeps to the right of them where the console wraps."""
+    words = Text(plain(text), overflow="fold")
+    left = sum(heading.cell_len + _GAP for heading in headings)
+    if console.soft_wrap or console.width - left < _NARROWEST:
+        console.print(Text(" " * _GAP).join([*headings, words]))
+        return
+    for n, line in enumerate(words.wrap(console, console.width - left) or [Text()]):
+        first = Text(" " * _GAP).join([*headings, Text()]) if n == 0 else Text(" " * left)
+        console.print(first + line, soft_wrap=True)
 
 
 def print_json(record: Mapping[str, Any]) -> None:

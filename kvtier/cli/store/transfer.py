@@ -29,8 +29,8 @@ from kvtier.units import size
 
 
 def export(
-    name: Annotated[str, typer.Argument(autocompletion=complete_name, help="What shall be written.")],
-    file: Annotated[Path, typer.Argument(help="Where to; it must not exist.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_name, help="The name of the prefix.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; it must not exist.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
@@ -47,18 +47,14 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="What export has written.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that export has written.")],
     name: Annotated[
-        str | None, typer.Option("--name", help="What it shall be called; by default what it was called before.")
+        str | None, typer.Option("--name", metavar="NAME", help="A new name. Default: the name that it had.")
     ] = None,
     store: Folder = DEFAULT_FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Import a file that ``export`` has written. A missing store is made.
-
-    Import only from sources that you trust: no check can tell whether a file holds the K and V that the model would
-    compute.
-    """
+    """Import a file that export has written. Import only from sources you trust: no check can verify K and V."""
     if not exists(file):
         fail(WRONG_USAGE, f"there is no file {file}")
     with told(), Archive(file) as archive:  # checked before a store is made for it

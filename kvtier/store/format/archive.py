@@ -243,7 +243,7 @@ def _payloads(layers: Sequence[_Layer], ids: TokenIds) -> Iterator[memoryview]:
         view, start = places[g, tokens], 0
         for block in layer.blocks if g.token_bytes else ():
             stop = min(start + len(block.id.tokens), tokens)
-            block.land(index, 0, stop - start, view.cut(start, stop))
+            block.landing(index, 0, stop - start, view.cut(start, stop))()
             start = stop
         for part in (view.k_htb, view.v_htb):
             yield memoryview(part.reshape(-1))

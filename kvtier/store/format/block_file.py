@@ -15,7 +15,7 @@ import os
 import re
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ import numpy as np
 from kvtier.errors import BlockError, UnavailableError
 from kvtier.kv.codecs import BUILT_IN, Codec, Raw
 from kvtier.kv.codecs.base import as_bytes, as_tensor, is_name
-from kvtier.kv.page import Page, PageView
+from kvtier.kv.page import Bytes, Page, PageView
 from kvtier.kv.safetensors_header import dtype_name, encode_header
 from kvtier.kv.spec import KVSpec
 from kvtier.platform.descriptors import ReadFile
 from kvtier.platform.filesystem import READ_FLAGS
-from kvtier.store.block import Block
+from kvtier.store.block import Block, Landing
 from kvtier.store.chain import BlockId, BlockKind, TokenIds
 from kvtier.store.format.header import (
     MAX_LAYERS,
@@ -179,7 +179,7 @@ class BlockFile:
         self._when_closed: Callable[[], object] = lambda: None
         self._codecs = codecs
         try:
-            with self._file.reading() as fd:
+            with self._file as fd:
                 self._read_header(fd)
         except (OSError, MemoryError) as error:
             self.close()
@@ -242,7 +242,7 @@ class BlockFile:
         begin, end = self._begins[index], self._ends[index]
         try:
             payload = np.empty(end - begin, dtype=np.uint8)
-            with self._file.reading() as fd:
+            with self._file as fd:
                 fill(fd, memoryview(payload), self._data_start + begin)
         except (OSError, MemoryError) as error:
             raise self._unusable(error) from error
@@ -268,41 +268,48 @@ class BlockFile:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UnavailableError(f"{self.path}: no memory to decode layer {layer}") from error
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put tokens ``[first, last)`` of the page of ``layer`` into ``view``, without a copy where possible.
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to put tokens ``[first, last)`` of the page of ``layer`` into ``view``, if possible without a copy.
 
-        Without ``check``, checksums are compared only where the page must be read as a whole. After an error ``view``
-        holds undefined values.
+        Without ``check``, checksums are compared only where the page must be read as a whole.
         """
-        whole = (first, last) == (0, len(self.id.tokens))
-        if not (whole and self.is_plain and self._read_straight(layer, view, check)):
-            view.take(self.page(layer), first, last)
+        take = partial(self._take, layer, first, last, view)
+        k, v = [*view.k_htb], [*view.v_htb]  # [tokens, bytes] of each head
+        begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
+        whole = first == 0 and last == len(self.id.tokens)
+        adjacent = self._ends[_k(layer)] == self._begins[_v(layer)]
+        fits = len(k) + len(v) <= _MAX_PIECES and view.nbytes == end - begin
+        if not (whole and self.is_plain and adjacent and fits):
+            return take
+        checks = ((k, self._crc32[_k(layer)]), (v, self._crc32[_v(layer)])) if check else ()
+        return partial(self._read_straight, k + v, self._data_start + begin, end - begin, checks, take)
 
-    def _read_straight(self, layer: int, view: PageView, check: bool) -> bool:
-        """Read K and V of ``layer`` directly into ``view``; return whether that was possible.
+    def _take(self, layer: int, first: int, last: int, view: PageView) -> None:
+        view.take(self.page(layer), first, last)
+
+    def _read_straight(
+        self, heads: list[Bytes], at: int, nbytes: int, checks: Iterable[tuple[list[Bytes], int]], take: Landing
+    ) -> None:
+        """Read ``nbytes`` from offset ``at`` of the file into ``heads``; by ``take``, if they do not come at once.
 
         A page is contiguous in the file and scattered by heads in a buffer: one read of many pieces handles both.
+        ``checks`` has the heads of each tensor, and its checksum. Other threads wait for every step between the calls
+        that read and sum, so there are few.
         """
-        heads = [*view.k_htb, *view.v_htb]
-        begin, end = self._begins[_k(layer)], self._ends[_v(layer)]
-        adjacent = self._ends[_k(layer)] == self._begins[_v(layer)]
-        if len(heads) > _MAX_PIECES or not adjacent or sum(head.nbytes for head in heads) != end - begin:
-            return False
         try:
-            with self._file.reading() as fd:
-                if os.preadv(fd, heads, self._data_start + begin) != end - begin:
-                    return False
+            with self._file as fd:
+                came = os.preadv(fd, heads, at)
         except OSError as error:
             raise self._unusable(error) from error
-        if not check:
-            return True
-        for index, heads_tb in ((_k(layer), view.k_htb), (_v(layer), view.v_htb)):
+        if came != nbytes:
+            take()
+            return
+        for parts, written in checks:
             checksum = 0
-            for head_tb in heads_tb:
-                checksum = zlib.crc32(head_tb, checksum)
-            if checksum != self._crc32[index]:
-                raise BlockError(f"{self.path}: checksum of tensor {index} differs")
-        return True
+            for part in parts:
+                checksum = zlib.crc32(part, checksum)
+            if checksum != written:
+                raise BlockError(f"{self.path}: the checksum of a page differs, read at byte {at}")
 
     def states(self) -> torch.Tensor | None:
         """Read the states of a checkpoint."""

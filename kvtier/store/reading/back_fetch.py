@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
-from kvtier.store.block import BlockReader
+from kvtier.store.block import BlockReader, Landing
 from kvtier.store.reading.load import LoadJob
 from kvtier.transfer.threads import Readers
 
@@ -43,9 +43,9 @@ class FetchedBlock:
             raise BlockError(f"block {self.id.key[:12]} has no bytes of layer {layer}")
         return page
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
-        view.take(self.page(layer), first, last)
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
+        return partial(view.take, self.page(layer), first, last)
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a checkpoint."""

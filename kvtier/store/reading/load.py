@@ -17,7 +17,7 @@ from kvtier.costs.transfer import TransferSample
 from kvtier.errors import BlockError, GoneError, RestoreError, UnavailableError
 from kvtier.kv.page import PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
-from kvtier.store.block import BlockReader
+from kvtier.store.block import BlockReader, Landing
 from kvtier.store.reading.lookup import Span
 from kvtier.store.tiers.stack import TierStack
 from kvtier.transfer.threads import Readers
@@ -31,6 +31,7 @@ _Uses = Mapping[str, Sequence[tuple[int, Span]]]
 """Key of a block → the rows that use it, each with its span."""
 Place = Callable[[int, int], tuple[PageView, int]]
 """``(layer, row)`` → the view that takes K and V of that layer and row, and the row's token at its index 0."""
+_Views = Mapping[int, tuple[PageView, int]]  # by row, what ``Place`` returns
 
 
 def summary(errors: Mapping[str, BlockError]) -> str:
@@ -180,8 +181,8 @@ class LoadJob:
         """
         self._place = place
         self._until = None if patience_seconds is None else time.monotonic() + patience_seconds
-        layers = range(len(self.spec.layers))
-        self._layers = [self._reading.submit(partial(self._land, layer, place)) for layer in layers]
+        views = [self._views(layer, place) for layer in range(len(self.spec.layers))]  # here: nothing waits for threads
+        self._layers = [self._reading.submit(partial(self._land, layer, rows)) for layer, rows in enumerate(views)]
 
     def land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> None:
         """Copy the pages of ``layer`` now, in the calling thread.
@@ -192,39 +193,43 @@ class LoadJob:
             begin: skip spans that start before this token of their sequence.
             end: skip spans that start at this token or later.
         """
-        if not self._land(layer, place, begin, end):
+        if not self._land(layer, self._views(layer, place), begin, end):
             raise self._lost()
 
-    def _land(self, layer: int, place: Place, begin: int = 0, end: int = sys.maxsize) -> bool:
-        """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
+    def _views(self, layer: int, place: Place) -> _Views:
         rows = {row for uses in self._uses[layer].values() for row, _ in uses}
-        views = {row: place(layer, row) for row in rows}
+        return {row: place(layer, row) for row in rows}
+
+    def _land(self, layer: int, views: _Views, begin: int = 0, end: int = sys.maxsize) -> bool:
+        """Copy the pages of ``layer``, except of failed blocks; return whether all were copied."""
+        token_bytes = self.spec.layers[layer].token_bytes
+        prepared: list[tuple[str, int, Landing]] = []  # key, bytes
         complete = True
         for key, all_uses in self._uses[layer].items():
-            uses = [(row, span) for row, span in all_uses if begin <= span.start < end]
-            if not uses:
-                continue
-            if key in self._failed:
-                complete = False
-                continue
-            reader = self._readers[key]
-            began = time.perf_counter()
+            uses = [(_at(views[row], span), span) for row, span in all_uses if begin <= span.start < end]
             try:
-                if len(uses) == 1:
-                    ((row, span),) = uses
-                    reader.land(layer, span.first, span.last, _at(views[row], span))
-                else:
-                    page = reader.page(layer)
-                    for row, span in uses:
-                        _at(views[row], span).take(page, span.first, span.last)
+                if uses and key not in self._failed:
+                    nbytes = token_bytes * sum(span.tokens for _, span in uses)
+                    prepared.append((key, nbytes, _landing(self._readers[key], layer, uses)))
             except BlockError as error:
                 self._failed[key] = error
-                complete = False
-                continue
-            nbytes = self.spec.layers[layer].token_bytes * sum(span.tokens for _, span in uses)
-            decoded = 0 if reader.is_plain else nbytes
-            self._timed.append((reader.tier, nbytes, decoded, began, time.perf_counter()))
+            complete = complete and not (uses and key in self._failed)
+        for key, nbytes, land in prepared:
+            complete = self._landed(key, nbytes, land) and complete
         return complete
+
+    def _landed(self, key: str, nbytes: int, land: Landing) -> bool:
+        """Call ``land``, which brings ``nbytes`` of a block; return whether they came."""
+        reader, began = self._readers[key], time.perf_counter()
+        try:
+            if key in self._failed:
+                return False
+            land()
+        except BlockError as error:
+            self._failed[key] = error
+            return False
+        self._timed.append((reader.tier, nbytes, 0 if reader.is_plain else nbytes, began, time.perf_counter()))
+        return True
 
     def samples(self) -> Mapping[str, TransferSample]:
         """Return by tier how many bytes have landed and how long that took, several threads at once."""
@@ -332,7 +337,7 @@ class LoadJob:
         for layer, landed in enumerate(self._layers):
             if not landed.done() and self._place is not None:
                 self._layers[layer] = Future()
-                self._layers[layer].set_result(self._land(layer, self._place))
+                self._layers[layer].set_result(self._land(layer, self._views(layer, self._place)))
 
     def _lost(self) -> RestoreError:
         """Report the failed blocks; return the error to raise."""
@@ -413,6 +418,20 @@ def _united(kinds: Sequence[tuple[KVSpec, _Uses]]) -> tuple[KVSpec, list[_Uses]]
         layers.append(specs[found or 0])
         uses.append({} if found is None else kinds[found][1])
     return KVSpec(tuple(layers)), uses
+
+
+def _landing(reader: BlockReader, layer: int, uses: Sequence[tuple[PageView, Span]]) -> Landing:
+    """Prepare to put the page of ``layer`` into the places of ``uses``. It is read once."""
+    if len(uses) == 1:
+        ((view, span),) = uses
+        return reader.landing(layer, span.first, span.last, view)
+
+    def land() -> None:
+        page = reader.page(layer)
+        for view, span in uses:
+            view.take(page, span.first, span.last)
+
+    return land
 
 
 def _at(place: tuple[PageView, int], span: Span) -> PageView:

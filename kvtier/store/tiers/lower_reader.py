@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier.errors import BlockError, GoneError, UnavailableError
 from kvtier.kv.page import Page, PageView
-from kvtier.store.block import BlockReader
+from kvtier.store.block import BlockReader, Landing
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +45,9 @@ class LowerReader:
         """Return the page of ``layer``."""
         return self._read(self._reader.page, layer)
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
-        self._read(self._reader.land, layer, first, last, view, check=check)
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
+        return partial(self._read, self._read(self._reader.landing, layer, first, last, view, check=check))
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a checkpoint."""

@@ -18,6 +18,7 @@ from kvtier.errors import BlockError
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec
 from kvtier.platform.fork_safety import Rank, take_part
+from kvtier.store.block import Landing
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile
 from kvtier.store.tiers.leases import BlockLease, Leases
@@ -200,12 +201,11 @@ class SharedReader:
         """Return the page of ``layer``, read only."""
         return self._loads.page(self._load, self, layer)
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to put the tokens ``[first, last)`` of the page of ``layer`` into ``view``."""
         if self._loads.shared(self._load, self, layer):
-            view.take(self.page(layer), first, last)
-        else:
-            self._load.reader.land(layer, first, last, view, check=check)
+            return lambda: view.take(self.page(layer), first, last)
+        return self._load.reader.landing(layer, first, last, view, check=check)
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a checkpoint; each restore reads them for itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import pytest
@@ -104,8 +105,8 @@ class HeldReader(DictReader):
         self._gate(self.id)
         return super().page(layer)
 
-    def land(self, layer, first, last, view, *, check=True):
-        view.take(self.page(layer), first, last)
+    def landing(self, layer, first, last, view, *, check=True):
+        return partial(view.take, self.page(layer), first, last)
 
     def close(self):
         super().close()

@@ -37,7 +37,7 @@ class BorrowedBlock:
             StreamError: the page cannot be read, or is damaged.
         """
         try:
-            self.reader.land(layer, first, last, view, check=layer not in self._checked)
+            self.reader.landing(layer, first, last, view, check=layer not in self._checked)()
         except BlockError as error:
             raise StreamError(f"a page that a cold layer shares with the store is lost: {error}") from error
         self._checked.add(layer)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvtier.kv.page import Page, PageView
 from kvtier.kv.spec import KVSpec, LayerSpec
 from kvtier.platform.fork_safety import Rank, take_part
-from kvtier.store.block import Block, BlockReader, Entry
+from kvtier.store.block import Block, BlockReader, Entry, Landing
 from kvtier.store.chain import BlockId, TokenIds
 from kvtier.store.eviction.base import EvictionPolicy, SavedSeconds, nothing_known
 from kvtier.store.tiers.backoff import Withheld
@@ -37,6 +37,8 @@ class HostReader:
     def __init__(self, block: Block, lease: BlockLease) -> None:
         self.id = block.id
         self.spec = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        # Views of tensors are made here, in one thread: the threads that land pages would wait for each other.
+        self._views = tuple(PageView.on(page.k_htd, page.v_htd) for page in block.pages)
         self._block = block
         self._lease = lease
 
@@ -49,14 +51,18 @@ class HostReader:
         self._block.arrive()
         return self._block.pages[layer]
 
-    def land(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> None:
-        """Copy tokens ``[first, last)`` of the page of ``layer``.
+    def landing(self, layer: int, first: int, last: int, view: PageView, *, check: bool = True) -> Landing:
+        """Prepare to copy tokens ``[first, last)`` of the page of ``layer``.
 
-        Raises:
-            UnavailableError: its bytes do not arrive from the device.
+        The result raises ``UnavailableError`` if its bytes do not arrive from the device.
         """
-        self._block.arrive()
-        view.take(self._block.pages[layer], first, last)
+        arrive, page = self._block.arrive, self._views[layer].cut(first, last)
+
+        def land() -> None:
+            arrive()
+            view.copy(page)
+
+        return land
 
     def states(self) -> torch.Tensor | None:
         """Return the states of a checkpoint, without a copy."""
