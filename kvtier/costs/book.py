@@ -136,7 +136,7 @@ class CostBook:
         prefill = self.prefill()
         assert prefill is not None
         with self._lock:
-            measured = [tier for tier, samples in self._loads.items() if len(samples) >= ENOUGH_LOADS]
+            measured = [*(tier for tier, samples in self._loads.items() if len(samples) >= ENOUGH_LOADS)]
         byte_seconds = {tier: 1 / self.transfer(tier).bytes_per_second for tier in measured}
         return Worth(prefill.token_seconds, prefill.pair_seconds, self.token_bytes, byte_seconds)
 

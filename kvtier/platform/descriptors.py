@@ -115,7 +115,7 @@ class Descriptors:
     def _close_idle(self, leave: int) -> bool:
         """Close unused descriptors until ``leave`` are open; return whether one was closed."""
         with self._lock:
-            idle = [file for file, opened in self._open.items() if not opened.users]
+            idle = [*(file for file, opened in self._open.items() if not opened.users)]
             closed = [self._open.pop(file).fd for file in idle[: max(0, len(self._open) - leave)]]
         for fd in closed:
             os.close(fd)

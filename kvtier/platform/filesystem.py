@@ -25,6 +25,7 @@ READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOC
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
 _STAT_BLOCK_BYTES = 512  # the unit of ``st_blocks``, whatever the drive
+_FOREIGN = "and holds files that kvtier did not write; move them away"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-(?P<pid>\d{1,10})-[0-9a-f]{32}\.tmp")
 # Temporary files of this process. A restarted container often has the process id of its predecessor: a temporary file
 # with our own id that is not in here was left by a dead process.
@@ -148,11 +149,22 @@ class LocalFilesystem:
             os.close(fd)
 
     def delete(self, path: Path) -> bool:
-        """Delete a file; return whether it existed."""
+        """Delete a file, or an empty folder in its place; return whether it existed.
+
+        Raises:
+            OSError: it cannot be deleted, or a folder with files, which are not of the store, is in its place.
+        """
         try:
             self._calls.unlink(path)
         except FileNotFoundError:
             return False
+        except OSError:  # EISDIR, or EPERM as POSIX has it
+            if not path.is_dir() or path.is_symlink():
+                raise
+            try:
+                path.rmdir()
+            except OSError as error:
+                raise OSError(error.errno, f"is a folder, {_FOREIGN}", str(path)) from None
         return True
 
     def open_read(self, path: Path) -> int:

@@ -220,12 +220,12 @@ def test_ctrl_c_in_an_answer_keeps_it_and_the_conversation_goes_on(talk, monkeyp
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(terminal, "_show", interrupted)
-    monkeypatch.setitem(talk.chat._settings, "max_new_tokens", 90)
-    monkeypatch.setitem(talk.chat._settings, "suppress_tokens", [END])
+    monkeypatch.setitem(talk.chat._generation.settings, "max_new_tokens", 90)
+    monkeypatch.setitem(talk.chat._generation.settings, "suppress_tokens", [END])
     _, shown = talk("one")
     assert "stopped" in shown.err
     assert talk.chat.messages[-1]["partial"]
-    monkeypatch.setitem(talk.chat._settings, "max_new_tokens", 3)
+    monkeypatch.setitem(talk.chat._generation.settings, "max_new_tokens", 3)
     _, shown = talk("two")
     assert "4 messages" not in shown.err
     assert "2 messages" in shown.err

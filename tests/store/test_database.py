@@ -1,5 +1,6 @@
 """The SQLite database of a store shared with other processes; a second connection stands for each of them."""
 
+import gc
 import sqlite3
 import threading
 from contextlib import closing, contextmanager
@@ -11,7 +12,7 @@ from kvtier.store.eviction import LeastRecentlyUsed
 from kvtier.store.tiers.disk.catalog.blocks import Catalog
 from kvtier.store.tiers.disk.catalog.connection import LOCKED_SECONDS, connect
 from kvtier.store.tiers.disk.catalog.database import Database
-from kvtier.testing.faults import Faults
+from kvtier.testing.faults import Deed, Fault, Faults
 from tests.support.stores import block, commit, count, restored_length
 
 PATIENCE_SECONDS = 0.01
@@ -51,6 +52,46 @@ def opened(folder, **more):
 
 def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("kvtier") and r.levelname == "WARNING"]
+
+
+class Closable(sqlite3.Connection):
+    is_closed = False
+
+    def close(self):
+        self.is_closed = True
+        super().close()
+
+
+def test_connections_of_a_database_that_was_not_closed_are_closed_with_it(path):
+    made = []
+
+    def noting(uri, seconds):
+        made.append(
+            sqlite3.connect(
+                uri, uri=True, timeout=seconds, isolation_level=None, check_same_thread=False, factory=Closable
+            )
+        )
+        return made[-1]
+
+    database = Database(path, make_connection=noting)
+    with database.reading() as connection:
+        connection.execute("SELECT count(*) FROM blocks").fetchone()
+    assert len(made) == 2
+    del database, connection
+    gc.collect()
+    assert [each.is_closed for each in made] == [True, True]
+
+
+def test_change_that_cannot_be_rolled_back_blocks_no_later_one(path):
+    faults = Faults()
+    with new_database(path, faults.connect) as database:
+        faults.plan(*(Fault(Deed.FAIL, subject=text) for text in ("DELETE*", "ROLLBACK")))
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"), database.transaction() as connection:
+            connection.execute("DELETE FROM blocks")
+        with another_process_writes(path):
+            pass
+        with database.transaction() as connection:
+            connection.execute("DELETE FROM blocks")
 
 
 def test_both_connections_are_opened_with_the_lock_timeout(path):

@@ -11,6 +11,7 @@ import pytest
 from kvtier import ConfigurationError, PrefixStore, StoreError
 from kvtier.store.tiers.disk import owners
 from kvtier.store.tiers.disk.folder import read_record
+from tests.support.odd_files import a_folder, a_link, a_pipe, a_sparse_giant, nothing
 from tests.support.stores import ROOT, commit, count, restored_length
 
 SETTINGS = {"block_size": 4, "host_budget": 1}
@@ -24,30 +25,6 @@ def folder(tmp_path):
         commit(store, count(10))
         store.name("talk", ROOT, count(10))
     return tmp_path / "kv"
-
-
-def a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def a_link(path: Path) -> None:
-    path.rename(path.with_name("moved"))
-    path.symlink_to("moved")
-
-
-def a_sparse_giant(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(2**31)
-
-
-def nothing(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 ODDITIES = pytest.mark.parametrize("put", [a_pipe, a_folder, a_link, a_sparse_giant, nothing])

@@ -9,6 +9,7 @@ import pytest
 
 from kvtier.errors import ArchiveError, ChangedError, ConfigurationError, StoreError, StoreVersionError
 from kvtier.store import PrefixStore
+from tests.support.odd_files import a_folder, a_link, a_pipe, nothing
 from tests.support.stores import ROOT, commit, count
 
 CHAT = {"messages": [{"role": "user", "content": "Grüße, \N{GRINNING FACE}"}], "ids": [1, 2, 3]}
@@ -156,6 +157,33 @@ def test_archive_with_a_broken_chat_is_refused(folder, tmp_path, monkeypatch, pa
         store.export("letter", file)
         with pytest.raises(ArchiveError, match=message):
             store.import_(file, name="other")
+
+
+@pytest.mark.parametrize("put", [a_pipe, a_folder, a_link, nothing])
+@pytest.mark.parametrize("by", ["forget", "unname", "clear", "verify"])
+def test_chat_whose_file_is_something_else_can_be_forgotten(folder, put, by):
+    put(chat_file(folder))
+    removals = {
+        "forget": lambda store: store.forget("letter"),
+        "unname": lambda store: store.unname("letter"),
+        "clear": lambda store: store.clear(),
+        "verify": lambda store: store.verify(repair=True),
+    }
+    with PrefixStore(folder, block_size=4) as store:
+        removals[by](store)
+        assert not [path for path in (folder / "chats").iterdir() if path.name != "moved"]
+        store.chats.write("letter", CHAT, after=None)
+
+
+def test_folder_with_files_in_place_of_a_chat_is_named_and_nothing_is_forgotten(folder):
+    path = chat_file(folder)
+    a_folder(path)
+    (path / "thesis.txt").write_text("three years")
+    with PrefixStore(folder, block_size=4) as store:
+        with pytest.raises(StoreError, match=f"holds files that kvtier did not write; move them away.*{path.name}"):
+            store.forget("letter")
+        assert [each.name for each in store.names()] == ["letter"]
+    assert (path / "thesis.txt").exists()
 
 
 def test_damaged_chat_is_an_error_and_verify_reports_it(folder):

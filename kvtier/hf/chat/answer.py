@@ -1,4 +1,4 @@
-"""One answer of a model: its streamers, its interruption, and the tokens that there are when it ends."""
+"""One answer of a model: its streamers, its interruption, the tokens that there are when it ends, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import ConfigurationError
+from kvtier.errors import BusyError, ConfigurationError
 from kvtier.hf.compat.names import passed
 
 DEFAULT_NEW_TOKENS = 512
@@ -118,6 +118,54 @@ def stopped_by_interrupts(control: AnswerControl) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """A call that changes a chat, and its thread."""
+
+    thread: threading.Thread
+
+
+class OneAtATime:
+    """Lets one call at a time change a chat; no call waits for another.
+
+    After a fork, a call of another thread of the parent never ends in the child. Its messages are half changed and its
+    cache is in the middle of a turn, so the chat stays refused there, with that reason.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[str, _Call] = {}  # at most one: ``setdefault`` is atomic, and no fork can leave it locked
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is running."""
+        return bool(self._calls)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Refuse other calls within the context.
+
+        Raises:
+            BusyError: another call is running.
+        """
+        mine = _Call(threading.current_thread())
+        try:
+            running = self._calls.setdefault("running", mine)
+            if running is mine:
+                yield
+            elif running.thread in threading.enumerate():
+                raise BusyError(
+                    "this chat is making an answer; wait for it; for answers at the same time, use branch() before"
+                )
+            else:
+                raise BusyError(
+                    "this chat was making an answer on another thread when this process was forked; make a new Chat "
+                    "here, e.g. of the same store and name"
+                )
+        finally:
+            if self._calls.get("running") is mine:
+                del self._calls["running"]
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

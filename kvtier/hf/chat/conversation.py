@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,26 +12,18 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvtier.errors import BusyError, ConfigurationError, StoreError
+from kvtier.errors import ConfigurationError
 from kvtier.hf.cache import TieredCache
-from kvtier.hf.chat.answer import Answer, AnswerControl, iterate, run_answer, stopped_by_interrupts, streamer_for
-from kvtier.hf.chat.arguments import check_model, check_settings, opening_text
-from kvtier.hf.chat.prompt import Prompter
-from kvtier.hf.chat.report import ChatReport, chat_report
+from kvtier.hf.chat.answer import AnswerControl, OneAtATime, iterate, stopped_by_interrupts, streamer_for
+from kvtier.hf.chat.arguments import check_model, check_settings
+from kvtier.hf.chat.generation import Generation
+from kvtier.hf.chat.prompt import History, Prompter
+from kvtier.hf.chat.report import ChatReport
+from kvtier.hf.chat.resume import begun_or_resumed, identity_of, opening_messages
 from kvtier.hf.chat.saved import Conversation, SavedConversation
-from kvtier.hf.chat.template import PARTIAL, ChatTemplate, Message, text_of
-from kvtier.hf.compat.names import passed
-from kvtier.hf.not_reusable import NotReusable
-from kvtier.hf.turn.exclusive_use import exclusively
+from kvtier.hf.chat.template import ChatTemplate, Message
 from kvtier.store import PrefixStore
 from kvtier.store.names import checked_name
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of the lists and dicts of messages; images, which may be large, are shared."""
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _nothing() -> None:
@@ -65,10 +55,6 @@ class Chat:
         ttl: seconds after its last use at which a saved chat is forgotten, pinned or not.
         settings: arguments of ``generate`` for all answers, e.g. ``max_new_tokens``; by default at most 512 new tokens.
 
-    Attributes:
-        model: the model.
-        cache: the cache.
-
     Raises:
         ConfigurationError: an argument cannot be used, or the saved chat has another system message or another model.
         StoreError: the folder cannot be used, or the saved chat cannot be read.
@@ -95,69 +81,51 @@ class Chat:
             raise ConfigurationError(f"on_other_model={on_other_model!r} is unknown; pass 'refuse' or 'render'.")
         check_model(model)
         check_settings(settings)
-        self._template = ChatTemplate(tokenizer, tools, template or {})
-        self.model = model
-        self._is_own_cache = not isinstance(cache, TieredCache)
-        self.cache = cache if isinstance(cache, TieredCache) else TieredCache(cache, tokenizer=self._template.tokenizer)
-        self._settings, self._rewarm = settings, rewarm
-        self._answering = threading.Lock()
-        self._last_turn: ChatReport | None = None
+        chat_template = ChatTemplate(tokenizer, tools, template or {})
+        is_own = not isinstance(cache, TieredCache)
+        used = cache if isinstance(cache, TieredCache) else TieredCache(cache, tokenizer=chat_template.tokenizer)
         try:
-            self._saved = SavedConversation(self.cache, name, pin, ttl)
-            self._identify()
-            opening = self._opening(system, document)
-            found = self._saved.load()
-            self._conversation = found or Conversation(opening, model=self._model, root=self._root)
-            if found is not None:
-                self._check_resumed(found, opening, on_other_model)
+            saved = SavedConversation(used, name, pin, ttl)
+            identity = identity_of(model, used, chat_template.tokenizer)
+            opening = opening_messages(chat_template, system, document)
+            conversation = begun_or_resumed(saved, opening, identity, on_other_model)
         except BaseException:
-            self.close()
+            if is_own:
+                used.close()
             raise
-        self._messages: list[Message] = [dict(message) for message in self._conversation.messages]
-        self._prompter = Prompter(self._template, model.device, self._conversation.transcript)
+        generation = Generation(model, used, chat_template, settings, rewarm)
+        history = History(conversation.messages, Prompter(chat_template, model.device, conversation.transcript))
+        self._consist_of(generation, history, saved, conversation, is_own)
 
-    def _opening(self, system: str | None, document: str | None) -> list[Message]:
-        text = opening_text(system, document)
-        return [] if text is None else [{"role": "system", "content": self._template.content(text)}]
-
-    def _identify(self) -> None:
-        turns = self.cache.turns
-        identity = exclusively(turns, "Chat()", partial(turns.identity_of, self.model))
-        config = self.model.config
-        self._root = None if isinstance(identity, NotReusable) else identity.root
-        manifest = {} if isinstance(identity, NotReusable) else identity.manifest
-        self._model: dict[str, Any] = {
-            "class": type(self.model).__name__,
-            "name": str(getattr(config, "_name_or_path", "")),
-            "vocabulary": len(self._template.tokenizer),
-            "weights": manifest.get("weights"),
-            "adapters": manifest.get("adapters"),
-        }
-
-    def _check_resumed(self, found: Conversation, opening: Sequence[Message], on_other_model: str) -> None:
-        if opening and list(found.messages[:1]) != list(opening):
-            raise ConfigurationError(
-                f"the chat {self.name!r:.80} was begun with another system message or document; leave system and "
-                "document out to resume it, pass another name, or forget it first (store.forget(name))."
-            )
-        ours = {key: self._model[key] for key in self._model if key != "name"}
-        if {key: found.model.get(key) for key in ours} == ours:
-            known = getattr(self.model.config.get_text_config(), "vocab_size", None)
-            if isinstance(known, int) and max(found.transcript.ids, default=0) >= known:
-                raise StoreError(
-                    f"the chat {self.name!r:.80} cannot be resumed: it has token ids that the model does not have; "
-                    "forget it, or use another name"
-                )
-            return
-        if on_other_model == "refuse":
-            saved = found.model.get("name") or found.model.get("class")
-            raise ConfigurationError(
-                f"the chat {self.name!r:.80} was held with another model ({saved}): its tokens mean nothing to this "
-                "one. Pass that model, another name, or on_other_model='render' to go on from its messages."
-            )
-        self._conversation = Conversation(found.messages, model=self._model, created_at=found.created_at)
+    def _consist_of(
+        self,
+        generation: Generation,
+        history: History,
+        saved: SavedConversation,
+        conversation: Conversation,
+        is_own_cache: bool,
+        last_turn: ChatReport | None = None,
+    ) -> None:
+        """Take all parts: of a new chat, or of a branch."""
+        self._generation = generation
+        self._history = history
+        self._saved = saved
+        self._conversation = conversation  # as it was saved last
+        self._is_own_cache = is_own_cache
+        self._last_turn = last_turn
+        self._calls = OneAtATime()
 
     # --- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self._generation.model
+
+    @property
+    def cache(self) -> TieredCache:
+        """The cache."""
+        return self._generation.cache
 
     @property
     def name(self) -> str | None:
@@ -167,12 +135,12 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """A copy of all messages. An answer that was stopped has ``"partial": True``."""
-        return [_copied(message) for message in self._messages]
+        return self._history.copied_messages()
 
     @property
     def tokens(self) -> list[int]:
         """The token ids of the conversation up to the last answer; for media, with the placeholders of the model."""
-        return list(self._prompter.ids)
+        return list(self._history.prompter.ids)
 
     @property
     def last_turn(self) -> ChatReport | None:
@@ -181,7 +149,7 @@ class Chat:
 
     def __repr__(self) -> str:
         name = f" {self.name!r}" if self.name is not None else ""
-        return f"<Chat{name}: {len(self._messages)} messages, {len(self._prompter.ids)} tokens>"
+        return f"<Chat{name}: {len(self._history.messages)} messages, {len(self.tokens)} tokens>"
 
     # --- to talk ----------------------------------------------------------------------------------------------------
 
@@ -216,12 +184,7 @@ class Chat:
         Raises:
             ConfigurationError: the user has said nothing.
         """
-
-        def without_answer() -> None:
-            del self._messages[self._last_of_user() + 1 :]
-            self._prompter.edited()
-
-        return self._turn(without_answer, stream, settings, AnswerControl())
+        return self._turn(self._history.remove_answer, stream, settings, AnswerControl())
 
     def stream(self, content: Any = None, **settings: Any) -> Iterator[str]:
         """Say ``content`` (None: ``reply``) and yield the answer piece by piece, as a thread makes it.
@@ -234,53 +197,32 @@ class Chat:
         return iterate(lambda show: self._turn(change, show, settings, control), control)
 
     def _adding(self, content: Any) -> Callable[[], None]:
-        message = {"role": "user", "content": self._template.content(content)}
-        return lambda: self._messages.append(message)
+        message = {"role": "user", "content": self._generation.template.content(content)}
+        return partial(self._history.add, message)
 
     def _turn(
         self, change: Callable[[], None], stream: Any, settings: Mapping[str, Any], control: AnswerControl
     ) -> str:
         """Answer the messages after a ``change`` of them, which is undone when there is no answer."""
         check_settings(settings)
-        streamer = streamer_for(stream, self._template.tokenizer)
-        with self._alone():
+        streamer = streamer_for(stream, self._generation.template.tokenizer)
+        with self._calls.alone():
             with stopped_by_interrupts(control):
-                answer, text, next_lost = self._answered(change, streamer, settings, control)
-            if self._rewarm and next_lost and answer.error is None and not control.interrupts:
-                self._warm()
-        if answer.error is not None:
-            raise answer.error
+                answered = self._generation.answer(self._history, change, streamer, settings, control)
+                self._last_turn = answered.report or self._last_turn
+                self._save(after_turn=True)
+            if (
+                self._generation.rewarm
+                and answered.next_lost_tokens
+                and answered.error is None
+                and not control.interrupts
+            ):
+                self._last_turn = self._generation.warm(self._history) or self._last_turn
+        if answered.error is not None:
+            raise answered.error
         if control.interrupts:  # after the last token
             raise KeyboardInterrupt
-        return text
-
-    def _answered(
-        self,
-        change: Callable[[], None],
-        streamer: BaseStreamer | None,
-        settings: Mapping[str, Any],
-        control: AnswerControl,
-    ) -> tuple[Answer, str, int]:
-        """Make and save an answer; return it, its text, and how many tokens the next prompt will show otherwise."""
-        before = list(self._messages)
-        try:
-            change()
-            prompt = self._prompter.next(self._messages)
-            run = partial(run_answer, self.model, prompt.inputs, self.cache, {**self._settings, **settings})
-            answer = run(self._template.tokenizer, streamer, control)
-            if answer.error is not None and not answer.ids:
-                raise answer.error
-            turn = self.cache.last_turn
-            message = self._prompter.answered(prompt, answer.ids)
-        except BaseException:
-            self._messages[:] = before
-            raise
-        self._messages.append({**message, PARTIAL: True} if answer.is_partial else message)
-        next_lost, reason = self._prompter.preview(self._messages)
-        if turn is not None:
-            self._last_turn = chat_report(turn, prompt.lost_tokens, next_lost, reason or prompt.lost_reason)
-        self._save(after_turn=True)
-        return answer, text_of(message), next_lost
+        return answered.text
 
     def warm(self) -> ChatReport | None:
         """Compute what the next prompt will show before the user's message, so that its answer begins at once.
@@ -292,20 +234,10 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: there is nothing to compute yet.
         """
-        with self._alone():
-            report = self._warm()
+        with self._calls.alone():
+            self._last_turn = self._generation.warm(self._history) or self._last_turn
             self._save(after_turn=True)
-        return report
-
-    def _warm(self) -> ChatReport | None:
-        inputs = self._prompter.warmed(self._messages)
-        if inputs is None:
-            raise ConfigurationError("there is nothing to compute before the first message of this chat.")
-        self.model.generate(**inputs, **passed(self.cache), max_new_tokens=1, do_sample=False)
-        turn = self.cache.last_turn
-        if turn is not None:
-            self._last_turn = chat_report(turn, 0, 0, None)
-        return self._last_turn
+            return self._last_turn
 
     # --- to change it -----------------------------------------------------------------------------------------------
 
@@ -316,10 +248,8 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: it has no role.
         """
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigurationError(f"message={message!r:.80} has no role; pass {{'role': …, 'content': …}}.")
-        with self._alone():
-            self._messages.append(_copied(dict(message)))
+        with self._calls.alone():
+            self._history.add(message)
             self._save(after_turn=False)
 
     def edit(self, index: int, content: Any) -> None:
@@ -331,13 +261,23 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: there is no such message.
         """
-        with self._alone():
-            if not isinstance(index, int) or not -len(self._messages) <= index < len(self._messages):
-                raise ConfigurationError(f"index={index!r}: the chat has {len(self._messages)} messages.")
-            message = self._messages[index]
-            changed = {key: value for key, value in message.items() if key != PARTIAL}
-            self._messages[index:] = [{**changed, "content": self._template.content(content)}]
-            self._edited()
+        with self._calls.alone():
+            self._history.edit(index, self._generation.template.content(content))
+            self._save(after_turn=False)
+
+    def remove(self, index: int = -1) -> list[Message]:
+        """Remove message ``index`` and all messages after it; return them.
+
+        Of use after ``add``, where the template refuses the message.
+
+        Raises:
+            BusyError: an answer is being made.
+            ConfigurationError: there is no such message.
+        """
+        with self._calls.alone():
+            removed = self._history.remove(index)
+            self._save(after_turn=False)
+        return removed
 
     def undo(self) -> str:
         """Remove the user's last message and everything after it; return its text.
@@ -346,22 +286,10 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: the user has said nothing.
         """
-        with self._alone():
-            at = self._last_of_user()
-            text = text_of(self._messages[at])
-            del self._messages[at:]
-            self._edited()
+        with self._calls.alone():
+            text = self._history.undo()
+            self._save(after_turn=False)
         return text
-
-    def _last_of_user(self) -> int:
-        found = [index for index, message in enumerate(self._messages) if message.get("role") == "user"]
-        if not found:
-            raise ConfigurationError("the user has said nothing yet.")
-        return found[-1]
-
-    def _edited(self) -> None:
-        self._prompter.edited()
-        self._save(after_turn=False)
 
     def branch(self, name: str | None = None) -> Chat:
         """Return a second chat with the same messages, which shares what is computed; both then go their own way.
@@ -373,19 +301,24 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: ``name`` cannot be used, or is the name of something else.
         """
-        with self._alone():
-            twin = object.__new__(type(self))
-            vars(twin).update(vars(self))
-            twin.cache, twin._is_own_cache = self.cache.fork(), True
+        with self._calls.alone():
+            cache = self.cache.fork()
             try:
-                twin._saved = self._saved.branch(twin.cache, name)
+                saved = self._saved.branch(cache, name)
             except BaseException:
-                twin.cache.close()
+                cache.close()
                 raise
-            twin._answering = threading.Lock()
-            twin._messages = _copied(self._messages)
-            twin._prompter = copy.copy(self._prompter)
-            twin._conversation = replace(self._conversation, created_at=Conversation([]).created_at)
+            twin = object.__new__(type(self))
+            twin._consist_of(
+                replace(self._generation, cache=cache),
+                self._history.branch(),
+                saved,
+                replace(self._conversation, created_at=time.time()),
+                is_own_cache=True,
+                last_turn=self._last_turn,
+            )
+            for attribute, value in vars(self).items():  # of a subclass
+                vars(twin).setdefault(attribute, value)
             twin._save(after_turn=False)
         return twin
 
@@ -407,9 +340,8 @@ class Chat:
     # --- to keep it -------------------------------------------------------------------------------------------------
 
     def _save(self, *, after_turn: bool) -> None:
-        self._conversation = Conversation(
-            self._messages, self._prompter.transcript, self._model, self._root, self._conversation.created_at
-        )
+        messages, transcript = self._history.messages, self._history.prompter.transcript
+        self._conversation = replace(self._conversation, messages=messages, transcript=transcript)
         self._saved.save(self._conversation, after_turn=after_turn)
 
     def save_as(self, name: str) -> None:
@@ -419,7 +351,7 @@ class Chat:
             BusyError: an answer is being made.
             ConfigurationError: ``name`` cannot be used, or is the name of something else.
         """
-        with self._alone():
+        with self._calls.alone():
             if checked_name(name) != self.name:
                 self._saved = self._saved.branch(self.cache, name)
             self._save(after_turn=self._last_turn is not None)
@@ -432,25 +364,14 @@ class Chat:
             BusyError: an answer is being made.
             StoreError: the disk fails.
         """
-        with self._alone():
-            self._messages.clear()
-            self._prompter.forget()
+        with self._calls.alone():
+            self._history.forget()
             self.cache.reset()
             self._saved.forget()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._answering.acquire(blocking=False):
-            raise BusyError("this chat is making an answer; wait for it, or use branch()")
-        try:
-            yield
-        finally:
-            self._answering.release()
-
     def close(self) -> None:
         """Write what is queued, and release the cache if the chat has made it. May be called more than once."""
-        if hasattr(self, "_saved"):  # else a constructor has failed
-            self._saved.close()
+        self._saved.close()
         if self._is_own_cache:
             self.cache.close()
 

@@ -1,13 +1,17 @@
-"""Prompter: the next prompt of a conversation as inputs of ``generate``, and what the chat template rewrites in it."""
+"""The messages of a conversation, its next prompt as inputs of ``generate``, and what the template rewrites in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kvtier.hf.chat.template import ChatTemplate, Message
+from kvtier.errors import ConfigurationError
+from kvtier.hf.chat.template import PARTIAL, ChatTemplate, Message, text_of
 from kvtier.hf.chat.transcript import Transcript, common_length
 
 
@@ -126,3 +130,111 @@ class Prompter:
             return None
         self._computed = ids[:-1]  # the last id may be another one before a message
         return self._inputs(ids)
+
+
+class History:
+    """The messages of a conversation and their prompter, which is told of every change.
+
+    Args:
+        messages: the messages so far; copied.
+        prompter: makes the prompts of the conversation.
+
+    Attributes:
+        messages: the messages; an answer that was stopped has ``"partial": True``.
+        prompter: makes the prompts.
+    """
+
+    def __init__(self, messages: Sequence[Message], prompter: Prompter) -> None:
+        self.messages: list[Message] = _copied([dict(message) for message in messages])
+        self.prompter = prompter
+
+    def branch(self) -> History:
+        """Return a copy that changes on its own."""
+        return History(self.messages, copy.copy(self.prompter))
+
+    def copied_messages(self) -> list[Message]:
+        """Return a copy of the messages; images, which may be large, are shared."""
+        return [_copied(message) for message in self.messages]
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Bring the messages back to what they are now if the context raises."""
+        before = list(self.messages)
+        try:
+            yield
+        except BaseException:
+            self.messages[:] = before
+            raise
+
+    def add(self, message: Mapping[str, Any]) -> None:
+        """Add a copy of a message.
+
+        Raises:
+            ConfigurationError: it has no role.
+        """
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigurationError(f"message={message!r:.80} has no role; pass {{'role': …, 'content': …}}.")
+        self.messages.append(_copied(dict(message)))
+
+    def edit(self, index: int, content: Any) -> None:
+        """Give a message another content, and remove all messages after it.
+
+        Raises:
+            ConfigurationError: there is no such message.
+        """
+        message = self.messages[self._checked(index)]
+        changed = {key: value for key, value in message.items() if key != PARTIAL}
+        self.messages[index:] = [{**changed, "content": content}]
+        self.prompter.edited()
+
+    def remove(self, index: int) -> list[Message]:
+        """Remove a message and all messages after it; return them.
+
+        Raises:
+            ConfigurationError: there is no such message.
+        """
+        self._checked(index)
+        removed = self.messages[index:]
+        del self.messages[index:]
+        self.prompter.edited()
+        return removed
+
+    def undo(self) -> str:
+        """Remove the user's last message and all messages after it; return its text.
+
+        Raises:
+            ConfigurationError: the user has said nothing.
+        """
+        return text_of(self.remove(self._last_of_user())[0])
+
+    def remove_answer(self) -> None:
+        """Remove all messages after the user's last one.
+
+        Raises:
+            ConfigurationError: the user has said nothing.
+        """
+        del self.messages[self._last_of_user() + 1 :]
+        self.prompter.edited()
+
+    def forget(self) -> None:
+        """Go on with nothing."""
+        self.messages.clear()
+        self.prompter.forget()
+
+    def _checked(self, index: int) -> int:
+        if not isinstance(index, int) or not -len(self.messages) <= index < len(self.messages):
+            raise ConfigurationError(f"index={index!r}: the chat has {len(self.messages)} messages.")
+        return index
+
+    def _last_of_user(self) -> int:
+        found = [index for index, message in enumerate(self.messages) if message.get("role") == "user"]
+        if not found:
+            raise ConfigurationError("the user has said nothing yet; remove() takes back other messages.")
+        return found[-1]
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of the lists and dicts of messages; images, which may be large, are shared."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value

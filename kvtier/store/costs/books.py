@@ -115,8 +115,7 @@ class CostBooks:
 
     def _to_save(self, saved_before: float) -> list[tuple[str, str]]:
         with self.lock:
-            return [
-                of
-                for of, book in self._books.items()
-                if book.news and self._saved_at.get(of, -math.inf) <= saved_before
-            ]
+            return [*(of for of, book in self._books.items() if book.news and self._is_saved_before(of, saved_before))]
+
+    def _is_saved_before(self, of: tuple[str, str], time: float) -> bool:
+        return self._saved_at.get(of, -math.inf) <= time

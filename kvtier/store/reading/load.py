@@ -70,7 +70,8 @@ class UnusableBlocks:
             for reason, keys in (("damaged", damaged), ("unavailable", unavailable), ("gone", gone)):
                 if keys:
                     self._tally[f"misses.{reason}"] += len(keys)
-            news = {key: error for key, error in damaged.items() if key not in self._warned}
+            new = [*(key for key in damaged if key not in self._warned)]
+            news = {key: damaged[key] for key in new}
             self._warned.update(news)
             is_first = bool(unavailable) and _UNAVAILABLE not in self._warned
             self._warned.update([_UNAVAILABLE] * is_first)

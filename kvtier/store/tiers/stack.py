@@ -219,7 +219,7 @@ class TierStack:
             for block in blocks:
                 found[block.key] = self._open_here(block)
             for tier in self._lower:
-                left = [block for block in blocks if not is_open(found[block.key])]
+                left = [*(block for block in blocks if not is_open(found[block.key]))]
                 for block, outcome in zip(left, tier.open_all(left), strict=True):
                     here = found[block.key]
                     if is_open(outcome) or here is None:

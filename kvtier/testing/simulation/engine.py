@@ -169,7 +169,7 @@ class SimulatedEngine:
         with self._unwatched():
             past = self._detector.enqueue(name, [fence.past for fence in fences], reads, writes)
             sources, targets = [[Region.of(tensor) for tensor in tensors] for tensors in (reads, writes)]
-            before = [fence for fence in fences if isinstance(fence, _Operation)]
+            before = [*(fence for fence in fences if isinstance(fence, _Operation))]
             operation = _Operation(self, past, kind, ordinal, task, tuple(writes), sources, targets, before)
             self._pending.append(operation)
             self._poison()

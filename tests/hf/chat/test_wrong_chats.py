@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from kvtier import Chat, ConfigurationError, PrefixStore, PromptError, StoreError
-from kvtier.hf.chat.conversation import Conversation
+from kvtier.hf.chat.saved import Conversation
 from kvtier.hf.chat.transcript import Segment, Transcript
 from tests.support.chats import END, chat_model, chat_tokenizer, plain_answer
 
@@ -191,17 +192,18 @@ def test_saved_ids_that_the_model_does_not_have_are_an_error(store, speaker):
 # --- interrupts and streams -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["_prompter.preview", "_saved._write", "_saved._name"])
+@pytest.mark.parametrize("step", ["_history.prompter.preview", "_saved._write", "_saved._name"])
 def test_interrupt_while_an_answer_is_saved_loses_nothing_of_it(store, speaker, monkeypatch, step):
     chat = chat_on(store, speaker, name="x")
-    part, method = step.split(".")
-    original = getattr(getattr(chat, part), method)
+    part, _, method = step.rpartition(".")
+    owner = operator.attrgetter(part)(chat)
+    original = getattr(owner, method)
 
     def interrupted(*given):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*given)
 
-    monkeypatch.setattr(getattr(chat, part), method, interrupted)
+    monkeypatch.setattr(owner, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.say("hello there")
     monkeypatch.undo()
@@ -216,7 +218,7 @@ def test_answer_that_cannot_be_read_takes_the_question_back(chat, monkeypatch):
     def failing(*_):
         raise ValueError("no such token")
 
-    monkeypatch.setattr(chat._template, "answer", failing)
+    monkeypatch.setattr(chat._generation.template, "answer", failing)
     with pytest.raises(ValueError, match="no such token"):
         chat.say("hello")
     assert chat.messages == []
@@ -235,7 +237,7 @@ def test_stream_that_its_own_thread_collects_stops(store, speaker):
     chat = chat_on(store, speaker, max_new_tokens=200, suppress_tokens=[END])
     pieces = chat.stream("hello", stopping_criteria=[collect])
     next(pieces)
-    while chat._answering.locked():
+    while chat._calls.is_busy:
         pass
     assert closed == [None]
     assert chat.messages[-1]["partial"]

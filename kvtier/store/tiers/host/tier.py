@@ -248,7 +248,7 @@ class HostTier:
         """Return the keys of blocks that were last used before ``since`` (Unix time) and are not pinned."""
         with self._lock:
             pinned = self._pinned()
-            return [key for key in self._blocks.used_before(since) if key not in pinned]
+            return [*(key for key in self._blocks.used_before(since) if key not in pinned)]
 
     def expire(self) -> None:
         """Forget blocks that were not used for ``ttl_seconds``."""
@@ -300,7 +300,7 @@ class HostTier:
     def tails(self, parent: str, tokens: TokenIds) -> Sequence[BlockId]:
         """Return the blocks after ``parent`` whose ids are a proper prefix of ``tokens``."""
         with self._lock:
-            return [block for block in self._blocks.tails(parent, tokens) if block.key in self]
+            return [*(block for block in self._blocks.tails(parent, tokens) if block.key in self)]
 
     def entry(self, key: str) -> Entry | None:
         """Return the entry of a block that can be opened."""
@@ -310,7 +310,7 @@ class HostTier:
     def entries(self) -> list[Entry]:
         """Return the entries of all blocks that can be opened."""
         with self._lock:
-            return [self._entry(key) for key, resident in self._blocks.items() if self._is_fresh(key, resident)]
+            return [*(self._entry(key) for key, resident in self._blocks.items() if self._is_fresh(key, resident))]
 
     def _entry(self, key: str) -> Entry:
         resident = self._blocks[key]

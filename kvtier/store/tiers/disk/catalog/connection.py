@@ -7,6 +7,7 @@ import math
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,17 +35,33 @@ def connect(uri: str, timeout_seconds: float) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=timeout_seconds, isolation_level=None, check_same_thread=False)
 
 
+class _Deadline:
+    """When the running statement is cut off, in seconds of ``time.monotonic``.
+
+    It is an object of its own, so that a connection does not keep its ``Statements`` alive.
+    """
+
+    def __init__(self) -> None:
+        self.at = math.inf
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.at
+
+
 class Statements:
     """A connection that cuts off statements that run too long: a hostile file can make any statement endless.
 
-    Each may run for ``TURN_SECONDS``, until its last row is fetched.
+    Each may run for ``TURN_SECONDS``, until its last row is fetched. A connection that was not closed is closed when
+    this is garbage-collected.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._limit_seconds = TURN_SECONDS
         self._connection = connection
-        self._cut_off_at = math.inf
-        connection.set_progress_handler(self._is_over, _STEPS)
+        self._deadline = _Deadline()
+        self._close = weakref.finalize(self, connection.close)
+        self._close.atexit = False
+        connection.set_progress_handler(self._deadline.is_over, _STEPS)
         if hasattr(connection, "setlimit"):  # since Python 3.11
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
 
@@ -57,19 +74,16 @@ class Statements:
         finally:
             self._limit_seconds = before
 
-    def _is_over(self) -> bool:
-        return time.monotonic() > self._cut_off_at
-
     def execute(self, statement: str, values: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
         """Execute a statement."""
-        self._cut_off_at = time.monotonic() + self._limit_seconds
+        self._deadline.at = time.monotonic() + self._limit_seconds
         return self._connection.execute(statement, values)
 
     def executemany(self, statement: str, rows: Iterable[Sequence[Any] | dict[str, Any]]) -> None:
         """Execute a statement once for each of ``rows``."""
         rows = iter(rows)
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            self._cut_off_at = time.monotonic() + self._limit_seconds
+            self._deadline.at = time.monotonic() + self._limit_seconds
             self._connection.executemany(statement, some)
 
     @property
@@ -78,8 +92,8 @@ class Statements:
         return self._connection.in_transaction
 
     def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
+        """Close the connection. May be called more than once."""
+        self._close()
 
 
 @contextmanager

@@ -161,8 +161,16 @@ class Database:
                     self.finish_overwriting()
             except BaseException:
                 if connection.in_transaction:  # left open, it would block all writers
-                    connection.execute("ROLLBACK")
+                    self._roll_back(connection)
                 raise
+
+    def _roll_back(self, connection: Statements) -> None:
+        try:
+            connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            if self._path is None:  # its tables end with the connection
+                raise
+            self._writer.disconnect()  # which rolls back, too
 
     def truncate_log(self) -> bool:
         """Move the write-ahead log into the file; return whether the log is empty.
