@@ -45,11 +45,14 @@ def run(options: Options) -> Result:
             cases.append(bench.case(rounds, options, dropped=True))
         else:
             notes.append("This system cannot drop files from the page cache: that case was left out.")
+    warm, *dropped = cases
     targets = [
-        Target(
-            f"from disk, raw, against reading plainly ({case.facts['page_cache']})", case.ratio(DISK), 1.5, "at most"
-        )
-        for case in cases
+        Target("from disk, raw, against reading plainly (page cache warm)", warm.ratio(DISK), 1.2, "at most"),
+        Target("from RAM, against reading plainly", warm.ratio(RAM), 0.8, "at most"),
+    ]
+    targets += [
+        Target("from disk, raw, against reading plainly (page cache dropped)", case.ratio(DISK), 1.0, "at most")
+        for case in dropped
     ]
     return Result(
         "restore",
