@@ -103,6 +103,21 @@ def is_heap(kind: type) -> bool:
     return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE
 
 
+def has_hidden_memory(kind: type) -> bool:
+    """Whether C code gave objects of ``kind``, a class or its base, memory that is no attribute.
+
+    A class statement adds a pointer for each slot, and up to two for ``__dict__`` and ``__weakref__``.
+    """
+    base = kind.__base__
+    if base is None or not is_heap(kind):
+        return base is not None
+    inside = vars(kind)
+    pointers = sum(name in inside for name in ("__dict__", "__weakref__"))
+    if "__slots__" in inside:
+        pointers += sum(isinstance(value, types.MemberDescriptorType) for value in inside.values())
+    return kind.__basicsize__ - base.__basicsize__ > pointers * tuple.__itemsize__
+
+
 def origin_of_module(module: types.ModuleType | None) -> Origin:
     """Return the origin of a module."""
     name = str(getattr(module, "__name__", ""))

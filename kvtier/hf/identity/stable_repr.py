@@ -22,8 +22,8 @@ from kvtier.hf.identity.code import (
     WRITTEN_IN_C,
     Origin,
     facts_of,
+    has_hidden_memory,
     is_compiled,
-    is_heap,
     origin_of_class,
     origin_of_function,
     origin_of_module,
@@ -326,7 +326,7 @@ class Describer:
     def _object(self, value: Any, kind: type, path: str) -> str:
         """Describe an object by its class and its attributes; objects of other code, by how pickle rebuilds them."""
         words, method = self.describe(kind, path), reduction(kind)
-        if method == "attributes" and any(not is_heap(base) for base in kind.__mro__[:-1]):
+        if method == "attributes" and any(map(has_hidden_memory, kind.__mro__)):
             raise Undescribable(path, kind.__qualname__)
         if method != "attributes":
             try:

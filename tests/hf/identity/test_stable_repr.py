@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
+from typing import Generic, TypeVar
 
 import pytest
 import torch
@@ -18,11 +20,37 @@ class Half(float):
     """A number type that could compute differently from float."""
 
 
-class Hidden(deque):
-    """A deque whose ``__reduce__`` leaves out its contents."""
+class HiddenDeque(deque):
+    """A deque whose ``__reduce__`` leaves out its contents. Before Python 3.12, deque is a static type of C."""
 
     def __reduce__(self):
-        return Hidden, ()
+        return HiddenDeque, ()
+
+
+class HiddenArray(array):
+    """The same for a type that C makes at run time, as it does with more of them in each version of Python."""
+
+    def __reduce_ex__(self, protocol):
+        return HiddenArray, ("d",)
+
+
+class Plain:
+    """Only slots, a dict and weak references, in three classes."""
+
+    __slots__ = ("first", "second")
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class PlainWithDict(Plain, Generic[TypeVar("T")]):
+    """Adds a dict."""
+
+
+class PlainAgain(PlainWithDict):
+    """Adds another slot."""
+
+    __slots__ = ("third",)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +71,19 @@ def test_float_subclass_is_described_differently_from_a_float():
     assert describe(Half(2.0), "it", []) != describe(2.0, "it", [])
 
 
-def test_c_container_that_hides_its_contents_is_undescribable():
+@pytest.mark.parametrize("value", [HiddenDeque([1]), HiddenArray("d", [1.0])], ids=["static", "heap"])
+def test_c_container_that_hides_its_contents_is_undescribable(value):
     with pytest.raises(Undescribable):
-        describe(Hidden([1]), "it", [])
+        describe(value, "it", [])
+
+
+def test_attributes_and_slots_of_all_classes_are_described():
+    value = PlainAgain()
+    seen = {describe(value, "it", [])}
+    for name in ("first", "second", "third", "other"):
+        setattr(value, name, 1)
+        seen.add(describe(value, "it", []))
+    assert len(seen) == 5
 
 
 def test_user_registered_operators_are_undescribable(operator):
