@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,12 +37,14 @@ os.environ.pop("KVTIER_STORE", None)  # tests, and processes of theirs, must not
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers ``sample`` and ``cpu_only``."""
+    """Register the markers ``sample`` and ``cpu_only``, and let tests raise interrupts."""
     config.addinivalue_line(
         "markers",
         "sample(n, of=None): a run takes n of its cases, or of all tests of that word; see tests/support/samples.py",
     )
     config.addinivalue_line("markers", "cpu_only(reason): makes no sense on the test device")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
