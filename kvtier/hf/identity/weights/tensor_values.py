@@ -151,6 +151,8 @@ def memory(address: int, size_bytes: int) -> npt.NDArray[np.uint8]:
 
     ``Tensor.numpy`` would forbid any later resizing of the storage.
     """
+    if not size_bytes:  # whose address may be 0, which NumPy before 2.3 refuses
+        return np.empty(0, dtype=np.uint8)
     view: npt.NDArray[np.uint8] = np.asarray(_Memory(address, size_bytes))
     return view
 
