@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from kvtier import BudgetError, ConfigurationError, PrefixStore, StreamError, TieredCache
 from kvtier.testing import SimulatedEngine
 from tests.support.interrupts import Interrupt
+from tests.support.reuse import states_alone_off
 from tests.support.upstream import CACHE
 
 PAGE = 8
@@ -286,6 +287,7 @@ def test_pages_borrowed_from_ram_count_against_the_host_budget(make_model, gener
             assert torch.equal(ours.sequences, generate(model, ids).sequences)
 
 
+@states_alone_off
 def test_device_budget_without_effect_on_a_model_is_logged_once(caplog):
     from transformers import MambaConfig, MambaForCausalLM
 
