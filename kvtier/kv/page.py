@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,17 @@ class Page:
     def nbytes(self) -> int:
         """Bytes of K and V."""
         return self.k_htd.nbytes + self.v_htd.nbytes
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The spec of its layer."""
+        k, v = self.k_htd, self.v_htd
+        return _spec_of(k.shape, k.dtype, v.shape, v.dtype)
+
+
+@functools.lru_cache(maxsize=64)  # a block has a page for each layer, and nearly all are alike
+def _spec_of(k_htd: torch.Size, k_dtype: torch.dtype, v_htd: torch.Size, v_dtype: torch.dtype) -> LayerSpec:
+    return LayerSpec(k_htd[0], k_htd[2], v_htd[0], v_htd[2], k_dtype, None if v_dtype is k_dtype else v_dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

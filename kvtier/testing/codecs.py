@@ -97,7 +97,7 @@ class CodecChecks:
         file = BlockFile(str(path), codecs={codec.name: codec})
         try:
             file.check()
-            assert file.spec == KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in pages))
+            assert file.spec == KVSpec(tuple(page.spec for page in pages))
             for layer, page in enumerate(pages):
                 found = file.page(layer)
                 for mine, theirs in ((found.k_htd, page.k_htd), (found.v_htd, page.v_htd)):

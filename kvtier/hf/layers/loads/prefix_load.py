@@ -70,7 +70,6 @@ class PrefixLoad:
         self._landed: list[KVBuffer | None] = []
         self._left: set[int] = set()
         self._moved: dict[int, int] = {}  # layers whose held rows were moved: to so many rows for each row
-        self._begun = False
 
     def start(self, memories: Sequence[LayerMemory | None], windows: Sequence[Window | None], columns: int) -> None:
         """Assign a place to the pages of each layer and start loading them.
@@ -98,6 +97,17 @@ class PrefixLoad:
             else:
                 self._landed.append(self._host_buffer(layer, spec, columns))
         job.start(self._place, self.patience_seconds)
+        self._give_head_start(job)
+
+    def _give_head_start(self, job: LoadJob) -> None:
+        """Wait for fast pages where computing would take the cores from the threads that read them.
+
+        Here, and not in the first layer: the Python before it and those threads would wait for each other.
+        """
+        if self.device.type == "cpu" and torch.get_num_threads() >= (os.cpu_count() or 1):
+            started = time.perf_counter()
+            job.give_head_start(self.restored_bytes / self.overlap_bytes_per_second)
+            self.seconds += time.perf_counter() - started
 
     def first_of(self, layer: int) -> int:
         """Return the first column that ``layer`` needs."""
@@ -271,7 +281,7 @@ class PrefixLoad:
         self, layer: int, old: LayerMemory | None, k_bhtd: torch.Tensor, v_bhtd: torch.Tensor, make: MakeMemory
     ) -> LayerMemory:
         assert old is None or isinstance(old, KVBuffer)
-        landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd), k_bhtd.device.type == "cpu")
+        landed = self._wait(layer, LayerSpec.of(k_bhtd, v_bhtd))
         repeats = k_bhtd.shape[0] // len(self.plans)
         first = self.first_of(layer)
         if old is not None and self.stays(layer, old) and old.takes(k_bhtd, v_bhtd):
@@ -301,13 +311,10 @@ class PrefixLoad:
                 memory.clear(row, end, self.columns)
         return memory
 
-    def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
+    def _wait(self, layer: int, spec: LayerSpec) -> KVBuffer | None:
         if not self._landed:
             return None
         if self.job is not None:
-            if not self._begun and computes_on_host and torch.get_num_threads() >= (os.cpu_count() or 1):
-                self.job.give_head_start(self.restored_bytes / self.overlap_bytes_per_second)
-            self._begun = True
             self.job.wait(layer)
         landed = self._landed[layer]
         if landed is not None and landed.spec != spec:

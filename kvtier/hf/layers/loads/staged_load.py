@@ -127,7 +127,7 @@ class StagedPrefixLoad(PrefixLoad):
         assert self.job is not None
         self.job.land(layer, lambda _, row: self.place_in(stage, row))
 
-    def _wait(self, layer: int, spec: LayerSpec, computes_on_host: bool) -> KVBuffer | None:
+    def _wait(self, layer: int, spec: LayerSpec) -> KVBuffer | None:
         if not self._landed:
             return None
         fence = self._arriving.pop(layer, None)

@@ -42,7 +42,7 @@ class TurnClock:
         first_token_seconds: from the beginning of the call to the end of the pass with the last column of the prompt;
             0 until then.
         prompt_seconds: the same from the time when the turn was planned.
-        around_seconds: of these, those before the first pass.
+        around_seconds: of these, those before the first pass, but those that waited for pages.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TurnClock:
         """
         now = self.end_pass(waited_seconds)
         if not self.around_seconds:
-            self.around_seconds = now - self._planned_at
+            self.around_seconds = max(0.0, now - self._planned_at - waited_seconds)
         self._running = columns, depth_columns, now, waited_seconds
 
     def end_pass(self, waited_seconds: float, *, is_settled: bool = False) -> float:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from kvtier.kv.page import Page, PageView
-from kvtier.kv.spec import KVSpec, LayerSpec
+from kvtier.kv.spec import KVSpec
 from kvtier.platform.fork_safety import Rank, take_part
 from kvtier.store.block import Block, BlockReader, Entry, Landing
 from kvtier.store.chain import BlockId, TokenIds
@@ -36,7 +36,7 @@ class HostReader:
 
     def __init__(self, block: Block, lease: BlockLease) -> None:
         self.id = block.id
-        self.spec = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        self.spec = KVSpec(tuple(page.spec for page in block.pages))
         # Views of tensors are made here, in one thread: the threads that land pages would wait for each other.
         self._views = tuple(PageView.on(page.k_htd, page.v_htd) for page in block.pages)
         self._block = block
