@@ -207,13 +207,16 @@ class LoadJob:
         complete = True
         for key, all_uses in self._uses[layer].items():
             uses = [(_at(views[row], span), span) for row, span in all_uses if begin <= span.start < end]
+            if not uses:
+                continue
             try:
-                if uses and key not in self._failed:
-                    nbytes = token_bytes * sum(span.tokens for _, span in uses)
-                    prepared.append((key, nbytes, _landing(self._readers[key], layer, uses)))
+                landing = None if key in self._failed else _landing(self._readers[key], layer, uses)
             except BlockError as error:
-                self._failed[key] = error
-            complete = complete and not (uses and key in self._failed)
+                self._failed[key], landing = error, None
+            if landing is None:
+                complete = False
+            else:
+                prepared.append((key, token_bytes * sum(span.tokens for _, span in uses), landing))
         for key, nbytes, land in prepared:
             complete = self._landed(key, nbytes, land) and complete
         return complete

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from kvtier.store.tiers.disk.tier import DiskTier
 from kvtier.store.tiers.disk.writes import DiskSettings
 from kvtier.store.tiers.host.tier import HostTier
 from kvtier.store.tiers.lower import LowerTier
+
+Found = TypeVar("Found", BlockId, Entry)
 
 _log = logging.getLogger("kvtier.store")
 _FIRST_BLOCKS = 4  # of a chain that are asked for first
@@ -141,12 +143,7 @@ class TierStack:
 
     def find_all(self, keys: Iterable[str]) -> dict[str, BlockId]:
         """Return the identities of the blocks among ``keys`` that the store's own tiers have, by key."""
-        wanted = list(keys)
-        found: dict[str, BlockId] = {}
-        for tier in self.tiers:
-            left = [key for key in wanted if key not in found]
-            found.update((block.key, block) for block in (tier.find_all(left) if left else ()))
-        return found
+        return _first_of([tier.find_all for tier in self.tiers], keys)
 
     def find_below(self, block: Entry | BlockId) -> BlockId | None:
         """Return the identity of a block of the lower tiers; it is opened to read its ids.
@@ -274,12 +271,7 @@ class TierStack:
 
     def kept_entries(self, keys: Iterable[str]) -> dict[str, Entry]:
         """Return the entries of blocks, by key, even if their removal failed and lookups no longer find them."""
-        wanted = list(keys)
-        found: dict[str, Entry] = {}
-        for tier in reversed(self.tiers):
-            left = [key for key in wanted if key not in found]
-            found.update((entry.key, entry) for entry in (tier.kept_entries(left) if left else ()))
-        return found
+        return _first_of([tier.kept_entries for tier in reversed(self.tiers)], keys)
 
     def description(self, root: str) -> Mapping[str, Any]:
         """Return the description of ``root``; empty when the durable tier has none."""
@@ -473,3 +465,13 @@ class TierStack:
         self.database.close()
         if self.opened is not None:
             self.opened.owner.close()
+
+
+def _first_of(asked: Iterable[Callable[[Sequence[str]], Iterable[Found]]], keys: Iterable[str]) -> dict[str, Found]:
+    """Return what is found under ``keys``, by key. Each of ``asked`` is asked for what those before it lack."""
+    wanted = list(keys)
+    found: dict[str, Found] = {}
+    for ask in asked:
+        left = [key for key in wanted if key not in found]
+        found.update((each.key, each) for each in (ask(left) if left else ()))
+    return found

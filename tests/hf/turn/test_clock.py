@@ -28,6 +28,17 @@ def test_passes_end_where_the_next_begins():
     assert (clock.around_seconds, clock.first_token_seconds) == (1.0, 4.0)
 
 
+def test_waiting_for_pages_before_the_first_pass_is_not_time_around_passes():
+    now = [0.0]
+    clock = TurnClock(0.0, 100, 1, now=lambda: now[0])
+    now[0] = 3.0
+    clock.begin_pass(60, 40, 2.0)
+    now[0] = 4.0
+    clock.begin_pass(100, 1, 2.0)
+    assert (clock.around_seconds, clock.first_token_seconds) == (1.0, 4.0)
+    assert [sample.seconds for sample in clock.samples()] == [1.0]
+
+
 def test_what_was_only_enqueued_is_no_sample_nor_is_the_pass_that_had_to_wait_for_it():
     clock, samples = timed(PASSES, is_asynchronous=True)
     assert samples == [(1, 0.5)]
