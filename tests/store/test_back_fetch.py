@@ -186,10 +186,14 @@ def test_the_first_block_after_a_stop_tells_how_slow_the_tier_is():
     assert len(late) == 1
 
 
-def test_what_comes_after_a_stop_does_not_count_where_something_came_before():
-    case, late = Case([4, 6]), []
-    case.let("0.1")
-    case.fetch.stop(4)
+def test_the_first_block_after_a_stop_counts_together_with_what_came_before():
+    case, late = Case([4, 4, 6]), []
+    case.let("0.2")
+    case.fetch.stop(8)
     case.fetch.when_late(lambda *sample: late.append(sample))
+    case.readers["0.1"].gate.set()
+    assert case.readers["0.1"].closed.wait(20)
     case.end()
-    assert not late
+    ((tier, sample),) = late
+    assert (tier, sample.nbytes) == ("far", 10 * 16)
+    assert sample.seconds >= case.fetch.seconds

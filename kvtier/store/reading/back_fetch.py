@@ -106,14 +106,21 @@ class BackFetch:
                 self._fetched[key] = block
                 self._last_at = time.perf_counter()
             elif block is not None and not self._late:
-                self._late = block.tier, TransferSample(_nbytes(block), self.elapsed_seconds, _decoded_nbytes(block))
+                self._late = self._sample_with(block)
                 self._tell_late()
             self.changed.notify_all()
 
-    def when_late(self, note: Callable[[str, TransferSample], None]) -> None:
-        """Tell ``note``, now or later on another thread, how long the first block took that came after the end.
+    def _sample_with(self, block: FetchedBlock) -> tuple[str, TransferSample]:
+        """Return how long it took until ``block`` came, and what came from its tier before."""
+        blocks = [block, *(each for each in self._fetched.values() if each.tier == block.tier)]
+        nbytes, decoded = sum(map(_nbytes, blocks)), sum(map(_decoded_nbytes, blocks))
+        return block.tier, TransferSample(nbytes, self.elapsed_seconds, decoded)
 
-        Only where nothing had come before: it shows how slow a link is that was given up.
+    def when_late(self, note: Callable[[str, TransferSample], None]) -> None:
+        """Tell ``note``, now or later on another thread, when the first block came that was still being read at the end.
+
+        It shows how slow a link is that was given up. Turns that only ever see one block arrive cannot tell the wait
+        for a link from its bandwidth: the next block does.
         """
         with self.changed:
             self._note_late = note
@@ -121,7 +128,7 @@ class BackFetch:
 
     def _tell_late(self) -> None:
         note, late = self._note_late, self._late
-        if note is not None and late is not None and not self._fetched:
+        if note is not None and late is not None:
             self._note_late = None
             note(*late)
 

@@ -144,6 +144,28 @@ def test_it_waits_only_for_what_comes_sooner_than_a_chunk(costs, begin, missing,
     assert missing / speed <= costs.compute_seconds(begin, begin + COSTS.shortest_chunk_tokens)
 
 
+def test_a_chunk_ends_where_blocks_do_because_a_part_of_one_saves_nothing():
+    """At 1 ms a token, and 400 tokens of the load in a second."""
+    costs = replace(estimates(), block_columns=256)
+    assert next_chunk(0, 1000, 400.0, costs, COSTS) == 768  # while the last block arrives; the next one would be late
+    assert next_chunk(700, 768, 400.0, costs, COSTS) == 768  # sooner computed than the block of these tokens is there
+    assert next_chunk(513, 768, 1300.0, costs, COSTS) == 513  # the block comes sooner
+
+
+@given(some_estimates, st.integers(0, 3000), st.integers(1, 3000), st.floats(1, 1e5), st.integers(1, 700))
+def test_no_other_end_of_a_chunk_has_both_meet_sooner(costs, begin, missing, speed, size):
+    costs, arrived = replace(costs, block_columns=size), begin + missing
+
+    def meets(column):
+        """Return when ``column`` is computed and what follows is there."""
+        return max(costs.compute_seconds(begin, column), (arrived - column // size * size) / speed * (column < arrived))
+
+    end = next_chunk(begin, arrived, speed, costs, COSTS)
+    assume(end == begin or end - begin > COSTS.shortest_chunk_tokens)
+    others = {begin, arrived, *range(begin - begin % size + size, arrived, size)}
+    assert meets(end) <= min(map(meets, others)) * (1 + 1e-9)
+
+
 def test_nothing_is_missing_after_both_have_met():
     assert next_chunk(50, 50, 100.0, estimates(), COSTS) == 50
     assert next_chunk(50, 40, 100.0, estimates(), COSTS) == 50

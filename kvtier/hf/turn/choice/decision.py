@@ -191,24 +191,34 @@ def meeting_column(held: int, cut: int, stored: Sequence[StoredRange], estimates
 def next_chunk(begin: int, arrived: int, columns_per_second: float, estimates: Estimates, costs: Costs) -> int:
     """Return the column up to which to compute next, while the columns before ``arrived`` still load from the back.
 
-    The chunk takes about as long as the rest takes to arrive. ``begin`` when it is better to wait: what is missing
-    arrives sooner than a small chunk is computed.
+    Of the ends of blocks, which arrive as a whole, the one where chunk and rest are there soonest. ``begin`` when it is
+    better to wait: what is missing arrives sooner than any chunk is computed.
     """
-    missing = arrived - begin
+    missing, size = arrived - begin, estimates.block_columns
     if missing <= 0:
         return begin
     if columns_per_second <= 0:
         return begin + min(missing, costs.longest_chunk_tokens)
-    low, high = 0, min(missing, costs.longest_chunk_tokens)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if estimates.compute_seconds(begin, begin + middle) <= (missing - middle) / columns_per_second:
-            low = middle
+
+    def arriving(block: int) -> float:
+        return max(0, arrived - block * size) / columns_per_second
+
+    def computing(block: int) -> float:
+        return estimates.compute_seconds(begin, min(arrived, block * size))
+
+    low, high = begin // size, -(-arrived // size)
+    while low < high:  # the first end that is computed no sooner than the rest arrives
+        middle = (low + high) // 2
+        if computing(middle) >= arriving(middle):
+            high = middle
         else:
-            high = middle - 1
-    if low >= min(missing, costs.shortest_chunk_tokens):
-        return begin + low
+            low = middle + 1
+    if low > begin // size and arriving(low - 1) <= computing(low):
+        low -= 1
+    end = max(begin, min(arrived, low * size, begin + costs.longest_chunk_tokens))
     short = min(missing, costs.shortest_chunk_tokens)
+    if end == begin or end - begin >= short:
+        return end
     waits = missing / columns_per_second <= estimates.compute_seconds(begin, begin + short)
     return begin if waits else begin + short
 
