@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float64]
 
 _AGING = 0.8  # weight of a sample beside that of the next one
 _RATIO_WEIGHT = 0.01  # of latency to bandwidth, beside the errors of the samples
@@ -51,9 +53,9 @@ class TransferCost:
         seconds = np.array([each.seconds for each in known])
         weights = _AGING ** np.arange(len(known))[::-1]
         scales = seconds / (self.latency_seconds + nbytes / self.bytes_per_second)
-        fits = [(self.latency_seconds * k, k / self.bytes_per_second) for k in scales]
-        fits += [fit for i, j in combinations(range(len(known)), 2) if (fit := _through(known[i], known[j]))]
-        latencies, byte_seconds = np.array(fits).T
+        lines = _through_two(nbytes, seconds)
+        latencies = np.concatenate([self.latency_seconds * scales, lines[0]])
+        byte_seconds = np.concatenate([scales / self.bytes_per_second, lines[1]])
         expected = latencies[:, None] + byte_seconds[:, None] * nbytes
         errors = np.abs(np.log(expected / seconds)) @ weights / weights.sum()
         ratios = (latencies + _SHORTEST_SECONDS) / byte_seconds
@@ -62,10 +64,13 @@ class TransferCost:
         return TransferCost(float(latencies[best]), float(1 / byte_seconds[best]))
 
 
-def _through(a: TransferSample, b: TransferSample) -> tuple[float, float] | None:
-    """Return latency and seconds a byte of the line through two samples; None if one of them would be negative."""
-    if a.nbytes == b.nbytes:
-        return None
-    byte_seconds = (b.seconds - a.seconds) / (b.nbytes - a.nbytes)
-    latency = a.seconds - a.nbytes * byte_seconds
-    return (latency, byte_seconds) if byte_seconds > 0 and latency >= 0 else None
+def _through_two(nbytes: _Floats, seconds: _Floats) -> tuple[_Floats, _Floats]:
+    """Return latencies and seconds a byte of the lines through any two samples, but those where one is negative."""
+    first, second = np.triu_indices(len(nbytes), 1)
+    more_bytes = nbytes[second] - nbytes[first]
+    is_line = more_bytes != 0
+    first, more_seconds = first[is_line], (seconds[second] - seconds[first])[is_line]
+    byte_seconds = more_seconds / more_bytes[is_line]
+    latencies = seconds[first] - nbytes[first] * byte_seconds
+    is_cost = (byte_seconds > 0) & (latencies >= 0)
+    return latencies[is_cost], byte_seconds[is_cost]

@@ -117,7 +117,7 @@ class BackFetch:
         return block.tier, TransferSample(nbytes, self.elapsed_seconds, decoded)
 
     def when_late(self, note: Callable[[str, TransferSample], None]) -> None:
-        """Tell ``note``, now or later on another thread, when the first block came that was still being read at the end.
+        """Tell ``note``, now or later on another thread, when the first block came that was being read at the end.
 
         It shows how slow a link is that was given up. Turns that only ever see one block arrive cannot tell the wait
         for a link from its bandwidth: the next block does.
