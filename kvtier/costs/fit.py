@@ -42,20 +42,27 @@ def fitted(
 
 
 def _non_negative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the ``x >= 0`` with the least squares of ``a @ x - b``, by trying every set of positive coefficients."""
+    """Return the ``x >= 0`` with the least squares of ``a @ x - b``, by trying sets of positive coefficients.
+
+    The first set whose solution no other coefficient would improve is the right one (Karush, Kuhn and Tucker); where
+    rounding hides it, the best set is taken.
+    """
     scales: npt.NDArray[np.float64] = np.maximum(np.abs(a).max(axis=0), 1e-300)  # they differ by twelve orders
     scaled = a / scales
     products, targets = scaled.T @ scaled, scaled.T @ b
     best: npt.NDArray[np.float64] = np.zeros(len(scales))
-    least = 0.0
+    least, rounding = 0.0, 1e-12 * float(np.abs(targets).max())
     for count in range(len(scales), 0, -1):
         for some in map(list, combinations(range(len(scales)), count)):
-            within = products[np.ix_(some, some)]
-            found = np.linalg.lstsq(within, targets[some], rcond=None)[0]
-            error = float(found @ (within @ found - 2 * targets[some]))
-            if (found >= 0).all() and error < least:
-                best, least = np.zeros(len(scales)), error
-                best[some] = found
-        if best.all():
-            break  # what is best without a bound is within it
+            found = np.linalg.lstsq(products[np.ix_(some, some)], targets[some], rcond=None)[0]
+            if (found < 0).any():
+                continue
+            tried: npt.NDArray[np.float64] = np.zeros(len(scales))
+            tried[some] = found
+            slopes = products @ tried - targets
+            error = float(tried @ (slopes - targets))
+            if error < least:
+                best, least = tried, error
+            if (slopes >= -rounding).all():
+                return np.divide(tried, scales)
     return np.divide(best, scales)
