@@ -44,7 +44,8 @@ class TransferCost:
         """Return the cost that fits ``samples``, the latest last, and this one where they say nothing.
 
         A link may turn slow, or stall once: so errors count by their logarithm, which outliers do not rule, and less
-        the older a sample is. The best fit goes through two samples, or through one with the ratio of this cost.
+        the older a sample is. The best fit goes through two samples, or through one: with the ratio of this cost, or
+        without latency.
         """
         known = [each for each in samples if each.nbytes > 0 and each.seconds > 0]
         if not known:
@@ -54,8 +55,8 @@ class TransferCost:
         weights = _AGING ** np.arange(len(known))[::-1]
         scales = seconds / (self.latency_seconds + nbytes / self.bytes_per_second)
         lines = _through_two(nbytes, seconds)
-        latencies = np.concatenate([self.latency_seconds * scales, lines[0]])
-        byte_seconds = np.concatenate([scales / self.bytes_per_second, lines[1]])
+        latencies = np.concatenate([self.latency_seconds * scales, lines[0], np.zeros(len(known))])
+        byte_seconds = np.concatenate([scales / self.bytes_per_second, lines[1], seconds / nbytes])
         expected = latencies[:, None] + byte_seconds[:, None] * nbytes
         errors = np.abs(np.log(expected / seconds)) @ weights / weights.sum()
         ratios = (latencies + _SHORTEST_SECONDS) / byte_seconds

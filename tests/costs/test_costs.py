@@ -58,6 +58,13 @@ def test_latency_and_bandwidth_are_told_apart(latency, speed):
         assert abs(found.seconds(n) / true.seconds(n) - 1) < 0.15
 
 
+@pytest.mark.parametrize("jitter", [-2e-3, 0.0, 2e-3])
+def test_a_link_without_a_wait_is_known_by_two_sizes_also_where_noise_would_make_the_wait_negative(jitter):
+    guess, block = TransferCost(0.005, 1e9), 786_432
+    samples = [TransferSample(block, 0.786), TransferSample(block, 0.786), TransferSample(2 * block, 1.572 + jitter)]
+    assert guess.refined(samples).seconds(10 * block) == pytest.approx(7.86, rel=0.05)
+
+
 def test_a_link_that_turns_slow_is_believed_after_a_few_loads():
     fast, slow = TransferCost(0.001, 1e9), TransferCost(0.1, 1e6)
     before = [TransferSample(n, fast.seconds(n)) for n in (10**5, 10**6, 10**7) * 8]
