@@ -197,3 +197,12 @@ def test_the_first_block_after_a_stop_counts_together_with_what_came_before():
     ((tier, sample),) = late
     assert (tier, sample.nbytes) == ("far", 10 * 16)
     assert sample.seconds >= case.fetch.seconds
+
+
+def test_the_first_block_after_a_stop_does_not_count_where_several_came_before():
+    case, late = Case([4, 4, 6]), []
+    case.let("0.1", "0.2")
+    case.fetch.stop(4)
+    case.fetch.when_late(lambda *sample: late.append(sample))
+    case.end()
+    assert not late

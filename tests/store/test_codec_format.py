@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvtier.errors import BlockError
 from kvtier.kv.codecs import BUILT_IN
 from kvtier.kv.page import Page
-from kvtier.kv.spec import KVSpec, LayerSpec
+from kvtier.kv.spec import KVSpec
 from kvtier.store.block import Block
 from kvtier.store.chain import BlockId
 from kvtier.store.format.block_file import BlockFile, encode_block
@@ -84,7 +84,7 @@ def test_block_file_round_trip_is_bitwise(path, original, codec):
     try:
         assert (file.id.key, file.id.parent, file.id.root) == (original.id.key, original.id.parent, original.id.root)
         assert file.id.tokens.tolist() == original.id.tokens.tolist()
-        assert file.spec == KVSpec(tuple(LayerSpec.of(p.k_htd[None], p.v_htd[None]) for p in original.pages))
+        assert file.spec == KVSpec(tuple(p.spec for p in original.pages))
         for layer, page in enumerate(original.pages):
             assert_equal(file.page(layer), page)
     finally:

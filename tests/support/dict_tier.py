@@ -7,7 +7,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from functools import partial
 
-from kvtier.kv.spec import KVSpec, LayerSpec
+from kvtier.kv.spec import KVSpec
 from kvtier.store.block import Entry
 from kvtier.store.tiers.base import Presence, PutResult, TierStats, answered
 
@@ -18,7 +18,7 @@ class DictReader:
 
     def __init__(self, block):
         self.id = block.id
-        self.spec = KVSpec(tuple(LayerSpec.of(page.k_htd[None], page.v_htd[None]) for page in block.pages))
+        self.spec = KVSpec(tuple(page.spec for page in block.pages))
         self._block = block
         self.closed = False
 

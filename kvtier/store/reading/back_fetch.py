@@ -119,8 +119,8 @@ class BackFetch:
     def when_late(self, note: Callable[[str, TransferSample], None]) -> None:
         """Tell ``note``, now or later on another thread, when the first block came that was being read at the end.
 
-        It shows how slow a link is that was given up. Turns that only ever see one block arrive cannot tell the wait
-        for a link from its bandwidth: the next block does.
+        Only where at most one had come before. It shows how slow a link is that was given up, and what of the time of
+        one block was the wait for the link. After more blocks there is no need to ask: the computation may hold it up.
         """
         with self.changed:
             self._note_late = note
@@ -128,7 +128,7 @@ class BackFetch:
 
     def _tell_late(self) -> None:
         note, late = self._note_late, self._late
-        if note is not None and late is not None:
+        if note is not None and late is not None and len(self._fetched) <= 1:
             self._note_late = None
             note(*late)
 
