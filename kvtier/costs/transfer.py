@@ -12,6 +12,8 @@ _Floats = npt.NDArray[np.float64]
 
 _AGING = 0.8  # weight of a sample beside that of the next one
 _RATIO_WEIGHT = 0.01  # of latency to bandwidth, beside the errors of the samples
+_OTHER_SIZE = 1.2  # times a size tell latency from bandwidth
+_SLOW = 2.0  # times what is expected
 _SHORTEST_SECONDS = 1e-5  # a latency that counts as none
 
 
@@ -45,7 +47,8 @@ class TransferCost:
 
         A link may turn slow, or stall once: so errors count by their logarithm, which outliers do not rule, and less
         the older a sample is. The best fit goes through two samples, or through one: with the ratio of this cost, or
-        without latency.
+        without latency. Only the last one counts where a slow link has brought loads of one size: the others would
+        promise that twice as much comes in about the same time.
         """
         known = [each for each in samples if each.nbytes > 0 and each.seconds > 0]
         if not known:
@@ -57,6 +60,8 @@ class TransferCost:
         lines = _through_two(nbytes, seconds)
         latencies = np.concatenate([self.latency_seconds * scales, lines[0], np.zeros(len(known))])
         byte_seconds = np.concatenate([scales / self.bytes_per_second, lines[1], seconds / nbytes])
+        if nbytes.max() < _OTHER_SIZE * nbytes.min() and np.median(scales) > _SLOW:
+            latencies, byte_seconds = np.zeros(len(known)), seconds / nbytes
         expected = latencies[:, None] + byte_seconds[:, None] * nbytes
         errors = np.abs(np.log(expected / seconds)) @ weights / weights.sum()
         ratios = (latencies + _SHORTEST_SECONDS) / byte_seconds

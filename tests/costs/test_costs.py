@@ -65,6 +65,15 @@ def test_a_link_without_a_wait_is_known_by_two_sizes_also_where_noise_would_make
     assert guess.refined(samples).seconds(10 * block) == pytest.approx(7.86, rel=0.05)
 
 
+@given(st.floats(0.02, 2.0), st.integers(2, 40), st.floats(1.0, 1.1))
+def test_a_slow_link_promises_nothing_that_loads_of_one_size_have_not_shown(seconds, times, other):
+    guess, block = TransferCost(0.005, 1e9), 786_432
+    samples = [TransferSample(block, seconds), TransferSample(int(block * other), seconds)]
+    assert guess.refined(samples).seconds(times * block) >= 0.9 * times * seconds
+    quick = guess.refined([TransferSample(block, guess.seconds(block))])
+    assert quick.seconds(times * block) == pytest.approx(guess.seconds(times * block))  # as expected: nothing is odd
+
+
 def test_a_link_that_turns_slow_is_believed_after_a_few_loads():
     fast, slow = TransferCost(0.001, 1e9), TransferCost(0.1, 1e6)
     before = [TransferSample(n, fast.seconds(n)) for n in (10**5, 10**6, 10**7) * 8]
